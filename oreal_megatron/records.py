@@ -1,0 +1,116 @@
+"""The records that cross a stage: plain, frozen, without torch.
+
+One step turns them into each other from top to bottom:
+
+    Prompt -> Rollout -> GradedRollout -> (data.packing.TokenBatch) -> StepReport
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+class Verdict(enum.StrEnum):
+    """What verification says of a response. UNDECIDED is a value of its own and never becomes a reward."""
+
+    CORRECT = "CORRECT"
+    INCORRECT = "INCORRECT"
+    UNDECIDED = "UNDECIDED"
+
+
+class FinishReason(enum.StrEnum):
+    """Why generation of a response ended."""
+
+    STOP = "stop"  # the response ends with the stop token, which is one of its tokens
+    LENGTH = "length"  # the token limit or the context ended it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One problem of the prompt stream."""
+
+    id: str
+    """Unique in the data set, stable over runs."""
+    question: str
+    gold_answer: str
+    pass_rate: float | None = None
+    """Share of the initial policy's responses that are correct, in [0, 1]; None where it was never estimated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One finished response to one prompt."""
+
+    prompt: Prompt
+    sample_index: int
+    """0 .. K-1 within the prompt's group."""
+    prompt_ids: tuple[int, ...]
+    """Token ids of the rendered prompt."""
+    response_ids: tuple[int, ...]
+    """Token ids of the response, the stop token included where there is one."""
+    logprobs: tuple[float, ...]
+    """Nats, one a response token: log softmax(logits / temperature), before top-p."""
+    text: str
+    """The response as text, without the stop token."""
+    finish_reason: FinishReason
+    weight_version: int
+    """Version of the policy weights that generated the response: the number of policy updates before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradeRequest:
+    """What a verifier is asked: does this response answer the question with the gold answer?"""
+
+    question: str
+    gold_answer: str
+    response: str
+    """The response as text, without the stop token."""
+    stopped: bool
+    """Whether the response ended with the stop token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grade:
+    """What a verifier answers."""
+
+    verdict: Verdict
+    reason: str
+    """Why, in words for a person."""
+    stage: str
+    """Which stage decided: `stop`, `extract`, `rules`, `judge`, ..."""
+    seconds: float = 0.0
+    """Wall time that this verdict took."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradedRollout:
+    """A rollout with its grade."""
+
+    rollout: Rollout
+    grade: Grade
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.grade.verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """Everything that one step says of itself; flattened to `section/name` keys wherever it is logged."""
+
+    step: int
+    """0-based; step s is the s-th draw from the prompt stream."""
+    skipped: str | None = None
+    """Why the step updated nothing, or None."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """`section/name` -> value; sections: rollout, reward, loss, policy, reward_model, data."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall seconds by phase: generate, verify, score, train, publish, evaluate, total."""
+    evaluation: Mapping[str, float] = field(default_factory=dict)
+    """`pass@1_greedy`, ... -> value in [0, 1]; empty where the step did not evaluate."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
