@@ -2,7 +2,7 @@
 
 One step turns them into each other from top to bottom:
 
-    Prompt -> Rollout -> GradedRollout -> (data.packing.TokenBatch) -> StepReport
+    Prompt -> Rollout -> GradedRollout -> Trajectory -> (data.packing.TokenBatch) -> StepReport
 """
 
 from __future__ import annotations
@@ -59,6 +59,11 @@ class Rollout:
     weight_version: int
     """Version of the policy weights that generated the response: the number of policy updates before it."""
 
+    @property
+    def id(self) -> str:
+        """Unique within a step."""
+        return f"{self.prompt.id}#{self.sample_index}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class GradeRequest:
@@ -98,6 +103,20 @@ class GradedRollout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """A response that was selected for training."""
+
+    rollout: Rollout
+    correct: bool
+    advantage: float
+    """Shaped reward A of the response, from its whole group."""
+
+    @property
+    def id(self) -> str:
+        return self.rollout.id
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepReport:
     """Everything that one step says of itself; flattened to `section/name` keys wherever it is logged."""
 
@@ -108,9 +127,20 @@ class StepReport:
     metrics: Mapping[str, float] = field(default_factory=dict)
     """`section/name` -> value; sections: rollout, reward, loss, policy, reward_model, data."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall seconds by phase: generate, verify, score, train, publish, evaluate, total."""
-    evaluation: Mapping[str, float] = field(default_factory=dict)
-    """`pass@1_greedy`, ... -> value in [0, 1]; empty where the step did not evaluate."""
+    """Wall seconds by phase: generate, verify, score, train, publish, total."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {"kind": "step", **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport:
+    """The policy on every benchmark after `step` steps."""
+
+    step: int
+    metrics: Mapping[str, float]
+    """`benchmark/name` -> value: greedy_pass@1, avg@k and pass@k in [0, 1], response_tokens, reward_model_auc."""
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "evaluation", **asdict(self)}

@@ -1,0 +1,115 @@
+"""Checkpoints in Megatron-Core's distributed format, one directory each, whole or not there at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from oreal_megatron.parallel.groups import ParallelGroups
+
+_STEP = re.compile(r"step_(\d{6})")
+INITIAL = "initial"
+"""Name of the checkpoint of the initial policy, which is the reference too."""
+
+
+class CheckpointStore:
+    """The checkpoints/ directory of a run."""
+
+    def __init__(self, directory: Path, groups: ParallelGroups, *, keep: int):
+        """keep: the newest so many steps stay; the best one and the initial policy stay besides."""
+        self.directory = directory
+        self._groups = groups
+        self._keep = keep
+
+    def save(self, name: str, sharded_state: dict[str, Any]) -> None:
+        """Writes beside the target and renames, so that a name always means a whole checkpoint.
+
+        Raises:
+            OSError: the disk refused; what was there before is untouched.
+        """
+        target, partial = self.directory / name, self.directory / f"{name}.partial"
+        if self._groups.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self._groups.barrier()
+        # A queue of this process in place of one behind a spawned manager, which would import __main__ anew and
+        # take seconds: the synchronous save reads it in the process that fills it.
+        filesystem_async._results_queue = queue.Queue()
+        dist_checkpointing.save(sharded_state, str(partial), TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1))
+        self._groups.barrier()
+        if self._groups.is_main:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
+        self._groups.barrier()
+
+    def load(self, name: str, sharded_state: dict[str, Any]) -> dict[str, Any]:
+        """Fills `sharded_state` (whose tensors say what this rank needs) from a checkpoint."""
+        return dist_checkpointing.load(sharded_state, str(self.directory / name))
+
+    def has(self, name: str) -> bool:
+        return (self.directory / name / "metadata.json").is_file()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, oldest first."""
+        names = (path.name for path in self.directory.glob("step_*"))
+        return sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """`{"step": ..., "score": ...}` of the best checkpoint by evaluation."""
+        path = self.directory / "best.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def remember_best(self, step: int, score: float) -> None:
+        if self._groups.is_main:
+            partial = self.directory / "best.json.partial"
+            partial.write_text(json.dumps({"step": step, "score": score, "checkpoint": step_name(step)}))
+            os.replace(partial, self.directory / "best.json")
+        self._groups.barrier()
+
+    def retain(self) -> None:
+        """Removes step checkpoints that are neither among the newest nor the best."""
+        if self._groups.is_main:
+            best = self.best
+            for step in self.steps[: -self._keep]:
+                if best is None or step != best["step"]:
+                    shutil.rmtree(self.directory / step_name(step))
+        self._groups.barrier()
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def trained_state(prefix: str, trained: Any, *, is_loading: bool = False) -> dict[str, Any]:
+    """The sharded state of a models.TrainedModel under `prefix`: weights, optimizer, schedule."""
+    model = trained.module.sharded_state_dict(prefix=f"{prefix}.")
+    return {
+        f"{prefix}.model": model,
+        f"{prefix}.optimizer": trained.optimizer.sharded_state_dict(model, is_loading=is_loading),
+        f"{prefix}.schedule": trained.schedule.state_dict(),
+    }
+
+
+def load_trained(prefix: str, trained: Any, state: dict[str, Any]) -> None:
+    """The inverse of `trained_state`."""
+    trained.module.load_state_dict({key.removeprefix(f"{prefix}."): v for key, v in state[f"{prefix}.model"].items()})
+    trained.optimizer.load_state_dict(state[f"{prefix}.optimizer"])
+    trained.schedule.load_state_dict(state[f"{prefix}.schedule"])
+
+
+def weights_only(prefix: str, module: Any, *, without: Callable[[str], bool] = lambda key: False) -> dict[str, Any]:
+    """The sharded state of a module's weights, keys that `without` names left out."""
+    state = module.sharded_state_dict(prefix=f"{prefix}.")
+    return {key: value for key, value in state.items() if not without(key)}

@@ -1,0 +1,538 @@
+"""The schema of a run: strict, frozen, without torch.
+
+Hydra composes conf/ and overrides; `parse_config` validates the result once and reports every violation at
+once, each with its key, its value and what would be right. Nothing below reads a DictConfig.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+FloatPair = Annotated[tuple[float, float], BeforeValidator(_as_tuple)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: no unknown keys, no coercion, immutable."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class GeometryConfig(Section):
+    """Shape of a decoder-only transformer (RMSNorm, SwiGLU, RoPE, grouped-query attention)."""
+
+    num_layers: Positive
+    hidden_size: Positive
+    ffn_hidden_size: Positive
+    num_attention_heads: Positive
+    num_query_groups: Positive
+    head_dim: Positive | None = None
+    """None: hidden_size / num_attention_heads."""
+    vocab_size: Positive | None = None
+    """Rows of the embedding before padding; None: as many as the tokenizer has."""
+    rope_theta: PositiveFloat = 10000.0
+    norm_eps: PositiveFloat = 1e-6
+    qkv_bias: bool = True
+    tied_embeddings: bool = False
+    init_std: PositiveFloat = 0.02
+
+
+class ModelConfig(Section):
+    """Where policy, reference and reward model come from."""
+
+    path: str | None
+    """A Hugging Face model directory (config.json, tokenizer, safetensors), or null to start from random weights."""
+    geometry: GeometryConfig | None
+    """Shape of a model that starts from random weights; null with `path`."""
+    tokenizer: str
+    """`arithmetic` for the built-in one, or a Hugging Face directory."""
+    implementation: Literal["local", "transformer_engine"]
+    dtype: Literal["float32", "bfloat16"]
+    max_sequence_length: Positive
+    """Prompt and response together, in tokens."""
+    logprob_chunk_tokens: Positive = 1024
+    """Positions whose logits exist at the same time."""
+
+
+class PromptConfig(Section):
+    """How a question becomes the token ids of a prompt."""
+
+    system: str | None
+    user: str
+    """The user's message; `{question}` is replaced."""
+    stop_token: str
+    thinking_end_marks: Strings
+    """What follows the last of these marks is the final answer."""
+    max_prompt_tokens: Positive
+
+
+class ArithmeticConfig(Section):
+    """Generated arithmetic problems with worked solutions."""
+
+    num_train: Positive
+    num_heldout: Positive
+    num_demonstrations: Positive
+    """Worked solutions for the warm start; drawn apart from the other two sets."""
+    min_terms: Annotated[int, Field(ge=2, le=6)]
+    max_terms: Annotated[int, Field(ge=2, le=6)]
+    max_operand: Annotated[int, Field(ge=2, le=999)]
+    max_factor: Annotated[int, Field(ge=2, le=99)]
+    """Largest operand of a multiplication."""
+    operators: Annotated[tuple[Literal["+", "-", "*"], ...], BeforeValidator(_as_tuple)]
+
+
+class PassRateConfig(Section):
+    """Estimation of each prompt's pass rate with the initial policy, where the data lack it."""
+
+    samples: Positive
+    max_prompts: Positive | None
+    """Estimate (and keep) no more than these, drawn by the run's seed; null: all."""
+
+
+class BalanceBin(Section):
+    """Prompts with low <= pass_rate < high occur `repeat` times an epoch."""
+
+    low: Share
+    high: Annotated[float, Field(ge=0.0)]
+    repeat: NonNegative
+
+
+class DataConfig(Section):
+    """The prompt stream."""
+
+    train: str | None
+    """JSONL with question, gold_answer and, optionally, pass_rate and id; null: generated arithmetic."""
+    arithmetic: ArithmeticConfig | None
+    prompts_per_step: Positive
+    pass_rate: PassRateConfig | None
+    difficulty_balance: Annotated[tuple[BalanceBin, ...], BeforeValidator(_as_tuple)]
+    """Empty: every prompt once an epoch, whatever its pass rate."""
+
+
+class TokenWeightConfig(Section):
+    """Token weights from the reward model's scores, eq. (10) and its variants."""
+
+    source: Literal["reward_model", "ones"]
+    alignment: Literal["predictor", "inclusive"]
+    """Which position's score stands for token t: the one that predicts it, or its own."""
+    positive_threshold: Annotated[float, Field(ge=0.0, lt=1.0)]
+    negative_threshold: Annotated[float, Field(ge=0.0, lt=1.0)]
+    top_share: Annotated[float, Field(gt=0.0, le=1.0)] | None
+    """Keep this share of each response's positions, min-max rescaled; null: the threshold form."""
+
+
+class ObjectiveConfig(Section):
+    """What is optimised; presets in conf/objective."""
+
+    preset: str
+    reward_values: FloatPair
+    """Reward of an incorrect and of a correct response."""
+    shaping: Literal["rloo", "grpo", "paper", "raw", "positive_one", "negative_one"]
+    grpo_epsilon: NonNegativeFloat
+    keep_groups: Literal["mixed", "all", "any_correct", "any_incorrect"]
+    selection: Literal["pair", "all", "correct", "incorrect"]
+    token_weights: TokenWeightConfig
+    positive_term: Literal["logprob", "ratio"]
+    negative_term: Literal["logprob", "ratio"]
+    ratio_reference: Literal["self", "rollout"]
+    """What a ratio divides by: the policy itself (value 1, gradient of log pi), or the rollout's log-probabilities."""
+    clip: Annotated[float, Field(gt=0.0, lt=1.0)] | None
+    """PPO clip range of the ratio; needs `ratio_reference: rollout`."""
+    denominators: Literal["by_outcome", "all_trained"]
+    """Tokens that the policy terms are divided by: of the same outcome (eq. 11), or of all that is trained."""
+    eta: NonNegativeFloat
+    """Weight of the negative term."""
+    kl_type: Literal["k3", "k1", "mse"]
+    beta: NonNegativeFloat
+    kl_on_correct: bool
+    actor_freeze_steps: NonNegative
+    """Steps with a usable group during which only the reward model learns."""
+    undecided_as_incorrect: bool
+    pair_choice: Literal["seeded", "global_rng"]
+    sampler: Literal["exact", "release"]
+    policy_schedule: Literal["from_first_update", "from_first_step"]
+
+    @property
+    def uses_reward_model(self) -> bool:
+        return self.token_weights.source == "reward_model"
+
+
+class SamplingConfig(Section):
+    """How responses are drawn."""
+
+    temperature: NonNegativeFloat
+    """0: greedy."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)]
+    max_new_tokens: Positive
+
+
+class RolloutConfig(Section):
+    """Where and how rollouts are generated."""
+
+    backend: Literal["embedded"]
+    samples_per_prompt: Positive
+    """K."""
+    sampling: SamplingConfig
+    batch_size: Positive
+    """Sequences that one embedded batch generates at the same time."""
+
+
+class AdamWConfig(Section):
+    """AdamW, gradient clipping and a warm-up-cosine schedule for one model."""
+
+    lr: PositiveFloat
+    min_lr: NonNegativeFloat
+    warmup_steps: NonNegative
+    decay_steps: Positive | None
+    """Updates after which lr has reached min_lr; null: as many as the run has."""
+    weight_decay: NonNegativeFloat
+    betas: FloatPair
+    eps: PositiveFloat
+    clip_grad: PositiveFloat
+
+
+class OptimizerConfig(Section):
+    policy: AdamWConfig
+    reward_model: AdamWConfig
+
+
+class ParallelConfig(Section):
+    """How models are split; data parallelism takes the processes that are left."""
+
+    tensor: Positive
+    pipeline: Positive
+    micro_batch_tokens: Positive
+    """Packed tokens of a micro-batch; a longer sequence gets one of its own."""
+
+
+class SftConfig(Section):
+    """Supervised warm start on worked solutions, before the first step."""
+
+    steps: Positive
+    batch_size: Positive
+    """Demonstrations an update."""
+    demonstrations: str | None
+    """JSONL with question and response; null: those of the generated arithmetic."""
+    optimizer: AdamWConfig
+
+
+class BenchmarkConfig(Section):
+    """One evaluation set."""
+
+    path: str | None
+    """JSONL with question and gold_answer; null: the held-out generated problems."""
+    samples: NonNegative
+    """k of avg@k and pass@k, beside greedy pass@1; 0: greedy only."""
+    limit: Positive | None
+    """Only the first so many problems."""
+
+
+class EvaluationConfig(Section):
+    benchmarks: Mapping[str, BenchmarkConfig]
+    every: NonNegative
+    """Steps between evaluations; before the first and after the last step always; 0: only these."""
+    sampling: SamplingConfig
+    """For the samples of avg@k; greedy shares its token limit."""
+
+
+class TrackingConfig(Section):
+    console: Literal["rich", "plain", "quiet"]
+    tensorboard: bool
+    wandb: Literal["disabled", "offline", "online"]
+    wandb_project: str
+    trajectories: bool
+    """Write every step's graded rollouts to trajectories/."""
+    report: bool
+    """Write report.html at the end."""
+
+
+class RunConfig(Section):
+    name: str
+    dir: str
+    """Everything that the run writes; the same directory resumes."""
+    seed: NonNegative
+    num_steps: NonNegative
+    mode: Literal["train", "rollout", "replay"]
+    """train: the whole loop; rollout: generate, verify and save only; replay: train from saved trajectories."""
+    replay_dir: str | None
+    """A run's trajectories/ directory, for mode=replay."""
+    checkpoint_every: NonNegative
+    """0: only at the end."""
+    keep_checkpoints: Positive
+    """The newest so many; the best one by evaluation is kept besides."""
+    threads: Positive | None
+    """CPU threads of a process; null: torch's choice."""
+
+
+class VerifierConfig(Section):
+    """Grading of final answers by rules."""
+
+    num_workers: Positive
+    timeout_seconds: PositiveFloat
+    thinking_end_marks: Strings
+
+
+class TrainConfig(Section):
+    """One run."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    prompt: PromptConfig
+    objective: ObjectiveConfig
+    rollout: RolloutConfig
+    verifier: VerifierConfig
+    optimizer: OptimizerConfig
+    parallel: ParallelConfig
+    sft: SftConfig | None
+    evaluation: EvaluationConfig
+    tracking: TrackingConfig
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One thing that is wrong: where, what was given, what would be right."""
+
+    key: str
+    value: Any
+    remedy: str
+
+    def __str__(self) -> str:
+        shown = repr(self.value)
+        return f"{self.key} = {shown if len(shown) <= 80 else shown[:77] + '...'}: {self.remedy}"
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message lists every violation."""
+
+    def __init__(self, violations: list[Violation]):
+        self.violations = violations
+        lines = "\n".join(f"  {violation}" for violation in violations)
+        super().__init__(f"{len(violations)} problem(s) in the configuration:\n{lines}")
+
+
+def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
+    """Validates a composed configuration.
+
+    Raises:
+        ConfigError: with all violations at once: of every section's schema, and of the checks across
+            sections wherever the sections that they read are sound.
+    """
+    violations: list[Violation] = []
+    sections: dict[str, Any] = {}
+    for name, info in TrainConfig.model_fields.items():
+        if name not in raw:
+            violations.append(Violation(name, None, "section is missing"))
+            continue
+        try:
+            sections[name] = TypeAdapter(info.annotation).validate_python(raw[name])
+        except ValidationError as error:
+            violations += [_from_pydantic(name, raw[name], info.annotation, item) for item in error.errors()]
+    for name in raw.keys() - TrainConfig.model_fields.keys():
+        violations.append(Violation(name, raw[name], _unknown_key(name, TrainConfig.model_fields)))
+    for check in _CHECKS:
+        if all(name in sections for name in check.reads):
+            violations += check.run(*(sections[name] for name in check.reads))
+    if violations:
+        raise ConfigError(violations)
+    return TrainConfig(**sections)
+
+
+def _from_pydantic(section: str, raw: Any, annotation: Any, error: Any) -> Violation:
+    path = [part for part in error["loc"] if not (isinstance(part, str) and part.endswith("Config"))]
+    key = ".".join([section, *map(str, path)])
+    value = None if error["type"] == "missing" else error["input"]
+    if error["type"] == "extra_forbidden":
+        return Violation(key, value, _unknown_key(str(path[-1]), _fields_at(annotation, path[:-1])))
+    if error["type"] == "missing":
+        return Violation(key, value, "is required; set it (null where it does not apply)")
+    return Violation(key, value, error["msg"][0].lower() + error["msg"][1:])
+
+
+def _fields_at(annotation: Any, path: list[Any]) -> Mapping[str, Any]:
+    """The fields of the section that `path` leads to, for a suggestion; empty where it can't be told."""
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    if model is None:
+        return {}
+    if not path:
+        return model.model_fields
+    info = model.model_fields.get(str(path[0]))
+    return _fields_at(info.annotation, path[1:]) if info else {}
+
+
+def _unknown_key(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    suggestion = f"; did you mean `{close[0]}`?" if close else f"; known keys: {', '.join(known)}" if known else ""
+    return f"unknown key{suggestion}"
+
+
+@dataclass(frozen=True)
+class _Check:
+    reads: tuple[str, ...]
+    run: Callable[..., Iterator[Violation]]
+
+
+_CHECKS: list[_Check] = []
+
+
+def _check(*reads: str) -> Callable[[Callable[..., Iterator[Violation]]], Callable[..., Iterator[Violation]]]:
+    def register(run: Callable[..., Iterator[Violation]]) -> Callable[..., Iterator[Violation]]:
+        _CHECKS.append(_Check(reads, run))
+        return run
+
+    return register
+
+
+@_check("model")
+def _check_model(model: ModelConfig) -> Iterator[Violation]:
+    if (model.path is None) == (model.geometry is None):
+        yield Violation(
+            "model.path", model.path, "give either model.path (a Hugging Face directory) or model.geometry, not both"
+        )
+    if (g := model.geometry) is None:
+        return
+    if g.head_dim is None and g.hidden_size % g.num_attention_heads:
+        yield Violation(
+            "model.geometry.num_attention_heads",
+            g.num_attention_heads,
+            f"must divide model.geometry.hidden_size = {g.hidden_size}, or set model.geometry.head_dim",
+        )
+    if g.num_attention_heads % g.num_query_groups:
+        yield Violation(
+            "model.geometry.num_query_groups",
+            g.num_query_groups,
+            f"must divide model.geometry.num_attention_heads = {g.num_attention_heads}",
+        )
+
+
+@_check("model", "parallel")
+def _check_layout(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Violation]:
+    if (g := model.geometry) is None:
+        return
+    for key, size, split, by in (
+        ("parallel.tensor", g.num_attention_heads, parallel.tensor, "attention heads"),
+        ("parallel.tensor", g.ffn_hidden_size, parallel.tensor, "columns of ffn_hidden_size"),
+        ("parallel.pipeline", g.num_layers, parallel.pipeline, "layers"),
+    ):
+        if size % split:
+            yield Violation(key, split, f"{size} {by} do not split evenly over {split} ranks")
+
+
+@_check("model", "prompt", "rollout")
+def _check_lengths(model: ModelConfig, prompt: PromptConfig, rollout: RolloutConfig) -> Iterator[Violation]:
+    room = model.max_sequence_length - prompt.max_prompt_tokens
+    if rollout.sampling.max_new_tokens > room:
+        yield Violation(
+            "rollout.sampling.max_new_tokens",
+            rollout.sampling.max_new_tokens,
+            f"at most {room} fit: model.max_sequence_length {model.max_sequence_length} less prompt.max_prompt_tokens "
+            f"{prompt.max_prompt_tokens}",
+        )
+
+
+@_check("prompt")
+def _check_prompt(prompt: PromptConfig) -> Iterator[Violation]:
+    if "{question}" not in prompt.user:
+        yield Violation("prompt.user", prompt.user, "must contain {question}")
+
+
+@_check("data")
+def _check_data(data: DataConfig) -> Iterator[Violation]:
+    if (data.train is None) == (data.arithmetic is None):
+        yield Violation("data.train", data.train, "give either data.train (a JSONL file) or data.arithmetic, not both")
+    if (a := data.arithmetic) is not None and a.min_terms > a.max_terms:
+        yield Violation("data.arithmetic.min_terms", a.min_terms, f"must not exceed max_terms = {a.max_terms}")
+    for index, bin in enumerate(data.difficulty_balance):
+        if bin.low >= bin.high:
+            yield Violation(f"data.difficulty_balance.{index}.low", bin.low, f"must be below high = {bin.high}")
+
+
+@_check("data", "sft", "evaluation")
+def _check_generated(data: DataConfig, sft: SftConfig | None, evaluation: EvaluationConfig) -> Iterator[Violation]:
+    if data.arithmetic is not None:
+        return
+    if sft is not None and sft.demonstrations is None:
+        yield Violation("sft.demonstrations", None, "name a JSONL file, or use data=arithmetic, or sft=none")
+    for name, benchmark in evaluation.benchmarks.items():
+        if benchmark.path is None:
+            yield Violation(f"evaluation.benchmarks.{name}.path", None, "name a JSONL file, or use data=arithmetic")
+
+
+@_check("model", "sft")
+def _check_start(model: ModelConfig, sft: SftConfig | None) -> Iterator[Violation]:
+    if model.path is None and sft is None:
+        yield Violation("model.path", None, "a model from random weights has nothing to sample: add sft=... or a path")
+
+
+@_check("evaluation")
+def _check_evaluation(evaluation: EvaluationConfig) -> Iterator[Violation]:
+    for name, benchmark in evaluation.benchmarks.items():
+        if benchmark.samples and evaluation.sampling.temperature == 0:
+            yield Violation(
+                f"evaluation.benchmarks.{name}.samples",
+                benchmark.samples,
+                "samples are all alike at evaluation.sampling.temperature = 0; raise it, or set samples to 0",
+            )
+
+
+@_check("objective", "rollout")
+def _check_objective(objective: ObjectiveConfig, rollout: RolloutConfig) -> Iterator[Violation]:
+    o = objective
+    if o.reward_values[0] >= o.reward_values[1]:
+        yield Violation("objective.reward_values", o.reward_values, "must rise: [incorrect, correct]")
+    if o.clip is not None and (o.ratio_reference != "rollout" or "logprob" in (o.positive_term, o.negative_term)):
+        yield Violation("objective.clip", o.clip, "needs both terms to be `ratio` and ratio_reference to be `rollout`")
+    if o.selection == "pair" and o.keep_groups != "mixed":
+        yield Violation("objective.selection", o.selection, "a pair exists in mixed groups only: keep_groups=mixed")
+    if o.actor_freeze_steps and not o.uses_reward_model:
+        yield Violation("objective.actor_freeze_steps", o.actor_freeze_steps, "must be 0 without a reward model")
+    needs_group = o.keep_groups == "mixed" or o.shaping in ("rloo", "grpo")
+    if needs_group and rollout.samples_per_prompt < 2:
+        yield Violation(
+            "rollout.samples_per_prompt",
+            rollout.samples_per_prompt,
+            f"objective {o.preset} compares the responses of a group: at least 2",
+        )
+    if rollout.sampling.temperature == 0 and needs_group:
+        yield Violation("rollout.sampling.temperature", 0.0, "greedy samples of one prompt are all alike; raise it")
+
+
+@_check("optimizer", "sft")
+def _check_schedules(optimizer: OptimizerConfig, sft: SftConfig | None) -> Iterator[Violation]:
+    schedules = {"optimizer.policy": optimizer.policy, "optimizer.reward_model": optimizer.reward_model}
+    if sft is not None:
+        schedules["sft.optimizer"] = sft.optimizer
+    for key, adamw in schedules.items():
+        if adamw.min_lr > adamw.lr:
+            yield Violation(f"{key}.min_lr", adamw.min_lr, f"must not exceed lr = {adamw.lr}")
+        if adamw.decay_steps is not None and adamw.decay_steps <= adamw.warmup_steps:
+            yield Violation(f"{key}.decay_steps", adamw.decay_steps, f"must exceed warmup_steps = {adamw.warmup_steps}")
+
+
+@_check("run")
+def _check_run(run: RunConfig) -> Iterator[Violation]:
+    if (run.mode == "replay") != (run.replay_dir is not None):
+        yield Violation("run.replay_dir", run.replay_dir, "belongs to run.mode=replay, which needs it")
+
+
+@_check("run", "tracking")
+def _check_rollout_mode(run: RunConfig, tracking: TrackingConfig) -> Iterator[Violation]:
+    if run.mode == "rollout" and not tracking.trajectories:
+        yield Violation("tracking.trajectories", False, "run.mode=rollout is for saving them: true")

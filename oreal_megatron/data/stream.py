@@ -1,0 +1,75 @@
+"""The prompt stream: endless, shuffled every epoch, resumable to the exact prompt."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from oreal_megatron.records import Prompt
+from oreal_megatron.seeds import derive_seed
+
+
+class PromptStream:
+    """Draws from a balanced list, in which a prompt may occur several times an epoch."""
+
+    def __init__(self, prompts: Sequence[Prompt], *, prompts_per_step: int, seed: int):
+        """Raises ValueError where there are too few different prompts for one step."""
+        self._prompts = list(prompts)
+        self._by_id = {prompt.id: prompt for prompt in prompts}
+        self._prompts_per_step = prompts_per_step
+        self._seed = seed
+        if len(self._by_id) < prompts_per_step:
+            raise ValueError(
+                f"data.prompts_per_step = {prompts_per_step}, but only {len(self._by_id)} different prompts are left "
+                "after difficulty balancing; lower it, widen data.difficulty_balance, or give more prompts"
+            )
+        self._epoch = 0
+        self._offset = 0
+        self._put_off: list[Prompt] = []
+        self._order = self._shuffled()
+
+    def draw(self) -> list[Prompt]:
+        """The next step's prompts, all different: a repetition within a step is put off to the next one."""
+        drawn: dict[str, Prompt] = {}
+        waiting, self._put_off = self._put_off, []
+        while len(drawn) < self._prompts_per_step:
+            prompt = waiting.pop(0) if waiting else self._next()
+            if prompt.id in drawn:
+                self._put_off.append(prompt)
+            else:
+                drawn[prompt.id] = prompt
+        self._put_off += waiting
+        return list(drawn.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self._epoch,
+            "offset": self._offset,
+            "put_off": [prompt.id for prompt in self._put_off],
+            "num_prompts": len(self._prompts),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where the state is of other data."""
+        missing = [id for id in state["put_off"] if id not in self._by_id]
+        if state["num_prompts"] != len(self._prompts) or missing:
+            raise ValueError(
+                f"the checkpoint's prompt stream has {state['num_prompts']} prompts, this run's data {len(self._prompts)}; "
+                "resume with the data of the run, or start in another run.dir"
+            )
+        self._epoch, self._offset = state["epoch"], state["offset"]
+        self._put_off = [self._by_id[id] for id in state["put_off"]]
+        self._order = self._shuffled()
+
+    def _next(self) -> Prompt:
+        if self._offset == len(self._order):
+            self._epoch, self._offset = self._epoch + 1, 0
+            self._order = self._shuffled()
+        self._offset += 1
+        return self._prompts[self._order[self._offset - 1]]
+
+    def _shuffled(self) -> list[int]:
+        order = list(range(len(self._prompts)))
+        random.Random(derive_seed(self._seed, "stream", self._epoch)).shuffle(order)
+        return order

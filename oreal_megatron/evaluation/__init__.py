@@ -1,0 +1,1 @@
+"""How good a policy is on problems that it does not train on."""

@@ -1,0 +1,185 @@
+"""A run's figures: metrics.jsonl, the console, tensorboard and wandb; and its trajectories as JSONL."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from oreal_megatron.config import TrainConfig
+from oreal_megatron.records import EvaluationReport, StepReport
+
+METRICS_FILE = "metrics.jsonl"
+
+# What the console shows of a step, in this order: key, label, format.
+_SHOWN = (
+    ("reward/pass_rate", "pass", "{:.2f}"),
+    ("data/kept_groups", "groups", "{:.0f}"),
+    ("loss/policy", "loss", "{:+.4f}"),
+    ("loss/kl", "kl", "{:.4f}"),
+    ("loss/reward_model", "rm", "{:.3f}"),
+    ("reward_model/auc", "auc", "{:.2f}"),
+    ("rollout/response_tokens", "len", "{:.0f}"),
+)
+
+
+class Tracker:
+    """Takes reports and shows them everywhere that the configuration names; silent on all ranks but the main one."""
+
+    def __init__(self, config: TrainConfig, directory: Path, *, is_main: bool):
+        self._config = config
+        self._directory = directory
+        self._is_main = is_main
+        quiet = config.tracking.console == "quiet" or not is_main
+        # A log file gets plain lines; a terminal, or console=rich, the progress bar.
+        self._console = Console(quiet=quiet, highlight=False, soft_wrap=True, stderr=False)
+        self._fancy = config.tracking.console == "rich" and self._console.is_terminal and not quiet
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        self._progress: Progress | None = None
+
+    def start(self, first_step: int) -> None:
+        """Opens the sinks to go on from `first_step`; what a killed run wrote beyond it is dropped."""
+        if not self._is_main:
+            return
+        _drop_from(self._directory / METRICS_FILE, first_step)
+        tracking = self._config.tracking
+        if tracking.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self._directory / "tensorboard"), purge_step=first_step)
+        if tracking.wandb != "disabled":
+            self._wandb = self._open_wandb()
+
+    def _open_wandb(self) -> Any:
+        try:
+            import wandb
+        except ImportError:
+            self.say("[yellow]wandb is not installed: tracking.wandb is off (pip install wandb)[/]")
+            return None
+        run = self._config.run
+        return wandb.init(
+            project=self._config.tracking.wandb_project,
+            name=run.name,
+            id=f"{run.name}-{run.seed}".replace("/", "-"),
+            resume="allow",
+            mode=self._config.tracking.wandb,
+            dir=str(self._directory),
+            config=self._config.model_dump(),
+            settings=wandb.Settings(silent=True),
+        )
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        self._console.print(text)
+
+    @contextlib.contextmanager
+    def progress(self, title: str, total: int, completed: int = 0) -> Iterator[ProgressBar]:
+        """A progress bar with a free text behind it; a line now and then where there is no terminal."""
+        if not self._fancy:
+            yield ProgressBar(None, None, title, total, self)
+            return
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self._console) as progress:
+            task = progress.add_task(title, total=total, completed=completed, note="")
+            yield ProgressBar(progress, task, title, total, self)
+
+    def step(self, report: StepReport) -> str:
+        """Logs a step; returns its figures as one line."""
+        self._write(report.to_json())
+        self._log({**report.metrics, **{f"seconds/{k}": v for k, v in report.seconds.items()}}, report.step)
+        if report.skipped:
+            return f"updated nothing: {report.skipped}"
+        parts = [
+            f"{label} {form.format(report.metrics[key])}"
+            for key, label, form in _SHOWN
+            if key in report.metrics and math.isfinite(report.metrics[key])
+        ]
+        return "  ".join([*parts, f"{report.seconds['total']:.1f}s"])
+
+    def evaluation(self, report: EvaluationReport) -> None:
+        self._write(report.to_json())
+        self._log({f"evaluation/{name}": value for name, value in report.metrics.items()}, report.step)
+        figures = "  ".join(f"{name} {value:.3f}" for name, value in report.metrics.items())
+        self.say(f"[bold cyan]evaluation after {report.step} steps[/]  {figures}")
+
+    def trajectories(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        """Writes one JSON object a line to `name`.jsonl below the run's directory."""
+        if self._is_main:
+            path = self._directory / f"{name}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        if self._is_main:
+            with (self._directory / METRICS_FILE).open("a") as file:
+                file.write(json.dumps(_without_nan(record)) + "\n")
+
+    def _log(self, values: Mapping[str, float], step: int) -> None:
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        if self._tensorboard is not None:
+            for name, value in finite.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({**finite, "step": step})
+
+
+class ProgressBar:
+    """One running bar, or its plain counterpart."""
+
+    def __init__(self, progress: Progress | None, task: Any, title: str, total: int, tracker: Tracker):
+        self._progress, self._task, self._title, self._total, self._tracker = progress, task, title, total, tracker
+        self._done = 0
+
+    def advance(self, note: str = "", *, by: int = 1, always: bool = False) -> None:
+        """`always`: a plain console gets a line each time, not only at every tenth of the way."""
+        before, self._done = self._done, self._done + by
+        if self._progress is not None:
+            self._progress.update(self._task, advance=by, note=note)
+        elif always or before * 10 // self._total != self._done * 10 // self._total:
+            self._tracker.say(f"{self._title} {self._done}/{self._total}  {note}")
+
+
+def read_metrics(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(step records, evaluation records) of a run's directory; a half-written last line is left out."""
+    records = []
+    path = directory / METRICS_FILE
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return [r for r in records if r["kind"] == "step"], [r for r in records if r["kind"] == "evaluation"]
+
+
+def _drop_from(path: Path, first_step: int) -> None:
+    steps, evaluations = read_metrics(path.parent)
+    # The evaluation after `first_step` steps was made before the checkpoint that the run goes on from.
+    kept = [r for r in evaluations if r["step"] <= first_step and first_step > 0]
+    kept += [r for r in steps if r["step"] < first_step]
+    kept.sort(key=lambda r: (r["step"], r["kind"] == "step"))
+    path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN as null: metrics.jsonl is JSON for every reader."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,120 @@
+"""From a model's geometry to Megatron-Core's TransformerConfig, layer spec and GPTModel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from oreal_megatron.config import GeometryConfig, ModelConfig
+from oreal_megatron.models.attention import SdpaCoreAttention
+from oreal_megatron.parallel.groups import ParallelGroups
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class LocalRMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with the mark that sums its gradient over tensor ranks under sequence parallelism.
+
+    Megatron-Core's WrappedTorchNorm refuses sequence parallelism.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def transformer_config(geometry: GeometryConfig, model: ModelConfig, groups: ParallelGroups) -> TransformerConfig:
+    """Megatron-Core's configuration of a dense decoder: RMSNorm, SwiGLU, RoPE, grouped queries, no dropout."""
+    dtype = DTYPES[model.dtype]
+    transformer_engine = model.implementation == "transformer_engine"
+    return TransformerConfig(
+        num_layers=geometry.num_layers,
+        hidden_size=geometry.hidden_size,
+        ffn_hidden_size=geometry.ffn_hidden_size,
+        num_attention_heads=geometry.num_attention_heads,
+        num_query_groups=geometry.num_query_groups,
+        kv_channels=geometry.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=geometry.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=geometry.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=geometry.init_std,
+        tensor_model_parallel_size=groups.tensor_size,
+        pipeline_model_parallel_size=groups.pipeline_size,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        attention_softmax_in_fp32=True,
+        # Losses are divided by global counts before the backward pass; gradients are plain sums.
+        calculate_per_token_loss=True,
+        # Packed micro-batches differ in length; the dispatcher's name is checked even without experts.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # Weights that do not depend on the layout.
+        use_cpu_initialization=not transformer_engine,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=transformer_engine,
+        bias_dropout_fusion=transformer_engine,
+        apply_rope_fusion=transformer_engine,
+    )
+
+
+def layer_spec(config: TransformerConfig, implementation: str) -> ModuleSpec | TransformerBlockSubmodules:
+    """Layers of a pipeline stage: Transformer Engine's, or Megatron-Core's local ones with SDPA and RMSNorm."""
+    if implementation == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec()
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = LocalRMSNorm
+    layer.submodules.pre_mlp_layernorm = LocalRMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = SdpaCoreAttention
+    attention.q_layernorm = attention.k_layernorm = IdentityOp
+    # The block's submodules rather than the layer alone, so that the final norm is ours too.
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=LocalRMSNorm)
+
+
+def padded_vocab_size(vocab_size: int, groups: ParallelGroups) -> int:
+    """Rows of embedding and output layer: the next multiple of tensor ranks."""
+    return -(-vocab_size // groups.tensor_size) * groups.tensor_size
+
+
+def build_gpt(
+    cls: type[GPTModel],
+    geometry: GeometryConfig,
+    model: ModelConfig,
+    groups: ParallelGroups,
+    *,
+    vocab_size: int,
+    seed: int,
+    tied_embeddings: bool,
+) -> GPTModel:
+    """This rank's part of a decoder with weights drawn from `seed`, the same whatever the layout."""
+    config = transformer_config(geometry, model, groups)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return cls(
+            config=config,
+            transformer_layer_spec=layer_spec(config, model.implementation),
+            vocab_size=padded_vocab_size(vocab_size, groups),
+            max_sequence_length=model.max_sequence_length,
+            pre_process=groups.is_first_stage,
+            post_process=groups.is_last_stage,
+            parallel_output=True,
+            share_embeddings_and_output_weights=tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=geometry.rope_theta,
+            pg_collection=groups.collection,
+        )

@@ -1,0 +1,112 @@
+"""Core attention of the local layer spec, on torch's scaled_dot_product_attention.
+
+Megatron-Core's own DotProductAttention materialises the score matrix and refuses packed sequences. This one
+takes the three shapes that the project uses:
+
+    packed    q [T, heads, dim], k/v [T, groups, dim], segments in PackedSeqParams   training and scoring
+    prefill   q [S, B, heads, dim], k/v [S, B, groups, dim], left padding in the mask  generation, first pass
+    decode    q [1, B, heads, dim], k/v [S, B, groups, dim]                            generation, then
+
+T tokens of a packed micro-batch, S cache slots, B sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+# Segments whose lengths lie within this factor share one padded call: fewer calls against wasted scores.
+_LENGTH_SPREAD = 1.25
+
+
+class SdpaCoreAttention(MegatronModule):
+    """Causal attention within segments; a drop-in for `SelfAttentionSubmodules.core_attention`."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ):
+        super().__init__(config)
+        if config.attention_dropout:
+            raise ValueError(f"attention_dropout {config.attention_dropout}: the local attention has no dropout")
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Returns [T, heads * dim] for packed input, else [S_query, B, heads * dim].
+
+        attention_mask: None, or bool [B, 1, S_query, S], True where attention is allowed.
+        """
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        causal = attention_mask is None and query.size(0) > 1
+        out = self._sdpa(q, k, v, is_causal=causal, attn_mask=attention_mask)
+        return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q, k, v, scale=self.softmax_scale, enable_gqa=q.size(1) != k.size(1), **options
+        )
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+        bounds = packed.cu_seqlens_q.tolist()
+        out = query.new_zeros(query.shape)
+        for segments in _similar_lengths(bounds):
+            longest = max(end - start for start, end in segments)
+            if len(segments) == 1:
+                (start, end), index = segments[0], None
+                q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+                out[start:end] = self._sdpa(q, k, v, is_causal=True)[0].transpose(0, 1)
+                continue
+            # Right padding: the causal rule alone keeps real positions off the padding behind them.
+            starts = torch.tensor([start for start, _ in segments], device=query.device)
+            lengths = torch.tensor([end - start for start, end in segments], device=query.device)
+            offsets = torch.arange(longest, device=query.device)
+            index = (starts[:, None] + offsets.minimum((lengths - 1)[:, None])).flatten()
+            q, k, v = (
+                x.index_select(0, index).view(len(segments), longest, *x.shape[1:]).transpose(1, 2)
+                for x in (query, key, value)
+            )
+            real = (offsets < lengths[:, None]).flatten()
+            result = self._sdpa(q, k, v, is_causal=True).transpose(1, 2).flatten(0, 1)
+            out = out.index_put((index[real],), result[real])
+        return out.reshape(query.size(0), -1)
+
+
+def _similar_lengths(bounds: list[int]) -> list[list[tuple[int, int]]]:
+    """Segments (start, end) of a packed row in runs of similar length, shortest first; empty ones left out."""
+    segments = sorted(
+        ((start, end) for start, end in zip(bounds[:-1], bounds[1:], strict=True) if end > start),
+        key=lambda segment: (segment[1] - segment[0], segment[0]),
+    )
+    runs: list[list[tuple[int, int]]] = []
+    for start, end in segments:
+        shortest = runs[-1][0][1] - runs[-1][0][0] if runs else 0
+        if runs and end - start <= _LENGTH_SPREAD * shortest:
+            runs[-1].append((start, end))
+        else:
+            runs.append([(start, end)])
+    return runs

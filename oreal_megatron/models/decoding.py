@@ -1,0 +1,81 @@
+"""KV-cached decoding on a trainer's own model: one forward at a time, whatever its pipeline and tensor split.
+
+Shapes: B sequences, S prompt tokens after left padding, V vocabulary (without padding rows).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from oreal_megatron.parallel.device import device
+from oreal_megatron.parallel.groups import ParallelGroups
+
+
+class CachedDecoder:
+    """A batch of sequences being continued.
+
+    Prompts are padded on the left, so that all sequences share cache slots. Rotary embeddings depend on
+    differences of slots only, which the padding leaves as they are.
+    """
+
+    def __init__(self, model: GPTModel, groups: ParallelGroups, vocab_size: int):
+        self.model = model
+        self.groups = groups
+        self.vocab_size = vocab_size
+
+    @torch.no_grad()
+    def prefill(self, prompts: list[tuple[int, ...]], max_new_tokens: int) -> Tensor:
+        """Reads the prompts. Returns fp32 logits [B, V] of the token after each, on every rank."""
+        longest = max(map(len, prompts))
+        self.padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device())
+        tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device())
+        self.context = StaticInferenceContext(len(prompts), longest + max_new_tokens)
+        self.slots = torch.arange(longest + max_new_tokens, device=device())
+        real = self.slots[:longest] >= self.padding[:, None]
+        square = torch.ones(longest, longest, dtype=torch.bool, device=device())
+        # A padding position sees itself, since a softmax over nothing is not a number.
+        mask = real[:, None, :] & square.tril() | square.tril().triu()
+        return self._forward(tokens, mask[:, None] if self.padding.any() else None)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Appends one token to every sequence. tokens: int64 [B]. Returns fp32 logits [B, V] of the next."""
+        self.context.enable_decode_mode()
+        length = self.context.sequence_len_offset + 1
+        mask = (self.slots[:length] >= self.padding[:, None])[:, None, None] if self.padding.any() else None
+        return self._forward(tokens[:, None], mask)
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these rows of the batch, in this order; a row may occur several times. rows: int64 indices."""
+        self.padding = self.padding[rows]
+        cache = self.context.key_value_memory_dict
+        for layer, memories in cache.items():
+            cache[layer] = tuple(memory.index_select(1, rows) for memory in memories)
+        self.context.max_batch_size = len(rows)
+
+    def _forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """One forward through all pipeline stages; the last stage's logits go to all of them."""
+        groups, model = self.groups, self.model
+        model.eval()
+        start = self.context.sequence_len_offset
+        positions = self.slots[start : start + tokens.size(1)].expand_as(tokens)
+        if not groups.is_first_stage:
+            hidden = torch.empty(
+                tokens.size(1), tokens.size(0), model.config.hidden_size, dtype=model.config.params_dtype, device=device()
+            )
+            dist.recv(hidden, group=groups.collection.pp, group_src=groups.pipeline_rank - 1)
+            model.set_input_tensor(hidden)
+        output = model(tokens, positions, mask, inference_context=self.context, runtime_gather_output=True)
+        self.context.sequence_len_offset += tokens.size(1)
+        if groups.is_last_stage:
+            logits = output[:, -1, : self.vocab_size].float().contiguous()
+        else:
+            dist.send(output.contiguous(), group=groups.collection.pp, group_dst=groups.pipeline_rank + 1)
+            logits = torch.empty(tokens.size(0), self.vocab_size, device=device())
+        if groups.pipeline_size > 1:
+            dist.broadcast(logits, group=groups.collection.pp, group_src=groups.pipeline_size - 1)
+        return logits

@@ -1,0 +1,93 @@
+"""A trained model: Megatron-Core's DDP, optimizer and schedule of one model, and its update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from oreal_megatron.config import AdamWConfig
+from oreal_megatron.data.packing import TokenBatch
+from oreal_megatron.models.microbatches import LossFunction, forward_backward, sum_gradients
+from oreal_megatron.parallel.groups import ParallelGroups
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """One optimizer update."""
+
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    lr: float
+
+
+class TrainedModel:
+    """A model with everything that its training has: gradient buffers, AdamW, schedule, count of updates."""
+
+    def __init__(self, module: GPTModel, adamw: AdamWConfig, groups: ParallelGroups, *, num_updates: int):
+        """num_updates: updates that the run expects, the length of the schedule where `decay_steps` is null."""
+        config = module.config
+        self.module = module
+        self.groups = groups
+        self.ddp = DistributedDataParallel(
+            config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), module, pg_collection=groups.collection
+        )
+        config.finalize_model_grads_func = sum_gradients
+        self.optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=adamw.lr,
+                min_lr=adamw.min_lr,
+                weight_decay=adamw.weight_decay,
+                adam_beta1=adamw.betas[0],
+                adam_beta2=adamw.betas[1],
+                adam_eps=adamw.eps,
+                clip_grad=adamw.clip_grad,
+                bf16=config.bf16,
+                params_dtype=config.params_dtype,
+            ),
+            [self.ddp],
+        )
+        config.grad_scale_func = self.optimizer.scale_loss
+        self.schedule = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=adamw.lr,
+            min_lr=adamw.min_lr,
+            lr_warmup_steps=adamw.warmup_steps,
+            lr_decay_steps=max(adamw.decay_steps or num_updates, adamw.warmup_steps + 1),
+            lr_decay_style="cosine",
+            start_wd=adamw.weight_decay,
+            end_wd=adamw.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+    def forward_backward(self, batches: Sequence[TokenBatch], loss: LossFunction) -> list[Any]:
+        """Gradients of `loss` over all micro-batches of all ranks; what `loss` handed back on this rank."""
+        return forward_backward(self.ddp, batches, loss, self.groups)
+
+    def advance_schedule(self) -> None:
+        """One step of the schedule; update u (from 1) trains with the rate of position u."""
+        self.schedule.step(1)
+
+    def update(self) -> UpdateReport:
+        """Advances the schedule, clips, steps, and reports.
+
+        Raises:
+            FloatingPointError: the gradient norm is not finite; nothing was changed.
+        """
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm is {norm}")
+        self.advance_schedule()
+        self.optimizer.step()
+        return UpdateReport(grad_norm=norm, lr=float(self.optimizer.param_groups[0]["lr"]))

@@ -1,0 +1,105 @@
+"""The policy: a GPTModel that answers with log-probabilities and entropies instead of logits.
+
+Shapes: T packed tokens, R of them before a response token, V vocabulary, V' = V / tensor ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from oreal_megatron.data.packing import IGNORE
+
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Log-probability of each target and entropy of each distribution, `chunk` positions at a time.
+
+    Logits [chunk, V'] exist for one chunk only, in the forward and again in the backward pass, which
+    recomputes them and turns them into their own gradient in place. The entropy carries no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_RH: Tensor, weight_VH: Tensor, target_R: Tensor, chunk: int, group: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor]:
+        first = group.rank() * weight_VH.size(0)
+        logprobs, entropies, normalizers = [], [], []
+        for hidden, target in zip(hidden_RH.split(chunk), target_R.split(chunk), strict=True):
+            logits = (hidden @ weight_VH.t()).float()
+            top = logits.amax(-1)
+            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+            local = target - first
+            mine = (local >= 0) & (local < weight_VH.size(0))
+            chosen = logits.gather(-1, local.where(mine, 0).unsqueeze(-1)).squeeze(-1).where(mine, 0.0)
+            logits -= top.unsqueeze(-1)
+            weights = logits.exp()
+            # One all-reduce for the three sums over the vocabulary.
+            sums = torch.stack([weights.sum(-1), logits.mul_(weights).sum(-1), chosen])
+            dist.all_reduce(sums, group=group)
+            total, moment, chosen = sums
+            log_total = total.log()
+            logprobs.append(chosen - top - log_total)
+            entropies.append(log_total - moment / total)
+            normalizers.append(top + log_total)
+        normalizer = torch.cat(normalizers)
+        ctx.save_for_backward(hidden_RH, weight_VH, target_R, normalizer)
+        ctx.chunk, ctx.first = chunk, first
+        entropy = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(logprobs), entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_R: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_RH, weight_VH, target_R, normalizer_R = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden_RH)
+        grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32)
+        pieces = (hidden_RH, target_R, normalizer_R, grad_R, grad_hidden)
+        for hidden, target, normalizer, grad, out in zip(*(p.split(ctx.chunk) for p in pieces), strict=True):
+            dlogits = (hidden @ weight_VH.t()).float()
+            dlogits.sub_(normalizer.unsqueeze(-1)).exp_().mul_(-grad.unsqueeze(-1))
+            local = target - ctx.first
+            mine = (local >= 0) & (local < weight_VH.size(0))
+            dlogits.scatter_add_(-1, local.where(mine, 0).unsqueeze(-1), grad.where(mine, 0.0).unsqueeze(-1))
+            dlogits = dlogits.to(weight_VH.dtype)
+            torch.mm(dlogits, weight_VH, out=out)
+            grad_weight += dlogits.t() @ hidden
+        return grad_hidden, grad_weight.to(weight_VH.dtype), None, None, None
+
+
+class Policy(GPTModel):
+    """A GPTModel whose forward with `labels` gives log-probabilities and entropies of the labelled positions."""
+
+    logprob_chunk_tokens: int = 1024
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """With labels [1, T] (IGNORE where none): fp32 [T, 2] of log-probability and entropy in nats, 0 elsewhere."""
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
+        if self.config.sequence_parallel:
+            hidden_TH = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp).squeeze(1)
+        else:
+            hidden_TH = copy_to_tensor_model_parallel_region(hidden_states, group=self.pg_collection.tp).squeeze(1)
+        (predicting,) = torch.where(labels[0] != IGNORE)
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        logprobs_R, entropy_R = _TokenLogprobs.apply(
+            hidden_TH.index_select(0, predicting),
+            weight,
+            labels[0].index_select(0, predicting),
+            self.logprob_chunk_tokens,
+            self.pg_collection.tp,
+        )
+        values_R2 = torch.stack([logprobs_R, entropy_R], dim=-1)
+        return values_R2.new_zeros(labels.size(1), 2).index_copy(0, predicting, values_R2)

@@ -1,0 +1,41 @@
+"""The token-level reward model w: a GPTModel whose output layer is one scalar a position (section 3.3 of the paper)."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+
+class ScalarHead(torch.nn.Linear):
+    """A linear map to one fp32 score, replicated over tensor ranks; weight and bias start at zero."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config.hidden_size, 1, bias=True, dtype=torch.float32)
+        torch.nn.init.zeros_(self.weight)
+        torch.nn.init.zeros_(self.bias)
+        self.sequence_parallel = config.sequence_parallel
+        for parameter in self.parameters():
+            # Under sequence parallelism each rank sees some of the tokens: Megatron sums these gradients.
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, None]:
+        """The call of Megatron-Core's output layers: [S, B, H] -> fp32 [S, B, 1]."""
+        scores = super().forward(input_.float())
+        if self.sequence_parallel:
+            # What follows is computed on every rank alike, so its gradient is sliced, not summed.
+            scores = gather_from_sequence_parallel_region(scores, tensor_parallel_output_grad=False)
+        return scores, None
+
+
+class TokenRewardModel(GPTModel):
+    """A GPTModel whose forward gives fp32 scores [1, T, 1], the state after each token."""
+
+    def __init__(self, *args: object, **kwargs: object):
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        if self.post_process:
+            self.output_layer = ScalarHead(self.config)

@@ -1,0 +1,116 @@
+"""The loss terms of equations (11) and (12), and those of the baselines.
+
+Every term is a SUM with no denominator: the trainer divides once, by counts over the whole step that are
+known before the first forward pass. Shapes: R response tokens of a micro-batch, N sequences. All fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from oreal_megatron.config import ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Response tokens of everything that the step trains on, over all ranks and micro-batches."""
+
+    correct: int
+    incorrect: int
+
+    @property
+    def all(self) -> int:
+        return self.correct + self.incorrect
+
+    def of_positive(self, config: ObjectiveConfig) -> int:
+        """The positive term's denominator, at least 1."""
+        return max(self.correct if config.denominators == "by_outcome" else self.all, 1)
+
+    def of_negative(self, config: ObjectiveConfig) -> int:
+        """The negative term's denominator, at least 1."""
+        return max(self.incorrect if config.denominators == "by_outcome" else self.all, 1)
+
+
+@dataclass(frozen=True)
+class PolicyTerms:
+    """Sums over a micro-batch, differentiable scalars."""
+
+    positive: Tensor
+    negative: Tensor
+    kl: Tensor
+    """Unscaled: without beta."""
+
+    def loss(self, counts: TokenCounts, config: ObjectiveConfig) -> Tensor:
+        """This micro-batch's share of `positive + eta * negative + beta * KL`, each over its global count."""
+        return (
+            self.positive / counts.of_positive(config)
+            + config.eta * self.negative / counts.of_negative(config)
+            + config.beta * self.kl / max(counts.all, 1)
+        )
+
+
+def policy_terms(
+    config: ObjectiveConfig,
+    *,
+    logprobs_R: Tensor,
+    reference_logprobs_R: Tensor,
+    rollout_logprobs_R: Tensor,
+    weights_R: Tensor,
+    advantages_R: Tensor,
+    correct_R: Tensor,
+) -> PolicyTerms:
+    """The policy's terms over the response tokens of a micro-batch.
+
+    positive  -A weight log pi         or  -A weight ratio      summed over tokens of correct responses
+    negative  the same over tokens of incorrect responses       (eq. 11 uses log pi above and the ratio here)
+    kl        kl_penalty(reference, policy)                     summed over all tokens
+
+    logprobs_R (with gradient), reference_logprobs_R, rollout_logprobs_R: nats. weights_R: [0, 1].
+    advantages_R: the response's A at each of its tokens. correct_R: bool.
+    """
+    behaviour_R = logprobs_R.detach() if config.ratio_reference == "self" else rollout_logprobs_R
+    ratio_R = (logprobs_R - behaviour_R).exp()
+    scale_R = -advantages_R * weights_R
+    if config.clip is None:
+        by_ratio_R = scale_R * ratio_R
+    else:
+        clipped_R = ratio_R.clamp(1.0 - config.clip, 1.0 + config.clip)
+        by_ratio_R = torch.maximum(scale_R * ratio_R, scale_R * clipped_R)
+    by_logprob_R = scale_R * logprobs_R
+    forms = {"logprob": by_logprob_R, "ratio": by_ratio_R}
+    positive = forms[config.positive_term][correct_R].sum()
+    negative = forms[config.negative_term][~correct_R].sum()
+    penalty_R = kl_penalty(reference_logprobs_R, logprobs_R, config.kl_type)
+    if not config.kl_on_correct:
+        penalty_R = penalty_R[~correct_R]
+    return PolicyTerms(positive=positive, negative=negative, kl=penalty_R.sum())
+
+
+def kl_penalty(reference_R: Tensor, policy_R: Tensor, kl_type: str) -> Tensor:
+    """Per-token estimate of KL(policy || reference) from samples of the policy, in nats (mse: nats squared).
+
+    k1 = policy - reference; k3 = exp(reference - policy) - (reference - policy) - 1; mse = (reference - policy)^2 / 2.
+
+    Raises:
+        ValueError: an unknown kl_type (the release trains without a KL on correct responses then).
+    """
+    difference = reference_R - policy_R
+    if kl_type == "k3":
+        return torch.expm1(difference) - difference
+    if kl_type == "k1":
+        return -difference
+    if kl_type == "mse":
+        return 0.5 * difference.square()
+    raise ValueError(f"kl_type {kl_type!r}: known are k3, k1, mse")
+
+
+def reward_model_term(mean_scores_N: Tensor, correct_N: Tensor) -> Tensor:
+    """Sum over sequences of the binary cross-entropy of sigmoid(mean_t s_t) against the outcome, eq. (12).
+
+    mean_scores_N: [N] with gradient, the mean of a sequence's aligned scores. correct_N: bool [N].
+    """
+    return F.binary_cross_entropy_with_logits(mean_scores_N, correct_N.to(mean_scores_N.dtype), reduction="sum")

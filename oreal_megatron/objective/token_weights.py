@@ -1,0 +1,41 @@
+"""Token weights from the reward model's scores: equation (10), its general form and the top-k variant.
+
+Shapes: T response tokens of one sequence, in order. All fp32; weights carry no gradient.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from oreal_megatron.config import TokenWeightConfig
+
+
+def token_weights(scores_T: Tensor, *, correct: bool, config: TokenWeightConfig) -> Tensor:
+    """Weight in [0, 1] of every response token of one sequence.
+
+    With m_t the mean of s_1..s_t and c_t = sigmoid(m_t): clamp((c - th) / (1 - th), 0, 1) of c_t for a correct
+    response and of 1 - c_t for an incorrect one; at th = 1/2 that is max(2 c_t - 1, 0) and max(1 - 2 c_t, 0).
+
+    scores_T: [T] fp32, already aligned (the score that stands for token t at index t).
+    """
+    if config.source == "ones":
+        return torch.ones_like(scores_T)
+    scores = scores_T.detach().double()
+    prefix_mean = scores.cumsum(0) / torch.arange(1, len(scores) + 1, dtype=scores.dtype, device=scores.device)
+    confidence = torch.sigmoid(prefix_mean if correct else -prefix_mean)
+    if config.top_share is not None:
+        return _top_share(confidence, config.top_share).float()
+    threshold = config.positive_threshold if correct else config.negative_threshold
+    return ((confidence - threshold) / (1.0 - threshold)).clamp(0.0, 1.0).float()
+
+
+def _top_share(confidence_T: Tensor, share: float) -> Tensor:
+    """The top share of positions, min-max rescaled among themselves; all-equal ones get weight 1, the rest 0."""
+    num_kept = max(1, math.ceil(share * len(confidence_T)))
+    values, indices = confidence_T.topk(num_kept)
+    spread = values.max() - values.min()
+    rescaled = (values - values.min()) / spread if spread > 0 else torch.ones_like(values)
+    return torch.zeros_like(confidence_T).index_copy(0, indices, rescaled)

@@ -1,0 +1,124 @@
+"""Process groups of one model layout, made once and passed to whoever needs them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from oreal_megatron.config import ParallelConfig
+from oreal_megatron.parallel.device import collective_backend
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """Where this process stands: Megatron's groups, and sizes and ranks by name."""
+
+    collection: ProcessGroupCollection
+    tensor_size: int
+    tensor_rank: int
+    pipeline_size: int
+    pipeline_rank: int
+    data_size: int
+    data_rank: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes files and talks to the user."""
+        return dist.get_rank() == 0
+
+    @property
+    def leads_replica(self) -> bool:
+        """Whether this process speaks for its model replica: the first of its tensor ranks and stages."""
+        return self.tensor_rank == 0 and self.pipeline_rank == 0
+
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over data-parallel ranks, in fp64 so that its order does not show."""
+        total = values.double()
+        dist.all_reduce(total, group=self.collection.dp)
+        return total
+
+    def gather_over_data(self, mine: list[T]) -> list[list[T]]:
+        """Every data-parallel rank's list, in rank order, on every rank."""
+        parts: list[Any] = [None] * self.data_size
+        dist.all_gather_object(parts, mine, group=self.collection.dp)
+        return parts
+
+    def gather_over_world(self, mine: list[T]) -> list[list[T]]:
+        """Every process's list, in rank order, on every process."""
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+        return parts
+
+    def from_last_stage(self, value: T | None) -> T:
+        """The last pipeline stage's `value`, on every stage."""
+        if self.pipeline_size == 1:
+            return value  # type: ignore[return-value]
+        box = [value]
+        last = dist.get_global_rank(self.collection.pp, self.pipeline_size - 1)
+        dist.broadcast_object_list(box, src=last, group=self.collection.pp)
+        return box[0]  # type: ignore[return-value]
+
+    def from_main(self, value: T | None) -> T:
+        """Global rank 0's `value`, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def parallel_groups(config: ParallelConfig, *, seed: int, timeout_seconds: float = 600) -> Iterator[ParallelGroups]:
+    """Joins the job's processes (torchrun's environment, or one process alone) and splits them by `config`.
+
+    Raises:
+        ValueError: the number of processes is no multiple of tensor x pipeline.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    model_size = config.tensor * config.pipeline
+    if world % model_size:
+        raise ValueError(
+            f"parallel: {world} process(es) do not split into replicas of tensor {config.tensor} x pipeline "
+            f"{config.pipeline} = {model_size}; start a multiple of {model_size} (torchrun --nproc-per-node)"
+        )
+    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds)}
+    if "MASTER_ADDR" not in os.environ:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group(collective_backend(), **options)
+    try:
+        parallel_state.initialize_model_parallel(config.tensor, config.pipeline)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+        yield ParallelGroups(
+            collection=ProcessGroupCollection.use_mpu_process_groups(),
+            tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+            tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+            pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+            pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            data_size=parallel_state.get_data_parallel_world_size(),
+            data_rank=parallel_state.get_data_parallel_rank(),
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Prompts to rollouts: the sampler, and the engines that generate for it."""

@@ -1,0 +1,165 @@
+"""In-process generation on the trainer's own policy: no server, no copy of the weights.
+
+Requests are cut into batches of fixed size and membership, dealt over data-parallel ranks. A response
+depends on its own seed and on its batch's membership (through rounding alone), never on the number of ranks.
+Shapes: B sequences still running in a batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from oreal_megatron.config import SamplingConfig
+from oreal_megatron.parallel.groups import ParallelGroups
+from oreal_megatron.records import FinishReason
+from oreal_megatron.rollout.engine import Completion, GenerationRequest
+
+# Finished sequences leave the batch when so many have: each removal copies the KV cache of the others.
+_COMPACT_BELOW = 0.75
+
+
+class Decoder(Protocol):
+    """The model's side: models.decoding.CachedDecoder."""
+
+    def prefill(self, prompts: list[tuple[int, ...]], max_new_tokens: int) -> Tensor: ...
+
+    def step(self, tokens: Tensor) -> Tensor: ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these rows of the batch, in this order; a row may occur several times."""
+
+
+class EmbeddedEngine:
+    """A RolloutEngine on the policy that is being trained."""
+
+    def __init__(
+        self,
+        new_decoder: Callable[[], Decoder],
+        groups: ParallelGroups,
+        *,
+        stop_token_id: int,
+        batch_size: int,
+        on_progress: Callable[[int], None] = lambda num_finished: None,
+    ):
+        self._new_decoder = new_decoder
+        self._groups = groups
+        self._stop_token_id = stop_token_id
+        self._batch_size = batch_size
+        self._on_progress = on_progress
+        self._weight_version = 0
+
+    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingConfig) -> list[Completion]:
+        """See RolloutEngine. Batches hold prompts of similar length, so that little is padded."""
+        order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids))
+        batches = [order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)]
+        mine: list[tuple[int, Completion]] = []
+        for batch in batches[self._groups.data_rank :: self._groups.data_size]:
+            completions = self._generate_batch([requests[index] for index in batch], sampling)
+            mine += zip(batch, completions, strict=True)
+            self._on_progress(len(batch))
+        found = {index: completion for part in self._groups.gather_over_data(mine) for index, completion in part}
+        return [found[index] for index in range(len(requests))]
+
+    def publish(self, weight_version: int) -> None:
+        self._weight_version = weight_version
+
+    def close(self) -> None:
+        pass
+
+    def _generate_batch(self, requests: list[GenerationRequest], sampling: SamplingConfig) -> list[Completion]:
+        limit = max(request.max_new_tokens for request in requests)
+        running = _Running([_uniforms(request) for request in requests], [r.max_new_tokens for r in requests])
+        decoder = self._new_decoder()
+        # The samples of a group share their prompt: it is read once, then its cache is copied for each.
+        prompts = list(dict.fromkeys(request.prompt_ids for request in requests))
+        row_of = {prompt: row for row, prompt in enumerate(prompts)}
+        logits = decoder.prefill(prompts, limit)
+        if len(prompts) < len(requests):
+            rows = torch.tensor([row_of[request.prompt_ids] for request in requests], device=logits.device)
+            decoder.keep(rows)
+            logits = logits[rows]
+        for index in range(limit):
+            chosen, logprobs = sample(logits, running.uniforms(index, logits.device), sampling)
+            running.append(chosen, logprobs, self._stop_token_id)
+            if not running.alive.any():
+                break
+            if running.alive.mean() < _COMPACT_BELOW:
+                rows = torch.from_numpy(np.flatnonzero(running.alive)).to(logits.device)
+                decoder.keep(rows)
+                chosen = chosen[rows]
+                running.compact()
+            logits = decoder.step(chosen)
+        return [
+            Completion(
+                token_ids=tuple(tokens),
+                logprobs=tuple(logprobs),
+                finish_reason=FinishReason.STOP if tokens[-1] == self._stop_token_id else FinishReason.LENGTH,
+                weight_version=self._weight_version,
+            )
+            for tokens, logprobs in zip(running.tokens, running.logprobs, strict=True)
+        ]
+
+
+@dataclass
+class _Running:
+    """The sequences of a batch: what they have so far, and which rows of the decoder they are."""
+
+    noise: list[np.ndarray]
+    limits: list[int]
+    tokens: list[list[int]] = field(init=False)
+    logprobs: list[list[float]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = [[] for _ in self.noise]
+        self.logprobs = [[] for _ in self.noise]
+        self.rows = np.arange(len(self.noise))
+        self.alive = np.ones(len(self.noise), dtype=bool)
+
+    def uniforms(self, index: int, device: torch.device) -> Tensor:
+        """fp32 [B]: the number in [0, 1) that decides token `index` of each running sequence."""
+        values = [self.noise[row][min(index, self.limits[row] - 1)] for row in self.rows]
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+    def append(self, chosen: Tensor, logprobs: Tensor, stop_token_id: int) -> None:
+        for position, (row, token, logprob) in enumerate(
+            zip(self.rows, chosen.tolist(), logprobs.tolist(), strict=True)
+        ):
+            if self.alive[position]:
+                self.tokens[row].append(token)
+                self.logprobs[row].append(logprob)
+                self.alive[position] = token != stop_token_id and len(self.tokens[row]) < self.limits[row]
+
+    def compact(self) -> None:
+        self.rows = self.rows[self.alive]
+        self.alive = np.ones(len(self.rows), dtype=bool)
+
+
+def _uniforms(request: GenerationRequest) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(request.seed)).random(request.max_new_tokens, dtype=np.float32)
+
+
+def sample(logits_BV: Tensor, uniform_B: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """Draws one token a row by inverting the cumulative distribution of its top-p nucleus.
+
+    The nucleus is the smallest set of most likely tokens whose probability reaches top_p.
+    logits_BV: fp32 [B, V]. uniform_B: fp32 [B] in [0, 1).
+    Returns token ids int64 [B], and fp32 [B] log softmax(logits / temperature) of them (plain logits when greedy).
+    """
+    if sampling.temperature == 0:
+        chosen = logits_BV.argmax(-1)
+        return chosen, logits_BV.log_softmax(-1).gather(-1, chosen[:, None]).squeeze(-1)
+    logprobs_BV = (logits_BV / sampling.temperature).log_softmax(-1)
+    ordered, order = logprobs_BV.exp().sort(dim=-1, descending=True, stable=True)
+    cumulative = ordered.cumsum(-1)
+    kept = cumulative - ordered < sampling.top_p
+    mass = ordered.where(kept, 0.0).sum(-1, keepdim=True)
+    # The last kept token takes what rounding leaves above the cumulative sum.
+    rank = (cumulative <= uniform_B[:, None] * mass).sum(-1).minimum(kept.sum(-1) - 1)
+    chosen = order.gather(-1, rank[:, None]).squeeze(-1)
+    return chosen, logprobs_BV.gather(-1, chosen[:, None]).squeeze(-1)

@@ -1,0 +1,371 @@
+"""One OREAL run, top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oreal_megatron import updates
+from oreal_megatron.checkpoint.store import CheckpointStore, load_trained, step_name, trained_state
+from oreal_megatron.config import SamplingConfig, TrainConfig
+from oreal_megatron.data.packing import PackedSequence, TokenBatch, deal, deal_as_released, micro_batches
+from oreal_megatron.data.stream import PromptStream
+from oreal_megatron.evaluation.benchmarks import Benchmark, BenchmarkResult, area_under_curve, evaluate
+from oreal_megatron.metrics import Tracker
+from oreal_megatron.models.optimizer import TrainedModel
+from oreal_megatron.objective.groups import Selection, select_trajectories
+from oreal_megatron.objective.terms import TokenCounts
+from oreal_megatron.parallel.device import device
+from oreal_megatron.parallel.groups import ParallelGroups
+from oreal_megatron.records import (
+    EvaluationReport,
+    FinishReason,
+    GradedRollout,
+    GradeRequest,
+    Prompt,
+    Rollout,
+    StepReport,
+    Trajectory,
+)
+from oreal_megatron.rollout.engine import RolloutEngine
+from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
+from oreal_megatron.seeds import derive_seed
+from oreal_megatron.trajectories import read_groups, to_records
+from oreal_megatron.verifier import Verifier
+
+Groups = list[list[GradedRollout]]
+
+
+@dataclass
+class Progress:
+    """How far the run is: what a checkpoint holds beside the models."""
+
+    step: int = 0
+    """The next step."""
+    num_usable_steps: int = 0
+    """Steps with a usable group so far; the freeze counts these."""
+    weight_version: int = 0
+    """Policy updates so far."""
+
+
+@dataclass
+class Run:
+    """Everything that `build` has wired together."""
+
+    config: TrainConfig
+    directory: Path
+    groups: ParallelGroups
+    tracker: Tracker
+    store: CheckpointStore
+    stream: PromptStream
+    sampler: Sampler
+    verifier: Verifier
+    engine: RolloutEngine
+    policy: TrainedModel
+    reference: torch.nn.Module
+    reward_model: TrainedModel | None
+    benchmarks: Sequence[Benchmark]
+    progress: Progress = field(default_factory=Progress)
+    global_rng: random.Random = field(default_factory=random.Random)
+
+
+def train(run: Run) -> None:
+    """Steps until the configured number is reached; evaluates and saves on the way.
+
+    Raises:
+        updates.NonFiniteLossError: a loss is not a number; names step, terms and samples. Checkpoints stay.
+    """
+    config = run.config.run
+    restore(run)
+    run.tracker.start(run.progress.step)
+    if run.progress.step == 0:
+        evaluate_and_save(run)
+    with run.tracker.progress("step", config.num_steps, completed=run.progress.step) as bar:
+        while run.progress.step < config.num_steps:
+            report = train_step(run)
+            bar.advance(run.tracker.step(report), always=True)
+            run.progress.step += 1
+            evaluate_and_save(run)
+
+
+def train_step(run: Run) -> StepReport:
+    """Prompts -> rollouts -> graded groups -> trajectories -> reward model, policy -> published weights."""
+    config, step, clock = run.config, run.progress.step, Clock()
+    graded = replayed(run) if config.run.mode == "replay" else rolled_out(run, clock)
+    selection = select_trajectories(
+        graded, config.objective, seed=config.run.seed, step=step, global_rng=run.global_rng
+    )
+    metrics = rollout_metrics(graded, selection)
+    if config.run.mode == "rollout" or not selection.trajectories:
+        skipped = "rollouts only" if config.run.mode == "rollout" else why_unusable(selection)
+        save_trajectories(run, graded, selection)
+        return StepReport(step=step, skipped=skipped, metrics=metrics, seconds=clock.read())
+
+    frozen = run.progress.num_usable_steps < config.objective.actor_freeze_steps
+    counts, batches = packed(run, selection.trajectories)
+    try:
+        if not frozen:
+            with clock("score"):
+                batches = updates.with_reference(run.reference, batches, run.groups)
+        with clock("train"):
+            scored = None
+            if run.reward_model is not None:
+                scored, more = updates.update_reward_model(
+                    run.reward_model, batches, config.objective, num_sequences=len(selection.trajectories)
+                )
+                metrics |= more | {"reward_model/auc": step_auc(run, scored)}
+            batches = updates.with_token_weights(batches, scored, config.objective)
+            if not frozen:
+                metrics |= updates.update_policy(run.policy, batches, config.objective, counts)
+            elif config.objective.policy_schedule == "from_first_step":
+                run.policy.advance_schedule()
+    except updates.NonFiniteLossError as error:
+        raise updates.NonFiniteLossError(f"step {step}: {error}") from error
+    if not frozen:
+        run.progress.weight_version += 1
+        with clock("publish"):
+            run.engine.publish(run.progress.weight_version)
+    run.progress.num_usable_steps += 1
+    save_trajectories(run, graded, selection, batches)
+    return StepReport(step=step, metrics=metrics | {"policy/frozen": float(frozen)}, seconds=clock.read())
+
+
+def rolled_out(run: Run, clock: Clock) -> Groups:
+    """The step's prompts, answered and graded."""
+    config = run.config
+    prompts = run.stream.draw()
+    with clock("generate"):
+        groups = run.sampler.sample(
+            prompts,
+            num_samples=config.rollout.samples_per_prompt,
+            sampling=config.rollout.sampling,
+            seed_of=rollout_seeds(config.run.seed, "train", run.progress.step),
+        )
+    with clock("verify"):
+        return graded_groups(run.verifier, run.groups, groups)
+
+
+def replayed(run: Run) -> Groups:
+    """The step's graded rollouts of another run."""
+    assert run.config.run.replay_dir is not None
+    path = Path(run.config.run.replay_dir) / f"step_{run.progress.step:06d}.jsonl"
+    if not path.is_file():
+        raise ValueError(f"run.replay_dir: there is no {path}; lower run.num_steps to the steps that were saved")
+    return read_groups(path)
+
+
+def graded_groups(verifier: Verifier, groups: ParallelGroups, rollouts: Sequence[Sequence[Rollout]]) -> Groups:
+    """Grades every rollout once, each model replica its share, and gives all of them to every rank."""
+    flat = [rollout for group in rollouts for rollout in group]
+    mine = range(groups.data_rank, len(flat), groups.data_size) if groups.leads_replica else range(0)
+    grades = verifier.grade(
+        [
+            GradeRequest(
+                question=flat[index].prompt.question,
+                gold_answer=flat[index].prompt.gold_answer,
+                response=flat[index].text,
+                stopped=flat[index].finish_reason is FinishReason.STOP,
+            )
+            for index in mine
+        ]
+    )
+    grade_of = {i: grade for part in groups.gather_over_world(list(zip(mine, grades, strict=True))) for i, grade in part}
+    graded = iter(GradedRollout(rollout=rollout, grade=grade_of[index]) for index, rollout in enumerate(flat))
+    return [[next(graded) for _ in group] for group in rollouts]
+
+
+def packed(run: Run, trajectories: Sequence[Trajectory]) -> tuple[TokenCounts, list[TokenBatch]]:
+    """Global denominators, and this rank's share of the trajectories as micro-batches."""
+    sequences = [PackedSequence.from_trajectory(trajectory) for trajectory in trajectories]
+    counts = TokenCounts(
+        correct=sum(len(s.response_ids) for s in sequences if s.correct),
+        incorrect=sum(len(s.response_ids) for s in sequences if not s.correct),
+    )
+    dealer = deal_as_released if run.config.objective.sampler == "release" else deal
+    mine = dealer(sequences, run.groups.data_size)[run.groups.data_rank]
+    return counts, micro_batches(mine, run.config.parallel.micro_batch_tokens, device())
+
+
+def evaluate_and_save(run: Run) -> None:
+    """Evaluates and checkpoints where the configuration says so: at the start, on the way, at the end."""
+    config, step = run.config, run.progress.step
+    if config.run.mode == "rollout":
+        return
+    last = step == config.run.num_steps
+    evaluating = bool(run.benchmarks) and (step == 0 or last or is_multiple(step, config.evaluation.every))
+    improved = evaluating and is_best(run, evaluated(run))
+    if step > 0 and (last or improved or is_multiple(step, config.run.checkpoint_every)):
+        save(run)
+    if improved and step > 0:
+        run.store.retain()
+
+
+def evaluated(run: Run) -> EvaluationReport:
+    """The policy on every benchmark, logged; and, on its samples, how well the reward model tells right from wrong."""
+    start = time.perf_counter()
+    step, metrics = run.progress.step, {}
+    for benchmark in run.benchmarks:
+        result = evaluate(benchmark, evaluation_generator(run), run.config.evaluation.sampling)
+        metrics |= result.metrics
+        groups = result.sampled or [[graded] for graded in result.greedy]
+        scores = reward_model_scores(run, groups)
+        if scores:
+            decided = [g for group in groups for g in group if g.rollout.id in scores]
+            metrics[f"{benchmark.name}/reward_model_auc"] = area_under_curve(
+                [scores[g.rollout.id] for g in decided], [g.verdict == "CORRECT" for g in decided]
+            )
+        run.tracker.trajectories(f"evaluations/{benchmark.name}_{step:06d}", to_records(groups, scores=scores))
+    report = EvaluationReport(step=step, metrics=metrics, seconds=time.perf_counter() - start)
+    run.tracker.evaluation(report)
+    return report
+
+
+def evaluation_generator(run: Run) -> Any:
+    """(prompts, samples, sampling) -> graded groups, with the same seeds at every evaluation."""
+
+    def generate(prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig) -> Groups:
+        seeds = rollout_seeds(run.config.run.seed, "evaluation", 0)
+        groups = run.sampler.sample(prompts, num_samples=num_samples, sampling=sampling, seed_of=seeds)
+        return graded_groups(run.verifier, run.groups, groups)
+
+    return generate
+
+
+def reward_model_scores(run: Run, groups: Groups) -> dict[str, float]:
+    """Outcome logits of graded rollouts by rollout id; UNDECIDED ones left out; empty without a reward model."""
+    if run.reward_model is None:
+        return {}
+    sequences = [
+        PackedSequence(
+            id=graded.rollout.id,
+            prompt_ids=graded.rollout.prompt_ids,
+            response_ids=graded.rollout.response_ids,
+            rollout_logprobs=graded.rollout.logprobs,
+        )
+        for group in groups
+        for graded in group
+        if graded.verdict != "UNDECIDED"
+    ]
+    mine = deal(sequences, run.groups.data_size)[run.groups.data_rank]
+    batches = micro_batches(mine, run.config.parallel.micro_batch_tokens, device())
+    alignment = run.config.objective.token_weights.alignment
+    scored = updates.score_sequences(run.reward_model.ddp, batches, alignment, run.groups)
+    ids = [id for batch in batches for id in batch.ids]
+    pairs = run.groups.gather_over_data(list(zip(ids, scored.mean_scores, strict=True)))
+    return dict(pair for part in pairs for pair in part)
+
+
+def is_best(run: Run, report: EvaluationReport) -> bool:
+    """Whether this is the best evaluation so far, by the first benchmark's greedy pass@1; remembers it if so."""
+    score = report.metrics[f"{run.benchmarks[0].name}/greedy_pass@1"]
+    best = run.store.best
+    if best is not None and not score > best["score"]:
+        return False
+    run.store.remember_best(report.step, score)
+    return True
+
+
+def is_multiple(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def save(run: Run) -> None:
+    """A checkpoint of everything that a resume needs."""
+    state: dict[str, Any] = trained_state("policy", run.policy)
+    if run.reward_model is not None:
+        state |= trained_state("reward_model", run.reward_model)
+    state["progress"] = asdict(run.progress)
+    state["stream"] = run.stream.state_dict()
+    state["global_rng"] = run.global_rng.getstate()
+    run.store.save(step_name(run.progress.step), state)
+    run.store.retain()
+
+
+def restore(run: Run) -> None:
+    """Goes on from the newest checkpoint of the run's directory, if there is one."""
+    if not run.store.steps:
+        run.global_rng.seed(derive_seed(run.config.run.seed, "global_rng"))
+        return
+    name = step_name(run.store.steps[-1])
+    wanted: dict[str, Any] = trained_state("policy", run.policy, is_loading=True)
+    if run.reward_model is not None:
+        wanted |= trained_state("reward_model", run.reward_model, is_loading=True)
+    state = run.store.load(name, wanted)
+    load_trained("policy", run.policy, state)
+    if run.reward_model is not None:
+        load_trained("reward_model", run.reward_model, state)
+    run.progress = Progress(**state["progress"])
+    run.stream.load_state_dict(state["stream"])
+    run.global_rng.setstate(state["global_rng"])
+    run.engine.publish(run.progress.weight_version)
+    run.tracker.say(f"resumed from checkpoint {name}")
+
+
+def rollout_metrics(groups: Groups, selection: Selection) -> dict[str, float]:
+    rollouts = [graded.rollout for group in groups for graded in group]
+    count = max(len(rollouts), 1)
+    return {
+        "rollout/responses": float(len(rollouts)),
+        "rollout/response_tokens": sum(len(rollout.response_ids) for rollout in rollouts) / count,
+        "rollout/stopped": sum(rollout.finish_reason is FinishReason.STOP for rollout in rollouts) / count,
+        "reward/pass_rate": selection.pass_rate,
+        "reward/undecided": float(selection.num_undecided),
+        "data/groups": float(selection.num_groups),
+        "data/kept_groups": float(selection.num_kept_groups),
+        "data/all_correct_groups": float(selection.num_all_correct),
+        "data/all_incorrect_groups": float(selection.num_all_incorrect),
+        "data/trajectories": float(len(selection.trajectories)),
+    }
+
+
+def why_unusable(selection: Selection) -> str:
+    return (
+        f"no usable group among {selection.num_groups}: {selection.num_all_correct} all correct, "
+        f"{selection.num_all_incorrect} all incorrect, {selection.num_undecided} responses undecided"
+    )
+
+
+def step_auc(run: Run, scored: updates.ScoredSequences) -> float:
+    """The reward model's AUC on the step's trajectories, which it has not trained on yet."""
+    pairs = run.groups.gather_over_data(list(zip(scored.mean_scores, scored.outcomes, strict=True)))
+    flat = [pair for part in pairs for pair in part]
+    return area_under_curve([score for score, _ in flat], [outcome for _, outcome in flat])
+
+
+def save_trajectories(run: Run, groups: Groups, selection: Selection, batches: Sequence[TokenBatch] = ()) -> None:
+    """The step's rollouts with grades, advantages and token weights, as trajectories/step_NNNNNN.jsonl."""
+    if not run.config.tracking.trajectories or run.config.run.mode == "replay":
+        return
+    mine = [
+        (id, weights.tolist())
+        for batch in batches
+        if batch.token_weights is not None
+        for id, weights in zip(batch.ids, batch.split_by_sequence(batch.token_weights), strict=True)
+    ]
+    weights = dict(pair for part in run.groups.gather_over_data(mine) for pair in part)
+    records = to_records(groups, selection.trajectories, weights)
+    run.tracker.trajectories(f"trajectories/step_{run.progress.step:06d}", records)
+
+
+class Clock:
+    """Wall seconds of a step by phase."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._phases: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._phases[phase] = self._phases.get(phase, 0.0) + time.perf_counter() - start
+
+    def read(self) -> dict[str, float]:
+        return {**self._phases, "total": time.perf_counter() - self._start}

@@ -1,0 +1,182 @@
+"""What one step computes on its three models: scores, token weights, and the two updates.
+
+Every list has one entry a micro-batch of this rank, [R] of its response tokens in packed order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from oreal_megatron.config import ObjectiveConfig
+from oreal_megatron.data.packing import TokenBatch
+from oreal_megatron.models.microbatches import score
+from oreal_megatron.models.optimizer import TrainedModel, UpdateReport
+from oreal_megatron.objective.terms import TokenCounts, policy_terms, reward_model_term
+from oreal_megatron.objective.token_weights import token_weights
+from oreal_megatron.parallel.groups import ParallelGroups
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss, a term or a gradient is not a finite number; nothing was updated."""
+
+
+@dataclass(frozen=True)
+class ScoredSequences:
+    """The reward model's view of the sequences of this rank, before its update."""
+
+    scores: list[Tensor]
+    """fp32 [R] a micro-batch, aligned to the response tokens."""
+    mean_scores: list[float]
+    """One a sequence: the logit of its outcome."""
+    outcomes: list[bool]
+
+
+def with_reference(
+    reference: torch.nn.Module, batches: Sequence[TokenBatch], groups: ParallelGroups
+) -> list[TokenBatch]:
+    """The micro-batches with the reference's log-probabilities."""
+    logprobs = score(reference, batches, lambda output, batch: output[batch.predicting, 0].clone(), groups)
+    return [replace(batch, reference_logprobs=values) for batch, values in zip(batches, logprobs, strict=True)]
+
+
+def with_token_weights(
+    batches: Sequence[TokenBatch], scored: ScoredSequences | None, config: ObjectiveConfig
+) -> list[TokenBatch]:
+    """The micro-batches with token weights from the reward model's scores; of ones where there is none."""
+    weighted = []
+    for index, batch in enumerate(batches):
+        scores_R = torch.zeros_like(batch.rollout_logprobs) if scored is None else scored.scores[index]
+        parts = [
+            token_weights(part, correct=correct, config=config.token_weights)
+            for part, correct in zip(batch.split_by_sequence(scores_R), batch.correct.tolist(), strict=True)
+        ]
+        weighted.append(replace(batch, token_weights=torch.cat([scores_R.new_zeros(0), *parts])))
+    return weighted
+
+
+def score_sequences(
+    model: torch.nn.Module, batches: Sequence[TokenBatch], alignment: str, groups: ParallelGroups
+) -> ScoredSequences:
+    """The reward model's scores without an update, for evaluation."""
+    return _scored(score(model, batches, lambda out, batch: _aligned(out, batch, alignment).clone(), groups), batches)
+
+
+def update_reward_model(
+    reward_model: TrainedModel, batches: Sequence[TokenBatch], config: ObjectiveConfig, *, num_sequences: int
+) -> tuple[ScoredSequences, dict[str, float]]:
+    """One update by eq. (12). Returns the scores from before it, which the token weights are made of.
+
+    num_sequences: of the whole step, over all ranks.
+    """
+    groups = reward_model.groups
+
+    def loss(output: Tensor, batch: TokenBatch) -> tuple[Tensor, tuple[Tensor, float]]:
+        scores_R = _aligned(output, batch, config.token_weights.alignment)
+        term = reward_model_term(_sequence_means(scores_R, batch), batch.correct) / num_sequences
+        # A micro-batch without sequences still takes part in the backward pass, with a gradient of zero.
+        return term + 0.0 * output.sum(), (scores_R.detach().clone(), term.item())
+
+    results = reward_model.forward_backward(batches, loss)
+    scores, losses = [scores for scores, _ in results], [value for _, value in results]
+    _check_finite({"reward_model": losses}, batches, groups)
+    report = _update(reward_model, "reward model")
+    return _scored(scores, batches), {
+        "loss/reward_model": groups.sum_over_data(torch.tensor(math.fsum(losses))).item(),
+        "reward_model/grad_norm": report.grad_norm,
+        "reward_model/lr": report.lr,
+    }
+
+
+def update_policy(
+    policy: TrainedModel, batches: Sequence[TokenBatch], config: ObjectiveConfig, counts: TokenCounts
+) -> dict[str, float]:
+    """One update by eq. (11) or a baseline's objective. Returns `section/name` metrics over all ranks."""
+
+    def loss(output: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        assert batch.reference_logprobs is not None and batch.token_weights is not None
+        logprobs_R, entropy_R = output[batch.predicting].unbind(-1)
+        terms = policy_terms(
+            config,
+            logprobs_R=logprobs_R,
+            reference_logprobs_R=batch.reference_logprobs,
+            rollout_logprobs_R=batch.rollout_logprobs,
+            weights_R=batch.token_weights,
+            advantages_R=batch.per_token(batch.advantages),
+            correct_R=batch.per_token(batch.correct),
+        )
+        seen_R = logprobs_R.detach()
+        sums = {
+            "positive": terms.positive,
+            "negative": terms.negative,
+            "kl": terms.kl,
+            "kl_k1": (seen_R - batch.reference_logprobs).sum(),
+            "entropy": entropy_R.sum(),
+            "rollout_logprob_difference": (seen_R - batch.rollout_logprobs).abs().sum(),
+            "token_weight": batch.token_weights.sum(),
+        }
+        return terms.loss(counts, config) + 0.0 * output.sum(), torch.stack([s.detach() for s in sums.values()])
+
+    results = policy.forward_backward(batches, loss)
+    names = ("positive", "negative", "kl", "kl_k1", "entropy", "rollout_logprob_difference", "token_weight")
+    local = torch.stack(results).double()
+    _check_finite(dict(zip(names, local.t().tolist(), strict=True)), batches, policy.groups)
+    report = _update(policy, "policy")
+    total = dict(zip(names, policy.groups.sum_over_data(local.sum(0)).tolist(), strict=True))
+    positive = total["positive"] / counts.of_positive(config)
+    negative = total["negative"] / counts.of_negative(config)
+    mean = {name: total[name] / max(counts.all, 1) for name in names[2:]}
+    return {
+        "loss/positive": positive,
+        "loss/negative": negative,
+        "loss/kl": mean.pop("kl"),
+        "loss/policy": positive + config.eta * negative + config.beta * total["kl"] / max(counts.all, 1),
+        **{f"policy/{name}": value for name, value in mean.items()},
+        "policy/grad_norm": report.grad_norm,
+        "policy/lr": report.lr,
+    }
+
+
+def _aligned(output: Tensor, batch: TokenBatch, alignment: str) -> Tensor:
+    """[R] from the reward model's [1, T, 1]: the state before each response token, or the one after it."""
+    return output[0, batch.predicting + (1 if alignment == "inclusive" else 0), 0]
+
+
+def _sequence_means(scores_R: Tensor, batch: TokenBatch) -> Tensor:
+    """[N]: the mean score of each sequence."""
+    parts = [part.mean() for part in batch.split_by_sequence(scores_R)]
+    return torch.stack(parts) if parts else scores_R.new_zeros(0)
+
+
+def _scored(scores: list[Tensor], batches: Sequence[TokenBatch]) -> ScoredSequences:
+    means = [_sequence_means(scores_R, batch) for scores_R, batch in zip(scores, batches, strict=True)]
+    return ScoredSequences(
+        scores=scores,
+        mean_scores=[value for mean_N in means for value in mean_N.tolist()],
+        outcomes=[value for batch in batches for value in batch.correct.tolist()],
+    )
+
+
+def _update(model: TrainedModel, name: str) -> UpdateReport:
+    try:
+        return model.update()
+    except FloatingPointError as error:
+        raise NonFiniteLossError(f"{name}: {error}; no update was made") from error
+
+
+def _check_finite(values: dict[str, list[float]], batches: Sequence[TokenBatch], groups: ParallelGroups) -> None:
+    """Raises on every rank alike where any micro-batch of any rank has a term that is not finite."""
+    bad = [
+        (name, value, batches[index].ids)
+        for name, per_batch in values.items()
+        for index, value in enumerate(per_batch)
+        if not math.isfinite(value)
+    ]
+    found = [item for part in groups.gather_over_data(bad) for item in part]
+    if found:
+        lines = "\n".join(f"  {name} = {value} in a micro-batch of {', '.join(ids)}" for name, value, ids in found)
+        raise NonFiniteLossError(f"terms that are not finite numbers:\n{lines}")
