@@ -1,0 +1,6 @@
+"""Outcome verification without torch: extract, compare, judge, combine -> CORRECT | INCORRECT | UNDECIDED."""
+
+from oreal_megatron.verifier.api import StagedVerifier, Verifier, build_verifier
+from oreal_megatron.verifier.config import JudgeConfig, JudgeMode, VerifierConfig
+
+__all__ = ["JudgeConfig", "JudgeMode", "StagedVerifier", "Verifier", "VerifierConfig", "build_verifier"]

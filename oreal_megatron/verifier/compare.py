@@ -1,0 +1,357 @@
+"""Whether two parsed answers are equal, shape by shape. The leaves are compared by whoever can."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import Any, Protocol
+
+from oreal_megatron.records import Verdict
+from oreal_megatron.verifier.intervals import IntervalComparison, is_set_like
+from oreal_megatron.verifier.naming import is_name, named_parts, strip_name
+from oreal_megatron.verifier.outcome import Outcome, all_of, any_of, different, equal, unknown
+from oreal_megatron.verifier.structure import (
+    Based,
+    Bracketed,
+    Collection,
+    Leaf,
+    Matrix,
+    Node,
+    Ratio,
+    Relation,
+    SetOperation,
+    Text,
+)
+from oreal_megatron.verifier.words import words_key
+
+
+class Leaves(Protocol):
+    """Compares single expressions."""
+
+    def equal(self, gold: str, answer: str) -> Outcome: ...
+
+    def proportional(self, gold: tuple[str, str], answer: tuple[str, str]) -> Outcome:
+        """Whether `gold[0] = gold[1]` and `answer[0] = answer[1]` are one equation up to a constant factor."""
+        ...
+
+    def real_value(self, latex: str) -> Any: ...
+
+
+class Comparison:
+    """One comparison of a gold answer with an answer, over given leaves."""
+
+    def __init__(self, leaves: Leaves) -> None:
+        self.leaves = leaves
+        self.intervals = IntervalComparison(self)
+
+    def compare(self, gold: Node, answer: Node) -> Outcome:
+        """Equal, different or unknown."""
+        if isinstance(gold, Text) or isinstance(answer, Text):
+            return self._texts(gold, answer)
+        if is_set_like(gold) or is_set_like(answer):
+            outcome = self.intervals.compare(gold, answer)
+            if outcome is not None:
+                return outcome
+        if isinstance(gold, Relation) or isinstance(answer, Relation):
+            return self._relations(gold, answer)
+        if isinstance(gold, (Collection, Bracketed, Matrix)) or isinstance(answer, (Collection, Bracketed, Matrix)):
+            return self._several(gold, answer)
+        if isinstance(gold, SetOperation) or isinstance(answer, SetOperation):
+            return self._operations(gold, answer)
+        if isinstance(gold, Ratio) or isinstance(answer, Ratio):
+            return self._ratios(gold, answer)
+        if isinstance(gold, Based) or isinstance(answer, Based):
+            return self._based(gold, answer)
+        return self._leaves(gold, answer)
+
+    # Words
+
+    def _texts(self, gold: Node, answer: Node) -> Outcome:
+        gold_words, answer_words = _words_of(gold), _words_of(answer)
+        if gold_words is None:
+            return self._prose_for_value(gold, answer)
+        if answer_words is None:
+            return different("a value where the gold answer is words")
+        gold_key, answer_key = words_key(gold_words), words_key(answer_words)
+        if gold_key == answer_key:
+            return equal("the same words")
+        if len(gold_key.split()) <= 3:
+            return different("different words")
+        return unknown("the gold answer is a sentence, which rules cannot compare")
+
+    def _prose_for_value(self, gold: Node, answer: Node) -> Outcome:
+        assert isinstance(answer, Text)
+        numbers = re.findall(r"\d+(?:\.\d+)?", answer.words)
+        if isinstance(gold, Leaf) and gold.value is not None and len(numbers) == 1:
+            if Fraction(numbers[0]) == gold.value:
+                return unknown("a sentence around the gold value, which rules cannot judge")
+        return different("words where the gold answer is a value")
+
+    # Relations
+
+    def _relations(self, gold: Node, answer: Node) -> Outcome:
+        if isinstance(answer, Relation):
+            broken = self._false_chain(answer)
+            if broken is not None:
+                return broken
+        if isinstance(gold, Relation) and isinstance(answer, Relation):
+            return self._two_relations(gold, answer)
+        if isinstance(answer, Relation):
+            value = strip_name(answer)
+            return different("an equation or inequality where the gold answer is a value") if value is None else (
+                self.compare(gold, value)
+            )
+        assert isinstance(gold, Relation)
+        value = strip_name(gold)
+        return different("the gold answer is a relation, the answer is not") if value is None else self.compare(value, answer)
+
+    def _false_chain(self, relation: Relation) -> Outcome | None:
+        """`6 = 5` states a falsehood; it is no answer, whichever side matches."""
+        items = [item for item in relation.items if isinstance(item, Leaf) and not is_name(item)]
+        if len(items) < 2 or set(relation.operators) - {"=", "~"}:
+            return None
+        values = [item for item in relation.items]
+        for left, right, operator in zip(values, values[1:], relation.operators, strict=False):
+            if operator != "=" or is_name(left) or is_name(right):
+                continue
+            if _has_letters(left) or _has_letters(right):
+                continue
+            if self.compare(left, right).verdict is Verdict.INCORRECT:
+                return different("the answer states a false equality")
+        return None
+
+    def _two_relations(self, gold: Relation, answer: Relation) -> Outcome:
+        gold_value, answer_value = strip_name(gold), strip_name(answer)
+        outcomes = []
+        if gold_value is not None and answer_value is not None:
+            outcomes.append(self._two_named(gold, answer, gold_value, answer_value))
+            if outcomes[0].verdict is Verdict.CORRECT:
+                return outcomes[0]
+        if gold.operators == answer.operators == ("=",):
+            sides = [_latex_of(item) for item in (*gold.items, *answer.items)]
+            if all(side is not None for side in sides):
+                return self.leaves.proportional((sides[0] or "", sides[1] or ""), (sides[2] or "", sides[3] or ""))
+        if outcomes:
+            return outcomes[0]
+        for items, operators in ((answer.items, answer.operators), _reversed(answer)):
+            if operators == gold.operators and len(items) == len(gold.items):
+                outcome = all_of(map(self.compare, gold.items, items), "the same relation")
+                if outcome.verdict is not Verdict.INCORRECT:
+                    return outcome
+        return different("different relations")
+
+    def _two_named(self, gold: Relation, answer: Relation, gold_value: Node, answer_value: Node) -> Outcome:
+        if _modulus(gold) != _modulus(answer):
+            return different("different moduli")
+        gold_name, answer_name = _latex_of(gold.items[0]), _latex_of(answer.items[0])
+        if gold_name != answer_name and gold_name and answer_name:
+            renamed = _rename_argument(answer_name, gold_name, answer_value)
+            if renamed is not None:
+                return self.compare(gold_value, renamed)
+            if len(gold_name) == len(answer_name) == 1:
+                return different("values of different variables")
+        return self.compare(gold_value, answer_value)
+
+    # Several parts
+
+    def _several(self, gold: Node, answer: Node) -> Outcome:
+        if isinstance(gold, Matrix) and isinstance(answer, Matrix):
+            return self._matrices(gold, answer)
+        gold_parts, answer_parts = _parts(gold), _parts(answer)
+        if gold_parts is None and answer_parts is None:
+            return different("a matrix against something else")
+        if gold_parts is None or answer_parts is None:
+            return self._one_against_many(gold, answer, gold_parts, answer_parts)
+        if len(gold_parts) != len(answer_parts) and not (_is_set(gold) or _is_set(answer)):
+            return different(f"{len(answer_parts)} values where the gold answer has {len(gold_parts)}")
+        gold_named, answer_named = named_parts(gold), named_parts(answer)
+        if gold_named and answer_named and set(gold_named) == set(answer_named):
+            return all_of((self.compare(gold_named[k], answer_named[k]) for k in gold_named), "the same named values")
+        if gold_named or answer_named:
+            if gold_named and answer_named:
+                return self._in_order(tuple(gold_named.values()), tuple(answer_named.values()))
+            gold_values = tuple(gold_named.values()) if gold_named else gold_parts
+            answer_values = tuple(answer_named.values()) if answer_named else answer_parts
+            return self._in_order(gold_values, answer_values)
+        if isinstance(gold, (Bracketed, Matrix)) or isinstance(answer, (Bracketed, Matrix)):
+            return self._ordered(gold, answer, gold_parts, answer_parts)
+        return self._unordered(gold_parts, answer_parts, as_set=_is_set(gold) or _is_set(answer))
+
+    def _ordered(self, gold: Node, answer: Node, gold_parts: tuple[Node, ...], answer_parts: tuple[Node, ...]) -> Outcome:
+        if _is_braced(gold) or _is_braced(answer):
+            return different("a set against an ordered tuple")
+        if isinstance(gold, Bracketed) and isinstance(answer, Bracketed):
+            brackets = {(n.opening, n.closing) for n in (gold, answer)}
+            if len(brackets) > 1 and brackets != {("(", ")"), ("\\langle", "\\rangle")}:
+                return different("different brackets")
+        return self._in_order(gold_parts, answer_parts)
+
+    def _in_order(self, gold: tuple[Node, ...], answer: tuple[Node, ...]) -> Outcome:
+        if len(gold) != len(answer):
+            return different(f"{len(answer)} values where the gold answer has {len(gold)}")
+        return all_of(map(self.compare, gold, answer), "the same values in order")
+
+    def _one_against_many(
+        self, gold: Node, answer: Node, gold_parts: tuple[Node, ...] | None, answer_parts: tuple[Node, ...] | None
+    ) -> Outcome:
+        if answer_parts is not None and len(answer_parts) == 1:
+            return self.compare(gold, answer_parts[0])
+        if gold_parts is not None and len(gold_parts) == 1:
+            return self.compare(gold_parts[0], answer)
+        if answer_parts is not None:
+            return different(f"{len(answer_parts)} values where the gold answer has one")
+        return different(f"one value where the gold answer has {len(gold_parts or ())}")
+
+    def _matrices(self, gold: Matrix, answer: Matrix) -> Outcome:
+        if (len(gold.rows), len(gold.rows[0])) != (len(answer.rows), len(answer.rows[0])):
+            return different("matrices of different shape")
+        pairs = ((g, a) for gold_row, answer_row in zip(gold.rows, answer.rows, strict=True)
+                 for g, a in zip(gold_row, answer_row, strict=True))  # fmt: skip
+        return all_of((self.compare(g, a) for g, a in pairs), "the same matrix")
+
+    def _unordered(self, gold: tuple[Node, ...], answer: tuple[Node, ...], as_set: bool) -> Outcome:
+        remaining = list(answer)
+        for wanted in gold:
+            outcomes = [self.compare(wanted, candidate) for candidate in remaining]
+            verdicts = [outcome.verdict for outcome in outcomes]
+            if Verdict.CORRECT in verdicts:
+                if not as_set:
+                    del remaining[verdicts.index(Verdict.CORRECT)]
+            elif Verdict.UNDECIDED in verdicts:
+                return outcomes[verdicts.index(Verdict.UNDECIDED)]
+            else:
+                return different("a value of the gold answer is missing")
+        if as_set:
+            extra = [any_of((self.compare(wanted, given) for wanted in gold), "not in the gold set") for given in answer]
+            return all_of(extra, "the same set")
+        return equal("the same values")
+
+    # Sets, ratios, bases
+
+    def _operations(self, gold: Node, answer: Node) -> Outcome:
+        if not (isinstance(gold, SetOperation) and isinstance(answer, SetOperation)) or gold.operator != answer.operator:
+            return different("different sets")
+        if gold.operator == "difference":
+            return self._in_order(gold.parts, answer.parts)
+        return self._unordered(gold.parts, answer.parts, as_set=True)
+
+    def _ratios(self, gold: Node, answer: Node) -> Outcome:
+        if isinstance(gold, Ratio) and isinstance(answer, Ratio):
+            exact = self._in_order(gold.parts, answer.parts)
+            if exact.verdict is not Verdict.INCORRECT or len(gold.parts) != len(answer.parts):
+                return exact
+            if gold.clock and answer.clock:
+                return exact
+            quotients = [
+                self.leaves.equal(_quotient(gold, index), _quotient(answer, index)) for index in range(1, len(gold.parts))
+            ]
+            return all_of(quotients, "the same ratio")
+        ratio = gold if isinstance(gold, Ratio) else answer
+        assert isinstance(ratio, Ratio)
+        if len(ratio.parts) != 2 or ratio.clock:
+            return different("a ratio or time against a number")
+        quotient = Leaf(_quotient(ratio, 1))
+        return self._leaves(quotient, answer) if ratio is gold else self._leaves(gold, quotient)
+
+    def _based(self, gold: Node, answer: Node) -> Outcome:
+        if isinstance(gold, Based) and isinstance(answer, Based):
+            same = int(gold.digits, gold.base) == int(answer.digits, answer.base)
+            return equal("the same number") if same else different("different numbers")
+        if isinstance(gold, Based):
+            # Without its base the numeral is read in the base that was asked for, as a missing unit would be.
+            latex = _latex_of(answer) or ""
+            same = latex.upper().lstrip("0") == gold.digits
+            return equal("the same digits, base left out") if same else different("different digits")
+        assert isinstance(answer, Based)
+        return self._leaves(gold, Leaf(str(int(answer.digits, answer.base)), Fraction(int(answer.digits, answer.base))))
+
+    # Leaves
+
+    def _leaves(self, gold: Node, answer: Node) -> Outcome:
+        if not (isinstance(gold, Leaf) and isinstance(answer, Leaf)):
+            return different("answers of different kinds")
+        if gold.unit is not None and answer.unit is not None and not gold.unit.agrees(answer.unit):
+            return different("different units")
+        if gold.percent == answer.percent:
+            return self._numbers(gold, answer)
+        number, percent = (answer, gold) if gold.percent else (gold, answer)
+        hundredth = Leaf(f"\\frac{{{percent.latex}}}{{100}}", None if percent.value is None else percent.value / 100)
+        same_digits = self._numbers(percent, number)
+        return same_digits if same_digits.verdict is Verdict.CORRECT else self._numbers(hundredth, number)
+
+    def _numbers(self, gold: Leaf, answer: Leaf) -> Outcome:
+        if gold.value is not None and answer.value is not None:
+            return equal("the same number") if gold.value == answer.value else different("different numbers")
+        return self.leaves.equal(gold.latex, answer.latex)
+
+
+def _has_letters(node: Node) -> bool:
+    latex = _latex_of(node)
+    return latex is None or re.search(r"(?<![\\A-Za-z])[A-Za-df-hj-z](?![A-Za-z])", latex) is not None
+
+
+def _latex_of(node: Node) -> str | None:
+    if isinstance(node, Leaf):
+        return node.latex
+    if isinstance(node, Text):
+        return node.latex
+    return None
+
+
+def _words_of(node: Node) -> str | None:
+    if isinstance(node, Text):
+        return node.words
+    if isinstance(node, Leaf) and node.value is None:
+        return {"\\emptyset": "no solution", "\\infty": "infinity"}.get(node.latex, node.latex)
+    if isinstance(node, Collection) and node.braces and not node.parts:
+        return "no solution"
+    return None
+
+
+def _parts(node: Node) -> tuple[Node, ...] | None:
+    """The parts in order; of a matrix only where it is one row or one column."""
+    if isinstance(node, (Collection, Bracketed)):
+        return node.parts
+    if isinstance(node, Matrix):
+        if len(node.rows) == 1:
+            return node.rows[0]
+        if len(node.rows[0]) == 1:
+            return tuple(row[0] for row in node.rows)
+    return None
+
+
+def _is_braced(node: Node) -> bool:
+    return isinstance(node, Collection) and node.braces
+
+
+_is_set = _is_braced
+
+
+def _quotient(ratio: Ratio, index: int) -> str:
+    return f"\\frac{{{_latex_of(ratio.parts[0]) or ''}}}{{{_latex_of(ratio.parts[index]) or ''}}}"
+
+
+_FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
+
+
+def _reversed(relation: Relation) -> tuple[tuple[Node, ...], tuple[str, ...]]:
+    return relation.items[::-1], tuple(_FLIPPED.get(operator, operator) for operator in relation.operators[::-1])
+
+
+def _modulus(relation: Relation) -> str | None:
+    if "mod" not in relation.operators:
+        return None
+    found = re.search(r"\\pmod\s*\{?\s*(\w+)|\\mod\s*\{?\s*(\w+)", _latex_of(relation.items[-1]) or "")
+    return (found[1] or found[2]) if found else None
+
+
+_CALL = re.compile(r"([A-Za-z])\s*\(\s*([A-Za-z])\s*\)")
+
+
+def _rename_argument(answer_name: str, gold_name: str, value: Node) -> Node | None:
+    """`t^2` of `f(t)=t^2` in the gold's own variable: the argument of a function is bound."""
+    given, wanted = _CALL.fullmatch(answer_name), _CALL.fullmatch(gold_name)
+    if not (given and wanted and given[1] == wanted[1] and isinstance(value, Leaf)):
+        return None
+    latex = re.sub(rf"(?<![\\A-Za-z]){given[2]}(?![A-Za-z])", lambda _: wanted[2], value.latex)
+    return Leaf(latex, value.value, value.unit, value.percent)

@@ -1,0 +1,162 @@
+"""One spelling for what LaTeX and unicode can spell in many ways. Text to text, linear time, no meaning yet."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
+_SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
+_SUPERSCRIPT_RUN = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
+_SUBSCRIPT_RUN = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
+
+_UNICODE = {
+    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-",
+    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": r"\div ", "∕": "/", "⁄": "/",
+    "≤": r"\le ", "⩽": r"\le ", "≦": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≧": r"\ge ", "≠": r"\ne ",
+    "≈": r"\approx ", "≅": r"\approx ", "≡": r"\equiv ", "±": r"\pm ", "∓": r"\mp ",
+    "∞": r"\infty ", "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ",
+    "λ": r"\lambda ", "μ": r"\mu ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ", "δ": r"\delta ",
+    "Δ": r"\Delta ", "ε": r"\epsilon ", "ρ": r"\rho ", "τ": r"\tau ",
+    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "∖": r"\setminus ", "ℝ": r"\mathbb{R}",
+    "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
+    "∧": r"\land ", "∨": r"\lor ", "¬": r"\neg ", "→": r"\to ", "∀": r"\forall ", "∃": r"\exists ",
+    "√": r"\sqrt ", "°": r"\degree ", "º": r"\degree ", "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"',
+    "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
+    "€": r"\euro ", "£": r"\pounds ", "¥": r"\yen ", "、": ",", "。": ".", "…": r"\ldots ",
+    "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
+}  # fmt: skip
+
+_COMMANDS = {
+    "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "leq": "le", "leqslant": "le", "leqq": "le", "lt": "lt",
+    "geq": "ge", "geqslant": "ge", "geqq": "ge", "neq": "ne", "varnothing": "emptyset", "mbox": "text",
+    "textbf": "text", "textit": "text", "textrm": "text", "textnormal": "text", "textsf": "text", "emph": "text",
+    "hbox": "text", "dbinom": "binom", "tbinom": "binom", "simeq": "approx", "cong": "approx", "doteq": "approx",
+    "lbrace": "{", "rbrace": "}", "lbrack": "[", "rbrack": "]", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|",
+    "arcsin": "arcsin", "wedge": "land", "vee": "lor", "lnot": "neg", "rightarrow": "to", "dots": "ldots",
+    "cdots": "ldots", "backslash": "setminus", "smallsetminus": "setminus", "textdollar": "$", "fbox": "boxed",
+    "varphi": "phi", "varepsilon": "epsilon", "bigcup": "bigcup", "textdegree": "degree", "degrees": "degree",
+    "lang": "langle", "rang": "rangle", "bmod": "mod", "iff": "Leftrightarrow", "implies": "Rightarrow",
+}  # fmt: skip
+
+# Layout without meaning. `\limits` and friends only move indices about.
+_DROPPED_COMMANDS = frozenset(
+    "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr middle displaystyle textstyle scriptstyle "
+    "scriptscriptstyle limits nolimits noindent boldmath bf rm it sf tt normalfont large Large small bold "
+    "centering hfill allowbreak nonumber notag strut mathstrut".split()
+)
+_SPACE_COMMANDS = frozenset("quad qquad enspace thinspace space medspace thickspace newline hskip".split())
+# Typeface of their one argument, which stays.
+_UNWRAPPED_COMMANDS = frozenset(
+    "mathbf mathit mathsf mathtt boldsymbol bm pmb mathnormal displaymath underline cancel mathop phantomsection "
+    "ensuremath boxed operatorname mathrm".split()
+)
+_COMMAND = re.compile(r"\\([A-Za-z]+)\*?")
+_SIMPLE_GROUP = re.compile(r"\{\s*([^{}\\]*?)\s*\}")
+_SPACING_SYMBOL = re.compile(r"\\[,;:! ]|\\\n|~")
+_COLOR = re.compile(r"\\(?:text)?color\s*\{[A-Za-z0-9!]{0,30}\}")
+_HTML_SCRIPT = re.compile(r"<(su[bp])>([^<>]{0,50})</\1>")
+_THOUSANDS_BRACES = re.compile(r"(?<=\d)\{,\}(?=\d{3})|(?<=\d),\\!\s*(?=\d{3})|(?<=\d)\\,(?=\d{3}(?!\d))")
+_FRACTION = re.compile(r"\\frac\s*(?![\s{])(\d|[A-Za-z](?![A-Za-z])|\\[A-Za-z]+)\s*")
+_BARE_ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]{1,20}\])?\s*(\d|[A-Za-z])")
+_DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)(?![A-Za-z])|\^\s*\{\s*\\degree\s*\}|\^\s*\\degree(?![A-Za-z])")
+_SPACES = re.compile(r"\s+")
+_INVISIBLE = re.compile("[\u200b-\u200f\u2060-\u2064\ufeff\u00ad\u202a-\u202e]")
+
+
+def _fold_unicode(text: str) -> str:
+    """Mathematical signs to LaTeX; compatibility forms (full width, bold letters) to plain ones."""
+    text = _INVISIBLE.sub("", text)
+    text = _SUPERSCRIPT_RUN.sub(lambda run: "^{" + "".join(_SUPERSCRIPTS[c] for c in run[0]) + "}", text)
+    text = _SUBSCRIPT_RUN.sub(lambda run: "_{" + "".join(_SUBSCRIPTS[c] for c in run[0]) + "}", text)
+    text = "".join(_UNICODE.get(char, char) for char in text)
+    return unicodedata.normalize("NFKC", text)
+
+
+def _rename_command(match: re.Match[str]) -> str:
+    name = match[1]
+    if name in _DROPPED_COMMANDS:
+        return " "
+    if name in _SPACE_COMMANDS:
+        return " "
+    if name in _UNWRAPPED_COMMANDS:
+        return "\\" + name
+    renamed = _COMMANDS.get(name, name)
+    if not renamed.isalpha():
+        return renamed if renamed in "|[]" else "\\" + renamed
+    return "\\" + renamed
+
+
+def matching_brace(text: str, start: int) -> int:
+    """Index of the brace that closes the one at `start`, or -1. Escaped braces don't count."""
+    depth = 0
+    index = start
+    while index < len(text):
+        char = text[index]
+        if char == "\\":
+            index += 2
+            continue
+        if char == "{":
+            depth += 1
+        elif char == "}":
+            depth -= 1
+            if depth == 0:
+                return index
+        index += 1
+    return -1
+
+
+def _unwrap(text: str) -> str:
+    r"""`\mathbf{v}` -> `{v}`; a one-character group loses its braces later. Typeface has no value."""
+    return re.sub(rf"\\(?:{'|'.join(sorted(_UNWRAPPED_COMMANDS))})(?![A-Za-z])\s*", "", text)
+
+
+def _brace_fractions(text: str) -> str:
+    r"""`\frac12` -> `\frac{1}{2}`, `\frac1{72}` -> `\frac{1}{72}`, `\frac{1}c` -> `\frac{1}{c}`."""
+    text = _FRACTION.sub(r"\\frac{\1}", text)
+    pieces: list[str] = []
+    position = 0
+    for match in re.finditer(r"\\frac\s*\{", text):
+        if match.start() < position:
+            continue
+        close = matching_brace(text, match.end() - 1)
+        if close < 0:
+            break
+        after = re.compile(r"\s*(\d|[A-Za-z])").match(text, close + 1)
+        if after:
+            pieces.append(text[position : close + 1] + "{" + after[1] + "}")
+            position = after.end()
+    return "".join(pieces) + text[position:]
+
+
+def normalize(answer: str) -> str:
+    """The answer in one spelling: LaTeX commands only, no layout, braces around arguments, single spaces."""
+    text = _fold_unicode(answer)
+    text = _HTML_SCRIPT.sub(lambda m: ("^" if m[1] == "sup" else "_") + "{" + m[2] + "}", text)
+    text = _THOUSANDS_BRACES.sub(lambda m: "," if "," in m[0] and not m[0].startswith("\\,") else "", text)
+    text = text.replace("\\\\", "\\newrow ").replace(r"\(", " ").replace(r"\)", " ")
+    text = text.replace(r"\[", " ").replace(r"\]", " ")
+    text = text.replace(r"\$", r"\dollar ").replace("$", "").replace(r"\%", "%").replace(r"\#", "#").replace(r"\&", " and ")
+    text = _SPACING_SYMBOL.sub(" ", text)
+    text = _COLOR.sub(" ", text)
+    text = _COMMAND.sub(_rename_command, text)
+    text = _unwrap(text)
+    text = _DEGREE.sub(r"\\degree ", text)
+    text = text.replace("!=", r"\ne ").replace("<=", r"\le ").replace(">=", r"\ge ").replace("**", "^")
+    text = _brace_fractions(text)
+    text = _BARE_ROOT.sub(lambda m: f"\\sqrt{m[1] or ''}{{{m[2]}}}", text)
+    text = _SPACES.sub(" ", text).strip()
+    return _strip_end(text)
+
+
+def _strip_end(text: str) -> str:
+    """No full stop, comma or other separator at the end, no braces around the whole."""
+    while True:
+        before = text
+        text = text.strip().rstrip(",;:").rstrip()
+        if text.endswith(".") and not text.endswith(".."):
+            text = text[:-1].rstrip()
+        if text.startswith("{") and matching_brace(text, 0) == len(text) - 1 and "," not in text:
+            text = text[1:-1]
+        if text == before:
+            return text

@@ -1,0 +1,49 @@
+"""Three-valued comparison: equal, different, or not known, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from oreal_megatron.records import Verdict
+
+
+class Outcome(NamedTuple):
+    """What a comparison found."""
+
+    verdict: Verdict
+    reason: str
+
+
+def equal(reason: str) -> Outcome:
+    return Outcome(Verdict.CORRECT, reason)
+
+
+def different(reason: str) -> Outcome:
+    return Outcome(Verdict.INCORRECT, reason)
+
+
+def unknown(reason: str) -> Outcome:
+    return Outcome(Verdict.UNDECIDED, reason)
+
+
+def all_of(outcomes: Iterable[Outcome], reason: str) -> Outcome:
+    """Equal where all are; different as soon as one is."""
+    doubt: Outcome | None = None
+    for outcome in outcomes:
+        if outcome.verdict is Verdict.INCORRECT:
+            return outcome
+        if outcome.verdict is Verdict.UNDECIDED:
+            doubt = doubt or outcome
+    return doubt or equal(reason)
+
+
+def any_of(outcomes: Iterable[Outcome], reason: str) -> Outcome:
+    """Equal as soon as one is; different where all are."""
+    doubt: Outcome | None = None
+    for outcome in outcomes:
+        if outcome.verdict is Verdict.CORRECT:
+            return outcome
+        if outcome.verdict is Verdict.UNDECIDED:
+            doubt = doubt or outcome
+    return doubt or different(reason)

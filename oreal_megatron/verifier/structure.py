@@ -1,0 +1,300 @@
+"""The outer shape of a final answer: list, tuple, interval, relation, matrix, quantity, ... around expressions.
+
+A parser of structure only. What is left at the leaves is LaTeX of one expression, compared elsewhere.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from oreal_megatron.verifier.normalize import matching_brace
+from oreal_megatron.verifier.rational import parse_rational
+from oreal_megatron.verifier.words import Unit, parse_word_number, split_unit
+
+MAX_DEPTH = 40
+"""Nesting of brackets and braces beyond which an answer is refused."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One expression. `unit` is what stood beside it; `percent` whether it was followed by a percent sign."""
+
+    latex: str
+    value: Fraction | None = None
+    unit: Unit | None = None
+    percent: bool = False
+
+
+@dataclass(frozen=True)
+class Text:
+    """Words. `latex` is the answer as it stood."""
+
+    words: str
+    latex: str
+
+
+@dataclass(frozen=True)
+class Based:
+    """A numeral with its base, such as 101_2."""
+
+    digits: str
+    base: int
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """2:3, or a time of day."""
+
+    parts: tuple[Node, ...]
+    clock: bool
+
+
+@dataclass(frozen=True)
+class Bracketed:
+    """Parts between brackets: a tuple or an interval, as the other side will say; ordered."""
+
+    parts: tuple[Node, ...]
+    opening: str
+    closing: str
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Parts without order: a list of solutions, or a set where `braces`. `alternative` where joined by "or"."""
+
+    parts: tuple[Node, ...]
+    braces: bool = False
+    alternative: bool = False
+
+
+@dataclass(frozen=True)
+class SetOperation:
+    """Union, intersection or difference of two or more sets."""
+
+    operator: str
+    parts: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A chain `a < b <= c`: one more item than operators."""
+
+    items: tuple[Node, ...]
+    operators: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    rows: tuple[tuple[Node, ...], ...]
+
+
+Node = Leaf | Text | Based | Ratio | Bracketed | Collection | SetOperation | Relation | Matrix
+
+_OPENING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "\\langle": "\\rangle", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
+_CLOSING = frozenset(_OPENING.values())
+_TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
+RELATIONS = {
+    "=": "=", "<": "<", ">": ">", "\\lt": "<", "\\gt": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!=",
+    "\\approx": "~", "\\sim": "~", "\\in": "in", "\\equiv": "mod", "\\to": "->", "\\Rightarrow": "=>",
+}  # fmt: skip
+_BASED = re.compile(r"([0-9A-Za-z]*\d[0-9A-Za-z]*|[A-F]+)\s*_\s*(?:\{\s*(\d{1,2})\s*\}|(\d{1,2}))")
+_MATRIX = re.compile(
+    r"\\begin\{([pbBvV]?matrix|smallmatrix|array)\}(?:\s*\{[lcr| ]{0,60}\})?(.*)\\end\{\1\}", re.DOTALL
+)
+_WORD_SEPARATOR = re.compile(r"\\text\s*\{\s*,?\s*(and|or)\s*,?\s*\}|(?<![A-Za-z\\])(and|or)(?![A-Za-z])")
+_TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
+_PLAIN_WORDS = re.compile(r"[A-Za-z][A-Za-z' ,.\-!?]*")
+
+
+@dataclass(frozen=True)
+class Token:
+    text: str
+    start: int
+    end: int
+    depth: int
+
+
+def tokens_of(latex: str) -> list[Token]:
+    """Tokens with the bracket depth they stand at. `(0,1]` counts as balanced: any closer closes any opener."""
+    tokens: list[Token] = []
+    depth = 0
+    for match in _TOKEN.finditer(latex):
+        text = match[0]
+        if text in _CLOSING:
+            depth -= 1
+        tokens.append(Token(text, match.start(), match.end(), depth))
+        if text in _OPENING:
+            depth += 1
+    return tokens
+
+
+def split_top(latex: str, separators: frozenset[str]) -> list[str]:
+    """The parts between separators outside of all brackets."""
+    parts, position = [], 0
+    for token in tokens_of(latex):
+        if token.depth == 0 and token.text in separators:
+            parts.append(latex[position : token.start].strip())
+            position = token.end
+    parts.append(latex[position:].strip())
+    return parts
+
+
+def depth_of(latex: str) -> int:
+    """Deepest nesting of brackets."""
+    return max((token.depth + 1 for token in tokens_of(latex)), default=0)
+
+
+def _split_relation(latex: str) -> Relation | None:
+    items, operators, position = [], [], 0
+    for token in tokens_of(latex):
+        if token.depth == 0 and token.text in RELATIONS:
+            items.append(latex[position : token.start].strip())
+            operators.append(RELATIONS[token.text])
+            position = token.end
+    if not operators:
+        return None
+    items.append(latex[position:].strip())
+    if any(not item for item in items):
+        return None
+    return Relation(tuple(parse(item) for item in items), tuple(operators))
+
+
+def _bracketed(latex: str) -> Node | None:
+    tokens = tokens_of(latex)
+    if len(tokens) < 2 or tokens[0].text not in ("(", "[", "\\{", "\\langle", "]") or tokens[-1].text not in _CLOSING | {"["}:
+        return None
+    if any(token.depth <= 0 for token in tokens[1:-1]) and tokens[0].text != "]":
+        return None
+    opening, closing = tokens[0].text, tokens[-1].text
+    inside = latex[tokens[0].end : tokens[-1].start].strip()
+    if opening == "\\{" and closing == "\\}":
+        if not inside:
+            return Collection((), braces=True)
+        return Collection(tuple(parse(part) for part in split_top(inside, frozenset(",;"))), braces=True)
+    if opening == "\\{" or closing == "\\}":
+        return None
+    parts = split_top(inside, frozenset(",;"))
+    if len(parts) == 1:
+        return parse(inside) if (opening, closing) == ("(", ")") and inside else None
+    if parse_rational(inside) is not None and opening == "(":
+        pass  # "(1,234)" is a pair, not a number with a separator
+    return Bracketed(tuple(parse(part) for part in parts), opening, closing)
+
+
+def _matrix(latex: str) -> Matrix | None:
+    match = _MATRIX.fullmatch(latex)
+    if match is None or "\\begin" in match[2]:
+        return None
+    rows = [row.strip() for row in match[2].replace("\\hline", "").split("\\newrow")]
+    cells = [tuple(parse(cell.strip()) for cell in row.split("&")) for row in rows if row]
+    return Matrix(tuple(cells)) if cells and all(len(row) == len(cells[0]) for row in cells) else None
+
+
+def _based(latex: str) -> Based | None:
+    match = _BASED.fullmatch(latex)
+    if match is None:
+        return None
+    digits, base = match[1].upper(), int(match[2] or match[3])
+    if not 2 <= base <= 36:
+        return None
+    try:
+        int(digits, base)
+    except ValueError:
+        return None
+    return Based(digits.lstrip("0") or "0", base)
+
+
+def _words(latex: str) -> Text | None:
+    """The whole as text, if it is only text."""
+    without = _TEXT_COMMAND.sub("", latex).strip(" .,;:!?-")
+    if "\\text" in latex and not without:
+        words = " ".join(match[1].strip() for match in _TEXT_COMMAND.finditer(latex))
+        return Text(words.strip(), latex)
+    if _PLAIN_WORDS.fullmatch(latex) and (len(latex) > 3 or " " in latex) and len(re.findall("[A-Za-z]{3,}", latex)) > 0:
+        return Text(latex.strip(), latex)
+    return None
+
+
+def _ratio(latex: str) -> Ratio | None:
+    parts = split_top(latex, frozenset({":", "\\colon"}))
+    if len(parts) < 2 or any(not part for part in parts):
+        return None
+    clock = len(parts) == 2 and re.fullmatch(r"\d{1,2}:[0-5]\d", latex.replace(" ", "")) is not None
+    return Ratio(tuple(parse(part) for part in parts), clock)
+
+
+def _plus_minus(latex: str) -> Collection | None:
+    if not re.search(r"\\[pm][pm](?![A-Za-z])", latex):
+        return None
+    upper = re.sub(r"\\mp(?![A-Za-z])", "-", re.sub(r"\\pm(?![A-Za-z])", "+", latex))
+    lower = re.sub(r"\\mp(?![A-Za-z])", "+", re.sub(r"\\pm(?![A-Za-z])", "-", latex))
+    return Collection((parse(upper.lstrip("+ ")), parse(lower.lstrip("+ "))))
+
+
+def _flatten(parts: list[Node]) -> tuple[Node, ...]:
+    """`1 \\pm 2, 3` is a list of three."""
+    flat: list[Node] = []
+    for part in parts:
+        if isinstance(part, Collection) and not part.braces:
+            flat.extend(part.parts)
+        else:
+            flat.append(part)
+    return tuple(flat)
+
+
+def parse_list(latex: str) -> Collection | None:
+    """`a, b and c` outside of brackets."""
+    tokens = tokens_of(latex)
+    spans: list[tuple[int, int]] = [(t.start, t.end) for t in tokens if t.depth == 0 and t.text in ",;"]
+    depth_at = {token.start: token.depth for token in tokens}
+    alternative = False
+    for match in _WORD_SEPARATOR.finditer(latex):
+        if depth_at.get(match.start()) == 0:
+            spans.append(match.span())
+            alternative |= "or" in (match[1], match[2])
+    if not spans:
+        return None
+    parts, position = [], 0
+    for start, end in sorted(spans):
+        parts.append(latex[position:start].strip())
+        position = end
+    parts.append(latex[position:].strip())
+    parts = [part for part in parts if part]
+    if len(parts) < 2:
+        return None
+    return Collection(_flatten([parse(part) for part in parts]), alternative=alternative)
+
+
+def _set_operation(latex: str) -> SetOperation | None:
+    for operator, name in (("\\cup", "union"), ("\\setminus", "difference"), ("\\cap", "intersection")):
+        parts = split_top(latex, frozenset({operator}))
+        if len(parts) > 1 and all(parts):
+            return SetOperation(name, tuple(parse(part) for part in parts))
+    return None
+
+
+def _leaf(latex: str) -> Leaf:
+    expression, unit, percent = split_unit(latex)
+    value = parse_rational(expression)
+    if value is None:
+        value = parse_word_number(expression)
+    return Leaf(expression, value, unit, percent)
+
+
+def parse(latex: str) -> Node:
+    """The structure of a normalised answer whose depth was checked."""
+    latex = latex.strip()
+    if latex.startswith("{") and matching_brace(latex, 0) == len(latex) - 1:
+        inside = latex[1:-1].strip()
+        if len(split_top(inside, frozenset(",;"))) > 1:
+            return Collection(tuple(parse(part) for part in split_top(inside, frozenset(",;"))), braces=True)
+        return parse(inside)
+    if parse_rational(latex) is not None:
+        return Leaf(latex, parse_rational(latex))
+    for reader in (_words, _matrix, _based, _bracketed, parse_list, _split_relation, _set_operation, _ratio, _plus_minus):
+        node = reader(latex)
+        if node is not None:
+            return node
+    return _leaf(latex)

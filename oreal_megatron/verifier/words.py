@@ -1,0 +1,145 @@
+"""Words in answers: units, currencies, magnitudes, numbers spelled out, and phrases that mean the same."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen"
+).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_MAGNITUDES = {"hundred": 100, "thousand": 1_000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SMALL = {word: number for number, word in enumerate(_ONES)} | {word: 10 * (i + 2) for i, word in enumerate(_TENS)}
+
+_SAME_UNIT = {
+    "centimeter": "cm", "centimetre": "cm", "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km",
+    "millimeter": "mm", "millimetre": "mm", "inche": "in", "inch": "in", "foot": "ft", "feet": "ft", "yard": "yd",
+    "mile": "mi", "second": "s", "sec": "s", "minute": "min", "hour": "h", "hr": "h", "day": "day", "gram": "g",
+    "gm": "g", "kilogram": "kg", "milligram": "mg", "pound": "lb", "ounce": "oz", "liter": "l", "litre": "l",
+    "milliliter": "ml", "degree": "deg", "cent": "cent", "dollar": "usd", "buck": "usd", "euro": "eur", "mph": "mi/h",
+    "kph": "km/h", "kmph": "km/h", "joule": "j", "newton": "n", "watt": "w", "sq": "square", "percent": "percent",
+    "radian": "rad", "pounds": "gbp", "yen": "jpy",
+}  # fmt: skip
+_NOT_A_UNIT = frozenset(
+    "or and not no never none maybe perhaps possibly either neither if then but except unless is are was equals "
+    "approximately about around least most than more less greater between to".split()
+)
+_UNIT_TEXT = re.compile(
+    r"(?P<number>.*?)\s*(?P<unit>(?:\\text\s*\{[^{}]*\}|\\degree|(?<=[\d}\s)])(?:[A-Za-z]{2,}|[mgshLKJNW])(?![A-Za-z({\\]))"
+    r"(?:\s|\^\s*\{?\s*-?\d\s*\}?|/|\\cdot|\\text\s*\{[^{}]*\}|\\degree|[A-Za-z.]|\*)*)",
+    re.DOTALL,
+)
+_CURRENCY = re.compile(r"(-?)\s*\\(dollar|euro|pounds|yen)(?![A-Za-z])\s*(.+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit as its normalised words in order, such as ("km", "/", "h")."""
+
+    words: tuple[str, ...]
+
+    def agrees(self, other: Unit) -> bool:
+        """Whether the two may stand for the same: one list of words within the other, so "apples" in "red apples"."""
+        mine, others = set(self.words) - {"/"}, set(other.words) - {"/"}
+        return self.words == other.words or (bool(mine and others) and (mine <= others or others <= mine) and not (mine ^ others) & _PHYSICAL)
+
+
+_PHYSICAL = frozenset(_SAME_UNIT.values()) | {"square", "cubic", "2", "3", "mm", "cm", "km", "kg", "mg", "ml", "hz"}
+
+
+def _singular(word: str) -> str:
+    return word[:-1] if len(word) > 2 and word.endswith("s") and not word.endswith("ss") else word
+
+
+def _unit_of(text: str) -> Unit | None:
+    """The unit in a piece of text; None where it holds words that change the meaning of the number."""
+    text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).replace("\\degree", " degree ").replace("\\cdot", " ")
+    words = []
+    for word in re.findall(r"[A-Za-z]+|/|-?\d+", text.lower()):
+        if word in _NOT_A_UNIT:
+            return None
+        word = "/" if word == "per" else word
+        word = _SAME_UNIT.get(word) or _SAME_UNIT.get(_singular(word)) or _singular(word)
+        words.extend(re.findall(r"[a-z]+|/|\d+", word))
+    if any(word.isdigit() and word not in ("1", "2", "3") for word in words):
+        return None
+    return Unit(tuple(words))
+
+
+def split_unit(latex: str) -> tuple[str, Unit | None, bool]:
+    """(expression, unit or None, whether a percent sign stood behind)."""
+    latex = latex.strip()
+    if match := _CURRENCY.fullmatch(latex):
+        expression, unit, percent = split_unit(match[3])
+        name = {"dollar": "usd", "euro": "eur", "pounds": "gbp", "yen": "jpy"}[match[2]]
+        if unit is None or unit.words == (name,):
+            return match[1] + expression, Unit((name,)), percent
+        return match[1] + expression, Unit((name, *unit.words)), percent
+    if latex.endswith("%"):
+        return latex[:-1].strip(), None, True
+    if "\\text" not in latex and "\\degree" not in latex and not re.search(r"\d\s*[A-Za-z]", latex):
+        return latex, None, False
+    match = _UNIT_TEXT.fullmatch(latex)
+    if match is None or not match["number"].strip() or not any(c.isdigit() for c in match["number"]):
+        return latex, None, False
+    return _with_unit(latex, match["number"].strip(), match["unit"])
+
+
+def _with_unit(latex: str, number: str, unit_text: str) -> tuple[str, Unit | None, bool]:
+    if "\\" not in unit_text and not _known_unit(unit_text):
+        return latex, None, False  # letters without \text are variables unless they are a unit's name
+    unit = _unit_of(unit_text)
+    if unit is None:
+        return latex, None, False
+    if unit.words == ("percent",):
+        return number, None, True
+    if unit.words[:1] and unit.words[0] in _MAGNITUDES:
+        rest = Unit(unit.words[1:]) if unit.words[1:] else None
+        return rf"({number})\cdot {_MAGNITUDES[unit.words[0]]}", rest, False
+    return number, unit, False
+
+
+def _known_unit(text: str) -> bool:
+    words = re.findall("[a-z]+", text.lower())
+    return bool(words) and all(
+        len(word) >= 2 and (word in _PHYSICAL or word in _SAME_UNIT or _singular(word) in _SAME_UNIT or word in _MAGNITUDES)
+        for word in words
+    )
+
+
+def parse_word_number(text: str) -> Fraction | None:
+    """The value of a number in English words, such as "six" or "one thousand two hundred"."""
+    words = re.findall("[a-z]+", re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text.lower()))
+    if not words or len(words) > 20 or re.search(r"[^a-z\s\-,]", re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text.lower())):
+        return None
+    total = current = 0
+    seen = False
+    for word in words:
+        if word in _SMALL:
+            current += _SMALL[word]
+            seen = True
+        elif word == "hundred" and seen:
+            current *= 100
+        elif word in _MAGNITUDES and seen:
+            total, current = total + current * _MAGNITUDES[word], 0
+        elif word != "and":
+            return None
+    return Fraction(total + current) if seen else None
+
+
+_PHRASES = {
+    "no solution": "no solution", "no real solution": "no solution", "no solutions exist": "no solution",
+    "no real solutions exist": "no solution", "none": "none", "does not exist": "dne", "dne": "dne",
+    "infinity": "infinity", "true": "true", "false": "false", "yes": "yes", "no": "no",
+}  # fmt: skip
+_FILLER = frozenset("a an the is are of it be".split())
+
+
+def words_key(text: str) -> str:
+    """One spelling of a phrase: lower case, singular, without articles and punctuation."""
+    words = [_singular(word) for word in re.findall(r"[a-z0-9]+", text.lower()) if word not in _FILLER]
+    key = " ".join(words)
+    return _PHRASES.get(key, key)
