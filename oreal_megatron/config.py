@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from oreal_megatron.verifier.config import VerifierConfig
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -280,14 +282,6 @@ class RunConfig(Section):
     """CPU threads of a process; null: torch's choice."""
 
 
-class VerifierConfig(Section):
-    """Grading of final answers by rules."""
-
-    num_workers: Positive
-    timeout_seconds: PositiveFloat
-    thinking_end_marks: Strings
-
-
 class TrainConfig(Section):
     """One run."""
 
@@ -325,6 +319,11 @@ class ConfigError(ValueError):
         self.violations = violations
         lines = "\n".join(f"  {violation}" for violation in violations)
         super().__init__(f"{len(violations)} problem(s) in the configuration:\n{lines}")
+
+    @classmethod
+    def of_text(cls, text: str) -> ConfigError:
+        """A problem of composition itself, such as an interpolation that leads nowhere."""
+        return cls([Violation("(composition)", None, text.strip().replace("\n", " "))])
 
 
 def parse_config(raw: Mapping[str, Any]) -> TrainConfig:

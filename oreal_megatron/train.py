@@ -16,8 +16,9 @@ from oreal_megatron import updates
 from oreal_megatron.checkpoint.store import CheckpointStore, load_trained, step_name, trained_state
 from oreal_megatron.config import SamplingConfig, TrainConfig
 from oreal_megatron.data.packing import PackedSequence, TokenBatch, deal, deal_as_released, micro_batches
+from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.data.stream import PromptStream
-from oreal_megatron.evaluation.benchmarks import Benchmark, BenchmarkResult, area_under_curve, evaluate
+from oreal_megatron.evaluation.benchmarks import Benchmark, area_under_curve, evaluate
 from oreal_megatron.metrics import Tracker
 from oreal_megatron.models.optimizer import TrainedModel
 from oreal_megatron.objective.groups import Selection, select_trajectories
@@ -72,6 +73,7 @@ class Run:
     reference: torch.nn.Module
     reward_model: TrainedModel | None
     benchmarks: Sequence[Benchmark]
+    renderer: PromptRenderer
     progress: Progress = field(default_factory=Progress)
     global_rng: random.Random = field(default_factory=random.Random)
 
@@ -350,7 +352,7 @@ def save_trajectories(run: Run, groups: Groups, selection: Selection, batches: S
         for id, weights in zip(batch.ids, batch.split_by_sequence(batch.token_weights), strict=True)
     ]
     weights = dict(pair for part in run.groups.gather_over_data(mine) for pair in part)
-    records = to_records(groups, selection.trajectories, weights)
+    records = to_records(groups, selection.trajectories, weights, token_texts=run.renderer.token_texts)
     run.tracker.trajectories(f"trajectories/step_{run.progress.step:06d}", records)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,13 @@ def to_records(
     trained: Sequence[Trajectory] = (),
     token_weights: Mapping[str, Sequence[float]] | None = None,
     scores: Mapping[str, float] | None = None,
+    token_texts: Callable[[Sequence[int]], list[str]] | None = None,
 ) -> list[dict[str, Any]]:
-    """One record a rollout. `trained` ones carry their advantage; weights and scores are looked up by trajectory id."""
+    """One record a rollout.
+
+    `trained` ones carry their advantage; token weights (with the tokens as text) and reward model logits are
+    looked up by rollout id.
+    """
     advantages = {trajectory.id: trajectory.advantage for trajectory in trained}
     records = []
     for group_index, group in enumerate(groups):
@@ -29,6 +34,8 @@ def to_records(
                 record["advantage"] = advantages[id]
             if token_weights and id in token_weights:
                 record["token_weights"] = [round(weight, 4) for weight in token_weights[id]]
+                if token_texts is not None:
+                    record["token_texts"] = token_texts(rollout.response_ids)
             if scores and id in scores:
                 record["reward_model_logit"] = scores[id]
             records.append(record)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -39,3 +41,7 @@ class TokenRewardModel(GPTModel):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         if self.post_process:
             self.output_layer = ScalarHead(self.config)
+
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Labels, which a packed batch carries for the policy, are left unread: with them GPTModel takes a loss."""
+        return super().forward(*args, **kwargs)

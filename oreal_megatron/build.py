@@ -1,0 +1,260 @@
+"""The only wiring: from a validated configuration to the concrete objects of a run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from oreal_megatron.checkpoint.store import INITIAL, CheckpointStore, weights_only
+from oreal_megatron.config import AdamWConfig, SftConfig, TrainConfig
+from oreal_megatron.convert.huggingface import geometry_of, load_weights
+from oreal_megatron.data.arithmetic import Demonstration, generate_arithmetic
+from oreal_megatron.data.prompting import PromptRenderer
+from oreal_megatron.data.prompts import balanced, read_demonstrations, read_prompts, write_prompts
+from oreal_megatron.data.stream import PromptStream
+from oreal_megatron.data.tokenizer import load_tokenizer
+from oreal_megatron.evaluation.benchmarks import Benchmark
+from oreal_megatron.metrics import Tracker
+from oreal_megatron.models.architecture import build_gpt
+from oreal_megatron.models.decoding import CachedDecoder
+from oreal_megatron.models.optimizer import TrainedModel
+from oreal_megatron.models.policy import Policy
+from oreal_megatron.models.token_reward import TokenRewardModel
+from oreal_megatron.parallel.device import device, device_seam
+from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
+from oreal_megatron.records import Prompt
+from oreal_megatron.rollout.embedded import EmbeddedEngine
+from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
+from oreal_megatron.seeds import derive_seed
+from oreal_megatron.sft import warm_start
+from oreal_megatron.train import Run, graded_groups
+from oreal_megatron.verifier import Verifier, build_verifier
+
+
+@contextlib.contextmanager
+def opened_run(config: TrainConfig) -> Iterator[Run]:
+    """Builds everything that `train` needs, the initial policy and the pass rates included, and closes it after.
+
+    Raises:
+        ValueError: data, tokenizer, model directory or layout are not usable; the message names what and why.
+    """
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    directory = Path(config.run.dir)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(device_seam())
+        groups = stack.enter_context(parallel_groups(config.parallel, seed=config.run.seed))
+        tracker = stack.enter_context(contextlib.closing(Tracker(config, directory, is_main=groups.is_main)))
+        verifier = stack.enter_context(contextlib.closing(build_verifier(config.verifier)))
+        tokenizer = load_tokenizer(config.model.path or config.model.tokenizer)
+        yield _Builder(config, directory, groups, tracker, verifier, tokenizer).run()
+
+
+class _Builder:
+    """Builds the parts of one run in the order in which they need each other."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        directory: Path,
+        groups: ParallelGroups,
+        tracker: Tracker,
+        verifier: Verifier,
+        tokenizer: PreTrainedTokenizerBase,
+    ):
+        self.config = config
+        self.directory = directory
+        self.groups = groups
+        self.tracker = tracker
+        self.verifier = verifier
+        self.renderer = PromptRenderer(tokenizer, config.prompt)
+        self.geometry = config.model.geometry or geometry_of(Path(str(config.model.path)))
+        self.vocab_size = max(self.geometry.vocab_size or 0, len(tokenizer))
+        self.generated = (
+            generate_arithmetic(config.data.arithmetic, config.run.seed) if config.data.arithmetic else None
+        )
+        self.store = CheckpointStore(directory / "checkpoints", groups, keep=config.run.keep_checkpoints)
+
+    def run(self) -> Run:
+        config = self.config
+        train_prompts = self._prompts(config.data.train, "train")
+        benchmarks = self._benchmarks()
+        if not self.store.has(INITIAL):
+            self._make_initial_policy()
+        policy = self._initial_policy()
+        engine = EmbeddedEngine(
+            lambda: CachedDecoder(policy, self.groups, self.vocab_size),
+            self.groups,
+            stop_token_id=self.renderer.stop_token_id,
+            batch_size=config.rollout.batch_size,
+        )
+        sampler = Sampler(engine, self.renderer, max_sequence_length=config.model.max_sequence_length)
+        if config.data.pass_rate is not None:
+            train_prompts = self._with_pass_rates(train_prompts, sampler)
+        stream = PromptStream(
+            balanced(train_prompts, config.data.difficulty_balance),
+            prompts_per_step=config.data.prompts_per_step,
+            seed=config.run.seed,
+        )
+        frozen = config.objective.actor_freeze_steps
+        from_first_update = config.objective.policy_schedule == "from_first_update"
+        return Run(
+            config=config,
+            directory=self.directory,
+            groups=self.groups,
+            tracker=self.tracker,
+            store=self.store,
+            stream=stream,
+            sampler=sampler,
+            verifier=self.verifier,
+            engine=engine,
+            policy=self._trained(policy, config.optimizer.policy, less=frozen if from_first_update else 0),
+            reference=self._initial_policy(),
+            reward_model=self._reward_model() if config.objective.uses_reward_model else None,
+            benchmarks=benchmarks,
+            renderer=self.renderer,
+        )
+
+    def _trained(self, module: Any, adamw: AdamWConfig, *, less: int = 0) -> TrainedModel:
+        return TrainedModel(module, adamw, self.groups, num_updates=max(self.config.run.num_steps - less, 1))
+
+    def _prompts(self, path: str | None, name: str) -> list[Prompt]:
+        """Prompts of a file or of the generated data; those that are too long are left out, and counted."""
+        if path is not None:
+            prompts: Sequence[Prompt] = read_prompts(path)
+        else:
+            assert self.generated is not None
+            prompts = self.generated.train if name == "train" else self.generated.heldout
+        fitting, overlong = self.renderer.without_overlong(prompts)
+        if overlong:
+            self.tracker.say(
+                f"[yellow]{name}: {len(overlong)} of {len(prompts)} prompts left out, longer than "
+                f"prompt.max_prompt_tokens = {self.config.prompt.max_prompt_tokens} (first: {overlong[0].id})[/]"
+            )
+        if not fitting:
+            raise ValueError(
+                f"{path or name}: every prompt is longer than prompt.max_prompt_tokens = "
+                f"{self.config.prompt.max_prompt_tokens}"
+            )
+        return fitting
+
+    def _benchmarks(self) -> list[Benchmark]:
+        return [
+            Benchmark(name, tuple(self._prompts(item.path, "heldout")[: item.limit]), item.samples)
+            for name, item in self.config.evaluation.benchmarks.items()
+        ]
+
+    def _make_initial_policy(self) -> None:
+        """Saves the policy that the run starts from: loaded or random weights, then the warm start if there is one."""
+        config = self.config
+        module = self._policy_module()
+        if config.model.path is not None:
+            load_weights(module, Path(config.model.path), self.geometry, self.groups)
+        if config.sft is not None:
+            self._warm_start(module, config.sft)
+        self.store.save(INITIAL, weights_only("policy", module))
+
+    def _warm_start(self, module: Policy, sft: SftConfig) -> None:
+        if sft.demonstrations is not None:
+            demonstrations: Sequence[Demonstration] = read_demonstrations(sft.demonstrations)
+        else:
+            assert self.generated is not None
+            demonstrations = self.generated.demonstrations
+        losses: list[float] = []
+        with self.tracker.progress("warm start", sft.steps) as bar:
+
+            def on_step(step: int, loss: float) -> None:
+                losses.append(loss)
+                bar.advance(f"nll {loss:.3f}")
+
+            warm_start(
+                TrainedModel(module, sft.optimizer, self.groups, num_updates=sft.steps),
+                demonstrations,
+                self.renderer,
+                sft,
+                self.groups,
+                micro_batch_tokens=self.config.parallel.micro_batch_tokens,
+                seed=self.config.run.seed,
+                on_step=on_step,
+            )
+        self.tracker.trajectories("warm_start", [{"step": i, "nll": loss} for i, loss in enumerate(losses)])
+
+    def _policy_module(self) -> Policy:
+        module = build_gpt(
+            Policy,
+            self.geometry,
+            self.config.model,
+            self.groups,
+            vocab_size=self.vocab_size,
+            seed=derive_seed(self.config.run.seed, "weights"),
+            tied_embeddings=self.geometry.tied_embeddings,
+        )
+        module.logprob_chunk_tokens = self.config.model.logprob_chunk_tokens
+        return module.to(device())
+
+    def _initial_policy(self) -> Policy:
+        module = self._policy_module()
+        module.load_state_dict(_strip(self.store.load(INITIAL, weights_only("policy", module))))
+        return module
+
+    def _reward_model(self) -> TrainedModel:
+        """The initial policy with a scalar head of zeros in the place of its output layer."""
+        module = build_gpt(
+            TokenRewardModel,
+            self.geometry,
+            self.config.model,
+            self.groups,
+            vocab_size=self.vocab_size,
+            seed=derive_seed(self.config.run.seed, "weights"),
+            tied_embeddings=False,
+        ).to(device())
+        wanted = weights_only("policy", module, without=lambda key: ".output_layer." in key)
+        module.load_state_dict(_strip(self.store.load(INITIAL, wanted)), strict=False)
+        return self._trained(module, self.config.optimizer.reward_model)
+
+    def _with_pass_rates(self, prompts: list[Prompt], sampler: Sampler) -> list[Prompt]:
+        """Prompts with the share of the initial policy's responses that are correct; kept in pass_rates.jsonl."""
+        estimation = self.config.data.pass_rate
+        assert estimation is not None
+        path = self.directory / "pass_rates.jsonl"
+        if path.is_file():
+            return read_prompts(path)
+        known = [prompt for prompt in prompts if prompt.pass_rate is not None]
+        unknown = [prompt for prompt in prompts if prompt.pass_rate is None][: estimation.max_prompts]
+        estimated: list[Prompt] = []
+        chunk = max(self.config.rollout.batch_size // estimation.samples, 1)
+        with self.tracker.progress("pass rates", len(unknown)) as bar:
+            for start in range(0, len(unknown), chunk):
+                estimated += self._estimate(unknown[start : start + chunk], sampler, estimation.samples)
+                correct = sum(prompt.pass_rate or 0.0 for prompt in estimated) / max(len(estimated), 1)
+                bar.advance(f"mean {correct:.2f}", by=len(unknown[start : start + chunk]))
+        if self.groups.is_main:
+            write_prompts(path, known + estimated)
+        self.groups.barrier()
+        return known + estimated
+
+    def _estimate(self, prompts: list[Prompt], sampler: Sampler, num_samples: int) -> list[Prompt]:
+        """Prompts with a decided response, with their pass rate."""
+        config = self.config
+        rollouts = sampler.sample(
+            prompts,
+            num_samples=num_samples,
+            sampling=config.rollout.sampling,
+            seed_of=rollout_seeds(config.run.seed, "pass_rate", 0),
+        )
+        estimated = []
+        for prompt, group in zip(prompts, graded_groups(self.verifier, self.groups, rollouts), strict=True):
+            decided = [graded.verdict == "CORRECT" for graded in group if graded.verdict != "UNDECIDED"]
+            if decided:
+                estimated.append(replace(prompt, pass_rate=sum(decided) / len(decided)))
+        return estimated
+
+
+def _strip(state: dict[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix("policy."): value for key, value in state.items()}

@@ -1,0 +1,77 @@
+"""Console entry points: Hydra composes, the schema validates, `build` wires, `train` runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from oreal_megatron.config import ConfigError, TrainConfig, parse_config
+
+
+def config_directory() -> Path:
+    """conf/ beside the package in a checkout, or where an installed wheel puts it."""
+    checkout = Path(__file__).resolve().parent.parent / "conf"
+    return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "oreal_megatron" / "conf"
+
+
+def validated(composed: DictConfig) -> TrainConfig:
+    """Raises ConfigError with all violations at once."""
+    try:
+        raw: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError.of_text(str(error)) from error
+    return parse_config(raw)
+
+
+@hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")
+def _train(composed: DictConfig) -> None:
+    try:
+        config = validated(composed)
+        _quieten()
+        run_training(config)
+    except (ConfigError, ValueError, ArithmeticError, OSError) as error:
+        if os.environ.get("OREAL_TRACEBACK") == "1":
+            raise
+        print(f"error: {error}\n(OREAL_TRACEBACK=1 shows where)", file=sys.stderr)
+        sys.exit(1)
+
+
+def run_training(config: TrainConfig) -> None:
+    """Saves the resolved configuration with the run, trains, and reports."""
+    from oreal_megatron.build import opened_run
+    from oreal_megatron.report import write_report
+    from oreal_megatron.train import train
+
+    directory = Path(config.run.dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    with opened_run(config) as run:
+        if run.groups.is_main:
+            (directory / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        train(run)
+        if config.tracking.report and run.groups.is_main:
+            run.tracker.say(f"report: {write_report(directory)}")
+
+
+def _quieten() -> None:
+    """What Megatron-Core says of missing GPU packages at import is for `oreal-doctor`, not for every run."""
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+def train() -> None:
+    """`oreal-train`: one OREAL run."""
+    _train()
+
+
+if __name__ == "__main__":
+    train()
