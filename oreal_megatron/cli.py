@@ -64,7 +64,7 @@ def run_training(config: TrainConfig) -> None:
 def _quieten() -> None:
     """What Megatron-Core says of missing GPU packages at import is for `oreal-doctor`, not for every run."""
     warnings.filterwarnings("ignore", module=r"megatron\..*")
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|ShardedTensor).*")
     logging.getLogger("megatron").setLevel(logging.ERROR)
 
 

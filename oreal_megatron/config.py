@@ -90,7 +90,9 @@ class ArithmeticConfig(Section):
     num_train: Positive
     num_heldout: Positive
     num_demonstrations: Positive
-    """Worked solutions for the warm start; drawn apart from the other two sets."""
+    """Solutions for the warm start; drawn apart from the other two sets."""
+    direct_share: Share
+    """Share of the demonstrations that state the answer without working, which a small model rarely gets right."""
     min_terms: Annotated[int, Field(ge=2, le=6)]
     max_terms: Annotated[int, Field(ge=2, le=6)]
     max_operand: Annotated[int, Field(ge=2, le=999)]

@@ -48,11 +48,13 @@ def generate_arithmetic(config: ArithmeticConfig, seed: int) -> ArithmeticData:
     drawn = list(expressions)
     heldout = drawn[: config.num_heldout]
     train = drawn[config.num_heldout : config.num_heldout + config.num_train]
-    demonstrations = drawn[config.num_heldout + config.num_train :]
+    shown = drawn[config.num_heldout + config.num_train :]
+    num_direct = round(config.direct_share * len(shown))
+    demonstrations = [_demonstration(e, direct=index < num_direct) for index, e in enumerate(shown)]
     return ArithmeticData(
         train=tuple(_prompt("train", index, expression) for index, expression in enumerate(train)),
         heldout=tuple(_prompt("heldout", index, expression) for index, expression in enumerate(heldout)),
-        demonstrations=tuple(Demonstration(_question(e), worked_solution(e)) for e in demonstrations),
+        demonstrations=tuple(demonstrations),
     )
 
 
@@ -85,6 +87,11 @@ def _parse(expression: str) -> tuple[list[int], list[str]]:
     operators = [character for character in expression if not character.isdigit()]
     digits = "".join(character if character.isdigit() else " " for character in expression)
     return [int(term) for term in digits.split()], operators
+
+
+def _demonstration(expression: str, *, direct: bool) -> Demonstration:
+    solution = worked_solution(expression)
+    return Demonstration(_question(expression), solution.rpartition("\n")[2] if direct else solution)
 
 
 def _question(expression: str) -> str:

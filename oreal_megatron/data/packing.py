@@ -93,7 +93,7 @@ class TokenBatch:
 
     def per_token(self, per_sequence: Tensor) -> Tensor:
         """[N] -> [R]: a sequence's value at each of its response tokens."""
-        lengths = torch.tensor(self.response_lengths, device=per_sequence.device)
+        lengths = torch.tensor(self.response_lengths, dtype=torch.int64, device=per_sequence.device)
         return per_sequence.repeat_interleave(lengths)
 
 

@@ -1,0 +1,43 @@
+"""Shared by all tests: the device seam, one process' groups, and tiny configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def compose(*overrides: str) -> dict[str, Any]:
+    """conf/ composed with `overrides`, as plain data."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = hydra_compose(
+            "config", overrides=["run.name=test", *overrides], return_hydra_config=False
+        )
+    container = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(container, dict)
+    return container  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="session")
+def composed() -> Any:
+    return compose
+
+
+@pytest.fixture(scope="session")
+def single_process() -> Iterator[Any]:
+    """ParallelGroups of one process, inside the device seam."""
+    from oreal_megatron.config import ParallelConfig
+    from oreal_megatron.parallel.device import device_seam
+    from oreal_megatron.parallel.groups import parallel_groups
+
+    config = ParallelConfig(tensor=1, pipeline=1, micro_batch_tokens=512)
+    with device_seam(), parallel_groups(config, seed=0) as groups:
+        yield groups

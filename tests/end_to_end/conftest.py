@@ -1,0 +1,77 @@
+"""Tiny runs through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TINY = (
+    "experiment=arithmetic",
+    "tracking.console=plain",
+    "tracking.wandb=disabled",
+    "tracking.tensorboard=false",
+    "model.geometry.hidden_size=32",
+    "model.geometry.ffn_hidden_size=64",
+    "model.geometry.num_layers=2",
+    "data.arithmetic.num_train=48",
+    "data.arithmetic.num_heldout=16",
+    "data.arithmetic.num_demonstrations=512",
+    "data.arithmetic.min_terms=2",
+    "data.arithmetic.max_terms=2",
+    "data.arithmetic.operators=['+']",
+    "data.difficulty_balance=[]",
+    "data.pass_rate=null",
+    "data.prompts_per_step=8",
+    "rollout.samples_per_prompt=4",
+    "rollout.sampling.max_new_tokens=24",
+    "evaluation.every=2",
+    "sft.steps=40",
+    "run.num_steps=4",
+    "run.checkpoint_every=2",
+    "objective.actor_freeze_steps=1",
+)
+
+Outcome = subprocess.CompletedProcess
+
+
+def invoke(*overrides: str, timeout: float = 300, **environment: str) -> Outcome[str]:
+    """`oreal-train` on the tiny experiment; overrides come last, so they win."""
+    command = [sys.executable, "-m", "oreal_megatron.cli", *TINY, *overrides]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    )
+
+
+def metrics_of(directory: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without times."""
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of one finished tiny run."""
+    directory = tmp_path_factory.mktemp("runs") / "finished"
+    outcome = invoke(f"run.dir={directory}")
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    return directory
+
+
+@pytest.fixture
+def warm(finished: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """A new run directory that already holds the finished run's initial policy, so that no warm start is needed."""
+
+    def make(name: str = "run") -> Path:
+        directory = tmp_path / name
+        shutil.copytree(finished / "checkpoints" / "initial", directory / "checkpoints" / "initial")
+        return directory
+
+    return make

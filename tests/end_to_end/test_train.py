@@ -1,0 +1,168 @@
+"""Whole runs of the command line: what they write, that they repeat, resume, replay, and what bad input does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from tests.end_to_end.conftest import invoke, metrics_of
+
+pytestmark = pytest.mark.end_to_end
+
+
+def test_a_run_leaves_what_a_person_looks_for(finished):
+    for name in ("config.yaml", "metrics.jsonl", "report.html", "warm_start.jsonl", "checkpoints/best.json"):
+        assert (finished / name).is_file(), name
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["model"]["geometry"]["hidden_size"] == 32 and "???" not in str(config)
+    report = (finished / "report.html").read_text()
+    assert "<svg" in report and "Held-out problems solved" in report and "http://www.w3.org" in report
+    assert "<script src" not in report and "<link" not in report  # opens without a server or a network
+    lines = (finished / "trajectories" / "step_000003.jsonl").read_text().splitlines()
+    assert len(lines) == 8 * 4
+    assert {"id", "prompt", "response_ids", "logprobs", "grade", "weight_version"} <= json.loads(lines[0]).keys()
+
+
+def test_every_step_and_evaluation_is_in_the_metrics_with_its_phases(finished):
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "step"] == [0, 1, 2, 3]
+    assert [r["step"] for r in records if r["kind"] == "evaluation"] == [0, 2, 4]
+    updated = [r for r in records if r["kind"] == "step" and r["skipped"] is None]
+    assert updated, "no step of the tiny run updated anything"
+    for record in updated:
+        phases = {"generate", "verify", "train", "total"}
+        phases |= set() if record["metrics"]["policy/frozen"] else {"score", "publish"}
+        assert set(record["seconds"]) == phases
+    assert updated[0]["metrics"]["policy/frozen"] == 1.0 and "loss/policy" not in updated[0]["metrics"]
+    trained = [r["metrics"] for r in updated if not r["metrics"]["policy/frozen"]]
+    # On-policy and in one process: the trainer's log-probabilities are the rollouts', up to rounding.
+    assert trained and all(m["policy/rollout_logprob_difference"] < 1e-4 for m in trained)
+
+
+def test_one_seed_repeats_and_another_does_not(finished, tmp_path):
+    assert invoke(f"run.dir={tmp_path / 'again'}").returncode == 0
+    assert metrics_of(tmp_path / "again") == metrics_of(finished)
+    assert invoke(f"run.dir={tmp_path / 'other'}", "run.seed=1").returncode == 0
+    assert metrics_of(tmp_path / "other") != metrics_of(finished)
+
+
+def test_the_same_command_resumes_to_the_same_metrics(finished, warm):
+    directory = warm()
+    assert invoke(f"run.dir={directory}", "run.num_steps=2", "optimizer.policy.decay_steps=4").returncode == 0
+    stopped = metrics_of(directory)
+    shutil.rmtree(directory / "checkpoints" / "step_000002" / "nothing", ignore_errors=True)
+    outcome = invoke(f"run.dir={directory}", "optimizer.policy.decay_steps=4")
+    assert "resumed from checkpoint step_000002" in outcome.stdout
+    assert metrics_of(directory)[: len(stopped)] == stopped
+    whole = warm("whole")
+    assert invoke(f"run.dir={whole}", "optimizer.policy.decay_steps=4").returncode == 0
+    assert metrics_of(directory) == metrics_of(whole)
+
+
+def test_rollouts_alone_then_training_from_them(finished, warm, tmp_path):
+    rollouts = warm("rollouts")
+    outcome = invoke(f"run.dir={rollouts}", "run.mode=rollout", "run.num_steps=2")
+    assert outcome.returncode == 0, outcome.stderr
+    assert len(list((rollouts / "trajectories").glob("*.jsonl"))) == 2
+    assert not list((rollouts / "checkpoints").glob("step_*"))
+    replay = warm("replay")
+    arguments = [f"run.dir={replay}", "run.mode=replay", f"run.replay_dir={rollouts / 'trajectories'}"]
+    outcome = invoke(*arguments, "run.num_steps=2")
+    assert outcome.returncode == 0, outcome.stderr
+    # The first step's policy is the same, so what is trained from its rollouts is the same too.
+    first = [next(r for r in metrics_of(d) if r["kind"] == "step") for d in (replay, finished)]
+    assert first[0] == first[1]
+    beyond = invoke(*arguments, "run.num_steps=5")
+    assert beyond.returncode == 1 and "there is no" in beyond.stderr and "run.num_steps" in beyond.stderr
+
+
+def test_steps_without_a_usable_group_update_nothing_and_the_run_goes_on(warm, tmp_path):
+    impossible = tmp_path / "impossible.jsonl"
+    impossible.write_text("".join(f'{{"question": "Compute {i}+1.", "gold_answer": "7777"}}\n' for i in range(8)))
+    directory = warm()
+    outcome = invoke(
+        f"run.dir={directory}", f"data.train={impossible}", "data.arithmetic=null", "sft=none", "run.num_steps=2",
+        "model.geometry=null", f"model.path={tmp_path}", "evaluation.benchmarks={}",
+    )  # fmt: skip
+    assert outcome.returncode == 1 and "config.json" in outcome.stderr  # a directory without a model is refused
+    outcome = invoke(
+        f"run.dir={directory}", f"data.train={impossible}", "data.arithmetic=null", "evaluation.benchmarks={}",
+        f"sft.demonstrations={demonstrations(tmp_path)}", "run.num_steps=2",
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stderr
+    assert "updated nothing: no usable group among 8: 0 all correct, 8 all incorrect" in outcome.stdout
+    steps = [r for r in metrics_of(directory) if r["kind"] == "step"]
+    assert len(steps) == 2 and all(r["skipped"] for r in steps)
+
+
+def demonstrations(directory):
+    path = directory / "demonstrations.jsonl"
+    path.write_text('{"question": "Compute 1+1.", "response": "\\\\boxed{2}"}\n')
+    return path
+
+
+def test_a_response_without_an_answer_is_incorrect(finished):
+    records = [
+        json.loads(line)
+        for path in (finished / "trajectories").glob("*.jsonl")
+        for line in path.read_text().splitlines()
+    ]
+    unfinished = [r for r in records if r["finish_reason"] == "length"]
+    assert all(r["grade"]["verdict"] == "INCORRECT" and r["grade"]["stage"] == "stop" for r in unfinished)
+
+
+def test_nan_in_a_loss_stops_with_step_terms_and_samples(warm):
+    directory = warm()
+    outcome = invoke(
+        f"run.dir={directory}", "run.num_steps=4", "objective.beta=1e308", "objective.kl_type=mse",
+        "optimizer.policy.lr=100.0", "optimizer.policy.warmup_steps=0", "run.checkpoint_every=1", "evaluation.every=0",
+    )  # fmt: skip
+    assert outcome.returncode == 1
+    assert "error: step " in outcome.stderr and "Traceback" not in outcome.stderr
+    assert "heldout" not in outcome.stderr and "train-" in outcome.stderr or "gradient norm" in outcome.stderr
+    assert list((directory / "checkpoints").glob("step_*")), "the last good checkpoint is kept"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective.eta=much"], "objective.eta = 'much': input should be a valid number"),
+        (["rollout.samples_per_prompt=1"], "rollout.samples_per_prompt = 1"),
+        (["prompt.max_prompt_tokens=4"], "every prompt is longer than prompt.max_prompt_tokens = 4"),
+        (["data.prompts_per_step=1000"], "only 48 different prompts are left"),
+        (["data.arithmetic=null", "data.train=nowhere.jsonl"], "sft.demonstrations"),
+        (["prompt.stop_token=<|stop|>"], "prompt.stop_token = '<|stop|>' is not one token"),
+        (["parallel.tensor=2"], "1 process(es) do not split into replicas of tensor 2"),
+    ],
+)
+def test_bad_input_is_one_clear_error(warm, overrides, message):
+    outcome = invoke(f"run.dir={warm()}", *overrides)
+    assert outcome.returncode == 1
+    assert message in outcome.stderr and "Traceback" not in outcome.stderr
+
+
+def test_an_unknown_override_names_the_key(tmp_path):
+    outcome = invoke(f"run.dir={tmp_path}", "objective.kl_typ=k3")
+    assert outcome.returncode == 1 and "kl_typ" in outcome.stderr
+    added = invoke(f"run.dir={tmp_path}", "+objective.kl_typ=k3")
+    assert added.returncode == 1 and "did you mean `kl_type`?" in added.stderr
+
+
+def test_malformed_prompt_files_are_named_by_file_and_line(warm, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "Compute 1+1.", "gold_answer": "2"}\n{"question": \n')
+    outcome = invoke(
+        f"run.dir={warm()}", f"data.train={bad}", "data.arithmetic=null", "evaluation.benchmarks={}",
+        f"sft.demonstrations={demonstrations(tmp_path)}",
+    )  # fmt: skip
+    assert outcome.returncode == 1 and f"{bad}:2: not JSON" in outcome.stderr
+
+
+def test_help_and_cfg_job_work():
+    shown = invoke("--cfg", "job")
+    assert shown.returncode == 0 and "actor_freeze_steps: 1" in shown.stdout
+    helped = invoke("--help")
+    assert helped.returncode == 0 and "experiment=arithmetic" in helped.stdout

@@ -1,0 +1,90 @@
+"""Every selected trajectory is trained exactly once on any number of ranks; packed rows hold what they should."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from oreal_megatron.data.packing import IGNORE, PackedSequence, deal, deal_as_released, micro_batches, pack
+
+CPU = torch.device("cpu")
+
+
+def sequences(count: int, length=lambda i: 3 + i % 7) -> list[PackedSequence]:
+    return [
+        PackedSequence(
+            id=str(i),
+            prompt_ids=(10, 11),
+            response_ids=tuple(range(20, 20 + length(i))),
+            correct=i % 2 == 0,
+            advantage=float(i),
+            rollout_logprobs=tuple(-0.1 * k for k in range(length(i))),
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7, 16, 97, 98, 99, 128])
+def test_98_trajectories_are_each_trained_once_on_any_number_of_ranks(num_ranks):
+    ranks = deal(sequences(98), num_ranks)
+    assert len(ranks) == num_ranks
+    ids = Counter(
+        id for rank in ranks for batch in micro_batches(rank, token_budget=32, device=CPU) for id in batch.ids
+    )
+    assert ids == Counter(str(i) for i in range(98))
+
+
+def test_dealing_balances_tokens():
+    loads = [sum(s.num_tokens for s in rank) for rank in deal(sequences(98), 16)]
+    assert max(loads) - min(loads) <= max(s.num_tokens for s in sequences(98))
+
+
+def test_the_release_trains_98_on_16_ranks_as_192():
+    ids = Counter(s.id for rank in deal_as_released(sequences(98), 16) for s in rank)
+    assert ids.total() == 192
+    assert sorted(Counter(ids.values()).items()) == [(1, 4), (2, 94)]
+
+
+def test_the_release_repeats_nothing_where_it_divides():
+    ids = Counter(s.id for rank in deal_as_released(sequences(96), 16) for s in rank)
+    assert ids == Counter(str(i) for i in range(96))
+
+
+def test_the_release_divides_by_zero_with_too_few():
+    with pytest.raises(ValueError, match=r"3 sequence\(s\) over 16 data-parallel ranks.*sampler=exact"):
+        deal_as_released(sequences(3), 16)
+
+
+def test_a_packed_row_by_hand():
+    batch = pack(
+        [
+            PackedSequence(id="a", prompt_ids=(1, 2), response_ids=(3, 4), advantage=1.5, rollout_logprobs=(-1.0, -2.0)),
+            PackedSequence(id="b", prompt_ids=(5,), response_ids=(6,), correct=False, rollout_logprobs=(-3.0,)),
+        ],
+        CPU,
+    )
+    assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 6]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1]]
+    assert batch.labels.tolist() == [[IGNORE, 3, 4, IGNORE, 6, IGNORE]]
+    assert batch.cu_seqlens.tolist() == [0, 4, 6]
+    assert batch.max_seqlen == 4
+    assert batch.predicting.tolist() == [1, 2, 4]
+    assert batch.per_token(batch.advantages).tolist() == [1.5, 1.5, 0.0]
+    assert batch.per_token(batch.correct).tolist() == [True, True, False]
+    assert batch.rollout_logprobs.tolist() == [-1.0, -2.0, -3.0]
+    assert [part.tolist() for part in batch.split_by_sequence(batch.rollout_logprobs)] == [[-1.0, -2.0], [-3.0]]
+
+
+def test_micro_batches_respect_the_budget_unless_one_sequence_exceeds_it():
+    batches = micro_batches(sequences(40, length=lambda i: 60 if i == 5 else 4), token_budget=20, device=CPU)
+    sizes = [batch.tokens.size(1) for batch in batches]
+    assert sizes[0] == 62 and batches[0].ids == ("5",)
+    assert all(size <= 20 for size in sizes[1:])
+
+
+def test_a_rank_without_sequences_gets_a_batch_that_trains_nothing():
+    (batch,) = micro_batches([], token_budget=20, device=CPU)
+    assert batch.ids == () and batch.predicting.numel() == 0 and batch.tokens.shape == (1, 1)
+    assert batch.per_token(batch.advantages).shape == (0,)

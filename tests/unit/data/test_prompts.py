@@ -1,0 +1,150 @@
+"""Prompt files, difficulty balance, the prompt stream and the generated problems."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+
+from oreal_megatron.config import ArithmeticConfig, BalanceBin
+from oreal_megatron.data.arithmetic import generate_arithmetic, worked_solution
+from oreal_megatron.data.prompts import balanced, read_demonstrations, read_prompts, write_prompts
+from oreal_megatron.data.stream import PromptStream
+from oreal_megatron.records import Prompt
+
+RELEASED = [
+    BalanceBin(low=0.0, high=0.2, repeat=6),
+    BalanceBin(low=0.2, high=0.6, repeat=4),
+    BalanceBin(low=0.6, high=0.8, repeat=2),
+]
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [Prompt(id=f"p{i}", question=f"q{i}", gold_answer=str(i)) for i in range(count)]
+
+
+def test_prompts_round_trip(tmp_path):
+    wanted = [Prompt(id="a", question="1+1?", gold_answer="2", pass_rate=0.25)]
+    write_prompts(tmp_path / "p.jsonl", wanted)
+    assert read_prompts(tmp_path / "p.jsonl") == wanted
+
+
+def test_published_files_need_no_id_and_no_pass_rate(tmp_path):
+    path = tmp_path / "math.jsonl"
+    path.write_text('{"question": "q", "gold_answer": 7, "source": "elsewhere"}\n\n{"question": "r", "gold_answer": "x"}\n')
+    assert [(p.id, p.gold_answer, p.pass_rate) for p in read_prompts(path)] == [
+        ("math-000001", "7", None),
+        ("math-000003", "x", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{not json", "p.jsonl:2: not JSON"),
+        ("[1]", "p.jsonl:2: a JSON object is expected, not list"),
+        ('{"question": "q"}', "p.jsonl:2: `gold_answer` is None"),
+        ('{"question": "", "gold_answer": "1"}', "p.jsonl:2: `question` is ''"),
+        ('{"question": "q", "gold_answer": "1", "pass_rate": 1.5}', "p.jsonl:2: pass_rate is 1.5"),
+        ('{"question": "q", "gold_answer": "1", "id": "p-000001"}', "p.jsonl:2: id 'p-000001' occurs twice"),
+    ],
+)
+def test_a_malformed_line_is_named_by_file_and_number(tmp_path, line, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"question": "q", "gold_answer": "1"}\n' + line + "\n")
+    with pytest.raises(ValueError) as caught:
+        read_prompts(path)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [read_prompts, read_demonstrations])
+def test_an_empty_or_missing_file_is_an_error(tmp_path, read):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"empty.jsonl: no (prompts|demonstrations) in it"):
+        read(tmp_path / "empty.jsonl")
+    with pytest.raises(ValueError, match=r"none.jsonl: cannot be read"):
+        read(tmp_path / "none.jsonl")
+
+
+def test_difficulty_balance_repeats_as_released():
+    rates = {"a": 0.0, "b": 0.2, "c": 0.59, "d": 0.6, "e": 0.8, "f": None}
+    given = [Prompt(id=id, question=id, gold_answer="1", pass_rate=rate) for id, rate in rates.items()]
+    assert Counter(p.id for p in balanced(given, RELEASED)) == {"a": 6, "b": 4, "c": 4, "d": 2}
+    assert balanced(given, []) == given
+
+
+def test_the_stream_sees_every_prompt_once_an_epoch():
+    stream = PromptStream(prompts(10), prompts_per_step=5, seed=0)
+    first, second = stream.draw() + stream.draw(), stream.draw() + stream.draw()
+    assert sorted(p.id for p in first) == sorted(p.id for p in second) == sorted(p.id for p in prompts(10))
+    assert [p.id for p in first] != [p.id for p in second]
+
+
+def test_a_step_never_has_a_prompt_twice_and_repetitions_are_not_lost():
+    stream = PromptStream([p for p in prompts(6) for _ in range(4)], prompts_per_step=5, seed=1)
+    drawn = [[p.id for p in stream.draw()] for _ in range(24)]
+    assert all(len(set(step)) == 5 for step in drawn)
+    counts = Counter(id for step in drawn for id in step)
+    assert max(counts.values()) - min(counts.values()) <= 5  # 120 draws are five epochs of 24
+
+
+def test_the_stream_resumes_to_the_exact_prompt():
+    repeated = [p for p in prompts(7) for _ in range(3)]
+    stream = PromptStream(repeated, prompts_per_step=4, seed=3)
+    for _ in range(9):
+        stream.draw()
+    state = json.loads(json.dumps(stream.state_dict()))
+    resumed = PromptStream(repeated, prompts_per_step=4, seed=3)
+    resumed.load_state_dict(state)
+    assert [resumed.draw() for _ in range(20)] == [stream.draw() for _ in range(20)]
+
+
+def test_too_few_prompts_and_foreign_states_are_errors():
+    with pytest.raises(ValueError, match="only 3 different prompts"):
+        PromptStream(prompts(3) * 4, prompts_per_step=4, seed=0)
+    state = PromptStream(prompts(8), prompts_per_step=4, seed=0).state_dict()
+    with pytest.raises(ValueError, match="8 prompts, this run's data 9"):
+        PromptStream(prompts(9), prompts_per_step=4, seed=0).load_state_dict(state)
+
+
+def arithmetic(**changes) -> ArithmeticConfig:
+    base = {
+        "num_train": 50,
+        "num_heldout": 40,
+        "num_demonstrations": 60,
+        "direct_share": 0.25,
+        "min_terms": 2,
+        "max_terms": 4,
+        "max_operand": 20,
+        "max_factor": 9,
+        "operators": ("+", "-", "*"),
+    }
+    return ArithmeticConfig(**(base | changes))
+
+
+def test_generated_sets_share_no_problem_and_golds_are_right():
+    data = generate_arithmetic(arithmetic(), seed=0)
+    train = {p.question for p in data.train}
+    heldout = {p.question for p in data.heldout}
+    shown = {d.question for d in data.demonstrations}
+    assert (len(train), len(heldout), len(shown)) == (50, 40, 60)
+    assert not train & heldout and not heldout & shown and not train & shown
+    for prompt in (*data.train, *data.heldout):
+        expression = prompt.question.removeprefix("Compute ").removesuffix(".")
+        assert int(prompt.gold_answer) == eval(expression)
+    for line in (line for d in data.demonstrations for line in d.response.split("\n")[:-1]):
+        left, right = line.split("=")
+        assert eval(left) == int(right)
+    assert sum(d.response.startswith("\\boxed{") for d in data.demonstrations) == 15
+
+
+def test_worked_solution_keeps_precedence_and_order():
+    assert worked_solution("8-3*2*2+1").split("\n") == ["3*2=6", "6*2=12", "8-12=-4", "-4+1=-3", "\\boxed{-3}"]
+
+
+def test_generation_depends_on_the_seed_and_says_when_it_runs_dry():
+    assert generate_arithmetic(arithmetic(), 0) == generate_arithmetic(arithmetic(), 0)
+    assert generate_arithmetic(arithmetic(), 0) != generate_arithmetic(arithmetic(), 1)
+    with pytest.raises(ValueError, match=r"found \d+ distinct problems where 150 are asked for; raise max_operand"):
+        generate_arithmetic(arithmetic(max_operand=2, max_factor=2, max_terms=2), 0)

@@ -1,0 +1,105 @@
+"""The Megatron-Core policy against transformers on the same weights: logits, log-probabilities, generation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from oreal_megatron.config import SamplingConfig
+from oreal_megatron.convert.huggingface import geometry_of
+from oreal_megatron.data.packing import PackedSequence, pack
+from oreal_megatron.models.decoding import CachedDecoder
+from oreal_megatron.models.microbatches import score
+from oreal_megatron.records import FinishReason
+from oreal_megatron.rollout.embedded import EmbeddedEngine
+from oreal_megatron.rollout.engine import GenerationRequest
+
+CPU = torch.device("cpu")
+STOP = 7
+
+
+def random_prompts(lengths, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [tuple(torch.randint(0, 120, (n,), generator=generator).tolist()) for n in lengths]
+
+
+def logits_of(reference, token_ids):
+    with torch.no_grad():
+        return reference(torch.tensor([token_ids])).logits[0].float()
+
+
+def test_packed_logprobs_and_entropies_are_those_of_transformers(pair, single_process):
+    reference, policy = pair
+    prompts, responses = random_prompts([3, 9, 1, 4]), random_prompts([8, 2, 5, 1], seed=2)
+    batch = pack(
+        [
+            PackedSequence(id=str(i), prompt_ids=p, response_ids=r)
+            for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
+        ],
+        CPU,
+    )
+    (values,) = score(policy, [batch], lambda output, b: output[b.predicting].clone(), single_process)
+    expected = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        logprobs = logits_of(reference, prompt + response).log_softmax(-1)[len(prompt) - 1 : -1]
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        expected.append(torch.stack([logprobs.gather(1, torch.tensor(response)[:, None])[:, 0], entropy], -1))
+    torch.testing.assert_close(values, torch.cat(expected), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_greedy_generation_is_that_of_transformers(pair, single_process, batch_size):
+    reference, policy = pair
+    prompts = random_prompts([5, 2, 9, 9, 1, 4])
+    engine = EmbeddedEngine(
+        lambda: CachedDecoder(policy, single_process, 120),
+        single_process,
+        stop_token_id=STOP,
+        batch_size=batch_size,
+    )
+    requests = [GenerationRequest(prompt_ids=prompt, seed=0, max_new_tokens=20) for prompt in prompts]
+    completions = engine.generate(requests, SamplingConfig(temperature=0.0, top_p=1.0, max_new_tokens=20))
+    for prompt, completion in zip(prompts, completions, strict=True):
+        tokens, logprobs = [], []
+        for _ in range(20):
+            row = logits_of(reference, prompt + tuple(tokens))[-1].log_softmax(-1)
+            tokens.append(int(row.argmax()))
+            logprobs.append(row.max().item())
+            if tokens[-1] == STOP:
+                break
+        assert list(completion.token_ids) == tokens
+        assert completion.logprobs == pytest.approx(logprobs, abs=2e-5)
+        assert completion.finish_reason is (FinishReason.STOP if tokens[-1] == STOP else FinishReason.LENGTH)
+
+
+def test_sampled_logprobs_are_those_of_the_policy_and_batching_changes_nothing(pair, single_process):
+    reference, policy = pair
+    prompts = random_prompts([5, 2, 9, 1]) * 3
+    sampling = SamplingConfig(temperature=0.7, top_p=0.9, max_new_tokens=12)
+    requests = [GenerationRequest(prompt_ids=p, seed=i, max_new_tokens=12) for i, p in enumerate(prompts)]
+    results = []
+    for batch_size in (12, 5, 1):
+        engine = EmbeddedEngine(
+            lambda: CachedDecoder(policy, single_process, 120),
+            single_process,
+            stop_token_id=STOP,
+            batch_size=batch_size,
+        )
+        results.append(engine.generate(requests, sampling))
+    for completion, *others in zip(*results, strict=True):
+        for other in others:
+            assert other.token_ids == completion.token_ids
+            assert other.logprobs == pytest.approx(completion.logprobs, abs=2e-5)
+    for prompt, completion in zip(prompts[:4], results[0][:4], strict=True):
+        rows = (logits_of(reference, prompt + completion.token_ids)[len(prompt) - 1 : -1] / 0.7).log_softmax(-1)
+        expected = rows.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        assert completion.logprobs == pytest.approx(expected.tolist(), abs=5e-5)
+    assert len({completion.token_ids for completion in results[0]}) > 4  # seeds differ, so samples do
+
+
+def test_an_unsupported_architecture_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["MambaForCausalLM"], "model_type": "mamba"}')
+    with pytest.raises(ValueError, match="MambaForCausalLM is not supported; supported: LlamaForCausalLM, Qwen2"):
+        geometry_of(tmp_path)
+    with pytest.raises(ValueError, match=r"there is no config\.json"):
+        geometry_of(tmp_path / "nowhere")

@@ -1,0 +1,89 @@
+"""Chunked log-probabilities and their gradients against the plain computation; the reward model's head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from oreal_megatron.config import GeometryConfig, ModelConfig
+from oreal_megatron.data.packing import PackedSequence, pack
+from oreal_megatron.models.architecture import build_gpt
+from oreal_megatron.models.microbatches import score
+from oreal_megatron.models.policy import _TokenLogprobs
+from oreal_megatron.models.token_reward import TokenRewardModel
+
+CPU = torch.device("cpu")
+GEOMETRY = GeometryConfig(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2)
+MODEL = ModelConfig(
+    path=None,
+    geometry=GEOMETRY,
+    tokenizer="arithmetic",
+    implementation="local",
+    dtype="float32",
+    max_sequence_length=64,
+)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_chunked_logprobs_and_gradients_equal_the_plain_ones(single_process, chunk):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(11, 8, generator=generator), torch.randn(30, 8, generator=generator)
+    target, upstream = torch.randint(0, 30, (11,), generator=generator), torch.randn(11, generator=generator)
+    mine = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    plain = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+
+    logprobs, entropy = _TokenLogprobs.apply(*mine, target, chunk, single_process.collection.tp)
+    (logprobs * upstream).sum().backward()
+    rows = (plain[0] @ plain[1].t()).log_softmax(-1)
+    expected = rows.gather(1, target[:, None])[:, 0]
+    (expected * upstream).sum().backward()
+
+    torch.testing.assert_close(logprobs, expected)
+    torch.testing.assert_close(entropy, -(rows.exp() * rows).sum(-1))
+    assert not entropy.requires_grad
+    for a, b in zip(mine, plain, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_no_labelled_position_gives_an_empty_result_and_a_zero_gradient(single_process):
+    hidden, weight = torch.zeros(0, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    logprobs, _ = _TokenLogprobs.apply(hidden, weight, torch.zeros(0, dtype=torch.long), 4, single_process.collection.tp)
+    logprobs.sum().backward()
+    assert logprobs.shape == (0,) and weight.grad.abs().sum() == 0
+
+
+def test_a_fresh_reward_model_scores_zero_everywhere_and_can_learn(single_process):
+    model = build_gpt(TokenRewardModel, GEOMETRY, MODEL, single_process, vocab_size=105, seed=0, tied_embeddings=False)
+    batch = pack([PackedSequence(id="a", prompt_ids=(1, 2, 3), response_ids=(4, 5))], CPU)
+    (scores,) = score(model, [batch], lambda output, _: output.clone(), single_process)
+    assert scores.shape == (1, 5, 1) and scores.dtype == torch.float32 and scores.abs().sum() == 0
+    assert [name for name, _ in model.named_parameters() if "output_layer" in name] == [
+        "output_layer.weight",
+        "output_layer.bias",
+    ]
+
+
+def test_a_score_sees_no_later_token_and_no_other_sequence(single_process):
+    model = build_gpt(TokenRewardModel, GEOMETRY, MODEL, single_process, vocab_size=105, seed=0, tied_embeddings=False)
+    torch.nn.init.normal_(model.output_layer.weight)
+
+    def scores_of(*sequences):
+        packed = [PackedSequence(id=str(i), prompt_ids=s[:1], response_ids=s[1:]) for i, s in enumerate(sequences)]
+        (scores,) = score(model, [pack(packed, CPU)], lambda output, _: output[0, :, 0].clone(), single_process)
+        return scores
+
+    alone = scores_of((5, 6, 7, 8))
+    torch.testing.assert_close(scores_of((5, 6, 7, 99))[:3], alone[:3])
+    assert not torch.equal(scores_of((5, 6, 7, 99))[3:], alone[3:])
+    torch.testing.assert_close(scores_of((1, 2, 3), (5, 6, 7, 8), (9, 9))[3:7], alone)
+
+
+def test_weights_depend_on_the_seed_alone(single_process):
+    def weights(seed):
+        torch.manual_seed(torch.seed())
+        model = build_gpt(
+            TokenRewardModel, GEOMETRY, MODEL, single_process, vocab_size=105, seed=seed, tied_embeddings=False
+        )
+        return model.embedding.word_embeddings.weight.detach()
+
+    assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))

@@ -1,0 +1,81 @@
+"""The schema: every violation at once, each with key, value and remedy; every preset and experiment composes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from oreal_megatron.config import ConfigError, parse_config
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def violations_of(raw) -> dict[str, str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(raw)
+    return {violation.key: str(violation) for violation in caught.value.violations}
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (CONF / "objective").glob("*.yaml")))
+def test_every_objective_composes(composed, preset):
+    assert parse_config(composed(f"objective={preset}")).objective.preset == preset
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+def test_every_experiment_composes(composed, experiment, tmp_path):
+    raw = composed(f"+experiment={experiment}") if experiment == "none" else composed(f"experiment={experiment}")
+    assert parse_config(raw).run.num_steps > 0
+
+
+def test_all_violations_come_at_once(composed):
+    raw = composed()
+    raw["objective"]["kl_typ"] = "k3"
+    raw["objective"]["eta"] = "much"
+    raw["rollout"]["samples_per_prompt"] = 0
+    raw["model"]["geometry"]["num_query_groups"] = 3
+    raw["optimiser"] = {}
+    found = violations_of(raw)
+    assert "did you mean `kl_type`?" in found["objective.kl_typ"]
+    assert "'much'" in found["objective.eta"] and "number" in found["objective.eta"]
+    assert "greater than 0" in found["rollout.samples_per_prompt"]
+    assert "must divide model.geometry.num_attention_heads = 4" in found["model.geometry.num_query_groups"]
+    assert "did you mean `optimizer`?" in found["optimiser"]
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "remedy"),
+    [
+        ("rollout.samples_per_prompt=1", "rollout.samples_per_prompt", "at least 2"),
+        ("rollout.sampling.temperature=0.0", "rollout.sampling.temperature", "all alike"),
+        ("rollout.sampling.max_new_tokens=100", "rollout.sampling.max_new_tokens", "at most 64 fit"),
+        ("objective.clip=0.2", "objective.clip", "ratio_reference"),
+        ("objective.reward_values=[1.0,-1.0]", "objective.reward_values", "must rise"),
+        ("prompt.user=solve", "prompt.user", "{question}"),
+        ("data.arithmetic=null", "data.train", "data.arithmetic"),
+        ("sft=none", "model.path", "nothing to sample"),
+        ("optimizer.policy.min_lr=1.0", "optimizer.policy.min_lr", "must not exceed lr"),
+        ("run.mode=replay", "run.replay_dir", "run.mode=replay"),
+        ("parallel.tensor=3", "parallel.tensor", "do not split evenly over 3 ranks"),
+        ("objective.selection=pair objective.keep_groups=all", "objective.selection", "keep_groups=mixed"),
+    ],
+)
+def test_cross_checks_name_the_remedy(composed, override, key, remedy):
+    assert remedy in violations_of(composed(*override.split()))[key]
+
+
+def test_unknown_kl_type_is_an_error(composed):
+    assert "k3" in violations_of(composed("objective.kl_type=k2"))["objective.kl_type"]
+
+
+def test_a_configuration_is_immutable(composed):
+    config = parse_config(composed())
+    with pytest.raises(Exception, match="frozen"):
+        config.run.seed = 1
+
+
+def test_configuration_imports_no_torch():
+    code = "import sys, oreal_megatron.config, oreal_megatron.records; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
