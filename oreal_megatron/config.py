@@ -123,6 +123,8 @@ class DataConfig(Section):
     train: str | None
     """JSONL with question, gold_answer and, optionally, pass_rate and id; null: generated arithmetic."""
     arithmetic: ArithmeticConfig | None
+    """What is generated: the prompts where `train` is null, held-out problems and demonstrations where no file is
+    named for these."""
     prompts_per_step: Positive
     pass_rate: PassRateConfig | None
     difficulty_balance: Annotated[tuple[BalanceBin, ...], BeforeValidator(_as_tuple)]
@@ -456,8 +458,8 @@ def _check_prompt(prompt: PromptConfig) -> Iterator[Violation]:
 
 @_check("data")
 def _check_data(data: DataConfig) -> Iterator[Violation]:
-    if (data.train is None) == (data.arithmetic is None):
-        yield Violation("data.train", data.train, "give either data.train (a JSONL file) or data.arithmetic, not both")
+    if data.train is None and data.arithmetic is None:
+        yield Violation("data.train", None, "name a JSONL file, or use data=arithmetic")
     if (a := data.arithmetic) is not None and a.min_terms > a.max_terms:
         yield Violation("data.arithmetic.min_terms", a.min_terms, f"must not exceed max_terms = {a.max_terms}")
     for index, bin in enumerate(data.difficulty_balance):

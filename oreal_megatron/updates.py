@@ -84,7 +84,7 @@ def update_reward_model(
     results = reward_model.forward_backward(batches, loss)
     scores, losses = [scores for scores, _ in results], [value for _, value in results]
     _check_finite({"reward_model": losses}, batches, groups)
-    report = _update(reward_model, "reward model")
+    report = _update(reward_model, "reward model", batches)
     return _scored(scores, batches), {
         "loss/reward_model": groups.sum_over_data(torch.tensor(math.fsum(losses))).item(),
         "reward_model/grad_norm": report.grad_norm,
@@ -125,7 +125,7 @@ def update_policy(
     names = ("positive", "negative", "kl", "kl_k1", "entropy", "rollout_logprob_difference", "token_weight")
     local = torch.stack(results).double()
     _check_finite(dict(zip(names, local.t().tolist(), strict=True)), batches, policy.groups)
-    report = _update(policy, "policy")
+    report = _update(policy, "policy", batches)
     total = dict(zip(names, policy.groups.sum_over_data(local.sum(0)).tolist(), strict=True))
     positive = total["positive"] / counts.of_positive(config)
     negative = total["negative"] / counts.of_negative(config)
@@ -161,11 +161,12 @@ def _scored(scores: list[Tensor], batches: Sequence[TokenBatch]) -> ScoredSequen
     )
 
 
-def _update(model: TrainedModel, name: str) -> UpdateReport:
+def _update(model: TrainedModel, name: str, batches: Sequence[TokenBatch]) -> UpdateReport:
     try:
         return model.update()
     except FloatingPointError as error:
-        raise NonFiniteLossError(f"{name}: {error}; no update was made") from error
+        ids = ", ".join(id for batch in batches for id in batch.ids)
+        raise NonFiniteLossError(f"{name}: {error}, no update was made; trained were {ids}") from error
 
 
 def _check_finite(values: dict[str, list[float]], batches: Sequence[TokenBatch], groups: ParallelGroups) -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
 from oreal_megatron.parallel.groups import ParallelGroups
 
@@ -53,8 +55,16 @@ class CheckpointStore:
         self._groups.barrier()
 
     def load(self, name: str, sharded_state: dict[str, Any]) -> dict[str, Any]:
-        """Fills `sharded_state` (whose tensors say what this rank needs) from a checkpoint."""
-        return dist_checkpointing.load(sharded_state, str(self.directory / name))
+        """Fills `sharded_state` (whose tensors say what this rank needs) from a checkpoint.
+
+        Raises:
+            ValueError: the checkpoint holds another model, or cannot be read.
+        """
+        path = self.directory / name
+        try:
+            return dist_checkpointing.load(sharded_state, str(path))
+        except (CheckpointingException, CheckpointException, KeyError, OSError, RuntimeError) as error:
+            raise ValueError(f"checkpoint {path} does not fit this run's model, or is damaged: {error}") from error
 
     def has(self, name: str) -> bool:
         return (self.directory / name / "metadata.json").is_file()
@@ -105,7 +115,7 @@ def trained_state(prefix: str, trained: Any, *, is_loading: bool = False) -> dic
 def load_trained(prefix: str, trained: Any, state: dict[str, Any]) -> None:
     """The inverse of `trained_state`."""
     trained.module.load_state_dict({key.removeprefix(f"{prefix}."): v for key, v in state[f"{prefix}.model"].items()})
-    trained.optimizer.load_state_dict(state[f"{prefix}.optimizer"])
+    trained.load_optimizer(state[f"{prefix}.optimizer"])
     trained.schedule.load_state_dict(state[f"{prefix}.schedule"])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -55,6 +56,7 @@ class TrainedModel:
             ),
             [self.ddp],
         )
+        self._start_adam()
         config.grad_scale_func = self.optimizer.scale_loss
         self.schedule = OptimizerParamScheduler(
             self.optimizer,
@@ -69,6 +71,30 @@ class TrainedModel:
             wd_incr_steps=0,
             wd_incr_style="constant",
         )
+
+    def _start_adam(self) -> None:
+        """Gives torch's AdamW its zero state now, so that a checkpoint holds the same tensors before any update.
+
+        Megatron-Core's own initialisation, made for fused optimizers, leaves out the step that torch's reads.
+        """
+        for adamw in self._torch_optimizers():
+            for parameter in (p for group in adamw.param_groups for p in group["params"]):
+                adamw.state[parameter] = {
+                    "step": torch.zeros(()),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+    def load_optimizer(self, state: dict[str, Any]) -> None:
+        """Loads what `optimizer.sharded_state_dict` made. Megatron-Core hands all of torch's AdamW one step tensor."""
+        self.optimizer.load_state_dict(state)
+        for adamw in self._torch_optimizers():
+            for parameter_state in adamw.state.values():
+                parameter_state["step"] = parameter_state["step"].clone()
+
+    def _torch_optimizers(self) -> list[torch.optim.AdamW]:
+        parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return [part.optimizer for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]
 
     def forward_backward(self, batches: Sequence[TokenBatch], loss: LossFunction) -> list[Any]:
         """Gradients of `loss` over all micro-batches of all ranks; what `loss` handed back on this rank."""

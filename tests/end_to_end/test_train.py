@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import yaml
@@ -51,14 +50,14 @@ def test_one_seed_repeats_and_another_does_not(finished, tmp_path):
 
 def test_the_same_command_resumes_to_the_same_metrics(finished, warm):
     directory = warm()
-    assert invoke(f"run.dir={directory}", "run.num_steps=2", "optimizer.policy.decay_steps=4").returncode == 0
+    schedules = ["optimizer.policy.decay_steps=4", "optimizer.reward_model.decay_steps=4"]
+    assert invoke(f"run.dir={directory}", "run.num_steps=2", *schedules).returncode == 0
     stopped = metrics_of(directory)
-    shutil.rmtree(directory / "checkpoints" / "step_000002" / "nothing", ignore_errors=True)
-    outcome = invoke(f"run.dir={directory}", "optimizer.policy.decay_steps=4")
+    outcome = invoke(f"run.dir={directory}", *schedules)
     assert "resumed from checkpoint step_000002" in outcome.stdout
     assert metrics_of(directory)[: len(stopped)] == stopped
     whole = warm("whole")
-    assert invoke(f"run.dir={whole}", "optimizer.policy.decay_steps=4").returncode == 0
+    assert invoke(f"run.dir={whole}", *schedules).returncode == 0
     assert metrics_of(directory) == metrics_of(whole)
 
 
@@ -83,25 +82,11 @@ def test_steps_without_a_usable_group_update_nothing_and_the_run_goes_on(warm, t
     impossible = tmp_path / "impossible.jsonl"
     impossible.write_text("".join(f'{{"question": "Compute {i}+1.", "gold_answer": "7777"}}\n' for i in range(8)))
     directory = warm()
-    outcome = invoke(
-        f"run.dir={directory}", f"data.train={impossible}", "data.arithmetic=null", "sft=none", "run.num_steps=2",
-        "model.geometry=null", f"model.path={tmp_path}", "evaluation.benchmarks={}",
-    )  # fmt: skip
-    assert outcome.returncode == 1 and "config.json" in outcome.stderr  # a directory without a model is refused
-    outcome = invoke(
-        f"run.dir={directory}", f"data.train={impossible}", "data.arithmetic=null", "evaluation.benchmarks={}",
-        f"sft.demonstrations={demonstrations(tmp_path)}", "run.num_steps=2",
-    )  # fmt: skip
+    outcome = invoke(f"run.dir={directory}", f"data.train={impossible}", "run.num_steps=2")
     assert outcome.returncode == 0, outcome.stderr
     assert "updated nothing: no usable group among 8: 0 all correct, 8 all incorrect" in outcome.stdout
     steps = [r for r in metrics_of(directory) if r["kind"] == "step"]
     assert len(steps) == 2 and all(r["skipped"] for r in steps)
-
-
-def demonstrations(directory):
-    path = directory / "demonstrations.jsonl"
-    path.write_text('{"question": "Compute 1+1.", "response": "\\\\boxed{2}"}\n')
-    return path
 
 
 def test_a_response_without_an_answer_is_incorrect(finished):
@@ -117,12 +102,12 @@ def test_a_response_without_an_answer_is_incorrect(finished):
 def test_nan_in_a_loss_stops_with_step_terms_and_samples(warm):
     directory = warm()
     outcome = invoke(
-        f"run.dir={directory}", "run.num_steps=4", "objective.beta=1e308", "objective.kl_type=mse",
-        "optimizer.policy.lr=100.0", "optimizer.policy.warmup_steps=0", "run.checkpoint_every=1", "evaluation.every=0",
+        f"run.dir={directory}", "objective.reward_values=[-1e308,1e308]", "run.checkpoint_every=1",
     )  # fmt: skip
     assert outcome.returncode == 1
     assert "error: step " in outcome.stderr and "Traceback" not in outcome.stderr
-    assert "heldout" not in outcome.stderr and "train-" in outcome.stderr or "gradient norm" in outcome.stderr
+    assert "terms that are not finite numbers" in outcome.stderr and "positive = " in outcome.stderr
+    assert "micro-batch of train-0" in outcome.stderr
     assert list((directory / "checkpoints").glob("step_*")), "the last good checkpoint is kept"
 
 
@@ -131,10 +116,11 @@ def test_nan_in_a_loss_stops_with_step_terms_and_samples(warm):
     [
         (["objective.eta=much"], "objective.eta = 'much': input should be a valid number"),
         (["rollout.samples_per_prompt=1"], "rollout.samples_per_prompt = 1"),
+        (["model=huggingface", "model.path=/nowhere", "sft=none"], "model.tokenizer = /nowhere: neither"),
         (["prompt.max_prompt_tokens=4"], "every prompt is longer than prompt.max_prompt_tokens = 4"),
         (["data.prompts_per_step=1000"], "only 48 different prompts are left"),
         (["data.arithmetic=null", "data.train=nowhere.jsonl"], "sft.demonstrations"),
-        (["prompt.stop_token=<|stop|>"], "prompt.stop_token = '<|stop|>' is not one token"),
+        (["prompt.stop_token='<|stop|>'"], "prompt.stop_token = '<|stop|>' is not one token"),
         (["parallel.tensor=2"], "1 process(es) do not split into replicas of tensor 2"),
     ],
 )
@@ -154,10 +140,7 @@ def test_an_unknown_override_names_the_key(tmp_path):
 def test_malformed_prompt_files_are_named_by_file_and_line(warm, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"question": "Compute 1+1.", "gold_answer": "2"}\n{"question": \n')
-    outcome = invoke(
-        f"run.dir={warm()}", f"data.train={bad}", "data.arithmetic=null", "evaluation.benchmarks={}",
-        f"sft.demonstrations={demonstrations(tmp_path)}",
-    )  # fmt: skip
+    outcome = invoke(f"run.dir={warm()}", f"data.train={bad}")
     assert outcome.returncode == 1 and f"{bad}:2: not JSON" in outcome.stderr
 
 

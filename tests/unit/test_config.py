@@ -54,7 +54,7 @@ def test_all_violations_come_at_once(composed):
         ("objective.clip=0.2", "objective.clip", "ratio_reference"),
         ("objective.reward_values=[1.0,-1.0]", "objective.reward_values", "must rise"),
         ("prompt.user=solve", "prompt.user", "{question}"),
-        ("data.arithmetic=null", "data.train", "data.arithmetic"),
+        ("data.arithmetic=null", "data.train", "data=arithmetic"),
         ("sft=none", "model.path", "nothing to sample"),
         ("optimizer.policy.min_lr=1.0", "optimizer.policy.min_lr", "must not exceed lr"),
         ("run.mode=replay", "run.replay_dir", "run.mode=replay"),
