@@ -344,7 +344,8 @@ def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
             violations.append(Violation(name, None, "section is missing"))
             continue
         try:
-            sections[name] = TypeAdapter(info.annotation).validate_python(raw[name])
+            adapter: TypeAdapter[Any] = TypeAdapter(info.annotation)  # type: ignore[arg-type]
+            sections[name] = adapter.validate_python(raw[name])
         except ValidationError as error:
             violations += [_from_pydantic(name, raw[name], info.annotation, item) for item in error.errors()]
     for name in raw.keys() - TrainConfig.model_fields.keys():

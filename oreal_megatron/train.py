@@ -178,7 +178,9 @@ def graded_groups(verifier: Verifier, groups: ParallelGroups, rollouts: Sequence
             for index in mine
         ]
     )
-    grade_of = {i: grade for part in groups.gather_over_world(list(zip(mine, grades, strict=True))) for i, grade in part}
+    grade_of = {
+        i: grade for part in groups.gather_over_world(list(zip(mine, grades, strict=True))) for i, grade in part
+    }
     graded = iter(GradedRollout(rollout=rollout, grade=grade_of[index]) for index, rollout in enumerate(flat))
     return [[next(graded) for _ in group] for group in rollouts]
 
@@ -212,7 +214,8 @@ def evaluate_and_save(run: Run) -> None:
 def evaluated(run: Run) -> EvaluationReport:
     """The policy on every benchmark, logged; and, on its samples, how well the reward model tells right from wrong."""
     start = time.perf_counter()
-    step, metrics = run.progress.step, {}
+    step = run.progress.step
+    metrics: dict[str, float] = {}
     for benchmark in run.benchmarks:
         result = evaluate(benchmark, evaluation_generator(run), run.config.evaluation.sampling)
         metrics |= result.metrics

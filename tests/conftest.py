@@ -18,9 +18,7 @@ def compose(*overrides: str) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = hydra_compose(
-            "config", overrides=["run.name=test", *overrides], return_hydra_config=False
-        )
+        composed = hydra_compose("config", overrides=["run.name=test", *overrides], return_hydra_config=False)
     container = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(container, dict)
     return container  # type: ignore[return-value]

@@ -47,7 +47,9 @@ class CheckpointStore:
         # A queue of this process in place of one behind a spawned manager, which would import __main__ anew and
         # take seconds: the synchronous save reads it in the process that fills it.
         filesystem_async._results_queue = queue.Queue()
-        dist_checkpointing.save(sharded_state, str(partial), TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1))
+        dist_checkpointing.save(
+            sharded_state, str(partial), TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+        )
         self._groups.barrier()
         if self._groups.is_main:
             shutil.rmtree(target, ignore_errors=True)

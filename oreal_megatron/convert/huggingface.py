@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def load_weights(module: torch.nn.Module, path: Path, geometry: GeometryConfig, 
         ValueError: a tensor is missing or has another shape than the module's.
     """
     model = AutoModelForCausalLM.from_pretrained(path, dtype=next(module.parameters()).dtype)
-    source = {name: tensor for name, tensor in model.state_dict().items()}
+    source = model.state_dict()
 
     def read(name: str) -> Tensor:
         if name not in source:
@@ -73,9 +74,7 @@ def load_weights(module: torch.nn.Module, path: Path, geometry: GeometryConfig, 
         parameter.copy_(local)
 
 
-def _full_tensor(
-    name: str, module: torch.nn.Module, geometry: GeometryConfig, read: Callable[[str], Tensor]
-) -> Tensor:
+def _full_tensor(name: str, module: torch.nn.Module, geometry: GeometryConfig, read: Callable[[str], Tensor]) -> Tensor:
     """The unsplit tensor of a Megatron parameter, from its Hugging Face tensors."""
     outer = {
         "embedding.word_embeddings.weight": "model.embed_tokens.weight",
@@ -85,7 +84,8 @@ def _full_tensor(
     if name in outer:
         return read(outer[name])
     _, _, local_index, part = name.split(".", 3)
-    layer = f"model.layers.{module.get_submodule(f'decoder.layers.{local_index}').layer_number - 1}."
+    number: Any = module.get_submodule(f"decoder.layers.{local_index}").layer_number  # from 1, over all stages
+    layer = f"model.layers.{number - 1}."
     inner = {
         "input_layernorm.weight": "input_layernorm.weight",
         "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",

@@ -54,11 +54,11 @@ class PromptRenderer:
         ids = list(token_ids)
         if ids and ids[-1] == self.stop_token_id:
             ids.pop()
-        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """Each token by itself as text, for showing."""
-        return [self._tokenizer.decode([token]) for token in token_ids]
+        return [str(self._tokenizer.decode([token])) for token in token_ids]
 
     def without_overlong(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
         """(prompts that fit `max_prompt_tokens`, the others)."""

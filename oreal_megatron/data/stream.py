@@ -55,8 +55,8 @@ class PromptStream:
         missing = [id for id in state["put_off"] if id not in self._by_id]
         if state["num_prompts"] != len(self._prompts) or missing:
             raise ValueError(
-                f"the checkpoint's prompt stream has {state['num_prompts']} prompts, this run's data {len(self._prompts)}; "
-                "resume with the data of the run, or start in another run.dir"
+                f"the checkpoint's prompt stream has {state['num_prompts']} prompts, this run's data "
+                f"{len(self._prompts)}; resume with the data of the run, or start in another run.dir"
             )
         self._epoch, self._offset = state["epoch"], state["offset"]
         self._put_off = [self._by_id[id] for id in state["put_off"]]

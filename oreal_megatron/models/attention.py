@@ -12,6 +12,7 @@ T tokens of a packed micro-batch, S cache slots, B sequences.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -99,7 +100,7 @@ class SdpaCoreAttention(MegatronModule):
 def _similar_lengths(bounds: list[int]) -> list[list[tuple[int, int]]]:
     """Segments (start, end) of a packed row in runs of similar length, shortest first; empty ones left out."""
     segments = sorted(
-        ((start, end) for start, end in zip(bounds[:-1], bounds[1:], strict=True) if end > start),
+        ((start, end) for start, end in itertools.pairwise(bounds) if end > start),
         key=lambda segment: (segment[1] - segment[0], segment[0]),
     )
     runs: list[list[tuple[int, int]]] = []

@@ -65,7 +65,11 @@ class CachedDecoder:
         positions = self.slots[start : start + tokens.size(1)].expand_as(tokens)
         if not groups.is_first_stage:
             hidden = torch.empty(
-                tokens.size(1), tokens.size(0), model.config.hidden_size, dtype=model.config.params_dtype, device=device()
+                tokens.size(1),
+                tokens.size(0),
+                model.config.hidden_size,
+                dtype=model.config.params_dtype,
+                device=device(),
             )
             dist.recv(hidden, group=groups.collection.pp, group_src=groups.pipeline_rank - 1)
             model.set_input_tensor(hidden)

@@ -19,7 +19,6 @@ from torch import Tensor
 from oreal_megatron.data.packing import IGNORE
 
 
-
 class _TokenLogprobs(torch.autograd.Function):
     """Log-probability of each target and entropy of each distribution, `chunk` positions at a time.
 

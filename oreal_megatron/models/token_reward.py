@@ -23,7 +23,7 @@ class ScalarHead(torch.nn.Linear):
             # Under sequence parallelism each rank sees some of the tokens: Megatron sums these gradients.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(
+    def forward(  # type: ignore[override]  # the call of an output layer, not that of nn.Linear
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, None]:
         """The call of Megatron-Core's output layers: [S, B, H] -> fp32 [S, B, 1]."""

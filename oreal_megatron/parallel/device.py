@@ -30,7 +30,9 @@ def collective_backend() -> str:
 def _names_cuda(value: Any) -> bool:
     if isinstance(value, torch.device):
         return value.type == "cuda"
-    return isinstance(value, str) and value.startswith("cuda") or isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(value, str):
+        return value.startswith("cuda")
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class _CudaMeansCpu(TorchFunctionMode):

@@ -48,7 +48,11 @@ def invoke(*overrides: str, timeout: float = 300, **environment: str) -> Outcome
     """`oreal-train` on the tiny experiment; overrides come last, so they win."""
     command = [sys.executable, "-m", "oreal_megatron.cli", *TINY, *overrides]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        command,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
 
 

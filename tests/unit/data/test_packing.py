@@ -60,7 +60,9 @@ def test_the_release_divides_by_zero_with_too_few():
 def test_a_packed_row_by_hand():
     batch = pack(
         [
-            PackedSequence(id="a", prompt_ids=(1, 2), response_ids=(3, 4), advantage=1.5, rollout_logprobs=(-1.0, -2.0)),
+            PackedSequence(
+                id="a", prompt_ids=(1, 2), response_ids=(3, 4), advantage=1.5, rollout_logprobs=(-1.0, -2.0)
+            ),
             PackedSequence(id="b", prompt_ids=(5,), response_ids=(6,), correct=False, rollout_logprobs=(-3.0,)),
         ],
         CPU,

@@ -32,7 +32,9 @@ def test_prompts_round_trip(tmp_path):
 
 def test_published_files_need_no_id_and_no_pass_rate(tmp_path):
     path = tmp_path / "math.jsonl"
-    path.write_text('{"question": "q", "gold_answer": 7, "source": "elsewhere"}\n\n{"question": "r", "gold_answer": "x"}\n')
+    path.write_text(
+        '{"question": "q", "gold_answer": 7, "source": "elsewhere"}\n\n{"question": "r", "gold_answer": "x"}\n'
+    )
     assert [(p.id, p.gold_answer, p.pass_rate) for p in read_prompts(path)] == [
         ("math-000001", "7", None),
         ("math-000003", "x", None),

@@ -47,7 +47,9 @@ def test_chunked_logprobs_and_gradients_equal_the_plain_ones(single_process, chu
 
 def test_no_labelled_position_gives_an_empty_result_and_a_zero_gradient(single_process):
     hidden, weight = torch.zeros(0, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
-    logprobs, _ = _TokenLogprobs.apply(hidden, weight, torch.zeros(0, dtype=torch.long), 4, single_process.collection.tp)
+    logprobs, _ = _TokenLogprobs.apply(
+        hidden, weight, torch.zeros(0, dtype=torch.long), 4, single_process.collection.tp
+    )
     logprobs.sum().backward()
     assert logprobs.shape == (0,) and weight.grad.abs().sum() == 0
 

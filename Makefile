@@ -1,0 +1,51 @@
+# make demo    sets up .venv and runs OREAL on arithmetic, with a report at the end
+# make test    sets up .venv and runs everything that CI runs
+# make help    the rest
+
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: help setup demo test test-fast test-slow lint bench bench-objectives clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+setup: $(READY) ## the environment in .venv
+
+$(READY): setup.py requirements/cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements/cpu.txt
+	$(BIN)/pip install --quiet --editable '.[dev,gguf]'
+	@touch $@
+
+demo: setup ## OREAL on arithmetic: warm start, 70 steps, three evaluations, report.html
+	$(BIN)/oreal-train experiment=arithmetic
+
+lint: setup ## ruff, import contracts, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
+
+test: lint ## all that CI runs
+	$(BIN)/pytest -m 'not slow and not gpu'
+
+test-fast: setup ## unit tests only
+	$(BIN)/pytest tests/unit -m 'not slow and not gpu'
+
+test-slow: setup ## the long proofs
+	$(BIN)/pytest -m 'slow and not gpu'
+
+bench: setup ## generation against transformers, a training step against bare Megatron-Core
+	$(BIN)/python -m benchmarks.generation
+	$(BIN)/python -m benchmarks.training_step
+
+bench-objectives: setup ## all objectives from one start, three seeds (about an hour)
+	$(BIN)/python -m benchmarks.objectives
+
+clean: ## the environment and caches, not the runs
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,0 +1,93 @@
+"""Every objective from the same warm start with the same number of rollouts; a Markdown table of held-out pass@1.
+
+    python -m benchmarks.objectives [--steps 40] [--seeds 0 1 2] [--directory runs/objectives] [OVERRIDE ...]
+
+Runs that are finished are read, not run again: the command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from oreal_megatron.metrics import read_metrics
+
+OBJECTIVES = (
+    "oreal", "oreal_paper", "oreal_release", "oreal_no_rm",
+    "grpo", "rloo", "reinforce", "raft", "reinforce_rej", "psr", "nsr",
+)  # fmt: skip
+SCORE = "heldout/greedy_pass@1"
+COMMON = ("tracking.console=quiet", "tracking.wandb=disabled", "tracking.tensorboard=false", "tracking.report=false")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--directory", type=Path, default=Path("runs/objectives"))
+    parser.add_argument("overrides", nargs="*", help="further overrides of experiment=arithmetic, for all runs alike")
+    arguments = parser.parse_args()
+    shared = [f"run.num_steps={arguments.steps}", "run.checkpoint_every=0", "evaluation.every=0", *arguments.overrides]
+    scores: dict[str, list[tuple[float, float, float | None]]] = {objective: [] for objective in OBJECTIVES}
+    for seed in arguments.seeds:
+        start = arguments.directory / f"start_{seed}"
+        run("oreal", seed, start, [*shared, "run.num_steps=0"])
+        for objective in OBJECTIVES:
+            directory = arguments.directory / f"{objective}_{seed}"
+            begin_from(start, directory)
+            run(objective, seed, directory, shared)
+            scores[objective].append(score_of(directory))
+            print(
+                f"seed {seed}  {objective:14} {scores[objective][-1][0]:.3f} -> {scores[objective][-1][1]:.3f}",
+                flush=True,
+            )
+    print(table(scores, arguments.steps))
+
+
+def run(objective: str, seed: int, directory: Path, overrides: list[str]) -> None:
+    command = [sys.executable, "-m", "oreal_megatron.cli", "experiment=arithmetic", f"objective={objective}"]
+    command += [f"run.seed={seed}", f"run.dir={directory}", "run.name=objectives", *COMMON, *overrides]
+    if not (directory / "checkpoints" / "best.json").is_file() or not done(directory, overrides):
+        subprocess.run(command, check=True)
+
+
+def done(directory: Path, overrides: list[str]) -> bool:
+    steps = int(next(o for o in reversed(overrides) if o.startswith("run.num_steps=")).partition("=")[2])
+    return any(record["step"] == steps for record in read_metrics(directory)[1])
+
+
+def begin_from(start: Path, directory: Path) -> None:
+    """The warm start and the pass rates of `start`, so that all objectives begin alike."""
+    if not directory.exists():
+        shutil.copytree(start / "checkpoints" / "initial", directory / "checkpoints" / "initial")
+        shutil.copy(start / "pass_rates.jsonl", directory)
+
+
+def score_of(directory: Path) -> tuple[float, float, float | None]:
+    """(pass@1 before, after, AUC of the reward model after)."""
+    evaluations = read_metrics(directory)[1]
+    first, last = evaluations[0]["metrics"], evaluations[-1]["metrics"]
+    return first[SCORE], last[SCORE], last.get("heldout/reward_model_auc")
+
+
+def table(scores: dict[str, list[tuple[float, float, float | None]]], steps: int) -> str:
+    lines = [
+        f"| objective | before | after {steps} steps, mean | spread (min to max) | reward model AUC, mean |",
+        "|---|---|---|---|---|",
+    ]
+    for objective, found in sorted(scores.items(), key=lambda item: -statistics.mean(s[1] for s in item[1])):
+        after = [100 * score for _, score, _ in found]
+        aucs = [auc for _, _, auc in found if auc is not None]
+        lines.append(
+            f"| `{objective}` | {100 * statistics.mean(s[0] for s in found):.1f} | {statistics.mean(after):.1f} | "
+            f"{min(after):.1f} to {max(after):.1f} | {f'{statistics.mean(aucs):.2f}' if aucs else ''} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
