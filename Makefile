@@ -44,7 +44,7 @@ bench: setup ## generation against transformers, a training step against bare Me
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.training_step
 
-bench-objectives: setup ## all objectives from one start, three seeds (about an hour)
+bench-objectives: setup ## all objectives from one start, three seeds (half an hour)
 	$(BIN)/python -m benchmarks.objectives
 
 clean: ## the environment and caches, not the runs

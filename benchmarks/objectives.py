@@ -1,6 +1,6 @@
 """Every objective from the same warm start with the same number of rollouts; a Markdown table of held-out pass@1.
 
-    python -m benchmarks.objectives [--steps 40] [--seeds 0 1 2] [--directory runs/objectives] [OVERRIDE ...]
+    python -m benchmarks.objectives [--steps 30] [--seeds 0 1 2] [--directory runs/objectives] [OVERRIDE ...]
 
 Runs that are finished are read, not run again: the command goes on where it was stopped.
 """
@@ -26,7 +26,7 @@ COMMON = ("tracking.console=quiet", "tracking.wandb=disabled", "tracking.tensorb
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--directory", type=Path, default=Path("runs/objectives"))
     parser.add_argument("overrides", nargs="*", help="further overrides of experiment=arithmetic, for all runs alike")

@@ -15,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from oreal_megatron.config import ConfigError, TrainConfig, parse_config
+from oreal_megatron.config import ConfigError, TrainConfig, Violation, parse_config
 
 
 def config_directory() -> Path:
@@ -26,10 +26,13 @@ def config_directory() -> Path:
 
 def validated(composed: DictConfig) -> TrainConfig:
     """Raises ConfigError with all violations at once."""
+    missing = sorted(key for key in OmegaConf.missing_keys(composed) if not key.startswith("hydra"))
+    if missing:
+        raise ConfigError([Violation(key, "???", "must be given on the command line or in a file") for key in missing])
     try:
-        raw: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        raw: Any = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError.of_text(str(error)) from error
+        raise ConfigError([Violation("(composition)", None, str(error).strip().replace("\n", " "))]) from error
     return parse_config(raw)
 
 

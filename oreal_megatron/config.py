@@ -33,7 +33,7 @@ FloatPair = Annotated[tuple[float, float], BeforeValidator(_as_tuple)]
 class Section(BaseModel):
     """A part of the configuration: no unknown keys, no coercion, immutable."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class GeometryConfig(Section):
@@ -65,7 +65,9 @@ class ModelConfig(Section):
     tokenizer: str
     """`arithmetic` for the built-in one, or a Hugging Face directory."""
     implementation: Literal["local", "transformer_engine"]
+    """Megatron-Core's own layers, or Transformer Engine's, which need CUDA."""
     dtype: Literal["float32", "bfloat16"]
+    """Of weights and compute; bfloat16 keeps fp32 master weights, gradients and optimizer states."""
     max_sequence_length: Positive
     """Prompt and response together, in tokens."""
     logprob_chunk_tokens: Positive = 1024
@@ -147,6 +149,7 @@ class ObjectiveConfig(Section):
     """What is optimised; presets in conf/objective."""
 
     preset: str
+    """Name, for people and reports."""
     reward_values: FloatPair
     """Reward of an incorrect and of a correct response."""
     shaping: Literal["rloo", "grpo", "paper", "raw", "positive_one", "negative_one"]
@@ -269,10 +272,14 @@ class TrackingConfig(Section):
 
 
 class RunConfig(Section):
+    """One run."""
+
     name: str
+    """Of the run in wandb and in the report."""
     dir: str
     """Everything that the run writes; the same directory resumes."""
     seed: NonNegative
+    """Every source of randomness derives its own seed from this one."""
     num_steps: NonNegative
     mode: Literal["train", "rollout", "replay"]
     """train: the whole loop; rollout: generate, verify and save only; replay: train from saved trajectories."""
@@ -323,11 +330,6 @@ class ConfigError(ValueError):
         self.violations = violations
         lines = "\n".join(f"  {violation}" for violation in violations)
         super().__init__(f"{len(violations)} problem(s) in the configuration:\n{lines}")
-
-    @classmethod
-    def of_text(cls, text: str) -> ConfigError:
-        """A problem of composition itself, such as an interpolation that leads nowhere."""
-        return cls([Violation("(composition)", None, text.strip().replace("\n", " "))])
 
 
 def parse_config(raw: Mapping[str, Any]) -> TrainConfig:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.tiny import invoke
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,3 +42,24 @@ def single_process() -> Iterator[Any]:
     config = ParallelConfig(tensor=1, pipeline=1, micro_batch_tokens=512)
     with device_seam(), parallel_groups(config, seed=0) as groups:
         yield groups
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of one finished tiny run."""
+    directory = tmp_path_factory.mktemp("runs") / "finished"
+    outcome = invoke(f"run.dir={directory}")
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    return directory
+
+
+@pytest.fixture
+def warm(finished: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """A new run directory that already holds the finished run's initial policy, so that no warm start is needed."""
+
+    def make(name: str = "run") -> Path:
+        directory = tmp_path / name
+        shutil.copytree(finished / "checkpoints" / "initial", directory / "checkpoints" / "initial")
+        return directory
+
+    return make

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -76,8 +77,17 @@ def transformer_config(geometry: GeometryConfig, model: ModelConfig, groups: Par
 
 
 def layer_spec(config: TransformerConfig, implementation: str) -> ModuleSpec | TransformerBlockSubmodules:
-    """Layers of a pipeline stage: Transformer Engine's, or Megatron-Core's local ones with SDPA and RMSNorm."""
+    """Layers of a pipeline stage: Transformer Engine's, or Megatron-Core's local ones with SDPA and RMSNorm.
+
+    Raises:
+        ValueError: Transformer Engine is asked for and not there.
+    """
     if implementation == "transformer_engine":
+        if not HAVE_TE:
+            raise ValueError(
+                "model.implementation = transformer_engine, but Transformer Engine does not import here; install the "
+                "extra `te` on a machine with CUDA, or use model.implementation=local"
+            )
         return get_gpt_layer_with_transformer_engine_spec()
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = LocalRMSNorm

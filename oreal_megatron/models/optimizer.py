@@ -86,7 +86,13 @@ class TrainedModel:
                 }
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
-        """Loads what `optimizer.sharded_state_dict` made. Megatron-Core hands all of torch's AdamW one step tensor."""
+        """Loads what `optimizer.sharded_state_dict` made.
+
+        For torch's AdamW, Megatron-Core leaves a step of 0 out of the checkpoint, and on loading hands all
+        parameters one step tensor, which would then count every parameter's update.
+        """
+        if self._torch_optimizers():
+            state["state"].setdefault("common_step", torch.zeros(()))
         self.optimizer.load_state_dict(state)
         for adamw in self._torch_optimizers():
             for parameter_state in adamw.state.values():

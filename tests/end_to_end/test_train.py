@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 
-from tests.end_to_end.conftest import invoke, metrics_of
+from tests.tiny import invoke, metrics_of
 
 pytestmark = pytest.mark.end_to_end
 
@@ -114,6 +114,8 @@ def test_nan_in_a_loss_stops_with_step_terms_and_samples(warm):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["model=huggingface", "data=jsonl"], "data.train = '???': must be given"),
+        (["model.implementation=transformer_engine"], "Transformer Engine does not import here"),
         (["objective.eta=much"], "objective.eta = 'much': input should be a valid number"),
         (["rollout.samples_per_prompt=1"], "rollout.samples_per_prompt = 1"),
         (["model=huggingface", "model.path=/nowhere", "sft=none"], "model.tokenizer = /nowhere: neither"),

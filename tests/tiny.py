@@ -1,17 +1,13 @@
-"""Tiny runs through the command line."""
+"""Tiny runs through the command line, for tests."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 TINY = (
     "experiment=arithmetic",
@@ -26,6 +22,7 @@ TINY = (
     "data.arithmetic.num_demonstrations=512",
     "data.arithmetic.min_terms=2",
     "data.arithmetic.max_terms=3",
+    "data.arithmetic.max_operand=9",
     "data.arithmetic.direct_share=0.0",
     "data.arithmetic.operators=['+']",
     "data.difficulty_balance=[]",
@@ -44,15 +41,17 @@ TINY = (
 Outcome = subprocess.CompletedProcess
 
 
-def invoke(*overrides: str, timeout: float = 300, **environment: str) -> Outcome[str]:
-    """`oreal-train` on the tiny experiment; overrides come last, so they win."""
-    command = [sys.executable, "-m", "oreal_megatron.cli", *TINY, *overrides]
+def invoke(*overrides: str, num_processes: int = 1, timeout: float = 300) -> Outcome[str]:
+    """`oreal-train` on the tiny experiment; overrides come last, so they win. Several processes start by torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    launcher = torchrun if num_processes > 1 else []
+    command = [sys.executable, *launcher, "-m", "oreal_megatron.cli", *TINY, *overrides]
     return subprocess.run(
         command,
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -60,24 +59,3 @@ def metrics_of(directory: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without times."""
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of one finished tiny run."""
-    directory = tmp_path_factory.mktemp("runs") / "finished"
-    outcome = invoke(f"run.dir={directory}")
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    return directory
-
-
-@pytest.fixture
-def warm(finished: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """A new run directory that already holds the finished run's initial policy, so that no warm start is needed."""
-
-    def make(name: str = "run") -> Path:
-        directory = tmp_path / name
-        shutil.copytree(finished / "checkpoints" / "initial", directory / "checkpoints" / "initial")
-        return directory
-
-    return make
