@@ -28,6 +28,9 @@ from oreal_megatron.verifier.words import words_key
 class Leaves(Protocol):
     """Compares single expressions."""
 
+    max_chars: int
+    """Longest answer that these leaves should be asked about."""
+
     def equal(self, gold: str, answer: str) -> Outcome: ...
 
     def proportional(self, gold: tuple[str, str], answer: tuple[str, str]) -> Outcome:

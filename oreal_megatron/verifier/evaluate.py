@@ -5,15 +5,17 @@ sympy's own evalf tries symbolic identities that a hostile expression can make a
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import mpmath
 import sympy
 from mpmath import mp
+from sympy.core.function import AppliedUndef
 
 MAX_FACTORIAL = 100_000
-MAX_SUM_TERMS = 40
+MAX_SUM_TERMS = 12
 
 
 class CannotEvaluate(ValueError):
@@ -34,7 +36,7 @@ def _power(base: Value, exponent: Value) -> Value:
 
 def _integer(value: Value) -> int:
     rounded = int(mpmath.nint(mpmath.re(value)))
-    if abs(value - rounded) > mpmath.mpf(10) ** (-mp.dps // 2):
+    if abs(value - rounded) > mpmath.mpf(10) ** (-(mp.dps // 2)):
         raise CannotEvaluate("not an integer")
     return rounded
 
@@ -42,7 +44,7 @@ def _integer(value: Value) -> int:
 def _floor(value: Value) -> Value:
     """An integer that rounding left a hair below itself is still that integer."""
     nearest = mpmath.nint(mpmath.re(value))
-    return nearest if abs(value - nearest) < mpmath.mpf(10) ** (-mp.dps // 2) else mpmath.floor(mpmath.re(value))
+    return nearest if abs(value - nearest) < mpmath.mpf(10) ** (-(mp.dps // 2)) else mpmath.floor(mpmath.re(value))
 
 
 def _factorial(value: Value) -> Value:
@@ -95,11 +97,17 @@ def _sum_or_product(tree: sympy.Basic, point: Point) -> Value:
 
 
 def _symbol(name: str, point: Point) -> Value:
-    if name in ("i", "\\i"):
+    if name in point:
+        return point[name]
+    if name == "i":
         return mpmath.mpc(0, 1)
-    if name not in point:
-        raise CannotEvaluate(f"no value for {name}")
-    return point[name]
+    raise CannotEvaluate(f"no value for {name}")
+
+
+def _unknown_function(name: str, arguments: list[Value]) -> Value:
+    """f(x) of an f that nobody defined: some irregular function, the same on both sides."""
+    seed = mpmath.mpf(zlib.crc32(name.encode()) % 10_007) / 10_007 + mpmath.sqrt(2)
+    return mpmath.fsum(seed ** (index + 2) + seed * argument + argument * argument / 3 for index, argument in enumerate(arguments))
 
 
 def evaluate(tree: sympy.Basic, point: Point) -> Value:
@@ -114,6 +122,8 @@ def evaluate(tree: sympy.Basic, point: Point) -> Value:
         return +mp.pi
     if tree is sympy.E:
         return +mp.e
+    if tree is sympy.oo or tree is -sympy.oo:
+        return mpmath.inf if tree is sympy.oo else -mpmath.inf
     if tree is sympy.I:
         return mpmath.mpc(0, 1)
     name = type(tree).__name__
@@ -126,6 +136,8 @@ def evaluate(tree: sympy.Basic, point: Point) -> Value:
     if name == "Pow":
         return _power(evaluate(tree.args[0], point), evaluate(tree.args[1], point))
     function = _FUNCTIONS.get(name)
+    if isinstance(tree, AppliedUndef):
+        return _unknown_function(name, [evaluate(part, point) for part in tree.args])
     if function is None:
         raise CannotEvaluate(f"no numeric value for {name}")
     try:

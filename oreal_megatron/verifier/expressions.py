@@ -1,86 +1,27 @@
-"""Whether two LaTeX expressions are equal: exact first, then to 60 digits at several points. Needs sympy.
-
-latex2sympy2_extended is the parser and nothing more; text reaches it only after `guards.check_expression`.
-"""
+"""Whether two LaTeX expressions are equal: exact first, then to 60 digits and more at several points. Needs sympy."""
 
 from __future__ import annotations
 
 import re
+import sys
 from fractions import Fraction
-from functools import lru_cache
 
 import mpmath
 import sympy
-from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from mpmath import mp
 
+from oreal_megatron.records import Verdict
 from oreal_megatron.verifier.evaluate import CannotEvaluate, evaluate
-from oreal_megatron.verifier.guards import Refused, check_expression
+from oreal_megatron.verifier.guards import Refused
 from oreal_megatron.verifier.outcome import Outcome, different, equal, unknown
 from oreal_megatron.verifier.rational import parse_rational
+from oreal_megatron.verifier.reading import Unreadable, read
 
 DIGITS = 60
-CHECK_DIGITS = 120
-MAX_TREE_NODES = 3_000
+MAX_DIGITS = 4_000
 # Irregular on purpose: no identity holds at these by accident. Signs vary, so that |x| differs from x.
+_BARE_LOG = re.compile(r"\\log(?![A-Za-z])(?!\s*_)")
 _POINTS = ("0.73205", "-1.61827", "2.23719", "0.31871", "-0.57119", "3.14279", "1.41367", "-2.71913", "0.11293")
-
-_CONFIG = ConversionConfig(interpret_as_mixed_fractions=True, lowercase_symbols=False)
-_DECIMAL = re.compile(r"(?<![\d.])(\d*\.\d+|\d+\.(?!\.))")
-_REPEATING = re.compile(r"\d*\.\d*\\overline\s*\{\s*\d+\s*\}")
-_UNBRACED_POWER = re.compile(r"\^\s*(\d)(?=\d)")
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
-
-
-_NOT_EXPRESSIONS = (sympy.Set, sympy.Tuple, sympy.core.relational.Relational, sympy.logic.boolalg.BooleanFunction)
-
-
-class Unreadable(ValueError):
-    """The parser does not accept the text."""
-
-
-def _decimal_to_fraction(text: str) -> str:
-    value = parse_rational(text)
-    return text if value is None else f"(\\frac{{{value.numerator}}}{{{value.denominator}}})"
-
-
-def _prepare(latex: str) -> str:
-    """Decimals as exact fractions, LaTeX's own reading of `2^10`, names that the grammar lacks."""
-    latex = _REPEATING.sub(lambda m: _decimal_to_fraction(m[0]), latex)
-    latex = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), latex)
-    latex = _DECIMAL.sub(lambda m: _decimal_to_fraction(m[0]), latex)
-    latex = _UNBRACED_POWER.sub(r"^{\1} \\cdot ", latex)
-    latex = re.sub(r"(\d+|\))\s*\\degree(?![A-Za-z])", r"\1 \\cdot \\frac{\\pi}{180} ", latex)
-    latex = re.sub(r"\\(hbar|ell|prime|nabla|Re|Im)(?![A-Za-z])", r"\\text{\1}", latex)
-    latex = re.sub(r"\\text\s*\{\s*([^{}]*?)\s*\}", lambda m: _as_symbol(m[1]), latex)
-    return latex.replace("*", r"\cdot ").replace("!", " ! ").strip()
-
-
-def _as_symbol(words: str) -> str:
-    letters = re.sub(r"[^A-Za-z]", "", words)
-    return f" t_{{{letters}}} " if letters else " "
-
-
-@lru_cache(maxsize=4_096)
-def read(latex: str) -> sympy.Basic:
-    """The tree of an expression. Raises Refused or Unreadable."""
-    check_expression(latex)
-    value = parse_rational(latex)
-    if value is not None:
-        return sympy.Rational(value.numerator, value.denominator)
-    try:
-        tree = latex2sympy(_prepare(latex), is_real=None, normalization_config=None, conversion_config=_CONFIG)
-    except (MemoryError, RecursionError):
-        raise
-    except Exception as error:  # the parser raises bare Exception for every syntax error
-        raise Unreadable(str(error).splitlines()[0][:100] if str(error) else type(error).__name__) from None
-    if not isinstance(tree, sympy.Basic) or isinstance(tree, _NOT_EXPRESSIONS):
-        raise Unreadable("not a single expression")
-    if sum(1 for _ in sympy.preorder_traversal(tree)) > MAX_TREE_NODES:
-        raise Refused(f"an expression of more than {MAX_TREE_NODES} parts")
-    if tree.has(sympy.nan, sympy.zoo):
-        raise Unreadable("an indeterminate form")
-    return tree
 
 
 def _names(*trees: sympy.Basic) -> list[str]:
@@ -100,10 +41,26 @@ def _agree(one: mpmath.mpf, other: mpmath.mpf, digits: int) -> bool:
     return bool(scale == 0 or abs(one - other) <= scale * mpmath.mpf(10) ** (-digits * 3 // 4))
 
 
-def _same_at(gold: sympy.Basic, answer: sympy.Basic, point: dict[str, str]) -> bool | None:
+def _precision(*trees: sympy.Basic) -> int:
+    """Digits of the first evaluation: more than the longest number in the trees, so that 2^(2^-1000) differs from 1."""
+    longest = 0.0
+    for tree in trees:
+        for part in sympy.preorder_traversal(tree):
+            if part.is_Rational:
+                longest = max(longest, int(part.p).bit_length(), int(part.q).bit_length())
+            elif part.is_Pow and part.base.is_Rational and part.exp.is_Rational:
+                size = max(int(part.base.p).bit_length(), int(part.base.q).bit_length())
+                longest = max(longest, size * abs(float(part.exp)))
+    digits = DIGITS + int(longest * 0.302)
+    if digits > MAX_DIGITS:
+        raise CannotEvaluate(f"numbers of more than {MAX_DIGITS} digits")
+    return digits
+
+
+def _same_at(gold: sympy.Basic, answer: sympy.Basic, point: dict[str, str], precision: int) -> bool | None:
     """Equality at one point; None where the gold has no real value there and none was asked for."""
     differences = []
-    for digits in (DIGITS, CHECK_DIGITS):
+    for digits in (precision, 2 * precision):
         with mp.workdps(digits + 15):
             at = {name: mpmath.mpf(value) for name, value in point.items()}
             try:
@@ -121,7 +78,7 @@ def _same_at(gold: sympy.Basic, answer: sympy.Basic, point: dict[str, str]) -> b
                 return True
             differences.append(abs(wanted - given))
     # A difference that shrinks with the precision is cancellation of equal values, not a difference.
-    return bool(differences[1] <= differences[0] * mpmath.mpf(10) ** (-DIGITS // 2))
+    return bool(differences[1] <= differences[0] * mpmath.mpf(10) ** (-precision // 2))
 
 
 def _is_complex(tree: sympy.Basic) -> bool:
@@ -131,12 +88,22 @@ def _is_complex(tree: sympy.Basic) -> bool:
 class SymbolicLeaves:
     """Compares expressions with sympy's trees."""
 
+    max_chars = sys.maxsize
+
     def equal(self, gold: str, answer: str) -> Outcome:
         if gold.replace(" ", "") == answer.replace(" ", ""):
             return equal("the same text")
         gold_value, answer_value = parse_rational(gold), parse_rational(answer)
         if gold_value is not None and answer_value is not None:
             return equal("the same number") if gold_value == answer_value else different("different numbers")
+        outcome = self._equal_texts(gold, answer)
+        if outcome.verdict is not Verdict.CORRECT and _BARE_LOG.search(gold + answer):
+            # A bare \\log is the common or the natural logarithm, as the author likes; it must be one of them on both sides.
+            natural = self._equal_texts(_BARE_LOG.sub(r"\\ln", gold), _BARE_LOG.sub(r"\\ln", answer))
+            return natural if natural.verdict is Verdict.CORRECT else outcome
+        return outcome
+
+    def _equal_texts(self, gold: str, answer: str) -> Outcome:
         try:
             gold_tree = read(gold)
         except (Refused, Unreadable) as error:
@@ -152,12 +119,15 @@ class SymbolicLeaves:
     def _equal_trees(self, gold: sympy.Basic, answer: sympy.Basic) -> Outcome:
         if gold == answer:
             return equal("the same expression")
+        if gold.is_infinite or answer.is_infinite:
+            return different("an infinity against another value")
         if gold.is_Rational and answer.is_Rational:
             return different("different numbers")
         decided = 0
         try:
+            precision = _precision(gold, answer)
             for point in _points(_names(gold, answer)):
-                same = _same_at(gold, answer, point)
+                same = _same_at(gold, answer, point, precision)
                 if same is False:
                     return different("different values")
                 decided += same is True
@@ -165,7 +135,7 @@ class SymbolicLeaves:
             return unknown(f"no numeric comparison: {error}")
         if decided == 0:
             return unknown("no point where both sides have a value")
-        return equal(f"equal to {DIGITS} digits")
+        return equal(f"equal to {precision} digits")
 
     def proportional(self, gold: tuple[str, str], answer: tuple[str, str]) -> Outcome:
         """Whether two equations say the same: their differences of sides have a constant, non-zero quotient."""

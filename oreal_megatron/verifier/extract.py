@@ -17,6 +17,10 @@ MAX_BOXES = 64
 """More boxes than this in the final part are a list of guesses."""
 
 
+MAX_JOINER_CHARS = 80
+MAX_STATEMENT_CHARS = 200
+
+
 @dataclass(frozen=True)
 class Extraction:
     """What the final part of a response states."""
@@ -35,7 +39,7 @@ _JOINER = re.compile(
     r"(?:\s|[$,;.&~]|\\[\[\]()!,;: ]|\\quad|\\qquad|\\text(?:\s*\{\s*(?:and|or|,)?\s*\})|\\\\|and|or|[A-Za-z]\s*=){0,60}",
     re.IGNORECASE,
 )
-_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]{0,400}`|<!--.*?(?:-->|\Z)|\\begin\{verbatim\}.*?\\end\{verbatim\}", re.DOTALL)
+_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]{0,400}`|<!--.*?(?:-->|\Z)|\\begin\{verbatim\}.*?(?:\\end\{verbatim\}|\Z)", re.DOTALL)
 _HIDDEN = re.compile(r"\\[hv]?phantom\s*\{")
 _STATEMENT = re.compile(
     r"(?:final\s+answer(?:\s+is)?|the\s+answer\s+is|answer\s*(?=[:：])|最终答案|最后答案|答案)\s*(?:是|为)?\s*(?:\*\*)?\s*[:：]?\s*(?:\*\*)?\s*",
@@ -102,7 +106,13 @@ def _stated_answer(text: str) -> str | None:
     rest = text[-4_000:][statement.end() :].strip()
     end = _STATEMENT_END.search(rest)
     stated = (rest[: end.start()] if end else rest).strip().strip("*").strip()
-    return stated if 0 < len(stated) <= 200 else None
+    stated = re.split(r"\b(?:is|are|equals)\s", stated)[-1].strip()  # "the largest n is 34"
+    return stated if 0 < len(stated) <= MAX_STATEMENT_CHARS else None
+
+
+def _joined(text: str, start: int, end: int) -> bool:
+    """Whether only a comma, "and" or the like stands between two boxes."""
+    return end - start <= MAX_JOINER_CHARS and _JOINER.fullmatch(text, start, end) is not None
 
 
 def extract(response: str, thinking_end_marks: Sequence[str]) -> Extraction:
@@ -129,7 +139,7 @@ def extract(response: str, thinking_end_marks: Sequence[str]) -> Extraction:
     if any(_HIDDEN.search(visible, max(0, start - 30), start) for start, _, _ in boxes):
         return Extraction(refusal="a box is hidden in a phantom")
     first = len(boxes) - 1
-    while first > 0 and _JOINER.fullmatch(visible, boxes[first - 1][1], boxes[first][0]):
+    while first > 0 and _joined(visible, boxes[first - 1][1], boxes[first][0]):
         first -= 1
     answers = tuple(content for _, _, content in boxes[first:])
     if any(not answer.strip() for answer in answers):

@@ -60,6 +60,9 @@ _THOUSANDS_BRACES = re.compile(r"(?<=\d)\{,\}(?=\d{3})|(?<=\d),\\!\s*(?=\d{3})|(
 _FRACTION = re.compile(r"\\frac\s*(?![\s{])(\d|[A-Za-z](?![A-Za-z])|\\[A-Za-z]+)\s*")
 _BARE_ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]{1,20}\])?\s*(\d|[A-Za-z])")
 _DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)(?![A-Za-z])|\^\s*\{\s*\\degree\s*\}|\^\s*\\degree(?![A-Za-z])")
+_PLAIN_FUNCTION = re.compile(r"(?<![A-Za-z\\])(sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp)(?=\s*[\d(^{_]|\s+[a-z](?![a-z]))")
+_PLAIN_NAME = re.compile(r"(?<![A-Za-z\\])(pi|theta|infinity|infty)(?![A-Za-z])")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _SPACES = re.compile(r"\s+")
 _INVISIBLE = re.compile("[\u200b-\u200f\u2060-\u2064\ufeff\u00ad\u202a-\u202e]")
 
@@ -90,19 +93,13 @@ def _rename_command(match: re.Match[str]) -> str:
 def matching_brace(text: str, start: int) -> int:
     """Index of the brace that closes the one at `start`, or -1. Escaped braces don't count."""
     depth = 0
-    index = start
-    while index < len(text):
-        char = text[index]
-        if char == "\\":
-            index += 2
-            continue
-        if char == "{":
+    for match in _BRACE.finditer(text, start):
+        if match[0] == "{":
             depth += 1
-        elif char == "}":
+        elif match[0] == "}":
             depth -= 1
             if depth == 0:
-                return index
-        index += 1
+                return match.start()
     return -1
 
 
@@ -129,6 +126,32 @@ def _brace_fractions(text: str) -> str:
     return "".join(pieces) + text[position:]
 
 
+def _plain_functions(text: str) -> str:
+    r"""`sqrt(2)*pi` as people type it -> `\sqrt{2}*\pi `."""
+    if "\\text" in text:
+        return text
+    text = _PLAIN_FUNCTION.sub(r"\\\1", text)
+    text = _PLAIN_NAME.sub(lambda m: {"infinity": r"\infty "}.get(m[1], f"\\{m[1]} "), text)
+    pieces, position = [], 0
+    for match in re.finditer(r"\\sqrt\s*\(", text):
+        close = matching_bracket(text, match.end() - 1)
+        if close < 0 or match.start() < position:
+            continue
+        pieces.append(text[position : match.start()] + "\\sqrt{" + _plain_functions(text[match.end() : close]) + "}")
+        position = close + 1
+    return "".join(pieces) + text[position:]
+
+
+def matching_bracket(text: str, start: int) -> int:
+    """Index of the round bracket that closes the one at `start`, or -1."""
+    depth = 0
+    for index in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[index], 0)
+        if depth == 0:
+            return index
+    return -1
+
+
 def normalize(answer: str) -> str:
     """The answer in one spelling: LaTeX commands only, no layout, braces around arguments, single spaces."""
     text = _fold_unicode(answer)
@@ -141,8 +164,10 @@ def normalize(answer: str) -> str:
     text = _COLOR.sub(" ", text)
     text = _COMMAND.sub(_rename_command, text)
     text = _unwrap(text)
+    text = re.sub(r"\\overline\s*\{\s*([A-Z]{2})\s*\}", r"\1", text)  # the segment AB
     text = _DEGREE.sub(r"\\degree ", text)
     text = text.replace("!=", r"\ne ").replace("<=", r"\le ").replace(">=", r"\ge ").replace("**", "^")
+    text = _plain_functions(text)
     text = _brace_fractions(text)
     text = _BARE_ROOT.sub(lambda m: f"\\sqrt{m[1] or ''}{{{m[2]}}}", text)
     text = _SPACES.sub(" ", text).strip()

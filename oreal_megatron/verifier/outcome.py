@@ -7,12 +7,16 @@ from typing import NamedTuple
 
 from oreal_megatron.records import Verdict
 
+RULES, GUARD = "rules", "guard"
+"""Stages of the comparison. What a guard rejects is final: no judge may bring it back."""
+
 
 class Outcome(NamedTuple):
     """What a comparison found."""
 
     verdict: Verdict
     reason: str
+    stage: str = RULES
 
 
 def equal(reason: str) -> Outcome:
@@ -25,6 +29,11 @@ def different(reason: str) -> Outcome:
 
 def unknown(reason: str) -> Outcome:
     return Outcome(Verdict.UNDECIDED, reason)
+
+
+def rejected(reason: str) -> Outcome:
+    """No honest answer, whatever value it may hold."""
+    return Outcome(Verdict.INCORRECT, reason, GUARD)
 
 
 def all_of(outcomes: Iterable[Outcome], reason: str) -> Outcome:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from oreal_megatron.records import Verdict
 from oreal_megatron.verifier.compare import Comparison, Leaves
 from oreal_megatron.verifier.guards import Refused, check_answer, is_hedged, looks_like_code
 from oreal_megatron.verifier.normalize import normalize
-from oreal_megatron.verifier.outcome import Outcome, different, equal, unknown
+from oreal_megatron.verifier.outcome import Outcome, different, equal, rejected, unknown
 from oreal_megatron.verifier.rational import parse_rational
 from oreal_megatron.verifier.structure import parse
 
-MAX_RULE_CHARS = 8_192
+MAX_ANSWER_CHARS = 8_192
+MAX_FAST_CHARS = 400
 
 
 class NeedsSympy(Exception):
@@ -20,6 +23,8 @@ class NeedsSympy(Exception):
 
 class RationalLeaves:
     """Compares plain numbers exactly, and leaves the rest to a worker with sympy."""
+
+    max_chars = MAX_FAST_CHARS
 
     def equal(self, gold: str, answer: str) -> Outcome:
         if gold.replace(" ", "") == answer.replace(" ", ""):
@@ -37,6 +42,26 @@ class RationalLeaves:
         if value is None:
             raise NeedsSympy
         return value
+
+
+_INTEGER_PARAMETER = re.compile(
+    r"(?:,|;|\\text\s*\{\s*,?\s*(?:where|with|for|and)?[^{}]{0,20}\}|where|\()?\s*(?<![A-Za-z\\])([a-zA-Z])\s*"
+    r"(?:\\in\s*\\mathbb\s*\{?\s*(?P<set>[ZN])\s*\}?(?:\s*[_^]\s*\{?[\w+*]\}?)?"
+    r"|(?:\\text\s*\{)?\s*(?:is\s+)?(?:an|any)\s+(?:arbitrary\s+)?integer\s*\}?)\s*\)?"
+)
+_PARAMETER = "kappa"
+
+
+def name_parameter(text: str) -> str:
+    r"""`x=n\pi, n\in\mathbb{Z}` -> `x=\kappa\pi \text{integer}`: a declared integer is bound, whatever its letter."""
+    declared = _INTEGER_PARAMETER.search(text)
+    if declared is None:
+        return text
+    rest = text[: declared.start()] + text[declared.end() :]
+    if not rest.strip():
+        return text
+    letter = declared[1]
+    return re.sub(rf"(?<![A-Za-z\\]){letter}(?![A-Za-z])", lambda _: f"\\{_PARAMETER} ", rest).strip().rstrip(",").strip()
 
 
 _CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)?\s*[.:]?")
@@ -67,30 +92,64 @@ def _choice_outcome(gold: str, answer: str) -> Outcome | None:
     return different("another choice") if given is not None else None
 
 
+def _refused(gold: str, answer: str) -> Outcome | None:
+    """What needs no comparison: no answer, hostile text, hedges. Both are normalised."""
+    if is_hedged(answer) and not is_hedged(gold):
+        return rejected("the answer hedges or addresses the grader")
+    if not re.search(r"[0-9A-Za-z]|\\[A-Za-z]", answer) or re.fullmatch(r"(?:\\ldots|[?.\s])*", answer):
+        return rejected("nothing that could be an answer")
+    try:
+        check_answer(answer)
+        check_answer(gold)
+    except Refused as refusal:
+        return unknown(f"refused: {refusal}")
+    return None
+
+
 def compare_answers(gold: str, answer: str, leaves: Leaves) -> Outcome:
     """Whether `answer` is the gold answer. Never raises for a bad answer, except NeedsSympy from the leaves."""
+    if not gold.strip():
+        return unknown("the gold answer is empty")
     if not answer.strip():
-        return different("an empty answer")
+        return rejected("an empty answer")
     if looks_like_code(answer):
-        return different("program text is no answer")
-    if len(answer) > MAX_RULE_CHARS:
-        return equal("the same text") if answer.strip() == gold.strip() else different("an answer of enormous length")
+        return rejected("program text is no answer")
+    if answer.strip() == gold.strip():
+        return equal("the same text")
+    if len(answer) > MAX_ANSWER_CHARS or len(gold) > MAX_ANSWER_CHARS:
+        return rejected("an answer of enormous length") if len(answer) > len(gold) else unknown("an enormous gold answer")
+    if max(len(gold), len(answer)) > leaves.max_chars:
+        raise NeedsSympy  # normalisation is not linear in hostile text: leave it to a process that can be killed
     gold_text, answer_text = normalize(gold), normalize(answer)
     if gold_text.replace(" ", "") == answer_text.replace(" ", ""):
         return equal("the same text")
-    if is_hedged(answer_text) and not is_hedged(gold_text):
-        return different("the answer hedges or addresses the grader")
-    if not re.search(r"[0-9A-Za-z]|\\[A-Za-z]", answer_text) or re.fullmatch(r"(?:\\ldots|[?.\s])*", answer_text):
-        return different("nothing that could be an answer")
-    try:
-        check_answer(answer_text)
-        check_answer(gold_text)
-    except Refused as refusal:
-        return unknown(f"refused: {refusal}")
-    choice = _choice_outcome(gold_text, answer_text)
-    if choice is not None:
-        return choice
-    if parse_rational(gold_text) is not None and parse_rational(answer_text) is not None:
-        same = parse_rational(gold_text) == parse_rational(answer_text)
-        return equal("the same number") if same else different("different numbers")
-    return Comparison(leaves).compare(parse(gold_text), parse(answer_text))
+    outcome = _refused(gold_text, answer_text) or _choice_outcome(gold_text, answer_text)
+    if outcome is not None:
+        return outcome
+    return Comparison(leaves).compare(parse(name_parameter(gold_text)), parse(name_parameter(answer_text)))
+
+
+def compare_final(gold: str, answers: Sequence[str], earlier: Sequence[str], leaves: Leaves) -> Outcome:
+    """Whether the boxes of a final part state the gold answer and nothing that contradicts it."""
+    distinct = list(dict.fromkeys(answers))
+    outcome = compare_answers(gold, ", ".join(distinct), leaves)
+    others = [box for box in dict.fromkeys(earlier) if box not in distinct]
+    if not others:
+        return outcome
+    if outcome.verdict is Verdict.CORRECT:
+        agreeing = (_agrees(gold, box, leaves) for box in others)
+        if all(agreeing):
+            return outcome
+        return rejected("the final part boxes different answers")
+    # The parts of one answer may be boxed one by one, each in its own sentence.
+    together = compare_answers(gold, ", ".join([*others, *distinct]), leaves)
+    return together if together.verdict is Verdict.CORRECT else outcome
+
+
+def _agrees(gold: str, box: str, leaves: Leaves) -> bool:
+    """Whether an earlier box is the gold answer or one of its parts."""
+    if compare_answers(gold, box, leaves).verdict is Verdict.CORRECT:
+        return True
+    parts = getattr(parse(normalize(gold)), "parts", ())
+    node = parse(normalize(box))
+    return any(Comparison(leaves).compare(part, node).verdict is Verdict.CORRECT for part in parts)

@@ -71,7 +71,7 @@ class Collection:
 
 @dataclass(frozen=True)
 class SetOperation:
-    """Union, intersection or difference of two or more sets."""
+    """Union, intersection or difference of sets; "or" and "and" of statements."""
 
     operator: str
     parts: tuple[Node, ...]
@@ -146,7 +146,7 @@ def depth_of(latex: str) -> int:
     return max((token.depth + 1 for token in tokens_of(latex)), default=0)
 
 
-def _split_relation(latex: str) -> Relation | None:
+def _split_relation(latex: str) -> Node | None:
     items, operators, position = [], [], 0
     for token in tokens_of(latex):
         if token.depth == 0 and token.text in RELATIONS:
@@ -156,9 +156,17 @@ def _split_relation(latex: str) -> Relation | None:
     if not operators:
         return None
     items.append(latex[position:].strip())
+    if not items[0] and operators[0] in ("=", "~") and len(items) > 1:
+        items, operators = items[1:], operators[1:]  # "= 5" and "\\approx 5" state 5
     if any(not item for item in items):
         return None
+    if not operators:
+        return parse(items[0])
     return Relation(tuple(parse(item) for item in items), tuple(operators))
+
+
+def _set_of(inside: str) -> Collection:
+    return Collection(_flatten([parse(part) for part in split_top(inside, frozenset(",;")) if part]), braces=True)
 
 
 def _bracketed(latex: str) -> Node | None:
@@ -172,14 +180,12 @@ def _bracketed(latex: str) -> Node | None:
     if opening == "\\{" and closing == "\\}":
         if not inside:
             return Collection((), braces=True)
-        return Collection(tuple(parse(part) for part in split_top(inside, frozenset(",;"))), braces=True)
+        return _set_of(inside)
     if opening == "\\{" or closing == "\\}":
         return None
     parts = split_top(inside, frozenset(",;"))
     if len(parts) == 1:
         return parse(inside) if (opening, closing) == ("(", ")") and inside else None
-    if parse_rational(inside) is not None and opening == "(":
-        pass  # "(1,234)" is a pair, not a number with a separator
     return Bracketed(tuple(parse(part) for part in parts), opening, closing)
 
 
@@ -206,12 +212,12 @@ def _based(latex: str) -> Based | None:
     return Based(digits.lstrip("0") or "0", base)
 
 
-def _words(latex: str) -> Text | None:
+def _words(latex: str) -> Node | None:
     """The whole as text, if it is only text."""
     without = _TEXT_COMMAND.sub("", latex).strip(" .,;:!?-")
     if "\\text" in latex and not without:
-        words = " ".join(match[1].strip() for match in _TEXT_COMMAND.finditer(latex))
-        return Text(words.strip(), latex)
+        words = " ".join(match[1].strip() for match in _TEXT_COMMAND.finditer(latex)).strip()
+        return parse(words) if re.fullmatch(r"[\d.,/:%\s-]+", words) else Text(words, latex)
     if _PLAIN_WORDS.fullmatch(latex) and (len(latex) > 3 or " " in latex) and len(re.findall("[A-Za-z]{3,}", latex)) > 0:
         return Text(latex.strip(), latex)
     return None
@@ -267,8 +273,13 @@ def parse_list(latex: str) -> Collection | None:
     return Collection(_flatten([parse(part) for part in parts]), alternative=alternative)
 
 
+_OPERATORS = (
+    ("\\lor", "or"), ("\\land", "and"), ("\\cup", "union"), ("\\setminus", "difference"), ("\\cap", "intersection"),
+)  # fmt: skip
+
+
 def _set_operation(latex: str) -> SetOperation | None:
-    for operator, name in (("\\cup", "union"), ("\\setminus", "difference"), ("\\cap", "intersection")):
+    for operator, name in _OPERATORS:
         parts = split_top(latex, frozenset({operator}))
         if len(parts) > 1 and all(parts):
             return SetOperation(name, tuple(parse(part) for part in parts))
@@ -289,10 +300,13 @@ def parse(latex: str) -> Node:
     if latex.startswith("{") and matching_brace(latex, 0) == len(latex) - 1:
         inside = latex[1:-1].strip()
         if len(split_top(inside, frozenset(",;"))) > 1:
-            return Collection(tuple(parse(part) for part in split_top(inside, frozenset(",;"))), braces=True)
+            return _set_of(inside)
         return parse(inside)
-    if parse_rational(latex) is not None:
-        return Leaf(latex, parse_rational(latex))
+    leaf = _leaf(latex)
+    if leaf.value is not None:
+        return leaf
+    if latex == "\\emptyset":
+        return Collection((), braces=True)
     for reader in (_words, _matrix, _based, _bracketed, parse_list, _split_relation, _set_operation, _ratio, _plus_minus):
         node = reader(latex)
         if node is not None:

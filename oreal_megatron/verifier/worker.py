@@ -19,9 +19,10 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
-from oreal_megatron.records import Verdict
+from oreal_megatron.verifier.outcome import Outcome, unknown
 from oreal_megatron.verifier.protocol import COMMAND, FORK, REPLY
 
 _PARENT_CHECK_SECONDS = 1.0
@@ -59,36 +60,35 @@ def _limit_resources(memory_limit_mb: int) -> None:
             resource.setrlimit(kind, (limit, limit))
 
 
-def _compare(gold: str, answer: str) -> tuple[str, str]:
-    """(verdict, reason) of one pair. Every failure is UNDECIDED: it says nothing of the answer."""
+def _compare(gold: str, answers: Sequence[str], earlier: Sequence[str]) -> Outcome:
+    """The outcome of one job. Every failure is UNDECIDED: it says nothing of the answer."""
     from oreal_megatron.verifier.expressions import SymbolicLeaves
-    from oreal_megatron.verifier.rules import compare_answers
+    from oreal_megatron.verifier.rules import compare_final
 
     try:
-        outcome = compare_answers(gold, answer, SymbolicLeaves())
-        return str(outcome.verdict), outcome.reason
+        return compare_final(gold, answers, earlier, SymbolicLeaves())
     except RecursionError:
-        return str(Verdict.UNDECIDED), "the comparison recursed too deeply"
+        return unknown("the comparison recursed too deeply")
     except MemoryError:
         raise
     except Exception as error:
-        return str(Verdict.UNDECIDED), f"the comparison failed: {type(error).__name__}: {error}"[:200]
+        return unknown(f"the comparison failed: {type(error).__name__}: {error}"[:200])
 
 
 def _serve(connection: Connection) -> None:
     """Answer requests until the pool closes the connection."""
     while True:
         try:
-            gold, answer = json.loads(connection.recv_bytes())
+            gold, answers, earlier = json.loads(connection.recv_bytes())
         except (EOFError, OSError):
             return
         try:
-            reply = _compare(gold, answer)
+            outcome = _compare(gold, answers, earlier)
         except MemoryError:
             # The heap may be in pieces: say so and make room for a fresh process.
-            connection.send_bytes(json.dumps((str(Verdict.UNDECIDED), "the comparison ran out of memory")).encode())
+            connection.send_bytes(json.dumps(unknown("the comparison ran out of memory")).encode())
             return
-        connection.send_bytes(json.dumps(reply).encode())
+        connection.send_bytes(json.dumps(outcome).encode())
 
 
 def _fork(control: socket.socket, descriptor: int, memory_limit_mb: int) -> int:
@@ -147,7 +147,7 @@ def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for gold, answer in _WARM_UP:
-        _compare(gold, answer)
+        _compare(gold, (answer,), ())
     gc.freeze()
     control.sendall(REPLY.pack(os.getpid()))
     run_server(control, int(sys.argv[2]))
