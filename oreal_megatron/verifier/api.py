@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,7 +91,18 @@ class StagedVerifier:
 
     def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
         """One grade for each request, in order. Never raises for a bad answer."""
-        cases = [self._first_stages(request) for request in requests]
+        return self._grade_cases([self._first_stages(request) for request in requests])
+
+    def grade_answers(self, requests: Sequence[GradeRequest]) -> list[Grade]:
+        """As `grade`, for responses that are the bare final answer: no stop rule, nothing to extract."""
+        cases = []
+        for request in requests:
+            case = _Case(request, Extraction(answers=(request.response,)))
+            self._compare_fast(case)
+            cases.append(case)
+        return self._grade_cases(cases)
+
+    def _grade_cases(self, cases: list[_Case]) -> list[Grade]:
         waiting = self._from_cache([case for case in cases if case.outcome is None], self._rules_key)
         self._compare_in_pool(waiting)
         self._to_cache(waiting, self._rules_key)
@@ -103,22 +115,27 @@ class StagedVerifier:
         return grades
 
     def _first_stages(self, request: GradeRequest) -> _Case:
-        """The stop rule, extraction, and the rules as far as they go without sympy."""
+        """The stop rule and extraction, and the rules as far as they go without sympy."""
         started = time.perf_counter()
         case = _Case(request)
         if not request.stopped:
             case.outcome = Outcome(Verdict.INCORRECT, "the response did not end with the stop token", "stop")
-        else:
-            case.extraction = extract(request.response, self.config.thinking_end_marks)
-            if case.extraction.refusal is not None:
-                case.outcome = Outcome(Verdict.INCORRECT, case.extraction.refusal, "extract")
-            else:
-                try:
-                    case.outcome = compare_final(*case.job, RationalLeaves())
-                except (NeedsSympy, RecursionError):
-                    pass
+            return case
+        case.extraction = extract(request.response, self.config.thinking_end_marks)
+        if case.extraction.refusal is not None:
+            case.outcome = Outcome(Verdict.INCORRECT, case.extraction.refusal, "extract")
         case.seconds = time.perf_counter() - started
+        if case.outcome is None:
+            self._compare_fast(case)
         return case
+
+    @staticmethod
+    def _compare_fast(case: _Case) -> None:
+        """The rules in this process, for plain numbers and equal texts."""
+        started = time.perf_counter()
+        with contextlib.suppress(NeedsSympy, RecursionError):
+            case.outcome = compare_final(*case.job, RationalLeaves())
+        case.seconds += time.perf_counter() - started
 
     def _compare_in_pool(self, cases: Sequence[_Case]) -> None:
         """Each distinct comparison once: the responses of a group often agree."""
@@ -186,6 +203,6 @@ def _grade(case: _Case) -> Grade:
     return Grade(verdict=outcome.verdict, reason=outcome.reason, stage=outcome.stage, seconds=case.seconds)
 
 
-def build_verifier(config: VerifierConfig) -> Verifier:
+def build_verifier(config: VerifierConfig) -> StagedVerifier:
     """The verifier that the config describes."""
     return StagedVerifier(config)
