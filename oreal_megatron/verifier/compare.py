@@ -243,8 +243,8 @@ class Comparison:
             exact = self._in_order(gold.parts, answer.parts)
             if exact.verdict is not Verdict.INCORRECT or len(gold.parts) != len(answer.parts):
                 return exact
-            if gold.clock and answer.clock:
-                return exact
+            if gold.clock or answer.clock:
+                return exact  # 2:30 is no multiple of 1:15
             quotients = [
                 self.leaves.equal(_quotient(gold, index), _quotient(answer, index)) for index in range(1, len(gold.parts))
             ]
@@ -277,6 +277,8 @@ class Comparison:
             return different("different units")
         if gold.percent == answer.percent:
             return self._numbers(gold, answer)
+        if gold.unit is not None or answer.unit is not None:
+            return different("a percentage against a value with a unit")
         number, percent = (answer, gold) if gold.percent else (gold, answer)
         hundredth = Leaf(f"\\frac{{{percent.latex}}}{{100}}", None if percent.value is None else percent.value / 100)
         same_digits = self._numbers(percent, number)

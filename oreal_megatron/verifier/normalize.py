@@ -49,7 +49,7 @@ _SPACE_COMMANDS = frozenset("quad qquad enspace thinspace space medspace thicksp
 # Typeface of their one argument, which stays.
 _UNWRAPPED_COMMANDS = frozenset(
     "mathbf mathit mathsf mathtt boldsymbol bm pmb mathnormal displaymath underline cancel mathop phantomsection "
-    "ensuremath boxed operatorname mathrm".split()
+    "ensuremath boxed".split()
 )
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?")
 _SIMPLE_GROUP = re.compile(r"\{\s*([^{}\\]*?)\s*\}")
@@ -101,6 +101,26 @@ def matching_brace(text: str, start: int) -> int:
             if depth == 0:
                 return match.start()
     return -1
+
+
+_UPRIGHT = re.compile(r"\\(?:mathrm|operatorname)\s*\{\s*([^{}]*?)\s*\}")
+_UPRIGHT_LETTER = re.compile(r"\\(?:mathrm|operatorname)\s*([A-Za-z])(?![A-Za-z])")
+_FUNCTIONS = frozenset(
+    "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh log ln lg exp gcd lcm max min mod det".split()
+)
+_UNIT_FRACTION = re.compile(r"\\frac\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}")
+_ORDINAL = re.compile(
+    r"(\d)\s*(?:\^\s*\{\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}|\^?\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}"
+    r"|\^\s*\{\s*(?:st|nd|rd|th)\s*\}|(?:st|nd|rd|th)(?![A-Za-z]))"
+)
+
+
+def _upright(match: re.Match[str]) -> str:
+    r"""`\mathrm{e}` is e, `\mathrm{lcm}` a function, `\mathrm{cm}` a word."""
+    name = match[1]
+    if name in _FUNCTIONS:
+        return f"\\{name} "
+    return f"\\text{{{name}}}" if sum(map(str.isalpha, name)) > 1 and "\\" not in name else name
 
 
 def _unwrap(text: str) -> str:
@@ -163,7 +183,9 @@ def normalize(answer: str) -> str:
     text = _SPACING_SYMBOL.sub(" ", text)
     text = _COLOR.sub(" ", text)
     text = _COMMAND.sub(_rename_command, text)
-    text = _unwrap(text)
+    text = _UPRIGHT_LETTER.sub(r"\1", _UPRIGHT.sub(_upright, text))
+    text = _UNIT_FRACTION.sub(r"\\text{\1/\2}", _unwrap(text))
+    text = _ORDINAL.sub(r"\1", text)
     text = re.sub(r"\\overline\s*\{\s*([A-Z]{2})\s*\}", r"\1", text)  # the segment AB
     text = _DEGREE.sub(r"\\degree ", text)
     text = text.replace("!=", r"\ne ").replace("<=", r"\le ").replace(">=", r"\ge ").replace("**", "^")

@@ -96,7 +96,7 @@ def _refused(gold: str, answer: str) -> Outcome | None:
     """What needs no comparison: no answer, hostile text, hedges. Both are normalised."""
     if is_hedged(answer) and not is_hedged(gold):
         return rejected("the answer hedges or addresses the grader")
-    if not re.search(r"[0-9A-Za-z]|\\[A-Za-z]", answer) or re.fullmatch(r"(?:\\ldots|[?.\s])*", answer):
+    if not re.search(r"[0-9A-Za-z]|\\[A-Za-z]|\\\{\s*\\\}", answer) or re.fullmatch(r"(?:\\ldots|[?.\s])*", answer):
         return rejected("nothing that could be an answer")
     try:
         check_answer(answer)

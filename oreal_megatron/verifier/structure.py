@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from oreal_megatron.verifier.normalize import matching_brace
 from oreal_megatron.verifier.rational import parse_rational
-from oreal_megatron.verifier.words import Unit, parse_word_number, split_unit
+from oreal_megatron.verifier.words import Unit, parse_word_number, split_unit, words_key
 
 MAX_DEPTH = 40
 """Nesting of brackets and braces beyond which an answer is refused."""
@@ -99,7 +99,7 @@ RELATIONS = {
     "=": "=", "<": "<", ">": ">", "\\lt": "<", "\\gt": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!=",
     "\\approx": "~", "\\sim": "~", "\\in": "in", "\\equiv": "mod", "\\to": "->", "\\Rightarrow": "=>",
 }  # fmt: skip
-_BASED = re.compile(r"([0-9A-Za-z]*\d[0-9A-Za-z]*|[A-F]+)\s*_\s*(?:\{\s*(\d{1,2})\s*\}|(\d{1,2}))")
+_BASED = re.compile(r"([0-9A-Za-z]*\d[0-9A-Za-z]*|[A-Fa-f]{2,})\s*_\s*(?:\{\s*(\d{1,2})\s*\}|(\d{1,2}))")
 _MATRIX = re.compile(
     r"\\begin\{([pbBvV]?matrix|smallmatrix|array)\}(?:\s*\{[lcr| ]{0,60}\})?(.*)\\end\{\1\}", re.DOTALL
 )
@@ -212,22 +212,29 @@ def _based(latex: str) -> Based | None:
     return Based(digits.lstrip("0") or "0", base)
 
 
+def _text(words: str, latex: str) -> Node:
+    return Leaf(r"\mathbb{R}") if words_key(words) == "all real number" else Text(words, latex)
+
+
 def _words(latex: str) -> Node | None:
     """The whole as text, if it is only text."""
     without = _TEXT_COMMAND.sub("", latex).strip(" .,;:!?-")
     if "\\text" in latex and not without:
         words = " ".join(match[1].strip() for match in _TEXT_COMMAND.finditer(latex)).strip()
-        return parse(words) if re.fullmatch(r"[\d.,/:%\s-]+", words) else Text(words, latex)
+        return parse(words) if re.fullmatch(r"[\d.,/:%\s-]+", words) else _text(words, latex)
     if _PLAIN_WORDS.fullmatch(latex) and (len(latex) > 3 or " " in latex) and len(re.findall("[A-Za-z]{3,}", latex)) > 0:
-        return Text(latex.strip(), latex)
+        return _text(latex.strip(), latex)
     return None
+
+
+_CLOCK = re.compile(r"\d{1,2}\s*:\s*[0-5]\d(?:\s*(?:\\text\s*\{[^{}]*\}|[AaPp]\.?[Mm]\.?))?")
 
 
 def _ratio(latex: str) -> Ratio | None:
     parts = split_top(latex, frozenset({":", "\\colon"}))
     if len(parts) < 2 or any(not part for part in parts):
         return None
-    clock = len(parts) == 2 and re.fullmatch(r"\d{1,2}:[0-5]\d", latex.replace(" ", "")) is not None
+    clock = len(parts) == 2 and _CLOCK.fullmatch(latex) is not None
     return Ratio(tuple(parse(part) for part in parts), clock)
 
 

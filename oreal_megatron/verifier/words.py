@@ -32,6 +32,8 @@ _UNIT_TEXT = re.compile(
     r"(?:\s|\^\s*\{?\s*-?\d\s*\}?|/|\\cdot|\\text\s*\{[^{}]*\}|\\degree|[A-Za-z.]|\*)*)",
     re.DOTALL,
 )
+_POWERS = {"square": "2", "cubic": "3"}
+_ANGLE_OF_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _CURRENCY = re.compile(r"(-?)\s*\\(dollar|euro|pounds|yen)(?![A-Za-z])\s*(.+)", re.DOTALL)
 
 
@@ -57,8 +59,9 @@ def _singular(word: str) -> str:
 def _unit_of(text: str) -> Unit | None:
     """The unit in a piece of text; None where it holds words that change the meaning of the number."""
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).replace("\\degree", " degree ").replace("\\cdot", " ")
-    words = []
-    for word in re.findall(r"[A-Za-z]+|/|-?\d+", text.lower()):
+    text = re.sub(r"([ap])\.\s?m\.?", r"\1m", text.lower())
+    words: list[str] = []
+    for word in re.findall(r"[a-z]+|/|-?\d+", text):
         if word in _NOT_A_UNIT:
             return None
         word = "/" if word == "per" else word
@@ -66,6 +69,8 @@ def _unit_of(text: str) -> Unit | None:
         words.extend(re.findall(r"[a-z]+|/|\d+", word))
     if any(word.isdigit() and word not in ("1", "2", "3") for word in words):
         return None
+    if len(words) == 2 and words[0] in _POWERS:
+        words = [words[1], _POWERS[words[0]]]
     return Unit(tuple(words))
 
 
@@ -89,6 +94,8 @@ def split_unit(latex: str) -> tuple[str, Unit | None, bool]:
 
 
 def _with_unit(latex: str, number: str, unit_text: str) -> tuple[str, Unit | None, bool]:
+    if "\\degree" in unit_text and _ANGLE_OF_FUNCTION.search(number):
+        return latex, None, False  # the degrees are the function's argument
     if "\\" not in unit_text and not _known_unit(unit_text):
         return latex, None, False  # letters without \text are variables unless they are a unit's name
     unit = _unit_of(unit_text)
@@ -131,9 +138,11 @@ def parse_word_number(text: str) -> Fraction | None:
 
 
 _PHRASES = {
-    "no solution": "no solution", "no real solution": "no solution", "no solutions exist": "no solution",
+    "no solution": "no solution", "no real number": "no solution", "empty set": "no solution",
+    "no real solution": "no solution", "no solutions exist": "no solution",
     "no real solutions exist": "no solution", "none": "none", "does not exist": "dne", "dne": "dne",
-    "infinity": "infinity", "true": "true", "false": "false", "yes": "yes", "no": "no",
+    "infinity": "infinity", "infinite": "infinity", "all real": "all real number", "set of all real number": "all real number",
+    "true": "true", "false": "false", "yes": "yes", "no": "no",
 }  # fmt: skip
 _FILLER = frozenset("a an the is are of it be".split())
 
