@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from oreal_megatron.records import Verdict
 from oreal_megatron.verifier.intervals import IntervalComparison, is_set_like
-from oreal_megatron.verifier.naming import is_name, named_parts, strip_name
+from oreal_megatron.verifier.naming import is_constant, named_parts, strip_name
 from oreal_megatron.verifier.outcome import Outcome, all_of, any_of, different, equal, unknown
 from oreal_megatron.verifier.structure import (
     Based,
@@ -110,18 +110,26 @@ class Comparison:
 
     def _false_chain(self, relation: Relation) -> Outcome | None:
         """`6 = 5` states a falsehood; it is no answer, whichever side matches."""
-        items = [item for item in relation.items if isinstance(item, Leaf) and not is_name(item)]
-        if len(items) < 2 or set(relation.operators) - {"=", "~"}:
+        if set(relation.operators) - {"=", "~"}:
             return None
-        values = [item for item in relation.items]
-        for left, right, operator in zip(values, values[1:], relation.operators, strict=False):
-            if operator != "=" or is_name(left) or is_name(right):
+        for left, right, operator in zip(relation.items, relation.items[1:], relation.operators, strict=False):
+            if not (is_constant(left) and is_constant(right)):
                 continue
-            if _has_letters(left) or _has_letters(right):
-                continue
-            if self.compare(left, right).verdict is Verdict.INCORRECT:
+            if operator == "~":
+                if not self._is_rounded(left, right):
+                    return different("the answer states a wrong approximation")
+            elif self.compare(left, right).verdict is Verdict.INCORRECT:
                 return different("the answer states a false equality")
         return None
+
+    def _is_rounded(self, exact: Node, rounded: Node) -> bool:
+        """Whether a decimal is within one unit of its last digit; what is no decimal is left alone."""
+        latex = _latex_of(rounded) or ""
+        if not isinstance(exact, Leaf) or not re.fullmatch(r"-?\d+(?:\.\d*)?", latex):
+            return True
+        value, given = self.leaves.real_value(exact.latex), self.leaves.real_value(latex)
+        places = len(latex.partition(".")[2])
+        return value is None or abs(value - given) * 10**places <= 1
 
     def _two_relations(self, gold: Relation, answer: Relation) -> Outcome:
         gold_value, answer_value = strip_name(gold), strip_name(answer)
@@ -288,11 +296,6 @@ class Comparison:
         if gold.value is not None and answer.value is not None:
             return equal("the same number") if gold.value == answer.value else different("different numbers")
         return self.leaves.equal(gold.latex, answer.latex)
-
-
-def _has_letters(node: Node) -> bool:
-    latex = _latex_of(node)
-    return latex is None or re.search(r"(?<![\\A-Za-z])[A-Za-df-hj-z](?![A-Za-z])", latex) is not None
 
 
 def _latex_of(node: Node) -> str | None:

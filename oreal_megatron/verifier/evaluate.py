@@ -22,13 +22,17 @@ class CannotEvaluate(ValueError):
     """The tree holds something without a numeric value here."""
 
 
+class Undefined(CannotEvaluate):
+    """The tree has no value here: a division by zero, a logarithm of zero."""
+
+
 Value = Any  # mpf or mpc; mpmath has no types
 Point = Mapping[str, Value]
 
 
 def _power(base: Value, exponent: Value) -> Value:
     if base == 0 and mpmath.re(exponent) < 0:
-        raise CannotEvaluate("division by zero")
+        raise Undefined("division by zero")
     if abs(exponent) > 1e7 and abs(base) not in (0, 1):
         raise CannotEvaluate("exponent too large")
     return mpmath.power(base, exponent)
@@ -61,7 +65,7 @@ def _binomial(top: Value, bottom: Value) -> Value:
 
 def _log(value: Value, base: Value | None = None) -> Value:
     if value == 0 or base == 0 or base == 1:
-        raise CannotEvaluate("logarithm of zero")
+        raise Undefined("logarithm of zero")
     return mpmath.log(value) if base is None else mpmath.log(value) / mpmath.log(base)
 
 

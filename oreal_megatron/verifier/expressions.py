@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
-from fractions import Fraction
 
 import mpmath
 import sympy
 from mpmath import mp
 
 from oreal_megatron.records import Verdict
-from oreal_megatron.verifier.evaluate import CannotEvaluate, evaluate
+from oreal_megatron.verifier.evaluate import CannotEvaluate, Undefined, evaluate
 from oreal_megatron.verifier.guards import Refused
 from oreal_megatron.verifier.outcome import Outcome, different, equal, unknown
 from oreal_megatron.verifier.rational import parse_rational
@@ -72,7 +71,10 @@ def _same_at(gold: sympy.Basic, answer: sympy.Basic, point: dict[str, str], prec
                 raise
             if point and isinstance(wanted, mpmath.mpc) and abs(wanted.imag) > 1e-30 and not _is_complex(gold):
                 return None
-            given = evaluate(answer, at)
+            try:
+                given = evaluate(answer, at)
+            except Undefined:
+                return None if point else False
             if not (mpmath.isfinite(wanted) and mpmath.isfinite(given)):
                 return None
             if _agree(wanted, given, digits):
@@ -131,6 +133,8 @@ class SymbolicLeaves:
         gold, answer = _integrated(gold), _integrated(answer)
         if gold == answer:
             return equal("the same expression")
+        if answer.has(sympy.zoo, sympy.nan):
+            return different("the answer has no value")
         if gold.is_infinite or answer.is_infinite:
             return different("an infinity against another value")
         if gold.is_Rational and answer.is_Rational:
@@ -174,14 +178,11 @@ class SymbolicLeaves:
             same = all(abs(quotient - quotients[0]) < abs(quotients[0]) * mpmath.mpf(10) ** -40 for quotient in quotients)
         return equal("the same equation") if same else different("different equations")
 
-    def real_value(self, latex: str) -> Fraction | mpmath.mpf | None:
+    def real_value(self, latex: str) -> mpmath.mpf | None:
         """The value of a constant, to order the ends of intervals; None for what has none."""
-        value = parse_rational(latex)
-        if value is not None:
-            return value
         try:
             with mp.workdps(DIGITS):
                 number = evaluate(read(latex), {})
-                return None if isinstance(number, mpmath.mpc) else number
+                return None if isinstance(number, mpmath.mpc) else mpmath.mpf(number)
         except (Refused, Unreadable, CannotEvaluate):
             return None
