@@ -22,7 +22,7 @@ from oreal_megatron.verifier.structure import (
     SetOperation,
     Text,
 )
-from oreal_megatron.verifier.words import words_key
+from oreal_megatron.verifier.words import is_prose, words_key
 
 
 class Leaves(Protocol):
@@ -72,7 +72,8 @@ class Comparison:
     def _texts(self, gold: Node, answer: Node) -> Outcome:
         gold_words, answer_words = _words_of(gold), _words_of(answer)
         if gold_words is None:
-            return self._prose_for_value(gold, answer)
+            assert isinstance(answer, Text)
+            return self._prose_for_value(gold, answer.words)
         if answer_words is None:
             return different("a value where the gold answer is words")
         gold_key, answer_key = words_key(gold_words), words_key(answer_words)
@@ -82,9 +83,8 @@ class Comparison:
             return different("different words")
         return unknown("the gold answer is a sentence, which rules cannot compare")
 
-    def _prose_for_value(self, gold: Node, answer: Node) -> Outcome:
-        assert isinstance(answer, Text)
-        numbers = re.findall(r"\d+(?:\.\d+)?", answer.words)
+    def _prose_for_value(self, gold: Node, words: str) -> Outcome:
+        numbers = re.findall(r"\d+(?:\.\d+)?", words)
         if isinstance(gold, Leaf) and gold.value is not None and len(numbers) == 1:
             if Fraction(numbers[0]) == gold.value:
                 return unknown("a sentence around the gold value, which rules cannot judge")
@@ -281,6 +281,8 @@ class Comparison:
     def _leaves(self, gold: Node, answer: Node) -> Outcome:
         if not (isinstance(gold, Leaf) and isinstance(answer, Leaf)):
             return different("answers of different kinds")
+        if answer.value is None and is_prose(answer.latex) and not is_prose(gold.latex):
+            return self._prose_for_value(gold, answer.latex)
         if gold.unit is not None and answer.unit is not None and not gold.unit.agrees(answer.unit):
             return different("different units")
         if gold.percent == answer.percent:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
+from fractions import Fraction
 
 import mpmath
 import sympy
@@ -20,6 +22,8 @@ DIGITS = 60
 MAX_DIGITS = 4_000
 MAX_INTEGRAND_OPERATIONS = 40
 # Irregular on purpose: no identity holds at these by accident. Signs vary, so that |x| differs from x.
+MAX_EXACT_BITS = 200_000
+BITS_PER_DIGIT = 3.33
 _BARE_LOG = re.compile(r"\\log(?![A-Za-z])(?!\s*_)")
 _POINTS = ("0.73205", "-1.61827", "2.23719", "0.31871", "-0.57119", "3.14279", "1.41367", "-2.71913", "0.11293")
 
@@ -41,17 +45,42 @@ def _agree(one: mpmath.mpf, other: mpmath.mpf, digits: int) -> bool:
     return bool(scale == 0 or abs(one - other) <= scale * mpmath.mpf(10) ** (-digits * 3 // 4))
 
 
+def _height(tree: sympy.Basic) -> float:
+    """An upper bound of the bits in the exact value of a rational tree; of others, what they add to it."""
+    if tree.is_Integer:
+        return float(int(tree.p).bit_length())
+    if tree.is_Rational:
+        return float(int(tree.p).bit_length() + int(tree.q).bit_length())
+    if tree.is_Pow:
+        exponent = exact_value(tree.exp)
+        times = 1.0 if exponent is None else max(1.0, abs(float(exponent)))
+        return _height(tree.base) * times + _height(tree.exp)
+    return sum(map(_height, tree.args))
+
+
+def exact_value(tree: sympy.Basic) -> Fraction | None:
+    """The value of sums, products and whole powers of rational numbers; None for other trees. Bounded by `_height`."""
+    if tree.is_Rational:
+        return Fraction(int(tree.p), int(tree.q))
+    if not (tree.is_Add or tree.is_Mul or tree.is_Pow):
+        return None
+    values = [exact_value(part) for part in tree.args]
+    if any(value is None for value in values):
+        return None
+    known = [value for value in values if value is not None]
+    if tree.is_Add:
+        return sum(known, Fraction(0))
+    if tree.is_Mul:
+        return math.prod(known, start=Fraction(1))
+    base, exponent = known
+    if exponent.denominator != 1 or _height(tree.base) * abs(exponent) > MAX_EXACT_BITS:
+        return None
+    return None if base == 0 and exponent < 0 else base ** int(exponent)
+
+
 def _precision(*trees: sympy.Basic) -> int:
-    """Digits of the first evaluation: more than the longest number in the trees, so that 2^(2^-1000) differs from 1."""
-    longest = 0.0
-    for tree in trees:
-        for part in sympy.preorder_traversal(tree):
-            if part.is_Rational:
-                longest = max(longest, int(part.p).bit_length(), int(part.q).bit_length())
-            elif part.is_Pow and part.base.is_Rational and part.exp.is_Rational:
-                size = max(int(part.base.p).bit_length(), int(part.base.q).bit_length())
-                longest = max(longest, size * abs(float(part.exp)))
-    digits = DIGITS + int(longest * 0.302)
+    """Digits of the first evaluation: more than the numbers in the trees can make, so that 2^(2^-1000) differs from 1."""
+    digits = DIGITS + int(max(map(_height, trees)) / BITS_PER_DIGIT)
     if digits > MAX_DIGITS:
         raise CannotEvaluate(f"numbers of more than {MAX_DIGITS} digits")
     return digits
@@ -137,8 +166,9 @@ class SymbolicLeaves:
             return different("the answer has no value")
         if gold.is_infinite or answer.is_infinite:
             return different("an infinity against another value")
-        if gold.is_Rational and answer.is_Rational:
-            return different("different numbers")
+        gold_value, answer_value = exact_value(gold), exact_value(answer)
+        if gold_value is not None and answer_value is not None:
+            return equal("the same number") if gold_value == answer_value else different("different numbers")
         decided = 0
         try:
             precision = _precision(gold, answer)

@@ -1,6 +1,6 @@
 """LaTeX of one expression -> sympy tree. latex2sympy2_extended is the parser and nothing more; no text is ever evaluated.
 
-Two things make its grammar fast: symbols are spelled so that they need no look-ahead, and the parser first predicts
+Most answers never reach it: `descent` reads the common part of the language. Two things make the rest fast: symbols are spelled so that they need no look-ahead, and the parser first predicts
 in SLL mode, which is about seven times cheaper than the default and fails, never misreads, where it does not suffice.
 """
 
@@ -14,6 +14,7 @@ import sympy
 from antlr4.atn.PredictionMode import PredictionMode
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
 
+from oreal_megatron.verifier.descent import GREEK, OutsideGrammar, read_common
 from oreal_megatron.verifier.guards import Refused, check_expression
 from oreal_megatron.verifier.rational import parse_rational
 
@@ -30,11 +31,7 @@ _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _DEGREES = re.compile(r"(\d+|\))\s*\\degree(?![A-Za-z])")
 _PRIMES = re.compile(r"([A-Za-z])\s*('{1,3})")
 _WORDS = re.compile(r"\\text\s*\{\s*([^{}]*?)\s*\}")
-_GREEK = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega "
-    "Delta Theta Lambda Xi Sigma Phi Psi Omega hbar ell prime nabla"
-).split()
-_GREEK_LETTER = rf"\\(?:{'|'.join(_GREEK)})(?![A-Za-z])"
+_GREEK_LETTER = rf"\\(?:{'|'.join(sorted(GREEK))})(?![A-Za-z])"
 _SYMBOL = re.compile(rf"(?P<greek>{_GREEK_LETTER})|\\[A-Za-z]+|(?P<letter>[A-Za-z])")
 _SUBSCRIPT = re.compile(r"\s*_\s*(?:\{([^{}]{0,40}(?:\{[^{}]{0,20}\}[^{}]{0,20})?)\}|(\\[A-Za-z]+|\w))")
 _POWER_NEXT = re.compile(r"\s*\^")
@@ -143,7 +140,10 @@ def read(latex: str) -> sympy.Basic:
     value = parse_rational(latex)
     if value is not None:
         return sympy.Rational(value.numerator, value.denominator)
-    tree = _parse(prepare(latex))
+    try:
+        return read_common(latex)
+    except OutsideGrammar:
+        tree = _parse(prepare(latex))
     if not isinstance(tree, sympy.Basic) or isinstance(tree, _NOT_EXPRESSIONS):
         raise Unreadable("not a single expression")
     if sum(1 for _ in sympy.preorder_traversal(tree)) > MAX_TREE_NODES:

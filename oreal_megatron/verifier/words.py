@@ -52,6 +52,17 @@ class Unit:
 _PHYSICAL = frozenset(_SAME_UNIT.values()) | {"square", "cubic", "2", "3", "mm", "cm", "km", "kg", "mg", "ml", "hz"}
 
 
+_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+
+
+def is_prose(latex: str) -> bool:
+    """Whether words are mixed into the mathematics, beyond a unit or a name."""
+    inside = _TEXT.findall(latex)
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", " ".join(inside))
+    bare = re.findall(r"(?:^|\s)[a-z]{3,}(?=\s|$)", _TEXT.sub(" ", latex))
+    return len(inside) > 1 or len(words) > 1 or len(bare) > 1
+
+
 def _singular(word: str) -> str:
     return word[:-1] if len(word) > 2 and word.endswith("s") and not word.endswith("ss") else word
 
