@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from oreal_megatron.records import Verdict
 from oreal_megatron.verifier.intervals import IntervalComparison, is_set_like
 from oreal_megatron.verifier.naming import is_constant, named_parts, strip_name
+from oreal_megatron.verifier.normalize import text_key
 from oreal_megatron.verifier.outcome import Outcome, all_of, any_of, different, equal, unknown
 from oreal_megatron.verifier.structure import (
     Based,
@@ -22,7 +23,7 @@ from oreal_megatron.verifier.structure import (
     SetOperation,
     Text,
 )
-from oreal_megatron.verifier.words import is_prose, words_key
+from oreal_megatron.verifier.words import COMPARATIVE, is_prose, words_key
 
 
 class Leaves(Protocol):
@@ -85,6 +86,8 @@ class Comparison:
 
     def _prose_for_value(self, gold: Node, words: str) -> Outcome:
         numbers = re.findall(r"\d+(?:\.\d+)?", words)
+        if COMPARATIVE.search(words):
+            return different("words that state something else than a value")
         if isinstance(gold, Leaf) and gold.value is not None and len(numbers) == 1:
             if Fraction(numbers[0]) == gold.value:
                 return unknown("a sentence around the gold value, which rules cannot judge")
@@ -129,7 +132,7 @@ class Comparison:
             return True
         value, given = self.leaves.real_value(exact.latex), self.leaves.real_value(latex)
         places = len(latex.partition(".")[2])
-        return value is None or abs(value - given) * 10**places <= 1
+        return value is None or abs(value - given) * 10**places < 1
 
     def _two_relations(self, gold: Relation, answer: Relation) -> Outcome:
         gold_value, answer_value = strip_name(gold), strip_name(answer)
@@ -144,7 +147,10 @@ class Comparison:
                 return self.leaves.proportional((sides[0] or "", sides[1] or ""), (sides[2] or "", sides[3] or ""))
         if outcomes:
             return outcomes[0]
-        for items, operators in ((answer.items, answer.operators), _reversed(answer)):
+        readings = [(answer.items, answer.operators)]
+        if set(answer.operators) <= _REVERSIBLE:
+            readings.append(_reversed(answer))
+        for items, operators in readings:
             if operators == gold.operators and len(items) == len(gold.items):
                 outcome = all_of(map(self.compare, gold.items, items), "the same relation")
                 if outcome.verdict is not Verdict.INCORRECT:
@@ -168,6 +174,10 @@ class Comparison:
     def _several(self, gold: Node, answer: Node) -> Outcome:
         if isinstance(gold, Matrix) and isinstance(answer, Matrix):
             return self._matrices(gold, answer)
+        if isinstance(gold, Collection) != isinstance(answer, Collection):
+            for one, other in ((gold, answer), (answer, gold)):
+                if isinstance(one, Collection) and len(one.parts) == 1:  # a set of one is that one
+                    return self.compare(one.parts[0], other) if one is gold else self.compare(other, one.parts[0])
         gold_parts, answer_parts = _parts(gold), _parts(answer)
         if gold_parts is None and answer_parts is None:
             return different("a matrix against something else")
@@ -283,6 +293,9 @@ class Comparison:
             return different("answers of different kinds")
         if answer.value is None and is_prose(answer.latex) and not is_prose(gold.latex):
             return self._prose_for_value(gold, answer.latex)
+        number_sets = [_NUMBER_SET.fullmatch(leaf.latex) for leaf in (gold, answer)]
+        if all(number_sets):
+            return equal("the same set") if text_key(gold.latex) == text_key(answer.latex) else different("different sets")
         if gold.unit is not None and answer.unit is not None and not gold.unit.agrees(answer.unit):
             return different("different units")
         if gold.percent == answer.percent:
@@ -341,6 +354,7 @@ def _quotient(ratio: Ratio, index: int) -> str:
     return f"\\frac{{{_latex_of(ratio.parts[0]) or ''}}}{{{_latex_of(ratio.parts[index]) or ''}}}"
 
 
+_REVERSIBLE = frozenset({"=", "!=", "~", "<", ">", "<=", ">="})
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
 
 
@@ -355,6 +369,7 @@ def _modulus(relation: Relation) -> str | None:
     return (found[1] or found[2]) if found else None
 
 
+_NUMBER_SET = re.compile(r"\\mathbb\s*\{?\s*[A-Z]\s*\}?(?:\s*\^\s*\{?[+*-]\}?)?")
 _CALL = re.compile(r"([A-Za-z])\s*\(\s*([A-Za-z])\s*\)")
 
 

@@ -30,12 +30,35 @@ Value = Any  # mpf or mpc; mpmath has no types
 Point = Mapping[str, Value]
 
 
-def _power(base: Value, exponent: Value) -> Value:
+def _is_odd_root(exponent: sympy.Basic) -> bool:
+    """Whether an exponent is a fraction with an odd denominator, so that negative bases have a real power."""
+    if exponent.is_Rational:
+        return bool(exponent.q % 2 == 1 and exponent.q > 1)
+    if exponent.is_Pow:
+        return exponent.args[1] == -1 and exponent.args[0].is_Integer and exponent.args[0] % 2 == 1
+    return exponent.is_Mul and any(map(_is_odd_root, exponent.args)) and all(
+        part.is_Integer or _is_odd_root(part) for part in exponent.args
+    )
+
+
+def _power(base: Value, exponent: Value, odd_root: bool) -> Value:
+    if odd_root and isinstance(base, mpmath.mpf) and base < 0:
+        # The numerator's parity is the sign; schools read such powers over the reals.
+        return _real_root_sign(exponent) * mpmath.power(-base, exponent)
     if base == 0 and mpmath.re(exponent) < 0:
         raise Undefined("division by zero")
     if abs(exponent) > 1e7 and abs(base) not in (0, 1):
         raise CannotEvaluate("exponent too large")
     return mpmath.power(base, exponent)
+
+
+def _real_root_sign(exponent: Value) -> int:
+    """-1 where the reduced numerator of p/q is odd. q is odd, so p is found by trying small ones."""
+    for denominator in range(1, 200, 2):
+        numerator = exponent * denominator
+        if abs(numerator - mpmath.nint(numerator)) < mpmath.mpf(10) ** (-(mp.dps // 2)):
+            return -1 if int(mpmath.nint(numerator)) % 2 else 1
+    raise CannotEvaluate("a root of high degree")
 
 
 def _integer(value: Value) -> int:
@@ -138,7 +161,7 @@ def evaluate(tree: sympy.Basic, point: Point) -> Value:
     if name == "Mul":
         return mpmath.fprod(evaluate(part, point) for part in tree.args)
     if name == "Pow":
-        return _power(evaluate(tree.args[0], point), evaluate(tree.args[1], point))
+        return _power(evaluate(tree.args[0], point), evaluate(tree.args[1], point), _is_odd_root(tree.args[1]))
     function = _FUNCTIONS.get(name)
     if isinstance(tree, AppliedUndef):
         return _unknown_function(name, [evaluate(part, point) for part in tree.args])

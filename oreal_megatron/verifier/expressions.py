@@ -14,6 +14,7 @@ from mpmath import mp
 from oreal_megatron.records import Verdict
 from oreal_megatron.verifier.evaluate import CannotEvaluate, Undefined, evaluate
 from oreal_megatron.verifier.guards import Refused
+from oreal_megatron.verifier.normalize import text_key
 from oreal_megatron.verifier.outcome import Outcome, different, equal, unknown
 from oreal_megatron.verifier.rational import parse_rational
 from oreal_megatron.verifier.reading import Unreadable, read
@@ -133,7 +134,7 @@ class SymbolicLeaves:
     max_chars = sys.maxsize
 
     def equal(self, gold: str, answer: str) -> Outcome:
-        if gold.replace(" ", "") == answer.replace(" ", ""):
+        if text_key(gold) == text_key(answer):
             return equal("the same text")
         gold_value, answer_value = parse_rational(gold), parse_rational(answer)
         if gold_value is not None and answer_value is not None:
@@ -164,7 +165,7 @@ class SymbolicLeaves:
             return equal("the same expression")
         if answer.has(sympy.zoo, sympy.nan):
             return different("the answer has no value")
-        if gold.is_infinite or answer.is_infinite:
+        if gold.has(sympy.oo, -sympy.oo) or answer.has(sympy.oo, -sympy.oo):
             return different("an infinity against another value")
         gold_value, answer_value = exact_value(gold), exact_value(answer)
         if gold_value is not None and answer_value is not None:

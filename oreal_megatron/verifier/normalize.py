@@ -64,6 +64,11 @@ _PLAIN_FUNCTION = re.compile(r"(?<![A-Za-z\\])(sqrt|arcsin|arccos|arctan|sinh|co
 _PLAIN_NAME = re.compile(r"(?<![A-Za-z\\])(pi|theta|infinity|infty)(?![A-Za-z])")
 _PHANTOM = re.compile(r"\\[hv]?phantom\s*(?:\{[^{}]*\}|[-+\w])")
 _NUMERAL_IN_TEXT = re.compile(r"\\text\s*\{\s*([0-9A-Z]+)\s*\}(?=\s*_)")
+_IDLE_SPACE = re.compile(r"(?<!\d) +| +(?!\d)")
+_SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d ])")
+_CHOOSE = re.compile(r"\{\s*([^{}]*?)\s*\\choose\s*([^{}]*?)\s*\}")
+_SET_ARGUMENT = re.compile(r"\\(max|min|gcd|lcm)\s*\\\{([^{}\\]*)\\\}")
+_PREAMBLE = re.compile(r"\\text\s*\{\s*(?:the\s+)?(?:final\s+)?answer(?:\s+is)?\s*:?\s*\}\s*:?", re.IGNORECASE)
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _SPACES = re.compile(r"\s+")
 _INVISIBLE = re.compile("[\u200b-\u200f\u2060-\u2064\ufeff\u00ad\u202a-\u202e]")
@@ -174,6 +179,11 @@ def matching_bracket(text: str, start: int) -> int:
     return -1
 
 
+def text_key(normalized: str) -> str:
+    """The answer without spaces, except between digits: `1 2` is not `12`."""
+    return _IDLE_SPACE.sub("", normalized)
+
+
 def normalize(answer: str) -> str:
     """The answer in one spelling: LaTeX commands only, no layout, braces around arguments, single spaces."""
     text = _fold_unicode(answer)
@@ -195,7 +205,9 @@ def normalize(answer: str) -> str:
     text = _plain_functions(text)
     text = _brace_fractions(text)
     text = _BARE_ROOT.sub(lambda m: f"\\sqrt{m[1] or ''}{{{m[2]}}}", text)
-    text = _SPACES.sub(" ", text).strip()
+    text = _SET_ARGUMENT.sub(r"\\\1(\2)", _CHOOSE.sub(r"\\binom{\1}{\2}", text))
+    text = _SPACES.sub(" ", _PREAMBLE.sub("", text)).strip()
+    text = _SPACED_THOUSANDS.sub(lambda m: m[0].replace(" ", ""), text)
     return _strip_end(text)
 
 

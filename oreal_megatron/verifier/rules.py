@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from oreal_megatron.records import Verdict
 from oreal_megatron.verifier.compare import Comparison, Leaves
 from oreal_megatron.verifier.guards import Refused, check_answer, is_hedged, looks_like_code
-from oreal_megatron.verifier.normalize import normalize
+from oreal_megatron.verifier.normalize import normalize, text_key
 from oreal_megatron.verifier.outcome import Outcome, different, equal, rejected, unknown
 from oreal_megatron.verifier.rational import parse_rational
 from oreal_megatron.verifier.structure import parse
@@ -27,7 +27,7 @@ class RationalLeaves:
     max_chars = MAX_FAST_CHARS
 
     def equal(self, gold: str, answer: str) -> Outcome:
-        if gold.replace(" ", "") == answer.replace(" ", ""):
+        if text_key(gold) == text_key(answer):
             return equal("the same text")
         gold_value, answer_value = parse_rational(gold), parse_rational(answer)
         if gold_value is None or answer_value is None:
@@ -121,7 +121,7 @@ def compare_answers(gold: str, answer: str, leaves: Leaves) -> Outcome:
     if max(len(gold), len(answer)) > leaves.max_chars:
         raise NeedsSympy  # normalisation is not linear in hostile text: leave it to a process that can be killed
     gold_text, answer_text = normalize(gold), normalize(answer)
-    if gold_text.replace(" ", "") == answer_text.replace(" ", ""):
+    if text_key(gold_text) == text_key(answer_text):
         return equal("the same text")
     outcome = _refused(gold_text, answer_text) or _choice_outcome(gold_text, answer_text)
     if outcome is not None:

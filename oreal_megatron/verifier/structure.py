@@ -62,7 +62,7 @@ class Bracketed:
 
 @dataclass(frozen=True)
 class Collection:
-    """Parts without order: a list of solutions, or a set where `braces`. `alternative` where joined by "or"."""
+    """Parts without order: a list of solutions, or a set where `braces`; `alternative` where joined by "or"."""
 
     parts: tuple[Node, ...]
     braces: bool = False
@@ -101,7 +101,7 @@ RELATIONS = {
 }  # fmt: skip
 _BASED = re.compile(r"([0-9A-Za-z]*\d[0-9A-Za-z]*|[A-Fa-f]{2,})\s*_\s*(?:\{\s*(\d{1,2})\s*\}|(\d{1,2}))")
 _MATRIX = re.compile(
-    r"\\begin\{([pbBvV]?matrix|smallmatrix|array)\}(?:\s*\{[lcr| ]{0,60}\})?(.*)\\end\{\1\}", re.DOTALL
+    r"\\begin\{([pbB]?matrix|smallmatrix|array)\}(?:\s*\{[lcr| ]{0,60}\})?(.*)\\end\{\1\}", re.DOTALL
 )
 _WORD_SEPARATOR = re.compile(r"\\text\s*\{\s*,?\s*(and|or)\s*,?\s*\}|(?<![A-Za-z\\])(and|or)(?![A-Za-z])")
 _TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
@@ -165,7 +165,13 @@ def _split_relation(latex: str) -> Node | None:
     return Relation(tuple(parse(item) for item in items), tuple(operators))
 
 
-def _set_of(inside: str) -> Collection:
+_BUILDER = re.compile(r"\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?)?\s*(?:\||:)(.+)", re.DOTALL)
+
+
+def _set_of(inside: str) -> Node:
+    builder = _BUILDER.fullmatch(inside)
+    if builder and (condition := _split_relation(builder[1].strip())):
+        return condition  # {x | x > 0}
     return Collection(_flatten([parse(part) for part in split_top(inside, frozenset(",;")) if part]), braces=True)
 
 

@@ -21,12 +21,14 @@ _SAME_UNIT = {
     "gm": "g", "kilogram": "kg", "milligram": "mg", "pound": "lb", "ounce": "oz", "liter": "l", "litre": "l",
     "milliliter": "ml", "degree": "deg", "cent": "cent", "dollar": "usd", "buck": "usd", "euro": "eur", "mph": "mi/h",
     "kph": "km/h", "kmph": "km/h", "joule": "j", "newton": "n", "watt": "w", "sq": "square", "percent": "percent",
-    "radian": "rad", "pounds": "gbp", "yen": "jpy",
+    "radian": "rad", "pounds": "gbp", "yen": "jpy", "am": "am", "pm": "pm",
 }  # fmt: skip
 _NOT_A_UNIT = frozenset(
     "or and not no never none maybe perhaps possibly either neither if then but except unless is are was equals "
     "approximately about around least most than more less greater between to".split()
 )
+COMPARATIVE = re.compile(r"\b(?:less|more|fewer|greater|least|most|not|no|or|between|than|about|approximately)\b", re.IGNORECASE)
+"""Words that turn the number beside them into another statement."""
 _UNIT_TEXT = re.compile(
     r"(?P<number>.*?)\s*(?P<unit>(?:\\text\s*\{[^{}]*\}|\\degree|(?<=[\d}\s)])(?:[A-Za-z]{2,}|[mgshLKJNW])(?![A-Za-z({\\]))"
     r"(?:\s|\^\s*\{?\s*-?\d\s*\}?|/|\\cdot|\\text\s*\{[^{}]*\}|\\degree|[A-Za-z.]|\*)*)",
@@ -148,18 +150,21 @@ def parse_word_number(text: str) -> Fraction | None:
     return Fraction(total + current) if seen else None
 
 
-_PHRASES = {
-    "no solution": "no solution", "no real number": "no solution", "empty set": "no solution",
-    "no real solution": "no solution", "no solutions exist": "no solution",
-    "no real solutions exist": "no solution", "none": "none", "does not exist": "dne", "dne": "dne",
-    "infinity": "infinity", "infinite": "infinity", "all real": "all real number", "set of all real number": "all real number",
-    "true": "true", "false": "false", "yes": "yes", "no": "no",
-}  # fmt: skip
 _FILLER = frozenset("a an the is are of it be".split())
+_SAME_PHRASE = (
+    ("no solution", "no solutions exist", "no real solution", "no real solutions exist", "no real number", "empty set"),
+    ("does not exist", "dne"), ("infinity", "infinite"), ("all real number", "all reals", "set of all real numbers"),
+)  # fmt: skip
+
+
+def _plain_key(text: str) -> str:
+    return " ".join(_singular(word) for word in re.findall(r"[a-z0-9]+", text.lower()) if word not in _FILLER)
+
+
+_PHRASES = {_plain_key(phrase): _plain_key(group[0]) for group in _SAME_PHRASE for phrase in group}
 
 
 def words_key(text: str) -> str:
     """One spelling of a phrase: lower case, singular, without articles and punctuation."""
-    words = [_singular(word) for word in re.findall(r"[a-z0-9]+", text.lower()) if word not in _FILLER]
-    key = " ".join(words)
+    key = _plain_key(text)
     return _PHRASES.get(key, key)
