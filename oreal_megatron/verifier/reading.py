@@ -104,6 +104,8 @@ _STEPS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]
 
 def prepare(latex: str) -> str:
     """What the grammar lacks or reads inexactly: decimals as exact fractions, degrees, names of several letters."""
+    if "@" in latex:
+        raise Unreadable("the sign @")  # the mark of a word below
     for pattern, replacement in _STEPS:
         latex = pattern.sub(replacement, latex)
     words: list[str] = []
