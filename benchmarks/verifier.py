@@ -104,7 +104,9 @@ def percentile(seconds: list[float], share: float) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = Path(os.environ.get("OREAL_SHARED_DIR", ROOT.parent / "shared"))
-    parser.add_argument("--cases", type=Path, default=shared / "verifier_cases", help="directory (default: %(default)s)")
+    parser.add_argument(
+        "--cases", type=Path, default=shared / "verifier_cases", help="directory (default: %(default)s)"
+    )
     parser.add_argument("--repeat", type=int, default=3, help="runs of the speed part; the median counts (default: 3)")
     parser.add_argument("--speed-only", action="store_true", help="leave out the accuracy table")
     arguments = parser.parse_args()
@@ -131,7 +133,9 @@ def compare_accuracy(directory: Path) -> None:
 def speed(arguments: argparse.Namespace) -> int:
     """Real outputs: the public core cases."""
     rows, _ = labelled_core(arguments.cases / "public.jsonl")
-    runs = sorted(((run_ours(rows, 2.0), run_math_verify(rows)) for _ in range(arguments.repeat)), key=lambda pair: pair[0].total)
+    runs = sorted(
+        ((run_ours(rows, 2.0), run_math_verify(rows)) for _ in range(arguments.repeat)), key=lambda pair: pair[0].total
+    )
     ours, theirs = runs[len(runs) // 2]
     rate, their_rate = len(rows) / ours.total, len(rows) / theirs.total
     p99 = percentile(ours.seconds, 0.99)

@@ -54,7 +54,9 @@ class Endpoints:
             endpoint = self._of(url)
             endpoint.failures += 1
             if endpoint.failures == self._max_failures:
-                logger.warning("judge %s failed %d times in a row; left alone for %g s", url, endpoint.failures, self._rest_seconds)
+                logger.warning(
+                    "judge %s failed %d times in a row; left alone for %g s", url, endpoint.failures, self._rest_seconds
+                )
             if endpoint.failures >= self._max_failures:
                 endpoint.closed_until = self._clock() + self._rest_seconds
 

@@ -46,8 +46,12 @@ class VerdictCache:
                 for start in range(0, len(keys), _QUERY_KEYS):
                     some = keys[start : start + _QUERY_KEYS]
                     marks = ",".join("?" * len(some))
-                    rows = self._open().execute(f"SELECT key, verdict, reason, stage FROM verdicts WHERE key IN ({marks})", some)
-                    found.update((key, Outcome(Verdict(verdict), reason, stage)) for key, verdict, reason, stage in rows)
+                    rows = self._open().execute(
+                        f"SELECT key, verdict, reason, stage FROM verdicts WHERE key IN ({marks})", some
+                    )
+                    found.update(
+                        (key, Outcome(Verdict(verdict), reason, stage)) for key, verdict, reason, stage in rows
+                    )
             except (sqlite3.Error, OSError, ValueError) as error:
                 self._give_up(error)
         return found
@@ -89,5 +93,7 @@ class VerdictCache:
 
     def _give_up(self, error: Exception) -> None:
         if not self._broken:
-            logger.warning("verifier.cache_path %s does not work (%s); grading goes on without a cache", self.path, error)
+            logger.warning(
+                "verifier.cache_path %s does not work (%s); grading goes on without a cache", self.path, error
+            )
         self._broken = True

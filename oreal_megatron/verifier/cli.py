@@ -54,7 +54,7 @@ class InputError(ValueError):
 
 
 def read_rows(path: Path, stop_token: str) -> Iterator[Row]:
-    """The rows of a file. Where no response of the file holds the stop token, it was stored without, and all stopped."""
+    """The rows of a file. A file that holds the stop token nowhere was stored without it: all its responses stopped."""
     with path.open(encoding="utf-8", errors="surrogateescape") as file:
         stored_with_token = any(stop_token in line for line in file)
     with path.open(encoding="utf-8", errors="surrogateescape") as file:
@@ -115,7 +115,9 @@ class Progress:
 def summary(rows: Sequence[Row], grades: Sequence[Grade], seconds: float) -> str:
     """Counts, and where the input had labels, how many verdicts are right."""
     counts = Counter(grade.verdict for grade in grades)
-    text = f"{len(grades)} graded in {seconds:.1f} s: " + ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict)
+    text = f"{len(grades)} graded in {seconds:.1f} s: " + ", ".join(
+        f"{counts[verdict]} {verdict}" for verdict in Verdict
+    )
     labelled = [(row.label, grade.verdict) for row, grade in zip(rows, grades, strict=True) if row.label is not None]
     if labelled:
         right = sum(verdict is (Verdict.CORRECT if label else Verdict.INCORRECT) for label, verdict in labelled)
@@ -147,19 +149,26 @@ def run(config: VerifierConfig, source: Path, output: Path, stop_token: str) -> 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="oreal-verify", description=_DESCRIPTION, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="oreal-verify",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("input", type=Path, metavar="INPUT", help="JSONL file to read")
     parser.add_argument("--output", type=Path, required=True, metavar="OUTPUT", help="JSONL file to write")
-    parser.add_argument("--config", type=Path, help="YAML file with the keys of conf/verifier/*.yaml (default: rules only)")
-    parser.add_argument("--num-workers", type=int, help="processes that compare symbolic answers (default: the processors)")
+    parser.add_argument(
+        "--config", type=Path, help="YAML file with the keys of conf/verifier/*.yaml (default: rules only)"
+    )
+    parser.add_argument(
+        "--num-workers", type=int, help="processes that compare symbolic answers (default: the processors)"
+    )
     parser.add_argument("--timeout-seconds", type=float, help="limit of one comparison")
     parser.add_argument("--cache-path", help="verdict cache to read and write")
     parser.add_argument(
         "--stop-token",
         default="<|im_end|>",
-        help="what a finished response ends with (default: %(default)s). If no line of the file holds it, the responses "
-        "were stored without it and all count as finished.",
+        help="what a finished response ends with (default: %(default)s). If no line of the file holds it, "
+        "the responses were stored without it and all count as finished.",
     )
     return parser
 

@@ -88,9 +88,8 @@ class Comparison:
         numbers = re.findall(r"\d+(?:\.\d+)?", words)
         if COMPARATIVE.search(words):
             return different("words that state something else than a value")
-        if isinstance(gold, Leaf) and gold.value is not None and len(numbers) == 1:
-            if Fraction(numbers[0]) == gold.value:
-                return unknown("a sentence around the gold value, which rules cannot judge")
+        if len(numbers) == 1 and isinstance(gold, Leaf) and gold.value == Fraction(numbers[0]):
+            return unknown("a sentence around the gold value, which rules cannot judge")
         return different("words where the gold answer is a value")
 
     # Relations
@@ -104,12 +103,18 @@ class Comparison:
             return self._two_relations(gold, answer)
         if isinstance(answer, Relation):
             value = strip_name(answer)
-            return different("an equation or inequality where the gold answer is a value") if value is None else (
-                self.compare(gold, value)
+            return (
+                different("an equation or inequality where the gold answer is a value")
+                if value is None
+                else (self.compare(gold, value))
             )
         assert isinstance(gold, Relation)
         value = strip_name(gold)
-        return different("the gold answer is a relation, the answer is not") if value is None else self.compare(value, answer)
+        return (
+            different("the gold answer is a relation, the answer is not")
+            if value is None
+            else self.compare(value, answer)
+        )
 
     def _false_chain(self, relation: Relation) -> Outcome | None:
         """`6 = 5` states a falsehood; it is no answer, whichever side matches."""
@@ -198,7 +203,9 @@ class Comparison:
             return self._ordered(gold, answer, gold_parts, answer_parts)
         return self._unordered(gold_parts, answer_parts, as_set=_is_set(gold) or _is_set(answer))
 
-    def _ordered(self, gold: Node, answer: Node, gold_parts: tuple[Node, ...], answer_parts: tuple[Node, ...]) -> Outcome:
+    def _ordered(
+        self, gold: Node, answer: Node, gold_parts: tuple[Node, ...], answer_parts: tuple[Node, ...]
+    ) -> Outcome:
         if _is_braced(gold) or _is_braced(answer):
             return different("a set against an ordered tuple")
         if isinstance(gold, Bracketed) and isinstance(answer, Bracketed):
@@ -243,14 +250,19 @@ class Comparison:
             else:
                 return different("a value of the gold answer is missing")
         if as_set:
-            extra = [any_of((self.compare(wanted, given) for wanted in gold), "not in the gold set") for given in answer]
+            extra = [
+                any_of((self.compare(wanted, given) for wanted in gold), "not in the gold set") for given in answer
+            ]
             return all_of(extra, "the same set")
         return equal("the same values")
 
     # Sets, ratios, bases
 
     def _operations(self, gold: Node, answer: Node) -> Outcome:
-        if not (isinstance(gold, SetOperation) and isinstance(answer, SetOperation)) or gold.operator != answer.operator:
+        if (
+            not (isinstance(gold, SetOperation) and isinstance(answer, SetOperation))
+            or gold.operator != answer.operator
+        ):
             return different("different sets")
         if gold.operator == "difference":
             return self._in_order(gold.parts, answer.parts)
@@ -264,7 +276,8 @@ class Comparison:
             if gold.clock or answer.clock:
                 return exact  # 2:30 is no multiple of 1:15
             quotients = [
-                self.leaves.equal(_quotient(gold, index), _quotient(answer, index)) for index in range(1, len(gold.parts))
+                self.leaves.equal(_quotient(gold, index), _quotient(answer, index))
+                for index in range(1, len(gold.parts))
             ]
             return all_of(quotients, "the same ratio")
         ratio = gold if isinstance(gold, Ratio) else answer
@@ -295,7 +308,9 @@ class Comparison:
             return self._prose_for_value(gold, answer.latex)
         number_sets = [_NUMBER_SET.fullmatch(leaf.latex) for leaf in (gold, answer)]
         if all(number_sets):
-            return equal("the same set") if text_key(gold.latex) == text_key(answer.latex) else different("different sets")
+            return (
+                equal("the same set") if text_key(gold.latex) == text_key(answer.latex) else different("different sets")
+            )
         if gold.unit is not None and answer.unit is not None and not gold.unit.agrees(answer.unit):
             return different("different units")
         if gold.percent == answer.percent:

@@ -16,8 +16,42 @@ from sympy import Add, Mul, Pow, Rational
 from oreal_megatron.verifier.rational import parse_rational
 
 GREEK = frozenset(
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega "
-    "Delta Theta Lambda Xi Sigma Phi Psi Omega hbar ell prime nabla".split()
+    [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "epsilon",
+        "zeta",
+        "eta",
+        "theta",
+        "iota",
+        "kappa",
+        "lambda",
+        "mu",
+        "nu",
+        "xi",
+        "rho",
+        "sigma",
+        "tau",
+        "upsilon",
+        "phi",
+        "chi",
+        "psi",
+        "omega",
+        "Delta",
+        "Theta",
+        "Lambda",
+        "Xi",
+        "Sigma",
+        "Phi",
+        "Psi",
+        "Omega",
+        "hbar",
+        "ell",
+        "prime",
+        "nabla",
+    ]
 )
 _FUNCTIONS: dict[str, Callable[[sympy.Basic], sympy.Basic]] = {
     "sin": sympy.sin, "cos": sympy.cos, "tan": sympy.tan, "cot": sympy.cot, "sec": sympy.sec, "csc": sympy.csc,
@@ -25,7 +59,9 @@ _FUNCTIONS: dict[str, Callable[[sympy.Basic], sympy.Basic]] = {
     "tanh": sympy.tanh, "ln": sympy.log, "log": sympy.log, "lg": sympy.log, "exp": sympy.exp,
 }  # fmt: skip
 _INVERSES = {"sin": sympy.asin, "cos": sympy.acos, "tan": sympy.atan}
-_TOKEN = re.compile(r"\\[A-Za-z]+|\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+\.?\d*|\.\d+|[A-Za-z]|[-+*/^_!()\[\]{}|]|\s+")
+_TOKEN = re.compile(
+    r"\\[A-Za-z]+|\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+\.?\d*|\.\d+|[A-Za-z]|[-+*/^_!()\[\]{}|]|\s+"
+)
 _END = ""
 _TERM_ENDS = frozenset({"+", "-", ")", "]", "}", "|", "\\rfloor", "\\rceil", _END})
 MAX_TOKENS = 600
@@ -113,7 +149,13 @@ class _Reader:
         r"""`2\frac{1}{3}` is seven thirds; `2\frac{a}{3}` is a product."""
         if self.next.isdigit() and self.tokens[self.position + 1 : self.position + 2] == ["\\frac"]:
             parts = self.tokens[self.position + 2 : self.position + 8]
-            if len(parts) == 6 and parts[::3] == ["{", "{"] and parts[2::3] == ["}", "}"] and parts[1].isdigit() and parts[4].isdigit():
+            if (
+                len(parts) == 6
+                and parts[::3] == ["{", "{"]
+                and parts[2::3] == ["}", "}"]
+                and parts[1].isdigit()
+                and parts[4].isdigit()
+            ):
                 whole, top, bottom = int(self.take()), int(parts[1]), int(parts[4])
                 if not 0 < top < bottom:
                     raise OutsideGrammar("a product or a mixed number")

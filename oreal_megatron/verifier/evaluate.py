@@ -36,8 +36,10 @@ def _is_odd_root(exponent: sympy.Basic) -> bool:
         return bool(exponent.q % 2 == 1 and exponent.q > 1)
     if exponent.is_Pow:
         return exponent.args[1] == -1 and exponent.args[0].is_Integer and exponent.args[0] % 2 == 1
-    return exponent.is_Mul and any(map(_is_odd_root, exponent.args)) and all(
-        part.is_Integer or _is_odd_root(part) for part in exponent.args
+    return (
+        exponent.is_Mul
+        and any(map(_is_odd_root, exponent.args))
+        and all(part.is_Integer or _is_odd_root(part) for part in exponent.args)
     )
 
 
@@ -134,7 +136,9 @@ def _symbol(name: str, point: Point) -> Value:
 def _unknown_function(name: str, arguments: list[Value]) -> Value:
     """f(x) of an f that nobody defined: some irregular function, the same on both sides."""
     seed = mpmath.mpf(zlib.crc32(name.encode()) % 10_007) / 10_007 + mpmath.sqrt(2)
-    return mpmath.fsum(seed ** (index + 2) + seed * argument + argument * argument / 3 for index, argument in enumerate(arguments))
+    return mpmath.fsum(
+        seed ** (index + 2) + seed * argument + argument * argument / 3 for index, argument in enumerate(arguments)
+    )
 
 
 def evaluate(tree: sympy.Basic, point: Point) -> Value:

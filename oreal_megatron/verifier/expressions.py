@@ -36,7 +36,10 @@ def _names(*trees: sympy.Basic) -> list[str]:
 def _points(names: list[str]) -> list[dict[str, str]]:
     count = 1 if not names else 9
     return [
-        {name: _POINTS[(index * (2 * position + 1) + 3 * position) % len(_POINTS)] for position, name in enumerate(names)}
+        {
+            name: _POINTS[(index * (2 * position + 1) + 3 * position) % len(_POINTS)]
+            for position, name in enumerate(names)
+        }
         for index in range(count)
     ]
 
@@ -80,7 +83,7 @@ def exact_value(tree: sympy.Basic) -> Fraction | None:
 
 
 def _precision(*trees: sympy.Basic) -> int:
-    """Digits of the first evaluation: more than the numbers in the trees can make, so that 2^(2^-1000) differs from 1."""
+    """Digits of the first evaluation: more than the numbers in the trees can make, so 2^(2^-1000) differs from 1."""
     digits = DIGITS + int(max(map(_height, trees)) / BITS_PER_DIGIT)
     if digits > MAX_DIGITS:
         raise CannotEvaluate(f"numbers of more than {MAX_DIGITS} digits")
@@ -123,7 +126,8 @@ def _integrated(tree: sympy.Basic) -> sympy.Basic:
     easy = {
         part: part.doit()
         for part in tree.atoms(sympy.Integral, sympy.Derivative)
-        if part.args[0].is_polynomial(*part.args[0].free_symbols) and part.args[0].count_ops() < MAX_INTEGRAND_OPERATIONS
+        if part.args[0].is_polynomial(*part.args[0].free_symbols)
+        and part.args[0].count_ops() < MAX_INTEGRAND_OPERATIONS
     }
     return tree.xreplace(easy) if easy else tree
 
@@ -141,7 +145,7 @@ class SymbolicLeaves:
             return equal("the same number") if gold_value == answer_value else different("different numbers")
         outcome = self._equal_texts(gold, answer)
         if outcome.verdict is not Verdict.CORRECT and _BARE_LOG.search(gold + answer):
-            # A bare \\log is the common or the natural logarithm, as the author likes; it must be one of them on both sides.
+            # A bare \log is the common or the natural logarithm, but the same one on both sides.
             natural = self._equal_texts(_BARE_LOG.sub(r"\\ln", gold), _BARE_LOG.sub(r"\\ln", answer))
             return natural if natural.verdict is Verdict.CORRECT else outcome
         return outcome
@@ -206,7 +210,9 @@ class SymbolicLeaves:
                 quotients.append(top / bottom)
             if len(quotients) < 3:
                 return unknown("the equations have no common points to compare")
-            same = all(abs(quotient - quotients[0]) < abs(quotients[0]) * mpmath.mpf(10) ** -40 for quotient in quotients)
+            same = all(
+                abs(quotient - quotients[0]) < abs(quotients[0]) * mpmath.mpf(10) ** -40 for quotient in quotients
+            )
         return equal("the same equation") if same else different("different equations")
 
     def real_value(self, latex: str) -> mpmath.mpf | None:

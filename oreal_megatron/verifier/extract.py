@@ -19,6 +19,7 @@ MAX_BOXES = 64
 
 MAX_JOINER_CHARS = 80
 MAX_STATEMENT_CHARS = 200
+MAX_STATEMENT_SEARCH = 4_000
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,12 @@ class Extraction:
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _BARE_BOX = re.compile(r"\s*(-?(?:\d[\d,]{0,40}(?:\.\d{1,40})?|[A-Za-z])|\\[A-Za-z]{1,20})")
 _JOINER = re.compile(
-    r"(?:\s|[$,;.&~]|\\[\[\]()!,;: ]|\\quad|\\qquad|\\text(?:\s*\{\s*(?:and|or|,)?\s*\})|\\\\|and|or|[A-Za-z]\s*=){0,60}",
+    r"(?:\s|[$,;.&~]|\\[\[\]()!,;: ]|\\quad|\\qquad|\\text\s*\{\s*(?:and|or|,)?\s*\}|\\\\|and|or|[A-Za-z]\s*=){0,60}",
     re.IGNORECASE,
 )
-_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]{0,400}`|<!--.*?(?:-->|\Z)|\\begin\{verbatim\}.*?(?:\\end\{verbatim\}|\Z)", re.DOTALL)
+_CODE = re.compile(
+    r"```.*?(?:```|\Z)|`[^`\n]{0,400}`|<!--.*?(?:-->|\Z)|\\begin\{verbatim\}.*?(?:\\end\{verbatim\}|\Z)", re.DOTALL
+)
 _HIDDEN = re.compile(r"\\[hv]?phantom\s*\{")
 _STATEMENT = re.compile(
     r"(?:final\s+answer(?:\s+is)?|the\s+answer\s+is|answer\s*(?=[:：])|最终答案|最后答案|答案)\s*(?:是|为)?\s*(?:\*\*)?\s*[:：]?\s*(?:\*\*)?\s*",
@@ -98,12 +101,11 @@ def _boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
 
 def _stated_answer(text: str) -> str | None:
     """The explicit statement of an answer without a box ("The answer is 7."), from the last such statement."""
-    statement = None
-    for statement in _STATEMENT.finditer(text[-4_000:]):
-        pass
-    if statement is None:
+    end_of_text = text[-MAX_STATEMENT_SEARCH:]
+    statements = list(_STATEMENT.finditer(end_of_text))
+    if not statements:
         return None
-    rest = text[-4_000:][statement.end() :].strip()
+    rest = end_of_text[statements[-1].end() :].strip()
     end = _STATEMENT_END.search(rest)
     stated = (rest[: end.start()] if end else rest).strip().strip("*").strip()
     stated = re.split(r"\b(?:is|are|equals)\s", stated)[-1].strip()  # "the largest n is 34"

@@ -120,7 +120,12 @@ class IntervalComparison:
         parts = [self.pieces(part) for part in node.parts]
         union = self._joined(parts)
         rays = [part[0] for part in parts if part is not None and len(part) == 1]
-        if node.alternative or len(rays) != 2 or len(parts) != 2 or not all(isinstance(p, Relation) for p in node.parts):
+        if (
+            node.alternative
+            or len(rays) != 2
+            or len(parts) != 2
+            or not all(isinstance(p, Relation) for p in node.parts)
+        ):
             return union
         low = next((ray.low for ray in rays if not ray.low.infinite), None)
         high = next((ray.high for ray in rays if not ray.high.infinite), None)

@@ -8,7 +8,8 @@ from oreal_megatron.verifier.rational import parse_rational
 from oreal_megatron.verifier.structure import Bracketed, Collection, Leaf, Node, Ratio, Relation, Text
 
 _SUBSCRIPT = r"(?:\s*_\s*(?:\{[^{}]{1,20}\}|\w))?(?:\s*'{1,2}|\s*\^\s*\{?\s*\\prime\s*\}?|\s*\^\s*\{?\s*\\?\*\s*\}?)?"
-_SYMBOL = rf"(?:[A-Za-z]|\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|rho|sigma|tau|omega|Delta|Omega|ell){_SUBSCRIPT}|[A-Za-z]{_SUBSCRIPT})"
+_GREEK = r"\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|rho|sigma|tau|omega|Delta|Omega|ell)"
+_SYMBOL = rf"(?:[A-Za-z]|{_GREEK}){_SUBSCRIPT}"
 _SEGMENT = r"[A-Z]{2,6}"
 _NAME = re.compile(
     rf"\{{?\s*{_SYMBOL}\s*\}}?"
@@ -69,7 +70,9 @@ def is_constant(node: Node) -> bool:
     """Whether the item is an expression without variables."""
     if not isinstance(node, Leaf):
         return False
-    letters = re.sub(r"\\(?:frac|sqrt|pi|cdot|times|div|ln|log|sin|cos|tan|binom|degree|text|infty)(?![A-Za-z])", " ", node.latex)
+    letters = re.sub(
+        r"\\(?:frac|sqrt|pi|cdot|times|div|ln|log|sin|cos|tan|binom|degree|text|infty)(?![A-Za-z])", " ", node.latex
+    )
     return not re.search(r"[A-Za-df-hj-z]|\\[a-z]", letters)
 
 

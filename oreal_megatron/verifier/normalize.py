@@ -41,15 +41,69 @@ _COMMANDS = {
 
 # Layout without meaning. `\limits` and friends only move indices about.
 _DROPPED_COMMANDS = frozenset(
-    "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr middle displaystyle textstyle scriptstyle "
-    "scriptscriptstyle limits nolimits noindent boldmath bf rm it sf tt normalfont large Large small bold "
-    "centering hfill allowbreak nonumber notag strut mathstrut".split()
+    [
+        "left",
+        "right",
+        "big",
+        "Big",
+        "bigg",
+        "Bigg",
+        "bigl",
+        "bigr",
+        "Bigl",
+        "Bigr",
+        "biggl",
+        "biggr",
+        "middle",
+        "displaystyle",
+        "textstyle",
+        "scriptstyle",
+        "scriptscriptstyle",
+        "limits",
+        "nolimits",
+        "noindent",
+        "boldmath",
+        "bf",
+        "rm",
+        "it",
+        "sf",
+        "tt",
+        "normalfont",
+        "large",
+        "Large",
+        "small",
+        "bold",
+        "centering",
+        "hfill",
+        "allowbreak",
+        "nonumber",
+        "notag",
+        "strut",
+        "mathstrut",
+    ]
 )
-_SPACE_COMMANDS = frozenset("quad qquad enspace thinspace space medspace thickspace newline hskip".split())
+_SPACE_COMMANDS = frozenset(
+    ["quad", "qquad", "enspace", "thinspace", "space", "medspace", "thickspace", "newline", "hskip"]
+)
 # Typeface of their one argument, which stays.
 _UNWRAPPED_COMMANDS = frozenset(
-    "mathbf mathit mathsf mathtt boldsymbol bm pmb mathnormal displaymath underline cancel mathop phantomsection "
-    "ensuremath boxed".split()
+    [
+        "mathbf",
+        "mathit",
+        "mathsf",
+        "mathtt",
+        "boldsymbol",
+        "bm",
+        "pmb",
+        "mathnormal",
+        "displaymath",
+        "underline",
+        "cancel",
+        "mathop",
+        "phantomsection",
+        "ensuremath",
+        "boxed",
+    ]
 )
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?")
 _SIMPLE_GROUP = re.compile(r"\{\s*([^{}\\]*?)\s*\}")
@@ -60,7 +114,9 @@ _THOUSANDS_BRACES = re.compile(r"(?<=\d)\{,\}(?=\d{3})|(?<=\d),\\!\s*(?=\d{3})|(
 _FRACTION = re.compile(r"\\frac\s*(?![\s{])(\d|[A-Za-z](?![A-Za-z])|\\[A-Za-z]+)\s*")
 _BARE_ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]{1,20}\])?\s*(\d|[A-Za-z])")
 _DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)(?![A-Za-z])|\^\s*\{\s*\\degree\s*\}|\^\s*\\degree(?![A-Za-z])")
-_PLAIN_FUNCTION = re.compile(r"(?<![A-Za-z\\])(sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp)(?=\s*[\d(^{_]|\s+[a-z](?![a-z]))")
+_PLAIN_FUNCTION = re.compile(
+    r"(?<![A-Za-z\\])(sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp)(?=\s*[\d(^{_]|\s+[a-z](?![a-z]))"
+)
 _PLAIN_NAME = re.compile(r"(?<![A-Za-z\\])(pi|theta|infinity|infty)(?![A-Za-z])")
 _PHANTOM = re.compile(r"\\[hv]?phantom\s*(?:\{[^{}]*\}|[-+\w])")
 _NUMERAL_IN_TEXT = re.compile(r"\\text\s*\{\s*([0-9A-Z]+)\s*\}(?=\s*_)")
@@ -113,7 +169,31 @@ def matching_brace(text: str, start: int) -> int:
 _UPRIGHT = re.compile(r"\\(?:mathrm|operatorname)\s*\{\s*([^{}]*?)\s*\}")
 _UPRIGHT_LETTER = re.compile(r"\\(?:mathrm|operatorname)\s*([A-Za-z])(?![A-Za-z])")
 _FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh log ln lg exp gcd lcm max min mod det".split()
+    [
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "arccot",
+        "sinh",
+        "cosh",
+        "tanh",
+        "log",
+        "ln",
+        "lg",
+        "exp",
+        "gcd",
+        "lcm",
+        "max",
+        "min",
+        "mod",
+        "det",
+    ]
 )
 _UNIT_FRACTION = re.compile(r"\\frac\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}")
 _ORDINAL = re.compile(
@@ -191,7 +271,13 @@ def normalize(answer: str) -> str:
     text = _THOUSANDS_BRACES.sub(lambda m: "," if "," in m[0] and not m[0].startswith("\\,") else "", text)
     text = text.replace("\\\\", "\\newrow ").replace(r"\(", " ").replace(r"\)", " ")
     text = text.replace(r"\[", " ").replace(r"\]", " ")
-    text = text.replace(r"\$", r"\dollar ").replace("$", "").replace(r"\%", "%").replace(r"\#", "#").replace(r"\&", " and ")
+    text = (
+        text.replace(r"\$", r"\dollar ")
+        .replace("$", "")
+        .replace(r"\%", "%")
+        .replace(r"\#", "#")
+        .replace(r"\&", " and ")
+    )
     text = _SPACING_SYMBOL.sub(" ", text)
     text = _COLOR.sub(" ", text)
     text = _COMMAND.sub(_rename_command, text)

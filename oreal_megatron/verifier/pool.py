@@ -54,7 +54,9 @@ class _Server:
     def __init__(self, memory_limit_mb: int) -> None:
         ours, theirs = socket.socketpair()
         package_root = str(Path(__file__).resolve().parents[2])
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")])))
+        environment = dict(
+            os.environ, PYTHONPATH=os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+        )
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "oreal_megatron.verifier.worker", str(theirs.fileno()), str(memory_limit_mb)],

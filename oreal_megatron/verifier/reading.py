@@ -1,7 +1,8 @@
-"""LaTeX of one expression -> sympy tree. latex2sympy2_extended is the parser and nothing more; no text is ever evaluated.
+"""LaTeX of one expression -> sympy tree. latex2sympy2_extended is the parser and nothing more; nothing is evaluated.
 
-Most answers never reach it: `descent` reads the common part of the language. Two things make the rest fast: symbols are spelled so that they need no look-ahead, and the parser first predicts
-in SLL mode, which is about seven times cheaper than the default and fails, never misreads, where it does not suffice.
+Most answers never reach it: `descent` reads the common part of the language. Two things make the rest fast: symbols
+are spelled so that they need no look-ahead, and the parser first predicts in SLL mode, which is about seven times
+cheaper than the default and fails, never misreads, where it does not suffice.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _variable(name: str, powered: bool) -> str:
 
 
 def _spell_symbols(latex: str) -> str:
-    r"""`x_{1}^2 y` -> `{\variable{xsub1}}^2 y`, `n^2` -> `{n}^2`: the forms that the grammar reads without look-ahead."""
+    r"""`x_{1}^2 y` -> `{\variable{xsub1}}^2 y`, `n^2` -> `{n}^2`: forms that the grammar reads without look-ahead."""
     pieces: list[str] = []
     position = 0
     for match in _SYMBOL.finditer(latex):
@@ -78,7 +79,9 @@ def _spell_symbols(latex: str) -> str:
         pieces.append(latex[position : match.start()])
         position = match.end()
         if subscript is not None:
-            index = "".join(re.findall(r"[A-Za-z0-9]", (subscript[1] if subscript[1] is not None else subscript[2]) or ""))
+            index = "".join(
+                re.findall(r"[A-Za-z0-9]", (subscript[1] if subscript[1] is not None else subscript[2]) or "")
+            )
             if not index:
                 raise Unreadable("an empty subscript")
             pieces.append(_variable(f"{symbol.lstrip(chr(92))}sub{index}", powered))

@@ -61,7 +61,9 @@ def name_parameter(text: str) -> str:
     if not rest.strip():
         return text
     letter = declared[1]
-    return re.sub(rf"(?<![A-Za-z\\]){letter}(?![A-Za-z])", lambda _: f"\\{_PARAMETER} ", rest).strip().rstrip(",").strip()
+    return (
+        re.sub(rf"(?<![A-Za-z\\]){letter}(?![A-Za-z])", lambda _: f"\\{_PARAMETER} ", rest).strip().rstrip(",").strip()
+    )
 
 
 _CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)?\s*[.:]?")
@@ -117,7 +119,9 @@ def compare_answers(gold: str, answer: str, leaves: Leaves) -> Outcome:
     if answer.strip() == gold.strip():
         return equal("the same text")
     if len(answer) > MAX_ANSWER_CHARS or len(gold) > MAX_ANSWER_CHARS:
-        return rejected("an answer of enormous length") if len(answer) > len(gold) else unknown("an enormous gold answer")
+        return (
+            rejected("an answer of enormous length") if len(answer) > len(gold) else unknown("an enormous gold answer")
+        )
     if max(len(gold), len(answer)) > leaves.max_chars:
         raise NeedsSympy  # normalisation is not linear in hostile text: leave it to a process that can be killed
     gold_text, answer_text = normalize(gold), normalize(answer)

@@ -92,7 +92,15 @@ class Matrix:
 
 Node = Leaf | Text | Based | Ratio | Bracketed | Collection | SetOperation | Relation | Matrix
 
-_OPENING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "\\langle": "\\rangle", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
+_OPENING = {
+    "(": ")",
+    "[": "]",
+    "{": "}",
+    "\\{": "\\}",
+    "\\langle": "\\rangle",
+    "\\lfloor": "\\rfloor",
+    "\\lceil": "\\rceil",
+}
 _CLOSING = frozenset(_OPENING.values())
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
 RELATIONS = {
@@ -100,9 +108,7 @@ RELATIONS = {
     "\\approx": "~", "\\sim": "~", "\\in": "in", "\\equiv": "mod", "\\to": "->", "\\Rightarrow": "=>",
 }  # fmt: skip
 _BASED = re.compile(r"([0-9A-Za-z]*\d[0-9A-Za-z]*|[A-Fa-f]{2,})\s*_\s*(?:\{\s*(\d{1,2})\s*\}|(\d{1,2}))")
-_MATRIX = re.compile(
-    r"\\begin\{([pbB]?matrix|smallmatrix|array)\}(?:\s*\{[lcr| ]{0,60}\})?(.*)\\end\{\1\}", re.DOTALL
-)
+_MATRIX = re.compile(r"\\begin\{([pbB]?matrix|smallmatrix|array)\}(?:\s*\{[lcr| ]{0,60}\})?(.*)\\end\{\1\}", re.DOTALL)
 _WORD_SEPARATOR = re.compile(r"\\text\s*\{\s*,?\s*(and|or)\s*,?\s*\}|(?<![A-Za-z\\])(and|or)(?![A-Za-z])")
 _TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
 _PLAIN_WORDS = re.compile(r"[A-Za-z][A-Za-z' ,.\-!?]*")
@@ -177,7 +183,11 @@ def _set_of(inside: str) -> Node:
 
 def _bracketed(latex: str) -> Node | None:
     tokens = tokens_of(latex)
-    if len(tokens) < 2 or tokens[0].text not in ("(", "[", "\\{", "\\langle", "]") or tokens[-1].text not in _CLOSING | {"["}:
+    if (
+        len(tokens) < 2
+        or tokens[0].text not in ("(", "[", "\\{", "\\langle", "]")
+        or tokens[-1].text not in _CLOSING | {"["}
+    ):
         return None
     if any(token.depth <= 0 for token in tokens[1:-1]) and tokens[0].text != "]":
         return None
@@ -228,7 +238,11 @@ def _words(latex: str) -> Node | None:
     if "\\text" in latex and not without:
         words = " ".join(match[1].strip() for match in _TEXT_COMMAND.finditer(latex)).strip()
         return parse(words) if re.fullmatch(r"[\d.,/:%\s-]+", words) else _text(words, latex)
-    if _PLAIN_WORDS.fullmatch(latex) and (len(latex) > 3 or " " in latex) and len(re.findall("[A-Za-z]{3,}", latex)) > 0:
+    if (
+        _PLAIN_WORDS.fullmatch(latex)
+        and (len(latex) > 3 or " " in latex)
+        and len(re.findall("[A-Za-z]{3,}", latex)) > 0
+    ):
         return _text(latex.strip(), latex)
     return None
 
@@ -320,7 +334,17 @@ def parse(latex: str) -> Node:
         return leaf
     if latex == "\\emptyset":
         return Collection((), braces=True)
-    for reader in (_words, _matrix, _based, _bracketed, parse_list, _split_relation, _set_operation, _ratio, _plus_minus):
+    for reader in (
+        _words,
+        _matrix,
+        _based,
+        _bracketed,
+        parse_list,
+        _split_relation,
+        _set_operation,
+        _ratio,
+        _plus_minus,
+    ):
         node = reader(latex)
         if node is not None:
             return node

@@ -6,11 +6,29 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ONES = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _MAGNITUDES = {"hundred": 100, "thousand": 1_000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SMALL = {word: number for number, word in enumerate(_ONES)} | {word: 10 * (i + 2) for i, word in enumerate(_TENS)}
 
@@ -24,10 +42,43 @@ _SAME_UNIT = {
     "radian": "rad", "pounds": "gbp", "yen": "jpy", "am": "am", "pm": "pm",
 }  # fmt: skip
 _NOT_A_UNIT = frozenset(
-    "or and not no never none maybe perhaps possibly either neither if then but except unless is are was equals "
-    "approximately about around least most than more less greater between to".split()
+    [
+        "or",
+        "and",
+        "not",
+        "no",
+        "never",
+        "none",
+        "maybe",
+        "perhaps",
+        "possibly",
+        "either",
+        "neither",
+        "if",
+        "then",
+        "but",
+        "except",
+        "unless",
+        "is",
+        "are",
+        "was",
+        "equals",
+        "approximately",
+        "about",
+        "around",
+        "least",
+        "most",
+        "than",
+        "more",
+        "less",
+        "greater",
+        "between",
+        "to",
+    ]
 )
-COMPARATIVE = re.compile(r"\b(?:less|more|fewer|greater|least|most|not|no|or|between|than|about|approximately)\b", re.IGNORECASE)
+COMPARATIVE = re.compile(
+    r"\b(?:less|more|fewer|greater|least|most|not|no|or|between|than|about|approximately)\b", re.IGNORECASE
+)
 """Words that turn the number beside them into another statement."""
 _UNIT_TEXT = re.compile(
     r"(?P<number>.*?)\s*(?P<unit>(?:\\text\s*\{[^{}]*\}|\\degree|(?<=[\d}\s)])(?:[A-Za-z]{2,}|[mgshLKJNW])(?![A-Za-z({\\]))"
@@ -48,7 +99,9 @@ class Unit:
     def agrees(self, other: Unit) -> bool:
         """Whether the two may stand for the same: one list of words within the other, so "apples" in "red apples"."""
         mine, others = set(self.words) - {"/"}, set(other.words) - {"/"}
-        return self.words == other.words or (bool(mine and others) and (mine <= others or others <= mine) and not (mine ^ others) & _PHYSICAL)
+        return self.words == other.words or (
+            bool(mine and others) and (mine <= others or others <= mine) and not (mine ^ others) & _PHYSICAL
+        )
 
 
 _PHYSICAL = frozenset(_SAME_UNIT.values()) | {"square", "cubic", "2", "3", "mm", "cm", "km", "kg", "mg", "ml", "hz"}
@@ -125,7 +178,8 @@ def _with_unit(latex: str, number: str, unit_text: str) -> tuple[str, Unit | Non
 def _known_unit(text: str) -> bool:
     words = re.findall("[a-z]+", text.lower())
     return bool(words) and all(
-        len(word) >= 2 and (word in _PHYSICAL or word in _SAME_UNIT or _singular(word) in _SAME_UNIT or word in _MAGNITUDES)
+        len(word) >= 2
+        and (word in _PHYSICAL or word in _SAME_UNIT or _singular(word) in _SAME_UNIT or word in _MAGNITUDES)
         for word in words
     )
 
@@ -150,7 +204,7 @@ def parse_word_number(text: str) -> Fraction | None:
     return Fraction(total + current) if seen else None
 
 
-_FILLER = frozenset("a an the is are of it be".split())
+_FILLER = frozenset(["a", "an", "the", "is", "are", "of", "it", "be"])
 _SAME_PHRASE = (
     ("no solution", "no solutions exist", "no real solution", "no real solutions exist", "no real number", "empty set"),
     ("does not exist", "dne"), ("infinity", "infinite"), ("all real number", "all reals", "set of all real numbers"),

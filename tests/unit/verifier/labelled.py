@@ -26,7 +26,9 @@ def case_file(name: str) -> Path:
         return own
     shared = SHARED_DIR / "verifier_cases" / f"{name}.jsonl"
     if not shared.exists():
-        pytest.skip(f"{shared} is not there: {name}.jsonl is read in place; set OREAL_SHARED_DIR to its parent directory")
+        pytest.skip(
+            f"{shared} is not there: {name}.jsonl is read in place; set OREAL_SHARED_DIR to its parent directory"
+        )
     return shared
 
 
@@ -47,7 +49,9 @@ def score(cases: list[dict[str, Any]], grades: list[Grade]) -> Score:
     wrong, false_positives = [], 0
     for case, grade in zip(cases, grades, strict=True):
         if grade.verdict is not (Verdict.CORRECT if case["label"] else Verdict.INCORRECT):
-            wrong.append(f"{case['id']}: {case['gold']!r} against {case['answer'][-80:]!r}: {grade.verdict}, {grade.reason}")
+            wrong.append(
+                f"{case['id']}: {case['gold']!r} against {case['answer'][-80:]!r}: {grade.verdict}, {grade.reason}"
+            )
             false_positives += grade.verdict is Verdict.CORRECT
     return Score(len(cases), wrong, false_positives)
 

@@ -42,7 +42,8 @@ def test_judged_verdicts_are_remembered_by_question_and_model(tmp_path: Path) ->
             question="Why?", gold_answer=NEEDS_JUDGE.gold_answer, response=NEEDS_JUDGE.response, stopped=True
         )
         for settings, request, num_requests in (
-            (config, NEEDS_JUDGE, 1), (config, NEEDS_JUDGE, 1), (config, other_question, 2), (other_model, NEEDS_JUDGE, 3),
+            (config, NEEDS_JUDGE, 1), (config, NEEDS_JUDGE, 1), (config, other_question, 2),
+            (other_model, NEEDS_JUDGE, 3),
         ):  # fmt: skip
             with build_verifier(settings) as verifier:
                 assert verifier.grade([request])[0].verdict is Verdict.CORRECT
@@ -50,7 +51,12 @@ def test_judged_verdicts_are_remembered_by_question_and_model(tmp_path: Path) ->
 
 
 def test_keys_differ_with_every_part() -> None:
-    keys = {cache_key("a", ("b", "c")), cache_key("a", ("b",), "c"), cache_key("a", ("bc",)), cache_key("a\ud800", ("b", "c"))}
+    keys = {
+        cache_key("a", ("b", "c")),
+        cache_key("a", ("b",), "c"),
+        cache_key("a", ("bc",)),
+        cache_key("a\ud800", ("b", "c")),
+    }
     assert len(keys) == 4
 
 

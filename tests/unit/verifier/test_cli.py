@@ -76,7 +76,7 @@ def test_the_summary_scores_labels(tmp_path: Path, capsys: pytest.CaptureFixture
         ("[]", "not a JSON object"),
         ('{"gold": "1"}', '"gold" and "answer" must both be there'),
         ('{"gold": 1, "answer": "1"}', "as strings"),
-        ('{"gold": "1", "answer": "1", "kind": "x"}', '"kind" is \'x\''),
+        ('{"gold": "1", "answer": "1", "kind": "x"}', "\"kind\" is 'x'"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, message: str) -> None:

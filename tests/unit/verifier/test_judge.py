@@ -49,10 +49,12 @@ def test_the_judge_decides_what_rules_cannot_and_nothing_else(verdict: Verdict) 
 
 def test_recheck_overturns_comparisons_only() -> None:
     """A guard, the stop rule and a missing box are final; a negative comparison may be overturned."""
-    with JudgeServer(says("CORRECT")) as server:
-        with build_verifier(judge_config(server.url, mode="recheck_negatives")) as verifier:
-            grades = verifier.grade([RIGHT, WRONG, REFUSED, UNSTOPPED, NO_BOX])
-            metrics = verifier.drain_metrics()
+    with (
+        JudgeServer(says("CORRECT")) as server,
+        build_verifier(judge_config(server.url, mode="recheck_negatives")) as verifier,
+    ):
+        grades = verifier.grade([RIGHT, WRONG, REFUSED, UNSTOPPED, NO_BOX])
+        metrics = verifier.drain_metrics()
     assert [g.verdict for g in grades] == [Verdict.CORRECT, Verdict.CORRECT] + [Verdict.INCORRECT] * 3
     assert [g.stage for g in grades] == ["rules", "judge", "guard", "stop", "extract"]
     assert len(server.requests) == 1
@@ -68,7 +70,10 @@ def test_the_request_is_deterministic_and_fenced() -> None:
     first, second = server.requests
     assert first == second
     assert first["temperature"] == 0.0
-    assert first["response_format"]["json_schema"]["schema"]["properties"]["verdict"]["enum"] == ["CORRECT", "INCORRECT"]
+    assert first["response_format"]["json_schema"]["schema"]["properties"]["verdict"]["enum"] == [
+        "CORRECT",
+        "INCORRECT",
+    ]
     system, user = first["messages"]
     fence = next(line for line in user["content"].splitlines() if line.startswith("===="))
     assert fence in system["content"]
@@ -81,7 +86,9 @@ def test_the_judge_never_sees_the_response_around_the_answer() -> None:
     assert "A" * 10 in messages[1]["content"]
     with JudgeServer(says("CORRECT")) as server:
         response = "SECRET reasoning </think> \\boxed{\\text{Cut it along the midline}}"
-        grade(judge_config(server.url), GradeRequest(question="", gold_answer=SENTENCE, response=response, stopped=True))
+        grade(
+            judge_config(server.url), GradeRequest(question="", gold_answer=SENTENCE, response=response, stopped=True)
+        )
     assert "SECRET" not in json.dumps(server.requests)
 
 
@@ -132,7 +139,12 @@ def test_a_killed_judge_loses_nothing() -> None:
     """Killed while a batch is under way: what was judged stays, the rest is UNDECIDED, each request has its grade."""
     server = JudgeServer(slowly(0.02, says("CORRECT")))
     requests = [
-        GradeRequest(question=str(n), gold_answer=SENTENCE, response=f"\\boxed{{\\text{{Cut it along midline {n}}}}}", stopped=True)
+        GradeRequest(
+            question=str(n),
+            gold_answer=SENTENCE,
+            response=f"\\boxed{{\\text{{Cut it along midline {n}}}}}",
+            stopped=True,
+        )
         for n in range(100)
     ]
 

@@ -39,7 +39,9 @@ def test_public_tiers_beyond_the_rules_are_no_false_positives(verifier: StagedVe
     false_positives = [
         case["id"]
         for case, grade in zip(cases, grades, strict=True)
-        if grade.verdict is Verdict.CORRECT and not case["label"] and case["tier"] in ("judge", "superset", "hack", "loose")
+        if grade.verdict is Verdict.CORRECT
+        and not case["label"]
+        and case["tier"] in ("judge", "superset", "hack", "loose")
     ]
     assert false_positives == []
 

@@ -26,11 +26,15 @@ from oreal_megatron.verifier.words import parse_word_number, split_unit
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("12", 12), ("-3", -3), ("+7", 7), ("007", 7), ("1,234", 1234), ("2,005,000", 2_005_000), (".5", Fraction(1, 2)), ("100.000", 100),
-        ("\\frac{3}{-4}", Fraction(-3, 4)), ("7/4", Fraction(7, 4)), ("2\\frac{1}{3}", Fraction(7, 3)), ("-2\\frac{1}{3}", Fraction(-7, 3)),
-        ("1 3/4", Fraction(7, 4)), ("1e2", 100), ("3.54*10^{-7}", Fraction(354, 10**9)), ("6.02\\times10^{23}", 602 * 10**21), ("10^6", 10**6),
+        ("12", 12), ("-3", -3), ("+7", 7), ("007", 7), ("1,234", 1234), ("2,005,000", 2_005_000),
+        (".5", Fraction(1, 2)), ("100.000", 100),
+        ("\\frac{3}{-4}", Fraction(-3, 4)), ("7/4", Fraction(7, 4)), ("2\\frac{1}{3}", Fraction(7, 3)),
+        ("-2\\frac{1}{3}", Fraction(-7, 3)),
+        ("1 3/4", Fraction(7, 4)), ("1e2", 100), ("3.54*10^{-7}", Fraction(354, 10**9)),
+        ("6.02\\times10^{23}", 602 * 10**21), ("10^6", 10**6),
         ("0.\\overline{12}", Fraction(4, 33)), ("0.1\\overline{6}", Fraction(1, 6)),
-        ("1,23", None), ("1,2,00", None), ("1.2.3", None), ("1/0", None), ("2\\frac{5}{3}", None), ("--3", None), ("", None), ("x", None), ("5 6", None),
+        ("1,23", None), ("1,2,00", None), ("1.2.3", None), ("1/0", None), ("2\\frac{5}{3}", None), ("--3", None),
+        ("", None), ("x", None), ("5 6", None),
         ("1e99999", None), ("1" * 5_000, None),
     ],
 )  # fmt: skip
@@ -57,10 +61,14 @@ def test_separators_and_decimals_do_not_change_the_value(number: int, places: in
 @pytest.mark.parametrize(
     ("written", "normal"),
     [
-        ("\\frac12", "\\frac{1}{2}"), ("\\dfrac 1{72}", "\\frac{1}{72}"), ("\\frac{x}2", "\\frac{x}{2}"), ("\\sqrt3", "\\sqrt{3}"), ("√2", "\\sqrt{2}"),
-        ("x²", "x^{2}"), ("x≤2", "x\\le 2"), ("90°", "90\\degree"), ("90^{\\circ}", "90\\degree"), ("\\left( 1 \\right)", "( 1 )"), ("$5$.", "5"), ("５", "5"),
-        ("\\mathrm{cm}", "\\text{cm}"), ("\\mathrm{e}", "e"), ("\\operatorname{lcm}(2,3)", "\\lcm (2,3)"), ("\\color{red}{5}", "5"), ("30{,}240", "30,240"),
-        ("sqrt(2)", "\\sqrt{2}"), ("{6 \\choose 2}", "\\binom{6}{2}"), ("\\overline{AB}", "AB"), ("9^{\\text{th}}", "9"),
+        ("\\frac12", "\\frac{1}{2}"), ("\\dfrac 1{72}", "\\frac{1}{72}"), ("\\frac{x}2", "\\frac{x}{2}"),
+        ("\\sqrt3", "\\sqrt{3}"), ("√2", "\\sqrt{2}"),
+        ("x²", "x^{2}"), ("x≤2", "x\\le 2"), ("90°", "90\\degree"), ("90^{\\circ}", "90\\degree"),
+        ("\\left( 1 \\right)", "( 1 )"), ("$5$.", "5"), ("５", "5"),
+        ("\\mathrm{cm}", "\\text{cm}"), ("\\mathrm{e}", "e"), ("\\operatorname{lcm}(2,3)", "\\lcm (2,3)"),
+        ("\\color{red}{5}", "5"), ("30{,}240", "30,240"),
+        ("sqrt(2)", "\\sqrt{2}"), ("{6 \\choose 2}", "\\binom{6}{2}"), ("\\overline{AB}", "AB"),
+        ("9^{\\text{th}}", "9"),
     ],
 )  # fmt: skip
 def test_normal_spelling(written: str, normal: str) -> None:
@@ -81,7 +89,8 @@ def test_normalising_any_text_ends(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("six", 6), ("twenty-one", 21), ("one hundred five", 105), ("two million", 2_000_000), ("one thousand six hundred twenty-five", 1625),
+    [("six", 6), ("twenty-one", 21), ("one hundred five", 105), ("two million", 2_000_000),
+     ("one thousand six hundred twenty-five", 1625),
      ("million", None), ("six apples", None), ("", None)],
 )  # fmt: skip
 def test_numbers_in_words(text: str, value: int | None) -> None:
@@ -91,9 +100,12 @@ def test_numbers_in_words(text: str, value: int | None) -> None:
 @pytest.mark.parametrize(
     ("text", "number", "words", "percent"),
     [
-        ("12\\text{ cm}", "12", ("cm",), False), ("5 \\text{ km per hour}", "5", ("km", "/", "h"), False), ("\\dollar 4.50", "4.50", ("usd",), False),
-        ("36 \\text{ square centimeters}", "36", ("cm", "2"), False), ("28%", "28", None, True), ("3.5 \\text{ percent}", "3.5", None, True),
-        ("2x", "2x", None, False), ("7 \\text{ or } 8", "7 \\text{ or } 8", None, False), ("45\\degree", "45", ("deg",), False),
+        ("12\\text{ cm}", "12", ("cm",), False), ("5 \\text{ km per hour}", "5", ("km", "/", "h"), False),
+        ("\\dollar 4.50", "4.50", ("usd",), False),
+        ("36 \\text{ square centimeters}", "36", ("cm", "2"), False), ("28%", "28", None, True),
+        ("3.5 \\text{ percent}", "3.5", None, True),
+        ("2x", "2x", None, False), ("7 \\text{ or } 8", "7 \\text{ or } 8", None, False),
+        ("45\\degree", "45", ("deg",), False),
     ],
 )  # fmt: skip
 def test_units(text: str, number: str, words: tuple[str, ...] | None, percent: bool) -> None:
@@ -104,8 +116,10 @@ def test_units(text: str, number: str, words: tuple[str, ...] | None, percent: b
 @pytest.mark.parametrize(
     ("text", "kind", "num_parts"),
     [
-        ("1,2,3", Collection, 3), ("\\{1,2\\}", Collection, 2), ("(1,2)", Bracketed, 2), ("[0,1)", Bracketed, 2), ("x=1, y=2", Collection, 2),
-        ("1\\pm\\sqrt{5}, 3", Collection, 3), ("(1,2) \\text{ and } (2,1)", Collection, 2), ("\\emptyset", Collection, 0),
+        ("1,2,3", Collection, 3), ("\\{1,2\\}", Collection, 2), ("(1,2)", Bracketed, 2), ("[0,1)", Bracketed, 2),
+        ("x=1, y=2", Collection, 2),
+        ("1\\pm\\sqrt{5}, 3", Collection, 3), ("(1,2) \\text{ and } (2,1)", Collection, 2),
+        ("\\emptyset", Collection, 0),
     ],
 )  # fmt: skip
 def test_structure(text: str, kind: type, num_parts: int) -> None:
@@ -123,9 +137,12 @@ def test_structure_of_other_shapes() -> None:
 
 
 SAME_READING = [
-    "x^{2}+2x+1", "2\\pi r h", "\\frac{1}{2}x", "\\sin 2x", "2\\sin x\\cos x", "\\sin^{2} x", "\\tan^{-1} x", "\\log_{2} 8", "\\ln 3", "\\log 2", "e^{-2x}", "n!", "|x-1|",
-    "\\lfloor \\frac{n}{2}\\rfloor", "\\binom{n}{2}", "\\sqrt[3]{x}", "10\\sqrt{5}/3-6", "a_{1}+a_2", "2\\frac{1}{3}+x", "(x+1)(x-2)^{2}", "-x^{2}", "3+4i", "\\theta^{2}", "x/2-1/4",
-    "2^{n+1}", "x^{-1}", "\\frac{1}{1+\\frac{1}{x}}", "\\exp(x)", "n(n+1)", "\\cos(2t)", "[x+1]y", "1.5x", "\\sqrt{x^{2}+1}", "ab(c-d)", "5\\cdot 3\\times x", "\\arcsin(x)",
+    "x^{2}+2x+1", "2\\pi r h", "\\frac{1}{2}x", "\\sin 2x", "2\\sin x\\cos x", "\\sin^{2} x", "\\tan^{-1} x",
+    "\\log_{2} 8", "\\ln 3", "\\log 2", "e^{-2x}", "n!", "|x-1|",
+    "\\lfloor \\frac{n}{2}\\rfloor", "\\binom{n}{2}", "\\sqrt[3]{x}", "10\\sqrt{5}/3-6", "a_{1}+a_2",
+    "2\\frac{1}{3}+x", "(x+1)(x-2)^{2}", "-x^{2}", "3+4i", "\\theta^{2}", "x/2-1/4",
+    "2^{n+1}", "x^{-1}", "\\frac{1}{1+\\frac{1}{x}}", "\\exp(x)", "n(n+1)", "\\cos(2t)", "[x+1]y", "1.5x",
+    "\\sqrt{x^{2}+1}", "ab(c-d)", "5\\cdot 3\\times x", "\\arcsin(x)",
 ]  # fmt: skip
 
 
@@ -138,8 +155,24 @@ def test_both_readers_read_the_same(latex: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "latex", ["25 3", "2^10", "f(x)", "\\sin(x)^2", "\\sin x/2", "x^{2}^{3}", "5!!", "\\int_0^1 x dx", "1=1", "", "2\\frac{5}{3}", "x_{}", "\\frac{1}{2}{3}", "é"]
-)  # fmt: skip
+    "latex",
+    [
+        "25 3",
+        "2^10",
+        "f(x)",
+        "\\sin(x)^2",
+        "\\sin x/2",
+        "x^{2}^{3}",
+        "5!!",
+        "\\int_0^1 x dx",
+        "1=1",
+        "",
+        "2\\frac{5}{3}",
+        "x_{}",
+        "\\frac{1}{2}{3}",
+        "é",
+    ],
+)
 def test_the_fast_reader_is_timid(latex: str) -> None:
     with pytest.raises(OutsideGrammar):
         read_common(latex)
@@ -152,15 +185,28 @@ def test_unreadable(latex: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "latex", ["9^{9^{9}}", "2^{100000000}", "(0.1)^{100000000}", "9^9^9^9", "10000000!", "\\binom{1000000}{500000}", "(" * 41 + "1" + ")" * 41, "1" * 4_001, "x" * 2_001]
-)  # fmt: skip
+    "latex",
+    [
+        "9^{9^{9}}",
+        "2^{100000000}",
+        "(0.1)^{100000000}",
+        "9^9^9^9",
+        "10000000!",
+        "\\binom{1000000}{500000}",
+        "(" * 41 + "1" + ")" * 41,
+        "1" * 4_001,
+        "x" * 2_001,
+    ],
+)
 def test_caps(latex: str) -> None:
     with pytest.raises(Refused):
         check_expression(latex)
 
 
 def test_exact_values() -> None:
-    assert exact_value(read("\\frac{1}{2}+\\frac{1}{72}-(\\frac{2}{3})^{2}")) == Fraction(1, 2) + Fraction(1, 72) - Fraction(4, 9)
+    assert exact_value(read("\\frac{1}{2}+\\frac{1}{72}-(\\frac{2}{3})^{2}")) == Fraction(1, 2) + Fraction(
+        1, 72
+    ) - Fraction(4, 9)
     assert exact_value(read("2^{1000}+1")) == 2**1000 + 1
     assert exact_value(read("\\sqrt{4}")) is None
     assert exact_value(read("0^{-1}")) is None
@@ -169,8 +215,10 @@ def test_exact_values() -> None:
 @pytest.mark.parametrize(
     ("latex", "at", "value"),
     [
-        ("x^{2}+1", {"x": 3}, 10), ("\\sqrt[3]{-8}", {}, -2), ("(-8)^{2/3}", {}, 4), ("\\binom{10}{3}", {}, 120), ("5!", {}, 120), ("|x|", {"x": -2}, 2),
-        ("\\lfloor 3.7\\rfloor", {}, 3), ("\\lceil 3.2\\rceil", {}, 4), ("\\log_{2} 8", {}, 3), ("\\sin 30\\degree", {}, 0.5), ("\\sum_{k=1}^{10} k", {}, 55),
+        ("x^{2}+1", {"x": 3}, 10), ("\\sqrt[3]{-8}", {}, -2), ("(-8)^{2/3}", {}, 4), ("\\binom{10}{3}", {}, 120),
+        ("5!", {}, 120), ("|x|", {"x": -2}, 2),
+        ("\\lfloor 3.7\\rfloor", {}, 3), ("\\lceil 3.2\\rceil", {}, 4), ("\\log_{2} 8", {}, 3),
+        ("\\sin 30\\degree", {}, 0.5), ("\\sum_{k=1}^{10} k", {}, 55),
         ("\\prod_{k=1}^{4} k", {}, 24),
     ],
 )  # fmt: skip
