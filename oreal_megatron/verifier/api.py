@@ -13,7 +13,7 @@ from oreal_megatron.records import Grade, GradeRequest, Verdict
 from oreal_megatron.verifier.cache import VerdictCache, cache_key
 from oreal_megatron.verifier.config import JudgeMode, VerifierConfig
 from oreal_megatron.verifier.extract import Extraction, extract
-from oreal_megatron.verifier.judge import PROMPT_VERSION, Judge, JudgeItem
+from oreal_megatron.verifier.judge import Judge, JudgeItem
 from oreal_megatron.verifier.metrics import VerifierMetrics
 from oreal_megatron.verifier.outcome import RULES, Outcome
 from oreal_megatron.verifier.pool import Job, WorkerPool
@@ -179,7 +179,7 @@ class StagedVerifier:
 
     def _judge_key(self, case: _Case) -> str:
         judge = self.config.judge
-        return cache_key("judge", PROMPT_VERSION, judge.model, judge.enforce_json, case.request.question, *case.job)
+        return cache_key("judge", judge.model, judge.enforce_json, case.request.question, *case.job)
 
     def _from_cache(self, cases: list[_Case], key_of: Callable[[_Case], str]) -> list[_Case]:
         """Fill in what the cache knows; the rest comes back."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -14,17 +17,27 @@ from pathlib import Path
 from oreal_megatron.records import Verdict
 from oreal_megatron.verifier.outcome import Outcome
 
-RULES_VERSION = 1
-"""Part of every key: raise it with any change of a verdict."""
 _BUSY_SECONDS = 5.0
 _QUERY_KEYS = 500
 
 logger = logging.getLogger(__name__)
 
 
+@functools.cache
+def code_digest() -> str:
+    """A digest of what decides a verdict: this package's source and the versions of what it stands on."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    for package in ("sympy", "mpmath", "latex2sympy2_extended"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            digest.update(importlib.metadata.version(package).encode())
+    return digest.hexdigest()
+
+
 def cache_key(*parts: object) -> str:
-    """A digest of the parts; text with broken unicode has one too."""
-    text = json.dumps([RULES_VERSION, *parts], ensure_ascii=True, sort_keys=True)
+    """A digest of the parts and of the code; text with broken unicode has one too."""
+    text = json.dumps([code_digest(), *parts], ensure_ascii=True, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

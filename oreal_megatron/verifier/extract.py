@@ -73,7 +73,10 @@ def _inside_quotes(text: str, start: int, end: int) -> bool:
         return True
     if before.count("``") > before.count("''") and "''" in after:
         return True
-    return before.count('"') % 2 == 1 and '"' in after
+    opening = before.rfind('"')
+    # An inch sign follows a digit; a quotation mark that opens does not follow a letter or digit.
+    opens = opening == 0 or (opening > 0 and not before[opening - 1].isalnum())
+    return opens and before.count('"') % 2 == 1 and '"' in after
 
 
 def _boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
@@ -146,6 +149,6 @@ def extract(response: str, thinking_end_marks: Sequence[str]) -> Extraction:
     answers = tuple(content for _, _, content in boxes[first:])
     if any(not answer.strip() for answer in answers):
         return Extraction(refusal="the box is empty")
-    if any(len(answer) > MAX_BOX_CHARS for answer in answers):
-        return Extraction(refusal=f"the box holds more than {MAX_BOX_CHARS} characters")
+    if any(len(content) > MAX_BOX_CHARS for _, _, content in boxes):
+        return Extraction(refusal=f"a box holds more than {MAX_BOX_CHARS} characters")
     return Extraction(answers=answers, earlier=tuple(content for _, _, content in boxes[:first]))

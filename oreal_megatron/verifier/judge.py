@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     import httpx
 
 STAGE = "judge"
-PROMPT_VERSION = 1
-"""Part of the cache key: raise it with any change of the prompt."""
 _MAX_REPLY_TOKENS = 32
 _MAX_QUESTION_CHARS = 8_000
 

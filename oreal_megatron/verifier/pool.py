@@ -59,7 +59,14 @@ class _Server:
         )
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "oreal_megatron.verifier.worker", str(theirs.fileno()), str(memory_limit_mb)],
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "oreal_megatron.verifier.worker",
+                    str(theirs.fileno()),
+                    str(memory_limit_mb),
+                ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -68,9 +75,14 @@ class _Server:
             )
         self.control = ours
         ours.settimeout(_START_SECONDS)
-        if len(ours.recv(protocol.REPLY.size)) < protocol.REPLY.size:
+        try:
+            ready = ours.recv(protocol.REPLY.size)
+        except TimeoutError:
+            ready = b""
+        if len(ready) < protocol.REPLY.size:
+            self.stop()
             raise RuntimeError(
-                f"the verifier's worker server ended at once with code {self.process.wait()}: "
+                f"the verifier's worker server did not start (exit code {self.process.returncode}): "
                 "see its error above; are sympy and latex2sympy2_extended installed?"
             )
 

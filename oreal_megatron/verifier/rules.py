@@ -49,7 +49,8 @@ _INTEGER_PARAMETER = re.compile(
     r"(?:\\in\s*\\mathbb\s*\{?\s*(?P<set>[ZN])\s*\}?(?:\s*[_^]\s*\{?[\w+*]\}?)?"
     r"|(?:\\text\s*\{)?\s*(?:is\s+)?(?:an|any)\s+(?:arbitrary\s+)?integer\s*\}?)\s*\)?"
 )
-_PARAMETER = "kappa"
+_PARAMETERS = {"Z": "kappa", "N": "iota"}
+_SENTENCE_WORDS = 6
 
 
 def name_parameter(text: str) -> str:
@@ -61,9 +62,8 @@ def name_parameter(text: str) -> str:
     if not rest.strip():
         return text
     letter = declared[1]
-    return (
-        re.sub(rf"(?<![A-Za-z\\]){letter}(?![A-Za-z])", lambda _: f"\\{_PARAMETER} ", rest).strip().rstrip(",").strip()
-    )
+    parameter = _PARAMETERS[declared["set"] or "Z"]
+    return re.sub(rf"(?<![A-Za-z\\]){letter}(?![A-Za-z])", lambda _: f"\\{parameter} ", rest).strip(" ,")
 
 
 _CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)?\s*[.:]?")
@@ -130,7 +130,14 @@ def compare_answers(gold: str, answer: str, leaves: Leaves) -> Outcome:
     outcome = _refused(gold_text, answer_text) or _choice_outcome(gold_text, answer_text)
     if outcome is not None:
         return outcome
-    return Comparison(leaves).compare(parse(name_parameter(gold_text)), parse(name_parameter(answer_text)))
+    outcome = Comparison(leaves).compare(parse(name_parameter(gold_text)), parse(name_parameter(answer_text)))
+    if outcome.verdict is Verdict.INCORRECT and _is_sentence(gold_text):
+        return unknown("the gold answer is a sentence, which rules cannot compare")
+    return outcome
+
+
+def _is_sentence(text: str) -> bool:
+    return len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)) >= _SENTENCE_WORDS
 
 
 def compare_final(gold: str, answers: Sequence[str], earlier: Sequence[str], leaves: Leaves) -> Outcome:

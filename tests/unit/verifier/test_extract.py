@@ -30,6 +30,7 @@ THINKING = "<think>Maybe \\boxed{1}, no, \\boxed{2}.</think>\n"
         ("The answer is 7.", ("7",)),
         ("**Answer:** $\\frac12$", ("$\\frac12$",)),
         ("Final Answer: The largest $n$ is 34. I hope it is correct.", ("34",)),
+        ('A 5" pipe needs \\boxed{3} joints, not 6" ones.', ("3",)),
         ("最终答案：42。", ("42",)),
     ],
 )
@@ -50,6 +51,7 @@ def test_answers_of_the_final_part(response: str, answers: tuple[str, ...]) -> N
         ("\\boxed{ }", "empty"),
         ("\\boxed{" + "1" * 9_000 + "}", "more than"),
         ("\\boxed{1} " * 100, "more than"),
+        ("\\boxed{" + "1" * 9_000 + "}. In short, it is the number \\boxed{1}.", "more than"),
         ('He wrote "the answer is \\boxed{42}" and left.', "quotation"),
         ("```latex\n\\boxed{42}\n```", "quotation"),
         ("<!-- \\boxed{42} -->", "quotation"),
