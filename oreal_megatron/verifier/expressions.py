@@ -13,7 +13,7 @@ from mpmath import mp
 
 from oreal_megatron.records import Verdict
 from oreal_megatron.verifier.evaluate import CannotEvaluate, Undefined, evaluate
-from oreal_megatron.verifier.guards import Refused
+from oreal_megatron.verifier.guards import MAX_FACTORIAL, Refused
 from oreal_megatron.verifier.normalize import text_key
 from oreal_megatron.verifier.outcome import Outcome, different, equal, unknown
 from oreal_megatron.verifier.rational import parse_rational
@@ -59,14 +59,28 @@ def _height(tree: sympy.Basic) -> float:
         exponent = exact_value(tree.exp)
         times = 1.0 if exponent is None else max(1.0, abs(float(exponent)))
         return _height(tree.base) * times + _height(tree.exp)
+    if isinstance(tree, _WHOLE_FUNCTIONS):
+        value = exact_value(tree)
+        return float(value.numerator.bit_length()) if value is not None else sum(map(_height, tree.args))
     return sum(map(_height, tree.args))
 
 
+_WHOLE_FUNCTIONS = (sympy.factorial, sympy.binomial)
+
+
+def _whole_function(tree: sympy.Basic, arguments: list[Fraction]) -> Fraction | None:
+    """A factorial or binomial of natural numbers, exactly: a hundred digits are not enough to tell 100! from 100!+1."""
+    if any(value.denominator != 1 or not 0 <= value <= MAX_FACTORIAL for value in arguments):
+        return None
+    whole = [int(value) for value in arguments]
+    return Fraction(math.factorial(*whole) if isinstance(tree, sympy.factorial) else math.comb(*whole))
+
+
 def exact_value(tree: sympy.Basic) -> Fraction | None:
-    """The value of sums, products and whole powers of rational numbers; None for other trees. Bounded by `_height`."""
+    """The value of sums, products, whole powers, factorials of rational numbers; None for other trees."""
     if tree.is_Rational:
         return Fraction(int(tree.p), int(tree.q))
-    if not (tree.is_Add or tree.is_Mul or tree.is_Pow):
+    if not (tree.is_Add or tree.is_Mul or tree.is_Pow or isinstance(tree, _WHOLE_FUNCTIONS)):
         return None
     values = [exact_value(part) for part in tree.args]
     if any(value is None for value in values):
@@ -76,6 +90,8 @@ def exact_value(tree: sympy.Basic) -> Fraction | None:
         return sum(known, Fraction(0))
     if tree.is_Mul:
         return math.prod(known, start=Fraction(1))
+    if isinstance(tree, _WHOLE_FUNCTIONS):
+        return _whole_function(tree, known)
     base, exponent = known
     if exponent.denominator != 1 or _height(tree.base) * abs(exponent) > MAX_EXACT_BITS:
         return None
@@ -132,6 +148,11 @@ def _integrated(tree: sympy.Basic) -> sympy.Basic:
     return tree.xreplace(easy) if easy else tree
 
 
+def _is_endless(tree: sympy.Basic) -> bool:
+    """Whether the tree holds a sum or product without end, of which only the first terms are evaluated."""
+    return any(limit[-1] is sympy.oo for part in tree.atoms(sympy.Sum, sympy.Product) for limit in part.limits)
+
+
 class SymbolicLeaves:
     """Compares expressions with sympy's trees."""
 
@@ -169,7 +190,9 @@ class SymbolicLeaves:
             return equal("the same expression")
         if answer.has(sympy.zoo, sympy.nan):
             return different("the answer has no value")
-        if gold.has(sympy.oo, -sympy.oo) or answer.has(sympy.oo, -sympy.oo):
+        if _is_endless(gold) != _is_endless(answer):
+            return unknown("an endless sum against something else")
+        if not _is_endless(gold) and (gold.has(sympy.oo, -sympy.oo) or answer.has(sympy.oo, -sympy.oo)):
             return different("an infinity against another value")
         gold_value, answer_value = exact_value(gold), exact_value(answer)
         if gold_value is not None and answer_value is not None:

@@ -22,6 +22,7 @@ _UNICODE = {
     "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
     "∧": r"\land ", "∨": r"\lor ", "¬": r"\neg ", "→": r"\to ", "∀": r"\forall ", "∃": r"\exists ",
     "√": r"\sqrt ", "°": r"\degree ", "º": r"\degree ", "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"',
+    "∠": r"\angle ",
     "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
     "€": r"\euro ", "£": r"\pounds ", "¥": r"\yen ", "、": ",", "。": ".", "…": r"\ldots ",
     "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",

@@ -73,6 +73,7 @@ _LETTERS = re.compile(r"[A-H](?:\s*(?:,|and)?\s*[A-H]){0,7}")
 
 def _choices(text: str) -> frozenset[str] | None:
     plain = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).strip()
+    plain = re.sub(r"(?i)^(?:option|choice|answer)\s*:?\s+", "", plain)
     if match := _CHOICE.fullmatch(plain):
         return frozenset(match[1])
     if _LETTERS.fullmatch(plain):

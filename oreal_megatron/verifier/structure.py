@@ -237,7 +237,11 @@ def _words(latex: str) -> Node | None:
     without = _TEXT_COMMAND.sub("", latex).strip(" .,;:!?-")
     if "\\text" in latex and not without:
         words = " ".join(match[1].strip() for match in _TEXT_COMMAND.finditer(latex)).strip()
-        return parse(words) if re.fullmatch(r"[\d.,/:%\s-]+", words) else _text(words, latex)
+        if re.fullmatch(r"[\d.,/:%\s-]+|[A-Za-z]\s*=\s*[\d./-]+", words):
+            return parse(words)
+        if quantity := re.fullmatch(r"(-?[\d.,/]+)\s+([A-Za-z][A-Za-z ]*)", words):
+            return parse(f"{quantity[1]}\\text{{{quantity[2]}}}")
+        return _text(words, latex)
     if (
         _PLAIN_WORDS.fullmatch(latex)
         and (len(latex) > 3 or " " in latex)

@@ -104,6 +104,7 @@ class Unit:
         )
 
 
+DEGREES = Unit(("deg",))
 _PHYSICAL = frozenset(_SAME_UNIT.values()) | {"square", "cubic", "2", "3", "mm", "cm", "km", "kg", "mg", "ml", "hz"}
 
 
