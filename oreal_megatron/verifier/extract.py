@@ -20,6 +20,7 @@ MAX_BOXES = 64
 MAX_JOINER_CHARS = 80
 MAX_STATEMENT_CHARS = 200
 MAX_STATEMENT_SEARCH = 4_000
+MAX_BARE_CHARS = 80
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ _CODE = re.compile(
 )
 _HIDDEN = re.compile(r"\\[hv]?phantom\s*\{")
 _STATEMENT = re.compile(
-    r"(?:final\s+answer(?:\s+is)?|the\s+answer\s+is|answer\s*(?=[:：])|最终答案|最后答案|答案)\s*(?:是|为)?\s*(?:\*\*)?\s*[:：]?\s*(?:\*\*)?\s*",
-    re.IGNORECASE,
+    r"(?:\banswer\s+is|\banswer\W{0,3}\s*(?=[:：=])|\bfinal\s+answer\b(?!\s+is)|^####|最终答案|最后答案|答案)"
+    r"\s*(?:是|为)?\s*(?:\*\*)?\s*[:：=]?\s*(?:\*\*)?\s*",
+    re.IGNORECASE | re.MULTILINE,
 )
 _STATEMENT_END = re.compile(r"(?:[.。!](?=\s|$)|[。\n])")
 
@@ -102,12 +104,20 @@ def _boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
     return found, left_open
 
 
+def _is_bare(text: str) -> bool:
+    """Whether a final part is nothing but an answer: one line of mathematics, or one word."""
+    if len(text) > MAX_BARE_CHARS or "\n" in text:
+        return False
+    words = re.findall(r"[A-Za-z]{2,}", re.sub(r"\\text\s*\{[^{}]*\}|\\[A-Za-z]+", " ", text))
+    return not words or re.fullmatch(r"[A-Za-z]+\.?", text) is not None
+
+
 def _stated_answer(text: str) -> str | None:
     """The explicit statement of an answer without a box ("The answer is 7."), from the last such statement."""
     end_of_text = text[-MAX_STATEMENT_SEARCH:]
     statements = list(_STATEMENT.finditer(end_of_text))
     if not statements:
-        return None
+        return text.strip() if _is_bare(text.strip()) else None
     rest = end_of_text[statements[-1].end() :].strip()
     end = _STATEMENT_END.search(rest)
     stated = (rest[: end.start()] if end else rest).strip().strip("*").strip()

@@ -281,6 +281,7 @@ def normalize(answer: str) -> str:
     )
     text = _SPACING_SYMBOL.sub(" ", text)
     text = _COLOR.sub(" ", text)
+    text = re.sub(r"\\q?quad(?=[A-Za-z])", " ", text)
     text = _COMMAND.sub(_rename_command, text)
     text = _UPRIGHT_LETTER.sub(r"\1", _UPRIGHT.sub(_upright, text))
     text = _UNIT_FRACTION.sub(r"\\text{\1/\2}", _unwrap(text))

@@ -31,6 +31,11 @@ THINKING = "<think>Maybe \\boxed{1}, no, \\boxed{2}.</think>\n"
         ("**Answer:** $\\frac12$", ("$\\frac12$",)),
         ("Final Answer: The largest $n$ is 34. I hope it is correct.", ("34",)),
         ('A 5" pipe needs \\boxed{3} joints, not 6" ones.', ("3",)),
+        (THINKING + "**Final Answer**\n42", ("42",)),
+        (THINKING + "$\\frac{1}{2}$", ("$\\frac{1}{2}$",)),
+        ("So the correct answer is (B).", ("(B)",)),
+        ("It adds up.\n#### 42", ("42",)),
+        ("答案是 42。", ("42",)),
         ("最终答案：42。", ("42",)),
     ],
 )
