@@ -41,73 +41,21 @@ _COMMANDS = {
 }  # fmt: skip
 
 # Layout without meaning. `\limits` and friends only move indices about.
-_DROPPED_COMMANDS = frozenset(
-    [
-        "left",
-        "right",
-        "big",
-        "Big",
-        "bigg",
-        "Bigg",
-        "bigl",
-        "bigr",
-        "Bigl",
-        "Bigr",
-        "biggl",
-        "biggr",
-        "middle",
-        "displaystyle",
-        "textstyle",
-        "scriptstyle",
-        "scriptscriptstyle",
-        "limits",
-        "nolimits",
-        "noindent",
-        "boldmath",
-        "bf",
-        "rm",
-        "it",
-        "sf",
-        "tt",
-        "normalfont",
-        "large",
-        "Large",
-        "small",
-        "bold",
-        "centering",
-        "hfill",
-        "allowbreak",
-        "nonumber",
-        "notag",
-        "strut",
-        "mathstrut",
-    ]
-)
+_DROPPED_COMMANDS = frozenset([
+    "left", "right", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr", "biggl", "biggr", "middle",
+    "displaystyle", "textstyle", "scriptstyle", "scriptscriptstyle", "limits", "nolimits", "noindent", "boldmath",
+    "bf", "rm", "it", "sf", "tt", "normalfont", "large", "Large", "small", "bold", "centering", "hfill",
+    "allowbreak", "nonumber", "notag", "strut", "mathstrut",
+])  # fmt: skip
 _SPACE_COMMANDS = frozenset(
     ["quad", "qquad", "enspace", "thinspace", "space", "medspace", "thickspace", "newline", "hskip"]
 )
 # Typeface of their one argument, which stays.
-_UNWRAPPED_COMMANDS = frozenset(
-    [
-        "mathbf",
-        "mathit",
-        "mathsf",
-        "mathtt",
-        "boldsymbol",
-        "bm",
-        "pmb",
-        "mathnormal",
-        "displaymath",
-        "underline",
-        "cancel",
-        "mathop",
-        "phantomsection",
-        "ensuremath",
-        "boxed",
-    ]
-)
+_UNWRAPPED_COMMANDS = frozenset([
+    "mathbf", "mathit", "mathsf", "mathtt", "boldsymbol", "bm", "pmb", "mathnormal", "displaymath", "underline",
+    "cancel", "mathop", "phantomsection", "ensuremath", "boxed",
+])  # fmt: skip
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?")
-_SIMPLE_GROUP = re.compile(r"\{\s*([^{}\\]*?)\s*\}")
 _SPACING_SYMBOL = re.compile(r"\\[,;:! ]|\\\n|~")
 _COLOR = re.compile(r"\\(?:text)?color\s*\{[A-Za-z0-9!]{0,30}\}")
 _HTML_SCRIPT = re.compile(r"<(su[bp])>([^<>]{0,50})</\1>")
@@ -169,33 +117,10 @@ def matching_brace(text: str, start: int) -> int:
 
 _UPRIGHT = re.compile(r"\\(?:mathrm|operatorname)\s*\{\s*([^{}]*?)\s*\}")
 _UPRIGHT_LETTER = re.compile(r"\\(?:mathrm|operatorname)\s*([A-Za-z])(?![A-Za-z])")
-_FUNCTIONS = frozenset(
-    [
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "arcsin",
-        "arccos",
-        "arctan",
-        "arccot",
-        "sinh",
-        "cosh",
-        "tanh",
-        "log",
-        "ln",
-        "lg",
-        "exp",
-        "gcd",
-        "lcm",
-        "max",
-        "min",
-        "mod",
-        "det",
-    ]
-)
+_FUNCTIONS = frozenset([
+    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "arccot", "sinh", "cosh", "tanh", "log",
+    "ln", "lg", "exp", "gcd", "lcm", "max", "min", "mod", "det",
+])  # fmt: skip
 _UNIT_FRACTION = re.compile(r"\\frac\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}")
 _ORDINAL = re.compile(
     r"(\d)\s*(?:\^\s*\{\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}|\^?\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}"

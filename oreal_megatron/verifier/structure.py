@@ -13,9 +13,6 @@ from oreal_megatron.verifier.normalize import matching_brace
 from oreal_megatron.verifier.rational import parse_rational
 from oreal_megatron.verifier.words import Unit, parse_word_number, split_unit, words_key
 
-MAX_DEPTH = 40
-"""Nesting of brackets and braces beyond which an answer is refused."""
-
 
 @dataclass(frozen=True)
 class Leaf:
@@ -145,11 +142,6 @@ def split_top(latex: str, separators: frozenset[str]) -> list[str]:
             position = token.end
     parts.append(latex[position:].strip())
     return parts
-
-
-def depth_of(latex: str) -> int:
-    """Deepest nesting of brackets."""
-    return max((token.depth + 1 for token in tokens_of(latex)), default=0)
 
 
 def _split_relation(latex: str) -> Node | None:

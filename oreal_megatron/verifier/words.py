@@ -7,27 +7,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 _ONES = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _MAGNITUDES = {"hundred": 100, "thousand": 1_000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SMALL = {word: number for number, word in enumerate(_ONES)} | {word: 10 * (i + 2) for i, word in enumerate(_TENS)}
@@ -39,43 +21,13 @@ _SAME_UNIT = {
     "gm": "g", "kilogram": "kg", "milligram": "mg", "pound": "lb", "ounce": "oz", "liter": "l", "litre": "l",
     "milliliter": "ml", "degree": "deg", "cent": "cent", "dollar": "usd", "buck": "usd", "euro": "eur", "mph": "mi/h",
     "kph": "km/h", "kmph": "km/h", "joule": "j", "newton": "n", "watt": "w", "sq": "square", "percent": "percent",
-    "radian": "rad", "pounds": "gbp", "yen": "jpy", "am": "am", "pm": "pm",
+    "radian": "rad", "lbs": "lb", "yen": "jpy", "am": "am", "pm": "pm",
 }  # fmt: skip
-_NOT_A_UNIT = frozenset(
-    [
-        "or",
-        "and",
-        "not",
-        "no",
-        "never",
-        "none",
-        "maybe",
-        "perhaps",
-        "possibly",
-        "either",
-        "neither",
-        "if",
-        "then",
-        "but",
-        "except",
-        "unless",
-        "is",
-        "are",
-        "was",
-        "equals",
-        "approximately",
-        "about",
-        "around",
-        "least",
-        "most",
-        "than",
-        "more",
-        "less",
-        "greater",
-        "between",
-        "to",
-    ]
-)
+_NOT_A_UNIT = frozenset([
+    "or", "and", "not", "no", "never", "none", "maybe", "perhaps", "possibly", "either", "neither", "if", "then",
+    "but", "except", "unless", "is", "are", "was", "equals", "approximately", "about", "around", "least", "most",
+    "than", "more", "less", "greater", "between", "to",
+])  # fmt: skip
 COMPARATIVE = re.compile(
     r"\b(?:less|more|fewer|greater|least|most|not|no|or|between|than|about|approximately)\b", re.IGNORECASE
 )

@@ -22,7 +22,7 @@ ANSWERS = ("Cut it along the midline", "Cut it along a median", "It cannot be cu
 
 
 class ModelJudge:
-    """SmolLM2 that may only reply with one of the replies of the schema: the more likely one, as greedy decoding would."""
+    """SmolLM2 that may only give a reply of the schema: the more likely one."""
 
     def __init__(self) -> None:
         self.torch = pytest.importorskip("torch")
@@ -60,7 +60,9 @@ def test_a_served_model_decides_and_its_death_is_undecided(model_judge: ModelJud
         for answer in ANSWERS
     ]
     server = JudgeServer(model_judge)
-    judge = JudgeConfig(mode="undecided", endpoints=(server.url,), model="smollm2", backoff_seconds=0.01, max_concurrency=1)
+    judge = JudgeConfig(
+        mode="undecided", endpoints=(server.url,), model="smollm2", backoff_seconds=0.01, max_concurrency=1
+    )
     with build_verifier(VerifierConfig(num_workers=1, judge=judge)) as verifier:
         with server:
             first, second = verifier.grade(requests), verifier.grade(requests)

@@ -146,7 +146,9 @@ def fuzz(num_inputs: int, seed: int, limit: float) -> None:
             grades = verifier.grade_answers([pair(g, a) for g, a in zip(golds, answers, strict=True)])
             late = [pair(g, a) for g, a, x in zip(golds, answers, grades, strict=True) if x.seconds > limit + 0.5]
             again = verifier.grade_answers(late)  # a busy machine may have stalled: alone it must be in time
-            assert not [(request, grade) for request, grade in zip(late, again, strict=True) if grade.seconds > limit + 0.5]
+            assert not [
+                (request, grade) for request, grade in zip(late, again, strict=True) if grade.seconds > limit + 0.5
+            ]
             failed = [
                 (g, a, x) for g, a, x in zip(golds, answers, grades, strict=True) if "comparison failed" in x.reason
             ]
