@@ -343,10 +343,10 @@ class Comparison:
             return outcome if outcome.verdict is Verdict.CORRECT else self._angles(gold, answer) or outcome
         if gold.unit is not None or answer.unit is not None:
             return different("a percentage against a value with a unit")
-        number, percent = (answer, gold) if gold.percent else (gold, answer)
-        hundredth = Leaf(f"\\frac{{{percent.latex}}}{{100}}", None if percent.value is None else percent.value / 100)
-        same_digits = self._numbers(percent, number)
-        return same_digits if same_digits.verdict is Verdict.CORRECT else self._numbers(hundredth, number)
+        same_digits = self._numbers(gold, answer)
+        if same_digits.verdict is Verdict.CORRECT:
+            return same_digits
+        return self._numbers(_as_fraction(gold), _as_fraction(answer))
 
     def _angles(self, gold: Leaf, answer: Leaf) -> Outcome | None:
         """Degrees against radians: 60 degrees is a third of pi. Without pi a bare number is no angle in radians."""
@@ -360,3 +360,10 @@ class Comparison:
         if gold.value is not None and answer.value is not None:
             return equal("the same number") if gold.value == answer.value else different("different numbers")
         return self.leaves.equal(gold.latex, answer.latex)
+
+
+def _as_fraction(leaf: Leaf) -> Leaf:
+    """28% as 28/100; what is no percentage as it is."""
+    if not leaf.percent:
+        return leaf
+    return Leaf(f"\\frac{{{leaf.latex}}}{{100}}", None if leaf.value is None else leaf.value / 100)

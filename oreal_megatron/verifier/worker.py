@@ -31,11 +31,15 @@ _MAX_OPEN_FILES = 64
 
 # The parser builds its tables as it meets constructs; children inherit what the server has met.
 _WARM_UP = (
-    (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"), (r"x^{2}+2x+1", r"(x+1)^{2}"), (r"2\pi r h", r"2\pi hr"),
-    (r"\log_{2} 8-\ln 3", r"3-\ln 3"), (r"\sin^{2} x\cos 2x", r"\tan^{-1} x"), (r"\binom{10}{3}+5!", "240"),
-    (r"\left|x-1\right|+e^{-2t}", r"\lfloor x\rfloor"), (r"\sqrt[3]{2}a_{1}-\frac{a+b}{2}", r"2ab \cdot 3"),
-    (r"f(x)+\theta", r"\arcsin x"), (r"[1,\sqrt{2}]", r"1\le x\le\sqrt{2}"), ("y=2x+1", "2x-y+1=0"),
-    (r"\begin{pmatrix}\sqrt{2}\\1\end{pmatrix}", r"(\sqrt{2},2)"), ("3+4i", r"\sqrt{-1}4+3"), (r"10\sqrt{5}/3-6", "x"),
+    (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"), (r"x^{2}+2x+1", r"(x+1)^{2}"), (r"\log_{2} 8-\ln 3", r"3-\ln 3"),
+    (r"[1,\sqrt{2}]", r"1\le x\le\sqrt{2}"), ("y=2x+1", "2x-y+1=0"), ("f(x)=x^{2}+1", "f(t)=t^{2}+1"),
+    ("u(t)e^{-2t}", "2u(t)"),
+    (r"\begin{pmatrix}\sqrt{2}\\1\end{pmatrix}", r"(\sqrt{2},2)"), (r"\int_{0}^{1} x^{2} dx", r"\frac{1}{3}"),
+    (r"\int x^{3} dx", "x"),
+    (r"\sum_{k=1}^{n} k^{2}", r"\sum_{k=0}^{\infty} \frac{x^{k}}{k!}"), (r"\prod_{k=1}^{3} (k+1)", "24"),
+    (r"\gcd(12,18)", r"\max(1,2)"),
+    (r"2^10\cdot 3^5", r"2^6 3^5"), (r"\sin(x)^{2}", r"\cos x/2"), ("9 3", r"25 \sqrt{3}2"),
+    (r"\lim_{x\to 0} x", r"\frac{d}{dx} x^{2}"),
 )  # fmt: skip
 
 

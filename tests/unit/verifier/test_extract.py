@@ -129,6 +129,6 @@ def test_a_response_that_did_not_stop_is_incorrect_without_looking(verifier: Sta
     ids=lambda bomb: repr(bomb[:12]),
 )
 def test_extraction_is_linear_in_a_megabyte(bomb: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     extract(bomb, MARKS)
-    assert time.perf_counter() - started < 1.5
+    assert time.process_time() - started < 1.5

@@ -172,14 +172,14 @@ def test_fuzz() -> None:
 @given(answer=st.text(max_size=300), gold=st.sampled_from(_GOLDS))
 def test_any_text_has_an_outcome_without_sympy(answer: str, gold: str) -> None:
     """In this process only the fast path may run, and it never raises anything but its request for help."""
-    started = time.perf_counter()
+    started = time.process_time()
     extract(answer, VerifierConfig().thinking_end_marks)
     try:
         outcome = compare_final(gold, (answer,), (), RationalLeaves())
     except NeedsSympy:
         return
     assert outcome.verdict in Verdict
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 def test_a_megabyte_in_each_field(verifier: StagedVerifier) -> None:
