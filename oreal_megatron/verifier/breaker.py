@@ -45,11 +45,13 @@ class Endpoints:
             return None
 
     def succeeded(self, url: str) -> None:
+        """The endpoint gave a verdict: forget its failures."""
         with self._lock:
             endpoint = self._of(url)
             endpoint.failures, endpoint.closed_until = 0, 0.0
 
     def failed(self, url: str) -> None:
+        """The endpoint gave none: after too many in a row it rests."""
         with self._lock:
             endpoint = self._of(url)
             endpoint.failures += 1

@@ -86,6 +86,7 @@ class VerdictCache:
                 self._give_up(error)
 
     def close(self) -> None:
+        """Close the file. A later call opens it anew."""
         with self._lock:
             if self._connection is not None and self._owner == os.getpid():
                 self._connection.close()
@@ -98,6 +99,7 @@ class VerdictCache:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, check_same_thread=False)
             self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=OFF")  # what a power failure takes is computed again
             self._connection.execute(
                 "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict TEXT, reason TEXT, stage TEXT)"
             )

@@ -103,6 +103,7 @@ class Progress:
         self.started = time.monotonic()
 
     def advance(self, number: int) -> None:
+        """Some more are done."""
         self.done += number
         if self.stream.isatty():
             filled = 30 * self.done // max(self.total, 1)

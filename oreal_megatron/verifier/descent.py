@@ -64,6 +64,8 @@ def _inverse(tree: sympy.Basic) -> sympy.Basic:
 
 
 class _Reader:
+    """One pass over the tokens; each method reads what its name says and leaves `position` behind it."""
+
     def __init__(self, latex: str) -> None:
         self.tokens = _tokens(latex)
         self.position = 0

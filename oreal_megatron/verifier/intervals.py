@@ -29,6 +29,7 @@ class End:
 
     @property
     def infinite(self) -> int:
+        """-1 or 1 for an infinity, else 0."""
         return _INFINITE.get(self.latex.replace(" ", ""), 0)
 
 

@@ -20,14 +20,17 @@ class Outcome(NamedTuple):
 
 
 def equal(reason: str) -> Outcome:
+    """Both are the same answer."""
     return Outcome(Verdict.CORRECT, reason)
 
 
 def different(reason: str) -> Outcome:
+    """They are different answers."""
     return Outcome(Verdict.INCORRECT, reason)
 
 
 def unknown(reason: str) -> Outcome:
+    """The rules cannot tell."""
     return Outcome(Verdict.UNDECIDED, reason)
 
 

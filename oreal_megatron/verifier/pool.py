@@ -87,6 +87,7 @@ class _Server:
             )
 
     def fork(self) -> _Worker:
+        """A fresh child with a connection of its own."""
         ours, theirs = socket.socketpair()
         with theirs:
             socket.send_fds(self.control, [protocol.COMMAND.pack(protocol.FORK, 0)], [theirs.fileno()])
@@ -102,6 +103,7 @@ class _Server:
         self.control.recv(protocol.REPLY.size)
 
     def stop(self) -> None:
+        """End the server, which ends its children."""
         self.control.close()
         try:
             self.process.wait(_STOP_SECONDS)

@@ -148,6 +148,7 @@ def run_server(control: socket.socket, memory_limit_mb: int) -> None:
 
 
 def main() -> None:
+    """Warm up, say so, and serve until the pool is gone."""
     control = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for gold, answer in _WARM_UP:

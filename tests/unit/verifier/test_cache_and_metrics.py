@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,6 @@ from oreal_megatron.records import Grade, GradeRequest, Verdict
 from oreal_megatron.verifier import JudgeConfig, VerifierConfig, build_verifier
 from oreal_megatron.verifier.cache import VerdictCache, cache_key
 from oreal_megatron.verifier.metrics import VerifierMetrics
-from oreal_megatron.verifier.outcome import Outcome
 
 from .judge_server import JudgeServer, says
 from .labelled import pair
@@ -68,21 +69,27 @@ def test_a_broken_cache_does_not_stop_grading(tmp_path: Path, content: bytes | N
         assert verifier.grade_answers(SURDS)[0].verdict is Verdict.CORRECT
 
 
-def _write(path: str, first: int) -> None:
-    cache = VerdictCache(path)
-    for number in range(first, first + 50):
-        cache.put({cache_key(number): Outcome(Verdict.CORRECT, "r")})
-    cache.close()
+_WRITER = """
+import sys
+from oreal_megatron.records import Verdict
+from oreal_megatron.verifier.cache import VerdictCache, cache_key
+from oreal_megatron.verifier.outcome import Outcome
+path, first = sys.argv[1], int(sys.argv[2])
+cache = VerdictCache(path)
+for number in range(first, first + 50):
+    cache.put({cache_key(number): Outcome(Verdict.CORRECT, "r")})
+cache.close()
+"""
 
 
 def test_processes_share_the_file(tmp_path: Path) -> None:
     path = str(tmp_path / "verdicts.sqlite")
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_write, args=(path, 50 * index)) for index in range(3)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
+    root = str(Path(__file__).resolve().parents[3])
+    writers = [
+        subprocess.Popen([sys.executable, "-c", _WRITER, path, str(50 * index)], env={**os.environ, "PYTHONPATH": root})
+        for index in range(3)
+    ]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
     assert len(VerdictCache(path).get([cache_key(number) for number in range(150)])) == 150
 
 
