@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
 from oreal_megatron.records import Grade, GradeRequest, Verdict
-from oreal_megatron.verifier.config import VerifierConfig
+from oreal_megatron.verifier.cache import VerdictCache, cache_key
+from oreal_megatron.verifier.config import JudgeMode, VerifierConfig
 from oreal_megatron.verifier.extract import Extraction, extract
-from oreal_megatron.verifier.normalize import normalize
-from oreal_megatron.verifier.outcome import Outcome, different, unknown
-from oreal_megatron.verifier.pool import WorkerPool
-from oreal_megatron.verifier.rules import NeedsSympy, RationalLeaves, compare_answers
+from oreal_megatron.verifier.judge import Judge, JudgeItem
+from oreal_megatron.verifier.metrics import VerifierMetrics
+from oreal_megatron.verifier.outcome import RULES, Outcome
+from oreal_megatron.verifier.pool import Job, WorkerPool
+from oreal_megatron.verifier.rules import NeedsSympy, RationalLeaves, compare_final
 
 
 class Verifier(Protocol):
@@ -24,83 +27,182 @@ class Verifier(Protocol):
         """One grade for each request, in order. Never raises for a bad answer."""
         ...
 
+    def drain_metrics(self) -> Mapping[str, float]:
+        """`verifier/name` -> value of what was graded since the last call."""
+        ...
+
     def close(self) -> None:
         """Release processes and connections."""
         ...
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(self, *exception: object) -> None: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+@dataclass
+class _Case:
+    """One request on its way through the stages."""
+
+    request: GradeRequest
+    extraction: Extraction | None = None
+    outcome: Outcome | None = None
+    seconds: float = 0.0
+
+    @property
+    def job(self) -> Job:
+        assert self.extraction is not None
+        return self.request.gold_answer, self.extraction.answers, self.extraction.earlier
+
+    @property
+    def answer(self) -> str:
+        return ", ".join(dict.fromkeys(self.extraction.answers)) if self.extraction else ""
 
 
 class StagedVerifier:
-    """The stop rule, extraction and rules; what needs sympy goes to a pool of processes."""
+    """Stop rule, extraction, rules, judge: each stage decides what it can and hands on the rest."""
 
     def __init__(self, config: VerifierConfig) -> None:
         self.config = config
-        self.counts: Counter[str] = Counter()
         self._pool = WorkerPool(config.num_workers, config.timeout_seconds, config.memory_limit_mb)
+        self._cache = VerdictCache(config.cache_path) if config.cache_path is not None else None
+        self._judge = Judge(config.judge) if config.judge.mode is not JudgeMode.OFF else None
+        self._metrics = VerifierMetrics()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
+        """Stop the worker processes and close the cache. A later call of `grade` starts them anew."""
         self._pool.close()
+        if self._cache is not None:
+            self._cache.close()
+
+    def drain_metrics(self) -> dict[str, float]:
+        """`verifier/name` -> value of what was graded since the last call."""
+        return self._metrics.drain()
 
     def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
         """One grade for each request, in order. Never raises for a bad answer."""
-        grades: list[Grade | None] = [None] * len(requests)
-        waiting: dict[tuple[str, str], list[int]] = {}
-        for index, request in enumerate(requests):
-            started = time.perf_counter()
-            stage, result = self._without_sympy(request)
-            if isinstance(result, str):
-                waiting.setdefault((request.gold_answer, result), []).append(index)
-            else:
-                grades[index] = _grade(result, stage, time.perf_counter() - started)
-        for indices, timed in zip(waiting.values(), self._pool.compare(list(waiting)), strict=True):
-            for index in indices:
-                grades[index] = _grade(timed.outcome, "rules", timed.seconds)
-        for grade in grades:
-            assert grade is not None
-            self.counts[f"{grade.stage}/{grade.verdict}"] += 1
-        return [grade for grade in grades if grade is not None]
+        return self._grade_cases([self._first_stages(request) for request in requests])
 
-    def _without_sympy(self, request: GradeRequest) -> tuple[str, Outcome | str]:
-        """(stage, outcome), or (stage, the answer that a worker must compare)."""
+    def grade_answers(self, requests: Sequence[GradeRequest]) -> list[Grade]:
+        """As `grade`, for responses that are the bare final answer: no stop rule, nothing to extract."""
+        cases = []
+        for request in requests:
+            case = _Case(request, Extraction(answers=(request.response,)))
+            self._compare_fast(case)
+            cases.append(case)
+        return self._grade_cases(cases)
+
+    def _grade_cases(self, cases: list[_Case]) -> list[Grade]:
+        waiting = self._from_cache([case for case in cases if case.outcome is None], self._rules_key)
+        self._compare_in_pool(waiting)
+        self._to_cache(waiting, self._rules_key)
+        if self._judge is not None:
+            waiting = self._from_cache([case for case in cases if self._is_for_judge(case)], self._judge_key)
+            self._ask_judge(waiting)
+            self._to_cache(waiting, self._judge_key)
+        grades = [_grade(case) for case in cases]
+        self._metrics.record(grades)
+        return grades
+
+    def _first_stages(self, request: GradeRequest) -> _Case:
+        """The stop rule and extraction, and the rules as far as they go without sympy."""
+        started = time.perf_counter()
+        case = _Case(request)
         if not request.stopped:
-            return "stop", different("the response did not end with the stop token")
-        try:
-            extraction = extract(request.response, self.config.thinking_end_marks)
-            if extraction.refusal is not None:
-                return "extract", different(extraction.refusal)
-            answer = _joined(extraction)
-            if _contradicts(extraction):
-                return "extract", different("the final part boxes different answers")
-            return "rules", compare_answers(request.gold_answer, answer, RationalLeaves())
-        except NeedsSympy:
-            return "rules", answer
-        except RecursionError:
-            return "rules", unknown("the answer is nested too deeply")
+            case.outcome = Outcome(Verdict.INCORRECT, "the response did not end with the stop token", "stop")
+            return case
+        case.extraction = extract(request.response, self.config.thinking_end_marks)
+        if case.extraction.refusal is not None:
+            case.outcome = Outcome(Verdict.INCORRECT, case.extraction.refusal, "extract")
+        case.seconds = time.perf_counter() - started
+        if case.outcome is None:
+            self._compare_fast(case)
+        return case
+
+    @staticmethod
+    def _compare_fast(case: _Case) -> None:
+        """The rules in this process, for plain numbers and equal texts."""
+        started = time.perf_counter()
+        with contextlib.suppress(NeedsSympy, RecursionError):
+            case.outcome = compare_final(*case.job, RationalLeaves())
+        case.seconds += time.perf_counter() - started
+
+    def _compare_in_pool(self, cases: Sequence[_Case]) -> None:
+        """Each distinct comparison once: the responses of a group often agree."""
+        same: dict[Job, list[_Case]] = {}
+        for case in cases:
+            same.setdefault(case.job, []).append(case)
+        restarts = self._pool.num_restarts
+        for sharing, timed in zip(same.values(), self._pool.compare(list(same)), strict=True):
+            self._metrics.count("timeouts", len(sharing) * timed.timed_out)
+            for case in sharing:
+                case.outcome = timed.outcome
+                case.seconds += timed.seconds
+        self._metrics.count("worker_restarts", self._pool.num_restarts - restarts)
+
+    def _is_for_judge(self, case: _Case) -> bool:
+        """Undecided comparisons, and where so configured negative ones; never what a guard or the stop rule refused."""
+        outcome = case.outcome
+        if outcome is None or outcome.stage != RULES or len(case.answer) > self.config.judge.max_answer_chars:
+            return False
+        if outcome.verdict is Verdict.INCORRECT:
+            return self.config.judge.mode is JudgeMode.RECHECK_NEGATIVES
+        return outcome.verdict is Verdict.UNDECIDED
+
+    def _ask_judge(self, cases: Sequence[_Case]) -> None:
+        assert self._judge is not None
+        items = [JudgeItem(case.request.question, case.request.gold_answer, case.answer) for case in cases]
+        started = time.perf_counter()
+        outcomes = self._judge.judge(items)
+        seconds = time.perf_counter() - started
+        self._metrics.count("judged", len(cases))
+        for case, outcome in zip(cases, outcomes, strict=True):
+            if outcome.verdict is Verdict.UNDECIDED:
+                self._metrics.count("judge_failures")
+            elif case.outcome is not None and case.outcome.verdict is Verdict.INCORRECT:
+                self._metrics.count("judge_upheld" if outcome.verdict is Verdict.INCORRECT else "judge_overturned")
+            case.outcome = outcome
+            case.seconds += seconds
+
+    def _rules_key(self, case: _Case) -> str:
+        return cache_key("rules", *case.job)
+
+    def _judge_key(self, case: _Case) -> str:
+        judge = self.config.judge
+        return cache_key("judge", judge.model, judge.enforce_json, case.request.question, *case.job)
+
+    def _from_cache(self, cases: list[_Case], key_of: Callable[[_Case], str]) -> list[_Case]:
+        """Fill in what the cache knows; the rest comes back."""
+        if self._cache is None or not cases:
+            return cases
+        keys = [key_of(case) for case in cases]
+        known = self._cache.get(keys)
+        for case, key in zip(cases, keys, strict=True):
+            case.outcome = known.get(key, case.outcome)
+        self._metrics.count("cache_hits", sum(key in known for key in keys))
+        return [case for case, key in zip(cases, keys, strict=True) if key not in known]
+
+    def _to_cache(self, cases: Iterable[_Case], key_of: Callable[[_Case], str]) -> None:
+        if self._cache is not None:
+            self._cache.put({key_of(case): case.outcome for case in cases if case.outcome is not None})
 
 
-def _joined(extraction: Extraction) -> str:
-    return ", ".join(extraction.answers)
+def _grade(case: _Case) -> Grade:
+    outcome = case.outcome
+    assert outcome is not None
+    return Grade(verdict=outcome.verdict, reason=outcome.reason, stage=outcome.stage, seconds=case.seconds)
 
 
-def _contradicts(extraction: Extraction) -> bool:
-    """Whether an earlier box of the final part says something else than the last ones."""
-    stated = {normalize(answer).replace(" ", "") for answer in (*extraction.answers, _joined(extraction))}
-    return any(normalize(earlier).replace(" ", "") not in stated for earlier in extraction.earlier)
-
-
-def _grade(outcome: Outcome, stage: str, seconds: float) -> Grade:
-    return Grade(verdict=Verdict(outcome.verdict), reason=outcome.reason, stage=stage, seconds=seconds)
-
-
-def build_verifier(config: VerifierConfig) -> Verifier:
+def build_verifier(config: VerifierConfig) -> StagedVerifier:
     """The verifier that the config describes."""
     return StagedVerifier(config)

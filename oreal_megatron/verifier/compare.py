@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, Protocol
 
 from oreal_megatron.records import Verdict
 from oreal_megatron.verifier.intervals import IntervalComparison, is_set_like
-from oreal_megatron.verifier.naming import is_name, named_parts, strip_name
+from oreal_megatron.verifier.naming import is_constant, named_parts, strip_name
+from oreal_megatron.verifier.normalize import text_key
 from oreal_megatron.verifier.outcome import Outcome, all_of, any_of, different, equal, unknown
+from oreal_megatron.verifier.shapes import (
+    NUMBER_SET,
+    REVERSIBLE,
+    is_braced,
+    is_interval,
+    latex_of,
+    modulus_of,
+    names_of,
+    parts_of,
+    quotient_of,
+    rename_argument,
+    reversed_relation,
+    words_of,
+)
 from oreal_megatron.verifier.structure import (
     Based,
     Bracketed,
@@ -22,11 +38,14 @@ from oreal_megatron.verifier.structure import (
     SetOperation,
     Text,
 )
-from oreal_megatron.verifier.words import words_key
+from oreal_megatron.verifier.words import COMPARATIVE, DEGREES, is_prose, words_key
 
 
 class Leaves(Protocol):
     """Compares single expressions."""
+
+    max_chars: int
+    """Longest answer that these leaves should be asked about."""
 
     def equal(self, gold: str, answer: str) -> Outcome: ...
 
@@ -67,9 +86,10 @@ class Comparison:
     # Words
 
     def _texts(self, gold: Node, answer: Node) -> Outcome:
-        gold_words, answer_words = _words_of(gold), _words_of(answer)
+        gold_words, answer_words = words_of(gold), words_of(answer)
         if gold_words is None:
-            return self._prose_for_value(gold, answer)
+            assert isinstance(answer, Text)
+            return self._prose_for_value(gold, answer.words)
         if answer_words is None:
             return different("a value where the gold answer is words")
         gold_key, answer_key = words_key(gold_words), words_key(answer_words)
@@ -79,12 +99,12 @@ class Comparison:
             return different("different words")
         return unknown("the gold answer is a sentence, which rules cannot compare")
 
-    def _prose_for_value(self, gold: Node, answer: Node) -> Outcome:
-        assert isinstance(answer, Text)
-        numbers = re.findall(r"\d+(?:\.\d+)?", answer.words)
-        if isinstance(gold, Leaf) and gold.value is not None and len(numbers) == 1:
-            if Fraction(numbers[0]) == gold.value:
-                return unknown("a sentence around the gold value, which rules cannot judge")
+    def _prose_for_value(self, gold: Node, words: str) -> Outcome:
+        numbers = re.findall(r"\d+(?:\.\d+)?", words)
+        if COMPARATIVE.search(words):
+            return different("words that state something else than a value")
+        if len(numbers) == 1 and isinstance(gold, Leaf) and gold.value == Fraction(numbers[0]):
+            return unknown("a sentence around the gold value, which rules cannot judge")
         return different("words where the gold answer is a value")
 
     # Relations
@@ -98,27 +118,41 @@ class Comparison:
             return self._two_relations(gold, answer)
         if isinstance(answer, Relation):
             value = strip_name(answer)
-            return different("an equation or inequality where the gold answer is a value") if value is None else (
-                self.compare(gold, value)
+            return (
+                different("an equation or inequality where the gold answer is a value")
+                if value is None
+                else (self.compare(gold, value))
             )
         assert isinstance(gold, Relation)
         value = strip_name(gold)
-        return different("the gold answer is a relation, the answer is not") if value is None else self.compare(value, answer)
+        return (
+            different("the gold answer is a relation, the answer is not")
+            if value is None
+            else self.compare(value, answer)
+        )
 
     def _false_chain(self, relation: Relation) -> Outcome | None:
         """`6 = 5` states a falsehood; it is no answer, whichever side matches."""
-        items = [item for item in relation.items if isinstance(item, Leaf) and not is_name(item)]
-        if len(items) < 2 or set(relation.operators) - {"=", "~"}:
+        if set(relation.operators) - {"=", "~"}:
             return None
-        values = [item for item in relation.items]
-        for left, right, operator in zip(values, values[1:], relation.operators, strict=False):
-            if operator != "=" or is_name(left) or is_name(right):
+        for left, right, operator in zip(relation.items, relation.items[1:], relation.operators, strict=False):
+            if not (is_constant(left) and is_constant(right)):
                 continue
-            if _has_letters(left) or _has_letters(right):
-                continue
-            if self.compare(left, right).verdict is Verdict.INCORRECT:
+            if operator == "~":
+                if not self._is_rounded(left, right):
+                    return different("the answer states a wrong approximation")
+            elif self.compare(left, right).verdict is Verdict.INCORRECT:
                 return different("the answer states a false equality")
         return None
+
+    def _is_rounded(self, exact: Node, rounded: Node) -> bool:
+        """Whether a decimal is within one unit of its last digit; what is no decimal is left alone."""
+        latex = latex_of(rounded) or ""
+        if not isinstance(exact, Leaf) or not re.fullmatch(r"-?\d+(?:\.\d*)?", latex):
+            return True
+        value, given = self.leaves.real_value(exact.latex), self.leaves.real_value(latex)
+        places = len(latex.partition(".")[2])
+        return value is None or abs(value - given) * 10**places < 1
 
     def _two_relations(self, gold: Relation, answer: Relation) -> Outcome:
         gold_value, answer_value = strip_name(gold), strip_name(answer)
@@ -128,12 +162,15 @@ class Comparison:
             if outcomes[0].verdict is Verdict.CORRECT:
                 return outcomes[0]
         if gold.operators == answer.operators == ("=",):
-            sides = [_latex_of(item) for item in (*gold.items, *answer.items)]
+            sides = [latex_of(item) for item in (*gold.items, *answer.items)]
             if all(side is not None for side in sides):
                 return self.leaves.proportional((sides[0] or "", sides[1] or ""), (sides[2] or "", sides[3] or ""))
         if outcomes:
             return outcomes[0]
-        for items, operators in ((answer.items, answer.operators), _reversed(answer)):
+        readings = [(answer.items, answer.operators)]
+        if set(answer.operators) <= REVERSIBLE:
+            readings.append(reversed_relation(answer))
+        for items, operators in readings:
             if operators == gold.operators and len(items) == len(gold.items):
                 outcome = all_of(map(self.compare, gold.items, items), "the same relation")
                 if outcome.verdict is not Verdict.INCORRECT:
@@ -141,11 +178,19 @@ class Comparison:
         return different("different relations")
 
     def _two_named(self, gold: Relation, answer: Relation, gold_value: Node, answer_value: Node) -> Outcome:
-        if _modulus(gold) != _modulus(answer):
+        if modulus_of(gold) != modulus_of(answer):
             return different("different moduli")
-        gold_name, answer_name = _latex_of(gold.items[0]), _latex_of(answer.items[0])
+        wanted, given = names_of(gold.items[0]), names_of(answer.items[0])
+        if (
+            isinstance(answer_value, Bracketed)
+            and sorted(wanted) == sorted(given)
+            and len(given) == len(answer_value.parts)
+        ):
+            # (y, x) = (2, 1) is (x, y) = (1, 2)
+            answer_value = replace(answer_value, parts=tuple(answer_value.parts[given.index(name)] for name in wanted))
+        gold_name, answer_name = latex_of(gold.items[0]), latex_of(answer.items[0])
         if gold_name != answer_name and gold_name and answer_name:
-            renamed = _rename_argument(answer_name, gold_name, answer_value)
+            renamed = rename_argument(answer_name, gold_name, answer_value)
             if renamed is not None:
                 return self.compare(gold_value, renamed)
             if len(gold_name) == len(answer_name) == 1:
@@ -157,12 +202,16 @@ class Comparison:
     def _several(self, gold: Node, answer: Node) -> Outcome:
         if isinstance(gold, Matrix) and isinstance(answer, Matrix):
             return self._matrices(gold, answer)
-        gold_parts, answer_parts = _parts(gold), _parts(answer)
+        if isinstance(gold, Collection) != isinstance(answer, Collection):
+            for one, other in ((gold, answer), (answer, gold)):
+                if isinstance(one, Collection) and len(one.parts) == 1:  # a set of one is that one
+                    return self.compare(one.parts[0], other) if one is gold else self.compare(other, one.parts[0])
+        gold_parts, answer_parts = parts_of(gold), parts_of(answer)
         if gold_parts is None and answer_parts is None:
             return different("a matrix against something else")
         if gold_parts is None or answer_parts is None:
             return self._one_against_many(gold, answer, gold_parts, answer_parts)
-        if len(gold_parts) != len(answer_parts) and not (_is_set(gold) or _is_set(answer)):
+        if len(gold_parts) != len(answer_parts) and not (is_braced(gold) or is_braced(answer)):
             return different(f"{len(answer_parts)} values where the gold answer has {len(gold_parts)}")
         gold_named, answer_named = named_parts(gold), named_parts(answer)
         if gold_named and answer_named and set(gold_named) == set(answer_named):
@@ -175,11 +224,15 @@ class Comparison:
             return self._in_order(gold_values, answer_values)
         if isinstance(gold, (Bracketed, Matrix)) or isinstance(answer, (Bracketed, Matrix)):
             return self._ordered(gold, answer, gold_parts, answer_parts)
-        return self._unordered(gold_parts, answer_parts, as_set=_is_set(gold) or _is_set(answer))
+        return self._unordered(gold_parts, answer_parts, as_set=is_braced(gold) or is_braced(answer))
 
-    def _ordered(self, gold: Node, answer: Node, gold_parts: tuple[Node, ...], answer_parts: tuple[Node, ...]) -> Outcome:
-        if _is_braced(gold) or _is_braced(answer):
+    def _ordered(
+        self, gold: Node, answer: Node, gold_parts: tuple[Node, ...], answer_parts: tuple[Node, ...]
+    ) -> Outcome:
+        if is_braced(gold) or is_braced(answer):
             return different("a set against an ordered tuple")
+        if isinstance(answer, Collection) and isinstance(gold, Bracketed) and is_interval(gold):
+            return different("an interval without its brackets")
         if isinstance(gold, Bracketed) and isinstance(answer, Bracketed):
             brackets = {(n.opening, n.closing) for n in (gold, answer)}
             if len(brackets) > 1 and brackets != {("(", ")"), ("\\langle", "\\rangle")}:
@@ -222,14 +275,19 @@ class Comparison:
             else:
                 return different("a value of the gold answer is missing")
         if as_set:
-            extra = [any_of((self.compare(wanted, given) for wanted in gold), "not in the gold set") for given in answer]
+            extra = [
+                any_of((self.compare(wanted, given) for wanted in gold), "not in the gold set") for given in answer
+            ]
             return all_of(extra, "the same set")
         return equal("the same values")
 
     # Sets, ratios, bases
 
     def _operations(self, gold: Node, answer: Node) -> Outcome:
-        if not (isinstance(gold, SetOperation) and isinstance(answer, SetOperation)) or gold.operator != answer.operator:
+        if (
+            not (isinstance(gold, SetOperation) and isinstance(answer, SetOperation))
+            or gold.operator != answer.operator
+        ):
             return different("different sets")
         if gold.operator == "difference":
             return self._in_order(gold.parts, answer.parts)
@@ -240,17 +298,18 @@ class Comparison:
             exact = self._in_order(gold.parts, answer.parts)
             if exact.verdict is not Verdict.INCORRECT or len(gold.parts) != len(answer.parts):
                 return exact
-            if gold.clock and answer.clock:
-                return exact
+            if gold.clock or answer.clock:
+                return exact  # 2:30 is no multiple of 1:15
             quotients = [
-                self.leaves.equal(_quotient(gold, index), _quotient(answer, index)) for index in range(1, len(gold.parts))
+                self.leaves.equal(quotient_of(gold, index), quotient_of(answer, index))
+                for index in range(1, len(gold.parts))
             ]
             return all_of(quotients, "the same ratio")
         ratio = gold if isinstance(gold, Ratio) else answer
         assert isinstance(ratio, Ratio)
         if len(ratio.parts) != 2 or ratio.clock:
             return different("a ratio or time against a number")
-        quotient = Leaf(_quotient(ratio, 1))
+        quotient = Leaf(quotient_of(ratio, 1))
         return self._leaves(quotient, answer) if ratio is gold else self._leaves(gold, quotient)
 
     def _based(self, gold: Node, answer: Node) -> Outcome:
@@ -259,7 +318,7 @@ class Comparison:
             return equal("the same number") if same else different("different numbers")
         if isinstance(gold, Based):
             # Without its base the numeral is read in the base that was asked for, as a missing unit would be.
-            latex = _latex_of(answer) or ""
+            latex = latex_of(answer) or ""
             same = latex.upper().lstrip("0") == gold.digits
             return equal("the same digits, base left out") if same else different("different digits")
         assert isinstance(answer, Based)
@@ -270,14 +329,32 @@ class Comparison:
     def _leaves(self, gold: Node, answer: Node) -> Outcome:
         if not (isinstance(gold, Leaf) and isinstance(answer, Leaf)):
             return different("answers of different kinds")
+        if answer.value is None and is_prose(answer.latex) and not is_prose(gold.latex):
+            return self._prose_for_value(gold, answer.latex)
+        number_sets = [NUMBER_SET.fullmatch(leaf.latex) for leaf in (gold, answer)]
+        if all(number_sets):
+            return (
+                equal("the same set") if text_key(gold.latex) == text_key(answer.latex) else different("different sets")
+            )
         if gold.unit is not None and answer.unit is not None and not gold.unit.agrees(answer.unit):
             return different("different units")
         if gold.percent == answer.percent:
-            return self._numbers(gold, answer)
-        number, percent = (answer, gold) if gold.percent else (gold, answer)
-        hundredth = Leaf(f"\\frac{{{percent.latex}}}{{100}}", None if percent.value is None else percent.value / 100)
-        same_digits = self._numbers(percent, number)
-        return same_digits if same_digits.verdict is Verdict.CORRECT else self._numbers(hundredth, number)
+            outcome = self._numbers(gold, answer)
+            return outcome if outcome.verdict is Verdict.CORRECT else self._angles(gold, answer) or outcome
+        if gold.unit is not None or answer.unit is not None:
+            return different("a percentage against a value with a unit")
+        same_digits = self._numbers(gold, answer)
+        if same_digits.verdict is Verdict.CORRECT:
+            return same_digits
+        return self._numbers(_as_fraction(gold), _as_fraction(answer))
+
+    def _angles(self, gold: Leaf, answer: Leaf) -> Outcome | None:
+        """Degrees against radians: 60 degrees is a third of pi. Without pi a bare number is no angle in radians."""
+        degrees, other = (gold, answer) if gold.unit == DEGREES else (answer, gold)
+        if degrees.unit != DEGREES or other.unit is not None or "\\pi" not in other.latex:
+            return None
+        radians = f"({degrees.latex})\\cdot \\frac{{\\pi}}{{180}}"
+        return self.leaves.equal(radians, other.latex) if degrees is gold else self.leaves.equal(other.latex, radians)
 
     def _numbers(self, gold: Leaf, answer: Leaf) -> Outcome:
         if gold.value is not None and answer.value is not None:
@@ -285,73 +362,8 @@ class Comparison:
         return self.leaves.equal(gold.latex, answer.latex)
 
 
-def _has_letters(node: Node) -> bool:
-    latex = _latex_of(node)
-    return latex is None or re.search(r"(?<![\\A-Za-z])[A-Za-df-hj-z](?![A-Za-z])", latex) is not None
-
-
-def _latex_of(node: Node) -> str | None:
-    if isinstance(node, Leaf):
-        return node.latex
-    if isinstance(node, Text):
-        return node.latex
-    return None
-
-
-def _words_of(node: Node) -> str | None:
-    if isinstance(node, Text):
-        return node.words
-    if isinstance(node, Leaf) and node.value is None:
-        return {"\\emptyset": "no solution", "\\infty": "infinity"}.get(node.latex, node.latex)
-    if isinstance(node, Collection) and node.braces and not node.parts:
-        return "no solution"
-    return None
-
-
-def _parts(node: Node) -> tuple[Node, ...] | None:
-    """The parts in order; of a matrix only where it is one row or one column."""
-    if isinstance(node, (Collection, Bracketed)):
-        return node.parts
-    if isinstance(node, Matrix):
-        if len(node.rows) == 1:
-            return node.rows[0]
-        if len(node.rows[0]) == 1:
-            return tuple(row[0] for row in node.rows)
-    return None
-
-
-def _is_braced(node: Node) -> bool:
-    return isinstance(node, Collection) and node.braces
-
-
-_is_set = _is_braced
-
-
-def _quotient(ratio: Ratio, index: int) -> str:
-    return f"\\frac{{{_latex_of(ratio.parts[0]) or ''}}}{{{_latex_of(ratio.parts[index]) or ''}}}"
-
-
-_FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
-
-
-def _reversed(relation: Relation) -> tuple[tuple[Node, ...], tuple[str, ...]]:
-    return relation.items[::-1], tuple(_FLIPPED.get(operator, operator) for operator in relation.operators[::-1])
-
-
-def _modulus(relation: Relation) -> str | None:
-    if "mod" not in relation.operators:
-        return None
-    found = re.search(r"\\pmod\s*\{?\s*(\w+)|\\mod\s*\{?\s*(\w+)", _latex_of(relation.items[-1]) or "")
-    return (found[1] or found[2]) if found else None
-
-
-_CALL = re.compile(r"([A-Za-z])\s*\(\s*([A-Za-z])\s*\)")
-
-
-def _rename_argument(answer_name: str, gold_name: str, value: Node) -> Node | None:
-    """`t^2` of `f(t)=t^2` in the gold's own variable: the argument of a function is bound."""
-    given, wanted = _CALL.fullmatch(answer_name), _CALL.fullmatch(gold_name)
-    if not (given and wanted and given[1] == wanted[1] and isinstance(value, Leaf)):
-        return None
-    latex = re.sub(rf"(?<![\\A-Za-z]){given[2]}(?![A-Za-z])", lambda _: wanted[2], value.latex)
-    return Leaf(latex, value.value, value.unit, value.percent)
+def _as_fraction(leaf: Leaf) -> Leaf:
+    """28% as 28/100; what is no percentage as it is."""
+    if not leaf.percent:
+        return leaf
+    return Leaf(f"\\frac{{{leaf.latex}}}{{100}}", None if leaf.value is None else leaf.value / 100)

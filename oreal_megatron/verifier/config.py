@@ -47,7 +47,9 @@ class JudgeConfig(BaseModel):
         "then the reply must be a single letter.",
     )
     max_answer_chars: int = Field(
-        default=2_000, ge=1, description="A longer final answer is not sent to the judge and stays as the rules left it."
+        default=2_000,
+        ge=1,
+        description="A longer final answer is not sent to the judge and stays as the rules left it.",
     )
     api_key_env: str | None = Field(
         default=None, description="Name of the environment variable that holds the bearer token, or null for none."
@@ -72,7 +74,9 @@ class VerifierConfig(BaseModel):
         default=4, ge=1, description="Processes that compare symbolic answers; started when the first one is needed."
     )
     timeout_seconds: float = Field(
-        default=2.0, gt=0, description="Limit of one comparison; then its process is killed and the answer is UNDECIDED."
+        default=2.0,
+        gt=0,
+        description="Limit of one comparison; then its process is killed and the answer is UNDECIDED.",
     )
     memory_limit_mb: int = Field(
         default=1024, ge=256, description="Address space of one worker process; beyond it the answer is UNDECIDED."

@@ -5,36 +5,67 @@ sympy's own evalf tries symbolic identities that a hostile expression can make a
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import mpmath
 import sympy
 from mpmath import mp
+from sympy.core.function import AppliedUndef
 
 MAX_FACTORIAL = 100_000
-MAX_SUM_TERMS = 40
+MAX_SUM_TERMS = 12
 
 
 class CannotEvaluate(ValueError):
     """The tree holds something without a numeric value here."""
 
 
+class Undefined(CannotEvaluate):
+    """The tree has no value here: a division by zero, a logarithm of zero."""
+
+
 Value = Any  # mpf or mpc; mpmath has no types
 Point = Mapping[str, Value]
 
 
-def _power(base: Value, exponent: Value) -> Value:
+def _is_odd_root(exponent: sympy.Basic) -> bool:
+    """Whether an exponent is a fraction with an odd denominator, so that negative bases have a real power."""
+    if exponent.is_Rational:
+        return bool(exponent.q % 2 == 1 and exponent.q > 1)
+    if exponent.is_Pow:
+        return exponent.args[1] == -1 and exponent.args[0].is_Integer and exponent.args[0] % 2 == 1
+    return (
+        exponent.is_Mul
+        and any(map(_is_odd_root, exponent.args))
+        and all(part.is_Integer or _is_odd_root(part) for part in exponent.args)
+    )
+
+
+def _power(base: Value, exponent: Value, odd_root: bool) -> Value:
+    if odd_root and isinstance(base, mpmath.mpf) and base < 0:
+        # The numerator's parity is the sign; schools read such powers over the reals.
+        return _real_root_sign(exponent) * mpmath.power(-base, exponent)
     if base == 0 and mpmath.re(exponent) < 0:
-        raise CannotEvaluate("division by zero")
+        raise Undefined("division by zero")
     if abs(exponent) > 1e7 and abs(base) not in (0, 1):
         raise CannotEvaluate("exponent too large")
     return mpmath.power(base, exponent)
 
 
+def _real_root_sign(exponent: Value) -> int:
+    """-1 where the reduced numerator of p/q is odd. q is odd, so p is found by trying small ones."""
+    for denominator in range(1, 200, 2):
+        numerator = exponent * denominator
+        if abs(numerator - mpmath.nint(numerator)) < mpmath.mpf(10) ** (-(mp.dps // 2)):
+            return -1 if int(mpmath.nint(numerator)) % 2 else 1
+    raise CannotEvaluate("a root of high degree")
+
+
 def _integer(value: Value) -> int:
     rounded = int(mpmath.nint(mpmath.re(value)))
-    if abs(value - rounded) > mpmath.mpf(10) ** (-mp.dps // 2):
+    if abs(value - rounded) > mpmath.mpf(10) ** (-(mp.dps // 2)):
         raise CannotEvaluate("not an integer")
     return rounded
 
@@ -42,7 +73,7 @@ def _integer(value: Value) -> int:
 def _floor(value: Value) -> Value:
     """An integer that rounding left a hair below itself is still that integer."""
     nearest = mpmath.nint(mpmath.re(value))
-    return nearest if abs(value - nearest) < mpmath.mpf(10) ** (-mp.dps // 2) else mpmath.floor(mpmath.re(value))
+    return nearest if abs(value - nearest) < mpmath.mpf(10) ** (-(mp.dps // 2)) else mpmath.floor(mpmath.re(value))
 
 
 def _factorial(value: Value) -> Value:
@@ -59,7 +90,7 @@ def _binomial(top: Value, bottom: Value) -> Value:
 
 def _log(value: Value, base: Value | None = None) -> Value:
     if value == 0 or base == 0 or base == 1:
-        raise CannotEvaluate("logarithm of zero")
+        raise Undefined("logarithm of zero")
     return mpmath.log(value) if base is None else mpmath.log(value) / mpmath.log(base)
 
 
@@ -95,11 +126,19 @@ def _sum_or_product(tree: sympy.Basic, point: Point) -> Value:
 
 
 def _symbol(name: str, point: Point) -> Value:
-    if name in ("i", "\\i"):
+    if name in point:
+        return point[name]
+    if name == "i":
         return mpmath.mpc(0, 1)
-    if name not in point:
-        raise CannotEvaluate(f"no value for {name}")
-    return point[name]
+    raise CannotEvaluate(f"no value for {name}")
+
+
+def _unknown_function(name: str, arguments: list[Value]) -> Value:
+    """f(x) of an f that nobody defined: some irregular function, the same on both sides."""
+    seed = mpmath.mpf(zlib.crc32(name.encode()) % 10_007) / 10_007 + mpmath.sqrt(2)
+    return mpmath.fsum(
+        seed ** (index + 2) + seed * argument + argument * argument / 3 for index, argument in enumerate(arguments)
+    )
 
 
 def evaluate(tree: sympy.Basic, point: Point) -> Value:
@@ -114,6 +153,8 @@ def evaluate(tree: sympy.Basic, point: Point) -> Value:
         return +mp.pi
     if tree is sympy.E:
         return +mp.e
+    if tree is sympy.oo or tree is -sympy.oo:
+        return mpmath.inf if tree is sympy.oo else -mpmath.inf
     if tree is sympy.I:
         return mpmath.mpc(0, 1)
     name = type(tree).__name__
@@ -124,8 +165,10 @@ def evaluate(tree: sympy.Basic, point: Point) -> Value:
     if name == "Mul":
         return mpmath.fprod(evaluate(part, point) for part in tree.args)
     if name == "Pow":
-        return _power(evaluate(tree.args[0], point), evaluate(tree.args[1], point))
+        return _power(evaluate(tree.args[0], point), evaluate(tree.args[1], point), _is_odd_root(tree.args[1]))
     function = _FUNCTIONS.get(name)
+    if isinstance(tree, AppliedUndef):
+        return _unknown_function(name, [evaluate(part, point) for part in tree.args])
     if function is None:
         raise CannotEvaluate(f"no numeric value for {name}")
     try:

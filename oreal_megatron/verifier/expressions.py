@@ -1,86 +1,32 @@
-"""Whether two LaTeX expressions are equal: exact first, then to 60 digits at several points. Needs sympy.
-
-latex2sympy2_extended is the parser and nothing more; text reaches it only after `guards.check_expression`.
-"""
+"""Whether two LaTeX expressions are equal: exact first, then to 60 digits and more at several points. Needs sympy."""
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from fractions import Fraction
-from functools import lru_cache
 
 import mpmath
 import sympy
-from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from mpmath import mp
 
-from oreal_megatron.verifier.evaluate import CannotEvaluate, evaluate
-from oreal_megatron.verifier.guards import Refused, check_expression
+from oreal_megatron.records import Verdict
+from oreal_megatron.verifier.evaluate import CannotEvaluate, Undefined, evaluate
+from oreal_megatron.verifier.guards import MAX_FACTORIAL, Refused
+from oreal_megatron.verifier.normalize import text_key
 from oreal_megatron.verifier.outcome import Outcome, different, equal, unknown
 from oreal_megatron.verifier.rational import parse_rational
+from oreal_megatron.verifier.reading import Unreadable, read
 
 DIGITS = 60
-CHECK_DIGITS = 120
-MAX_TREE_NODES = 3_000
+MAX_DIGITS = 4_000
+MAX_INTEGRAND_OPERATIONS = 40
 # Irregular on purpose: no identity holds at these by accident. Signs vary, so that |x| differs from x.
+MAX_EXACT_BITS = 200_000
+BITS_PER_DIGIT = 3.33
+_BARE_LOG = re.compile(r"\\log(?![A-Za-z])(?!\s*_)")
 _POINTS = ("0.73205", "-1.61827", "2.23719", "0.31871", "-0.57119", "3.14279", "1.41367", "-2.71913", "0.11293")
-
-_CONFIG = ConversionConfig(interpret_as_mixed_fractions=True, lowercase_symbols=False)
-_DECIMAL = re.compile(r"(?<![\d.])(\d*\.\d+|\d+\.(?!\.))")
-_REPEATING = re.compile(r"\d*\.\d*\\overline\s*\{\s*\d+\s*\}")
-_UNBRACED_POWER = re.compile(r"\^\s*(\d)(?=\d)")
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
-
-
-_NOT_EXPRESSIONS = (sympy.Set, sympy.Tuple, sympy.core.relational.Relational, sympy.logic.boolalg.BooleanFunction)
-
-
-class Unreadable(ValueError):
-    """The parser does not accept the text."""
-
-
-def _decimal_to_fraction(text: str) -> str:
-    value = parse_rational(text)
-    return text if value is None else f"(\\frac{{{value.numerator}}}{{{value.denominator}}})"
-
-
-def _prepare(latex: str) -> str:
-    """Decimals as exact fractions, LaTeX's own reading of `2^10`, names that the grammar lacks."""
-    latex = _REPEATING.sub(lambda m: _decimal_to_fraction(m[0]), latex)
-    latex = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), latex)
-    latex = _DECIMAL.sub(lambda m: _decimal_to_fraction(m[0]), latex)
-    latex = _UNBRACED_POWER.sub(r"^{\1} \\cdot ", latex)
-    latex = re.sub(r"(\d+|\))\s*\\degree(?![A-Za-z])", r"\1 \\cdot \\frac{\\pi}{180} ", latex)
-    latex = re.sub(r"\\(hbar|ell|prime|nabla|Re|Im)(?![A-Za-z])", r"\\text{\1}", latex)
-    latex = re.sub(r"\\text\s*\{\s*([^{}]*?)\s*\}", lambda m: _as_symbol(m[1]), latex)
-    return latex.replace("*", r"\cdot ").replace("!", " ! ").strip()
-
-
-def _as_symbol(words: str) -> str:
-    letters = re.sub(r"[^A-Za-z]", "", words)
-    return f" t_{{{letters}}} " if letters else " "
-
-
-@lru_cache(maxsize=4_096)
-def read(latex: str) -> sympy.Basic:
-    """The tree of an expression. Raises Refused or Unreadable."""
-    check_expression(latex)
-    value = parse_rational(latex)
-    if value is not None:
-        return sympy.Rational(value.numerator, value.denominator)
-    try:
-        tree = latex2sympy(_prepare(latex), is_real=None, normalization_config=None, conversion_config=_CONFIG)
-    except (MemoryError, RecursionError):
-        raise
-    except Exception as error:  # the parser raises bare Exception for every syntax error
-        raise Unreadable(str(error).splitlines()[0][:100] if str(error) else type(error).__name__) from None
-    if not isinstance(tree, sympy.Basic) or isinstance(tree, _NOT_EXPRESSIONS):
-        raise Unreadable("not a single expression")
-    if sum(1 for _ in sympy.preorder_traversal(tree)) > MAX_TREE_NODES:
-        raise Refused(f"an expression of more than {MAX_TREE_NODES} parts")
-    if tree.has(sympy.nan, sympy.zoo):
-        raise Unreadable("an indeterminate form")
-    return tree
 
 
 def _names(*trees: sympy.Basic) -> list[str]:
@@ -90,7 +36,10 @@ def _names(*trees: sympy.Basic) -> list[str]:
 def _points(names: list[str]) -> list[dict[str, str]]:
     count = 1 if not names else 9
     return [
-        {name: _POINTS[(index * (2 * position + 1) + 3 * position) % len(_POINTS)] for position, name in enumerate(names)}
+        {
+            name: _POINTS[(index * (2 * position + 1) + 3 * position) % len(_POINTS)]
+            for position, name in enumerate(names)
+        }
         for index in range(count)
     ]
 
@@ -100,10 +49,67 @@ def _agree(one: mpmath.mpf, other: mpmath.mpf, digits: int) -> bool:
     return bool(scale == 0 or abs(one - other) <= scale * mpmath.mpf(10) ** (-digits * 3 // 4))
 
 
-def _same_at(gold: sympy.Basic, answer: sympy.Basic, point: dict[str, str]) -> bool | None:
+def _height(tree: sympy.Basic) -> float:
+    """An upper bound of the bits in the exact value of a rational tree; of others, what they add to it."""
+    if tree.is_Integer:
+        return float(int(tree.p).bit_length())
+    if tree.is_Rational:
+        return float(int(tree.p).bit_length() + int(tree.q).bit_length())
+    if tree.is_Pow:
+        exponent = exact_value(tree.exp)
+        times = 1.0 if exponent is None else max(1.0, abs(float(exponent)))
+        return _height(tree.base) * times + _height(tree.exp)
+    if isinstance(tree, _WHOLE_FUNCTIONS):
+        value = exact_value(tree)
+        return float(value.numerator.bit_length()) if value is not None else sum(map(_height, tree.args))
+    return sum(map(_height, tree.args))
+
+
+_WHOLE_FUNCTIONS = (sympy.factorial, sympy.binomial)
+
+
+def _whole_function(tree: sympy.Basic, arguments: list[Fraction]) -> Fraction | None:
+    """A factorial or binomial of natural numbers, exactly: a hundred digits are not enough to tell 100! from 100!+1."""
+    if any(value.denominator != 1 or not 0 <= value <= MAX_FACTORIAL for value in arguments):
+        return None
+    whole = [int(value) for value in arguments]
+    return Fraction(math.factorial(*whole) if isinstance(tree, sympy.factorial) else math.comb(*whole))
+
+
+def exact_value(tree: sympy.Basic) -> Fraction | None:
+    """The value of sums, products, whole powers, factorials of rational numbers; None for other trees."""
+    if tree.is_Rational:
+        return Fraction(int(tree.p), int(tree.q))
+    if not (tree.is_Add or tree.is_Mul or tree.is_Pow or isinstance(tree, _WHOLE_FUNCTIONS)):
+        return None
+    values = [exact_value(part) for part in tree.args]
+    if any(value is None for value in values):
+        return None
+    known = [value for value in values if value is not None]
+    if tree.is_Add:
+        return sum(known, Fraction(0))
+    if tree.is_Mul:
+        return math.prod(known, start=Fraction(1))
+    if isinstance(tree, _WHOLE_FUNCTIONS):
+        return _whole_function(tree, known)
+    base, exponent = known
+    if exponent.denominator != 1 or _height(tree.base) * abs(exponent) > MAX_EXACT_BITS:
+        return None
+    return None if base == 0 and exponent < 0 else base ** int(exponent)
+
+
+def _precision(*trees: sympy.Basic) -> int:
+    """Digits of the first evaluation: more than the numbers in the trees can make, so 2^(2^-1000) differs from 1."""
+    digits = DIGITS + int(max(map(_height, trees)) / BITS_PER_DIGIT)
+    if digits > MAX_DIGITS:
+        raise CannotEvaluate(f"numbers of more than {MAX_DIGITS} digits")
+    return digits
+
+
+def _same_at(gold: sympy.Basic, answer: sympy.Basic, point: dict[str, str], precision: int) -> bool | None:
     """Equality at one point; None where the gold has no real value there and none was asked for."""
     differences = []
-    for digits in (DIGITS, CHECK_DIGITS):
+    for digits in (precision, 2 * precision):
         with mp.workdps(digits + 15):
             at = {name: mpmath.mpf(value) for name, value in point.items()}
             try:
@@ -114,29 +120,58 @@ def _same_at(gold: sympy.Basic, answer: sympy.Basic, point: dict[str, str]) -> b
                 raise
             if point and isinstance(wanted, mpmath.mpc) and abs(wanted.imag) > 1e-30 and not _is_complex(gold):
                 return None
-            given = evaluate(answer, at)
+            try:
+                given = evaluate(answer, at)
+            except Undefined:
+                return None if point else False
             if not (mpmath.isfinite(wanted) and mpmath.isfinite(given)):
                 return None
             if _agree(wanted, given, digits):
                 return True
             differences.append(abs(wanted - given))
     # A difference that shrinks with the precision is cancellation of equal values, not a difference.
-    return bool(differences[1] <= differences[0] * mpmath.mpf(10) ** (-DIGITS // 2))
+    return bool(differences[1] <= differences[0] * mpmath.mpf(10) ** (-precision // 2))
 
 
 def _is_complex(tree: sympy.Basic) -> bool:
     return tree.has(sympy.I) or any(symbol.name == "i" for symbol in tree.free_symbols)
 
 
+def _integrated(tree: sympy.Basic) -> sympy.Basic:
+    """Polynomial integrals and derivatives worked out; others may take for ever and stay as they are."""
+    easy = {
+        part: part.doit()
+        for part in tree.atoms(sympy.Integral, sympy.Derivative)
+        if part.args[0].is_polynomial(*part.args[0].free_symbols)
+        and part.args[0].count_ops() < MAX_INTEGRAND_OPERATIONS
+    }
+    return tree.xreplace(easy) if easy else tree
+
+
+def _is_endless(tree: sympy.Basic) -> bool:
+    """Whether the tree holds a sum or product without end, of which only the first terms are evaluated."""
+    return any(limit[-1] is sympy.oo for part in tree.atoms(sympy.Sum, sympy.Product) for limit in part.limits)
+
+
 class SymbolicLeaves:
     """Compares expressions with sympy's trees."""
 
+    max_chars = sys.maxsize
+
     def equal(self, gold: str, answer: str) -> Outcome:
-        if gold.replace(" ", "") == answer.replace(" ", ""):
+        if text_key(gold) == text_key(answer):
             return equal("the same text")
         gold_value, answer_value = parse_rational(gold), parse_rational(answer)
         if gold_value is not None and answer_value is not None:
             return equal("the same number") if gold_value == answer_value else different("different numbers")
+        outcome = self._equal_texts(gold, answer)
+        if outcome.verdict is not Verdict.CORRECT and _BARE_LOG.search(gold + answer):
+            # A bare \log is the common or the natural logarithm, but the same one on both sides.
+            natural = self._equal_texts(_BARE_LOG.sub(r"\\ln", gold), _BARE_LOG.sub(r"\\ln", answer))
+            return natural if natural.verdict is Verdict.CORRECT else outcome
+        return outcome
+
+    def _equal_texts(self, gold: str, answer: str) -> Outcome:
         try:
             gold_tree = read(gold)
         except (Refused, Unreadable) as error:
@@ -150,14 +185,23 @@ class SymbolicLeaves:
         return self._equal_trees(gold_tree, answer_tree)
 
     def _equal_trees(self, gold: sympy.Basic, answer: sympy.Basic) -> Outcome:
+        gold, answer = _integrated(gold), _integrated(answer)
         if gold == answer:
             return equal("the same expression")
-        if gold.is_Rational and answer.is_Rational:
-            return different("different numbers")
+        if answer.has(sympy.zoo, sympy.nan):
+            return different("the answer has no value")
+        if _is_endless(gold) != _is_endless(answer):
+            return unknown("an endless sum against something else")
+        if not _is_endless(gold) and (gold.has(sympy.oo, -sympy.oo) or answer.has(sympy.oo, -sympy.oo)):
+            return different("an infinity against another value")
+        gold_value, answer_value = exact_value(gold), exact_value(answer)
+        if gold_value is not None and answer_value is not None:
+            return equal("the same number") if gold_value == answer_value else different("different numbers")
         decided = 0
         try:
+            precision = _precision(gold, answer)
             for point in _points(_names(gold, answer)):
-                same = _same_at(gold, answer, point)
+                same = _same_at(gold, answer, point, precision)
                 if same is False:
                     return different("different values")
                 decided += same is True
@@ -165,7 +209,7 @@ class SymbolicLeaves:
             return unknown(f"no numeric comparison: {error}")
         if decided == 0:
             return unknown("no point where both sides have a value")
-        return equal(f"equal to {DIGITS} digits")
+        return equal(f"equal to {precision} digits")
 
     def proportional(self, gold: tuple[str, str], answer: tuple[str, str]) -> Outcome:
         """Whether two equations say the same: their differences of sides have a constant, non-zero quotient."""
@@ -189,17 +233,16 @@ class SymbolicLeaves:
                 quotients.append(top / bottom)
             if len(quotients) < 3:
                 return unknown("the equations have no common points to compare")
-            same = all(abs(quotient - quotients[0]) < abs(quotients[0]) * mpmath.mpf(10) ** -40 for quotient in quotients)
+            same = all(
+                abs(quotient - quotients[0]) < abs(quotients[0]) * mpmath.mpf(10) ** -40 for quotient in quotients
+            )
         return equal("the same equation") if same else different("different equations")
 
-    def real_value(self, latex: str) -> Fraction | mpmath.mpf | None:
+    def real_value(self, latex: str) -> mpmath.mpf | None:
         """The value of a constant, to order the ends of intervals; None for what has none."""
-        value = parse_rational(latex)
-        if value is not None:
-            return value
         try:
             with mp.workdps(DIGITS):
                 number = evaluate(read(latex), {})
-                return None if isinstance(number, mpmath.mpc) else number
+                return None if isinstance(number, mpmath.mpc) else mpmath.mpf(number)
         except (Refused, Unreadable, CannotEvaluate):
             return None

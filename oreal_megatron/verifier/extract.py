@@ -17,6 +17,12 @@ MAX_BOXES = 64
 """More boxes than this in the final part are a list of guesses."""
 
 
+MAX_JOINER_CHARS = 80
+MAX_STATEMENT_CHARS = 200
+MAX_STATEMENT_SEARCH = 4_000
+MAX_BARE_CHARS = 80
+
+
 @dataclass(frozen=True)
 class Extraction:
     """What the final part of a response states."""
@@ -32,14 +38,17 @@ class Extraction:
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _BARE_BOX = re.compile(r"\s*(-?(?:\d[\d,]{0,40}(?:\.\d{1,40})?|[A-Za-z])|\\[A-Za-z]{1,20})")
 _JOINER = re.compile(
-    r"(?:\s|[$,;.&~]|\\[\[\]()!,;: ]|\\quad|\\qquad|\\text(?:\s*\{\s*(?:and|or|,)?\s*\})|\\\\|and|or|[A-Za-z]\s*=){0,60}",
+    r"(?:\s|[$,;.&~]|\\[\[\]()!,;: ]|\\quad|\\qquad|\\text\s*\{\s*(?:and|or|,)?\s*\}|\\\\|and|or|[A-Za-z]\s*=){0,60}",
     re.IGNORECASE,
 )
-_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]{0,400}`|<!--.*?(?:-->|\Z)|\\begin\{verbatim\}.*?\\end\{verbatim\}", re.DOTALL)
+_CODE = re.compile(
+    r"```.*?(?:```|\Z)|`[^`\n]{0,400}`|<!--.*?(?:-->|\Z)|\\begin\{verbatim\}.*?(?:\\end\{verbatim\}|\Z)", re.DOTALL
+)
 _HIDDEN = re.compile(r"\\[hv]?phantom\s*\{")
 _STATEMENT = re.compile(
-    r"(?:final\s+answer(?:\s+is)?|the\s+answer\s+is|answer\s*(?=[:：])|最终答案|最后答案|答案)\s*(?:是|为)?\s*(?:\*\*)?\s*[:：]?\s*(?:\*\*)?\s*",
-    re.IGNORECASE,
+    r"(?:\banswer\s+is|\banswer\W{0,3}\s*(?=[:：=])|\bfinal\s+answer\b(?!\s+is)|^####|最终答案|最后答案|答案)"
+    r"\s*(?:是|为)?\s*(?:\*\*)?\s*[:：=]?\s*(?:\*\*)?\s*",
+    re.IGNORECASE | re.MULTILINE,
 )
 _STATEMENT_END = re.compile(r"(?:[.。!](?=\s|$)|[。\n])")
 
@@ -66,7 +75,10 @@ def _inside_quotes(text: str, start: int, end: int) -> bool:
         return True
     if before.count("``") > before.count("''") and "''" in after:
         return True
-    return before.count('"') % 2 == 1 and '"' in after
+    opening = before.rfind('"')
+    # An inch sign follows a digit; a quotation mark that opens does not follow a letter or digit.
+    opens = opening == 0 or (opening > 0 and not before[opening - 1].isalnum())
+    return opens and before.count('"') % 2 == 1 and '"' in after
 
 
 def _boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
@@ -92,17 +104,30 @@ def _boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
     return found, left_open
 
 
+def _is_bare(text: str) -> bool:
+    """Whether a final part is nothing but an answer: one line of mathematics, or one word."""
+    if len(text) > MAX_BARE_CHARS or "\n" in text:
+        return False
+    words = re.findall(r"[A-Za-z]{2,}", re.sub(r"\\text\s*\{[^{}]*\}|\\[A-Za-z]+", " ", text))
+    return not words or re.fullmatch(r"[A-Za-z]+\.?", text) is not None
+
+
 def _stated_answer(text: str) -> str | None:
     """The explicit statement of an answer without a box ("The answer is 7."), from the last such statement."""
-    statement = None
-    for statement in _STATEMENT.finditer(text[-4_000:]):
-        pass
-    if statement is None:
-        return None
-    rest = text[-4_000:][statement.end() :].strip()
+    end_of_text = text[-MAX_STATEMENT_SEARCH:]
+    statements = list(_STATEMENT.finditer(end_of_text))
+    if not statements:
+        return text.strip() if _is_bare(text.strip()) else None
+    rest = end_of_text[statements[-1].end() :].strip()
     end = _STATEMENT_END.search(rest)
     stated = (rest[: end.start()] if end else rest).strip().strip("*").strip()
-    return stated if 0 < len(stated) <= 200 else None
+    stated = re.split(r"\b(?:is|are|equals)\s", stated)[-1].strip()  # "the largest n is 34"
+    return stated if 0 < len(stated) <= MAX_STATEMENT_CHARS else None
+
+
+def _joined(text: str, start: int, end: int) -> bool:
+    """Whether only a comma, "and" or the like stands between two boxes."""
+    return end - start <= MAX_JOINER_CHARS and _JOINER.fullmatch(text, start, end) is not None
 
 
 def extract(response: str, thinking_end_marks: Sequence[str]) -> Extraction:
@@ -129,11 +154,11 @@ def extract(response: str, thinking_end_marks: Sequence[str]) -> Extraction:
     if any(_HIDDEN.search(visible, max(0, start - 30), start) for start, _, _ in boxes):
         return Extraction(refusal="a box is hidden in a phantom")
     first = len(boxes) - 1
-    while first > 0 and _JOINER.fullmatch(visible, boxes[first - 1][1], boxes[first][0]):
+    while first > 0 and _joined(visible, boxes[first - 1][1], boxes[first][0]):
         first -= 1
     answers = tuple(content for _, _, content in boxes[first:])
     if any(not answer.strip() for answer in answers):
         return Extraction(refusal="the box is empty")
-    if any(len(answer) > MAX_BOX_CHARS for answer in answers):
-        return Extraction(refusal=f"the box holds more than {MAX_BOX_CHARS} characters")
+    if any(len(content) > MAX_BOX_CHARS for _, _, content in boxes):
+        return Extraction(refusal=f"a box holds more than {MAX_BOX_CHARS} characters")
     return Extraction(answers=answers, earlier=tuple(content for _, _, content in boxes[:first]))

@@ -27,7 +27,6 @@ _HEDGE = re.compile(
     re.IGNORECASE,
 )
 _EXPONENT = re.compile(r"\^\s*(?:\{\s*-?(\d+)\s*\}|-?(\d))")
-_TOWER = re.compile(r"\^\s*\{[^{}]*\^|\^\s*\d\s*\^|\^\s*\{?\s*\(?[^{}()^]{0,20}\^")
 _FACTORIAL = re.compile(r"(\d+|\))\s*\}?\s*!")
 _BINOMIAL = re.compile(r"\\binom\s*\{\s*(\d+)")
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 _INFINITE = {"\\infty": 1, "+\\infty": 1, "-\\infty": -1}
 
 
+_REALS = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?")
+_POSITIVE = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?\s*\^\s*\{?\s*\+\s*\}?")
+
+
 @dataclass(frozen=True)
 class End:
     """One end of an interval: an infinity, or an expression; and whether the end belongs to the interval."""
@@ -25,6 +29,7 @@ class End:
 
     @property
     def infinite(self) -> int:
+        """-1 or 1 for an infinity, else 0."""
         return _INFINITE.get(self.latex.replace(" ", ""), 0)
 
 
@@ -53,7 +58,7 @@ def is_set_like(node: Node) -> bool:
         )
     if isinstance(node, Collection):
         return any(isinstance(part, Relation) and is_set_like(part) for part in node.parts)
-    return isinstance(node, Leaf) and re.fullmatch(r"\\mathbb\s*\{?\s*R\s*\}?", node.latex) is not None
+    return isinstance(node, Leaf) and (_REALS.fullmatch(node.latex) or _POSITIVE.fullmatch(node.latex)) is not None
 
 
 class IntervalComparison:
@@ -91,17 +96,16 @@ class IntervalComparison:
         if isinstance(node, Bracketed):
             return self._interval(node)
         if isinstance(node, Leaf):
-            if re.fullmatch(r"\\mathbb\s*\{?\s*R\s*\}?", node.latex):
+            if _REALS.fullmatch(node.latex):
                 return [_everything()]
-            return [] if node.latex == "\\emptyset" else None
+            return [Piece(End("0", False), _everything().high)] if _POSITIVE.fullmatch(node.latex) else None
         if isinstance(node, Relation):
             return self._relation(node)
         if isinstance(node, Collection):
             if node.braces:
                 points = [_end(part, True) for part in node.parts]
                 return None if any(p is None or p.infinite for p in points) else [Piece(p, p) for p in points if p]
-            return self._joined([self.pieces(part) for part in node.parts if isinstance(part, (Relation, Bracketed, SetOperation))]
-                                if all(isinstance(part, (Relation, Bracketed, SetOperation)) for part in node.parts) else [None])  # fmt: skip
+            return self._solutions(node)
         if isinstance(node, SetOperation):
             parts = [self.pieces(part) for part in node.parts]
             if node.operator == "union":
@@ -109,6 +113,27 @@ class IntervalComparison:
             if node.operator == "difference" and len(parts) == 2 and parts[0] is not None and parts[1] is not None:
                 return self._without_points(parts[0], parts[1])
         return None
+
+    def _solutions(self, node: Collection) -> list[Piece] | None:
+        """Inequalities side by side: both hold, where they can; joined by "or", either does."""
+        if not all(isinstance(part, (Relation, Bracketed, SetOperation)) for part in node.parts):
+            return None
+        parts = [self.pieces(part) for part in node.parts]
+        union = self._joined(parts)
+        rays = [part[0] for part in parts if part is not None and len(part) == 1]
+        if (
+            node.alternative
+            or len(rays) != 2
+            or len(parts) != 2
+            or not all(isinstance(p, Relation) for p in node.parts)
+        ):
+            return union
+        low = next((ray.low for ray in rays if not ray.low.infinite), None)
+        high = next((ray.high for ray in rays if not ray.high.infinite), None)
+        if low is None or high is None or any(not ray.low.infinite and not ray.high.infinite for ray in rays):
+            return union
+        first, last = self._order(low), self._order(high)
+        return [Piece(low, high)] if first is not None and last is not None and first < last else union
 
     @staticmethod
     def _joined(parts: list[list[Piece] | None]) -> list[Piece] | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
+from oreal_megatron.verifier.rational import parse_rational
 from oreal_megatron.verifier.structure import Bracketed, Collection, Leaf, Node, Ratio, Relation, Text
 
 _SUBSCRIPT = r"(?:\s*_\s*(?:\{[^{}]{1,20}\}|\w))?(?:\s*'{1,2}|\s*\^\s*\{?\s*\\prime\s*\}?|\s*\^\s*\{?\s*\\?\*\s*\}?)?"
-_SYMBOL = rf"(?:[A-Za-z]|\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|rho|sigma|tau|omega|Delta|Omega|ell){_SUBSCRIPT}|[A-Za-z]{_SUBSCRIPT})"
+_GREEK = r"\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|rho|sigma|tau|omega|Delta|Omega|ell)"
+_SYMBOL = rf"(?:[A-Za-z]|{_GREEK}){_SUBSCRIPT}"
 _SEGMENT = r"[A-Z]{2,6}"
 _NAME = re.compile(
     rf"\{{?\s*{_SYMBOL}\s*\}}?"
@@ -51,7 +53,7 @@ def strip_name(relation: Relation) -> Node | None:
     rest = [item for item, is_a_name in zip(items, named, strict=True) if not is_a_name]
     if named[0] and rest:
         return _chain_value(rest, relation.operators[len(items) - len(rest) :])
-    if not any(named) and all(_is_constant(item) for item in items):
+    if not any(named) and all(is_constant(item) for item in items):
         return _chain_value(items, relation.operators)
     return None
 
@@ -64,16 +66,17 @@ def _chain_value(items: list[Node], operators: tuple[str, ...]) -> Node:
     return items[-1]
 
 
-def _is_constant(node: Node) -> bool:
+def is_constant(node: Node) -> bool:
+    """Whether the item is an expression without variables."""
     if not isinstance(node, Leaf):
         return False
-    letters = re.sub(r"\\[A-Za-z]+", " ", node.latex)
-    return not re.search(r"[A-DF-Za-df-hj-z]", letters)
+    letters = re.sub(
+        r"\\(?:frac|sqrt|pi|cdot|times|div|ln|log|sin|cos|tan|binom|degree|text|infty)(?![A-Za-z])", " ", node.latex
+    )
+    return not re.search(r"[A-Za-df-hj-z]|\\[a-z]", letters)
 
 
 def _leaf_without_modulus(leaf: Leaf) -> Leaf:
-    from oreal_megatron.verifier.rational import parse_rational
-
     latex = re.split(r"\(?\s*\\(?:pmod|mod|text\s*\{\s*\(?mod)", leaf.latex)[0].strip().rstrip("(").strip()
     return Leaf(latex, parse_rational(latex))
 

@@ -22,6 +22,7 @@ _UNICODE = {
     "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
     "∧": r"\land ", "∨": r"\lor ", "¬": r"\neg ", "→": r"\to ", "∀": r"\forall ", "∃": r"\exists ",
     "√": r"\sqrt ", "°": r"\degree ", "º": r"\degree ", "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"',
+    "∠": r"\angle ",
     "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
     "€": r"\euro ", "£": r"\pounds ", "¥": r"\yen ", "、": ",", "。": ".", "…": r"\ldots ",
     "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
@@ -40,19 +41,21 @@ _COMMANDS = {
 }  # fmt: skip
 
 # Layout without meaning. `\limits` and friends only move indices about.
-_DROPPED_COMMANDS = frozenset(
-    "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr middle displaystyle textstyle scriptstyle "
-    "scriptscriptstyle limits nolimits noindent boldmath bf rm it sf tt normalfont large Large small bold "
-    "centering hfill allowbreak nonumber notag strut mathstrut".split()
+_DROPPED_COMMANDS = frozenset([
+    "left", "right", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr", "biggl", "biggr", "middle",
+    "displaystyle", "textstyle", "scriptstyle", "scriptscriptstyle", "limits", "nolimits", "noindent", "boldmath",
+    "bf", "rm", "it", "sf", "tt", "normalfont", "large", "Large", "small", "bold", "centering", "hfill",
+    "allowbreak", "nonumber", "notag", "strut", "mathstrut",
+])  # fmt: skip
+_SPACE_COMMANDS = frozenset(
+    ["quad", "qquad", "enspace", "thinspace", "space", "medspace", "thickspace", "newline", "hskip"]
 )
-_SPACE_COMMANDS = frozenset("quad qquad enspace thinspace space medspace thickspace newline hskip".split())
 # Typeface of their one argument, which stays.
-_UNWRAPPED_COMMANDS = frozenset(
-    "mathbf mathit mathsf mathtt boldsymbol bm pmb mathnormal displaymath underline cancel mathop phantomsection "
-    "ensuremath boxed operatorname mathrm".split()
-)
+_UNWRAPPED_COMMANDS = frozenset([
+    "mathbf", "mathit", "mathsf", "mathtt", "boldsymbol", "bm", "pmb", "mathnormal", "displaymath", "underline",
+    "cancel", "mathop", "phantomsection", "ensuremath", "boxed",
+])  # fmt: skip
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?")
-_SIMPLE_GROUP = re.compile(r"\{\s*([^{}\\]*?)\s*\}")
 _SPACING_SYMBOL = re.compile(r"\\[,;:! ]|\\\n|~")
 _COLOR = re.compile(r"\\(?:text)?color\s*\{[A-Za-z0-9!]{0,30}\}")
 _HTML_SCRIPT = re.compile(r"<(su[bp])>([^<>]{0,50})</\1>")
@@ -60,6 +63,18 @@ _THOUSANDS_BRACES = re.compile(r"(?<=\d)\{,\}(?=\d{3})|(?<=\d),\\!\s*(?=\d{3})|(
 _FRACTION = re.compile(r"\\frac\s*(?![\s{])(\d|[A-Za-z](?![A-Za-z])|\\[A-Za-z]+)\s*")
 _BARE_ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]{1,20}\])?\s*(\d|[A-Za-z])")
 _DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)(?![A-Za-z])|\^\s*\{\s*\\degree\s*\}|\^\s*\\degree(?![A-Za-z])")
+_PLAIN_FUNCTION = re.compile(
+    r"(?<![A-Za-z\\])(sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp)(?=\s*[\d(^{_]|\s+[a-z](?![a-z]))"
+)
+_PLAIN_NAME = re.compile(r"(?<![A-Za-z\\])(pi|theta|infinity|infty)(?![A-Za-z])")
+_PHANTOM = re.compile(r"\\[hv]?phantom\s*(?:\{[^{}]*\}|[-+\w])")
+_NUMERAL_IN_TEXT = re.compile(r"\\text\s*\{\s*([0-9A-Z]+)\s*\}(?=\s*_)")
+_IDLE_SPACE = re.compile(r"(?<!\d) +| +(?!\d)")
+_SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d ])")
+_CHOOSE = re.compile(r"\{\s*([^{}]*?)\s*\\choose\s*([^{}]*?)\s*\}")
+_SET_ARGUMENT = re.compile(r"\\(max|min|gcd|lcm)\s*\\\{([^{}\\]*)\\\}")
+_PREAMBLE = re.compile(r"\\text\s*\{\s*(?:the\s+)?(?:final\s+)?answer(?:\s+is)?\s*:?\s*\}\s*:?", re.IGNORECASE)
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _SPACES = re.compile(r"\s+")
 _INVISIBLE = re.compile("[\u200b-\u200f\u2060-\u2064\ufeff\u00ad\u202a-\u202e]")
 
@@ -90,20 +105,35 @@ def _rename_command(match: re.Match[str]) -> str:
 def matching_brace(text: str, start: int) -> int:
     """Index of the brace that closes the one at `start`, or -1. Escaped braces don't count."""
     depth = 0
-    index = start
-    while index < len(text):
-        char = text[index]
-        if char == "\\":
-            index += 2
-            continue
-        if char == "{":
+    for match in _BRACE.finditer(text, start):
+        if match[0] == "{":
             depth += 1
-        elif char == "}":
+        elif match[0] == "}":
             depth -= 1
             if depth == 0:
-                return index
-        index += 1
+                return match.start()
     return -1
+
+
+_UPRIGHT = re.compile(r"\\(?:mathrm|operatorname)\s*\{\s*([^{}]*?)\s*\}")
+_UPRIGHT_LETTER = re.compile(r"\\(?:mathrm|operatorname)\s*([A-Za-z])(?![A-Za-z])")
+_FUNCTIONS = frozenset([
+    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "arccot", "sinh", "cosh", "tanh", "log",
+    "ln", "lg", "exp", "gcd", "lcm", "max", "min", "mod", "det",
+])  # fmt: skip
+_UNIT_FRACTION = re.compile(r"\\frac\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}")
+_ORDINAL = re.compile(
+    r"(\d)\s*(?:\^\s*\{\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}|\^?\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}"
+    r"|\^\s*\{\s*(?:st|nd|rd|th)\s*\}|(?:st|nd|rd|th)(?![A-Za-z]))"
+)
+
+
+def _upright(match: re.Match[str]) -> str:
+    r"""`\mathrm{e}` is e, `\mathrm{lcm}` a function, `\mathrm{cm}` a word."""
+    name = match[1]
+    if name in _FUNCTIONS:
+        return f"\\{name} "
+    return f"\\text{{{name}}}" if sum(map(str.isalpha, name)) > 1 and "\\" not in name else name
 
 
 def _unwrap(text: str) -> str:
@@ -129,6 +159,37 @@ def _brace_fractions(text: str) -> str:
     return "".join(pieces) + text[position:]
 
 
+def _plain_functions(text: str) -> str:
+    r"""`sqrt(2)*pi` as people type it -> `\sqrt{2}*\pi `."""
+    if "\\text" in text:
+        return text
+    text = _PLAIN_FUNCTION.sub(r"\\\1", text)
+    text = _PLAIN_NAME.sub(lambda m: {"infinity": r"\infty "}.get(m[1], f"\\{m[1]} "), text)
+    pieces, position = [], 0
+    for match in re.finditer(r"\\sqrt\s*\(", text):
+        close = matching_bracket(text, match.end() - 1)
+        if close < 0 or match.start() < position:
+            continue
+        pieces.append(text[position : match.start()] + "\\sqrt{" + _plain_functions(text[match.end() : close]) + "}")
+        position = close + 1
+    return "".join(pieces) + text[position:]
+
+
+def matching_bracket(text: str, start: int) -> int:
+    """Index of the round bracket that closes the one at `start`, or -1."""
+    depth = 0
+    for index in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[index], 0)
+        if depth == 0:
+            return index
+    return -1
+
+
+def text_key(normalized: str) -> str:
+    """The answer without spaces, except between digits: `1 2` is not `12`."""
+    return _IDLE_SPACE.sub("", normalized)
+
+
 def normalize(answer: str) -> str:
     """The answer in one spelling: LaTeX commands only, no layout, braces around arguments, single spaces."""
     text = _fold_unicode(answer)
@@ -136,16 +197,30 @@ def normalize(answer: str) -> str:
     text = _THOUSANDS_BRACES.sub(lambda m: "," if "," in m[0] and not m[0].startswith("\\,") else "", text)
     text = text.replace("\\\\", "\\newrow ").replace(r"\(", " ").replace(r"\)", " ")
     text = text.replace(r"\[", " ").replace(r"\]", " ")
-    text = text.replace(r"\$", r"\dollar ").replace("$", "").replace(r"\%", "%").replace(r"\#", "#").replace(r"\&", " and ")
+    text = (
+        text.replace(r"\$", r"\dollar ")
+        .replace("$", "")
+        .replace(r"\%", "%")
+        .replace(r"\#", "#")
+        .replace(r"\&", " and ")
+    )
     text = _SPACING_SYMBOL.sub(" ", text)
     text = _COLOR.sub(" ", text)
+    text = re.sub(r"\\q?quad(?=[A-Za-z])", " ", text)
     text = _COMMAND.sub(_rename_command, text)
-    text = _unwrap(text)
+    text = _UPRIGHT_LETTER.sub(r"\1", _UPRIGHT.sub(_upright, text))
+    text = _UNIT_FRACTION.sub(r"\\text{\1/\2}", _unwrap(text))
+    text = _ORDINAL.sub(r"\1", text)
+    text = _NUMERAL_IN_TEXT.sub(r"\1", _PHANTOM.sub(" ", text))
+    text = re.sub(r"\\overline\s*\{\s*([A-Z]{2})\s*\}", r"\1", text)  # the segment AB
     text = _DEGREE.sub(r"\\degree ", text)
     text = text.replace("!=", r"\ne ").replace("<=", r"\le ").replace(">=", r"\ge ").replace("**", "^")
+    text = _plain_functions(text)
     text = _brace_fractions(text)
     text = _BARE_ROOT.sub(lambda m: f"\\sqrt{m[1] or ''}{{{m[2]}}}", text)
-    text = _SPACES.sub(" ", text).strip()
+    text = _SET_ARGUMENT.sub(r"\\\1(\2)", _CHOOSE.sub(r"\\binom{\1}{\2}", text))
+    text = _SPACES.sub(" ", _PREAMBLE.sub("", text)).strip()
+    text = _SPACED_THOUSANDS.sub(lambda m: m[0].replace(" ", ""), text)
     return _strip_end(text)
 
 

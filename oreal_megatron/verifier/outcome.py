@@ -7,24 +7,36 @@ from typing import NamedTuple
 
 from oreal_megatron.records import Verdict
 
+RULES, GUARD = "rules", "guard"
+"""Stages of the comparison. What a guard rejects is final: no judge may bring it back."""
+
 
 class Outcome(NamedTuple):
     """What a comparison found."""
 
     verdict: Verdict
     reason: str
+    stage: str = RULES
 
 
 def equal(reason: str) -> Outcome:
+    """Both are the same answer."""
     return Outcome(Verdict.CORRECT, reason)
 
 
 def different(reason: str) -> Outcome:
+    """They are different answers."""
     return Outcome(Verdict.INCORRECT, reason)
 
 
 def unknown(reason: str) -> Outcome:
+    """The rules cannot tell."""
     return Outcome(Verdict.UNDECIDED, reason)
+
+
+def rejected(reason: str) -> Outcome:
+    """No honest answer, whatever value it may hold."""
+    return Outcome(Verdict.INCORRECT, reason, GUARD)
 
 
 def all_of(outcomes: Iterable[Outcome], reason: str) -> Outcome:

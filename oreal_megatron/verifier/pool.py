@@ -27,6 +27,10 @@ _START_SECONDS = 120.0
 _STOP_SECONDS = 5.0
 
 
+Job = tuple[str, tuple[str, ...], tuple[str, ...]]
+"""Gold answer, final answers, earlier boxes."""
+
+
 @dataclass
 class Timed:
     """An outcome with the wall seconds it took, and whether it was the time limit that ended it."""
@@ -50,10 +54,19 @@ class _Server:
     def __init__(self, memory_limit_mb: int) -> None:
         ours, theirs = socket.socketpair()
         package_root = str(Path(__file__).resolve().parents[2])
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")])))
+        environment = dict(
+            os.environ, PYTHONPATH=os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+        )
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "oreal_megatron.verifier.worker", str(theirs.fileno()), str(memory_limit_mb)],
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "oreal_megatron.verifier.worker",
+                    str(theirs.fileno()),
+                    str(memory_limit_mb),
+                ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -62,13 +75,19 @@ class _Server:
             )
         self.control = ours
         ours.settimeout(_START_SECONDS)
-        if len(ours.recv(protocol.REPLY.size)) < protocol.REPLY.size:
+        try:
+            ready = ours.recv(protocol.REPLY.size)
+        except TimeoutError:
+            ready = b""
+        if len(ready) < protocol.REPLY.size:
+            self.stop()
             raise RuntimeError(
-                f"the verifier's worker server ended at once with code {self.process.wait()}: "
+                f"the verifier's worker server did not start (exit code {self.process.returncode}): "
                 "see its error above; are sympy and latex2sympy2_extended installed?"
             )
 
     def fork(self) -> _Worker:
+        """A fresh child with a connection of its own."""
         ours, theirs = socket.socketpair()
         with theirs:
             socket.send_fds(self.control, [protocol.COMMAND.pack(protocol.FORK, 0)], [theirs.fileno()])
@@ -84,6 +103,7 @@ class _Server:
         self.control.recv(protocol.REPLY.size)
 
     def stop(self) -> None:
+        """End the server, which ends its children."""
         self.control.close()
         try:
             self.process.wait(_STOP_SECONDS)
@@ -113,7 +133,7 @@ def _release(resources: _Resources) -> None:
 
 
 class WorkerPool:
-    """Compares pairs of answers in processes that are started when first needed."""
+    """Compares answers in processes that are started when first needed."""
 
     def __init__(self, num_workers: int, timeout_seconds: float, memory_limit_mb: int) -> None:
         self.num_workers = num_workers
@@ -129,18 +149,18 @@ class WorkerPool:
         with self._lock:
             _release(self._resources)
 
-    def compare(self, pairs: Sequence[tuple[str, str]]) -> list[Timed]:
-        """One outcome for each (gold, answer), in order. Threads take turns."""
-        if not pairs:
+    def compare(self, jobs: Sequence[Job]) -> list[Timed]:
+        """One outcome for each job, in order. Threads take turns."""
+        if not jobs:
             return []
         with self._lock:
-            results: list[Timed | None] = [None] * len(pairs)
-            workers = self._started(min(self.num_workers, len(pairs)))
-            pending = list(range(len(pairs) - 1, -1, -1))
+            results: list[Timed | None] = [None] * len(jobs)
+            workers = self._started(min(self.num_workers, len(jobs)))
+            pending = list(range(len(jobs) - 1, -1, -1))
             while pending or any(worker.job >= 0 for worker in workers):
                 for worker in workers:
                     if worker.job < 0 and pending:
-                        self._give(worker, pending, pairs, results)
+                        self._give(worker, pending, jobs, results)
                 self._collect(workers, results)
             return [result or Timed(unknown("lost"), 0.0) for result in results]
 
@@ -158,11 +178,11 @@ class WorkerPool:
             workers.append(server.fork())
         return workers
 
-    def _give(self, worker: _Worker, pending: list[int], pairs: Sequence[tuple[str, str]], results: list[Timed | None]) -> None:
+    def _give(self, worker: _Worker, pending: list[int], jobs: Sequence[Job], results: list[Timed | None]) -> None:
         job = pending.pop()
         worker.job, worker.started = job, time.monotonic()
         try:
-            worker.connection.send_bytes(json.dumps(pairs[job]).encode())
+            worker.connection.send_bytes(json.dumps(jobs[job]).encode())
         except OSError:
             results[job] = Timed(unknown("the worker process died"), 0.0)
             self._replace(worker)
@@ -177,8 +197,8 @@ class WorkerPool:
             worker = busy[connection]  # type: ignore[index]
             seconds = time.monotonic() - worker.started
             try:
-                verdict, reason = json.loads(worker.connection.recv_bytes())
-                results[worker.job] = Timed(Outcome(Verdict(verdict), reason), seconds)
+                verdict, reason, stage = json.loads(worker.connection.recv_bytes())
+                results[worker.job] = Timed(Outcome(Verdict(verdict), reason, stage), seconds)
                 worker.job = -1
             except (EOFError, OSError):
                 results[worker.job] = Timed(unknown("the worker process died"), seconds)

@@ -18,9 +18,7 @@ _POWER_OF_TEN = re.compile(r"10\s*\^\s*(?:\{\s*([+-]?\d+)\s*\}|(\d))")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{\s*(\d{1,200})\s*\}")
 _FRACTION = re.compile(rf"\\frac\s*\{{\s*([+-]?\s*{_INTEGER})\s*\}}\s*\{{\s*([+-]?\s*{_INTEGER})\s*\}}")
 _SLASH = re.compile(rf"({_INTEGER})\s*/\s*(-?\s*{_INTEGER})")
-_MIXED = re.compile(
-    rf"({_INTEGER})\s*\\frac\s*\{{\s*(\d+)\s*\}}\s*\{{\s*(\d+)\s*\}}|({_INTEGER})\s+(\d+)\s*/\s*(\d+)"
-)
+_MIXED = re.compile(rf"({_INTEGER})\s*\\frac\s*\{{\s*(\d+)\s*\}}\s*\{{\s*(\d+)\s*\}}|({_INTEGER})\s+(\d+)\s*/\s*(\d+)")
 
 
 def _integer(digits: str) -> int:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from oreal_megatron.records import Verdict
 from oreal_megatron.verifier.compare import Comparison, Leaves
 from oreal_megatron.verifier.guards import Refused, check_answer, is_hedged, looks_like_code
-from oreal_megatron.verifier.normalize import normalize
-from oreal_megatron.verifier.outcome import Outcome, different, equal, unknown
+from oreal_megatron.verifier.normalize import normalize, text_key
+from oreal_megatron.verifier.outcome import Outcome, different, equal, rejected, unknown
 from oreal_megatron.verifier.rational import parse_rational
 from oreal_megatron.verifier.structure import parse
 
-MAX_RULE_CHARS = 8_192
+MAX_ANSWER_CHARS = 8_192
+MAX_FAST_CHARS = 400
 
 
 class NeedsSympy(Exception):
@@ -21,8 +24,10 @@ class NeedsSympy(Exception):
 class RationalLeaves:
     """Compares plain numbers exactly, and leaves the rest to a worker with sympy."""
 
+    max_chars = MAX_FAST_CHARS
+
     def equal(self, gold: str, answer: str) -> Outcome:
-        if gold.replace(" ", "") == answer.replace(" ", ""):
+        if text_key(gold) == text_key(answer):
             return equal("the same text")
         gold_value, answer_value = parse_rational(gold), parse_rational(answer)
         if gold_value is None or answer_value is None:
@@ -39,6 +44,28 @@ class RationalLeaves:
         return value
 
 
+_INTEGER_PARAMETER = re.compile(
+    r"(?:,|;|\\text\s*\{\s*,?\s*(?:where|with|for|and)?[^{}]{0,20}\}|where|\()?\s*(?<![A-Za-z\\])([a-zA-Z])\s*"
+    r"(?:\\in\s*\\mathbb\s*\{?\s*(?P<set>[ZN])\s*\}?(?:\s*[_^]\s*\{?[\w+*]\}?)?"
+    r"|(?:\\text\s*\{)?\s*(?:is\s+)?(?:an|any)\s+(?:arbitrary\s+)?integer\s*\}?)\s*\)?"
+)
+_PARAMETERS = {"Z": "kappa", "N": "iota"}
+_SENTENCE_WORDS = 6
+
+
+def name_parameter(text: str) -> str:
+    r"""`x=n\pi, n\in\mathbb{Z}` -> `x=\kappa\pi \text{integer}`: a declared integer is bound, whatever its letter."""
+    declared = _INTEGER_PARAMETER.search(text)
+    if declared is None:
+        return text
+    rest = text[: declared.start()] + text[declared.end() :]
+    if not rest.strip():
+        return text
+    letter = declared[1]
+    parameter = _PARAMETERS[declared["set"] or "Z"]
+    return re.sub(rf"(?<![A-Za-z\\]){letter}(?![A-Za-z])", lambda _: f"\\{parameter} ", rest).strip(" ,")
+
+
 _CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)?\s*[.:]?")
 _CHOICE_OF_TEXT = re.compile(r"\(\s*([A-H])\s*\)\s*\S.*|([A-H])\s*[.:)]\s*\S.*", re.DOTALL)
 _LETTERS = re.compile(r"[A-H](?:\s*(?:,|and)?\s*[A-H]){0,7}")
@@ -46,6 +73,7 @@ _LETTERS = re.compile(r"[A-H](?:\s*(?:,|and)?\s*[A-H]){0,7}")
 
 def _choices(text: str) -> frozenset[str] | None:
     plain = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).strip()
+    plain = re.sub(r"(?i)^(?:option|choice|answer)\s*:?\s+", "", plain)
     if match := _CHOICE.fullmatch(plain):
         return frozenset(match[1])
     if _LETTERS.fullmatch(plain):
@@ -67,30 +95,73 @@ def _choice_outcome(gold: str, answer: str) -> Outcome | None:
     return different("another choice") if given is not None else None
 
 
-def compare_answers(gold: str, answer: str, leaves: Leaves) -> Outcome:
-    """Whether `answer` is the gold answer. Never raises for a bad answer, except NeedsSympy from the leaves."""
-    if not answer.strip():
-        return different("an empty answer")
-    if looks_like_code(answer):
-        return different("program text is no answer")
-    if len(answer) > MAX_RULE_CHARS:
-        return equal("the same text") if answer.strip() == gold.strip() else different("an answer of enormous length")
-    gold_text, answer_text = normalize(gold), normalize(answer)
-    if gold_text.replace(" ", "") == answer_text.replace(" ", ""):
-        return equal("the same text")
-    if is_hedged(answer_text) and not is_hedged(gold_text):
-        return different("the answer hedges or addresses the grader")
-    if not re.search(r"[0-9A-Za-z]|\\[A-Za-z]", answer_text) or re.fullmatch(r"(?:\\ldots|[?.\s])*", answer_text):
-        return different("nothing that could be an answer")
+def _refused(gold: str, answer: str) -> Outcome | None:
+    """What needs no comparison: no answer, hostile text, hedges. Both are normalised."""
+    if is_hedged(answer) and not is_hedged(gold):
+        return rejected("the answer hedges or addresses the grader")
+    if not re.search(r"[0-9A-Za-z]|\\[A-Za-z]|\\\{\s*\\\}", answer) or re.fullmatch(r"(?:\\ldots|[?.\s])*", answer):
+        return rejected("nothing that could be an answer")
     try:
-        check_answer(answer_text)
-        check_answer(gold_text)
+        check_answer(answer)
+        check_answer(gold)
     except Refused as refusal:
         return unknown(f"refused: {refusal}")
-    choice = _choice_outcome(gold_text, answer_text)
-    if choice is not None:
-        return choice
-    if parse_rational(gold_text) is not None and parse_rational(answer_text) is not None:
-        same = parse_rational(gold_text) == parse_rational(answer_text)
-        return equal("the same number") if same else different("different numbers")
-    return Comparison(leaves).compare(parse(gold_text), parse(answer_text))
+    return None
+
+
+def compare_answers(gold: str, answer: str, leaves: Leaves) -> Outcome:
+    """Whether `answer` is the gold answer. Never raises for a bad answer, except NeedsSympy from the leaves."""
+    if not gold.strip():
+        return unknown("the gold answer is empty")
+    if not answer.strip():
+        return rejected("an empty answer")
+    if looks_like_code(answer):
+        return rejected("program text is no answer")
+    if answer.strip() == gold.strip():
+        return equal("the same text")
+    if len(answer) > MAX_ANSWER_CHARS or len(gold) > MAX_ANSWER_CHARS:
+        return (
+            rejected("an answer of enormous length") if len(answer) > len(gold) else unknown("an enormous gold answer")
+        )
+    if max(len(gold), len(answer)) > leaves.max_chars:
+        raise NeedsSympy  # normalisation is not linear in hostile text: leave it to a process that can be killed
+    gold_text, answer_text = normalize(gold), normalize(answer)
+    if text_key(gold_text) == text_key(answer_text):
+        return equal("the same text")
+    outcome = _refused(gold_text, answer_text) or _choice_outcome(gold_text, answer_text)
+    if outcome is not None:
+        return outcome
+    outcome = Comparison(leaves).compare(parse(name_parameter(gold_text)), parse(name_parameter(answer_text)))
+    if outcome.verdict is Verdict.INCORRECT and _is_sentence(gold_text):
+        return unknown("the gold answer is a sentence, which rules cannot compare")
+    return outcome
+
+
+def _is_sentence(text: str) -> bool:
+    return len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)) >= _SENTENCE_WORDS
+
+
+def compare_final(gold: str, answers: Sequence[str], earlier: Sequence[str], leaves: Leaves) -> Outcome:
+    """Whether the boxes of a final part state the gold answer and nothing that contradicts it."""
+    distinct = list(dict.fromkeys(answers))
+    outcome = compare_answers(gold, ", ".join(distinct), leaves)
+    others = [box for box in dict.fromkeys(earlier) if box not in distinct]
+    if not others:
+        return outcome
+    if outcome.verdict is Verdict.CORRECT:
+        agreeing = (_agrees(gold, box, leaves) for box in others)
+        if all(agreeing):
+            return outcome
+        return rejected("the final part boxes different answers")
+    # The parts of one answer may be boxed one by one, each in its own sentence.
+    together = compare_answers(gold, ", ".join([*others, *distinct]), leaves)
+    return together if together.verdict is Verdict.CORRECT else outcome
+
+
+def _agrees(gold: str, box: str, leaves: Leaves) -> bool:
+    """Whether an earlier box is the gold answer or one of its parts."""
+    if compare_answers(gold, box, leaves).verdict is Verdict.CORRECT:
+        return True
+    parts = getattr(parse(normalize(gold)), "parts", ())
+    node = parse(normalize(box))
+    return any(Comparison(leaves).compare(part, node).verdict is Verdict.CORRECT for part in parts)

@@ -11,10 +11,7 @@ from fractions import Fraction
 
 from oreal_megatron.verifier.normalize import matching_brace
 from oreal_megatron.verifier.rational import parse_rational
-from oreal_megatron.verifier.words import Unit, parse_word_number, split_unit
-
-MAX_DEPTH = 40
-"""Nesting of brackets and braces beyond which an answer is refused."""
+from oreal_megatron.verifier.words import Unit, parse_word_number, split_unit, words_key
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class Bracketed:
 
 @dataclass(frozen=True)
 class Collection:
-    """Parts without order: a list of solutions, or a set where `braces`. `alternative` where joined by "or"."""
+    """Parts without order: a list of solutions, or a set where `braces`; `alternative` where joined by "or"."""
 
     parts: tuple[Node, ...]
     braces: bool = False
@@ -71,7 +68,7 @@ class Collection:
 
 @dataclass(frozen=True)
 class SetOperation:
-    """Union, intersection or difference of two or more sets."""
+    """Union, intersection or difference of sets; "or" and "and" of statements."""
 
     operator: str
     parts: tuple[Node, ...]
@@ -92,17 +89,23 @@ class Matrix:
 
 Node = Leaf | Text | Based | Ratio | Bracketed | Collection | SetOperation | Relation | Matrix
 
-_OPENING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "\\langle": "\\rangle", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
+_OPENING = {
+    "(": ")",
+    "[": "]",
+    "{": "}",
+    "\\{": "\\}",
+    "\\langle": "\\rangle",
+    "\\lfloor": "\\rfloor",
+    "\\lceil": "\\rceil",
+}
 _CLOSING = frozenset(_OPENING.values())
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
 RELATIONS = {
     "=": "=", "<": "<", ">": ">", "\\lt": "<", "\\gt": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!=",
     "\\approx": "~", "\\sim": "~", "\\in": "in", "\\equiv": "mod", "\\to": "->", "\\Rightarrow": "=>",
 }  # fmt: skip
-_BASED = re.compile(r"([0-9A-Za-z]*\d[0-9A-Za-z]*|[A-F]+)\s*_\s*(?:\{\s*(\d{1,2})\s*\}|(\d{1,2}))")
-_MATRIX = re.compile(
-    r"\\begin\{([pbBvV]?matrix|smallmatrix|array)\}(?:\s*\{[lcr| ]{0,60}\})?(.*)\\end\{\1\}", re.DOTALL
-)
+_BASED = re.compile(r"([0-9A-Za-z]*\d[0-9A-Za-z]*|[A-Fa-f]{2,})\s*_\s*(?:\{\s*(\d{1,2})\s*\}|(\d{1,2}))")
+_MATRIX = re.compile(r"\\begin\{([pbB]?matrix|smallmatrix|array)\}(?:\s*\{[lcr| ]{0,60}\})?(.*)\\end\{\1\}", re.DOTALL)
 _WORD_SEPARATOR = re.compile(r"\\text\s*\{\s*,?\s*(and|or)\s*,?\s*\}|(?<![A-Za-z\\])(and|or)(?![A-Za-z])")
 _TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
 _PLAIN_WORDS = re.compile(r"[A-Za-z][A-Za-z' ,.\-!?]*")
@@ -141,12 +144,7 @@ def split_top(latex: str, separators: frozenset[str]) -> list[str]:
     return parts
 
 
-def depth_of(latex: str) -> int:
-    """Deepest nesting of brackets."""
-    return max((token.depth + 1 for token in tokens_of(latex)), default=0)
-
-
-def _split_relation(latex: str) -> Relation | None:
+def _split_relation(latex: str) -> Node | None:
     items, operators, position = [], [], 0
     for token in tokens_of(latex):
         if token.depth == 0 and token.text in RELATIONS:
@@ -156,14 +154,32 @@ def _split_relation(latex: str) -> Relation | None:
     if not operators:
         return None
     items.append(latex[position:].strip())
+    if not items[0] and operators[0] in ("=", "~") and len(items) > 1:
+        items, operators = items[1:], operators[1:]  # "= 5" and "\\approx 5" state 5
     if any(not item for item in items):
         return None
+    if not operators:
+        return parse(items[0])
     return Relation(tuple(parse(item) for item in items), tuple(operators))
+
+
+_BUILDER = re.compile(r"\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?)?\s*(?:\||:)(.+)", re.DOTALL)
+
+
+def _set_of(inside: str) -> Node:
+    builder = _BUILDER.fullmatch(inside)
+    if builder and (condition := _split_relation(builder[1].strip())):
+        return condition  # {x | x > 0}
+    return Collection(_flatten([parse(part) for part in split_top(inside, frozenset(",;")) if part]), braces=True)
 
 
 def _bracketed(latex: str) -> Node | None:
     tokens = tokens_of(latex)
-    if len(tokens) < 2 or tokens[0].text not in ("(", "[", "\\{", "\\langle", "]") or tokens[-1].text not in _CLOSING | {"["}:
+    if (
+        len(tokens) < 2
+        or tokens[0].text not in ("(", "[", "\\{", "\\langle", "]")
+        or tokens[-1].text not in _CLOSING | {"["}
+    ):
         return None
     if any(token.depth <= 0 for token in tokens[1:-1]) and tokens[0].text != "]":
         return None
@@ -172,14 +188,12 @@ def _bracketed(latex: str) -> Node | None:
     if opening == "\\{" and closing == "\\}":
         if not inside:
             return Collection((), braces=True)
-        return Collection(tuple(parse(part) for part in split_top(inside, frozenset(",;"))), braces=True)
+        return _set_of(inside)
     if opening == "\\{" or closing == "\\}":
         return None
     parts = split_top(inside, frozenset(",;"))
     if len(parts) == 1:
         return parse(inside) if (opening, closing) == ("(", ")") and inside else None
-    if parse_rational(inside) is not None and opening == "(":
-        pass  # "(1,234)" is a pair, not a number with a separator
     return Bracketed(tuple(parse(part) for part in parts), opening, closing)
 
 
@@ -206,22 +220,37 @@ def _based(latex: str) -> Based | None:
     return Based(digits.lstrip("0") or "0", base)
 
 
-def _words(latex: str) -> Text | None:
+def _text(words: str, latex: str) -> Node:
+    return Leaf(r"\mathbb{R}") if words_key(words) == "all real number" else Text(words, latex)
+
+
+def _words(latex: str) -> Node | None:
     """The whole as text, if it is only text."""
     without = _TEXT_COMMAND.sub("", latex).strip(" .,;:!?-")
     if "\\text" in latex and not without:
-        words = " ".join(match[1].strip() for match in _TEXT_COMMAND.finditer(latex))
-        return Text(words.strip(), latex)
-    if _PLAIN_WORDS.fullmatch(latex) and (len(latex) > 3 or " " in latex) and len(re.findall("[A-Za-z]{3,}", latex)) > 0:
-        return Text(latex.strip(), latex)
+        words = " ".join(match[1].strip() for match in _TEXT_COMMAND.finditer(latex)).strip()
+        if re.fullmatch(r"[\d.,/:%\s-]+|[A-Za-z]\s*=\s*[\d./-]+", words):
+            return parse(words)
+        if quantity := re.fullmatch(r"(-?[\d.,/]+)\s+([A-Za-z][A-Za-z ]*)", words):
+            return parse(f"{quantity[1]}\\text{{{quantity[2]}}}")
+        return _text(words, latex)
+    if (
+        _PLAIN_WORDS.fullmatch(latex)
+        and (len(latex) > 3 or " " in latex)
+        and len(re.findall("[A-Za-z]{3,}", latex)) > 0
+    ):
+        return _text(latex.strip(), latex)
     return None
+
+
+_CLOCK = re.compile(r"\d{1,2}\s*:\s*[0-5]\d(?:\s*(?:\\text\s*\{[^{}]*\}|[AaPp]\.?[Mm]\.?))?")
 
 
 def _ratio(latex: str) -> Ratio | None:
     parts = split_top(latex, frozenset({":", "\\colon"}))
     if len(parts) < 2 or any(not part for part in parts):
         return None
-    clock = len(parts) == 2 and re.fullmatch(r"\d{1,2}:[0-5]\d", latex.replace(" ", "")) is not None
+    clock = len(parts) == 2 and _CLOCK.fullmatch(latex) is not None
     return Ratio(tuple(parse(part) for part in parts), clock)
 
 
@@ -267,8 +296,13 @@ def parse_list(latex: str) -> Collection | None:
     return Collection(_flatten([parse(part) for part in parts]), alternative=alternative)
 
 
+_OPERATORS = (
+    ("\\lor", "or"), ("\\land", "and"), ("\\cup", "union"), ("\\setminus", "difference"), ("\\cap", "intersection"),
+)  # fmt: skip
+
+
 def _set_operation(latex: str) -> SetOperation | None:
-    for operator, name in (("\\cup", "union"), ("\\setminus", "difference"), ("\\cap", "intersection")):
+    for operator, name in _OPERATORS:
         parts = split_top(latex, frozenset({operator}))
         if len(parts) > 1 and all(parts):
             return SetOperation(name, tuple(parse(part) for part in parts))
@@ -289,11 +323,24 @@ def parse(latex: str) -> Node:
     if latex.startswith("{") and matching_brace(latex, 0) == len(latex) - 1:
         inside = latex[1:-1].strip()
         if len(split_top(inside, frozenset(",;"))) > 1:
-            return Collection(tuple(parse(part) for part in split_top(inside, frozenset(",;"))), braces=True)
+            return _set_of(inside)
         return parse(inside)
-    if parse_rational(latex) is not None:
-        return Leaf(latex, parse_rational(latex))
-    for reader in (_words, _matrix, _based, _bracketed, parse_list, _split_relation, _set_operation, _ratio, _plus_minus):
+    leaf = _leaf(latex)
+    if leaf.value is not None:
+        return leaf
+    if latex == "\\emptyset":
+        return Collection((), braces=True)
+    for reader in (
+        _words,
+        _matrix,
+        _based,
+        _bracketed,
+        parse_list,
+        _split_relation,
+        _set_operation,
+        _ratio,
+        _plus_minus,
+    ):
         node = reader(latex)
         if node is not None:
             return node

@@ -6,11 +6,11 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ONES = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _MAGNITUDES = {"hundred": 100, "thousand": 1_000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SMALL = {word: number for number, word in enumerate(_ONES)} | {word: 10 * (i + 2) for i, word in enumerate(_TENS)}
 
@@ -21,17 +21,24 @@ _SAME_UNIT = {
     "gm": "g", "kilogram": "kg", "milligram": "mg", "pound": "lb", "ounce": "oz", "liter": "l", "litre": "l",
     "milliliter": "ml", "degree": "deg", "cent": "cent", "dollar": "usd", "buck": "usd", "euro": "eur", "mph": "mi/h",
     "kph": "km/h", "kmph": "km/h", "joule": "j", "newton": "n", "watt": "w", "sq": "square", "percent": "percent",
-    "radian": "rad", "pounds": "gbp", "yen": "jpy",
+    "radian": "rad", "lbs": "lb", "yen": "jpy", "am": "am", "pm": "pm",
 }  # fmt: skip
-_NOT_A_UNIT = frozenset(
-    "or and not no never none maybe perhaps possibly either neither if then but except unless is are was equals "
-    "approximately about around least most than more less greater between to".split()
+_NOT_A_UNIT = frozenset([
+    "or", "and", "not", "no", "never", "none", "maybe", "perhaps", "possibly", "either", "neither", "if", "then",
+    "but", "except", "unless", "is", "are", "was", "equals", "approximately", "about", "around", "least", "most",
+    "than", "more", "less", "greater", "between", "to",
+])  # fmt: skip
+COMPARATIVE = re.compile(
+    r"\b(?:less|more|fewer|greater|least|most|not|no|or|between|than|about|approximately)\b", re.IGNORECASE
 )
+"""Words that turn the number beside them into another statement."""
 _UNIT_TEXT = re.compile(
     r"(?P<number>.*?)\s*(?P<unit>(?:\\text\s*\{[^{}]*\}|\\degree|(?<=[\d}\s)])(?:[A-Za-z]{2,}|[mgshLKJNW])(?![A-Za-z({\\]))"
     r"(?:\s|\^\s*\{?\s*-?\d\s*\}?|/|\\cdot|\\text\s*\{[^{}]*\}|\\degree|[A-Za-z.]|\*)*)",
     re.DOTALL,
 )
+_POWERS = {"square": "2", "cubic": "3"}
+_ANGLE_OF_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _CURRENCY = re.compile(r"(-?)\s*\\(dollar|euro|pounds|yen)(?![A-Za-z])\s*(.+)", re.DOTALL)
 
 
@@ -44,10 +51,24 @@ class Unit:
     def agrees(self, other: Unit) -> bool:
         """Whether the two may stand for the same: one list of words within the other, so "apples" in "red apples"."""
         mine, others = set(self.words) - {"/"}, set(other.words) - {"/"}
-        return self.words == other.words or (bool(mine and others) and (mine <= others or others <= mine) and not (mine ^ others) & _PHYSICAL)
+        return self.words == other.words or (
+            bool(mine and others) and (mine <= others or others <= mine) and not (mine ^ others) & _PHYSICAL
+        )
 
 
+DEGREES = Unit(("deg",))
 _PHYSICAL = frozenset(_SAME_UNIT.values()) | {"square", "cubic", "2", "3", "mm", "cm", "km", "kg", "mg", "ml", "hz"}
+
+
+_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+
+
+def is_prose(latex: str) -> bool:
+    """Whether words are mixed into the mathematics, beyond a unit or a name."""
+    inside = _TEXT.findall(latex)
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", " ".join(inside))
+    bare = re.findall(r"(?:^|\s)[a-z]{3,}(?=\s|$)", _TEXT.sub(" ", latex))
+    return len(inside) > 1 or len(words) > 1 or len(bare) > 1
 
 
 def _singular(word: str) -> str:
@@ -57,8 +78,9 @@ def _singular(word: str) -> str:
 def _unit_of(text: str) -> Unit | None:
     """The unit in a piece of text; None where it holds words that change the meaning of the number."""
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).replace("\\degree", " degree ").replace("\\cdot", " ")
-    words = []
-    for word in re.findall(r"[A-Za-z]+|/|-?\d+", text.lower()):
+    text = re.sub(r"([ap])\.\s?m\.?", r"\1m", text.lower())
+    words: list[str] = []
+    for word in re.findall(r"[a-z]+|/|-?\d+", text):
         if word in _NOT_A_UNIT:
             return None
         word = "/" if word == "per" else word
@@ -66,6 +88,8 @@ def _unit_of(text: str) -> Unit | None:
         words.extend(re.findall(r"[a-z]+|/|\d+", word))
     if any(word.isdigit() and word not in ("1", "2", "3") for word in words):
         return None
+    if len(words) == 2 and words[0] in _POWERS:
+        words = [words[1], _POWERS[words[0]]]
     return Unit(tuple(words))
 
 
@@ -89,6 +113,8 @@ def split_unit(latex: str) -> tuple[str, Unit | None, bool]:
 
 
 def _with_unit(latex: str, number: str, unit_text: str) -> tuple[str, Unit | None, bool]:
+    if "\\degree" in unit_text and _ANGLE_OF_FUNCTION.search(number):
+        return latex, None, False  # the degrees are the function's argument
     if "\\" not in unit_text and not _known_unit(unit_text):
         return latex, None, False  # letters without \text are variables unless they are a unit's name
     unit = _unit_of(unit_text)
@@ -105,7 +131,8 @@ def _with_unit(latex: str, number: str, unit_text: str) -> tuple[str, Unit | Non
 def _known_unit(text: str) -> bool:
     words = re.findall("[a-z]+", text.lower())
     return bool(words) and all(
-        len(word) >= 2 and (word in _PHYSICAL or word in _SAME_UNIT or _singular(word) in _SAME_UNIT or word in _MAGNITUDES)
+        len(word) >= 2
+        and (word in _PHYSICAL or word in _SAME_UNIT or _singular(word) in _SAME_UNIT or word in _MAGNITUDES)
         for word in words
     )
 
@@ -130,16 +157,21 @@ def parse_word_number(text: str) -> Fraction | None:
     return Fraction(total + current) if seen else None
 
 
-_PHRASES = {
-    "no solution": "no solution", "no real solution": "no solution", "no solutions exist": "no solution",
-    "no real solutions exist": "no solution", "none": "none", "does not exist": "dne", "dne": "dne",
-    "infinity": "infinity", "true": "true", "false": "false", "yes": "yes", "no": "no",
-}  # fmt: skip
-_FILLER = frozenset("a an the is are of it be".split())
+_FILLER = frozenset(["a", "an", "the", "is", "are", "of", "it", "be"])
+_SAME_PHRASE = (
+    ("no solution", "no solutions exist", "no real solution", "no real solutions exist", "no real number", "empty set"),
+    ("does not exist", "dne"), ("infinity", "infinite"), ("all real number", "all reals", "set of all real numbers"),
+)  # fmt: skip
+
+
+def _plain_key(text: str) -> str:
+    return " ".join(_singular(word) for word in re.findall(r"[a-z0-9]+", text.lower()) if word not in _FILLER)
+
+
+_PHRASES = {_plain_key(phrase): _plain_key(group[0]) for group in _SAME_PHRASE for phrase in group}
 
 
 def words_key(text: str) -> str:
     """One spelling of a phrase: lower case, singular, without articles and punctuation."""
-    words = [_singular(word) for word in re.findall(r"[a-z0-9]+", text.lower()) if word not in _FILLER]
-    key = " ".join(words)
+    key = _plain_key(text)
     return _PHRASES.get(key, key)

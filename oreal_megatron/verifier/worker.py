@@ -19,9 +19,10 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
-from oreal_megatron.records import Verdict
+from oreal_megatron.verifier.outcome import Outcome, unknown
 from oreal_megatron.verifier.protocol import COMMAND, FORK, REPLY
 
 _PARENT_CHECK_SECONDS = 1.0
@@ -30,11 +31,15 @@ _MAX_OPEN_FILES = 64
 
 # The parser builds its tables as it meets constructs; children inherit what the server has met.
 _WARM_UP = (
-    (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"), (r"x^{2}+2x+1", r"(x+1)^{2}"), (r"2\pi r h", r"2\pi hr"),
-    (r"\log_{2} 8-\ln 3", r"3-\ln 3"), (r"\sin^{2} x\cos 2x", r"\tan^{-1} x"), (r"\binom{10}{3}+5!", "240"),
-    (r"\left|x-1\right|+e^{-2t}", r"\lfloor x\rfloor"), (r"\sqrt[3]{2}a_{1}-\frac{a+b}{2}", r"2ab \cdot 3"),
-    (r"f(x)+\theta", r"\arcsin x"), (r"[1,\sqrt{2}]", r"1\le x\le\sqrt{2}"), ("y=2x+1", "2x-y+1=0"),
-    (r"\begin{pmatrix}\sqrt{2}\\1\end{pmatrix}", r"(\sqrt{2},2)"), ("3+4i", r"\sqrt{-1}4+3"), (r"10\sqrt{5}/3-6", "x"),
+    (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"), (r"x^{2}+2x+1", r"(x+1)^{2}"), (r"\log_{2} 8-\ln 3", r"3-\ln 3"),
+    (r"[1,\sqrt{2}]", r"1\le x\le\sqrt{2}"), ("y=2x+1", "2x-y+1=0"), ("f(x)=x^{2}+1", "f(t)=t^{2}+1"),
+    ("u(t)e^{-2t}", "2u(t)"),
+    (r"\begin{pmatrix}\sqrt{2}\\1\end{pmatrix}", r"(\sqrt{2},2)"), (r"\int_{0}^{1} x^{2} dx", r"\frac{1}{3}"),
+    (r"\int x^{3} dx", "x"),
+    (r"\sum_{k=1}^{n} k^{2}", r"\sum_{k=0}^{\infty} \frac{x^{k}}{k!}"), (r"\prod_{k=1}^{3} (k+1)", "24"),
+    (r"\gcd(12,18)", r"\max(1,2)"),
+    (r"2^10\cdot 3^5", r"2^6 3^5"), (r"\sin(x)^{2}", r"\cos x/2"), ("9 3", r"25 \sqrt{3}2"),
+    (r"\lim_{x\to 0} x", r"\frac{d}{dx} x^{2}"),
 )  # fmt: skip
 
 
@@ -59,36 +64,35 @@ def _limit_resources(memory_limit_mb: int) -> None:
             resource.setrlimit(kind, (limit, limit))
 
 
-def _compare(gold: str, answer: str) -> tuple[str, str]:
-    """(verdict, reason) of one pair. Every failure is UNDECIDED: it says nothing of the answer."""
+def _compare(gold: str, answers: Sequence[str], earlier: Sequence[str]) -> Outcome:
+    """The outcome of one job. Every failure is UNDECIDED: it says nothing of the answer."""
     from oreal_megatron.verifier.expressions import SymbolicLeaves
-    from oreal_megatron.verifier.rules import compare_answers
+    from oreal_megatron.verifier.rules import compare_final
 
     try:
-        outcome = compare_answers(gold, answer, SymbolicLeaves())
-        return str(outcome.verdict), outcome.reason
+        return compare_final(gold, answers, earlier, SymbolicLeaves())
     except RecursionError:
-        return str(Verdict.UNDECIDED), "the comparison recursed too deeply"
+        return unknown("the comparison recursed too deeply")
     except MemoryError:
         raise
     except Exception as error:
-        return str(Verdict.UNDECIDED), f"the comparison failed: {type(error).__name__}: {error}"[:200]
+        return unknown(f"the comparison failed: {type(error).__name__}: {error}"[:200])
 
 
 def _serve(connection: Connection) -> None:
     """Answer requests until the pool closes the connection."""
     while True:
         try:
-            gold, answer = json.loads(connection.recv_bytes())
+            gold, answers, earlier = json.loads(connection.recv_bytes())
         except (EOFError, OSError):
             return
         try:
-            reply = _compare(gold, answer)
+            outcome = _compare(gold, answers, earlier)
         except MemoryError:
             # The heap may be in pieces: say so and make room for a fresh process.
-            connection.send_bytes(json.dumps((str(Verdict.UNDECIDED), "the comparison ran out of memory")).encode())
+            connection.send_bytes(json.dumps(unknown("the comparison ran out of memory")).encode())
             return
-        connection.send_bytes(json.dumps(reply).encode())
+        connection.send_bytes(json.dumps(outcome).encode())
 
 
 def _fork(control: socket.socket, descriptor: int, memory_limit_mb: int) -> int:
@@ -144,10 +148,11 @@ def run_server(control: socket.socket, memory_limit_mb: int) -> None:
 
 
 def main() -> None:
+    """Warm up, say so, and serve until the pool is gone."""
     control = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for gold, answer in _WARM_UP:
-        _compare(gold, answer)
+        _compare(gold, (answer,), ())
     gc.freeze()
     control.sendall(REPLY.pack(os.getpid()))
     run_server(control, int(sys.argv[2]))

@@ -1,0 +1,207 @@
+"""`oreal-verify`: JSONL with answers in, JSONL with verdicts out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+from pydantic import ValidationError
+
+from oreal_megatron.records import Grade, GradeRequest, Verdict
+from oreal_megatron.verifier.api import StagedVerifier, build_verifier
+from oreal_megatron.verifier.config import VerifierConfig
+
+_BATCH = 256
+_DESCRIPTION = """\
+Grade answers to mathematics problems.
+
+Each line of INPUT is a JSON object:
+  gold      the right answer (also: gold_answer)
+  answer    what to grade (also: response)
+  kind      "pair": answer is the bare final answer; "response": a whole response with its thinking (default)
+  stopped   whether the response ended with the stop token (optional; see --stop-token)
+  question  the problem, which only a judge looks at (optional)
+  id, label optional: copied to the output, and scored in the summary
+
+Each line of OUTPUT, in the same order: id, verdict (CORRECT | INCORRECT | UNDECIDED), reason, stage, seconds."""
+_EXAMPLE = """\
+example:
+  printf '%s\\n' '{"id": "a", "gold": "\\\\frac{1}{2}", "answer": "0.5", "kind": "pair"}' > answers.jsonl
+  oreal-verify answers.jsonl --output verdicts.jsonl"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the input."""
+
+    id: Any
+    request: GradeRequest
+    is_response: bool
+    label: int | None
+
+
+class InputError(ValueError):
+    """A line of the input that cannot be graded."""
+
+
+def read_rows(path: Path, stop_token: str) -> Iterator[Row]:
+    """The rows of a file. A file that holds the stop token nowhere was stored without it: all its responses stopped."""
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        stored_with_token = any(stop_token in line for line in file)
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield _row(json.loads(line), number, stop_token if stored_with_token else None)
+            except ValueError as error:
+                raise InputError(f"{path}:{number}: {error}") from None
+
+
+def _row(fields: Any, number: int, stop_token: str | None) -> Row:
+    if not isinstance(fields, dict):
+        raise ValueError("not a JSON object")
+    gold, answer = fields.get("gold", fields.get("gold_answer")), fields.get("answer", fields.get("response"))
+    if not isinstance(gold, str) or not isinstance(answer, str):
+        raise ValueError('"gold" and "answer" must both be there, as strings')
+    kind = fields.get("kind", "response")
+    if kind not in ("pair", "response"):
+        raise ValueError(f'"kind" is {kind!r}; it must be "pair" or "response"')
+    stopped = fields.get("stopped")
+    if stopped is None:
+        stopped = stop_token is None or answer.endswith(stop_token)
+    if kind == "response" and stop_token is not None:
+        answer = answer.removesuffix(stop_token)
+    question = str(fields.get("question", ""))
+    request = GradeRequest(question=question, gold_answer=gold, response=answer, stopped=bool(stopped))
+    return Row(fields.get("id", number), request, kind == "response", fields.get("label"))
+
+
+def grade_rows(verifier: StagedVerifier, rows: Sequence[Row]) -> list[Grade]:
+    """Grades in the order of the rows."""
+    grades: dict[int, Grade] = {}
+    for is_response, grade in ((True, verifier.grade), (False, verifier.grade_answers)):
+        indices = [index for index, row in enumerate(rows) if row.is_response is is_response]
+        grades.update(zip(indices, grade([rows[index].request for index in indices]), strict=True))
+    return [grades[index] for index in range(len(rows))]
+
+
+class Progress:
+    """A bar on a terminal, nothing elsewhere."""
+
+    def __init__(self, total: int, stream: TextIO) -> None:
+        self.total, self.stream, self.done = total, stream, 0
+        self.started = time.monotonic()
+
+    def advance(self, number: int) -> None:
+        """Some more are done."""
+        self.done += number
+        if self.stream.isatty():
+            filled = 30 * self.done // max(self.total, 1)
+            rate = self.done / max(time.monotonic() - self.started, 1e-9)
+            end = "\n" if self.done == self.total else ""
+            self.stream.write(f"\r[{'#' * filled:<30}] {self.done}/{self.total}  {rate:.0f}/s{end}")
+            self.stream.flush()
+
+
+def summary(rows: Sequence[Row], grades: Sequence[Grade], seconds: float) -> str:
+    """Counts, and where the input had labels, how many verdicts are right."""
+    counts = Counter(grade.verdict for grade in grades)
+    text = f"{len(grades)} graded in {seconds:.1f} s: " + ", ".join(
+        f"{counts[verdict]} {verdict}" for verdict in Verdict
+    )
+    labelled = [(row.label, grade.verdict) for row, grade in zip(rows, grades, strict=True) if row.label is not None]
+    if labelled:
+        right = sum(verdict is (Verdict.CORRECT if label else Verdict.INCORRECT) for label, verdict in labelled)
+        false_positives = sum(verdict is Verdict.CORRECT and not label for label, verdict in labelled)
+        false_negatives = sum(verdict is Verdict.INCORRECT and bool(label) for label, verdict in labelled)
+        text += (
+            f"\naccuracy against the labels {right / len(labelled):.4f}: "
+            f"{false_positives} false positives, {false_negatives} false negatives"
+        )
+    return text
+
+
+def run(config: VerifierConfig, source: Path, output: Path, stop_token: str) -> str:
+    """Grade a file into another, which appears when it is complete; the summary."""
+    rows = list(read_rows(source, stop_token))
+    progress, grades, started = Progress(len(rows), sys.stderr), [], time.monotonic()
+    partial = output.with_name(output.name + ".partial")
+    with build_verifier(config) as verifier, partial.open("w", encoding="utf-8") as file:
+        for start in range(0, len(rows), _BATCH):
+            batch = rows[start : start + _BATCH]
+            for row, grade in zip(batch, grade_rows(verifier, batch), strict=True):
+                grades.append(grade)
+                line = {"id": row.id, "verdict": str(grade.verdict), "reason": grade.reason, "stage": grade.stage}
+                file.write(json.dumps({**line, "seconds": round(grade.seconds, 6)}) + "\n")
+            progress.advance(len(batch))
+    os.replace(partial, output)
+    return summary(rows, grades, time.monotonic() - started)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="oreal-verify",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("input", type=Path, metavar="INPUT", help="JSONL file to read")
+    parser.add_argument("--output", type=Path, required=True, metavar="OUTPUT", help="JSONL file to write")
+    parser.add_argument(
+        "--config", type=Path, help="YAML file with the keys of conf/verifier/*.yaml (default: rules only)"
+    )
+    parser.add_argument(
+        "--num-workers", type=int, help="processes that compare symbolic answers (default: the processors)"
+    )
+    parser.add_argument("--timeout-seconds", type=float, help="limit of one comparison")
+    parser.add_argument("--cache-path", help="verdict cache to read and write")
+    parser.add_argument(
+        "--stop-token",
+        default="<|im_end|>",
+        help="what a finished response ends with (default: %(default)s). If no line of the file holds it, "
+        "the responses were stored without it and all count as finished.",
+    )
+    return parser
+
+
+def _config(arguments: argparse.Namespace) -> VerifierConfig:
+    fields: dict[str, Any] = {"num_workers": os.cpu_count() or 1}
+    if arguments.config is not None:
+        loaded = yaml.safe_load(arguments.config.read_text())
+        if not isinstance(loaded, dict):
+            raise ValueError(f"{arguments.config}: not a mapping of verifier keys")
+        fields.update(loaded)
+    for key in ("num_workers", "timeout_seconds", "cache_path"):
+        if getattr(arguments, key) is not None:
+            fields[key] = getattr(arguments, key)
+    return VerifierConfig.model_validate(fields)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        print(run(_config(arguments), arguments.input, arguments.output, arguments.stop_token), file=sys.stderr)
+    except ValidationError as error:
+        for problem in error.errors():
+            key = ".".join(map(str, problem["loc"])) or "verifier"
+            print(f"oreal-verify: {key}: {problem['msg']} (given: {problem.get('input')!r})", file=sys.stderr)
+        return 2
+    except (InputError, OSError, ValueError, yaml.YAMLError) as error:
+        print(f"oreal-verify: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from oreal_megatron.verifier import StagedVerifier, VerifierConfig, build_verifier
+
+
+@pytest.fixture(scope="package")
+def verifier() -> Iterator[StagedVerifier]:
+    """Rules only, one worker process, shared by the tests that leave it as it is."""
+    with build_verifier(VerifierConfig(num_workers=1)) as shared:
+        yield shared
