@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup demo test test-fast test-slow lint bench bench-objectives clean
+.PHONY: help setup demo test test-fast test-slow lint bench bench-verifier bench-objectives clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -43,6 +43,9 @@ test-slow: setup ## the long proofs
 bench: setup ## generation against transformers, a training step against bare Megatron-Core
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.training_step
+
+bench-verifier: setup ## the verifier beside math-verify on the labelled cases, and its throughput
+	$(BIN)/python -m benchmarks.verifier
 
 bench-objectives: setup ## all objectives from one start, three seeds (half an hour)
 	$(BIN)/python -m benchmarks.objectives

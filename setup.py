@@ -39,7 +39,9 @@ setup(
         "pydantic>=2.11,<3",
         "pyyaml>=6",
         "sympy>=1.13,<2",
+        "mpmath>=1.3,<1.4",
         "latex2sympy2_extended>=1.11,<2",
+        "httpx>=0.27,<1",  # the verifier's judge
         "rich>=14",
         "jinja2>=3.1",
         "matplotlib>=3.10",

@@ -229,7 +229,9 @@ class _Builder:
         known = [prompt for prompt in prompts if prompt.pass_rate is not None]
         unknown = [prompt for prompt in prompts if prompt.pass_rate is None]
         if estimation.max_prompts is not None and len(unknown) > estimation.max_prompts:
-            unknown = random.Random(derive_seed(self.config.run.seed, "estimate")).sample(unknown, estimation.max_prompts)
+            unknown = random.Random(derive_seed(self.config.run.seed, "estimate")).sample(
+                unknown, estimation.max_prompts
+            )
         estimated: list[Prompt] = []
         chunk = max(self.config.rollout.batch_size // estimation.samples, 1)
         with self.tracker.progress("pass rates", len(unknown)) as bar:

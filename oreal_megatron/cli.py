@@ -80,7 +80,7 @@ def train() -> None:
 def report() -> None:
     """`oreal-report`: the report of a finished or running run."""
     parser = argparse.ArgumentParser(
-        description="Writes report.html into a run's directory: pass@1, losses, lengths, KL, calibration, token weights.",
+        description="Writes report.html into a run's directory: pass@1, losses, KL, calibration, token weights.",
         epilog="example: oreal-report runs/arithmetic",
     )
     parser.add_argument("directory", type=Path, help="run.dir of the run")

@@ -71,7 +71,7 @@ class Tracker:
             resume="allow",
             mode=self._config.tracking.wandb,
             dir=str(self._directory),
-            config=self._config.model_dump(),
+            config=self._config.model_dump(mode="json"),
             settings=wandb.Settings(silent=True),
         )
 

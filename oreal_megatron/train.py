@@ -104,7 +104,7 @@ def train_step(run: Run) -> StepReport:
     selection = select_trajectories(
         graded, config.objective, seed=config.run.seed, step=step, global_rng=run.global_rng
     )
-    metrics = rollout_metrics(graded, selection)
+    metrics = rollout_metrics(graded, selection) | verifier_metrics(run)
     if config.run.mode == "rollout" or not selection.trajectories:
         skipped = "rollouts only" if config.run.mode == "rollout" else why_unusable(selection)
         save_trajectories(run, graded, selection)
@@ -152,6 +152,11 @@ def rolled_out(run: Run, clock: Clock) -> Groups:
         )
     with clock("verify"):
         return graded_groups(run.verifier, run.groups, groups)
+
+
+def verifier_metrics(run: Run) -> dict[str, float]:
+    """Shares by stage and verdict, timeouts, judge agreement: of what this process graded since the last call."""
+    return {name: value for name, value in run.verifier.drain_metrics().items() if "seconds" not in name}
 
 
 def replayed(run: Run) -> Groups:
@@ -227,6 +232,7 @@ def evaluated(run: Run) -> EvaluationReport:
                 [scores[g.rollout.id] for g in decided], [g.verdict == "CORRECT" for g in decided]
             )
         run.tracker.trajectories(f"evaluations/{benchmark.name}_{step:06d}", to_records(groups, scores=scores))
+    run.verifier.drain_metrics()  # the next step's are of its own rollouts
     report = EvaluationReport(step=step, metrics=metrics, seconds=time.perf_counter() - start)
     run.tracker.evaluation(report)
     return report

@@ -1,6 +1,6 @@
 """Prints docs/configuration.md: every key of the schema with its type and its docstring.
 
-    python tools/configuration_reference.py > docs/configuration.md
+python tools/configuration_reference.py > docs/configuration.md
 """
 
 from __future__ import annotations

@@ -146,6 +146,25 @@ def test_malformed_prompt_files_are_named_by_file_and_line(warm, tmp_path):
     assert outcome.returncode == 1 and f"{bad}:2: not JSON" in outcome.stderr
 
 
+def test_a_sweep_is_one_run_a_value(warm, tmp_path):
+    for seed in (0, 1):
+        warm(f"seed{seed}")
+    outcome = invoke("-m", "run.seed=0,1", f"run.dir={tmp_path}/seed${{run.seed}}", "run.num_steps=1")
+    assert outcome.returncode == 0, outcome.stderr
+    assert metrics_of(tmp_path / "seed0") != metrics_of(tmp_path / "seed1")
+
+
+def test_overlong_prompts_are_left_out_and_counted(warm, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    long = '{"id": "long", "question": "' + "1+" * 60 + '1", "gold_answer": "61"}\n'
+    prompts.write_text(
+        long + "".join(f'{{"question": "Compute {i}+1.", "gold_answer": "{i + 1}"}}\n' for i in range(8))
+    )
+    outcome = invoke(f"run.dir={warm()}", f"data.train={prompts}", "run.num_steps=1")
+    assert outcome.returncode == 0, outcome.stderr
+    assert "1 of 9 prompts left out, longer than prompt.max_prompt_tokens = 64 (first: long)" in outcome.stdout
+
+
 def test_help_and_cfg_job_work():
     shown = invoke("--cfg", "job")
     assert shown.returncode == 0 and "actor_freeze_steps: 1" in shown.stdout

@@ -77,6 +77,12 @@ def test_a_configuration_is_immutable(composed):
         config.run.seed = 1
 
 
+def test_the_configuration_reference_is_current():
+    tool = CONF.parent / "tools" / "configuration_reference.py"
+    printed = subprocess.run([sys.executable, tool], capture_output=True, text=True, check=True).stdout
+    assert printed == (CONF.parent / "docs" / "configuration.md").read_text(), f"run python {tool.name} again"
+
+
 def test_configuration_imports_no_torch():
     code = "import sys, oreal_megatron.config, oreal_megatron.records; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
