@@ -22,7 +22,7 @@ $(READY): setup.py requirements/cpu.txt
 	$(BIN)/pip install --quiet --editable '.[dev,gguf]'
 	@touch $@
 
-demo: setup ## OREAL on arithmetic: warm start, 70 steps, three evaluations, report.html
+demo: setup ## OREAL on arithmetic: warm start, 50 steps, three evaluations, report.html
 	$(BIN)/oreal-train experiment=arithmetic
 
 lint: setup ## ruff, import contracts, types
