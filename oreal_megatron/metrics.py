@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,9 @@ def _drop_from(path: Path, first_step: int) -> None:
     kept = [r for r in evaluations if r["step"] <= first_step and first_step > 0]
     kept += [r for r in steps if r["step"] < first_step]
     kept.sort(key=lambda r: (r["step"], r["kind"] == "step"))
-    path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    os.replace(partial, path)
 
 
 def _without_nan(value: Any) -> Any:

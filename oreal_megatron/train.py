@@ -209,11 +209,12 @@ def evaluate_and_save(run: Run) -> None:
         return
     last = step == config.run.num_steps
     evaluating = bool(run.benchmarks) and (step == 0 or last or is_multiple(step, config.evaluation.every))
-    improved = evaluating and is_best(run, evaluated(run))
+    score = evaluated(run).metrics[f"{run.benchmarks[0].name}/greedy_pass@1"] if evaluating else None
+    improved = score is not None and run.store.is_best(score)
     if step > 0 and (last or improved or is_multiple(step, config.run.checkpoint_every)):
         save(run)
-    if improved and step > 0:
-        run.store.retain()
+    if improved and score is not None:
+        run.store.remember_best(step, score)
 
 
 def evaluated(run: Run) -> EvaluationReport:
@@ -271,16 +272,6 @@ def reward_model_scores(run: Run, groups: Groups) -> dict[str, float]:
     ids = [id for batch in batches for id in batch.ids]
     pairs = run.groups.gather_over_data(list(zip(ids, scored.mean_scores, strict=True)))
     return dict(pair for part in pairs for pair in part)
-
-
-def is_best(run: Run, report: EvaluationReport) -> bool:
-    """Whether this is the best evaluation so far, by the first benchmark's greedy pass@1; remembers it if so."""
-    score = report.metrics[f"{run.benchmarks[0].name}/greedy_pass@1"]
-    best = run.store.best
-    if best is not None and not score > best["score"]:
-        return False
-    run.store.remember_best(report.step, score)
-    return True
 
 
 def is_multiple(step: int, every: int) -> bool:

@@ -83,12 +83,19 @@ class CheckpointStore:
         path = self.directory / "best.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
+    def is_best(self, score: float) -> bool:
+        """Whether no remembered score is as good."""
+        return self.best is None or score > self.best["score"]
+
     def remember_best(self, step: int, score: float) -> None:
+        """Notes a checkpoint that is there already (after 0 steps: the initial policy) as the best one."""
         if self._groups.is_main:
             partial = self.directory / "best.json.partial"
-            partial.write_text(json.dumps({"step": step, "score": score, "checkpoint": step_name(step)}))
+            name = step_name(step) if step else INITIAL
+            partial.write_text(json.dumps({"step": step, "score": score, "checkpoint": name}))
             os.replace(partial, self.directory / "best.json")
         self._groups.barrier()
+        self.retain()
 
     def retain(self) -> None:
         """Removes step checkpoints that are neither among the newest nor the best."""
