@@ -49,7 +49,7 @@ setup(
         "wandb>=0.21",
     ],
     extras_require={
-        # GPU machines only: see docs/gpu.md. Neither has been run by us on a GPU.
+        # GPU machines only. Neither has been run by us on a GPU.
         "sglang": ["sglang==0.5.23"],
         "te": ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
         "gguf": ["gguf>=0.18", "accelerate>=1.10"],

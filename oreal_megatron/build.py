@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from oreal_megatron.checkpoint.store import INITIAL, CheckpointStore, weights_only
-from oreal_megatron.config import AdamWConfig, SftConfig, TrainConfig
+from oreal_megatron.config import AdamWConfig, SftConfig, TrainConfig, check_layout
 from oreal_megatron.convert.huggingface import geometry_of, load_weights
 from oreal_megatron.data.arithmetic import Demonstration, generate_arithmetic
 from oreal_megatron.data.prompting import PromptRenderer
@@ -53,8 +53,10 @@ def opened_run(config: TrainConfig) -> Iterator[Run]:
         groups = stack.enter_context(parallel_groups(config.parallel, seed=config.run.seed))
         tracker = stack.enter_context(contextlib.closing(Tracker(config, directory, is_main=groups.is_main)))
         verifier = stack.enter_context(contextlib.closing(build_verifier(config.verifier)))
-        tokenizer = load_tokenizer(config.model.path or config.model.tokenizer)
-        yield _Builder(config, directory, groups, tracker, verifier, tokenizer).run()
+        tokenizer = load_tokenizer(config.model.tokenizer)
+        run = _Builder(config, directory, groups, tracker, verifier, tokenizer).run()
+        stack.callback(run.engine.close)
+        yield run
 
 
 class _Builder:
@@ -76,6 +78,7 @@ class _Builder:
         self.verifier = verifier
         self.renderer = PromptRenderer(tokenizer, config.prompt)
         self.geometry = config.model.geometry or geometry_of(Path(str(config.model.path)))
+        check_layout(self.geometry, config.parallel)
         self.vocab_size = max(self.geometry.vocab_size or 0, len(tokenizer))
         self.generated = (
             generate_arithmetic(config.data.arithmetic, config.run.seed) if config.data.arithmetic else None
@@ -197,6 +200,7 @@ class _Builder:
             tied_embeddings=self.geometry.tied_embeddings,
         )
         module.logprob_chunk_tokens = self.config.model.logprob_chunk_tokens
+        module.num_tokens = self.vocab_size
         return module.to(device())
 
     def _initial_policy(self) -> Policy:
@@ -216,7 +220,8 @@ class _Builder:
             tied_embeddings=False,
         ).to(device())
         wanted = weights_only("policy", module, without=lambda key: ".output_layer." in key)
-        module.load_state_dict(_strip(self.store.load(INITIAL, wanted)), strict=False)
+        missing = module.load_state_dict(_strip(self.store.load(INITIAL, wanted)), strict=False).missing_keys
+        assert all(key.startswith("output_layer.") for key in missing), missing
         return self._trained(module, self.config.optimizer.reward_model)
 
     def _with_pass_rates(self, prompts: list[Prompt], sampler: Sampler) -> list[Prompt]:
@@ -224,7 +229,7 @@ class _Builder:
         estimation = self.config.data.pass_rate
         assert estimation is not None
         path = self.directory / "pass_rates.jsonl"
-        if path.is_file():
+        if self.groups.from_main(path.is_file()):
             return read_prompts(path)
         known = [prompt for prompt in prompts if prompt.pass_rate is not None]
         unknown = [prompt for prompt in prompts if prompt.pass_rate is None]
@@ -233,7 +238,7 @@ class _Builder:
                 unknown, estimation.max_prompts
             )
         estimated: list[Prompt] = []
-        chunk = max(self.config.rollout.batch_size // estimation.samples, 1)
+        chunk = max(self.config.rollout.batch_size // estimation.samples, 1) * self.groups.data_size
         with self.tracker.progress("pass rates", len(unknown)) as bar:
             for start in range(0, len(unknown), chunk):
                 estimated += self._estimate(unknown[start : start + chunk], sampler, estimation.samples)

@@ -15,7 +15,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from oreal_megatron.config import ConfigError, TrainConfig, Violation, parse_config
+from oreal_megatron.config import ConfigError, TrainConfig, Violation, check_resume, parse_config
+from oreal_megatron.files import write_atomically
 
 
 def config_directory() -> Path:
@@ -56,17 +57,19 @@ def run_training(config: TrainConfig) -> None:
     from oreal_megatron.train import train
 
     directory = Path(config.run.dir)
-    directory.mkdir(parents=True, exist_ok=True)
+    saved = directory / "config.yaml"
+    if saved.is_file():
+        check_resume(yaml.safe_load(saved.read_text()), config, str(directory))
     with opened_run(config) as run:
         if run.groups.is_main:
-            (directory / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            write_atomically(saved, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         train(run)
         if config.tracking.report and run.groups.is_main:
             run.tracker.say(f"report: {write_report(directory)}")
 
 
 def _quieten() -> None:
-    """What Megatron-Core says of missing GPU packages at import is for `oreal-doctor`, not for every run."""
+    """What Megatron-Core says of missing GPU packages at import is known, and not for every run."""
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|ShardedTensor).*")
     logging.getLogger("megatron").setLevel(logging.ERROR)

@@ -100,7 +100,7 @@ class ArithmeticConfig(Section):
     max_operand: Annotated[int, Field(ge=2, le=999)]
     max_factor: Annotated[int, Field(ge=2, le=99)]
     """Largest operand of a multiplication."""
-    operators: Annotated[tuple[Literal["+", "-", "*"], ...], BeforeValidator(_as_tuple)]
+    operators: Annotated[tuple[Literal["+", "-", "*"], ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
 
 class PassRateConfig(Section):
@@ -360,6 +360,40 @@ def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(**sections)
 
 
+# What may change when a run goes on in its directory: how far, how fast and how visibly, not what it computes.
+_MAY_CHANGE = ("run.num_steps", "run.checkpoint_every", "run.keep_checkpoints", "run.threads", "tracking.", "parallel.")
+
+
+def check_resume(saved: Mapping[str, Any], config: TrainConfig, directory: str) -> None:
+    """Refuses to go on in a directory whose run was configured otherwise.
+
+    saved: the directory's config.yaml as plain data.
+
+    Raises:
+        ConfigError: with every key that differs and may not.
+    """
+    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
+    violations = [
+        Violation(
+            key, now.get(key), f"was {before.get(key)!r} in {directory}; resume with that, or use another run.dir"
+        )
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
+    ]
+    if violations:
+        raise ConfigError(violations)
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not value:
+        return {path: value}
+    return {
+        key: item
+        for name, inner in value.items()
+        for key, item in _flat(inner, f"{path}.{name}" if path else str(name)).items()
+    }
+
+
 def _from_pydantic(section: str, raw: Any, annotation: Any, error: Any) -> Violation:
     path = [part for part in error["loc"] if not (isinstance(part, str) and part.endswith("Config"))]
     key = ".".join([section, *map(str, path)])
@@ -430,8 +464,17 @@ def _check_model(model: ModelConfig) -> Iterator[Violation]:
 
 @_check("model", "parallel")
 def _check_layout(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Violation]:
-    if (g := model.geometry) is None:
-        return
+    if model.geometry is not None:
+        yield from _layout_violations(model.geometry, parallel)
+
+
+def check_layout(geometry: GeometryConfig, parallel: ParallelConfig) -> None:
+    """For a geometry that a model directory brought. Raises ConfigError where the layout does not divide it."""
+    if violations := list(_layout_violations(geometry, parallel)):
+        raise ConfigError(violations)
+
+
+def _layout_violations(g: GeometryConfig, parallel: ParallelConfig) -> Iterator[Violation]:
     for key, size, split, by in (
         ("parallel.tensor", g.num_attention_heads, parallel.tensor, "attention heads"),
         ("parallel.tensor", g.ffn_hidden_size, parallel.tensor, "columns of ffn_hidden_size"),
@@ -505,6 +548,12 @@ def _check_objective(objective: ObjectiveConfig, rollout: RolloutConfig) -> Iter
         yield Violation("objective.reward_values", o.reward_values, "must rise: [incorrect, correct]")
     if o.clip is not None and (o.ratio_reference != "rollout" or "logprob" in (o.positive_term, o.negative_term)):
         yield Violation("objective.clip", o.clip, "needs both terms to be `ratio` and ratio_reference to be `rollout`")
+    if o.ratio_reference == "rollout" and rollout.sampling.temperature != 1.0:
+        yield Violation(
+            "rollout.sampling.temperature",
+            rollout.sampling.temperature,
+            f"objective {o.preset} divides by the rollout's probabilities, which are the policy's at 1.0 only",
+        )
     if o.selection == "pair" and o.keep_groups != "mixed":
         yield Violation("objective.selection", o.selection, "a pair exists in mixed groups only: keep_groups=mixed")
     if o.actor_freeze_steps and not o.uses_reward_model:
@@ -536,6 +585,16 @@ def _check_schedules(optimizer: OptimizerConfig, sft: SftConfig | None) -> Itera
 def _check_run(run: RunConfig) -> Iterator[Violation]:
     if (run.mode == "replay") != (run.replay_dir is not None):
         yield Violation("run.replay_dir", run.replay_dir, "belongs to run.mode=replay, which needs it")
+
+
+@_check("run", "model", "rollout")
+def _check_decoding(run: RunConfig, model: ModelConfig, rollout: RolloutConfig) -> Iterator[Violation]:
+    if model.implementation == "transformer_engine" and rollout.backend == "embedded" and run.mode != "replay":
+        yield Violation(
+            "model.implementation",
+            model.implementation,
+            "embedded rollouts need the masks of the local layers; use local, or run.mode=replay",
+        )
 
 
 @_check("run", "tracking")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from oreal_megatron.config import TrainConfig
+from oreal_megatron.files import write_atomically
 from oreal_megatron.records import EvaluationReport, StepReport
+from oreal_megatron.seeds import derive_seed
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -68,7 +69,8 @@ class Tracker:
         return wandb.init(
             project=self._config.tracking.wandb_project,
             name=run.name,
-            id=f"{run.name}-{run.seed}".replace("/", "-"),
+            # The same directory goes on in the same wandb run, another one never does.
+            id=f"{derive_seed(run.seed, str(self._directory.resolve())):016x}",
             resume="allow",
             mode=self._config.tracking.wandb,
             dir=str(self._directory),
@@ -84,7 +86,7 @@ class Tracker:
     def progress(self, title: str, total: int, completed: int = 0) -> Iterator[ProgressBar]:
         """A progress bar with a free text behind it; a line now and then where there is no terminal."""
         if not self._fancy:
-            yield ProgressBar(None, None, title, total, self)
+            yield ProgressBar(None, None, title, total, self, completed)
             return
         columns = (
             TextColumn("[bold]{task.description}"),
@@ -96,7 +98,7 @@ class Tracker:
         )
         with Progress(*columns, console=self._console) as progress:
             task = progress.add_task(title, total=total, completed=completed, note="")
-            yield ProgressBar(progress, task, title, total, self)
+            yield ProgressBar(progress, task, title, total, self, completed)
 
     def step(self, report: StepReport) -> str:
         """Logs a step; returns its figures as one line."""
@@ -120,9 +122,8 @@ class Tracker:
     def trajectories(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         """Writes one JSON object a line to `name`.jsonl below the run's directory."""
         if self._is_main:
-            path = self._directory / f"{name}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(record) + "\n" for record in records))
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            write_atomically(self._directory / f"{name}.jsonl", lines)
 
     def close(self) -> None:
         if self._tensorboard is not None:
@@ -147,9 +148,9 @@ class Tracker:
 class ProgressBar:
     """One running bar, or its plain counterpart."""
 
-    def __init__(self, progress: Progress | None, task: Any, title: str, total: int, tracker: Tracker):
+    def __init__(self, progress: Progress | None, task: Any, title: str, total: int, tracker: Tracker, done: int):
         self._progress, self._task, self._title, self._total, self._tracker = progress, task, title, total, tracker
-        self._done = 0
+        self._done = done
 
     def advance(self, note: str = "", *, by: int = 1, always: bool = False) -> None:
         """`always`: a plain console gets a line each time, not only at every tenth of the way."""
@@ -176,9 +177,7 @@ def _drop_from(path: Path, first_step: int) -> None:
     kept = [r for r in evaluations if r["step"] <= first_step and first_step > 0]
     kept += [r for r in steps if r["step"] < first_step]
     kept.sort(key=lambda r: (r["step"], r["kind"] == "step"))
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    os.replace(partial, path)
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _without_nan(value: Any) -> Any:

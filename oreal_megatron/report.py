@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from oreal_megatron.files import write_atomically
 from oreal_megatron.metrics import read_metrics
 
 # Panels of the figure: title, then (label, key) of each line.
@@ -41,7 +42,8 @@ def write_report(directory: Path) -> Path:
     environment = jinja2.Environment(autoescape=True)
     template = environment.from_string(resources.files("oreal_megatron").joinpath("templates/report.html").read_text())
     path = directory / "report.html"
-    path.write_text(
+    write_atomically(
+        path,
         template.render(
             config=config,
             config_text=yaml.safe_dump(config, sort_keys=False),
@@ -54,7 +56,7 @@ def write_report(directory: Path) -> Path:
             figure=_training_figure(steps),
             calibration_figure=_calibration_figure(directory),
             examples=_examples(directory, steps),
-        )
+        ),
     )
     return path
 

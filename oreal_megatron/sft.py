@@ -49,7 +49,12 @@ def warm_start(
             return loss, loss.item()
 
         losses = model.forward_backward(micro_batches(mine, micro_batch_tokens, device()), negative_log_likelihood)
-        model.update()
+        try:
+            model.update()
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"warm start, step {step}: {error} (losses {losses}); lower sft.optimizer.lr"
+            ) from error
         on_step(step, groups.sum_over_data(torch.tensor(sum(losses))).item())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -104,7 +105,7 @@ def train_step(run: Run) -> StepReport:
     selection = select_trajectories(
         graded, config.objective, seed=config.run.seed, step=step, global_rng=run.global_rng
     )
-    metrics = rollout_metrics(graded, selection) | verifier_metrics(run)
+    metrics = rollout_metrics(graded, selection)
     if config.run.mode == "rollout" or not selection.trajectories:
         skipped = "rollouts only" if config.run.mode == "rollout" else why_unusable(selection)
         save_trajectories(run, graded, selection)
@@ -152,11 +153,6 @@ def rolled_out(run: Run, clock: Clock) -> Groups:
         )
     with clock("verify"):
         return graded_groups(run.verifier, run.groups, groups)
-
-
-def verifier_metrics(run: Run) -> dict[str, float]:
-    """Shares by stage and verdict, timeouts, judge agreement: of what this process graded since the last call."""
-    return {name: value for name, value in run.verifier.drain_metrics().items() if "seconds" not in name}
 
 
 def replayed(run: Run) -> Groups:
@@ -233,7 +229,6 @@ def evaluated(run: Run) -> EvaluationReport:
                 [scores[g.rollout.id] for g in decided], [g.verdict == "CORRECT" for g in decided]
             )
         run.tracker.trajectories(f"evaluations/{benchmark.name}_{step:06d}", to_records(groups, scores=scores))
-    run.verifier.drain_metrics()  # the next step's are of its own rollouts
     report = EvaluationReport(step=step, metrics=metrics, seconds=time.perf_counter() - start)
     run.tracker.evaluation(report)
     return report
@@ -312,8 +307,10 @@ def restore(run: Run) -> None:
 
 def rollout_metrics(groups: Groups, selection: Selection) -> dict[str, float]:
     rollouts = [graded.rollout for group in groups for graded in group]
+    stages = Counter(graded.grade.stage for group in groups for graded in group)
     count = max(len(rollouts), 1)
     return {
+        **{f"verifier/share_by_{stage}": number / count for stage, number in sorted(stages.items())},
         "rollout/responses": float(len(rollouts)),
         "rollout/response_tokens": sum(len(rollout.response_ids) for rollout in rollouts) / count,
         "rollout/stopped": sum(rollout.finish_reason is FinishReason.STOP for rollout in rollouts) / count,

@@ -22,7 +22,7 @@ from oreal_megatron.parallel.groups import ParallelGroups
 
 
 class NonFiniteLossError(ArithmeticError):
-    """A loss, a term or a gradient is not a finite number; nothing was updated."""
+    """A loss, a term or a gradient is not a finite number; the model that it belongs to was not updated."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def update_policy(
 ) -> dict[str, float]:
     """One update by eq. (11) or a baseline's objective. Returns `section/name` metrics over all ranks."""
 
-    def loss(output: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    def loss(output: Tensor, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.reference_logprobs is not None and batch.token_weights is not None
         logprobs_R, entropy_R = output[batch.predicting].unbind(-1)
         terms = policy_terms(
@@ -119,17 +119,17 @@ def update_policy(
             "rollout_logprob_difference": (seen_R - batch.rollout_logprobs).abs().sum(),
             "token_weight": batch.token_weights.sum(),
         }
-        return terms.loss(counts, config) + 0.0 * output.sum(), torch.stack([s.detach() for s in sums.values()])
+        return terms.loss(counts, config) + 0.0 * output.sum(), {name: s.detach() for name, s in sums.items()}
 
     results = policy.forward_backward(batches, loss)
-    names = ("positive", "negative", "kl", "kl_k1", "entropy", "rollout_logprob_difference", "token_weight")
-    local = torch.stack(results).double()
+    names = list(results[0])
+    local = torch.stack([torch.stack([sums[name] for name in names]) for sums in results]).double()
     _check_finite(dict(zip(names, local.t().tolist(), strict=True)), batches, policy.groups)
     report = _update(policy, "policy", batches)
     total = dict(zip(names, policy.groups.sum_over_data(local.sum(0)).tolist(), strict=True))
     positive = total["positive"] / counts.of_positive(config)
     negative = total["negative"] / counts.of_negative(config)
-    mean = {name: total[name] / max(counts.all, 1) for name in names[2:]}
+    mean = {name: total[name] / max(counts.all, 1) for name in names if name not in ("positive", "negative")}
     return {
         "loss/positive": positive,
         "loss/negative": negative,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import re
@@ -17,6 +18,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
+from oreal_megatron.files import write_atomically
 from oreal_megatron.parallel.groups import ParallelGroups
 
 _STEP = re.compile(r"step_(\d{6})")
@@ -52,8 +54,11 @@ class CheckpointStore:
         )
         self._groups.barrier()
         if self._groups.is_main:
-            shutil.rmtree(target, ignore_errors=True)
+            replaced = self.directory / f"{name}.replaced"
+            if target.exists():
+                os.replace(target, replaced)
             os.replace(partial, target)
+            shutil.rmtree(replaced, ignore_errors=True)
         self._groups.barrier()
 
     def load(self, name: str, sharded_state: dict[str, Any]) -> dict[str, Any]:
@@ -69,40 +74,47 @@ class CheckpointStore:
             raise ValueError(f"checkpoint {path} does not fit this run's model, or is damaged: {error}") from error
 
     def has(self, name: str) -> bool:
-        return (self.directory / name / "metadata.json").is_file()
+        """Whether there is such a checkpoint; every rank gets the main rank's answer."""
+        return self._groups.from_main(self._is_whole(name))
 
     @property
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, oldest first."""
-        names = (path.name for path in self.directory.glob("step_*"))
-        return sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))
+        """Steps that have a checkpoint, oldest first; every rank gets the main rank's answer."""
+        names = [path.name for path in self.directory.glob("step_*") if self._is_whole(path.name)]
+        return self._groups.from_main(sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name))))
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """`{"step": ..., "score": ...}` of the best checkpoint by evaluation."""
+        """`{"step": ..., "score": ..., "checkpoint": ...}` of the best evaluation; the main rank's answer."""
         path = self.directory / "best.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return self._groups.from_main(json.loads(path.read_text()) if path.is_file() else None)
 
     def is_best(self, score: float) -> bool:
-        """Whether no remembered score is as good."""
-        return self.best is None or score > self.best["score"]
+        """Whether no remembered score is as good; never for one that is not a number."""
+        best = self.best
+        return math.isfinite(score) and (best is None or score > best["score"])
+
+    def _is_whole(self, name: str) -> bool:
+        return (self.directory / name / "metadata.json").is_file()
 
     def remember_best(self, step: int, score: float) -> None:
         """Notes a checkpoint that is there already (after 0 steps: the initial policy) as the best one."""
         if self._groups.is_main:
-            partial = self.directory / "best.json.partial"
             name = step_name(step) if step else INITIAL
-            partial.write_text(json.dumps({"step": step, "score": score, "checkpoint": name}))
-            os.replace(partial, self.directory / "best.json")
+            write_atomically(
+                self.directory / "best.json", json.dumps({"step": step, "score": score, "checkpoint": name})
+            )
         self._groups.barrier()
         self.retain()
 
     def retain(self) -> None:
         """Removes step checkpoints that are neither among the newest nor the best."""
+        best, steps = self.best, self.steps
         if self._groups.is_main:
-            best = self.best
-            for step in self.steps[: -self._keep]:
+            for step in steps[: -self._keep]:
                 if best is None or step != best["step"]:
+                    # The metadata first: what is left of a killed removal is no checkpoint to anyone.
+                    (self.directory / step_name(step) / "metadata.json").unlink()
                     shutil.rmtree(self.directory / step_name(step))
         self._groups.barrier()
 

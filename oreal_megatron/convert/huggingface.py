@@ -58,10 +58,12 @@ def load_weights(module: torch.nn.Module, path: Path, geometry: GeometryConfig, 
     """
     model = AutoModelForCausalLM.from_pretrained(path, dtype=next(module.parameters()).dtype)
     source = model.state_dict()
+    unread = set(source) - ({"lm_head.weight"} if geometry.tied_embeddings else set())
 
     def read(name: str) -> Tensor:
         if name not in source:
             raise ValueError(f"{path}: tensor {name} is missing")
+        unread.discard(name)
         return source[name]
 
     for name, parameter in module.named_parameters():
@@ -72,6 +74,8 @@ def load_weights(module: torch.nn.Module, path: Path, geometry: GeometryConfig, 
                 f"{path}: {name} comes out as {tuple(local.shape)}, the model has {tuple(parameter.shape)}"
             )
         parameter.copy_(local)
+    if unread and groups.pipeline_size == 1:
+        raise ValueError(f"{path}: tensors that the model has no place for: {', '.join(sorted(unread)[:5])}")
 
 
 def _full_tensor(name: str, module: torch.nn.Module, geometry: GeometryConfig, read: Callable[[str], Tensor]) -> Tensor:

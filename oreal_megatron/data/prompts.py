@@ -9,6 +9,7 @@ from typing import Any
 
 from oreal_megatron.config import BalanceBin
 from oreal_megatron.data.arithmetic import Demonstration
+from oreal_megatron.files import write_atomically
 from oreal_megatron.records import Prompt
 
 
@@ -43,7 +44,7 @@ def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
         json.dumps({"id": p.id, "question": p.question, "gold_answer": p.gold_answer, "pass_rate": p.pass_rate})
         for p in prompts
     )
-    path.write_text("".join(line + "\n" for line in lines))
+    write_atomically(path, "".join(line + "\n" for line in lines))
 
 
 def read_demonstrations(path: str | Path) -> list[Demonstration]:

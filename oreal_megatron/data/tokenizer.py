@@ -31,7 +31,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def arithmetic_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a printable ASCII character, and one each for a few words; 128 in all with a chat template."""
+    """One token a printable ASCII character, and one each for a few words, with a chat template."""
     words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "system", "user", "assistant", "Compute ", "\\boxed{"]
     characters = ["\n", *string.digits, *sorted(set(string.printable[:95]) - set(string.digits))]
     vocabulary = {token: index for index, token in enumerate([*words[:3], "<|unknown|>", *characters])}

@@ -66,7 +66,7 @@ def transformer_config(geometry: GeometryConfig, model: ModelConfig, groups: Par
         # Packed micro-batches differ in length; the dispatcher's name is checked even without experts.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
-        # Weights that do not depend on the layout.
+        # Drawn on the CPU whole, then split: the same for any number of tensor ranks.
         use_cpu_initialization=not transformer_engine,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -114,7 +114,11 @@ def build_gpt(
     seed: int,
     tied_embeddings: bool,
 ) -> GPTModel:
-    """This rank's part of a decoder with weights drawn from `seed`, the same whatever the layout."""
+    """This rank's part of a decoder with weights drawn from `seed`.
+
+    They are the same for any tensor split, but not for another number of pipeline stages: what a run starts from
+    is its `initial` checkpoint, which loads into every layout.
+    """
     config = transformer_config(geometry, model, groups)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -70,6 +70,9 @@ class TrainedModel:
             end_wd=adamw.weight_decay,
             wd_incr_steps=0,
             wd_incr_style="constant",
+            # A resumed run has the checkpoint's position on the schedule that its own configuration describes.
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
         )
 
     def _start_adam(self) -> None:

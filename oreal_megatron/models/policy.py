@@ -24,13 +24,19 @@ class _TokenLogprobs(torch.autograd.Function):
 
     Logits [chunk, V'] exist for one chunk only, in the forward and again in the backward pass, which
     recomputes them and turns them into their own gradient in place. The entropy carries no gradient.
+    weight_VH: this rank's rows of the output layer, the first of them row `first` of the vocabulary.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_RH: Tensor, weight_VH: Tensor, target_R: Tensor, chunk: int, group: dist.ProcessGroup
+        ctx: Any,
+        hidden_RH: Tensor,
+        weight_VH: Tensor,
+        target_R: Tensor,
+        first: int,
+        chunk: int,
+        group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor]:
-        first = group.rank() * weight_VH.size(0)
         logprobs, entropies, normalizers = [], [], []
         for hidden, target in zip(hidden_RH.split(chunk), target_R.split(chunk), strict=True):
             logits = (hidden @ weight_VH.t()).float()
@@ -71,13 +77,15 @@ class _TokenLogprobs(torch.autograd.Function):
             dlogits = dlogits.to(weight_VH.dtype)
             torch.mm(dlogits, weight_VH, out=out)
             grad_weight += dlogits.t() @ hidden
-        return grad_hidden, grad_weight.to(weight_VH.dtype), None, None, None
+        return grad_hidden, grad_weight.to(weight_VH.dtype), None, None, None, None
 
 
 class Policy(GPTModel):
     """A GPTModel whose forward with `labels` gives log-probabilities and entropies of the labelled positions."""
 
     logprob_chunk_tokens: int = 1024
+    num_tokens: int | None = None
+    """Rows of the vocabulary that are tokens; those behind them are padding, outside every distribution. None: all."""
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
         """With labels [1, T] (IGNORE where none): fp32 [T, 2] of log-probability and entropy in nats, 0 elsewhere."""
@@ -93,10 +101,14 @@ class Policy(GPTModel):
             if self.share_embeddings_and_output_weights
             else self.output_layer.weight
         )
+        first = self.pg_collection.tp.rank() * weight.size(0)
+        if self.num_tokens is not None:
+            weight = weight[: self.num_tokens - first]
         logprobs_R, entropy_R = _TokenLogprobs.apply(
             hidden_TH.index_select(0, predicting),
             weight,
             labels[0].index_select(0, predicting),
+            first,
             self.logprob_chunk_tokens,
             self.pg_collection.tp,
         )

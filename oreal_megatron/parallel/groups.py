@@ -15,7 +15,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from oreal_megatron.config import ParallelConfig
-from oreal_megatron.parallel.device import collective_backend
+from oreal_megatron.parallel.device import collective_backend, device
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ class ParallelGroups:
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of `values` over data-parallel ranks, in fp64 so that its order does not show."""
-        total = values.double()
+        total = values.to(device(), torch.float64)
         dist.all_reduce(total, group=self.collection.dp)
         return total
 

@@ -45,13 +45,11 @@ class EmbeddedEngine:
         *,
         stop_token_id: int,
         batch_size: int,
-        on_progress: Callable[[int], None] = lambda num_finished: None,
     ):
         self._new_decoder = new_decoder
         self._groups = groups
         self._stop_token_id = stop_token_id
         self._batch_size = batch_size
-        self._on_progress = on_progress
         self._weight_version = 0
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingConfig) -> list[Completion]:
@@ -62,7 +60,6 @@ class EmbeddedEngine:
         for batch in batches[self._groups.data_rank :: self._groups.data_size]:
             completions = self._generate_batch([requests[index] for index in batch], sampling)
             mine += zip(batch, completions, strict=True)
-            self._on_progress(len(batch))
         found = {index: completion for part in self._groups.gather_over_data(mine) for index, completion in part}
         return [found[index] for index in range(len(requests))]
 

@@ -38,6 +38,11 @@ class Sampler:
         for prompt in prompts:
             prompt_ids = self._renderer.token_ids(prompt)
             room = self._max_sequence_length - len(prompt_ids)
+            if room < 1:
+                raise ValueError(
+                    f"prompt {prompt.id} has {len(prompt_ids)} tokens and leaves no room for a response in "
+                    f"model.max_sequence_length = {self._max_sequence_length}"
+                )
             requests += [
                 GenerationRequest(
                     prompt_ids=prompt_ids,

@@ -61,6 +61,14 @@ def test_the_same_command_resumes_to_the_same_metrics(finished, warm):
     assert metrics_of(directory) == metrics_of(whole)
 
 
+def test_a_directory_takes_no_other_run(finished):
+    before = (finished / "config.yaml").read_text()
+    outcome = invoke(f"run.dir={finished}", "objective=grpo", "objective.actor_freeze_steps=0", "run.seed=1")
+    assert outcome.returncode == 1
+    assert "run.seed = 1: was 0 in" in outcome.stderr and "objective.preset = 'grpo': was 'oreal'" in outcome.stderr
+    assert (finished / "config.yaml").read_text() == before
+
+
 def test_rollouts_alone_then_training_from_them(finished, warm, tmp_path):
     rollouts = warm("rollouts")
     outcome = invoke(f"run.dir={rollouts}", "run.mode=rollout", "run.num_steps=2")
@@ -89,14 +97,13 @@ def test_steps_without_a_usable_group_update_nothing_and_the_run_goes_on(warm, t
     assert len(steps) == 2 and all(r["skipped"] for r in steps)
 
 
-def test_a_response_without_an_answer_is_incorrect(finished):
-    records = [
-        json.loads(line)
-        for path in (finished / "trajectories").glob("*.jsonl")
-        for line in path.read_text().splitlines()
-    ]
-    unfinished = [r for r in records if r["finish_reason"] == "length"]
-    assert all(r["grade"]["verdict"] == "INCORRECT" and r["grade"]["stage"] == "stop" for r in unfinished)
+def test_a_response_without_an_answer_is_incorrect(warm):
+    directory = warm()
+    # Three tokens are no solution: every response ends for want of room.
+    assert invoke(f"run.dir={directory}", "rollout.sampling.max_new_tokens=3", "run.num_steps=1").returncode == 0
+    lines = (directory / "trajectories" / "step_000000.jsonl").read_text().splitlines()
+    grades = {(r["finish_reason"], r["grade"]["verdict"], r["grade"]["stage"]) for r in map(json.loads, lines)}
+    assert grades == {("length", "INCORRECT", "stop")}
 
 
 def test_nan_in_a_loss_stops_with_step_terms_and_samples(warm):

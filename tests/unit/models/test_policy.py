@@ -32,7 +32,7 @@ def test_chunked_logprobs_and_gradients_equal_the_plain_ones(single_process, chu
     mine = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     plain = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
 
-    logprobs, entropy = _TokenLogprobs.apply(*mine, target, chunk, single_process.collection.tp)
+    logprobs, entropy = _TokenLogprobs.apply(*mine, target, 0, chunk, single_process.collection.tp)
     (logprobs * upstream).sum().backward()
     rows = (plain[0] @ plain[1].t()).log_softmax(-1)
     expected = rows.gather(1, target[:, None])[:, 0]
@@ -48,7 +48,7 @@ def test_chunked_logprobs_and_gradients_equal_the_plain_ones(single_process, chu
 def test_no_labelled_position_gives_an_empty_result_and_a_zero_gradient(single_process):
     hidden, weight = torch.zeros(0, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
     logprobs, _ = _TokenLogprobs.apply(
-        hidden, weight, torch.zeros(0, dtype=torch.long), 4, single_process.collection.tp
+        hidden, weight, torch.zeros(0, dtype=torch.long), 0, 4, single_process.collection.tp
     )
     logprobs.sum().backward()
     assert logprobs.shape == (0,) and weight.grad.abs().sum() == 0

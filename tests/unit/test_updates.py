@@ -1,0 +1,101 @@
+"""Scores to token weights, alignment, and what an update reports."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from oreal_megatron import updates
+from oreal_megatron.config import AdamWConfig, GeometryConfig, ModelConfig, parse_config
+from oreal_megatron.data.packing import PackedSequence, micro_batches, pack
+from oreal_megatron.models.architecture import build_gpt
+from oreal_megatron.models.optimizer import TrainedModel
+from oreal_megatron.models.policy import Policy
+from oreal_megatron.models.token_reward import TokenRewardModel
+from oreal_megatron.objective.terms import TokenCounts
+
+CPU = torch.device("cpu")
+GEOMETRY = GeometryConfig(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2)
+MODEL = ModelConfig(
+    path=None, geometry=GEOMETRY, tokenizer="arithmetic", implementation="local", dtype="float32",
+    max_sequence_length=64,
+)  # fmt: skip
+ADAMW = AdamWConfig(
+    lr=1e-3, min_lr=1e-4, warmup_steps=2, decay_steps=10, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-4,
+    clip_grad=1.0,
+)  # fmt: skip
+
+
+def trained(cls, groups) -> TrainedModel:
+    module = build_gpt(cls, GEOMETRY, MODEL, groups, vocab_size=105, seed=0, tied_embeddings=False)
+    return TrainedModel(module, ADAMW, groups, num_updates=10)
+
+
+def sequences() -> list[PackedSequence]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        PackedSequence(
+            id=str(i),
+            prompt_ids=tuple(torch.randint(0, 105, (3,), generator=generator).tolist()),
+            response_ids=tuple(torch.randint(0, 105, (2 + i,), generator=generator).tolist()),
+            correct=i % 2 == 0,
+            advantage=1.0 if i % 2 == 0 else -0.5,
+            rollout_logprobs=(-1.0,) * (2 + i),
+        )
+        for i in range(7)
+    ]
+
+
+def test_alignment_reads_the_state_before_or_after_a_token():
+    batch = pack([PackedSequence(id="a", prompt_ids=(1, 2), response_ids=(3, 4), rollout_logprobs=(0.0, 0.0))], CPU)
+    output = torch.arange(4.0).view(1, 4, 1)  # the state after tokens 1, 2, 3, 4
+    assert updates._aligned(output, batch, "predictor").tolist() == [1.0, 2.0]
+    assert updates._aligned(output, batch, "inclusive").tolist() == [2.0, 3.0]
+
+
+@pytest.mark.parametrize("budget", [1000, 24, 1])
+def test_splitting_into_micro_batches_changes_no_update(composed, single_process, budget):
+    config = parse_config(composed("objective=oreal", "objective.beta=0.1")).objective
+
+    def updated(token_budget):
+        policy, reward_model = trained(Policy, single_process), trained(TokenRewardModel, single_process)
+        torch.nn.init.normal_(reward_model.module.output_layer.weight, generator=torch.Generator().manual_seed(1))
+        batches = micro_batches(sequences(), token_budget, CPU)
+        batches = updates.with_reference(trained(Policy, single_process).module, batches, single_process)
+        scored, metrics = updates.update_reward_model(reward_model, batches, config, num_sequences=7)
+        batches = updates.with_token_weights(batches, scored, config)
+        counts = TokenCounts(correct=2 + 4 + 6 + 8, incorrect=3 + 5 + 7)
+        metrics |= updates.update_policy(policy, batches, config, counts)
+        weights = [p.detach() for model in (policy, reward_model) for p in model.module.parameters()]
+        return metrics, weights
+
+    whole, split = updated(100_000), updated(budget)
+    assert split[0] == pytest.approx(whole[0], rel=1e-5, abs=1e-7)
+    assert whole[0]["policy/token_weight"] > 0.01
+    for a, b in zip(split[1], whole[1], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_the_schedule_warms_up_then_decays(single_process):
+    model = trained(Policy, single_process)
+    rates = []
+    for _ in range(10):
+        model.advance_schedule()
+        rates.append(model.optimizer.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(5e-4) and rates[1] == pytest.approx(1e-3)
+    cosine = 1e-4 + 0.5 * 9e-4 * (1 + math.cos(math.pi * 4 / 8))
+    assert rates[5] == pytest.approx(cosine) and rates[9] == pytest.approx(1e-4)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(composed, single_process):
+    config = parse_config(composed("objective=oreal_no_rm")).objective
+    policy = trained(Policy, single_process)
+    before = [p.detach().clone() for p in policy.module.parameters()]
+    batches = updates.with_token_weights(micro_batches(sequences(), 1000, CPU), None, config)
+    batches = updates.with_reference(policy.module, batches, single_process)
+    batches[0].advantages[0] = math.nan
+    with pytest.raises(updates.NonFiniteLossError, match=r"positive = nan in a micro-batch of .*6.*0"):
+        updates.update_policy(policy, batches, config, TokenCounts(correct=20, incorrect=15))
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.module.parameters(), strict=True))
