@@ -107,6 +107,8 @@ class TrainedModel:
 
     def forward_backward(self, batches: Sequence[TokenBatch], loss: LossFunction) -> list[Any]:
         """Gradients of `loss` over all micro-batches of all ranks; what `loss` handed back on this rank."""
+        # An update leaves every .grad an alias of the gradient buffer: the next first micro-batch would count twice.
+        self.optimizer.zero_grad()
         return forward_backward(self.ddp, batches, loss, self.groups)
 
     def advance_schedule(self) -> None:

@@ -28,9 +28,9 @@ ADAMW = AdamWConfig(
 )  # fmt: skip
 
 
-def trained(cls, groups) -> TrainedModel:
+def trained(cls, groups, adamw=ADAMW) -> TrainedModel:
     module = build_gpt(cls, GEOMETRY, MODEL, groups, vocab_size=105, seed=0, tied_embeddings=False)
-    return TrainedModel(module, ADAMW, groups, num_updates=10)
+    return TrainedModel(module, adamw, groups, num_updates=10)
 
 
 def sequences() -> list[PackedSequence]:
@@ -87,6 +87,17 @@ def test_the_schedule_warms_up_then_decays(single_process):
     assert rates[0] == pytest.approx(5e-4) and rates[1] == pytest.approx(1e-3)
     cosine = 1e-4 + 0.5 * 9e-4 * (1 + math.cos(math.pi * 4 / 8))
     assert rates[5] == pytest.approx(cosine) and rates[9] == pytest.approx(1e-4)
+
+
+def test_every_update_sees_its_own_gradient_alone(composed, single_process):
+    config = parse_config(composed("objective=oreal_no_rm")).objective
+    still = ADAMW.model_copy(update={"lr": 1e-30, "min_lr": 0.0})  # weights stay as they are
+    policy = trained(Policy, single_process, still)
+    batches = updates.with_token_weights(micro_batches(sequences(), 24, CPU), None, config)
+    batches = updates.with_reference(policy.module, batches, single_process)
+    counts = TokenCounts(correct=20, incorrect=15)
+    norms = [updates.update_policy(policy, batches, config, counts)["policy/grad_norm"] for _ in range(3)]
+    assert len(batches) > 1 and norms == pytest.approx([norms[0]] * 3, rel=1e-6)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(composed, single_process):
