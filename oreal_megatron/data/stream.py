@@ -22,8 +22,8 @@ class PromptStream:
         if len(self._by_id) < prompts_per_step:
             raise ValueError(
                 f"data.prompts_per_step = {prompts_per_step}, but only {len(self._by_id)} different prompts are left "
-                "after difficulty balancing; lower it, widen data.difficulty_balance (it drops prompts without a pass rate: "
-                "data.pass_rate estimates them), or give more prompts"
+                "after difficulty balancing (which drops prompts without a pass rate: data.pass_rate estimates them); "
+                "lower it, widen data.difficulty_balance, or give more prompts"
             )
         self._epoch = 0
         self._offset = 0
