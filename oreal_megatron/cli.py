@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def config_directory() -> Path:
 
 def validated(composed: DictConfig) -> TrainConfig:
     """Raises ConfigError with all violations at once."""
-    missing = sorted(key for key in OmegaConf.missing_keys(composed) if not key.startswith("hydra"))
+    missing = sorted(_missing_keys(OmegaConf.to_container(composed, resolve=False)))
     if missing:
         raise ConfigError([Violation(key, "???", "must be given on the command line or in a file") for key in missing])
     try:
@@ -35,6 +36,15 @@ def validated(composed: DictConfig) -> TrainConfig:
     except OmegaConfBaseException as error:
         raise ConfigError([Violation("(composition)", None, str(error).strip().replace("\n", " "))]) from error
     return parse_config(raw)
+
+
+def _missing_keys(value: Any, path: str = "") -> Iterator[str]:
+    """Keys whose value is ???; OmegaConf's own search stops at the first interpolation of one."""
+    if value == "???":
+        yield path
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _missing_keys(inner, f"{path}.{name}" if path else str(name))
 
 
 @hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")

@@ -41,11 +41,16 @@ TINY = (
 Outcome = subprocess.CompletedProcess
 
 
-def invoke(*overrides: str, num_processes: int = 1, timeout: float = 300) -> Outcome[str]:
+def invoke(*overrides: str, num_processes: int = 1, flags: tuple[str, ...] = (), timeout: float = 300) -> Outcome[str]:
     """`oreal-train` on the tiny experiment; overrides come last, so they win. Several processes start by torchrun."""
+    return command_line(*flags, *TINY, *overrides, num_processes=num_processes, timeout=timeout)
+
+
+def command_line(*arguments: str, num_processes: int = 1, timeout: float = 300) -> Outcome[str]:
+    """`oreal-train` with exactly these arguments."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     launcher = torchrun if num_processes > 1 else []
-    command = [sys.executable, *launcher, "-m", "oreal_megatron.cli", *TINY, *overrides]
+    command = [sys.executable, *launcher, "-m", "oreal_megatron.cli", *arguments]
     return subprocess.run(
         command,
         capture_output=True,
