@@ -115,47 +115,21 @@ def parallel_groups(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGr
         ValueError: the number of processes is no multiple of tensor x pipeline x context.
     """
     check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
-    with joined_processes(config.timeout_seconds), split_processes(config, seed=seed) as groups:
-        yield groups
-
-
-def check_world(config: ParallelConfig, world: int) -> None:
-    """Raises ValueError where `world` processes do not split into whole model replicas."""
-    replica = config.tensor * config.pipeline * config.context
-    if world % replica:
-        raise ValueError(
-            f"parallel: {world} process(es) do not split into replicas of tensor {config.tensor} x pipeline "
-            f"{config.pipeline} x context {config.context} = {replica}; start a multiple of {replica} "
-            "(torchrun --nproc-per-node)"
-        )
-
-
-@contextlib.contextmanager
-def joined_processes(timeout_seconds: float) -> Iterator[None]:
-    """The default process group; a collective that waits longer than the timeout raises (NCCL: ends the process)."""
-    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds)}
+    options: dict[str, Any] = {"timeout": timedelta(seconds=config.timeout_seconds)}
     if "MASTER_ADDR" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(collective_backend(), **options)
     try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def split_processes(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGroups]:
-    """Splits the joined processes by `config`; leaving it, they may be split anew by another."""
-    parallel_state.initialize_model_parallel(
-        config.tensor,
-        config.pipeline,
-        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
-        context_parallel_size=config.context,
-        distributed_timeout_minutes=max(config.timeout_seconds / 60, 1 / 60),
-    )
-    try:
+        parallel_state.initialize_model_parallel(
+            config.tensor,
+            config.pipeline,
+            virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+            context_parallel_size=config.context,
+            # The groups made here have a timeout of their own.
+            distributed_timeout_minutes=config.timeout_seconds / 60,  # type: ignore[arg-type]  # a timedelta's minutes
+        )
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         yield ParallelGroups(
             layout=config,
@@ -171,3 +145,15 @@ def split_processes(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGr
         )
     finally:
         parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def check_world(config: ParallelConfig, world: int) -> None:
+    """Raises ValueError where `world` processes do not split into whole model replicas."""
+    replica = config.tensor * config.pipeline * config.context
+    if world % replica:
+        raise ValueError(
+            f"parallel: {world} process(es) do not split into replicas of tensor {config.tensor} x pipeline "
+            f"{config.pipeline} x context {config.context} = {replica}; start a multiple of {replica} "
+            "(torchrun --nproc-per-node)"
+        )
