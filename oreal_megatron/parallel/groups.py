@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -43,6 +43,16 @@ class ParallelGroups:
     @property
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def rank(self) -> int:
+        """Of this process in the job."""
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the job."""
+        return dist.get_world_size()
 
     @property
     def is_main(self) -> bool:
@@ -102,6 +112,28 @@ class ParallelGroups:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]  # type: ignore[return-value]
+
+    def any_rank(self, mine: bool) -> bool:
+        """Whether `mine` is true on any process of the job; the same answer everywhere."""
+        return self._any(mine, [None])
+
+    def any_of_replica(self, mine: bool) -> bool:
+        """Whether `mine` is true on any process of this model replica; the same answer on all of them."""
+        return self._any(mine, [self.collection.mp, self.collection.cp])
+
+    def _any(self, mine: bool, groups: Sequence[dist.ProcessGroup | None]) -> bool:
+        flag = torch.tensor([int(mine)], device=device())
+        for group in groups:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+        return bool(flag.item())
+
+    def seed_generators(self, seed: int) -> None:
+        """Seeds torch's generators and Megatron's, of which every tensor rank and stage has its own.
+
+        Called at the start of every step with the step's own seed: a resumed run then needs no saved generator state,
+        on any layout.
+        """
+        tensor_parallel.model_parallel_cuda_manual_seed(seed % 2**31 + 100 * self.pipeline_rank, force_reset_rng=True)
 
     def barrier(self) -> None:
         dist.barrier()
