@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from oreal_megatron.config import ConfigError, TrainConfig, Violation, check_resume, parse_config
 from oreal_megatron.files import write_atomically
-from oreal_megatron.stopping import EXIT_STOPPED, Stopped, StopRequest
+from oreal_megatron.stopping import EXIT_STOPPED, LostPeer, Stopped, StopRequest
 
 
 def config_directory() -> Path:
@@ -57,7 +57,15 @@ def _train(composed: DictConfig) -> None:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(EXIT_STOPPED)
-    except (ConfigError, ValueError, ArithmeticError, OSError) as error:
+    except ConfigError as error:
+        # Every rank has the same configuration: one of them says what is wrong with it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except LostPeer as lost:
+        print(lost, file=sys.stderr)
+        sys.exit(1)
+    except (ValueError, ArithmeticError, OSError) as error:
         if os.environ.get("OREAL_TRACEBACK") == "1":
             raise
         print(f"error: {error}\n(OREAL_TRACEBACK=1 shows where)", file=sys.stderr)

@@ -22,6 +22,10 @@ class Stopped(Exception):
     """The run was asked to stop, and can be resumed."""
 
 
+class LostPeer(RuntimeError):
+    """This rank is well, but another one of its job is not."""
+
+
 class StopRequest:
     """Whether this process was asked to stop. One process of a job is enough: the ranks agree where they check."""
 

@@ -15,8 +15,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from oreal_megatron.config import ParallelConfig
+from oreal_megatron.config import ConfigError, ParallelConfig, Violation
 from oreal_megatron.parallel.device import collective_backend, device
+from oreal_megatron.parallel.failure import lost_peer
+from oreal_megatron.stopping import Stopped
 
 T = TypeVar("T")
 
@@ -144,15 +146,17 @@ def parallel_groups(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGr
     """Joins the job's processes (torchrun's environment, or one process alone) and splits them by `config`.
 
     Raises:
-        ValueError: the number of processes is no multiple of tensor x pipeline x context.
+        ConfigError: the number of processes is no multiple of tensor x pipeline x context.
+        LostPeer: what went wrong inside began on another rank.
     """
     check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
-    options: dict[str, Any] = {"timeout": timedelta(seconds=config.timeout_seconds)}
-    if "MASTER_ADDR" not in os.environ:
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    timeout = timedelta(seconds=config.timeout_seconds)
+    alone = "MASTER_ADDR" not in os.environ
+    store, rank, world = (dist.HashStore(), 0, 1) if alone else next(dist.rendezvous("env://", timeout=timeout))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(collective_backend(), **options)
+    dist.init_process_group(collective_backend(), store=store, rank=rank, world_size=world, timeout=timeout)
+    failed = False
     try:
         parallel_state.initialize_model_parallel(
             config.tensor,
@@ -175,17 +179,28 @@ def parallel_groups(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGr
             data_size=parallel_state.get_data_parallel_world_size(),
             data_rank=parallel_state.get_data_parallel_rank(),
         )
+    except Stopped:
+        raise
+    except Exception as error:
+        failed = True
+        # Before the groups go, which the others notice.
+        if (lost := lost_peer(error, store, rank)) is not None:
+            raise lost from error
+        raise
     finally:
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        # NCCL would wait for collectives that never end.
+        if not (failed and torch.cuda.is_available()):
+            dist.destroy_process_group()
 
 
 def check_world(config: ParallelConfig, world: int) -> None:
-    """Raises ValueError where `world` processes do not split into whole model replicas."""
+    """Raises ConfigError where `world` processes do not split into whole model replicas."""
     replica = config.tensor * config.pipeline * config.context
     if world % replica:
-        raise ValueError(
-            f"parallel: {world} process(es) do not split into replicas of tensor {config.tensor} x pipeline "
-            f"{config.pipeline} x context {config.context} = {replica}; start a multiple of {replica} "
+        layout = f"tensor {config.tensor} x pipeline {config.pipeline} x context {config.context} = {replica}"
+        remedy = (
+            f"{world} process(es) do not split into replicas of {replica}; start a multiple of {replica} "
             "(torchrun --nproc-per-node)"
         )
+        raise ConfigError([Violation("parallel", layout, remedy)])
