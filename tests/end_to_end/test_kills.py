@@ -20,7 +20,7 @@ PROMPTS, PROMPTS_PER_STEP = 48, 8
 
 
 def live_with_kills(directory: Path, overrides: tuple[str, ...], kinds: list[str], seed: int) -> list[str]:
-    """Starts the same command until it ends by itself; kills it once for each kind. Returns the kills that were made."""
+    """Starts the same command until it ends by itself; kills it once for each kind. Returns the kills made."""
     rng = random.Random(seed)
     made = []
     for kind in kinds:
@@ -33,7 +33,7 @@ def live_with_kills(directory: Path, overrides: tuple[str, ...], kinds: list[str
             left = partials(directory)
             alive = life.wait_until(lambda left=left: bool(partials(directory) - left))
         else:
-            alive = life.wait_until(lambda before=life.said(): "step " in life.said()[len(before) :])
+            alive = life.wait_until(lambda life=life: "step " in life.said())
             time.sleep(rng.uniform(0, 2))
         time.sleep(rng.uniform(0, 0.1))
         if life.is_over or not alive:
