@@ -22,8 +22,11 @@ _FORKS.set_forkserver_preload(["oreal_megatron.build", "oreal_megatron.report"])
 class Life:
     """One start of `oreal-train` on the tiny experiment, in a session of its own."""
 
+    _earlier = 0
+
     def __init__(self, directory: Path, *overrides: str, max_file_bytes: int | None = None):
         self.log = directory.with_name(f"{directory.name}.log")
+        self._earlier = len(self.said())
         arguments = (*TINY, f"run.dir={directory}", *overrides)
         self._process = _FORKS.Process(target=_live, args=(arguments, str(self.log), max_file_bytes))
         self._process.start()
@@ -57,7 +60,8 @@ class Life:
         os.kill(self._process.pid, number)
 
     def said(self) -> str:
-        return self.log.read_text() if self.log.is_file() else ""
+        """What this life has printed."""
+        return self.log.read_text()[self._earlier :] if self.log.is_file() else ""
 
 
 def _live(arguments: tuple[str, ...], log: str, max_file_bytes: int | None) -> None:

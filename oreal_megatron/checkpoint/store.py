@@ -70,6 +70,7 @@ class CheckpointStore:
         self._on_saved = on_saved
         self._writer = CheckpointWriter(groups)
         self._verified: set[str] = set()
+        self._saving = ""
         if groups.is_main:
             self._clean()
         groups.barrier()
@@ -86,6 +87,7 @@ class CheckpointStore:
         self.finish(wait=True)
         # A name of its own a process: a writer that outlives a killed trainer finds its directory gone, not ours.
         partial = self._groups.from_main(self.directory / f"{name}.partial-{uuid.uuid4().hex[:8]}")
+        self._saving = name
         with self._explained(f"checkpoint {name}"):
             if self._groups.is_main:
                 partial.mkdir(parents=True)
@@ -101,11 +103,11 @@ class CheckpointStore:
         """
         if not self._writer.is_busy:
             return
-        with self._explained("a checkpoint"):
+        with self._explained(f"checkpoint {self._saving}"):
             partial = self._writer.finish(wait=wait)
             if partial is None:
                 return
-            name = partial.name.partition(".")[0]
+            name = self._saving
             if self._groups.is_main:
                 os.replace(partial, self.directory / name)
                 sync_directory(self.directory)
@@ -214,7 +216,7 @@ class CheckpointStore:
                     shutil.rmtree(path, ignore_errors=True)
             raise OSError(
                 f"{name} cannot be written to {self.directory}: {error} "
-                f"({shutil.disk_usage(self.directory).free / 2**20:.1f} MiB are free). "
+                f"({shutil.disk_usage(self.directory).free / 2**20:.1f} MiB are free, the unfinished one removed). "
                 "The checkpoints that are there are whole: make room, and run the same command again"
             ) from error
 

@@ -20,6 +20,8 @@ from oreal_megatron.checkpoint.manifest import checksum, write_manifest
 from oreal_megatron.files import sync_directory, sync_file
 from oreal_megatron.parallel.groups import ParallelGroups
 
+_PROBE_BYTES = 1 << 24
+
 
 class CheckpointWriter:
     """Writes directories, one at a time."""
@@ -50,7 +52,7 @@ class CheckpointWriter:
         try:
             request = dist_checkpointing.save(sharded_state, str(directory), strategy, async_sharded_save=True)
         except (CheckpointingException, CheckpointException, RuntimeError) as error:
-            raise OSError(_cause(error)) from error
+            raise OSError(_reason(error, directory)) from error
         assert request is not None
         if request.async_fn is not None:  # None: this rank has nothing to write
             request = request._replace(async_fn=_with_checksums(request.async_fn, directory, self._groups.rank, sums))
@@ -70,7 +72,7 @@ class CheckpointWriter:
             if not self._calls.maybe_finalize_async_calls(blocking=wait):
                 return None
         except (CheckpointingException, CheckpointException, RuntimeError) as error:
-            raise OSError(_cause(error)) from error
+            raise OSError(_reason(error, directory)) from error
         finally:
             if not self._calls.get_num_unfinalized_calls():
                 self._pending = None
@@ -104,6 +106,17 @@ def _seal(directory: Path, sums: dict[str, dict[str, int]], notes: dict[str, Any
             sums[path.name] = checksum(path)
     sync_directory(directory)
     write_manifest(directory, sums, **notes)
+
+
+def _reason(error: BaseException, directory: Path) -> str:
+    """What the disk says, which torch's writer swallows: asked again for room behind what was written."""
+    try:
+        for path in directory.iterdir():
+            with path.open("ab") as file:
+                os.posix_fallocate(file.fileno(), file.tell(), _PROBE_BYTES)
+    except OSError as refusal:
+        return f"{refusal.strerror} ({_cause(error)})"
+    return _cause(error)
 
 
 def _cause(error: BaseException) -> str:

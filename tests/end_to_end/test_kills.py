@@ -20,7 +20,7 @@ PROMPTS, PROMPTS_PER_STEP = 48, 8
 
 
 def live_with_kills(directory: Path, overrides: tuple[str, ...], kinds: list[str], seed: int) -> list[str]:
-    """Starts the same command until it ends by itself; kills it once for each kind. Returns the kills that were made."""
+    """Starts the same command until it ends by itself; kills it once for each kind. Returns the kills made."""
     rng = random.Random(seed)
     made = []
     for kind in kinds:
@@ -30,9 +30,10 @@ def live_with_kills(directory: Path, overrides: tuple[str, ...], kinds: list[str
             goal = len(journalled(directory)) + rng.randint(1, 7)
             alive = life.wait_until(lambda goal=goal: len(journalled(directory)) >= goal)
         elif kind == "checkpoint":
-            alive = life.wait_until(lambda: any((directory / "checkpoints").glob("step_*.partial-*")))
+            left = partials(directory)
+            alive = life.wait_until(lambda left=left: bool(partials(directory) - left))
         else:
-            alive = life.wait_until(lambda before=life.said(): "step " in life.said()[len(before) :])
+            alive = life.wait_until(lambda life=life: "step " in life.said())
             time.sleep(rng.uniform(0, 2))
         time.sleep(rng.uniform(0, 0.1))
         if life.is_over or not alive:
@@ -43,6 +44,11 @@ def live_with_kills(directory: Path, overrides: tuple[str, ...], kinds: list[str
     last = Life(directory, *overrides)
     assert last.wait() == 0, last.said()
     return made
+
+
+def partials(directory: Path) -> set[Path]:
+    """Checkpoints that are being written, or never were finished."""
+    return set((directory / "checkpoints").glob("step_*.partial-*"))
 
 
 def assert_same_run(killed: Path, whole: Path, num_steps: int) -> None:
