@@ -29,6 +29,7 @@ from oreal_megatron.models.chunks import ModelChunks, chunks_of
 from oreal_megatron.models.decoding import CachedDecoder
 from oreal_megatron.models.optimizer import TrainedModel
 from oreal_megatron.models.policy import Policy
+from oreal_megatron.models.residence import FrozenModel
 from oreal_megatron.models.token_reward import TokenRewardModel
 from oreal_megatron.parallel.device import device, device_seam
 from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
@@ -144,7 +145,7 @@ class _Builder:
             sampler=sampler,
             engine=engine,
             policy=self._trained(policy, config.optimizer.policy, less=frozen if from_first_update else 0),
-            reference=self._initial_policy(),
+            reference=FrozenModel(self._initial_policy(), offload=config.parallel.offload),
             reward_model=self._reward_model() if config.objective.uses_reward_model else None,
             benchmarks=benchmarks,
             renderer=self.renderer,
