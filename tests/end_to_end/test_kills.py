@@ -95,7 +95,7 @@ def test_three_kills_change_nothing(warm, single_process):
 @pytest.mark.parametrize("mode", ["true", "false"], ids=["async", "sync"])
 def test_twenty_kills_change_nothing(warm, single_process, mode):
     kinds = random.Random(1).choices(["rollout", "checkpoint", "any"], k=20)
-    check(warm, kinds, 90, 1, "run.checkpoint_every=3", f"run.async_checkpoints={mode}")
+    check(warm, kinds, 60, 1, "run.checkpoint_every=3", f"run.async_checkpoints={mode}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
