@@ -40,8 +40,15 @@ def test_the_next_step_is_the_same_on_another_layout(warm, tmp_path, single_proc
                                                  moved / "checkpoints/step_000003"))  # fmt: skip
     assert end.keys() == other.keys()
     assert max(float(np.abs(end[name] - start[name]).max()) for name in end) > 1e-5, "the step changed nothing"
-    worst = {name: float(np.abs(end[name] - other[name]).max()) for name in end}
+    worst = {name: difference(end[name], other[name]) for name in end}
     assert max(worst.values()) < 1e-6, sorted(worst.items(), key=lambda item: -item[1])[:5]
+
+
+def difference(one, other):
+    """The largest; rows that pad the vocabulary to a multiple of the tensor ranks, last in their tensor, left out."""
+    size = min(len(one), len(other))
+    assert max(len(one), len(other)) - size <= 32
+    return float(np.abs(one[:size] - other[:size]).max())
 
 
 def go(directory, layout, num_steps):
