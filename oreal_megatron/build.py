@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from oreal_megatron.checkpoint.store import INITIAL, CheckpointStore, weights_only
 from oreal_megatron.config import AdamWConfig, SftConfig, TrainConfig, check_layout
-from oreal_megatron.convert.huggingface import geometry_of, load_weights
+from oreal_megatron.convert.huggingface import geometry_of
+from oreal_megatron.convert.module import load_weights
 from oreal_megatron.data.arithmetic import Demonstration, generate_arithmetic
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.data.prompts import balanced, read_demonstrations, read_prompts, write_prompts
@@ -159,7 +160,7 @@ class _Builder:
         config = self.config
         module = self._policy_module()
         if config.model.path is not None:
-            load_weights(module, Path(config.model.path), self.geometry, self.groups)
+            load_weights(module, Path(config.model.path), self.groups)
         if config.sft is not None:
             self._warm_start(module, config.sft)
         self.store.save(INITIAL, weights_only("policy", module))

@@ -49,8 +49,12 @@ class GeometryConfig(Section):
     vocab_size: Positive | None = None
     """Rows of the embedding before padding; None: as many as the tokenizer has."""
     rope_theta: PositiveFloat = 10000.0
+    rope_scaling_factor: PositiveFloat | None = None
+    """Factor of Llama 3.1's scaling of the rotary embedding; null: none."""
     norm_eps: PositiveFloat = 1e-6
     qkv_bias: bool = True
+    qk_norm: bool = False
+    """RMSNorm on the queries and keys of each head, as in Qwen3."""
     tied_embeddings: bool = False
     init_std: PositiveFloat = 0.02
 

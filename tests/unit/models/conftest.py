@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from oreal_megatron.config import ModelConfig
-from oreal_megatron.convert.huggingface import geometry_of, load_weights
+from oreal_megatron.convert.huggingface import geometry_of
+from oreal_megatron.convert.module import load_weights
 from oreal_megatron.models.architecture import build_gpt
 from oreal_megatron.models.policy import Policy
 
@@ -64,7 +65,7 @@ def as_policy(directory: Path, groups: Any) -> Policy:
         seed=0,
         tied_embeddings=geometry.tied_embeddings,
     )
-    load_weights(policy, directory, geometry, groups)
+    load_weights(policy, directory, groups)
     return policy
 
 
