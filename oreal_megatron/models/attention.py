@@ -71,8 +71,12 @@ class SdpaCoreAttention(MegatronModule):
                 return self._packed_over_context(query, key, value, bounds)
             return self._packed(query, key, value, bounds)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        causal = attention_mask is None and query.size(0) > 1
-        out = self._sdpa(q, k, v, is_causal=causal, attn_mask=attention_mask)
+        if query.size(0) == 1:
+            # The queries of a group read the same cache: as rows of one query they read it once.
+            rows = q.reshape(q.size(0), k.size(1), -1, q.size(3))
+            out = self._sdpa(rows, k, v, attn_mask=attention_mask).reshape(q.shape)
+        else:
+            out = self._sdpa(q, k, v, is_causal=attention_mask is None, attn_mask=attention_mask)
         return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:

@@ -30,6 +30,7 @@ class CachedDecoder:
     @torch.no_grad()
     def prefill(self, prompts: list[tuple[int, ...]], max_new_tokens: int) -> Tensor:
         """Reads the prompts. Returns fp32 logits [B, V] of the token after each, on every rank."""
+        self.model.eval()
         longest = max(map(len, prompts))
         self.padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device())
         tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device())
@@ -60,7 +61,6 @@ class CachedDecoder:
     def _forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """One forward through all pipeline stages; the last stage's logits go to all of them."""
         groups, model = self.groups, self.model
-        model.eval()
         start = self.context.sequence_len_offset
         positions = self.slots[start : start + tokens.size(1)].expand_as(tokens)
         if not groups.is_first_stage:

@@ -97,6 +97,18 @@ def test_steps_without_a_usable_group_update_nothing_and_the_run_goes_on(warm, t
     assert len(steps) == 2 and all(r["skipped"] for r in steps)
 
 
+def test_the_release_spends_the_policys_warm_up_while_it_is_frozen(finished, warm):
+    directory = warm("release")
+    assert invoke(f"run.dir={directory}", "objective=oreal_release", "run.num_steps=2").returncode == 0
+
+    def rate_of_first_update(run):
+        return next(r["metrics"]["policy/lr"] for r in metrics_of(run) if "policy/lr" in r["metrics"])
+
+    # One frozen step, three steps of warm-up to 3e-4: ours starts at the first of them, the release's at the second.
+    assert rate_of_first_update(finished) == pytest.approx(1e-4)
+    assert rate_of_first_update(directory) == pytest.approx(2e-4)
+
+
 def test_a_response_without_an_answer_is_incorrect(warm):
     directory = warm()
     # Three tokens are no solution: every response ends for want of room.
@@ -163,6 +175,7 @@ def test_a_sweep_is_one_run_a_value(warm, tmp_path):
     for seed in (0, 1):
         warm(f"seed{seed}")
     overrides = ["run.seed=0,1", f"run.dir={tmp_path}/seed${{run.seed}}", "run.num_steps=1"]
+    overrides += [f"hydra.sweep.dir={tmp_path}/sweep"]
     outcome = invoke(*overrides, flags=("--multirun",))
     assert outcome.returncode == 0, outcome.stderr
     assert metrics_of(tmp_path / "seed0") != metrics_of(tmp_path / "seed1")

@@ -8,7 +8,7 @@ import torch
 from oreal_megatron.config import SamplingConfig
 from oreal_megatron.rollout.embedded import sample
 
-# Most likely first: tokens 2, 0, 3, 1.
+# Most likely first: tokens 2, 0, 3, 1. The whole distribution is inverted in the order of the tokens.
 PROBABILITIES = torch.tensor([0.3, 0.05, 0.5, 0.15])
 
 
@@ -20,9 +20,9 @@ def draw(uniforms, **sampling) -> tuple[list[int], list[float]]:
 
 
 def test_the_cumulative_distribution_is_inverted():
-    tokens, probabilities = draw([0.0, 0.49, 0.51, 0.79, 0.81, 0.94, 0.96, 0.9999999])
-    assert tokens == [2, 2, 0, 0, 3, 3, 1, 1]
-    assert probabilities == pytest.approx([0.5, 0.5, 0.3, 0.3, 0.15, 0.15, 0.05, 0.05])
+    tokens, probabilities = draw([0.0, 0.29, 0.31, 0.34, 0.36, 0.84, 0.86, 0.9999999])
+    assert tokens == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert probabilities == pytest.approx([0.3, 0.3, 0.05, 0.05, 0.5, 0.5, 0.15, 0.15])
 
 
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
@@ -38,7 +38,7 @@ def test_a_tiny_top_p_is_greedy():
 
 def test_temperature_scales_the_logits():
     squared = PROBABILITIES.square() / PROBABILITIES.square().sum()
-    tokens, probabilities = draw([0.0], temperature=0.5)
+    tokens, probabilities = draw([0.5], temperature=0.5)
     assert tokens == [2] and probabilities == pytest.approx([squared[2].item()])
     assert draw([0.9], temperature=0.0) == ([2], pytest.approx([0.5]))
 
@@ -47,3 +47,18 @@ def test_frequencies_follow_the_nucleus():
     uniforms = torch.rand(20000, generator=torch.Generator().manual_seed(0)).tolist()
     counts = torch.bincount(torch.tensor(draw(uniforms, top_p=0.9)[0]), minlength=4) / len(uniforms)
     torch.testing.assert_close(counts, torch.tensor([0.3, 0.0, 0.5, 0.15]) / 0.95, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("spread", [0.1, 8.0])
+def test_a_large_vocabulary_samples_the_nucleus_of_a_full_sort(spread):
+    """A flat distribution takes the way round the selection, a peaked one goes through it."""
+    logits = torch.randn(32, 5000, generator=torch.Generator().manual_seed(0)) * spread
+    uniform = torch.linspace(0, 0.999, 32)
+    config = SamplingConfig(temperature=1.0, top_p=0.9, max_new_tokens=1)
+    chosen, logprobs = sample(logits, uniform, config)
+    ordered, order = logits.log_softmax(-1).exp().sort(dim=-1, descending=True, stable=True)
+    kept = ordered.cumsum(-1) - ordered < 0.9
+    target = uniform[:, None] * ordered.where(kept, 0.0).sum(-1, keepdim=True)
+    expected = order.gather(-1, (ordered.cumsum(-1) <= target).sum(-1, keepdim=True)).squeeze(-1)
+    assert chosen.tolist() == expected.tolist()
+    assert torch.equal(logprobs, logits.log_softmax(-1).gather(-1, chosen[:, None]).squeeze(-1))
