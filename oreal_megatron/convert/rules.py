@@ -190,7 +190,8 @@ def _inverse(entries: Iterable[Entry]) -> dict[str, Origin]:
         end = 0
         for piece in parts:
             if piece.start != end:
-                raise ValueError(f"{name}: rows {end} to {piece.start} have no place, or two, in Megatron's tensors")
+                where = f"rows {min(end, piece.start)} to {max(end, piece.start)}"
+                raise ValueError(f"{name}: the rules use {where} {'never' if end < piece.start else 'twice'}")
             end = piece.stop
         origins[name] = Origin(name, (end, *columns[name]), tuple(parts))
     return origins
