@@ -220,9 +220,17 @@ class Written:
 
 
 def write_chunk(stream: BinaryIO, key: str, offsets: tuple[int, ...], tensor: Tensor) -> Written:
-    """Appends a tensor to a `*.distcp` file; offsets: of its first element in the whole stored tensor."""
+    """Appends a tensor to a `*.distcp` file; offsets: of its first element in the whole stored tensor.
+
+    Raises:
+        OSError: the disk refused.
+    """
     start = stream.tell()
-    torch.save(tensor, stream)
+    try:
+        torch.save(tensor, stream)
+    except RuntimeError as error:
+        # torch closes its archive after a write that failed, and that fails again, less tellingly.
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from error
     return Written(key, offsets, tuple(tensor.shape), start, stream.tell() - start)
 
 

@@ -64,7 +64,7 @@ def test_the_tool_prints_what_goes_where():
     assert "Qwen2ForCausalLM, 32.764B parameters in 771 tensors, 65.53 GB in bfloat16" in shown.stdout
     assert "every one of 32,763,876,352 elements lands exactly once" in shown.stdout
     assert "pp0 tp7        0-63" in shown.stdout
-    assert "152576x5120" not in shown.stdout  # 152064 rows are a multiple of 1024 already... by 148.5
+    assert "embedding.word_embeddings.weight: 512 rows of zeros behind the vocabulary's 152064" in shown.stdout
     refused = subprocess.run([*command, "--tensor-parallel", "3"], capture_output=True, text=True, timeout=120)
     assert refused.returncode == 1 and "40 attention heads over --tensor-parallel 3 ranks" in refused.stderr
 
