@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from oreal_megatron.checkpoint.export import Exporter, write_assets
 from oreal_megatron.checkpoint.store import INITIAL, CheckpointStore, weights_only
 from oreal_megatron.config import AdamWConfig, SftConfig, TrainConfig, check_layout
 from oreal_megatron.convert.huggingface import geometry_of
@@ -79,6 +80,7 @@ class _Builder:
         self.groups = groups
         self.tracker = tracker
         self.verifier = verifier
+        self.tokenizer = tokenizer
         self.renderer = PromptRenderer(tokenizer, config.prompt)
         self.geometry = config.model.geometry or geometry_of(Path(str(config.model.path)))
         check_layout(self.geometry, config.parallel)
@@ -119,6 +121,7 @@ class _Builder:
             packer=self.packer,
             tracker=self.tracker,
             store=self.store,
+            exporter=self._exporter(),
             stream=stream,
             sampler=sampler,
             verifier=self.verifier,
@@ -209,6 +212,16 @@ class _Builder:
             chunk.logprob_chunk_tokens = self.config.model.logprob_chunk_tokens
             chunk.num_tokens = self.vocab_size
         return module.to(device())
+
+    def _exporter(self) -> Exporter:
+        config = self.config
+        with self.groups.together():
+            if self.groups.is_main and config.run.export != "none":
+                geometry = self.geometry.model_copy(update={"vocab_size": self.vocab_size})
+                stop = self.renderer.stop_token_id
+                write_assets(self.directory, geometry, config.model, self.tokenizer, stop_token_id=stop)
+        models = ("policy", "reward_model") if config.objective.uses_reward_model else ("policy",)
+        return Exporter(self.directory, self.store, self.groups, which=config.run.export, models=models)
 
     def _initial_policy(self) -> Policy | ModelChunks:
         module = self._policy_module()

@@ -311,6 +311,9 @@ class RunConfig(Section):
     """0: only at the end."""
     keep_checkpoints: Positive
     """The newest so many; the best one by evaluation is kept besides."""
+    export: Literal["none", "best", "every"]
+    """Checkpoints to have in huggingface/, for transformers and servers: the best one by evaluation (the newest where
+    nothing is evaluated), or every one that is kept."""
     threads: Positive | None
     """CPU threads of a process; null: torch's choice."""
 
@@ -383,7 +386,7 @@ def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
 
 
 # What may change when a run goes on in its directory: how far, how fast and how visibly, not what it computes.
-_MAY_CHANGE = ("run.num_steps", "run.checkpoint_every", "run.keep_checkpoints", "run.threads", "tracking.", "parallel.")
+_MAY_CHANGE = ("run.num_steps", "run.checkpoint_every", "run.keep_checkpoints", "run.export", "run.threads", "tracking.", "parallel.")
 
 
 def check_resume(saved: Mapping[str, Any], config: TrainConfig, directory: str) -> None:

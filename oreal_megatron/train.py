@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from oreal_megatron import updates
+from oreal_megatron.checkpoint.export import Exporter
 from oreal_megatron.checkpoint.store import CheckpointStore, load_trained, step_name, trained_state
 from oreal_megatron.config import SamplingConfig, TrainConfig
 from oreal_megatron.data.packing import PackedSequence, Packer, TokenBatch
@@ -66,6 +67,7 @@ class Run:
     packer: Packer
     tracker: Tracker
     store: CheckpointStore
+    exporter: Exporter
     stream: PromptStream
     sampler: Sampler
     verifier: Verifier
@@ -209,6 +211,7 @@ def evaluate_and_save(run: Run) -> None:
         save(run)
     if improved and score is not None:
         run.store.remember_best(step, score)
+    run.exporter.update()
 
 
 def evaluated(run: Run) -> EvaluationReport:

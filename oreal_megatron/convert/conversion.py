@@ -38,7 +38,8 @@ SHARD_BYTES = 5 * 10**9
 """A file of a Hugging Face directory, as transformers splits them."""
 ASSETS = "huggingface"
 """Directory within a Megatron checkpoint that keeps config.json, tokenizer and chat template unchanged."""
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", INDEX, "pytorch_model.bin.index.json")
+WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", INDEX, "pytorch_model.bin.index.json")
+"""Ends of names of files that hold weights."""
 
 Advance = Callable[[int], None]
 """Told the bytes of every block that is done."""
@@ -94,7 +95,7 @@ def to_megatron(source: Path, target: Path, layout: Layout, *, advance: Advance 
         }
         assets = output.partial / ASSETS
         assets.mkdir(exist_ok=True)
-        copy_beside(source, assets, without=_WEIGHTS)
+        copy_beside(source, assets, without=WEIGHTS)
         stored = {
             block.key: (_stored_shape(block, layout, model.geometry.num_layers), block.dtype)
             for group in files.values()
@@ -269,7 +270,7 @@ class Export:
         """Writes what stands beside the weights, and gives the directory its name."""
         partial = self.output.partial
         try:
-            copy_beside(self.assets, partial, without=(*_WEIGHTS, "config.json") if self._has_new_config() else _WEIGHTS)
+            copy_beside(self.assets, partial, without=(*WEIGHTS, "config.json") if self._has_new_config() else WEIGHTS)
             if self._has_new_config():
                 write_atomically(partial / "config.json", json.dumps(self._config(), indent=2) + "\n")
             if self.index is not None:

@@ -45,6 +45,16 @@ class ParallelGroups:
         return self.pipeline_rank == self.pipeline_size - 1
 
     @property
+    def rank(self) -> int:
+        """Of this process in the job."""
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the job."""
+        return dist.get_world_size()
+
+    @property
     def is_main(self) -> bool:
         """Whether this process is the one that writes files and talks to the user."""
         return dist.get_rank() == 0
@@ -105,6 +115,20 @@ class ParallelGroups:
 
     def barrier(self) -> None:
         dist.barrier()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Leaves the block when every process has, with an error on all where one had one (OSError or ValueError)."""
+        failed: OSError | ValueError | None = None
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            failed = error
+        others = [text for part in self.gather_over_world([str(failed)] if failed else []) for text in part]
+        if failed:
+            raise failed
+        if others:
+            raise OSError(others[0])
 
 
 @contextlib.contextmanager
