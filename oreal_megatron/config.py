@@ -386,7 +386,15 @@ def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
 
 
 # What may change when a run goes on in its directory: how far, how fast and how visibly, not what it computes.
-_MAY_CHANGE = ("run.num_steps", "run.checkpoint_every", "run.keep_checkpoints", "run.export", "run.threads", "tracking.", "parallel.")
+_MAY_CHANGE = (
+    "run.num_steps",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "run.export",
+    "run.threads",
+    "tracking.",
+    "parallel.",
+)
 
 
 def check_resume(saved: Mapping[str, Any], config: TrainConfig, directory: str) -> None:

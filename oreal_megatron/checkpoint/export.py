@@ -1,8 +1,8 @@
 """A run's checkpoints as Hugging Face directories: the best model is usable by anyone at once.
 
-    huggingface/assets/                 config.json, tokenizer, chat template: everything but weights
-    huggingface/step_000050/policy/     one directory a model and checkpoint
-    huggingface/best                    a link to the best of them
+huggingface/assets/                 config.json, tokenizer, chat template: everything but weights
+huggingface/step_000050/policy/     one directory a model and checkpoint
+huggingface/best                    a link to the best of them
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ def write_assets(
         config = dict(read_model(assets).config)
         if config["vocab_size"] != geometry.vocab_size:
             # The tokenizer has more tokens than the directory's embedding.
-            write_atomically(assets / "config.json", json.dumps({**config, "vocab_size": geometry.vocab_size}, indent=2))
+            write_atomically(
+                assets / "config.json", json.dumps({**config, "vocab_size": geometry.vocab_size}, indent=2)
+            )
         return
     config = config_json(geometry, "causal", dtype=model.dtype, max_positions=model.max_sequence_length)
     write_atomically(assets / "config.json", json.dumps(config, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Whole checkpoints from one format into the other, a block at a time: to Megatron, to Hugging Face, and side by side."""
+"""Whole checkpoints from one format into the other, a block at a time, and two of them side by side."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Block:
 
 
 def to_megatron(source: Path, target: Path, layout: Layout, *, advance: Advance = _silent) -> None:
-    """A Hugging Face directory as a Megatron distributed checkpoint, chunks and files cut as `layout`'s ranks read them.
+    """A Hugging Face directory as a Megatron distributed checkpoint, cut as the ranks of `layout` read it.
 
     Any layout loads it, with Megatron-Core's own loader. The files beside the weights go to `huggingface/` in it.
 
@@ -122,8 +122,8 @@ def _blocks(model: HuggingFaceModel, weights: HuggingFaceWeights, layout: Layout
         first_dtype, first = dtypes.setdefault(key, (dtype, entry.runs[0].tensor))
         if dtype != first_dtype:
             raise ValueError(
-                f"{weights.path}: {first} is {first_dtype} and {entry.runs[0].tensor} is {dtype}; Megatron stacks them in "
-                "one tensor, of one dtype"
+                f"{weights.path}: {first} is {first_dtype} and {entry.runs[0].tensor} is {dtype}; Megatron stacks them "
+                "in one tensor, of one dtype"
             )
         layer = entry.layer if is_stacked else None
         by_rank[shard.pipeline_rank * layout.tensor + shard.tensor_rank] += [
@@ -327,9 +327,7 @@ class Comparison:
     """One line a tensor that differs."""
 
 
-def compare(
-    huggingface: Path, megatron: Path, *, prefix: str = "", advance: Advance = _silent
-) -> Comparison:
+def compare(huggingface: Path, megatron: Path, *, prefix: str = "", advance: Advance = _silent) -> Comparison:
     """Compares two checkpoints of one model bit for bit, block by block; padding must be rows of zeros.
 
     Raises:

@@ -79,7 +79,9 @@ class DistributedWeights:
         """
         self.path, self.prefix = path, prefix
         if not (path / "metadata.json").is_file() or not (path / ".metadata").is_file():
-            raise ValueError(f"{path} is not a whole Megatron distributed checkpoint: metadata.json or .metadata is missing")
+            raise ValueError(
+                f"{path} is not a whole Megatron distributed checkpoint: metadata.json or .metadata is missing"
+            )
         backend = json.loads((path / "metadata.json").read_text()).get("sharded_backend")
         if backend != "torch_dist":
             raise ValueError(f"{path}: format {backend!r} is not supported, only torch_dist")
@@ -132,7 +134,9 @@ class DistributedWeights:
         for file, length in sorted(lengths.items()):
             there = (self.path / file).stat().st_size if (self.path / file).is_file() else None
             if there is None or there < length:
-                problems.append(f"{file} is missing" if there is None else f"{file} is truncated: {there} of {length} bytes")
+                problems.append(
+                    f"{file} is missing" if there is None else f"{file} is truncated: {there} of {length} bytes"
+                )
         if problems:
             models = sorted({key[: key.index("embedding.")] for key in self._chunks if "embedding." in key})
             hint = f" (prefixes in it: {models})" if self.prefix not in models else ""
@@ -195,7 +199,9 @@ class DistributedWeights:
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{self.path / chunk.file}: {self.prefix}{name} cannot be read: {error}") from error
         if tuple(tensor.shape) != chunk.sizes:
-            raise ValueError(f"{self.path / chunk.file}: {name} has shape {list(tensor.shape)}, .metadata says {chunk.sizes}")
+            raise ValueError(
+                f"{self.path / chunk.file}: {name} has shape {list(tensor.shape)}, .metadata says {chunk.sizes}"
+            )
         self._cache[chunk] = tensor
         while len(self._cache) > 1 and sum(each.nbytes for each in self._cache.values()) > _CACHE_BYTES:
             self._cache.popitem(last=False)

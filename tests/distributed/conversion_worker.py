@@ -1,4 +1,4 @@
-"""One of several processes of one layout: every case of a directory in turn. torchrun ... conversion_worker.py DIRECTORY
+"""One of several processes of one layout: every case of a directory in turn. torchrun ... worker.py DIRECTORY
 
 A case: load the Hugging Face directory's slices; compare logits with transformers'; load the converted checkpoint with
 Megatron-Core's own loader and compare every parameter; save it with Megatron-Core's writer, from this layout.

@@ -26,7 +26,12 @@ pytestmark = pytest.mark.distributed
 EVERY_CASE = tuple(itertools.product(FAMILIES, (True, False), ("causal",))) + tuple(
     (family, False, "scalar") for family in FAMILIES
 )
-SOME_CASES = (("llama", True, "causal"), ("qwen2", False, "causal"), ("qwen3", True, "causal"), ("qwen2", False, "scalar"))
+SOME_CASES = (
+    ("llama", True, "causal"),
+    ("qwen2", False, "causal"),
+    ("qwen3", True, "causal"),
+    ("qwen2", False, "scalar"),
+)
 # The checkpoint is cut for another layout than the one that loads it.
 CUT = Layout(tensor=2, pipeline=2, vocabulary_multiple=16)
 
@@ -60,7 +65,11 @@ def check(directory: Path, cases: Any, tensor: int, pipeline: int, virtual: int)
         # What Megatron-Core wrote from this layout becomes the directory that it was loaded from.
         head = read_model(directory / name / "hf").head
         to_huggingface(
-            directory / name / "saved", directory / name / "back", prefix="policy.", head=head, assets=directory / name / "hf"
+            directory / name / "saved",
+            directory / name / "back",
+            prefix="policy.",
+            head=head,
+            assets=directory / name / "hf",
         )
         assert_same_bits(directory / name / "hf", directory / name / "back")
 

@@ -19,6 +19,6 @@ def family_of(geometry: GeometryConfig) -> Family:
         if (family.qkv_bias, family.qk_norm) == (geometry.qkv_bias, geometry.qk_norm):
             return family
     raise ValueError(
-        f"no Hugging Face family has qkv_bias = {geometry.qkv_bias} and qk_norm = {geometry.qk_norm}: change one, or do "
-        "without exports (run.export=none)"
+        f"no Hugging Face family has qkv_bias = {geometry.qkv_bias} and qk_norm = {geometry.qk_norm}: change one, or "
+        "do without exports (run.export=none)"
     )

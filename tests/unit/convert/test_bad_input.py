@@ -197,11 +197,15 @@ def test_a_damaged_megatron_file(megatron):
 
 
 def test_a_megatron_checkpoint_of_another_model(megatron, tmp_path):
-    refused_export(megatron, "policy.embedding.word_embeddings.weight is missing", "prefixes in it: ['']", prefix="policy.")
+    refused_export(
+        megatron, "policy.embedding.word_embeddings.weight is missing", "prefixes in it: ['']", prefix="policy."
+    )
     other = save_tiny(tmp_path / "other", "qwen2", tied=False, num_layers=3)
     refused_export(megatron, "decoder.layers.2.mlp.linear_fc2.weight is missing", assets=other)
     larger = save_tiny(tmp_path / "larger", "qwen2", tied=False, vocabulary=200)
-    refused_export(megatron, "embedding.word_embeddings.weight has shape [120, 48], the model's is [200, 48]", assets=larger)
+    refused_export(
+        megatron, "embedding.word_embeddings.weight has shape [120, 48], the model's is [200, 48]", assets=larger
+    )
     tied = save_tiny(tmp_path / "tied", "qwen2", tied=True)
     refused_export(megatron, "output_layer.weight is unexpected", assets=tied)
     without_bias = save_tiny(tmp_path / "llama", "llama", tied=False)

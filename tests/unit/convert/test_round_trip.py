@@ -131,7 +131,11 @@ def test_a_changed_bit_is_found_and_named(tmp_path):
     tensors["model.layers.1.mlp.up_proj.weight"].view(torch.int32)[7, 3] ^= 1
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     (difference,) = compare(source, tmp_path / "megatron").differences
-    assert "decoder.layers.1.mlp.linear_fc1.weight" in difference and "up_proj" in difference and "1 elements" in difference
+    assert (
+        "decoder.layers.1.mlp.linear_fc1.weight" in difference
+        and "up_proj" in difference
+        and "1 elements" in difference
+    )
 
 
 def test_an_equal_copy_of_a_tied_output_layer_is_accepted_and_not_written_again(tmp_path):
@@ -139,8 +143,11 @@ def test_an_equal_copy_of_a_tied_output_layer_is_accepted_and_not_written_again(
 
     source = save_tiny(tmp_path / "hf", "llama", tied=True)
     tensors = tensors_of(source)
-    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
-               "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, source / "model.safetensors")  # fmt: skip
+    more = {
+        "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),  # a buffer that old checkpoints carry
+    }
+    save_file(tensors | more, source / "model.safetensors")
     to_megatron(source, tmp_path / "megatron", Layout())
     to_huggingface(tmp_path / "megatron", tmp_path / "back")
     assert tensors_of(tmp_path / "back").keys() == tensors.keys()
