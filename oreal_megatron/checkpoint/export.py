@@ -55,9 +55,8 @@ class Exporter:
         """
         if self._which == "none":
             return
-        best = self._store.best
         steps = [step_name(step) for step in self._store.steps]
-        newest = best["checkpoint"] if best else (steps[-1] if steps else None)
+        newest = self._groups.from_main(self._best()) or (steps[-1] if steps else None)
         wanted = set(steps if self._which == "every" else []) | ({newest} if newest else set())
         for name in sorted(wanted):
             # The initial checkpoint holds the policy alone.
@@ -71,6 +70,10 @@ class Exporter:
                 if path.is_dir() and not path.is_symlink() and path.name not in {*wanted, "assets"}:
                     shutil.rmtree(path)
         self._groups.barrier()
+
+    def _best(self) -> str | None:
+        path = self._store.directory / "best.json"
+        return json.loads(path.read_text())["checkpoint"] if path.is_file() else None
 
     def _export(self, name: str, model: str) -> None:
         """One model of one checkpoint; the ranks share its files."""
