@@ -17,7 +17,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from oreal_megatron.checkpoint.store import CheckpointStore, weights_only
+from oreal_megatron.checkpoint.state import weights_only
+from oreal_megatron.checkpoint.store import CheckpointStore
 from oreal_megatron.config import ModelConfig, ParallelConfig
 from oreal_megatron.convert.huggingface import read_model
 from oreal_megatron.convert.module import load_weights

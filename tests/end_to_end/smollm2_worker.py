@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from oreal_megatron.checkpoint.store import CheckpointStore, weights_only
+from oreal_megatron.checkpoint.state import weights_only
+from oreal_megatron.checkpoint.store import CheckpointStore
 from oreal_megatron.config import AdamWConfig, ModelConfig, ParallelConfig, SamplingConfig
 from oreal_megatron.convert.huggingface import geometry_of
 from oreal_megatron.convert.module import load_weights
@@ -79,11 +80,12 @@ def load(path: Path, groups: ParallelGroups) -> Policy:
 
 def answers(policy: Policy, asked: dict[str, Any], groups: ParallelGroups) -> list[dict[str, Any]]:
     engine = EmbeddedEngine(
-        lambda: CachedDecoder(policy, groups, asked["vocab_size"]), groups, stop_token_id=asked["stop"], batch_size=20
+        lambda: CachedDecoder(policy, groups, asked["vocab_size"]), stop_token_id=asked["stop"], batch_size=20
     )
     new = asked["max_new_tokens"]
     requests = [GenerationRequest(prompt_ids=tuple(ids), seed=0, max_new_tokens=new) for ids in asked["prompts"]]
-    found = engine.generate(requests, SamplingConfig(temperature=0.0, top_p=1.0, max_new_tokens=new))
+    greedy = SamplingConfig(temperature=0.0, top_p=1.0, max_new_tokens=new)
+    ((_, found),) = engine.generate([requests], greedy)
     return [{"token_ids": list(c.token_ids), "logprobs": list(c.logprobs)} for c in found]
 
 
