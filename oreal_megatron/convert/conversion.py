@@ -181,11 +181,21 @@ def _filled(block: Block, weights: HuggingFaceWeights) -> Tensor:
     """The block's elements, from the tensors that they come from; rows of padding are zeros."""
     copies = list(block.entry.sources(block.box))
     num_rows = block.box.shape[0]
+    if len(copies) == 1 and copies[0].at == (0, num_rows):
+        source = weights.read(copies[0].source, copies[0].box)
+        if source.is_contiguous():
+            return _alone(source)
     is_padded = sum(copy.at[1] - copy.at[0] for copy in copies) < num_rows
     out = (torch.zeros if is_padded else torch.empty)(block.box.shape, dtype=block.dtype)
     for copy in copies:
         out[slice(*copy.at)].copy_(weights.read(copy.source, copy.box))
     return out
+
+
+def _alone(view: Tensor) -> Tensor:
+    """The view over a storage of its own extent, without a copy: torch.save writes whole storages."""
+    data = torch.frombuffer(view.view(torch.uint8).numpy(), dtype=torch.uint8)
+    return data.view(view.dtype).view(view.shape)
 
 
 def _stored_shape(block: Block, layout: Layout, num_layers: int) -> tuple[int, ...]:
@@ -254,17 +264,20 @@ class Export:
                 stream.write(shard.header())
                 for name, (_, dtype) in shard.tensors.items():
                     for box in in_blocks(_whole(shard.tensors[name][0]), dtype):
-                        block = self._block(name, box, dtype)
-                        stream.write(memoryview(block.view(torch.uint8).numpy()).cast("B"))
+                        block = self._bytes(name, box, dtype)
+                        stream.write(memoryview(block.numpy()).cast("B"))
                         advance(block.nbytes)
         except OSError as error:
             raise explained(error, self.output.target) from error
 
-    def _block(self, name: str, box: Box, dtype: torch.dtype) -> Tensor:
+    def _bytes(self, name: str, box: Box, dtype: torch.dtype) -> Tensor:
+        copies = list(self.model.table.origins[name].sources(box))
+        if len(copies) == 1 and (mapped := self.weights.in_one_piece(copies[0].source, copies[0].box)) is not None:
+            return mapped
         out = torch.empty(box.shape, dtype=dtype)
-        for copy in self.model.table.origins[name].sources(box):
+        for copy in copies:
             self.weights.read_into(out[slice(*copy.at)], copy.source, copy.box)
-        return out
+        return out.view(torch.uint8)
 
     def commit(self) -> None:
         """Writes what stands beside the weights, and gives the directory its name."""
