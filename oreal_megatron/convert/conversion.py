@@ -265,7 +265,7 @@ class Export:
                 for name, (_, dtype) in shard.tensors.items():
                     for box in in_blocks(_whole(shard.tensors[name][0]), dtype):
                         block = self._bytes(name, box, dtype)
-                        stream.write(memoryview(block.numpy()).cast("B"))
+                        stream.write(block.numpy().data.cast("B"))
                         advance(block.nbytes)
         except OSError as error:
             raise explained(error, self.output.target) from error

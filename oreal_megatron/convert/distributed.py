@@ -259,7 +259,7 @@ class _Bytes(io.RawIOBase):
     """Mapped bytes as a file, without a copy."""
 
     def __init__(self, data: Tensor):
-        self._data = memoryview(data.numpy())
+        self._data = data.numpy().data
         self._position = 0
 
     def seekable(self) -> bool:
