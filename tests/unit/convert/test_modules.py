@@ -78,13 +78,12 @@ def test_a_module_of_another_shape_is_refused_by_name(tmp_path, single_process):
         load_weights(empty(source, single_process, qk_norm=True), source, single_process)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_mbridge_agrees_on_qwen2_both_ways(tmp_path, single_process, tied):
+def test_mbridge_agrees_on_tied_qwen2_both_ways(tmp_path, single_process):
     mbridge_qwen2 = pytest.importorskip("mbridge.models.qwen2", reason="mbridge is in the extra `dev`")
     from transformers import AutoConfig
 
     # With an index: of a single file it refuses to read a tensor that it asks for twice.
-    source = save_tiny(tmp_path / "hf", "qwen2", tied=tied, max_shard_size="60KB")
+    source = save_tiny(tmp_path / "hf", "qwen2", tied=True, max_shard_size="60KB")
     ours, theirs = empty(source, single_process), empty(source, single_process)
     load_weights(ours, source, single_process)
 
