@@ -129,6 +129,8 @@ def write_assets(
 
 def _link(path: Path, target: str) -> None:
     """A symbolic link, replaced at once."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)  # the run was copied, and its links became directories
     new = path.with_name(path.name + ".new")
     new.unlink(missing_ok=True)
     os.symlink(target, new)
