@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup demo test test-fast test-slow lint bench bench-verifier bench-objectives clean
+.PHONY: help setup sglang-deps demo test test-fast test-slow lint bench bench-verifier bench-objectives clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -21,6 +21,13 @@ $(READY): setup.py requirements/cpu.txt
 	$(BIN)/pip install --quiet --requirement requirements/cpu.txt
 	$(BIN)/pip install --quiet --editable '.[dev,gguf]'
 	@touch $@
+
+$(VENV)/sglang/.ready: requirements/sglang_cpu.txt | setup
+	rm -rf $(VENV)/sglang
+	$(BIN)/pip install --quiet --no-deps --target $(VENV)/sglang --requirement requirements/sglang_cpu.txt
+	@touch $@
+
+sglang-deps: $(VENV)/sglang/.ready ## SGLang for CPU, in a directory that only server processes see
 
 demo: setup ## OREAL on arithmetic: warm start, 50 steps, three evaluations, report.html
 	$(BIN)/oreal-train experiment=arithmetic

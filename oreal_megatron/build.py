@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from oreal_megatron.checkpoint.store import INITIAL, CheckpointStore, weights_only
-from oreal_megatron.config import AdamWConfig, SftConfig, TrainConfig, check_layout
-from oreal_megatron.convert.huggingface import geometry_of
+from oreal_megatron.config import AdamWConfig, SftConfig, SGLangConfig, TrainConfig, check_layout
+from oreal_megatron.convert.huggingface import geometry_of, served_config
 from oreal_megatron.convert.module import load_weights
 from oreal_megatron.data.arithmetic import Demonstration, generate_arithmetic
 from oreal_megatron.data.packing import Packer
@@ -33,8 +33,13 @@ from oreal_megatron.models.token_reward import TokenRewardModel
 from oreal_megatron.parallel.device import device, device_seam
 from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
 from oreal_megatron.records import Prompt
+from oreal_megatron.resharding.disk import DiskTransport
 from oreal_megatron.rollout.embedded import EmbeddedEngine
+from oreal_megatron.rollout.engine import RolloutEngine
+from oreal_megatron.rollout.fingerprint import Fingerprint, check_server
+from oreal_megatron.rollout.fleet import Fleet
 from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
+from oreal_megatron.rollout.sglang import SGLangEngine
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.sft import warm_start
 from oreal_megatron.train import Run, graded_groups
@@ -57,9 +62,7 @@ def opened_run(config: TrainConfig) -> Iterator[Run]:
         tracker = stack.enter_context(contextlib.closing(Tracker(config, directory, is_main=groups.is_main)))
         verifier = stack.enter_context(contextlib.closing(build_verifier(config.verifier)))
         tokenizer = load_tokenizer(config.model.tokenizer)
-        run = _Builder(config, directory, groups, tracker, verifier, tokenizer).run()
-        stack.callback(run.engine.close)
-        yield run
+        yield _Builder(config, directory, groups, tracker, verifier, tokenizer, stack).run()
 
 
 class _Builder:
@@ -73,7 +76,10 @@ class _Builder:
         tracker: Tracker,
         verifier: Verifier,
         tokenizer: PreTrainedTokenizerBase,
+        stack: contextlib.ExitStack,
     ):
+        """stack: takes what must be closed after the run."""
+        self.stack = stack
         self.config = config
         self.directory = directory
         self.groups = groups
@@ -96,12 +102,7 @@ class _Builder:
         if not self.store.has(INITIAL):
             self._make_initial_policy()
         policy = self._initial_policy()
-        engine = EmbeddedEngine(
-            lambda: CachedDecoder(policy, self.groups, self.vocab_size),
-            self.groups,
-            stop_token_id=self.renderer.stop_token_id,
-            batch_size=config.rollout.batch_size,
-        )
+        engine = self._engine(policy)
         sampler = Sampler(engine, self.renderer, max_sequence_length=config.model.max_sequence_length)
         if config.data.pass_rate is not None:
             train_prompts = self._with_pass_rates(train_prompts, sampler)
@@ -128,6 +129,53 @@ class _Builder:
             reward_model=self._reward_model() if config.objective.uses_reward_model else None,
             benchmarks=benchmarks,
             renderer=self.renderer,
+        )
+
+    def _engine(self, policy: Policy | ModelChunks) -> RolloutEngine:
+        """What generates, with the initial policy's weights."""
+        config = self.config
+        engine: RolloutEngine
+        if config.run.mode == "replay" or config.rollout.sglang is None:
+            engine = EmbeddedEngine(
+                lambda: CachedDecoder(policy, self.groups, self.vocab_size),
+                self.groups,
+                stop_token_id=self.renderer.stop_token_id,
+                batch_size=config.rollout.batch_size,
+            )
+        else:
+            engine = self._sglang_engine(policy, config.rollout.sglang)
+        self.stack.callback(engine.close)
+        engine.publish(0)
+        return engine
+
+    def _sglang_engine(self, policy: Policy | ModelChunks, servers: SGLangConfig) -> SGLangEngine:
+        config = self.config
+        geometry = self.geometry.model_copy(update={"vocab_size": self.vocab_size})
+        described = served_config(
+            config.model.path,
+            geometry,
+            dtype=config.model.dtype,
+            max_positions=config.model.max_sequence_length,
+            stop_token_id=self.renderer.stop_token_id,
+        )
+        directory = Path(servers.weights_dir) if servers.weights_dir is not None else self.directory / "weights"
+        transport = DiskTransport(chunks_of(policy), geometry, self.groups, directory, config_json=described)
+        expected = Fingerprint.of(geometry, config.model.dtype)
+        fleet = Fleet(
+            servers,
+            dtype=config.model.dtype,
+            max_sequence_length=config.model.max_sequence_length,
+            stop_token_id=self.renderer.stop_token_id,
+            logs=self.directory / "servers",
+            check=lambda url, description: check_server(url, description, expected),
+            say=self.tracker.say,
+        )
+        return SGLangEngine(
+            fleet,
+            transport,
+            self.groups,
+            vocab_size=self.vocab_size,
+            timeout_seconds=config.parallel.timeout_seconds,
         )
 
     def _trained(self, module: Any, adamw: AdamWConfig, *, less: int = 0) -> TrainedModel:
