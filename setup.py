@@ -25,7 +25,12 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["oreal_megatron", "oreal_megatron.*"]),
     package_data={
-        "oreal_megatron": ["templates/*.html", "py.typed", "rollout/cpu_shims/*.py", "rollout/cpu_shims/sgl_kernel/*.py"]
+        "oreal_megatron": [
+            "templates/*.html",
+            "py.typed",
+            "rollout/cpu_shims/*.py",
+            "rollout/cpu_shims/sgl_kernel/*.py",
+        ]
     },
     data_files=conf_files(),
     install_requires=[

@@ -229,6 +229,14 @@ class SGLangConfig(Section):
     """More options of `sglang.launch_server`, by name without dashes in front; true: a flag."""
 
 
+class MismatchConfig(Section):
+    """How far the policy's log-probabilities may be from the rollouts': a step's mean |difference|, in nats a token."""
+
+    warn: PositiveFloat
+    stop: PositiveFloat
+    """A step beyond it is not trained on; the run ends."""
+
+
 class RolloutConfig(Section):
     """Where and how rollouts are generated."""
 
@@ -239,6 +247,8 @@ class RolloutConfig(Section):
     sampling: SamplingConfig
     batch_size: Positive
     """Sequences that one embedded batch generates at the same time; pass rates are estimated so many at a time."""
+    mismatch: MismatchConfig | None = None
+    """null: reported only."""
     sglang: SGLangConfig | None = None
     """Belongs to `backend: sglang`."""
 
@@ -420,7 +430,15 @@ def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
 
 
 # What may change when a run goes on in its directory: how far, how fast and how visibly, not what it computes.
-_MAY_CHANGE = ("run.num_steps", "run.checkpoint_every", "run.keep_checkpoints", "run.threads", "tracking.", "parallel.")
+_MAY_CHANGE = (
+    "run.num_steps",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "run.threads",
+    "tracking.",
+    "parallel.",
+    "rollout.sglang.",
+)
 
 
 def check_resume(saved: Mapping[str, Any], config: TrainConfig, directory: str) -> None:
@@ -630,6 +648,15 @@ def _check_evaluation(evaluation: EvaluationConfig) -> Iterator[Violation]:
 def _check_servers(rollout: RolloutConfig) -> Iterator[Violation]:
     if (rollout.backend == "sglang") != (rollout.sglang is not None):
         yield Violation("rollout.backend", rollout.backend, "rollout.sglang belongs to sglang, which needs it")
+    if (limits := rollout.mismatch) is not None:
+        if limits.warn > limits.stop:
+            yield Violation("rollout.mismatch.warn", limits.warn, f"must not exceed stop = {limits.stop}")
+        if rollout.sampling.temperature != 1.0:
+            yield Violation(
+                "rollout.sampling.temperature",
+                rollout.sampling.temperature,
+                "rollouts have the policy's log-probabilities at 1.0 only; use it, or rollout.mismatch=null",
+            )
     if (servers := rollout.sglang) is None:
         return
     for index, url in enumerate(servers.urls):

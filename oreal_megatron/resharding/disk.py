@@ -48,7 +48,7 @@ class DiskTransport:
         *,
         config_json: Mapping[str, Any],
     ):
-        """chunks: this rank's GPTModels. geometry: with vocab_size, the rows without padding. config_json: of the model."""
+        """chunks: this rank's GPTModels. geometry: with vocab_size, without padding. config_json: of the model."""
         self._chunks = chunks
         self._groups = groups
         self._directory = directory

@@ -43,8 +43,8 @@ def check_server(url: str, description: ServerDescription, expected: Fingerprint
     path = Path(description.model_path)
     if not (path / "config.json").is_file():
         raise ValueError(
-            f"{url} serves {description.model_path}, whose config.json cannot be read here, so it cannot be compared with "
-            "the policy: start the server from a directory that both see"
+            f"{url} serves {description.model_path}, whose config.json cannot be read here, so it cannot be compared "
+            "with the policy: start the server from a directory that both see"
         )
     served = Fingerprint.of(geometry_of(path), description.dtype)
     if served.fields != expected.fields:
@@ -54,5 +54,6 @@ def check_server(url: str, description: ServerDescription, expected: Fingerprint
             if served.fields[name] != value
         )
         raise ValueError(
-            f"{url} serves another model: {description.model_path} has fingerprint {served}, the policy {expected}; {differing}"
+            f"{url} serves another model: {description.model_path} has fingerprint {served}, the policy {expected}; "
+            f"{differing}"
         )

@@ -7,20 +7,20 @@ before; nothing calls them. Without effect beside a CUDA torch.
 
 import importlib.abc
 import sys
+from typing import Any
 
 
 class _BeforeTorchvision(importlib.abc.MetaPathFinder):
-    library = None
+    library: Any = None
 
-    def find_spec(self, name, path=None, target=None):
-        if name == "torchvision" and _BeforeTorchvision.library is None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name == "torchvision" and self.library is None:
             import torch
 
-            _BeforeTorchvision.library = torch.library.Library("torchvision", "FRAGMENT")
+            self.library = torch.library.Library("torchvision", "FRAGMENT")
             if torch.version.cuda is None:
                 for operator in ("nms", "qnms"):
                     self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return None
 
 
 sys.meta_path.insert(0, _BeforeTorchvision())

@@ -4,9 +4,12 @@ SGLang from 0.5.16 on imports these names on CPU. They serve speculative decodin
 a dense model with `--attention-backend torch_native` calls none of them, and a call says what is missing.
 """
 
+from collections.abc import Callable
+from typing import Any, NoReturn
 
-def _missing(name):
-    def kernel(*arguments, **options):
+
+def _missing(name: str) -> Callable[..., NoReturn]:
+    def kernel(*arguments: Any, **options: Any) -> NoReturn:
         raise NotImplementedError(f"sgl_kernel.{name}: there is no CPU build of sgl_kernel in this environment")
 
     kernel.__name__ = name
