@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup sglang-deps demo test test-fast test-slow lint bench bench-verifier bench-objectives clean
+.PHONY: help setup sglang-deps demo test test-fast test-slow lint bench bench-rollout bench-verifier bench-objectives clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -38,7 +38,7 @@ lint: setup ## ruff, import contracts, types
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
-test: lint ## all that CI runs
+test: lint sglang-deps ## all that CI runs
 	$(BIN)/pytest -m 'not slow and not gpu'
 
 test-fast: setup ## unit tests only
@@ -50,6 +50,9 @@ test-slow: setup ## the long proofs
 bench: setup ## generation against transformers, a training step against bare Megatron-Core
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.training_step
+
+bench-rollout: sglang-deps ## our rollout client against a bare load generator
+	$(BIN)/python -m benchmarks.rollout_client
 
 bench-verifier: setup ## the verifier beside math-verify on the labelled cases, and its throughput
 	$(BIN)/python -m benchmarks.verifier

@@ -85,6 +85,8 @@ class ServerClient:
         ids = tuple(answer["output_ids"])
         if ids != tuple(token for _, token, *_ in pairs):
             raise ServerLost(f"{self.url}: {rid} has {len(ids)} tokens and log-probabilities of others ({len(pairs)})")
+        if any(logprob is None for logprob, *_ in pairs):  # JSON has no NaN
+            raise ServerLost(f"{self.url}: {rid} has log-probabilities that are no numbers; its weights are damaged")
         spans = about.get("weight_versions") or []
         return Generated(
             token_ids=ids,
