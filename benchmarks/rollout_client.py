@@ -2,7 +2,7 @@
 
     python -m benchmarks.rollout_client
 
-The bare one has the requests' bytes ready, keeps one connection a request in flight, and looks at no answer. Decoding is
+The bare one has the requests' bytes ready, keeps a connection a request in flight, and looks at no answer. Decoding is
 greedy, so both have the server do the same. Prints the median ratio of their seconds over pairs; it may be up to 1.05.
 """
 

@@ -1,4 +1,4 @@
-"""One of several trainer ranks: loads a model, publishes it to disk. torchrun ... disk_worker.py SOURCE OUTPUT LAYOUTS"""
+"""One of several ranks: loads a model, publishes it to disk. torchrun ... disk_worker.py SOURCE OUTPUT LAYOUTS"""
 
 from __future__ import annotations
 
