@@ -69,9 +69,9 @@ def main() -> None:
         try:
             servers.engine.publish(0)
             url = servers.fleet.members[0].client.url
-            num_tokens = sum(len(c.token_ids) for c in servers.engine.generate(requests, sampling))
+            num_tokens = sum(len(c.token_ids) for c in servers.generate(requests, sampling))
             ours, bare, ratio = compare(
-                lambda: servers.engine.generate(requests, sampling),
+                lambda: servers.generate(requests, sampling),
                 lambda: asyncio.run(bare_load(url, bodies)),
                 pairs=arguments.pairs,
             )

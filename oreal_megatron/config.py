@@ -74,6 +74,9 @@ class ModelConfig(Section):
     """Of weights and compute; bfloat16 keeps fp32 master weights, gradients and optimizer states."""
     max_sequence_length: Positive
     """Prompt and response together, in tokens."""
+    reward_model: str | None = None
+    """Whose reward model this run's starts from: a checkpoint directory of another run (its weights only); null: the
+    initial policy with a scalar head of zeros."""
     logprob_chunk_tokens: Positive = 1024
     """Positions whose logits exist at the same time."""
 
@@ -358,6 +361,11 @@ class RunConfig(Section):
     """0: only at the end."""
     keep_checkpoints: Positive
     """The newest so many; the best one by evaluation is kept besides."""
+    export: Literal["none", "best", "every"]
+    """Checkpoints to have in huggingface/, for transformers and servers: the best one by evaluation (the newest where
+    nothing is evaluated), or every one that is kept."""
+    async_checkpoints: bool
+    """Write checkpoints behind the next steps, from a copy of the state; the last one is always waited for."""
     threads: Positive | None
     """CPU threads of a process; null: torch's choice."""
 
@@ -434,6 +442,8 @@ _MAY_CHANGE = (
     "run.num_steps",
     "run.checkpoint_every",
     "run.keep_checkpoints",
+    "run.export",
+    "run.async_checkpoints",
     "run.threads",
     "tracking.",
     "parallel.",

@@ -101,6 +101,26 @@ class GradedRollout:
     def verdict(self) -> Verdict:
         return self.grade.verdict
 
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self.rollout), "grade": asdict(self.grade)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> GradedRollout:
+        """The inverse of `to_json`; keys beyond it are left alone. Raises KeyError, TypeError or ValueError."""
+        return cls(
+            rollout=Rollout(
+                prompt=Prompt(**record["prompt"]),
+                sample_index=record["sample_index"],
+                prompt_ids=tuple(record["prompt_ids"]),
+                response_ids=tuple(record["response_ids"]),
+                logprobs=tuple(record["logprobs"]),
+                text=record["text"],
+                finish_reason=FinishReason(record["finish_reason"]),
+                weight_version=record["weight_version"],
+            ),
+            grade=Grade(**{**record["grade"], "verdict": Verdict(record["grade"]["verdict"])}),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
@@ -127,7 +147,9 @@ class StepReport:
     metrics: Mapping[str, float] = field(default_factory=dict)
     """`section/name` -> value; sections: rollout, reward, loss, policy, reward_model, data."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall seconds by phase: generate, verify, score, train, publish, total."""
+    """Wall seconds by phase: generate, verify, score, reward_model, policy, publish, total."""
+    peak_gib: Mapping[str, float] = field(default_factory=dict)
+    """The peak of memory by phase, on the process that needed most: allocated on its GPU, or its resident set."""
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "step", **asdict(self)}

@@ -6,15 +6,15 @@ import contextlib
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from oreal_megatron import updates
-from oreal_megatron.checkpoint.store import CheckpointStore, load_trained, step_name, trained_state
+from oreal_megatron.checkpoint.export import Exporter
+from oreal_megatron.checkpoint.state import load_trained, trained_state
+from oreal_megatron.checkpoint.store import Best, CheckpointStore, is_better, step_name
 from oreal_megatron.config import SamplingConfig, TrainConfig
 from oreal_megatron.data.packing import PackedSequence, Packer, TokenBatch
 from oreal_megatron.data.prompting import PromptRenderer
@@ -22,24 +22,24 @@ from oreal_megatron.data.stream import PromptStream
 from oreal_megatron.evaluation.benchmarks import Benchmark, area_under_curve, evaluate
 from oreal_megatron.metrics import Tracker
 from oreal_megatron.models.optimizer import TrainedModel
+from oreal_megatron.models.residence import FrozenModel
 from oreal_megatron.objective.groups import Selection, select_trajectories
 from oreal_megatron.objective.terms import TokenCounts
 from oreal_megatron.parallel.groups import ParallelGroups
+from oreal_megatron.phases import Clock
 from oreal_megatron.records import (
     EvaluationReport,
     FinishReason,
     GradedRollout,
-    GradeRequest,
     Prompt,
-    Rollout,
     StepReport,
     Trajectory,
 )
 from oreal_megatron.rollout.engine import RolloutEngine
 from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
 from oreal_megatron.seeds import derive_seed
+from oreal_megatron.stopping import Stopped, StopRequest
 from oreal_megatron.trajectories import read_groups, to_records
-from oreal_megatron.verifier import Verifier
 
 Groups = list[list[GradedRollout]]
 
@@ -54,6 +54,10 @@ class Progress:
     """Steps with a usable group so far; the freeze counts these."""
     weight_version: int = 0
     """Policy updates so far."""
+    evaluated_step: int | None = None
+    """The step of the last evaluation."""
+    best: Best | None = None
+    """The best evaluation so far."""
 
 
 @dataclass
@@ -66,15 +70,16 @@ class Run:
     packer: Packer
     tracker: Tracker
     store: CheckpointStore
+    exporter: Exporter
     stream: PromptStream
     sampler: Sampler
-    verifier: Verifier
     engine: RolloutEngine
     policy: TrainedModel
-    reference: torch.nn.Module
+    reference: FrozenModel
     reward_model: TrainedModel | None
     benchmarks: Sequence[Benchmark]
     renderer: PromptRenderer
+    stop: StopRequest
     progress: Progress = field(default_factory=Progress)
     global_rng: random.Random = field(default_factory=random.Random)
 
@@ -85,23 +90,46 @@ def train(run: Run) -> None:
     Raises:
         updates.NonFiniteLossError: a loss is not a number; names step, terms and samples. Checkpoints stay.
         updates.MismatchError: rollouts are not the policy's, beyond rollout.mismatch.stop.
+        Stopped: a stop was asked for; everything until then is saved, and says so.
+        OSError: the disk refused; the message says what is safe.
     """
     config = run.config.run
     restore(run)
-    run.tracker.start(run.progress.step)
-    if run.progress.step == 0:
+    for model in (run.policy, run.reward_model, run.reference):
+        if model is not None:
+            model.park()
+    run.tracker.start(run.progress.step, is_evaluated=run.progress.evaluated_step == run.progress.step)
+    try:
         evaluate_and_save(run)
-    with run.tracker.progress("step", config.num_steps, completed=run.progress.step) as bar:
-        while run.progress.step < config.num_steps:
-            report = train_step(run)
-            bar.advance(run.tracker.step(report), always=True)
-            run.progress.step += 1
-            evaluate_and_save(run)
+        with run.tracker.progress("step", config.num_steps, completed=run.progress.step) as bar:
+            while run.progress.step < config.num_steps:
+                if run.groups.any_rank(run.stop.is_made):
+                    raise Stopped
+                report = train_step(run)
+                bar.advance(run.tracker.step(report), always=True)
+                run.progress.step += 1
+                run.store.finish(wait=False)
+                evaluate_and_save(run)
+    except Stopped:
+        save(run, wait=True)
+        run.store.finish(wait=True)
+        raise Stopped(where_stopped(run)) from None
+    except updates.NonFiniteLossError:
+        run.store.finish(wait=True)
+        raise
+    run.store.finish(wait=True)
+
+
+def where_stopped(run: Run) -> str:
+    step = run.progress.step
+    saved = f"checkpoint {step_name(step)} is saved" if run.store.has(step_name(step)) else "nothing was trained"
+    return f"stopped after {step} steps: {saved}, finished rollouts are in the journal; the same command goes on"
 
 
 def train_step(run: Run) -> StepReport:
     """Prompts -> rollouts -> graded groups -> trajectories -> reward model, policy -> published weights."""
     config, step, clock = run.config, run.progress.step, Clock()
+    run.groups.seed_generators(derive_seed(config.run.seed, "generators", step))
     graded = replayed(run) if config.run.mode == "replay" else rolled_out(run, clock)
     selection = select_trajectories(
         graded, config.objective, seed=config.run.seed, step=step, global_rng=run.global_rng
@@ -110,53 +138,63 @@ def train_step(run: Run) -> StepReport:
     if config.run.mode == "rollout" or not selection.trajectories:
         skipped = "rollouts only" if config.run.mode == "rollout" else why_unusable(selection)
         save_trajectories(run, graded, selection)
-        return StepReport(step=step, skipped=skipped, metrics=metrics, seconds=clock.read())
+        return StepReport(step=step, skipped=skipped, metrics=metrics, **costs(run, clock))
 
     frozen = run.progress.num_usable_steps < config.objective.actor_freeze_steps
     counts, batches = packed(run, selection.trajectories)
     try:
         if not frozen:
-            with clock("score"):
-                batches = updates.with_reference(run.reference, batches, run.groups)
-        with clock("train"):
-            scored = None
-            if run.reward_model is not None:
+            with clock("score"), run.reference.on_device():
+                batches = updates.with_reference(run.reference.module, batches, run.groups)
+        scored = None
+        if run.reward_model is not None:
+            with clock("reward_model"), run.reward_model.on_device():
                 scored, more = updates.update_reward_model(
                     run.reward_model, batches, config.objective, num_sequences=len(selection.trajectories)
                 )
-                metrics |= more | {"reward_model/auc": step_auc(run, scored)}
-            batches = updates.with_token_weights(batches, scored, config.objective)
-            if not frozen:
+            metrics |= more | {"reward_model/auc": step_auc(run, scored)}
+        batches = updates.with_token_weights(batches, scored, config.objective)
+        if not frozen:
+            with clock("policy"), run.policy.on_device():
                 metrics |= updates.update_policy(
                     run.policy, batches, config.objective, counts, max_mismatch=max_mismatch(config)
                 )
-            elif config.objective.policy_schedule == "from_first_step":
-                run.policy.advance_schedule()
+        elif config.objective.policy_schedule == "from_first_step":
+            run.policy.advance_schedule()
     except (updates.NonFiniteLossError, updates.MismatchError) as error:
         raise type(error)(f"step {step}: {error}") from error
     if not frozen:
         run.progress.weight_version += 1
-        with clock("publish"):
+        with clock("publish"), run.policy.on_device():
             run.engine.publish(run.progress.weight_version)
         warn_of_mismatch(run, metrics)
     run.progress.num_usable_steps += 1
     save_trajectories(run, graded, selection, batches)
-    return StepReport(step=step, metrics=metrics | {"policy/frozen": float(frozen)}, seconds=clock.read())
+    return StepReport(step=step, metrics=metrics | {"policy/frozen": float(frozen)}, **costs(run, clock))
+
+
+def costs(run: Run, clock: Clock) -> dict[str, Any]:
+    """A step's seconds and peaks of memory by phase."""
+    return {"seconds": clock.seconds(), "peak_gib": clock.peak_gib(run.groups)}
 
 
 def rolled_out(run: Run, clock: Clock) -> Groups:
-    """The step's prompts, answered and graded."""
-    config = run.config
-    prompts = run.stream.draw()
-    with clock("generate"):
-        groups = run.sampler.sample(
-            prompts,
-            num_samples=config.rollout.samples_per_prompt,
-            sampling=config.rollout.sampling,
-            seed_of=rollout_seeds(config.run.seed, "train", run.progress.step),
-        )
-    with clock("verify"):
-        return graded_groups(run.verifier, run.groups, groups)
+    """The step's prompts, answered and graded; those in the journal are not answered again."""
+    config, position = run.config, run.stream.state_dict()
+    try:
+        with run.policy.on_device():
+            return run.sampler.sample(
+                run.stream.draw(),
+                purpose=step_name(run.progress.step),
+                num_samples=config.rollout.samples_per_prompt,
+                sampling=config.rollout.sampling,
+                seed_of=rollout_seeds(config.run.seed, "train", run.progress.step),
+                clock=clock,
+            )
+    except Stopped:
+        # Nothing has been trained on these prompts: the checkpoint that follows draws them again.
+        run.stream.load_state_dict(position)
+        raise
 
 
 def replayed(run: Run) -> Groups:
@@ -166,28 +204,6 @@ def replayed(run: Run) -> Groups:
     if not path.is_file():
         raise ValueError(f"run.replay_dir: there is no {path}; lower run.num_steps to the steps that were saved")
     return read_groups(path)
-
-
-def graded_groups(verifier: Verifier, groups: ParallelGroups, rollouts: Sequence[Sequence[Rollout]]) -> Groups:
-    """Grades every rollout once, each model replica its share, and gives all of them to every rank."""
-    flat = [rollout for group in rollouts for rollout in group]
-    mine = range(groups.data_rank, len(flat), groups.data_size) if groups.leads_replica else range(0)
-    grades = verifier.grade(
-        [
-            GradeRequest(
-                question=flat[index].prompt.question,
-                gold_answer=flat[index].prompt.gold_answer,
-                response=flat[index].text,
-                stopped=flat[index].finish_reason is FinishReason.STOP,
-            )
-            for index in mine
-        ]
-    )
-    grade_of = {
-        i: grade for part in groups.gather_over_world(list(zip(mine, grades, strict=True))) for i, grade in part
-    }
-    graded = iter(GradedRollout(rollout=rollout, grade=grade_of[index]) for index, rollout in enumerate(flat))
-    return [[next(graded) for _ in group] for group in rollouts]
 
 
 def packed(run: Run, trajectories: Sequence[Trajectory]) -> tuple[TokenCounts, list[TokenBatch]]:
@@ -202,17 +218,20 @@ def packed(run: Run, trajectories: Sequence[Trajectory]) -> tuple[TokenCounts, l
 
 def evaluate_and_save(run: Run) -> None:
     """Evaluates and checkpoints where the configuration says so: at the start, on the way, at the end."""
-    config, step = run.config, run.progress.step
+    config, progress = run.config, run.progress
     if config.run.mode == "rollout":
         return
+    step = progress.step
     last = step == config.run.num_steps
     evaluating = bool(run.benchmarks) and (step == 0 or last or is_multiple(step, config.evaluation.every))
-    score = evaluated(run).metrics[f"{run.benchmarks[0].name}/greedy_pass@1"] if evaluating else None
-    improved = score is not None and run.store.is_best(score)
-    if step > 0 and (last or improved or is_multiple(step, config.run.checkpoint_every)):
-        save(run)
-    if improved and score is not None:
-        run.store.remember_best(step, score)
+    if evaluating and progress.evaluated_step != step:
+        score = evaluated(run).metrics[f"{run.benchmarks[0].name}/greedy_pass@1"]
+        progress.evaluated_step = step
+        if is_better(score, progress.best):
+            progress.best = Best(step=step, score=score)
+    if last or is_multiple(step, config.run.checkpoint_every) or (progress.best and progress.best.step == step):
+        save(run, wait=last)
+    run.exporter.update()
 
 
 def evaluated(run: Run) -> EvaluationReport:
@@ -240,9 +259,14 @@ def evaluation_generator(run: Run) -> Any:
     """(prompts, samples, sampling) -> graded groups, with the same seeds at every evaluation."""
 
     def generate(prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig) -> Groups:
-        seeds = rollout_seeds(run.config.run.seed, "evaluation", 0)
-        groups = run.sampler.sample(prompts, num_samples=num_samples, sampling=sampling, seed_of=seeds)
-        return graded_groups(run.verifier, run.groups, groups)
+        with run.policy.on_device():
+            return run.sampler.sample(
+                prompts,
+                purpose=f"evaluation_{run.progress.step:06d}",
+                num_samples=num_samples,
+                sampling=sampling,
+                seed_of=rollout_seeds(run.config.run.seed, "evaluation", 0),
+            )
 
     return generate
 
@@ -264,7 +288,8 @@ def reward_model_scores(run: Run, groups: Groups) -> dict[str, float]:
     ]
     batches = run.packer.batches(sequences)
     alignment = run.config.objective.token_weights.alignment
-    scored = updates.score_sequences(run.reward_model.module, batches, alignment, run.groups)
+    with run.reward_model.on_device():
+        scored = updates.score_sequences(run.reward_model.module, batches, alignment, run.groups)
     ids = [id for batch in batches for id in batch.ids]
     pairs = run.groups.gather_over_data(list(zip(ids, scored.mean_scores, strict=True)))
     return dict(pair for part in pairs for pair in part)
@@ -290,36 +315,49 @@ def is_multiple(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def save(run: Run) -> None:
-    """A checkpoint of everything that a resume needs."""
-    state: dict[str, Any] = trained_state("policy", run.policy)
-    if run.reward_model is not None:
-        state |= trained_state("reward_model", run.reward_model)
-    state["progress"] = asdict(run.progress)
-    state["stream"] = run.stream.state_dict()
-    state["global_rng"] = run.global_rng.getstate()
-    run.store.save(step_name(run.progress.step), state)
-    run.store.retain()
+def save(run: Run, *, wait: bool) -> None:
+    """A checkpoint of everything that a resume needs, unless this step has one; before the first step nothing does.
+
+    No generator's state is in it: every step seeds its own, and `global_rng` alone runs on from step to step.
+    """
+    progress = run.progress
+    name = step_name(progress.step)
+    if run.config.run.mode == "rollout":
+        return
+    if progress.step == 0 or run.store.has(name):
+        run.store.remember_best(progress.best)
+        return
+    with contextlib.ExitStack() as there:
+        there.enter_context(run.policy.on_device(states=True))
+        state: dict[str, Any] = trained_state("policy", run.policy)
+        if run.reward_model is not None:
+            there.enter_context(run.reward_model.on_device(states=True))
+            state |= trained_state("reward_model", run.reward_model)
+        state["progress"] = asdict(progress)
+        state["stream"] = run.stream.state_dict()
+        state["global_rng"] = run.global_rng.getstate()
+        run.store.save(name, state, best=progress.best, wait=wait or not run.config.run.async_checkpoints)
 
 
 def restore(run: Run) -> None:
-    """Goes on from the newest checkpoint of the run's directory, if there is one."""
-    if not run.store.steps:
-        run.global_rng.seed(derive_seed(run.config.run.seed, "global_rng"))
-        return
-    name = step_name(run.store.steps[-1])
-    wanted: dict[str, Any] = trained_state("policy", run.policy, is_loading=True)
-    if run.reward_model is not None:
-        wanted |= trained_state("reward_model", run.reward_model, is_loading=True)
-    state = run.store.load(name, wanted)
-    load_trained("policy", run.policy, state)
-    if run.reward_model is not None:
-        load_trained("reward_model", run.reward_model, state)
-    run.progress = Progress(**state["progress"])
-    run.stream.load_state_dict(state["stream"])
-    run.global_rng.setstate(state["global_rng"])
-    run.engine.publish(run.progress.weight_version)
-    run.tracker.say(f"resumed from checkpoint {name}")
+    """Goes on from the newest whole checkpoint of the run's directory, if there is one."""
+    run.global_rng.seed(derive_seed(run.config.run.seed, "global_rng"))
+    step = run.store.newest_whole()
+    if step is not None:
+        wanted: dict[str, Any] = trained_state("policy", run.policy, is_loading=True)
+        if run.reward_model is not None:
+            wanted |= trained_state("reward_model", run.reward_model, is_loading=True)
+        state = run.store.load(step_name(step), wanted)
+        load_trained("policy", run.policy, state)
+        if run.reward_model is not None:
+            load_trained("reward_model", run.reward_model, state)
+        best = state["progress"].pop("best")
+        run.progress = Progress(**state["progress"], best=Best(**best) if best else None)
+        run.stream.load_state_dict(state["stream"])
+        run.global_rng.setstate(state["global_rng"])
+        run.engine.publish(run.progress.weight_version)
+        run.tracker.say(f"resumed from checkpoint {step_name(step)}")
+    run.store.remember_best(run.progress.best)
 
 
 def rollout_metrics(groups: Groups, selection: Selection) -> dict[str, float]:
@@ -368,20 +406,3 @@ def save_trajectories(run: Run, groups: Groups, selection: Selection, batches: S
     weights = dict(pair for part in run.groups.gather_over_data(mine) for pair in part)
     records = to_records(groups, selection.trajectories, weights, token_texts=run.renderer.token_texts)
     run.tracker.trajectories(f"trajectories/step_{run.progress.step:06d}", records)
-
-
-class Clock:
-    """Wall seconds of a step by phase."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._phases: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._phases[phase] = self._phases.get(phase, 0.0) + time.perf_counter() - start
-
-    def read(self) -> dict[str, float]:
-        return {**self._phases, "total": time.perf_counter() - self._start}

@@ -3,8 +3,8 @@
     python tools/hf_to_megatron.py models/smollm2 checkpoints/smollm2
     python tools/hf_to_megatron.py Qwen2.5-32B/config.json --plan --tensor-parallel 8 --pipeline-parallel 2
 
-The layout says how chunks and files are cut, so that each rank of that layout reads its own ones; every other layout loads
-the checkpoint too. Killed, the same command goes on.
+The layout says how chunks and files are cut, so that each rank of that layout reads its own ones; every other layout
+loads the checkpoint too. Killed, the same command goes on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="directory with config.json, safetensors and tokenizer")
     parser.add_argument("output", type=Path, nargs="?", help="directory to make; must be empty or not there")
-    parser.add_argument("--plan", action="store_true", help="print what goes where and write nothing; needs config.json only")
+    parser.add_argument(
+        "--plan", action="store_true", help="print what goes where and write nothing; needs config.json only"
+    )
     parser.add_argument("--tensor-parallel", type=positive, default=1, metavar="N")
     parser.add_argument("--pipeline-parallel", type=positive, default=1, metavar="N")
     parser.add_argument("--virtual-pipeline", type=positive, default=1, metavar="N", help="runs of layers of a stage")

@@ -1,10 +1,11 @@
 """One model of a Megatron distributed checkpoint as a Hugging Face directory that transformers and servers load.
 
     python tools/megatron_to_hf.py checkpoints/smollm2 exported/smollm2
-    python tools/megatron_to_hf.py runs/math/checkpoints/step_000002 exported/policy --model policy --like models/smollm2
-    python tools/megatron_to_hf.py runs/math/checkpoints/step_000002 exported/rm --model reward_model --like models/smollm2
+    python tools/megatron_to_hf.py runs/math/checkpoints/step_000002 exported/rm --model reward_model \\
+        --like runs/math/huggingface/assets
 
-A reward model comes out in the shape of AutoModelForTokenClassification with one label. Killed, the same command goes on.
+A reward model comes out in the shape of AutoModelForTokenClassification with one label. Killed, the same command goes
+on.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="directory with .metadata and *.distcp files")
     parser.add_argument("output", type=Path, help="directory to make; must be empty or not there")
     parser.add_argument(
-        "--model", choices=("policy", "reward_model"), help="which model of a run's checkpoint; none: the checkpoint is one"
+        "--model",
+        choices=("policy", "reward_model"),
+        help="which model of a run's checkpoint; none: the checkpoint is one",
     )
     parser.add_argument(
         "--like",

@@ -2,8 +2,8 @@
 
     python tools/verify_checkpoint.py models/smollm2 checkpoints/smollm2
 
-Exits with 1 where a bit differs, and names the tensors. With one directory alone, checks that it is whole: index, shards,
-names, shapes and dtypes.
+Exits with 1 where a bit differs, and names the tensors. With one directory alone, checks that it is whole: index,
+shards, names, shapes and dtypes.
 """
 
 from __future__ import annotations

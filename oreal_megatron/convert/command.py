@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Ends the process with main's status; an error that the user can mend is one line. OREAL_TRACEBACK=1 shows where."""
+    """Ends the process with main's status; an error that the user can mend is one line (OREAL_TRACEBACK=1: all)."""
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Whole checkpoints from one format into the other, a block at a time: to Megatron, to Hugging Face, and side by side."""
+"""Whole checkpoints from one format into the other, a block at a time, and two of them side by side."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ SHARD_BYTES = 5 * 10**9
 """A file of a Hugging Face directory, as transformers splits them."""
 ASSETS = "huggingface"
 """Directory within a Megatron checkpoint that keeps config.json, tokenizer and chat template unchanged."""
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", INDEX, "pytorch_model.bin.index.json")
+WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", INDEX, "pytorch_model.bin.index.json")
+"""Ends of names of files that hold weights."""
 
 Advance = Callable[[int], None]
 """Told the bytes of every block that is done."""
@@ -70,7 +71,7 @@ class Block:
 
 
 def to_megatron(source: Path, target: Path, layout: Layout, *, advance: Advance = _silent) -> None:
-    """A Hugging Face directory as a Megatron distributed checkpoint, chunks and files cut as `layout`'s ranks read them.
+    """A Hugging Face directory as a Megatron distributed checkpoint, cut as the ranks of `layout` read it.
 
     Any layout loads it, with Megatron-Core's own loader. The files beside the weights go to `huggingface/` in it.
 
@@ -94,7 +95,7 @@ def to_megatron(source: Path, target: Path, layout: Layout, *, advance: Advance 
         }
         assets = output.partial / ASSETS
         assets.mkdir(exist_ok=True)
-        copy_beside(source, assets, without=_WEIGHTS)
+        copy_beside(source, assets, without=WEIGHTS)
         stored = {
             block.key: (_stored_shape(block, layout, model.geometry.num_layers), block.dtype)
             for group in files.values()
@@ -121,8 +122,8 @@ def _blocks(model: HuggingFaceModel, weights: HuggingFaceWeights, layout: Layout
         first_dtype, first = dtypes.setdefault(key, (dtype, entry.runs[0].tensor))
         if dtype != first_dtype:
             raise ValueError(
-                f"{weights.path}: {first} is {first_dtype} and {entry.runs[0].tensor} is {dtype}; Megatron stacks them in "
-                "one tensor, of one dtype"
+                f"{weights.path}: {first} is {first_dtype} and {entry.runs[0].tensor} is {dtype}; Megatron stacks them "
+                "in one tensor, of one dtype"
             )
         layer = entry.layer if is_stacked else None
         by_rank[shard.pipeline_rank * layout.tensor + shard.tensor_rank] += [
@@ -180,11 +181,21 @@ def _filled(block: Block, weights: HuggingFaceWeights) -> Tensor:
     """The block's elements, from the tensors that they come from; rows of padding are zeros."""
     copies = list(block.entry.sources(block.box))
     num_rows = block.box.shape[0]
+    if len(copies) == 1 and copies[0].at == (0, num_rows):
+        source = weights.read(copies[0].source, copies[0].box)
+        if source.is_contiguous():
+            return _alone(source)
     is_padded = sum(copy.at[1] - copy.at[0] for copy in copies) < num_rows
     out = (torch.zeros if is_padded else torch.empty)(block.box.shape, dtype=block.dtype)
     for copy in copies:
         out[slice(*copy.at)].copy_(weights.read(copy.source, copy.box))
     return out
+
+
+def _alone(view: Tensor) -> Tensor:
+    """The view over a storage of its own extent, without a copy: torch.save writes whole storages."""
+    data = torch.frombuffer(view.view(torch.uint8).numpy(), dtype=torch.uint8)
+    return data.view(view.dtype).view(view.shape)
 
 
 def _stored_shape(block: Block, layout: Layout, num_layers: int) -> tuple[int, ...]:
@@ -253,23 +264,26 @@ class Export:
                 stream.write(shard.header())
                 for name, (_, dtype) in shard.tensors.items():
                     for box in in_blocks(_whole(shard.tensors[name][0]), dtype):
-                        block = self._block(name, box, dtype)
-                        stream.write(memoryview(block.view(torch.uint8).numpy()).cast("B"))
+                        block = self._bytes(name, box, dtype)
+                        stream.write(block.numpy().data.cast("B"))
                         advance(block.nbytes)
         except OSError as error:
             raise explained(error, self.output.target) from error
 
-    def _block(self, name: str, box: Box, dtype: torch.dtype) -> Tensor:
+    def _bytes(self, name: str, box: Box, dtype: torch.dtype) -> Tensor:
+        copies = list(self.model.table.origins[name].sources(box))
+        if len(copies) == 1 and (mapped := self.weights.in_one_piece(copies[0].source, copies[0].box)) is not None:
+            return mapped
         out = torch.empty(box.shape, dtype=dtype)
-        for copy in self.model.table.origins[name].sources(box):
+        for copy in copies:
             self.weights.read_into(out[slice(*copy.at)], copy.source, copy.box)
-        return out
+        return out.view(torch.uint8)
 
     def commit(self) -> None:
         """Writes what stands beside the weights, and gives the directory its name."""
         partial = self.output.partial
         try:
-            copy_beside(self.assets, partial, without=(*_WEIGHTS, "config.json") if self._has_new_config() else _WEIGHTS)
+            copy_beside(self.assets, partial, without=(*WEIGHTS, "config.json") if self._has_new_config() else WEIGHTS)
             if self._has_new_config():
                 write_atomically(partial / "config.json", json.dumps(self._config(), indent=2) + "\n")
             if self.index is not None:
@@ -326,9 +340,7 @@ class Comparison:
     """One line a tensor that differs."""
 
 
-def compare(
-    huggingface: Path, megatron: Path, *, prefix: str = "", advance: Advance = _silent
-) -> Comparison:
+def compare(huggingface: Path, megatron: Path, *, prefix: str = "", advance: Advance = _silent) -> Comparison:
     """Compares two checkpoints of one model bit for bit, block by block; padding must be rows of zeros.
 
     Raises:

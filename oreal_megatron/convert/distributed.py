@@ -10,8 +10,10 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import struct
+import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,10 +31,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from oreal_megatron.convert.naming import stored_names
-from oreal_megatron.convert.rules import Box, Table, overlap
+from oreal_megatron.convert.rules import Box, Interval, Table, overlap
+from oreal_megatron.convert.weights import num_bytes as num_bytes_of
 from oreal_megatron.convert.weights import shorten
 from oreal_megatron.files import write_atomically
 
@@ -42,7 +44,6 @@ _BACKENDS = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
 # has it on the linear layers, Transformer Engine on its attention and norms too; a loader ignores what it does not ask.
 _EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention",
                  "mlp.linear_fc1", "mlp.linear_fc2")  # fmt: skip
-_CACHE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ class DistributedWeights:
         """
         self.path, self.prefix = path, prefix
         if not (path / "metadata.json").is_file() or not (path / ".metadata").is_file():
-            raise ValueError(f"{path} is not a whole Megatron distributed checkpoint: metadata.json or .metadata is missing")
+            raise ValueError(
+                f"{path} is not a whole Megatron distributed checkpoint: metadata.json or .metadata is missing"
+            )
         backend = json.loads((path / "metadata.json").read_text()).get("sharded_backend")
         if backend != "torch_dist":
             raise ValueError(f"{path}: format {backend!r} is not supported, only torch_dist")
@@ -88,7 +91,8 @@ class DistributedWeights:
         except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
             raise ValueError(f"{path}/.metadata cannot be read: {error}") from error
         self._chunks = self._by_key()
-        self._cache: OrderedDict[Chunk, Tensor] = OrderedDict()
+        self._files: dict[str, Tensor] = {}
+        self._views: dict[Chunk, Tensor] = {}
         self.tensors: dict[str, StoredTensor] = {}
 
     def _by_key(self) -> dict[str, list[Chunk]]:
@@ -132,7 +136,9 @@ class DistributedWeights:
         for file, length in sorted(lengths.items()):
             there = (self.path / file).stat().st_size if (self.path / file).is_file() else None
             if there is None or there < length:
-                problems.append(f"{file} is missing" if there is None else f"{file} is truncated: {there} of {length} bytes")
+                problems.append(
+                    f"{file} is missing" if there is None else f"{file} is truncated: {there} of {length} bytes"
+                )
         if problems:
             models = sorted({key[: key.index("embedding.")] for key in self._chunks if "embedding." in key})
             hint = f" (prefixes in it: {models})" if self.prefix not in models else ""
@@ -165,9 +171,27 @@ class DistributedWeights:
         Raises:
             ValueError: the checkpoint does not hold all of it, or a file is damaged.
         """
-        stored = self.tensors[name]
         wanted = (box.rows,) if box.columns is None else (box.rows, box.columns)
         filled = 0
+        for sides, source in self._parts(name, box):
+            target = out[tuple(slice(a - w, b - w) for (a, b), (w, _) in zip(sides, wanted, strict=True))]
+            target.view(torch.uint8).copy_(source)
+            filled += target.numel()
+        if filled != out.numel():
+            raise ValueError(f"{self.path}: {name} has {filled} of {out.numel()} elements of {box} in it")
+
+    def in_one_piece(self, name: str, box: Box) -> Tensor | None:
+        """The bytes of a rectangle, as they are mapped, where one file holds them one behind the other; else None."""
+        for sides, source in self._parts(name, box):
+            whole = sides == ([box.rows] if box.columns is None else [box.rows, box.columns])
+            return source if whole and source.is_contiguous() else None
+        return None
+
+    def _parts(self, name: str, box: Box) -> Iterator[tuple[list[Interval], Tensor]]:
+        """The chunks' parts of a rectangle: rows and columns, and their bytes [rows, bytes of the columns]."""
+        stored = self.tensors[name]
+        wanted = (box.rows,) if box.columns is None else (box.rows, box.columns)
+        width = stored.dtype.itemsize
         for chunk in stored.chunks:
             lead = 0 if stored.layer is None else 1
             extents = list(zip(chunk.offsets[lead:], chunk.sizes[lead:], strict=True))
@@ -175,37 +199,109 @@ class DistributedWeights:
             sides = [side for side in common if side is not None]
             if len(sides) < len(common):
                 continue
-            tensor = self._load(name, chunk)
+            data = self._mapped(name, chunk, stored.dtype)
             if stored.layer is not None:
-                tensor = tensor[stored.layer - chunk.offsets[0]]
-            source = tensor[tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(sides, extents, strict=True))]
-            out[tuple(slice(a - w, b - w) for (a, b), (w, _) in zip(sides, wanted, strict=True))].copy_(source)
-            filled += source.numel()
-        if filled != out.numel():
-            raise ValueError(f"{self.path}: {name} has {filled} of {out.numel()} elements of {box} in it")
+                data = data[stored.layer - chunk.offsets[0]]
+            inside = [(start - o, stop - o) for (start, stop), (o, _) in zip(sides, extents, strict=True)]
+            inside[-1] = (inside[-1][0] * width, inside[-1][1] * width)
+            yield sides, data[tuple(slice(*side) for side in inside)]
 
-    def _load(self, name: str, chunk: Chunk) -> Tensor:
-        """A chunk, from the few that were read last."""
-        if (known := self._cache.get(chunk)) is not None:
-            self._cache.move_to_end(chunk)
-            return known
-        try:
-            with open(self.path / chunk.file, "rb") as stream:
-                tensor: Tensor = torch.load(_create_file_view(stream, chunk.start, chunk.length), weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{self.path / chunk.file}: {self.prefix}{name} cannot be read: {error}") from error
-        if tuple(tensor.shape) != chunk.sizes:
-            raise ValueError(f"{self.path / chunk.file}: {name} has shape {list(tensor.shape)}, .metadata says {chunk.sizes}")
-        self._cache[chunk] = tensor
-        while len(self._cache) > 1 and sum(each.nbytes for each in self._cache.values()) > _CACHE_BYTES:
-            self._cache.popitem(last=False)
-        return tensor
+    def _mapped(self, name: str, chunk: Chunk, dtype: torch.dtype) -> Tensor:
+        """A chunk's bytes in the mapped file, the last dimension as bytes: archives lie at any address."""
+        if chunk not in self._views:
+            path = self.path / chunk.file
+            if chunk.file not in self._files:
+                length = path.stat().st_size
+                self._files[chunk.file] = torch.from_file(str(path), shared=False, size=length, dtype=torch.uint8)
+            archive = self._files[chunk.file][chunk.start : chunk.start + chunk.length]
+            try:
+                start, size, stride = stored_tensor(archive)
+            except (
+                ValueError,
+                KeyError,
+                TypeError,
+                EOFError,
+                pickle.UnpicklingError,
+                zipfile.BadZipFile,
+                struct.error,
+            ) as error:
+                raise ValueError(f"{path}: {self.prefix}{name} cannot be read: {error}") from error
+            if size != chunk.sizes or stride != torch.empty(size, device="meta").stride():
+                raise ValueError(f"{path}: {name} is {size} by strides {stride}; .metadata says {chunk.sizes}, dense")
+            data = archive[start : start + num_bytes_of(size, dtype)]
+            self._views[chunk] = data.view(*size[:-1], size[-1] * dtype.itemsize)
+        return self._views[chunk]
 
     def stamp(self) -> dict[str, list[int]]:
         """Sizes and times of the files: what tells that they are the same as before."""
         files = sorted({chunk.file for stored in self.tensors.values() for chunk in stored.chunks} | {".metadata"})
         stats = {file: (self.path / file).stat() for file in files}
         return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
+
+
+class _TensorPickle(pickle.Unpickler):
+    """Reads where a saved tensor lies in its storage, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *rest: (storage, offset, tuple(size), tuple(stride))
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch" and name.endswith("Storage"):
+            return name
+        raise pickle.UnpicklingError(f"{module}.{name} where a tensor was expected")
+
+    def persistent_load(self, pid: Any) -> str:
+        return str(pid[2])
+
+
+class _Bytes(io.RawIOBase):
+    """Mapped bytes as a file, without a copy."""
+
+    def __init__(self, data: Tensor):
+        self._data = data.numpy().data
+        self._position = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: len(self._data)}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        part = self._data[self._position : self._position + len(buffer)]
+        buffer[: len(part)] = part
+        self._position += len(part)
+        return len(part)
+
+
+def stored_tensor(archive: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Where the elements of a tensor begin in what torch.save made of it, its shape and its strides.
+
+    archive: uint8. It is a zip file without compression: elements can be mapped instead of loaded.
+
+    Raises:
+        ValueError, KeyError, BadZipFile, UnpicklingError: not such an archive.
+    """
+    file = _Bytes(archive)
+    records = {info.filename.partition("/")[2]: info for info in zipfile.ZipFile(file).infolist()}
+
+    def position(record: zipfile.ZipInfo) -> int:
+        file.seek(record.header_offset + 26)
+        name_length, extra_length = struct.unpack("<HH", file.read(4))
+        return int(record.header_offset + 30 + name_length + extra_length)
+
+    file.seek(position(records["data.pkl"]))
+    described = io.BytesIO(file.read(records["data.pkl"].file_size))
+    storage, offset, size, stride = _TensorPickle(described).load()
+    record = records[f"data/{storage}"]
+    if offset or record.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"the tensor begins at element {offset} of its storage, or is compressed")
+    return position(record), size, stride
 
 
 @dataclass(frozen=True)
@@ -220,9 +316,22 @@ class Written:
 
 
 def write_chunk(stream: BinaryIO, key: str, offsets: tuple[int, ...], tensor: Tensor) -> Written:
-    """Appends a tensor to a `*.distcp` file; offsets: of its first element in the whole stored tensor."""
+    """Appends a tensor to a `*.distcp` file; offsets: of its first element in the whole stored tensor.
+
+    Raises:
+        OSError: the disk refused.
+    """
     start = stream.tell()
-    torch.save(tensor, stream)
+    checksums = torch.serialization.get_crc32_options()
+    try:
+        # No loader reads the archive's checksums, and they cost more than writing.
+        torch.serialization.set_crc32_options(False)
+        torch.save(tensor, stream)
+    except RuntimeError as error:
+        # torch closes its archive after a write that failed, and that fails again, less tellingly.
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from error
+    finally:
+        torch.serialization.set_crc32_options(checksums)
     return Written(key, offsets, tuple(tensor.shape), start, stream.tell() - start)
 
 

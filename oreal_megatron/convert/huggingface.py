@@ -66,7 +66,9 @@ def geometry_of(path: Path) -> GeometryConfig:
     """
     model = read_model(path)
     if model.head != "causal":
-        raise ValueError(f"model.path = {path}: a reward model ({model.family.architectures[model.head]}), not a policy")
+        raise ValueError(
+            f"model.path = {path}: a reward model ({model.family.architectures[model.head]}), not a policy"
+        )
     return model.geometry
 
 
@@ -91,7 +93,8 @@ def _geometry(file: Path, config: Mapping[str, Any], family: Family) -> Geometry
     scaled = kind == "llama3" and all(rope.get(key) == value for key, value in _LLAMA3_SCALING.items())
     if kind != "default" and not scaled:
         raise ValueError(
-            f"{file}: rotary embeddings {rope} are not supported; supported: the default, and llama3 with {_LLAMA3_SCALING}"
+            f"{file}: rotary embeddings {rope} are not supported; supported: the default, and llama3 with "
+            f"{_LLAMA3_SCALING}"
         )
     heads = config["num_attention_heads"]
     return GeometryConfig(

@@ -32,7 +32,10 @@ class Layout:
         problems = [
             reason
             for is_wrong, reason in (
-                (geometry.num_attention_heads % self.tensor, f"{geometry.num_attention_heads} attention heads {tensor}"),
+                (
+                    geometry.num_attention_heads % self.tensor,
+                    f"{geometry.num_attention_heads} attention heads {tensor}",
+                ),
                 (
                     groups % self.tensor and self.tensor % groups,
                     f"{groups} query groups {tensor}, nor the ranks over the groups",
@@ -126,7 +129,9 @@ def _check_tiles(what: str, intervals: list[Interval], length: int) -> None:
     end = 0
     for start, stop in sorted(intervals):
         if start != end:
-            raise ValueError(f"{what}: {min(start, end)} to {max(start, end)} land {'twice' if start < end else 'nowhere'}")
+            raise ValueError(
+                f"{what}: {min(start, end)} to {max(start, end)} land {'twice' if start < end else 'nowhere'}"
+            )
         end = stop
     if end != length:
         raise ValueError(f"{what}: {end} to {length} land nowhere")

@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face directory into this rank's part of a Megatron-Core module: each rank reads its slices alone."""
+"""Weights of a Hugging Face directory into this rank's part of a Megatron-Core module; it reads its slices alone."""
 
 from __future__ import annotations
 

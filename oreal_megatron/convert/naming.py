@@ -1,4 +1,4 @@
-"""Names of one Megatron tensor: in a distributed checkpoint, in a module of the local spec, in a Transformer Engine one.
+"""Names of one Megatron tensor: in a distributed checkpoint, in modules of the local spec and of Transformer Engine.
 
 The checkpoint's names, with global layer numbers, are the table's; Megatron-Core's checkpoints have them from either
 implementation. Only modules of the local spec call a norm by its own name.

@@ -1,7 +1,7 @@
 """A directory that is whole or not there, and whose making goes on where it was killed.
 
-Files are made beside the target in `NAME.partial/`, each under a name of its own until it is whole, and the directory is
-renamed at the end. Run again on the same input, what is whole there is kept.
+Files are made beside the target in `NAME.partial/`, each under a name of its own until it is whole, and the directory
+is renamed at the end. Run again on the same input, what is whole there is kept.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class OutputDirectory:
         free = shutil.disk_usage(self.partial).free
         if free < num_bytes - there:
             raise ValueError(
-                f"{self.target}: {num_bytes - there:,} bytes are to be written, the disk has {free:,} free; nothing was written"
+                f"{self.target}: {num_bytes - there:,} bytes are to be written, the disk has {free:,} free; nothing "
+                "was written"
             )
         write_atomically(note, json.dumps(made))
         return goes_on
@@ -86,8 +87,8 @@ def explained(error: OSError, target: Path) -> OSError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return OSError(
             error.errno,
-            f"{os.strerror(error.errno)}; {target} was not made. Run the same command again with more room: finished files "
-            "are kept",
+            f"{os.strerror(error.errno)}; {target} was not made. Run the same command again with more room: "
+            "finished files are kept",
             str(error.filename or target),
         )
     return error

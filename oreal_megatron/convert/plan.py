@@ -1,4 +1,4 @@
-"""What a conversion would do, for people: which tensor goes where, bytes a rank, peak memory. Needs config.json alone."""
+"""What a conversion would do: which tensor goes where, bytes a rank, peak memory. Needs config.json alone."""
 
 from __future__ import annotations
 

@@ -83,10 +83,11 @@ class HuggingFaceWeights:
                 self.tensors[tensor] = TensorInfo(name, tuple(described.get_shape()), described.get_dtype())
 
     def _compare_with_index(self, listed: Mapping[str, str]) -> None:
+        places = {tensor: f"in {info.file}" for tensor, info in self.tensors.items()}
         problems = [
-            f"{tensor} is listed in {file}, and is {'in ' + found.file if (found := self.tensors.get(tensor)) else 'nowhere'}"
+            f"{tensor} is listed in {file}, and is {places.get(tensor, 'nowhere')}"
             for tensor, file in sorted(listed.items())
-            if not tensor.endswith(_IGNORED) and (tensor not in self.tensors or self.tensors[tensor].file != file)
+            if not tensor.endswith(_IGNORED) and places.get(tensor) != f"in {file}"
         ]
         problems += [
             f"{tensor} is in {info.file}, and is not listed"
@@ -102,15 +103,15 @@ class HuggingFaceWeights:
         Raises:
             ValueError: missing or unexpected tensors, wrong shapes or dtypes, tied tensors that differ; all at once.
         """
-        problems = [
-            f"{name} is missing" for name in table.origins if name not in self.tensors
-        ]
+        problems = [f"{name} is missing" for name in table.origins if name not in self.tensors]
         for name, info in self.tensors.items():
             origin = table.origins.get(table.aliases.get(name, name))
             if origin is None:
                 problems.append(f"{name} ({info.file}) is unexpected")
             elif origin.shape != info.shape:
-                problems.append(f"{name} ({info.file}) has shape {list(info.shape)}, config.json says {list(origin.shape)}")
+                problems.append(
+                    f"{name} ({info.file}) has shape {list(info.shape)}, config.json says {list(origin.shape)}"
+                )
             elif info.dtype not in DTYPES:
                 problems.append(f"{name} ({info.file}) has dtype {info.dtype}, supported are {', '.join(DTYPES)}")
         for entry in table.entries.values():
@@ -123,8 +124,8 @@ class HuggingFaceWeights:
         for alias, name in table.aliases.items():
             if alias in self.tensors and not self._are_equal(alias, name):
                 raise ValueError(
-                    f"{self.path}: config.json ties {alias} to {name} (tie_word_embeddings), and they differ; which of the "
-                    "two is right cannot be told: set tie_word_embeddings to false, or remove the wrong one"
+                    f"{self.path}: config.json ties {alias} to {name} (tie_word_embeddings), and they differ; which "
+                    "of the two is right cannot be told: set tie_word_embeddings to false, or remove the wrong one"
                 )
 
     def _are_equal(self, one: str, other: str) -> bool:

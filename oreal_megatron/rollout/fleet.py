@@ -50,9 +50,10 @@ class Weights:
     version: int
     label: str
     """What servers call them: unlike any other run's."""
-    load: Load
-    start_from: Path
-    """Hugging Face directory that a new server starts from."""
+    load: Load | None
+    """None: another process publishes."""
+    start_from: Path | None
+    """Hugging Face directory that a new server starts from; None: another process starts it."""
     is_whole: bool
     """Whether `start_from` holds these very weights, so that a new server needs no load."""
 
@@ -71,6 +72,8 @@ class Member:
     num_restarts: int = 0
     """Since it last answered a request."""
     was_up: bool = False
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by who starts it or brings it up to date."""
     given_up: str | None = None
     """Why it gets no more requests, or None."""
 
@@ -81,22 +84,25 @@ class _Work:
 
     requests: Sequence[GenerationRequest]
     sampling: SamplingConfig
-    completions: list[Completion | None] = field(init=False)
+    completed: Callable[[int, Completion], None]
+    """Told index and completion of every request, once."""
+    is_done: list[bool] = field(init=False)
     attempts: list[int] = field(init=False)
     pending: asyncio.Queue[int] = field(default_factory=asyncio.Queue)
     finished: asyncio.Event = field(default_factory=asyncio.Event)
     num_left: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.completions = [None] * len(self.requests)
+        self.is_done = [False] * len(self.requests)
         self.attempts = [0] * len(self.requests)
         self.num_left = len(self.requests)
         for index in range(len(self.requests)):
             self.pending.put_nowait(index)
 
     def complete(self, index: int, completion: Completion) -> None:
-        assert self.completions[index] is None
-        self.completions[index] = completion
+        assert not self.is_done[index]
+        self.is_done[index] = True
+        self.completed(index, completion)
         self.num_left -= 1
         if self.num_left == 0:
             self.finished.set()
@@ -136,6 +142,8 @@ class Fleet:
         self._say = say
         self._token = uuid.uuid4().hex[:8]
         self._weights: Weights | None = None
+        self._owns = True
+        self._supervisor: asyncio.Task[None] | None = None
         self.members: list[Member] = []
         self.num_retries = 0
         """Responses that were asked for again, over the fleet's life."""
@@ -156,17 +164,18 @@ class Fleet:
         self._weights = weights
         is_first = not self.members
         if is_first:
-            self._assemble()
+            self._assemble(self._config.urls or self._new_urls())
+            self._supervisor = asyncio.create_task(self._supervise())
         await asyncio.gather(*(self._bring_up(member) for member in self.members))
         failed = [member for member in self.members if member.given_up is not None]
         if failed and (is_first or len(failed) == len(self.members)):
             raise self._no_server(failed)
 
-    def _assemble(self) -> None:
-        urls = self._config.urls or [
-            f"http://{self._config.host}:{choose_port(self._config, index)}"
-            for index in range(self._config.num_servers)
-        ]
+    def _new_urls(self) -> list[str]:
+        numbers = range(self._config.num_servers)
+        return [f"http://{self._config.host}:{choose_port(self._config, number)}" for number in numbers]
+
+    def _assemble(self, urls: Sequence[str]) -> None:
         self.members = [
             Member(
                 index=index,
@@ -176,7 +185,7 @@ class Fleet:
                     control_seconds=self._config.control_seconds,
                 ),
                 process=None,
-                is_ours=not self._config.urls,
+                is_ours=self._owns and not self._config.urls,
             )
             for index, url in enumerate(urls)
         ]
@@ -185,8 +194,29 @@ class Fleet:
         reasons = "\n".join(f"  {member.client.url}: {member.given_up}" for member in failed)
         return NoServerError(f"{len(failed)} of {len(self.members)} rollout servers cannot be used:\n{reasons}")
 
+    async def follow(self, version: int, label: str, urls: Sequence[str]) -> None:
+        """For a fleet of another process: its servers are to be used while they have weights `label`."""
+        self._owns = False
+        self._weights = Weights(version=version, label=label, load=None, start_from=None, is_whole=False)
+        if not self.members:
+            self._assemble(urls)
+        for member in self.members:
+            member.given_up, member.num_restarts = None, 0
+
+    async def _supervise(self) -> None:
+        """Starts launched servers anew when they end, whoever is using them."""
+        while True:
+            await asyncio.sleep(_POLL_SECONDS)
+            for member in self.members:
+                if member.process is not None and member.process.exit_code is not None and not member.lock.locked():
+                    await self._bring_up(member)
+
     async def _bring_up(self, member: Member) -> None:
         """Until the member has the current weights, or is given up."""
+        async with member.lock:
+            await self._bring_up_locked(member)
+
+    async def _bring_up_locked(self, member: Member) -> None:
         while member.given_up is None:
             try:
                 await self._reach(member)
@@ -213,12 +243,13 @@ class Fleet:
             await self._start(member)
         elif member.process is not None and member.process.exit_code is not None:
             raise ServerLost(f"{member.client.url} ended with exit code {member.process.exit_code}")
-        if not member.is_ours and member.label is None:
+        if self._owns and not member.is_ours and member.label is None:
             self._check(member.client.url, await self._until_it_answers(member))
 
     async def _start(self, member: Member) -> None:
         assert self._weights is not None
         weights = self._weights
+        assert weights.start_from is not None
         command = launch_command(
             self._config,
             model=weights.start_from,
@@ -258,7 +289,10 @@ class Fleet:
         """Pause, load, flush, version, continue; unless the server has the weights already."""
         assert self._weights is not None
         weights = self._weights
-        if await member.client.weight_label() != weights.label:
+        if not self._owns:
+            await self._until_synchronized(member, weights.label)
+        elif await member.client.weight_label() != weights.label:
+            assert weights.load is not None
             member.label = None
             await member.client.pause()
             await weights.load(member.client)
@@ -266,6 +300,15 @@ class Fleet:
             await member.client.label_weights(weights.label)
             await member.client.resume()
         member.label = weights.label
+
+    async def _until_synchronized(self, member: Member, label: str) -> None:
+        """Another process brings the server up to date."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self._config.startup_seconds
+        while (await self._until_it_answers(member)).weight_label != label:
+            if clock() > deadline:
+                raise ServerLost(f"{member.client.url} did not get the current weights in time")
+            await asyncio.sleep(_POLL_SECONDS)
 
     async def _lost(self, member: Member, error: Exception) -> None:
         """Ends what is left of a launched server, so that it is started anew; gives up what cannot be had back."""
@@ -286,15 +329,20 @@ class Fleet:
 
     # ---- generation ----------------------------------------------------------------------------------------------
 
-    async def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingConfig) -> list[Completion]:
-        """One completion a request, in order, each exactly once, all with the current weights.
+    async def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: SamplingConfig,
+        completed: Callable[[int, Completion], None],
+    ) -> None:
+        """One completion a request, all with the current weights; `completed` is told each exactly once.
 
         Raises:
             NoServerError: no server is left. ValueError: the servers refuse a request.
         """
-        work = _Work(requests, sampling)
+        work = _Work(requests, sampling, completed)
         if not requests:
-            return []
+            return
         servers = [asyncio.create_task(self._serve(member, work)) for member in self.members]
         waiting = asyncio.create_task(work.finished.wait())
         try:
@@ -310,7 +358,6 @@ class Fleet:
             for task in (waiting, *servers):
                 task.cancel()
             await asyncio.gather(waiting, *servers, return_exceptions=True)
-        return [completion for completion in work.completions if completion is not None]
 
     async def _serve(self, member: Member, work: _Work) -> None:
         """Keeps one server full until the work is finished or the server is given up."""
@@ -400,6 +447,8 @@ class Fleet:
 
     async def close(self) -> None:
         """Ends launched servers; those that were running before us go on."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
         await asyncio.gather(*(self._end(member) for member in self.members))
         await asyncio.gather(*(member.client.close() for member in self.members))
 

@@ -1,11 +1,13 @@
-"""A RolloutEngine on SGLang servers. The trainer's main process talks to them; every rank gets their answers."""
+"""A RolloutEngine on SGLang servers."""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
+import queue
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -38,7 +40,11 @@ class WeightTransport(Protocol):
 
 
 class SGLangEngine:
-    """See RolloutEngine. Servers start, or are attached to, at the first `publish`."""
+    """See RolloutEngine. Servers start, or are attached to, at the first `publish`.
+
+    The main process owns the servers: it starts, publishes to and restarts them. The leading process of every model
+    replica asks them for its own responses.
+    """
 
     def __init__(
         self,
@@ -50,14 +56,24 @@ class SGLangEngine:
         timeout_seconds: float,
     ):
         """vocab_size: token ids of prompts must be below it. timeout_seconds: of the groups' collectives."""
+        self.weight_version = 0
         self._fleet = fleet
         self._transport = transport
         self._groups = groups
         self._vocab_size = vocab_size
         self._heartbeat_seconds = timeout_seconds / 4
-        self._loop = _LoopThread() if groups.is_main else None
+        self._loop = _LoopThread() if groups.leads_replica else None
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingConfig) -> list[Completion]:
+    def units(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
+        """See RolloutEngine: the responses to one prompt."""
+        by_prompt: dict[tuple[int, ...], list[int]] = {}
+        for index, request in enumerate(requests):
+            by_prompt.setdefault(request.prompt_ids, []).append(index)
+        return list(by_prompt.values())
+
+    def generate(
+        self, units: Sequence[Sequence[GenerationRequest]], sampling: SamplingConfig
+    ) -> Iterator[tuple[int, list[Completion]]]:
         """See RolloutEngine.
 
         Raises:
@@ -65,14 +81,46 @@ class SGLangEngine:
                 servers refuse it.
             NoServerError: no server is left.
         """
-        for request in requests:
+        self._check_vocabulary(units)
+        finished: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
+        work = self._loop.run(self._generate(units, sampling, finished)) if self._loop is not None else None
+        try:
+            while (outcome := self._together(finished if work is not None else None)).value is not None:
+                yield outcome.value
+        finally:
+            if work is not None:
+                work.cancel()
+
+    async def _generate(
+        self,
+        units: Sequence[Sequence[GenerationRequest]],
+        sampling: SamplingConfig,
+        finished: queue.SimpleQueue[_Outcome],
+    ) -> None:
+        """Puts every unit into `finished` when it is; then an outcome without a value, or the error."""
+        unit_of = [(position, place) for position, unit in enumerate(units) for place in range(len(unit))]
+        parts: list[list[Completion | None]] = [[None] * len(unit) for unit in units]
+
+        def completed(index: int, completion: Completion) -> None:
+            position, place = unit_of[index]
+            parts[position][place] = completion
+            if None not in parts[position]:
+                finished.put(_Outcome(value=(position, parts[position])))
+
+        try:
+            await self._fleet.generate([request for unit in units for request in unit], sampling, completed)
+            finished.put(_Outcome())
+        except Exception as error:
+            finished.put(_Outcome(error=error))
+
+    def _check_vocabulary(self, units: Sequence[Sequence[GenerationRequest]]) -> None:
+        for request in (request for unit in units for request in unit):
             unknown = [token for token in request.prompt_ids if not 0 <= token < self._vocab_size]
             if unknown:
                 raise ValueError(
                     f"a prompt has token id {unknown[0]}, the model's vocabulary ends at {self._vocab_size - 1}: "
                     "model.tokenizer and model.path do not belong together"
                 )
-        return self._on_main(lambda: self._fleet.generate(requests, sampling))
 
     def publish(self, weight_version: int) -> None:
         """See RolloutEngine.
@@ -83,7 +131,46 @@ class SGLangEngine:
         """
         self._transport.prepare(weight_version)
         self._groups.barrier()
-        self._on_main(lambda: self._fleet.publish(self._weights(weight_version)))
+        outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
+        if self._groups.is_main:
+            assert self._loop is not None
+            weights = Weights(
+                version=weight_version,
+                label=self._fleet.label(weight_version),
+                load=self._transport.load,
+                start_from=self._transport.start_from,
+                is_whole=self._transport.start_is_current,
+            )
+            self._loop.run(self._publish(weights, outcomes))
+        label, urls = self._together(outcomes if self._groups.is_main else None, of_main=True).value
+        if self._loop is not None and not self._groups.is_main:
+            self._loop.run(self._fleet.follow(weight_version, label, urls)).result()
+        self.weight_version = weight_version
+
+    async def _publish(self, weights: Weights, outcomes: queue.SimpleQueue[_Outcome]) -> None:
+        try:
+            await self._fleet.publish(weights)
+            outcomes.put(_Outcome(value=(weights.label, [member.client.url for member in self._fleet.members])))
+        except Exception as error:
+            outcomes.put(_Outcome(error=error))
+
+    def _together(self, outcomes: queue.SimpleQueue[_Outcome] | None, *, of_main: bool = False) -> _Outcome:
+        """The next outcome that the leading process has (`outcomes` is given there), or its error, on every rank of the
+        replica; of_main: that the main process has, on every rank.
+
+        The others wait in short broadcasts, so that no collective outlives its timeout however long the work takes.
+        """
+        broadcast = self._groups.from_main if of_main else self._groups.from_replica_leader
+        while True:
+            outcome: _Outcome | None = None
+            if outcomes is not None:
+                with contextlib.suppress(queue.Empty):
+                    outcome = outcomes.get(timeout=self._heartbeat_seconds)
+            outcome = broadcast(outcome)
+            if outcome is not None and outcome.error is not None:
+                raise outcome.error
+            if outcome is not None:
+                return outcome
 
     def close(self) -> None:
         if self._loop is not None:
@@ -91,45 +178,11 @@ class SGLangEngine:
             self._loop.stop()
             self._loop = None
 
-    def _weights(self, version: int) -> Weights:
-        return Weights(
-            version=version,
-            label=self._fleet.label(version),
-            load=self._transport.load,
-            start_from=self._transport.start_from,
-            is_whole=self._transport.start_is_current,
-        )
-
-    def _on_main(self, start: Any) -> Any:
-        """Runs a coroutine on the main rank; its result, or its error, on every rank.
-
-        The others wait in short broadcasts, so that no collective outlives its timeout however long the work takes.
-        """
-        future = self._loop.run(start()) if self._loop is not None else None
-        while True:
-            outcome: _Outcome | None = None
-            if future is not None:
-                concurrent.futures.wait([future], timeout=self._heartbeat_seconds)
-                outcome = _Outcome.of(future) if future.done() else None
-            outcome = self._groups.from_main(outcome)
-            if outcome is not None:
-                return outcome.unwrap()
-
 
 @dataclass(frozen=True)
 class _Outcome:
     value: Any = None
-    error: BaseException | None = None
-
-    @classmethod
-    def of(cls, future: concurrent.futures.Future[Any]) -> _Outcome:
-        error = future.exception()
-        return cls(error=error) if error is not None else cls(value=future.result())
-
-    def unwrap(self) -> Any:
-        if self.error is not None:
-            raise self.error
-        return self.value
+    error: Exception | None = None
 
 
 class _LoopThread:

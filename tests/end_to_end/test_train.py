@@ -25,6 +25,22 @@ def test_a_run_leaves_what_a_person_looks_for(finished):
     assert {"id", "prompt", "response_ids", "logprobs", "grade", "weight_version"} <= json.loads(lines[0]).keys()
 
 
+def test_the_best_checkpoint_is_a_hugging_face_directory(finished):
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+
+    from oreal_megatron.convert.conversion import compare
+
+    best = json.loads((finished / "checkpoints" / "best.json").read_text())["checkpoint"]
+    exported = finished / "huggingface" / "best"
+    assert exported.resolve().name == best
+    models = {"policy": AutoModelForCausalLM}
+    models |= {"reward_model": AutoModelForTokenClassification} if best != "initial" else {}
+    for name, kind in models.items():
+        kind.from_pretrained(exported / name)
+        assert AutoTokenizer.from_pretrained(exported / name).chat_template
+        assert compare(exported / name, finished / "checkpoints" / best, prefix=f"{name}.").differences == ()
+
+
 def test_every_step_and_evaluation_is_in_the_metrics_with_its_phases(finished):
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["kind"] == "step"] == [0, 1, 2, 3]
@@ -32,9 +48,10 @@ def test_every_step_and_evaluation_is_in_the_metrics_with_its_phases(finished):
     updated = [r for r in records if r["kind"] == "step" and r["skipped"] is None]
     assert updated, "no step of the tiny run updated anything"
     for record in updated:
-        phases = {"generate", "verify", "train", "total"}
-        phases |= set() if record["metrics"]["policy/frozen"] else {"score", "publish"}
-        assert set(record["seconds"]) == phases
+        phases = {"generate", "verify", "reward_model"}
+        phases |= set() if record["metrics"]["policy/frozen"] else {"score", "policy", "publish"}
+        assert set(record["seconds"]) == phases | {"total"}
+        assert set(record["peak_gib"]) == phases and all(0.1 < peak < 8 for peak in record["peak_gib"].values())
     assert updated[0]["metrics"]["policy/frozen"] == 1.0 and "loss/policy" not in updated[0]["metrics"]
     trained = [r["metrics"] for r in updated if not r["metrics"]["policy/frozen"]]
     # On-policy and in one process: the trainer's log-probabilities are the rollouts', up to rounding.
@@ -140,7 +157,10 @@ def test_nan_in_a_loss_stops_with_step_terms_and_samples(warm):
         (["data.prompts_per_step=1000"], "only 48 different prompts are left"),
         (["data.arithmetic=null", "data.train=nowhere.jsonl"], "sft.demonstrations"),
         (["prompt.stop_token='<|stop|>'"], "prompt.stop_token = '<|stop|>' is not one token"),
-        (["parallel.tensor=2"], "1 process(es) do not split into replicas of tensor 2"),
+        (
+            ["parallel.tensor=2"],
+            "x context 1 = 2': 1 process(es) do not split into replicas of 2",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_error(warm, overrides, message):

@@ -48,6 +48,16 @@ class Servers:
     directory: Path
     said: list[str] = field(default_factory=list)
 
+    def generate(self, requests: Any, sampling: Any) -> list[Any]:
+        """One completion a request, in order."""
+        units = self.engine.units(requests)
+        found = {}
+        for position, completions in self.engine.generate([[requests[i] for i in u] for u in units], sampling):
+            assert position not in found
+            found[position] = completions
+        pairs = [(i, c) for position, unit in enumerate(units) for i, c in zip(unit, found[position], strict=True)]
+        return [completion for _, completion in sorted(pairs, key=lambda pair: pair[0])]
+
 
 def open_servers(groups: Any, source: Path, directory: Path, **options: Any) -> Servers:
     """An engine with the Megatron policy of a Hugging Face directory; nothing is published yet."""

@@ -56,13 +56,13 @@ def perturb(policy):
 
 
 def test_greedy_tokens_are_those_of_the_published_weights(servers, tiny_qwen):
-    before = servers.engine.generate(requests_of(PROMPTS), GREEDY)
+    before = servers.generate(requests_of(PROMPTS), GREEDY)
     assert_as_transformers(before, tiny_qwen)
     pid = servers.fleet.members[0].process.pid
     torch.manual_seed(1)
     perturb(servers.policy)
     servers.engine.publish(1)
-    after = servers.engine.generate(requests_of(PROMPTS), GREEDY)
+    after = servers.generate(requests_of(PROMPTS), GREEDY)
     assert servers.fleet.members[0].process.pid == pid  # the same server took them
     assert {c.weight_version for c in before} == {0} and {c.weight_version for c in after} == {1}
     assert [c.token_ids for c in before] != [c.token_ids for c in after]
@@ -76,7 +76,7 @@ def test_a_server_with_other_weights_gets_none_of_the_prompts_before_ours(server
     client = servers.fleet.members[0].client
     stale = servers.engine._loop.run(_plant(client, servers.directory / "weights" / "version_000000"))
     stale.result(120)
-    assert_as_transformers(servers.engine.generate(requests_of(PROMPTS), GREEDY), current)
+    assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), current)
 
 
 async def _plant(client, directory):
@@ -89,8 +89,8 @@ def test_two_runs_at_one_server_each_get_their_own_weights(servers, single_proce
     other = open_servers(single_process, tiny_qwen, tmp_path, urls=(servers.fleet.members[0].client.url,))
     try:
         other.engine.publish(5)
-        assert_as_transformers(other.engine.generate(requests_of(PROMPTS), GREEDY), tiny_qwen)
-        ours = servers.engine.generate(requests_of(PROMPTS), GREEDY)
+        assert_as_transformers(other.generate(requests_of(PROMPTS), GREEDY), tiny_qwen)
+        ours = servers.generate(requests_of(PROMPTS), GREEDY)
         assert_as_transformers(ours, servers.directory / "weights" / "version_000001")
     finally:
         other.engine.close()
@@ -98,7 +98,7 @@ def test_two_runs_at_one_server_each_get_their_own_weights(servers, single_proce
 
 
 def test_a_response_ends_at_the_stop_token_and_keeps_it(servers):
-    completions = servers.engine.generate(requests_of([(5, 6, 8)] * 48, 200), SAMPLED)
+    completions = servers.generate(requests_of([(5, 6, 8)] * 48, 200), SAMPLED)
     stopped = [c for c in completions if c.finish_reason is FinishReason.STOP]
     assert stopped and all(c.token_ids[-1] == STOP and STOP not in c.token_ids[:-1] for c in stopped)
     assert all(len(c.token_ids) == 200 for c in completions if c.finish_reason is FinishReason.LENGTH)
@@ -106,14 +106,14 @@ def test_a_response_ends_at_the_stop_token_and_keeps_it(servers):
 
 
 def test_a_prompt_may_fill_the_context(servers):
-    (completion,) = servers.engine.generate(requests_of([(5,) * 255], 1), GREEDY)
+    (completion,) = servers.generate(requests_of([(5,) * 255], 1), GREEDY)
     assert len(completion.token_ids) == 1
 
 
 def test_a_token_id_outside_the_vocabulary_never_reaches_a_server(servers):
     with pytest.raises(ValueError, match="token id 120, the model's vocabulary ends at 119"):
-        servers.engine.generate(requests_of([(5, 120)]), GREEDY)
-    assert len(servers.engine.generate(requests_of(PROMPTS), GREEDY)) == len(PROMPTS)
+        servers.generate(requests_of([(5, 120)]), GREEDY)
+    assert len(servers.generate(requests_of(PROMPTS), GREEDY)) == len(PROMPTS)
 
 
 def test_another_model_behind_a_url_is_refused_with_both_fingerprints(servers, single_process, tmp_path):
@@ -178,13 +178,13 @@ def kill_mid_generation(servers, how):
     striking = threading.Thread(target=strike)
     striking.start()
     prompts = [(5 + i, 6, 8) for i in range(64)]
-    completions = servers.engine.generate(requests_of(prompts, 200), SAMPLED)
+    completions = servers.generate(requests_of(prompts, 200), SAMPLED)
     striking.join()
     assert len(completions) == 64 and all(c.token_ids and len(c.token_ids) == len(c.logprobs) for c in completions)
     assert servers.fleet.num_retries > retries and member.process.pid != pid
     assert any("lost" in line for line in servers.said)
     latest = max((servers.directory / "weights").iterdir())
-    assert_as_transformers(servers.engine.generate(requests_of(PROMPTS), GREEDY), latest)
+    assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), latest)
     wait_until(lambda: not is_running(pid))
 
 

@@ -10,5 +10,15 @@ FAMILIES: tuple[Family, ...] = (qwen2.FAMILY, qwen3.FAMILY, llama.FAMILY)
 
 
 def family_of(geometry: GeometryConfig) -> Family:
-    """The family whose decoder has this geometry's biases and norms."""
-    return next(f for f in FAMILIES if (f.qkv_bias, f.qk_norm) == (geometry.qkv_bias, geometry.qk_norm))
+    """The family whose decoder has this geometry's biases and norms.
+
+    Raises:
+        ValueError: none has.
+    """
+    for family in FAMILIES:
+        if (family.qkv_bias, family.qk_norm) == (geometry.qkv_bias, geometry.qk_norm):
+            return family
+    raise ValueError(
+        f"no Hugging Face family has qkv_bias = {geometry.qkv_bias} and qk_norm = {geometry.qk_norm}: change one, or "
+        "do without exports (run.export=none)"
+    )

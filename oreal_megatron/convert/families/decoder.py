@@ -28,9 +28,7 @@ LAYERS: tuple[Rule, ...] = (
         HF_ATTENTION + "k_proj.weight",
         HF_ATTENTION + "v_proj.weight",
     ),
-    Same(
-        ATTENTION + "linear_proj.weight", HF_ATTENTION + "o_proj.weight", ["hidden", "queries"], Split.COLUMNS
-    ),
+    Same(ATTENTION + "linear_proj.weight", HF_ATTENTION + "o_proj.weight", ["hidden", "queries"], Split.COLUMNS),
     Same(LAYER + "mlp.linear_fc1.layer_norm_weight", HF_LAYER + "post_attention_layernorm.weight", ["hidden"]),
     Stacked(LAYER + "mlp.linear_fc1.weight", HF_LAYER + "mlp.gate_proj.weight", HF_LAYER + "mlp.up_proj.weight"),
     Same(LAYER + "mlp.linear_fc2.weight", HF_LAYER + "mlp.down_proj.weight", ["hidden", "ffn"], Split.COLUMNS),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -197,11 +199,15 @@ def test_a_damaged_megatron_file(megatron):
 
 
 def test_a_megatron_checkpoint_of_another_model(megatron, tmp_path):
-    refused_export(megatron, "policy.embedding.word_embeddings.weight is missing", "prefixes in it: ['']", prefix="policy.")
+    refused_export(
+        megatron, "policy.embedding.word_embeddings.weight is missing", "prefixes in it: ['']", prefix="policy."
+    )
     other = save_tiny(tmp_path / "other", "qwen2", tied=False, num_layers=3)
     refused_export(megatron, "decoder.layers.2.mlp.linear_fc2.weight is missing", assets=other)
     larger = save_tiny(tmp_path / "larger", "qwen2", tied=False, vocabulary=200)
-    refused_export(megatron, "embedding.word_embeddings.weight has shape [120, 48], the model's is [200, 48]", assets=larger)
+    refused_export(
+        megatron, "embedding.word_embeddings.weight has shape [120, 48], the model's is [200, 48]", assets=larger
+    )
     tied = save_tiny(tmp_path / "tied", "qwen2", tied=True)
     refused_export(megatron, "output_layer.weight is unexpected", assets=tied)
     without_bias = save_tiny(tmp_path / "llama", "llama", tied=False)
@@ -259,38 +265,47 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(single, tmp_p
     assert not (tmp_path / "back").exists()
 
 
-def tool(name: str, *arguments: object, limit: int | None = None) -> subprocess.CompletedProcess[str]:
-    """One of tools/; limit: bytes that a file of it may have."""
-
-    def set_limit() -> None:
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
+def tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """One of tools/."""
     return subprocess.run(
         [sys.executable, ROOT / "tools" / f"{name}.py", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
-        preexec_fn=set_limit,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
+@contextlib.contextmanager
+def files_limited_to(num_bytes: int) -> Iterator[None]:
+    """A limit that fails a write as a full disk does, and needs no disk to fill."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_a_write_that_fails_half_way_leaves_nothing_that_looks_whole(single, tmp_path):
-    target = tmp_path / "megatron"
-    # A file-size limit fails a write as a full disk does, and needs no disk to fill.
-    failed = tool("hf_to_megatron", single, target, limit=100_000)
-    assert failed.returncode == 1 and "Traceback" not in failed.stderr
-    assert "was not made. Run the same command again with more room" in failed.stderr
-    assert not target.exists()
-    again = tool("hf_to_megatron", single, target)
-    assert again.returncode == 0, again.stderr
-    failed = tool("megatron_to_hf", target, tmp_path / "back", limit=100_000)
-    assert failed.returncode == 1 and "Run the same command again" in failed.stderr, failed.stderr
-    assert not (tmp_path / "back").exists()
-    assert tool("megatron_to_hf", target, tmp_path / "back").returncode == 0
-    verified = tool("verify_checkpoint", tmp_path / "back", target)
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    for convert, arguments in ((to_megatron, (single, megatron, Layout())), (to_huggingface, (megatron, back))):
+        with pytest.raises(OSError, match=r"was not made\. Run the same command again with more room"):  # noqa: SIM117
+            with files_limited_to(100_000):
+                convert(*arguments)
+        assert not arguments[1].exists()
+        convert(*arguments)
+        assert arguments[1].exists()
+    assert_same_bits(single, back)
+
+
+def test_the_tools_convert_verify_and_end_with_one_line(single, tmp_path):
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    assert tool("hf_to_megatron", single, megatron).returncode == 0
+    assert tool("megatron_to_hf", megatron, back).returncode == 0
+    verified = tool("verify_checkpoint", back, megatron)
     assert verified.returncode == 0 and "are equal, bit for bit" in verified.stdout
     change(single, **{"model.norm.weight": torch.full((48,), 3.0)})
-    verified = tool("verify_checkpoint", single, target)
+    verified = tool("verify_checkpoint", single, megatron)
     assert verified.returncode == 1 and "differs: decoder.final_layernorm.weight" in verified.stdout
+    refused = tool("hf_to_megatron", single, megatron)
+    assert refused.returncode == 1 and "is not empty" in refused.stderr and "Traceback" not in refused.stderr

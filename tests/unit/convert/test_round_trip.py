@@ -61,7 +61,9 @@ def test_reward_models_come_in_and_out(tmp_path, family):
 
     models = [AutoModelForTokenClassification.from_pretrained(tmp_path / name).eval() for name in ("hf", "back")]
     ids = torch.arange(30).view(2, 15)
-    assert torch.equal(models[0](ids).logits, models[1](ids).logits) and models[0](ids).logits.shape == (2, 15, 1)
+    one, other = (model(ids).logits for model in models)
+    assert one.shape == (2, 15, 1)
+    torch.testing.assert_close(one, other)  # the same bits at other addresses: other kernels, other rounding
 
 
 def test_fewer_query_groups_than_tensor_ranks(tmp_path):
@@ -89,7 +91,7 @@ def test_shards_in_and_out_with_an_index_and_blocks_smaller_than_a_tensor(tmp_pa
 
     ids = torch.arange(20).view(1, 20)
     one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("hf", "back"))
-    assert torch.equal(one(ids).logits, other(ids).logits)
+    torch.testing.assert_close(one(ids).logits, other(ids).logits)
 
 
 def test_files_beside_the_weights_are_carried_over_unchanged(tmp_path):
@@ -129,7 +131,11 @@ def test_a_changed_bit_is_found_and_named(tmp_path):
     tensors["model.layers.1.mlp.up_proj.weight"].view(torch.int32)[7, 3] ^= 1
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     (difference,) = compare(source, tmp_path / "megatron").differences
-    assert "decoder.layers.1.mlp.linear_fc1.weight" in difference and "up_proj" in difference and "1 elements" in difference
+    assert (
+        "decoder.layers.1.mlp.linear_fc1.weight" in difference
+        and "up_proj" in difference
+        and "1 elements" in difference
+    )
 
 
 def test_an_equal_copy_of_a_tied_output_layer_is_accepted_and_not_written_again(tmp_path):
@@ -137,8 +143,11 @@ def test_an_equal_copy_of_a_tied_output_layer_is_accepted_and_not_written_again(
 
     source = save_tiny(tmp_path / "hf", "llama", tied=True)
     tensors = tensors_of(source)
-    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
-               "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, source / "model.safetensors")  # fmt: skip
+    more = {
+        "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),  # a buffer that old checkpoints carry
+    }
+    save_file(tensors | more, source / "model.safetensors")
     to_megatron(source, tmp_path / "megatron", Layout())
     to_huggingface(tmp_path / "megatron", tmp_path / "back")
     assert tensors_of(tmp_path / "back").keys() == tensors.keys()

@@ -7,7 +7,15 @@ from collections import Counter
 import pytest
 import torch
 
-from oreal_megatron.data.packing import IGNORE, PackedSequence, SequenceCost, deal, deal_as_released, micro_batches, pack
+from oreal_megatron.data.packing import (
+    IGNORE,
+    PackedSequence,
+    SequenceCost,
+    deal,
+    deal_as_released,
+    micro_batches,
+    pack,
+)
 
 CPU = torch.device("cpu")
 LINEAR = SequenceCost(per_token=1.0, per_pair=0.0, per_response_token=0.0)

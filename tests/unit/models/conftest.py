@@ -14,6 +14,7 @@ from oreal_megatron.models.architecture import build_gpt
 from oreal_megatron.models.policy import Policy
 from tests.tiny_models import VOCABULARY, save_tiny
 
+
 def as_policy(directory: Path, groups: Any) -> Policy:
     geometry = geometry_of(directory)
     model = ModelConfig(
