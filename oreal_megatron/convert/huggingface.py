@@ -143,7 +143,7 @@ def config_json(geometry: GeometryConfig, head: Head, *, dtype: str, max_positio
 def served_config(
     path: str | None, geometry: GeometryConfig, *, dtype: str, max_positions: int, stop_token_id: int
 ) -> dict[str, Any]:
-    """config.json of a policy for a server: of model directory `path`, or of a geometry alone; one token ends a response.
+    """config.json of a policy for a server: of model directory `path`, or of a geometry; one token ends a response.
 
     geometry: with vocab_size.
     """

@@ -96,10 +96,6 @@ class ServerClient:
             or frozenset([str(about["weight_version"])]),
         )
 
-    async def abort(self, rid: str) -> None:
-        """Ends a request, and all whose id begins so."""
-        await self._ask("POST", "/abort_request", {"rid": rid})
-
     async def is_healthy(self, seconds: float) -> bool:
         """Whether the server generates a token, or has generated any, within `seconds`."""
         try:
