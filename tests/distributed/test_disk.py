@@ -27,8 +27,8 @@ LAYOUTS = {
 def test_every_layout_writes_the_whole_model_once(family, tied, vocabulary, tmp_path):
     """With biases and a vocabulary that ranks pad; and with tied embeddings, which two stages hold."""
     source = save_tiny(tmp_path / "model", family, tied=tied, vocabulary=vocabulary)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "-m"]
-    command += ["tests.distributed.disk_worker", str(source), str(tmp_path / "out"), json.dumps(LAYOUTS)]
+    arguments = [str(source), str(tmp_path / "out"), json.dumps(LAYOUTS)]
+    command = [sys.executable, "-m", "tests.distributed.disk_worker", *arguments]
     outcome = subprocess.run(
         command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

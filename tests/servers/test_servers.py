@@ -143,7 +143,7 @@ def test_a_taken_port_is_named(single_process, tiny_qwen, tmp_path):
 
 
 def test_a_server_ends_when_the_process_that_started_it_is_killed(tmp_path):
-    """With a command in the server's place; test_faults kills a real trainer."""
+    """With another command in the place of SGLang."""
     script = (
         "import time; from pathlib import Path; from oreal_megatron.rollout.server import ServerProcess\n"
         f"server = ServerProcess(['sleep', '600'], {{'PATH': '/usr/bin:/bin'}}, Path({str(tmp_path / 'log')!r}))\n"
