@@ -331,10 +331,11 @@ class _Builder:
             raise ValueError(f"model.reward_model: there is no checkpoint directory {checkpoint}")
         try:
             wanted = weights_only("reward_model", module)
+            names = list(wanted)  # what else the checkpoint holds of plain values comes along, and stays out
             state = load_checkpoint(checkpoint, wanted, damages_of(checkpoint, self.groups))
         except ValueError as error:
             raise ValueError(f"model.reward_model: {error}") from error
-        module.load_state_dict(without_prefix("reward_model", state))
+        module.load_state_dict(without_prefix("reward_model", {name: state[name] for name in names}))
 
     def _with_pass_rates(self, prompts: list[Prompt], sampler: Sampler) -> list[Prompt]:
         """Prompts with the share of the initial policy's responses that are correct; kept in pass_rates.jsonl.

@@ -16,6 +16,7 @@ from oreal_megatron.convert.module import load_weights
 from oreal_megatron.convert.naming import checkpoint_name
 from oreal_megatron.models.architecture import build_gpt
 from tests.tiny_models import VOCABULARY, save_tiny
+from tests.unit.convert.test_round_trip import tensors_of
 
 
 def empty(path: Path, groups: Any, *, vocabulary: int = VOCABULARY, **changed: Any) -> GPTModel:
@@ -77,13 +78,12 @@ def test_a_module_of_another_shape_is_refused_by_name(tmp_path, single_process):
         load_weights(empty(source, single_process, qk_norm=True), source, single_process)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_mbridge_agrees_on_qwen2_both_ways(tmp_path, single_process, tied):
+def test_mbridge_agrees_on_tied_qwen2_both_ways(tmp_path, single_process):
     mbridge_qwen2 = pytest.importorskip("mbridge.models.qwen2", reason="mbridge is in the extra `dev`")
-    from safetensors.torch import load_file
     from transformers import AutoConfig
 
-    source = save_tiny(tmp_path / "hf", "qwen2", tied=tied)
+    # With an index: of a single file it refuses to read a tensor that it asks for twice.
+    source = save_tiny(tmp_path / "hf", "qwen2", tied=True, max_shard_size="60KB")
     ours, theirs = empty(source, single_process), empty(source, single_process)
     load_weights(ours, source, single_process)
 
@@ -114,5 +114,5 @@ def test_mbridge_agrees_on_qwen2_both_ways(tmp_path, single_process, tied):
     for (name, mine), (_, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert torch.equal(mine, other), name
     exported = dict(bridge.export_weights([ours]))
-    for name, tensor in load_file(source / "model.safetensors").items():
+    for name, tensor in tensors_of(source).items():
         assert torch.equal(exported[name], tensor), name
