@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup demo test test-fast test-slow lint bench bench-verifier bench-conversion bench-objectives clean
+.PHONY: help setup sglang-deps demo test test-fast test-slow lint bench bench-rollout bench-verifier \
+	bench-conversion bench-objectives clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -22,6 +23,13 @@ $(READY): setup.py requirements/cpu.txt
 	$(BIN)/pip install --quiet --editable '.[dev,gguf]'
 	@touch $@
 
+$(VENV)/sglang/.ready: requirements/sglang_cpu.txt | setup
+	rm -rf $(VENV)/sglang
+	$(BIN)/pip install --quiet --no-deps --target $(VENV)/sglang --requirement requirements/sglang_cpu.txt
+	@touch $@
+
+sglang-deps: $(VENV)/sglang/.ready ## SGLang for CPU, in a directory that only server processes see
+
 demo: setup ## OREAL on arithmetic: warm start, 50 steps, three evaluations, report.html
 	$(BIN)/oreal-train experiment=arithmetic
 
@@ -31,7 +39,7 @@ lint: setup ## ruff, import contracts, types
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
-test: lint ## all that CI runs
+test: lint sglang-deps ## all that CI runs
 	$(BIN)/pytest -m 'not slow and not gpu'
 
 test-fast: setup ## unit tests only
@@ -47,6 +55,9 @@ bench: setup ## generation and a training step against their peers, the stall of
 	$(BIN)/python -m benchmarks.packing
 	$(BIN)/python -m benchmarks.logprobs
 	$(BIN)/python -m benchmarks.checkpoint_stall
+
+bench-rollout: sglang-deps ## our rollout client against a bare load generator
+	$(BIN)/python -m benchmarks.rollout_client
 
 bench-verifier: setup ## the verifier beside math-verify on the labelled cases, and its throughput
 	$(BIN)/python -m benchmarks.verifier

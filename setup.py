@@ -24,7 +24,14 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["oreal_megatron", "oreal_megatron.*"]),
-    package_data={"oreal_megatron": ["templates/*.html", "py.typed"]},
+    package_data={
+        "oreal_megatron": [
+            "templates/*.html",
+            "py.typed",
+            "rollout/cpu_shims/*.py",
+            "rollout/cpu_shims/sgl_kernel/*.py",
+        ]
+    },
     data_files=conf_files(),
     install_requires=[
         "torch>=2.13,<2.14",

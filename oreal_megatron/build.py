@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from oreal_megatron.checkpoint.export import Exporter, write_assets
 from oreal_megatron.checkpoint.state import weights_only, without_prefix
 from oreal_megatron.checkpoint.store import INITIAL, CheckpointStore, damages_of, load_checkpoint
-from oreal_megatron.config import AdamWConfig, SftConfig, TrainConfig, check_layout
-from oreal_megatron.convert.huggingface import geometry_of
+from oreal_megatron.config import AdamWConfig, SftConfig, SGLangConfig, TrainConfig, check_layout
+from oreal_megatron.convert.huggingface import geometry_of, served_config
 from oreal_megatron.convert.module import load_weights
 from oreal_megatron.data.arithmetic import Demonstration, generate_arithmetic
 from oreal_megatron.data.packing import Packer
@@ -36,9 +36,14 @@ from oreal_megatron.models.token_reward import TokenRewardModel
 from oreal_megatron.parallel.device import device, device_seam
 from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
 from oreal_megatron.records import Prompt
+from oreal_megatron.resharding.disk import DiskTransport
 from oreal_megatron.rollout.embedded import EmbeddedEngine
+from oreal_megatron.rollout.engine import RolloutEngine
+from oreal_megatron.rollout.fingerprint import Fingerprint, check_server
+from oreal_megatron.rollout.fleet import Fleet
 from oreal_megatron.rollout.journal import RolloutJournal
 from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
+from oreal_megatron.rollout.sglang import SGLangEngine
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.sft import warm_start
 from oreal_megatron.stopping import Stopped, StopRequest
@@ -64,9 +69,7 @@ def opened_run(config: TrainConfig, stop: StopRequest) -> Iterator[Run]:
         verifier = stack.enter_context(contextlib.closing(build_verifier(config.verifier)))
         tokenizer = load_tokenizer(config.model.tokenizer)
         journal = stack.enter_context(contextlib.closing(RolloutJournal(directory / "journal", groups)))
-        run = _Builder(config, directory, groups, tracker, verifier, tokenizer, journal, stop).run()
-        stack.callback(run.engine.close)
-        yield run
+        yield _Builder(config, directory, groups, tracker, verifier, tokenizer, journal, stop, stack).run()
 
 
 class _Builder:
@@ -82,7 +85,10 @@ class _Builder:
         tokenizer: PreTrainedTokenizerBase,
         journal: RolloutJournal,
         stop: StopRequest,
+        closing: contextlib.ExitStack,
     ):
+        """closing: takes what must be closed after the run."""
+        self.closing = closing
         self.config = config
         self.directory = directory
         self.groups = groups
@@ -114,11 +120,7 @@ class _Builder:
         if not self.store.has(INITIAL):
             self._make_initial_policy()
         policy = self._initial_policy()
-        engine = EmbeddedEngine(
-            lambda: CachedDecoder(policy, self.groups, self.vocab_size),
-            stop_token_id=self.renderer.stop_token_id,
-            batch_size=config.rollout.batch_size,
-        )
+        engine = self._engine(policy)
         sampler = Sampler(
             engine,
             self.renderer,
@@ -154,6 +156,52 @@ class _Builder:
             benchmarks=benchmarks,
             renderer=self.renderer,
             stop=self.stop,
+        )
+
+    def _engine(self, policy: Policy | ModelChunks) -> RolloutEngine:
+        """What generates, with the initial policy's weights."""
+        config = self.config
+        engine: RolloutEngine
+        if config.run.mode == "replay" or config.rollout.sglang is None:
+            engine = EmbeddedEngine(
+                lambda: CachedDecoder(policy, self.groups, self.vocab_size),
+                stop_token_id=self.renderer.stop_token_id,
+                batch_size=config.rollout.batch_size,
+            )
+        else:
+            engine = self._sglang_engine(policy, config.rollout.sglang)
+        self.closing.callback(engine.close)
+        engine.publish(0)
+        return engine
+
+    def _sglang_engine(self, policy: Policy | ModelChunks, servers: SGLangConfig) -> SGLangEngine:
+        config = self.config
+        geometry = self.geometry.model_copy(update={"vocab_size": self.vocab_size})
+        described = served_config(
+            config.model.path,
+            geometry,
+            dtype=config.model.dtype,
+            max_positions=config.model.max_sequence_length,
+            stop_token_id=self.renderer.stop_token_id,
+        )
+        directory = Path(servers.weights_dir) if servers.weights_dir is not None else self.directory / "weights"
+        transport = DiskTransport(chunks_of(policy), geometry, self.groups, directory, config_json=described)
+        expected = Fingerprint.of(geometry, config.model.dtype)
+        fleet = Fleet(
+            servers,
+            dtype=config.model.dtype,
+            max_sequence_length=config.model.max_sequence_length,
+            stop_token_id=self.renderer.stop_token_id,
+            logs=self.directory / "servers",
+            check=lambda url, description: check_server(url, description, expected),
+            say=self.tracker.say,
+        )
+        return SGLangEngine(
+            fleet,
+            transport,
+            self.groups,
+            vocab_size=self.vocab_size,
+            timeout_seconds=config.parallel.timeout_seconds,
         )
 
     def _trained(self, module: Any, adamw: AdamWConfig, *, less: int = 0) -> TrainedModel:

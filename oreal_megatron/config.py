@@ -198,15 +198,62 @@ class SamplingConfig(Section):
     max_new_tokens: Positive
 
 
+class SGLangConfig(Section):
+    """SGLang servers that generate rollouts: launched by the run on this machine, or attached to."""
+
+    urls: Strings
+    """Servers that run already, `http://host:port`; empty: launch them."""
+    num_servers: Positive
+    """Launched servers."""
+    tensor: Positive
+    """Tensor-parallel ranks of a launched server."""
+    device: Literal["cpu", "cuda"]
+    """Of launched servers; `cpu` uses the directory that `make sglang-deps` fills."""
+    host: str
+    """Address that launched servers listen at."""
+    port: Annotated[int, Field(gt=0, le=65535)] | None
+    """Port of the first launched server, the others follow; null: free ones."""
+    max_concurrency: Positive
+    """Requests in flight at one server; the next is sent as soon as one is answered."""
+    transport: Literal["disk"]
+    """How new weights reach the servers; disk: a Hugging Face directory that they load, on a file system they share."""
+    weights_dir: str | None
+    """Where `disk` writes them, the latest version only; null: `weights` in run.dir."""
+    startup_seconds: PositiveFloat
+    """A server that does not answer so long after its start, or after contact was lost, is given up."""
+    health_seconds: PositiveFloat
+    """A server that gives no sign of life for so long while it has requests counts as lost; SGLang's own check takes
+    up to 20 seconds."""
+    control_seconds: PositiveFloat
+    """Pausing, loading weights, flushing: a step of a publication that takes longer means that the server is lost."""
+    max_restarts: NonNegative
+    """In a row, of one launched server, before it is given up."""
+    arguments: Mapping[str, str | int | float | bool]
+    """More options of `sglang.launch_server`, by name without dashes in front; true: a flag."""
+
+
+class MismatchConfig(Section):
+    """How far the policy's log-probabilities may be from the rollouts': a step's mean |difference|, in nats a token."""
+
+    warn: PositiveFloat
+    stop: PositiveFloat
+    """A step beyond it is not trained on; the run ends."""
+
+
 class RolloutConfig(Section):
     """Where and how rollouts are generated."""
 
-    backend: Literal["embedded"]
+    backend: Literal["embedded", "sglang"]
+    """embedded: on the trainer's own model, in its processes; sglang: by servers."""
     samples_per_prompt: Positive
     """K."""
     sampling: SamplingConfig
     batch_size: Positive
-    """Sequences that one embedded batch generates at the same time."""
+    """Sequences that one embedded batch generates at the same time; pass rates are estimated so many at a time."""
+    mismatch: MismatchConfig | None = None
+    """null: reported only."""
+    sglang: SGLangConfig | None = None
+    """Belongs to `backend: sglang`."""
 
 
 class AdamWConfig(Section):
@@ -401,6 +448,7 @@ _MAY_CHANGE = (
     "run.threads",
     "tracking.",
     "parallel.",
+    "rollout.sglang.",
 )
 
 
@@ -605,6 +653,50 @@ def _check_evaluation(evaluation: EvaluationConfig) -> Iterator[Violation]:
                 benchmark.samples,
                 "samples are all alike at evaluation.sampling.temperature = 0; raise it, or set samples to 0",
             )
+
+
+@_check("rollout")
+def _check_servers(rollout: RolloutConfig) -> Iterator[Violation]:
+    if (rollout.backend == "sglang") != (rollout.sglang is not None):
+        yield Violation("rollout.backend", rollout.backend, "rollout.sglang belongs to sglang, which needs it")
+    if (limits := rollout.mismatch) is not None:
+        if limits.warn > limits.stop:
+            yield Violation("rollout.mismatch.warn", limits.warn, f"must not exceed stop = {limits.stop}")
+        if rollout.sampling.temperature != 1.0:
+            yield Violation(
+                "rollout.sampling.temperature",
+                rollout.sampling.temperature,
+                "rollouts have the policy's log-probabilities at 1.0 only; use it, or rollout.mismatch=null",
+            )
+    if (servers := rollout.sglang) is None:
+        return
+    for index, url in enumerate(servers.urls):
+        if not url.startswith(("http://", "https://")) or url.endswith("/"):
+            yield Violation(f"rollout.sglang.urls.{index}", url, "must look like http://host:port")
+    if len(set(servers.urls)) < len(servers.urls):
+        yield Violation("rollout.sglang.urls", servers.urls, "names a server twice")
+    if servers.port is not None and not servers.urls and servers.port + servers.num_servers - 1 > 65535:
+        yield Violation("rollout.sglang.port", servers.port, f"leaves no room for {servers.num_servers} servers")
+    for name in servers.arguments:
+        if (own := _OWN_ARGUMENTS.get(name.replace("_", "-"))) is not None:
+            yield Violation(f"rollout.sglang.arguments.{name}", servers.arguments[name], own)
+
+
+# Options of sglang.launch_server that the run sets, and from what.
+_OWN_ARGUMENTS = {
+    "model-path": "is the published policy's directory",
+    "weight-version": "is set by publications",
+    "host": "is rollout.sglang.host",
+    "port": "is rollout.sglang.port",
+    "device": "is rollout.sglang.device",
+    "tp": "is rollout.sglang.tensor",
+    "tp-size": "is rollout.sglang.tensor",
+    "tensor-parallel-size": "is rollout.sglang.tensor",
+    "dtype": "is model.dtype",
+    "context-length": "is model.max_sequence_length",
+    "max-running-requests": "is rollout.sglang.max_concurrency",
+    "skip-tokenizer-init": "is always set: token ids go in and out",
+}
 
 
 @_check("objective", "rollout")

@@ -6,7 +6,7 @@ import contextlib
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ def train(run: Run) -> None:
 
     Raises:
         updates.NonFiniteLossError: a loss is not a number; names step, terms and samples. Checkpoints stay.
+        updates.MismatchError: rollouts are not the policy's, beyond rollout.mismatch.stop.
         Stopped: a stop was asked for; everything until then is saved, and says so.
         OSError: the disk refused; the message says what is safe.
     """
@@ -155,15 +156,18 @@ def train_step(run: Run) -> StepReport:
         batches = updates.with_token_weights(batches, scored, config.objective)
         if not frozen:
             with clock("policy"), run.policy.on_device():
-                metrics |= updates.update_policy(run.policy, batches, config.objective, counts)
+                metrics |= updates.update_policy(
+                    run.policy, batches, config.objective, counts, max_mismatch=max_mismatch(config)
+                )
         elif config.objective.policy_schedule == "from_first_step":
             run.policy.advance_schedule()
-    except updates.NonFiniteLossError as error:
-        raise updates.NonFiniteLossError(f"step {step}: {error}") from error
+    except (updates.NonFiniteLossError, updates.MismatchError) as error:
+        raise type(error)(f"step {step}: {error}") from error
     if not frozen:
         run.progress.weight_version += 1
         with clock("publish"), run.policy.on_device():
             run.engine.publish(run.progress.weight_version)
+        warn_of_mismatch(run, metrics)
     run.progress.num_usable_steps += 1
     save_trajectories(run, graded, selection, batches)
     return StepReport(step=step, metrics=metrics | {"policy/frozen": float(frozen)}, **costs(run, clock))
@@ -289,6 +293,22 @@ def reward_model_scores(run: Run, groups: Groups) -> dict[str, float]:
     ids = [id for batch in batches for id in batch.ids]
     pairs = run.groups.gather_over_data(list(zip(ids, scored.mean_scores, strict=True)))
     return dict(pair for part in pairs for pair in part)
+
+
+def max_mismatch(config: TrainConfig) -> float | None:
+    """Replayed rollouts are another policy's from the second step on: nothing to hold against a limit."""
+    limits = config.rollout.mismatch
+    return None if limits is None or config.run.mode == "replay" else limits.stop
+
+
+def warn_of_mismatch(run: Run, metrics: Mapping[str, float]) -> None:
+    limits = run.config.rollout.mismatch
+    difference = metrics.get("policy/rollout_logprob_difference", 0.0)
+    if limits is not None and run.config.run.mode != "replay" and difference > limits.warn:
+        run.tracker.say(
+            f"[yellow]step {run.progress.step}: the policy's log-probabilities differ from the rollouts' by "
+            f"{difference:.3g} nats in the mean (rollout.mismatch.warn = {limits.warn:g})[/]"
+        )
 
 
 def is_multiple(step: int, every: int) -> bool:

@@ -36,6 +36,10 @@ class ScoredSequences:
     outcomes: list[bool]
 
 
+class MismatchError(ArithmeticError):
+    """The rollouts' log-probabilities are not this policy's: other weights, or another model; no update was made."""
+
+
 def with_reference(
     reference: torch.nn.Module, batches: Sequence[TokenBatch], groups: ParallelGroups
 ) -> list[TokenBatch]:
@@ -93,11 +97,22 @@ def update_reward_model(
 
 
 def update_policy(
-    policy: TrainedModel, batches: Sequence[TokenBatch], config: ObjectiveConfig, counts: TokenCounts
+    policy: TrainedModel,
+    batches: Sequence[TokenBatch],
+    config: ObjectiveConfig,
+    counts: TokenCounts,
+    *,
+    max_mismatch: float | None = None,
 ) -> dict[str, float]:
-    """One update by eq. (11) or a baseline's objective. Returns `section/name` metrics over all ranks."""
+    """One update by eq. (11) or a baseline's objective. Returns `section/name` metrics over all ranks.
 
-    def loss(output: Tensor, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    max_mismatch: largest mean |difference| in nats from the rollouts' log-probabilities that is trained on.
+
+    Raises:
+        NonFiniteLossError, MismatchError: on every rank, before the update.
+    """
+
+    def loss(output: Tensor, batch: TokenBatch) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor]]:
         assert batch.reference_logprobs is not None and batch.token_weights is not None
         logprobs_R, entropy_R = output[batch.predicting].unbind(-1)
         terms = policy_terms(
@@ -116,15 +131,22 @@ def update_policy(
             "kl": terms.kl,
             "kl_k1": (seen_R - batch.reference_logprobs).sum(),
             "entropy": entropy_R.sum(),
-            "rollout_logprob_difference": (seen_R - batch.rollout_logprobs).abs().sum(),
             "token_weight": batch.token_weights.sum(),
         }
-        return terms.loss(counts, config) + 0.0 * output.sum(), {name: s.detach() for name, s in sums.items()}
+        detached = {name: value.detach() for name, value in sums.items()}
+        return terms.loss(counts, config) + 0.0 * output.sum(), (detached, seen_R - batch.rollout_logprobs)
 
     results = policy.forward_backward(batches, loss)
-    names = list(results[0])
-    local = torch.stack([torch.stack([sums[name] for name in names]) for sums in results]).double()
+    names = list(results[0][0])
+    local = torch.stack([torch.stack([sums[name] for name in names]) for sums, _ in results]).double()
     _check_finite(dict(zip(names, local.t().tolist(), strict=True)), batches, policy.groups)
+    mismatch = rollout_mismatch([difference_R for _, difference_R in results], policy.groups)
+    if max_mismatch is not None and mismatch["rollout_logprob_difference"] > max_mismatch:
+        raise MismatchError(
+            f"the policy's log-probabilities differ from the rollouts' by {mismatch['rollout_logprob_difference']:.3g} "
+            f"nats in the mean, more than rollout.mismatch.stop = {max_mismatch:g} (99th percentile "
+            f"{mismatch['rollout_logprob_difference_p99']:.3g}); no update was made"
+        )
     report = _update(policy, "policy", batches)
     total = dict(zip(names, policy.groups.sum_over_data(local.sum(0)).tolist(), strict=True))
     positive = total["positive"] / counts.of_positive(config)
@@ -135,9 +157,31 @@ def update_policy(
         "loss/negative": negative,
         "loss/kl": mean.pop("kl"),
         "loss/policy": positive + config.eta * negative + config.beta * total["kl"] / max(counts.all, 1),
-        **{f"policy/{name}": value for name, value in mean.items()},
+        **{f"policy/{name}": value for name, value in (mean | mismatch).items()},
         "policy/grad_norm": report.grad_norm,
         "policy/lr": report.lr,
+    }
+
+
+def rollout_mismatch(differences: Sequence[Tensor], groups: ParallelGroups) -> dict[str, float]:
+    """How far the policy is from what generated the tokens: on-policy, by rounding and an engine's kernels only.
+
+    differences: fp32 [R] a micro-batch of this rank, log pi - log pi_rollout of tokens that pi_rollout drew, in nats.
+    Returns the mean, 99th percentile and maximum of the absolute difference; the k3 estimate of KL(rollout || policy);
+    and the effective sample size of the importance weights pi / pi_rollout as a share of the tokens, in (0, 1].
+    """
+    mine = torch.cat([torch.zeros(0), *(difference.detach().float().cpu() for difference in differences)])
+    all_R = torch.cat([part for parts in groups.gather_over_data([mine]) for part in parts]).double()
+    if not len(all_R):
+        return {}
+    weights_R = all_R.exp()
+    return {
+        "rollout_logprob_difference": all_R.abs().mean().item(),
+        # The smallest value that 99% of the tokens do not exceed; torch.quantile refuses more than 16M elements.
+        "rollout_logprob_difference_p99": all_R.abs().kthvalue(math.ceil(0.99 * len(all_R))).values.item(),
+        "rollout_logprob_difference_max": all_R.abs().max().item(),
+        "rollout_kl_k3": (weights_R - 1 - all_R).mean().item(),
+        "rollout_effective_samples": (weights_R.sum() ** 2 / (len(all_R) * (weights_R**2).sum())).item(),
     }
 
 

@@ -140,6 +140,21 @@ def config_json(geometry: GeometryConfig, head: Head, *, dtype: str, max_positio
     return config if head == "causal" else with_scalar_head(config)
 
 
+def served_config(
+    path: str | None, geometry: GeometryConfig, *, dtype: str, max_positions: int, stop_token_id: int
+) -> dict[str, Any]:
+    """config.json of a policy for a server: of model directory `path`, or of a geometry; one token ends a response.
+
+    geometry: with vocab_size.
+    """
+    if path is None:
+        config = config_json(geometry, "causal", dtype=dtype, max_positions=max_positions)
+    else:
+        config = dict(read_model(Path(path)).config)
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    return {**config, key: dtype, "vocab_size": geometry.vocab_size, "eos_token_id": stop_token_id}
+
+
 def with_scalar_head(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a reward model on the decoder of `config`."""
     family = next(f for f in FAMILIES if f.name == config["model_type"])

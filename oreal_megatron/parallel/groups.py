@@ -115,6 +115,14 @@ class ParallelGroups:
         dist.broadcast_object_list(box, src=0)
         return box[0]  # type: ignore[return-value]
 
+    def from_replica_leader(self, value: T | None) -> T:
+        """The `value` of the process that leads this model replica, on every process of the replica."""
+        box = [value]
+        for group in (self.collection.mp, self.collection.cp):
+            if dist.get_world_size(group) > 1:
+                dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
+        return box[0]  # type: ignore[return-value]
+
     def any_rank(self, mine: bool) -> bool:
         """Whether `mine` is true on any process of the job; the same answer everywhere."""
         return self._any(mine, [None])

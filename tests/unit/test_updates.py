@@ -114,6 +114,34 @@ def test_a_gradient_that_is_not_finite_changes_nothing(composed, single_process)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.module.parameters(), strict=True))
 
 
+def test_mismatch_of_known_differences(single_process):
+    """Two micro-batches, 200 tokens: 196 exact, two off by ln 2 and two by -ln 2."""
+    ln2 = math.log(2.0)
+    differences = [torch.tensor([0.0] * 96 + [ln2, -ln2]), torch.tensor([ln2, -ln2] + [0.0] * 100)]
+    found = updates.rollout_mismatch(differences, single_process)
+    weights = [1.0] * 196 + [2.0, 0.5] * 2
+    assert found == pytest.approx(
+        {
+            "rollout_logprob_difference": 4 * ln2 / 200,
+            "rollout_logprob_difference_p99": ln2,
+            "rollout_logprob_difference_max": ln2,
+            "rollout_kl_k3": 2 * ((2 - 1 - ln2) + (0.5 - 1 + ln2)) / 200,
+            "rollout_effective_samples": sum(weights) ** 2 / (200 * sum(w * w for w in weights)),
+        }
+    )
+
+
+def test_rollouts_of_another_model_are_not_trained_on(composed, single_process):
+    config = parse_config(composed("objective=oreal_no_rm")).objective
+    policy = trained(Policy, single_process)
+    before = [p.detach().clone() for p in policy.module.parameters()]
+    batches = updates.with_token_weights(micro_batches(sequences(), 1000, CPU), None, config)
+    batches = updates.with_reference(policy.module, batches, single_process)
+    with pytest.raises(updates.MismatchError, match=r"more than rollout.mismatch.stop = 0.5 \(99th percentile"):
+        updates.update_policy(policy, batches, config, TokenCounts(correct=20, incorrect=15), max_mismatch=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.module.parameters(), strict=True))
+
+
 def test_a_parked_model_holds_no_memory_and_trains_as_if_it_had_stayed(composed, single_process):
     config = parse_config(composed("objective=oreal_no_rm")).objective
     layout = single_process.layout.model_copy(update={"offload": True})

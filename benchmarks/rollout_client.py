@@ -1,0 +1,88 @@
+"""Our rollout client against a bare load generator: the same requests, concurrency and server, in turns.
+
+    python -m benchmarks.rollout_client
+
+The bare one has the requests' bytes ready, keeps a connection a request in flight, and looks at no answer. Decoding is
+greedy, so both have the server do the same. Prints the median ratio of their seconds over pairs; it may be up to 1.05.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import tempfile
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from benchmarks.pairs import compare
+from oreal_megatron.config import ParallelConfig, SamplingConfig
+from oreal_megatron.parallel.device import device_seam
+from oreal_megatron.parallel.groups import parallel_groups
+from oreal_megatron.rollout.engine import GenerationRequest
+from tests.servers.conftest import STOP, open_servers
+from tests.tiny_models import save_tiny
+
+CONCURRENCY = 32
+
+
+async def bare_load(url: str, bodies: list[bytes]) -> None:
+    """Posts every body to /generate, CONCURRENCY at a time."""
+    host, port = urlsplit(url).hostname, urlsplit(url).port
+    waiting = list(reversed(bodies))
+
+    async def place() -> None:
+        reader, writer = await asyncio.open_connection(host, port, limit=2**24)
+        while waiting:
+            body = waiting.pop()
+            head = f"POST /generate HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            answer = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            assert answer.startswith("http/1.1 200"), answer
+            await reader.readexactly(int(answer.split("content-length: ")[1].split("\r\n")[0]))
+        writer.close()
+
+    await asyncio.gather(*(place() for _ in range(CONCURRENCY)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=128, help="of every response, at most")
+    arguments = parser.parse_args()
+    layout = ParallelConfig(tensor=1, pipeline=1, micro_batch_tokens=512)
+    with tempfile.TemporaryDirectory() as name, device_seam(), parallel_groups(layout, seed=0) as groups:
+        directory = Path(name)
+        model = save_tiny(directory / "model", "qwen2", tied=False)
+        servers = open_servers(groups, model, directory, max_concurrency=CONCURRENCY)
+        prompts = [[8 + (7 * i + j) % 100 for j in range(16)] for i in range(arguments.requests)]
+        sampling = SamplingConfig(temperature=0.0, top_p=1.0, max_new_tokens=arguments.tokens)
+        requests = [
+            GenerationRequest(prompt_ids=tuple(ids), seed=0, max_new_tokens=arguments.tokens) for ids in prompts
+        ]
+        parameters = {"temperature": 0.0, "max_new_tokens": arguments.tokens, "stop_token_ids": [STOP]}
+        bodies = [
+            json.dumps({"input_ids": ids, "sampling_params": parameters, "return_logprob": True}).encode()
+            for ids in prompts
+        ]
+        try:
+            servers.engine.publish(0)
+            url = servers.fleet.members[0].client.url
+            num_tokens = sum(len(c.token_ids) for c in servers.generate(requests, sampling))
+            ours, bare, ratio = compare(
+                lambda: servers.generate(requests, sampling),
+                lambda: asyncio.run(bare_load(url, bodies)),
+                pairs=arguments.pairs,
+            )
+        finally:
+            servers.engine.close()
+    print(f"{len(requests)} responses, {num_tokens} tokens, {CONCURRENCY} in flight")
+    print(
+        f"client {ours:.2f} s ({num_tokens / ours:.0f} tokens/s), bare {bare:.2f} s ({num_tokens / bare:.0f} tokens/s)"
+    )
+    print(f"median ratio of pairs {ratio:.3f} (limit 1.05)")
+
+
+if __name__ == "__main__":
+    main()

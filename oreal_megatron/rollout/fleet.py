@@ -1,0 +1,479 @@
+"""Several SGLang servers as one: work is dealt out, lost servers come back, nobody generates with old weights.
+
+All of it runs on one event loop, in one thread of the trainer's main process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from oreal_megatron.config import SamplingConfig, SGLangConfig
+from oreal_megatron.records import FinishReason
+from oreal_megatron.rollout.client import (
+    Generated,
+    GenerationAborted,
+    RequestRefused,
+    ServerClient,
+    ServerDescription,
+    ServerLost,
+)
+from oreal_megatron.rollout.engine import Completion, GenerationRequest
+from oreal_megatron.rollout.server import (
+    ServerProcess,
+    ServerStartError,
+    choose_port,
+    launch_command,
+    launch_environment,
+)
+
+# A request that has cost so many servers their connection is the likely reason.
+_MAX_ATTEMPTS = 4
+_POLL_SECONDS = 0.5
+
+Load = Callable[[ServerClient], Awaitable[None]]
+"""Asks one paused server to take the present weights, and returns when it has."""
+
+
+class NoServerError(RuntimeError):
+    """No server is left that could answer; the message says why of each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What servers must have before they get a prompt."""
+
+    version: int
+    label: str
+    """What servers call them: unlike any other run's."""
+    load: Load | None
+    """None: another process publishes."""
+    start_from: Path | None
+    """Hugging Face directory that a new server starts from; None: another process starts it."""
+    is_whole: bool
+    """Whether `start_from` holds these very weights, so that a new server needs no load."""
+
+
+@dataclass
+class Member:
+    """One server of the fleet."""
+
+    index: int
+    client: ServerClient
+    process: ServerProcess | None
+    """None: it was running before us, or it is to be started."""
+    is_ours: bool
+    label: str | None = None
+    """Of the weights that it was seen to have since contact was last lost; None: not seen yet."""
+    num_restarts: int = 0
+    """Since it last answered a request."""
+    was_up: bool = False
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by who starts it or brings it up to date."""
+    given_up: str | None = None
+    """Why it gets no more requests, or None."""
+
+
+@dataclass
+class _Work:
+    """Requests on their way to completions."""
+
+    requests: Sequence[GenerationRequest]
+    sampling: SamplingConfig
+    completed: Callable[[int, Completion], None]
+    """Told index and completion of every request, once."""
+    is_done: list[bool] = field(init=False)
+    attempts: list[int] = field(init=False)
+    pending: asyncio.Queue[int] = field(default_factory=asyncio.Queue)
+    finished: asyncio.Event = field(default_factory=asyncio.Event)
+    num_left: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.is_done = [False] * len(self.requests)
+        self.attempts = [0] * len(self.requests)
+        self.num_left = len(self.requests)
+        for index in range(len(self.requests)):
+            self.pending.put_nowait(index)
+
+    def complete(self, index: int, completion: Completion) -> None:
+        assert not self.is_done[index]
+        self.is_done[index] = True
+        self.completed(index, completion)
+        self.num_left -= 1
+        if self.num_left == 0:
+            self.finished.set()
+
+    def put_back(self, index: int, error: Exception) -> None:
+        """Raises NoServerError where a request keeps losing servers."""
+        self.attempts[index] += 1
+        if self.attempts[index] >= _MAX_ATTEMPTS:
+            raise NoServerError(
+                f"a prompt of {len(self.requests[index].prompt_ids)} tokens was lost {_MAX_ATTEMPTS} times "
+                f"(token ids {list(self.requests[index].prompt_ids[:20])}...), the last time by: {error}"
+            ) from error
+        self.pending.put_nowait(index)
+
+
+class Fleet:
+    """The servers, launched or attached to."""
+
+    def __init__(
+        self,
+        config: SGLangConfig,
+        *,
+        dtype: str,
+        max_sequence_length: int,
+        stop_token_id: int,
+        logs: Path,
+        check: Callable[[str, ServerDescription], None],
+        say: Callable[[str], None],
+    ):
+        """check: told url and description; raises ValueError where a server is not what the run needs."""
+        self._config = config
+        self._dtype = dtype
+        self._max_sequence_length = max_sequence_length
+        self._stop_token_id = stop_token_id
+        self._logs = logs
+        self._check = check
+        self._say = say
+        self._token = uuid.uuid4().hex[:8]
+        self._weights: Weights | None = None
+        self._owns = True
+        self._supervisor: asyncio.Task[None] | None = None
+        self.members: list[Member] = []
+        self.num_retries = 0
+        """Responses that were asked for again, over the fleet's life."""
+
+    def label(self, version: int) -> str:
+        """What the servers call a weight version. No other run calls its own so."""
+        return f"{version}-{self._token}"
+
+    # ---- weights -------------------------------------------------------------------------------------------------
+
+    async def publish(self, weights: Weights) -> None:
+        """Every server that can be reached has the weights, or is started with them; the others get them before their
+        next prompt.
+
+        Raises:
+            NoServerError: no server has them; or, of the first weights, one server has them not.
+        """
+        self._weights = weights
+        is_first = not self.members
+        if is_first:
+            self._assemble(self._config.urls or self._new_urls())
+            self._supervisor = asyncio.create_task(self._supervise())
+        await asyncio.gather(*(self._bring_up(member) for member in self.members))
+        failed = [member for member in self.members if member.given_up is not None]
+        if failed and (is_first or len(failed) == len(self.members)):
+            raise self._no_server(failed)
+
+    def _new_urls(self) -> list[str]:
+        numbers = range(self._config.num_servers)
+        return [f"http://{self._config.host}:{choose_port(self._config, number)}" for number in numbers]
+
+    def _assemble(self, urls: Sequence[str]) -> None:
+        self.members = [
+            Member(
+                index=index,
+                client=ServerClient(
+                    url,
+                    max_concurrency=self._config.max_concurrency,
+                    control_seconds=self._config.control_seconds,
+                ),
+                process=None,
+                is_ours=self._owns and not self._config.urls,
+            )
+            for index, url in enumerate(urls)
+        ]
+
+    def _no_server(self, failed: Sequence[Member]) -> NoServerError:
+        reasons = "\n".join(f"  {member.client.url}: {member.given_up}" for member in failed)
+        return NoServerError(f"{len(failed)} of {len(self.members)} rollout servers cannot be used:\n{reasons}")
+
+    async def follow(self, version: int, label: str, urls: Sequence[str]) -> None:
+        """For a fleet of another process: its servers are to be used while they have weights `label`."""
+        self._owns = False
+        self._weights = Weights(version=version, label=label, load=None, start_from=None, is_whole=False)
+        if not self.members:
+            self._assemble(urls)
+        for member in self.members:
+            member.given_up, member.num_restarts = None, 0
+
+    async def _supervise(self) -> None:
+        """Starts launched servers anew when they end, whoever is using them."""
+        while True:
+            await asyncio.sleep(_POLL_SECONDS)
+            for member in self.members:
+                if member.process is not None and member.process.exit_code is not None and not member.lock.locked():
+                    await self._bring_up(member)
+
+    async def _bring_up(self, member: Member) -> None:
+        """Until the member has the current weights, or is given up."""
+        async with member.lock:
+            await self._bring_up_locked(member)
+
+    async def _bring_up_locked(self, member: Member) -> None:
+        while member.given_up is None:
+            try:
+                await self._reach(member)
+                await self._synchronize(member)
+                member.was_up = True
+                return
+            except ServerLost as error:
+                await self._lost(member, error)
+            except ServerStartError as error:
+                if member.was_up:
+                    await self._lost(member, error)
+                else:
+                    self._give_up(member, str(error))
+            except ValueError as error:
+                self._give_up(member, str(error))
+
+    async def _reach(self, member: Member) -> None:
+        """Starts the member if it is ours and not running; waits until it answers.
+
+        Raises:
+            ServerLost: it does not, in time. ServerStartError: it cannot start. ValueError: it is another model's.
+        """
+        if member.is_ours and member.process is None:
+            await self._start(member)
+        elif member.process is not None and member.process.exit_code is not None:
+            raise ServerLost(f"{member.client.url} ended with exit code {member.process.exit_code}")
+        if self._owns and not member.is_ours and member.label is None:
+            self._check(member.client.url, await self._until_it_answers(member))
+
+    async def _start(self, member: Member) -> None:
+        assert self._weights is not None
+        weights = self._weights
+        assert weights.start_from is not None
+        command = launch_command(
+            self._config,
+            model=weights.start_from,
+            weight_label=weights.label if weights.is_whole else "none",
+            port=int(member.client.url.rsplit(":", 1)[1]),
+            dtype=self._dtype,
+            max_sequence_length=self._max_sequence_length,
+        )
+        log = self._logs / f"server_{member.index}.log"
+        member.process = ServerProcess(command, launch_environment(self._config), log)
+        self._check(member.client.url, await self._until_it_answers(member))
+        while not await member.client.is_healthy(self._config.health_seconds):
+            self._check_alive(member)
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def _until_it_answers(self, member: Member) -> ServerDescription:
+        """What the server says of itself; paused ones answer too."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self._config.startup_seconds
+        while True:
+            self._check_alive(member)
+            try:
+                return await asyncio.wait_for(member.client.describe(), max(deadline - clock(), _POLL_SECONDS))
+            except (ServerLost, TimeoutError) as error:
+                if clock() > deadline:
+                    raise ServerLost(
+                        f"{member.client.url} gave no answer in {self._config.startup_seconds:g} seconds "
+                        f"(rollout.sglang.startup_seconds){_log_of(member)}"
+                    ) from error
+            await asyncio.sleep(_POLL_SECONDS)
+
+    def _check_alive(self, member: Member) -> None:
+        if member.process is not None and (code := member.process.exit_code) is not None:
+            raise ServerStartError(f"{member.client.url} ended with exit code {code} while it started{_log_of(member)}")
+
+    async def _synchronize(self, member: Member) -> None:
+        """Pause, load, flush, version, continue; unless the server has the weights already."""
+        assert self._weights is not None
+        weights = self._weights
+        if not self._owns:
+            await self._until_synchronized(member, weights.label)
+        elif await member.client.weight_label() != weights.label:
+            assert weights.load is not None
+            member.label = None
+            await member.client.pause()
+            await weights.load(member.client)
+            await member.client.flush()
+            await member.client.label_weights(weights.label)
+            await member.client.resume()
+        member.label = weights.label
+
+    async def _until_synchronized(self, member: Member, label: str) -> None:
+        """Another process brings the server up to date."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self._config.startup_seconds
+        while (await self._until_it_answers(member)).weight_label != label:
+            if clock() > deadline:
+                raise ServerLost(f"{member.client.url} did not get the current weights in time")
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def _lost(self, member: Member, error: Exception) -> None:
+        """Ends what is left of a launched server, so that it is started anew; gives up what cannot be had back."""
+        member.label = None
+        self._say(f"[yellow]rollout server {member.index} lost: {error}[/]")
+        if member.is_ours:
+            await self._end(member)
+        elif member.num_restarts:
+            # Contact was lost again before it answered anything: `_reach` has waited as long as it may.
+            self._give_up(member, str(error))
+        if member.is_ours and member.num_restarts >= self._config.max_restarts:
+            self._give_up(member, f"{error}; restarted {member.num_restarts} times (rollout.sglang.max_restarts)")
+        member.num_restarts += 1
+
+    def _give_up(self, member: Member, why: str) -> None:
+        member.given_up = why
+        self._say(f"[red]rollout server {member.index} given up: {why}[/]")
+
+    # ---- generation ----------------------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: SamplingConfig,
+        completed: Callable[[int, Completion], None],
+    ) -> None:
+        """One completion a request, all with the current weights; `completed` is told each exactly once.
+
+        Raises:
+            NoServerError: no server is left. ValueError: the servers refuse a request.
+        """
+        work = _Work(requests, sampling, completed)
+        if not requests:
+            return
+        servers = [asyncio.create_task(self._serve(member, work)) for member in self.members]
+        waiting = asyncio.create_task(work.finished.wait())
+        try:
+            while not work.finished.is_set():
+                await asyncio.wait([waiting, *servers], return_when=asyncio.FIRST_COMPLETED)
+                ended = [server for server in servers if server.done()]
+                for server in ended:
+                    _raise_failure(server)
+                servers = [server for server in servers if not server.done()]
+                if not servers and not work.finished.is_set():
+                    raise self._no_server(self.members)
+        finally:
+            for task in (waiting, *servers):
+                task.cancel()
+            await asyncio.gather(waiting, *servers, return_exceptions=True)
+
+    async def _serve(self, member: Member, work: _Work) -> None:
+        """Keeps one server full until the work is finished or the server is given up."""
+        while True:
+            await self._bring_up(member)
+            if member.given_up is not None:
+                return
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._watch(member))
+                    for place in range(min(self._config.max_concurrency, len(work.requests))):
+                        tasks.create_task(self._work(member, work, place))
+            except* ServerLost as group:
+                await self._lost(member, _first(group))
+            except* _Stale as group:
+                member.label = None
+                self._say(f"[yellow]rollout server {member.index}: {_first(group)}[/]")
+
+    async def _work(self, member: Member, work: _Work, place: int) -> None:
+        """One request after another."""
+        while True:
+            index = await work.pending.get()
+            rid = f"{self._token}-{uuid.uuid4().hex[:12]}"
+            try:
+                generated = await member.client.generate(
+                    rid, work.requests[index].prompt_ids, self._options(work, index)
+                )
+                completion = self._completed(member, generated)
+            except GenerationAborted as error:
+                self.num_retries += 1
+                work.put_back(index, error)
+                continue
+            except (ServerLost, _Stale, asyncio.CancelledError) as error:
+                if not work.finished.is_set():
+                    self.num_retries += 1
+                    work.put_back(index, error if isinstance(error, Exception) else ServerLost(member.client.url))
+                raise
+            member.num_restarts = 0
+            work.complete(index, completion)
+
+    def _options(self, work: _Work, index: int) -> dict[str, Any]:
+        return {
+            "temperature": work.sampling.temperature,
+            "top_p": work.sampling.top_p,
+            # Said, since a server may have other defaults from a generation_config.json.
+            "top_k": -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "max_new_tokens": work.requests[index].max_new_tokens,
+            "stop_token_ids": [self._stop_token_id],
+            "sampling_seed": work.requests[index].seed,
+        }
+
+    def _completed(self, member: Member, generated: Generated) -> Completion:
+        assert self._weights is not None
+        if generated.weight_labels != {self._weights.label}:
+            raise _Stale(
+                f"answered with weights {', '.join(sorted(generated.weight_labels))}, not {self._weights.label}; "
+                "its answers are thrown away and it is brought up to date"
+            )
+        stopped = generated.finish["type"] == "stop"
+        if stopped and generated.token_ids[-1:] != (self._stop_token_id,):
+            raise RequestRefused(
+                f"{member.client.url} ended a response at {generated.finish.get('matched')!r}, which is not "
+                f"prompt.stop_token (id {self._stop_token_id}); start the server with --skip-tokenizer-init, from a "
+                "config.json and generation_config.json without other end tokens"
+            )
+        return Completion(
+            token_ids=generated.token_ids,
+            logprobs=generated.logprobs,
+            finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
+            weight_version=self._weights.version,
+        )
+
+    async def _watch(self, member: Member) -> None:
+        """Raises ServerLost where a server that accepts requests does not answer any more."""
+        silence, clock = self._config.health_seconds, asyncio.get_running_loop().time
+        last_sign = clock()
+        while True:
+            await asyncio.sleep(silence / 4)
+            if await member.client.is_healthy(max(silence - (clock() - last_sign), _POLL_SECONDS)):
+                last_sign = clock()
+            elif clock() - last_sign >= silence:
+                raise ServerLost(f"{member.client.url} gave no sign of life in {silence:g} seconds")
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Ends launched servers; those that were running before us go on."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+        await asyncio.gather(*(self._end(member) for member in self.members))
+        await asyncio.gather(*(member.client.close() for member in self.members))
+
+    async def _end(self, member: Member) -> None:
+        if member.process is not None:
+            await asyncio.to_thread(member.process.stop)
+            member.process = None
+
+
+class _Stale(Exception):
+    """A server answered with other weights than the current ones."""
+
+
+def _raise_failure(task: asyncio.Task[None]) -> None:
+    """The error of an ended task, without the groups around it."""
+    try:
+        task.result()
+    except BaseExceptionGroup as group:
+        raise _first(group) from group
+
+
+def _log_of(member: Member) -> str:
+    return f"; {member.process.log} ends:\n{member.process.log_tail()}" if member.process else ""
+
+
+def _first(group: BaseExceptionGroup[Any]) -> Exception:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error

@@ -1,0 +1,157 @@
+"""An SGLang server as a process of ours: its command, its environment, its start and its end."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from oreal_megatron.config import SGLangConfig
+
+_SHIMS = Path(__file__).parent / "cpu_shims"
+# SGLang refuses prompts that come within 6 tokens of the context's end.
+_CONTEXT_MARGIN = 8
+_LOG_LINES = 25
+_GRACE_SECONDS = 5.0
+
+
+class ServerStartError(RuntimeError):
+    """A server cannot be started, or ended while it started; the message has the end of its log."""
+
+
+def launch_command(
+    config: SGLangConfig, *, model: Path, weight_label: str, port: int, dtype: str, max_sequence_length: int
+) -> list[str]:
+    """The command line of one server.
+
+    model: Hugging Face directory to start from. weight_label: what its answers say of these weights.
+    """
+    options: dict[str, str | int | float | bool] = {
+        "model-path": str(model),
+        "weight-version": weight_label,
+        "host": config.host,
+        "port": port,
+        "device": config.device,
+        "tp": config.tensor,
+        "dtype": dtype,
+        "context-length": max_sequence_length + _CONTEXT_MARGIN,
+        "max-running-requests": config.max_concurrency,
+        "skip-tokenizer-init": True,
+        "skip-server-warmup": True,
+        "log-level": "warning",
+    }
+    if config.device == "cpu":
+        options |= {
+            "attention-backend": "torch_native",
+            "sampling-backend": "pytorch",
+            "grammar-backend": "none",
+            "sleep-on-idle": True,
+        }
+    options |= {name.replace("_", "-"): value for name, value in config.arguments.items()}
+    command = [sys.executable, "-m", "sglang.launch_server"]
+    for name, value in options.items():
+        if value is not False:
+            command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return command
+
+
+def launch_environment(config: SGLangConfig) -> dict[str, str]:
+    """The environment of one server.
+
+    Raises:
+        ServerStartError: SGLang is not installed.
+    """
+    own = Path(sys.prefix) / "sglang"  # where `make sglang-deps` puts it
+    inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    # The margin may go beyond what config.json says of the model; no token is ever there.
+    environment = {**os.environ, "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+    if config.device == "cuda":
+        if importlib.util.find_spec("sglang") is None:
+            raise ServerStartError("rollout.backend=sglang: SGLang is not installed; pip install '.[sglang]'")
+        return environment
+    if not (own / "sglang").is_dir():
+        raise ServerStartError(f"rollout.backend=sglang: SGLang is not in {own}; `make sglang-deps` puts it there")
+    environment |= {
+        "PYTHONPATH": os.pathsep.join([str(_SHIMS), str(own), *inherited]),
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if config.tensor > 1:  # one core a rank
+        cores = sorted(os.sched_getaffinity(0))
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
+            str(cores[rank % len(cores)]) for rank in range(config.tensor)
+        )
+    return environment
+
+
+def choose_port(config: SGLangConfig, index: int) -> int:
+    """The port of launched server `index`.
+
+    Raises:
+        ServerStartError: the configured one is taken.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        port = 0 if config.port is None else config.port + index
+        try:
+            probe.bind((config.host, port))
+        except OSError as error:
+            raise ServerStartError(
+                f"rollout.sglang.port = {config.port}: server {index} cannot listen at {config.host}:{port} "
+                f"({error.strerror}); name other ports, or null for free ones"
+            ) from error
+        return int(probe.getsockname()[1])
+
+
+class ServerProcess:
+    """A running server and everything it has started: one session, which ends with us, however we end."""
+
+    def __init__(self, command: list[str], environment: Mapping[str, str], log: Path):
+        """Starts it. Call from a thread that lives as long as the server may: it ends with that thread."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log = log
+        with open(log, "ab") as stream:
+            stream.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
+            stream.flush()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "oreal_megatron.rollout.bound", str(os.getpid()), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=dict(environment),
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        """Of the server, and of its process group."""
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.poll()
+
+    def log_tail(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        return "\n".join(f"    {line[:300]}" for line in lines)
+
+    def stop(self) -> None:
+        """Ends the server and what it has started; returns when they are gone."""
+        for name, seconds in ((signal.SIGTERM, _GRACE_SECONDS), (signal.SIGKILL, None)):
+            try:
+                os.killpg(self.pid, name)
+            except ProcessLookupError:
+                break
+            try:
+                self._process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                continue
+        self._process.wait()

@@ -1,0 +1,103 @@
+"""One SGLang server for all tests of this directory, with weights published by a Megatron policy."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oreal_megatron.config import SGLangConfig
+from tests.tiny_models import VOCABULARY, save_tiny
+
+STOP = 7
+MAX_SEQUENCE_LENGTH = 256
+DEFAULTS: dict[str, Any] = {
+    "urls": (),
+    "num_servers": 1,
+    "tensor": 1,
+    "device": "cpu",
+    "host": "127.0.0.1",
+    "port": None,
+    "max_concurrency": 16,
+    "transport": "disk",
+    "weights_dir": None,
+    "startup_seconds": 900.0,
+    "health_seconds": 60.0,
+    "control_seconds": 120.0,
+    "max_restarts": 3,
+    "arguments": {"max-total-tokens": 8192, "disable-overlap-schedule": True},
+}
+
+
+def require_sglang() -> None:
+    if not (Path(sys.prefix) / "sglang" / "sglang").is_dir():
+        pytest.skip("SGLang is not installed here: make sglang-deps")
+
+
+@dataclass
+class Servers:
+    """An engine, the policy that it publishes, and what it said."""
+
+    engine: Any
+    fleet: Any
+    policy: Any
+    directory: Path
+    said: list[str] = field(default_factory=list)
+
+    def generate(self, requests: Any, sampling: Any) -> list[Any]:
+        """One completion a request, in order."""
+        units = self.engine.units(requests)
+        found = {}
+        for position, completions in self.engine.generate([[requests[i] for i in u] for u in units], sampling):
+            assert position not in found
+            found[position] = completions
+        pairs = [(i, c) for position, unit in enumerate(units) for i, c in zip(unit, found[position], strict=True)]
+        return [completion for _, completion in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def open_servers(groups: Any, source: Path, directory: Path, **options: Any) -> Servers:
+    """An engine with the Megatron policy of a Hugging Face directory; nothing is published yet."""
+    from oreal_megatron.convert.huggingface import geometry_of, served_config
+    from oreal_megatron.resharding.disk import DiskTransport
+    from oreal_megatron.rollout.fingerprint import Fingerprint, check_server
+    from oreal_megatron.rollout.fleet import Fleet
+    from oreal_megatron.rollout.sglang import SGLangEngine
+    from tests.unit.models.conftest import as_policy
+
+    policy, geometry, said = as_policy(source, groups), geometry_of(source), []
+    config = served_config(
+        str(source), geometry, dtype="float32", max_positions=MAX_SEQUENCE_LENGTH, stop_token_id=STOP
+    )
+    fleet = Fleet(
+        SGLangConfig(**{**DEFAULTS, **options}),
+        dtype="float32",
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+        stop_token_id=STOP,
+        logs=directory / "servers",
+        check=lambda url, description: check_server(url, description, Fingerprint.of(geometry, "float32")),
+        say=said.append,
+    )
+    transport = DiskTransport([policy], geometry, groups, directory / "weights", config_json=config)
+    engine = SGLangEngine(fleet, transport, groups, vocab_size=VOCABULARY, timeout_seconds=600)
+    return Servers(engine, fleet, policy, directory, said)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "qwen2", "qwen2", tied=False)
+
+
+@pytest.fixture(scope="session")
+def servers(single_process: Any, tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """A launched server at weight version 0."""
+    require_sglang()
+    opened = open_servers(single_process, tiny_qwen, tmp_path_factory.mktemp("servers"))
+    try:
+        opened.engine.publish(0)
+        yield opened
+    finally:
+        opened.engine.close()

@@ -1,0 +1,202 @@
+"""A real SGLang server: what it generates, with which weights, and what happens when it is killed, frozen or stale."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from oreal_megatron.config import SamplingConfig
+from oreal_megatron.records import FinishReason
+from oreal_megatron.rollout.engine import GenerationRequest
+from oreal_megatron.rollout.fleet import NoServerError
+from oreal_megatron.rollout.server import ServerStartError
+from tests.servers.conftest import STOP, open_servers
+from tests.tiny_models import save_tiny
+
+GREEDY = SamplingConfig(temperature=0.0, top_p=1.0, max_new_tokens=24)
+SAMPLED = SamplingConfig(temperature=1.0, top_p=0.9, max_new_tokens=200)
+PROMPTS = ((5, 6, 8, 9), (100, 101, 102), (17,), tuple(range(20, 60)))
+
+pytestmark = [pytest.mark.servers, pytest.mark.timeout(1200)]
+
+
+def requests_of(prompts, max_new_tokens=24):
+    return [GenerationRequest(prompt_ids=ids, seed=i, max_new_tokens=max_new_tokens) for i, ids in enumerate(prompts)]
+
+
+def assert_as_transformers(completions, directory):
+    """Greedy tokens are transformers' on the weights in `directory`, log-probabilities within 1e-5."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        ids = list(completion.token_ids)
+        with torch.no_grad():
+            logprobs = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert ids == logprobs.argmax(-1).tolist()
+        expected = logprobs.gather(-1, torch.tensor(ids)[:, None]).squeeze(-1)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=0)
+        assert completion.finish_reason is (FinishReason.STOP if ids[-1] == STOP else FinishReason.LENGTH)
+        assert STOP not in ids[:-1] and (ids[-1] == STOP or len(ids) == 24)
+
+
+def perturb(policy):
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def test_greedy_tokens_are_those_of_the_published_weights(servers, tiny_qwen):
+    before = servers.generate(requests_of(PROMPTS), GREEDY)
+    assert_as_transformers(before, tiny_qwen)
+    pid = servers.fleet.members[0].process.pid
+    torch.manual_seed(1)
+    perturb(servers.policy)
+    servers.engine.publish(1)
+    after = servers.generate(requests_of(PROMPTS), GREEDY)
+    assert servers.fleet.members[0].process.pid == pid  # the same server took them
+    assert {c.weight_version for c in before} == {0} and {c.weight_version for c in after} == {1}
+    assert [c.token_ids for c in before] != [c.token_ids for c in after]
+    # The directory that was published is the policy: an independent reader of it agrees with the server.
+    assert_as_transformers(after, servers.directory / "weights" / "version_000001")
+
+
+def test_a_server_with_other_weights_gets_none_of_the_prompts_before_ours(servers):
+    """Somebody loads old weights into it; then, another run attaches to it and publishes its own."""
+    current = servers.directory / "weights" / "version_000001"
+    client = servers.fleet.members[0].client
+    stale = servers.engine._loop.run(_plant(client, servers.directory / "weights" / "version_000000"))
+    stale.result(120)
+    assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), current)
+
+
+async def _plant(client, directory):
+    await client.load_directory(directory)
+    await client.flush()
+    await client.label_weights("stale")
+
+
+def test_two_runs_at_one_server_each_get_their_own_weights(servers, single_process, tiny_qwen, tmp_path):
+    other = open_servers(single_process, tiny_qwen, tmp_path, urls=(servers.fleet.members[0].client.url,))
+    try:
+        other.engine.publish(5)
+        assert_as_transformers(other.generate(requests_of(PROMPTS), GREEDY), tiny_qwen)
+        ours = servers.generate(requests_of(PROMPTS), GREEDY)
+        assert_as_transformers(ours, servers.directory / "weights" / "version_000001")
+    finally:
+        other.engine.close()
+    assert servers.fleet.members[0].process.exit_code is None  # a server that we attached to is not ours to end
+
+
+def test_a_response_ends_at_the_stop_token_and_keeps_it(servers):
+    completions = servers.generate(requests_of([(5, 6, 8)] * 48, 200), SAMPLED)
+    stopped = [c for c in completions if c.finish_reason is FinishReason.STOP]
+    assert stopped and all(c.token_ids[-1] == STOP and STOP not in c.token_ids[:-1] for c in stopped)
+    assert all(len(c.token_ids) == 200 for c in completions if c.finish_reason is FinishReason.LENGTH)
+    assert len({c.token_ids for c in completions}) > 40  # samples of one prompt differ
+
+
+def test_a_prompt_may_fill_the_context(servers):
+    (completion,) = servers.generate(requests_of([(5,) * 255], 1), GREEDY)
+    assert len(completion.token_ids) == 1
+
+
+def test_a_token_id_outside_the_vocabulary_never_reaches_a_server(servers):
+    with pytest.raises(ValueError, match="token id 120, the model's vocabulary ends at 119"):
+        servers.generate(requests_of([(5, 120)]), GREEDY)
+    assert len(servers.generate(requests_of(PROMPTS), GREEDY)) == len(PROMPTS)
+
+
+def test_another_model_behind_a_url_is_refused_with_both_fingerprints(servers, single_process, tmp_path):
+    larger = save_tiny(tmp_path / "larger", "qwen2", tied=False, num_layers=3)
+    other = open_servers(single_process, larger, tmp_path, urls=(servers.fleet.members[0].client.url,))
+    with pytest.raises(NoServerError, match=r"fingerprint \w{12}, the policy \w{12}; num_layers 2 instead of 3"):
+        other.engine.publish(0)
+    other.engine.close()
+
+
+def test_a_url_that_accepts_and_never_answers_is_refused(single_process, tiny_qwen, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        other = open_servers(single_process, tiny_qwen, tmp_path, urls=(url,), startup_seconds=2.0)
+        with pytest.raises(NoServerError, match=f"{url} gave no answer in 2 seconds"):
+            other.engine.publish(0)
+        other.engine.close()
+
+
+def test_a_taken_port_is_named(single_process, tiny_qwen, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        other = open_servers(single_process, tiny_qwen, tmp_path, port=port)
+        with pytest.raises(ServerStartError, match=f"rollout.sglang.port = {port}: server 0 cannot listen at"):
+            other.engine.publish(0)
+        other.engine.close()
+
+
+def test_a_server_ends_when_the_process_that_started_it_is_killed(tmp_path):
+    """With another command in the place of SGLang."""
+    script = (
+        "import time; from pathlib import Path; from oreal_megatron.rollout.server import ServerProcess\n"
+        f"server = ServerProcess(['sleep', '600'], {{'PATH': '/usr/bin:/bin'}}, Path({str(tmp_path / 'log')!r}))\n"
+        "print(server.pid, flush=True); time.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    wait_until(lambda: "sleep" in Path(f"/proc/{pid}/cmdline").read_text())
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not is_running(pid))
+
+
+def test_a_server_that_is_killed_mid_generation_costs_no_response_and_comes_back_in_sync(servers):
+    kill_mid_generation(servers, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_server_that_freezes_mid_generation_costs_no_response_and_comes_back_in_sync(servers):
+    """Stopped by a signal it still accepts connections, and answers nothing."""
+    kill_mid_generation(servers, signal.SIGSTOP)
+
+
+def kill_mid_generation(servers, how):
+    member, retries = servers.fleet.members[0], servers.fleet.num_retries
+    pid = member.process.pid
+
+    def strike():
+        time.sleep(1.0)
+        os.killpg(pid, how)
+
+    striking = threading.Thread(target=strike)
+    striking.start()
+    prompts = [(5 + i, 6, 8) for i in range(64)]
+    completions = servers.generate(requests_of(prompts, 200), SAMPLED)
+    striking.join()
+    assert len(completions) == 64 and all(c.token_ids and len(c.token_ids) == len(c.logprobs) for c in completions)
+    assert servers.fleet.num_retries > retries and member.process.pid != pid
+    assert any("lost" in line for line in servers.said)
+    latest = max((servers.directory / "weights").iterdir())
+    assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), latest)
+    wait_until(lambda: not is_running(pid))
+
+
+def is_running(pid):
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(is_so, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
