@@ -242,9 +242,7 @@ def _rows(rectangle: Rectangle, start: int, stop: int) -> Rectangle:
     def within(box: Box) -> Box:
         return Box((box.rows[0] + start, box.rows[0] + stop), box.columns)
 
-    return replace(
-        rectangle, source_box=within(rectangle.source_box), target_box=within(rectangle.target_box)
-    )
+    return replace(rectangle, source_box=within(rectangle.source_box), target_box=within(rectangle.target_box))
 
 
 def buckets(rectangles: Sequence[Rectangle], num_elements: int) -> Iterator[tuple[Rectangle, ...]]:
