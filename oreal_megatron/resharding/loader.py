@@ -1,4 +1,4 @@
-"""The server's side of direct resharding: a custom weight loader that a stock SGLang runs in each tensor-parallel worker.
+"""The server's side of direct resharding: a custom weight loader that every worker of a stock SGLang runs.
 
     python -m sglang.launch_server ... --custom-weight-loader oreal_megatron.resharding.loader.load
 
@@ -115,10 +115,12 @@ def _receiver(order: Order, parameters: Mapping[str, Tensor]) -> Receiver:
     if meeting.name not in _joined:
         if order.rectangles is None or order.shapes is None:
             raise ValueError(f"the worker has not joined meeting {meeting.name}, and the order has no plan")
-        _check_shapes(parameters, order.shapes, order.dtype)
         _joined.clear()
+        # Joined first, whatever comes: the senders then hear of a refusal at once, by a closed connection.
+        group = join(meeting, meeting.num_senders + order.number, order.backend)
+        _check_shapes(parameters, order.shapes, order.dtype)
         _joined[meeting.name] = Receiver(
-            join(meeting, meeting.num_senders + order.number, order.backend),
+            group,
             order.number,
             meeting.num_receivers,
             order.rectangles,
