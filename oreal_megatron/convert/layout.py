@@ -84,7 +84,7 @@ class Shard:
 
     @property
     def num_elements(self) -> int:
-        return sum(_area(box) for box in self.boxes)
+        return sum(box.num_elements for box in self.boxes)
 
 
 def shards(table: Table, layout: Layout, num_layers: int) -> Iterator[Shard]:
@@ -135,8 +135,3 @@ def _check_tiles(what: str, intervals: list[Interval], length: int) -> None:
         end = stop
     if end != length:
         raise ValueError(f"{what}: {end} to {length} land nowhere")
-
-
-def _area(box: Box) -> int:
-    rows = box.rows[1] - box.rows[0]
-    return rows if box.columns is None else rows * (box.columns[1] - box.columns[0])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,10 @@ class Box:
     def shape(self) -> tuple[int, ...]:
         sides = (self.rows,) if self.columns is None else (self.rows, self.columns)
         return tuple(stop - start for start, stop in sides)
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""The policy's weights from the trainer's shards to the rollout servers'."""
+"""Weights from the trainer's shards to the rollout servers' shards."""

@@ -1,0 +1,118 @@
+"""What a tensor-parallel rank of a rollout server holds, in rows of Hugging Face tensors.
+
+SGLang's Llama, Qwen2 and Qwen3 name their parameters like Hugging Face, except that queries, keys and values are one
+tensor and gate and up another (`stacked_params_mapping` of its model files). Names and slices only: no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from oreal_megatron.config import GeometryConfig
+from oreal_megatron.convert.rules import Box, Copy, Interval, Table
+
+_MERGED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+_SPLIT_BY_COLUMNS = ("o_proj", "down_proj")
+_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True)
+class EngineLayout:
+    """Rollout engines of one kind: how many, and how each is split."""
+
+    count: int = 1
+    tensor: int = 1
+    vocabulary_multiple: int = 64
+    """Rows that SGLang pads the vocabulary to a multiple of (`DEFAULT_VOCAB_PADDING_SIZE`)."""
+
+    def check(self, geometry: GeometryConfig) -> None:
+        """Raises ValueError, with every reason, where an engine cannot serve a model of this geometry so."""
+        groups = geometry.num_query_groups
+        over = f"over an engine's {self.tensor} tensor-parallel ranks"
+        problems = [
+            reason
+            for is_wrong, reason in (
+                (geometry.num_attention_heads % self.tensor, f"{geometry.num_attention_heads} attention heads {over}"),
+                (groups % self.tensor and self.tensor % groups, f"{groups} key-value heads {over}, nor copies of them"),
+                (geometry.ffn_hidden_size % self.tensor, f"{geometry.ffn_hidden_size} feed-forward columns {over}"),
+                (self.padded_rows(geometry.vocab_size or 0) % self.tensor, f"the padded vocabulary {over}"),
+            )
+            if is_wrong
+        ]
+        if problems:
+            raise ValueError("the model does not split: " + "; ".join(problems))
+
+    def padded_rows(self, vocab_size: int) -> int:
+        return -(-vocab_size // self.vocabulary_multiple) * self.vocabulary_multiple
+
+
+@dataclass(frozen=True)
+class ServedTensor:
+    """One parameter of one rank of an engine."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Copy, ...]
+    """The Hugging Face rectangles that make it up, by rows; rows of padding have none."""
+
+    @property
+    def num_elements(self) -> int:
+        """Without padding."""
+        return sum(part.box.num_elements for part in self.parts)
+
+
+def served_tensors(table: Table, geometry: GeometryConfig, layout: EngineLayout, rank: int) -> Iterator[ServedTensor]:
+    """The parameters of rank `rank` of an engine, in the order of a forward pass.
+
+    Tied embeddings are one parameter, as in SGLang.
+    """
+    merged: dict[str, list[str]] = {}
+    for name in table.origins:
+        merged.setdefault(_served_name(name), []).append(name)
+    for name, sources in merged.items():
+        parts, rows = [], 0
+        for source in sources:
+            shape = table.origins[source].shape
+            box = _held(source, shape, geometry, layout, rank)
+            size = box.shape[0]
+            if source in _VOCABULARY:
+                box = Box((min(box.rows[0], shape[0]), min(box.rows[1], shape[0])), box.columns)
+            if box.shape[0]:
+                parts.append(Copy(source, box, (rows, rows + box.shape[0])))
+            rows += size
+        yield ServedTensor(name, (rows, *box.shape[1:]), tuple(parts))
+
+
+def _served_name(name: str) -> str:
+    module, _, kind = name.rpartition(".")
+    parent, _, leaf = module.rpartition(".")
+    return f"{parent}.{_MERGED[leaf]}.{kind}" if leaf in _MERGED else name
+
+
+def _held(name: str, shape: tuple[int, ...], geometry: GeometryConfig, layout: EngineLayout, rank: int) -> Box:
+    """What rank `rank` holds of a Hugging Face tensor, padding of the vocabulary included."""
+    leaf = name.split(".")[-2]
+    rows: Interval = (0, shape[0])
+    columns: Interval | None = (0, shape[1]) if len(shape) > 1 else None
+    if name in _VOCABULARY:
+        rows = _part(layout.padded_rows(shape[0]), layout.tensor, rank)
+    elif leaf in ("k_proj", "v_proj") and layout.tensor > geometry.num_query_groups:
+        copies = layout.tensor // geometry.num_query_groups
+        rows = _part(shape[0], geometry.num_query_groups, rank // copies)
+    elif leaf in _MERGED:
+        rows = _part(shape[0], layout.tensor, rank)
+    elif leaf in _SPLIT_BY_COLUMNS:
+        assert columns is not None
+        columns = _part(columns[1], layout.tensor, rank)
+    return Box(rows, columns)
+
+
+def _part(length: int, size: int, rank: int) -> Interval:
+    return rank * (length // size), (rank + 1) * (length // size)

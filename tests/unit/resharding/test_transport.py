@@ -1,0 +1,128 @@
+"""Shards really sent over gloo, between threads that each are one rank: what arrives, and what the audit sees."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from oreal_megatron.config import GeometryConfig
+from oreal_megatron.convert.families import family_of
+from oreal_megatron.convert.layout import Layout
+from oreal_megatron.convert.rules import Box
+from oreal_megatron.resharding.plan import Receiver as At
+from oreal_megatron.resharding.plan import TrainerLayout, plan_resharding
+from oreal_megatron.resharding.served import EngineLayout
+from oreal_megatron.resharding.transport import Meeting, Receiver, Sender, checksum, join, rounds
+from tests.unit.resharding.test_plan import huggingface_weights, served, trainer_shards
+
+GEOMETRY = GeometryConfig(
+    num_layers=4,
+    hidden_size=16,
+    ffn_hidden_size=24,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_dim=4,
+    vocab_size=100,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    qkv_bias=True,
+    tied_embeddings=False,
+    init_std=0.02,
+)
+TRAINER = TrainerLayout(Layout(tensor=2, pipeline=2))
+ENGINES = EngineLayout(count=2, tensor=2)
+TABLE = family_of(GEOMETRY).table(GEOMETRY, "causal")
+
+
+def publish(dtype=torch.float32, bucket_bytes=512, meddle=lambda parameters: None):
+    """One publication; returns (what each receiver holds, expected checksums, found checksums), by receiver number."""
+    plan = plan_resharding(TABLE, GEOMETRY, TRAINER, ENGINES)
+    receivers = [At(e, r) for e in range(ENGINES.count) for r in range(ENGINES.tensor)]
+    # bfloat16 holds whole numbers up to 256 exactly.
+    weights = {name: values % 251 for name, values in huggingface_weights(TABLE).items()}
+    shards = trainer_shards(TABLE, GEOMETRY, TRAINER, weights)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = Meeting("127.0.0.1", store.port, "test", TRAINER.num_ranks, len(receivers), timeout_seconds=60)
+
+    def send(rank):
+        group = join(meeting, rank, "gloo")
+        mine = {receivers.index(to): items for to, items in plan.of_sender(rank).items()}
+        sender = Sender(group, rank, TRAINER.num_ranks, mine, len(receivers), dtype=dtype, bucket_bytes=bucket_bytes)
+        return sender.send({name: torch.from_numpy(shard).float() for name, shard in shards[rank].items()})
+
+    def receive(number):
+        group = join(meeting, TRAINER.num_ranks + number, "gloo")
+        at = receivers[number]
+        parameters = {t.name: torch.zeros(t.shape, dtype=dtype) for t in plan.targets[at.rank]}
+        receiver = Receiver(
+            group,
+            number,
+            len(receivers),
+            plan.of_receiver(at),
+            TRAINER.num_ranks,
+            dtype=dtype,
+            bucket_bytes=bucket_bytes,
+        )
+        receiver.receive(parameters)
+        meddle(parameters)
+        return parameters, receiver.audit(parameters)
+
+    with ThreadPoolExecutor(TRAINER.num_ranks + len(receivers)) as pool:
+        sending = [pool.submit(send, rank) for rank in range(TRAINER.num_ranks)]
+        receiving = [pool.submit(receive, number) for number in range(len(receivers))]
+        expected: list[dict[str, int]] = [{} for _ in receivers]
+        for future in sending:
+            for number, sums in future.result().items():
+                for name, value in sums.items():
+                    expected[number][name] = (expected[number].get(name, 0) + value) % 2**64
+        held = [future.result() for future in receiving]
+    wanted = [served(weights, GEOMETRY, ENGINES, at.rank) for at in receivers]
+    return wanted, [h for h, _ in held], expected, [found for _, found in held]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bucket_bytes", [64, 100_000])
+def test_receivers_get_their_shards_and_the_audit_agrees(dtype, bucket_bytes):
+    before = threading.active_count()
+    wanted, held, expected, found = publish(dtype, bucket_bytes)
+    for want, have in zip(wanted, held, strict=True):
+        for name, values in want.items():
+            np.testing.assert_array_equal(have[name].float().numpy(), values, err_msg=name)
+    assert expected == found
+    assert threading.active_count() <= before + 1
+
+
+def test_the_audit_names_a_tensor_that_arrived_corrupted():
+    name = "model.layers.2.mlp.down_proj.weight"
+
+    def flip_a_bit(parameters):
+        parameters[name].view(torch.int32)[3, 5] ^= 1
+
+    _, _, expected, found = publish(meddle=flip_a_bit)
+    for sums, seen in zip(expected, found, strict=True):
+        assert {key for key in sums if sums[key] != seen[key]} == {name}
+
+
+def test_the_audit_sees_swapped_rows_columns_and_elements():
+    tensor = torch.randn(8, 8)
+    box = Box((0, 8), (0, 8))
+    whole = checksum(tensor, box)
+    parts = [Box((0, 3), (0, 8)), Box((3, 8), (0, 5)), Box((3, 8), (5, 8))]
+    assert sum(checksum(tensor[slice(*b.rows), slice(*b.columns)], b) for b in parts) % 2**64 == whole
+    swapped = tensor.clone()
+    swapped[0, 0], swapped[0, 1] = tensor[0, 1], tensor[0, 0]
+    for other in (tensor.flip(0), tensor.flip(1), tensor.t(), swapped, -tensor, tensor.double().float() + 1e-6):
+        assert checksum(other, box) != whole
+
+
+def test_in_every_round_a_process_has_one_partner():
+    order = rounds([(s, r) for s in range(3) for r in range(5)], 3, 5)
+    assert len(order) == 15
+    for k in range(5):
+        group = [(s, r) for s, r in order if (r - s) % 5 == k]
+        assert len({s for s, _ in group}) == len({r for _, r in group}) == len(group)
