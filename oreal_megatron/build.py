@@ -16,6 +16,7 @@ from oreal_megatron.checkpoint.store import INITIAL, CheckpointStore, weights_on
 from oreal_megatron.config import AdamWConfig, SftConfig, TrainConfig, check_layout
 from oreal_megatron.convert.huggingface import geometry_of, load_weights
 from oreal_megatron.data.arithmetic import Demonstration, generate_arithmetic
+from oreal_megatron.data.packing import Packer
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.data.prompts import balanced, read_demonstrations, read_prompts, write_prompts
 from oreal_megatron.data.stream import PromptStream
@@ -23,6 +24,7 @@ from oreal_megatron.data.tokenizer import load_tokenizer
 from oreal_megatron.evaluation.benchmarks import Benchmark
 from oreal_megatron.metrics import Tracker
 from oreal_megatron.models.architecture import build_gpt
+from oreal_megatron.models.chunks import ModelChunks, chunks_of
 from oreal_megatron.models.decoding import CachedDecoder
 from oreal_megatron.models.optimizer import TrainedModel
 from oreal_megatron.models.policy import Policy
@@ -80,6 +82,7 @@ class _Builder:
         self.geometry = config.model.geometry or geometry_of(Path(str(config.model.path)))
         check_layout(self.geometry, config.parallel)
         self.vocab_size = max(self.geometry.vocab_size or 0, len(tokenizer))
+        self.packer = Packer.of_layout(groups, self.geometry, self.vocab_size)
         self.generated = (
             generate_arithmetic(config.data.arithmetic, config.run.seed) if config.data.arithmetic else None
         )
@@ -112,6 +115,7 @@ class _Builder:
             config=config,
             directory=self.directory,
             groups=self.groups,
+            packer=self.packer,
             tracker=self.tracker,
             store=self.store,
             stream=stream,
@@ -159,12 +163,13 @@ class _Builder:
         config = self.config
         module = self._policy_module()
         if config.model.path is not None:
-            load_weights(module, Path(config.model.path), self.geometry, self.groups)
+            for chunk in chunks_of(module):
+                load_weights(chunk, Path(config.model.path), self.geometry, self.groups)
         if config.sft is not None:
             self._warm_start(module, config.sft)
         self.store.save(INITIAL, weights_only("policy", module))
 
-    def _warm_start(self, module: Policy, sft: SftConfig) -> None:
+    def _warm_start(self, module: Policy | ModelChunks, sft: SftConfig) -> None:
         if sft.demonstrations is not None:
             demonstrations: Sequence[Demonstration] = read_demonstrations(sft.demonstrations)
         else:
@@ -183,13 +188,13 @@ class _Builder:
                 self.renderer,
                 sft,
                 self.groups,
-                micro_batch_tokens=self.config.parallel.micro_batch_tokens,
+                self.packer,
                 seed=self.config.run.seed,
                 on_step=on_step,
             )
         self.tracker.trajectories("warm_start", [{"step": i, "nll": loss} for i, loss in enumerate(losses)])
 
-    def _policy_module(self) -> Policy:
+    def _policy_module(self) -> Policy | ModelChunks:
         module = build_gpt(
             Policy,
             self.geometry,
@@ -199,11 +204,12 @@ class _Builder:
             seed=derive_seed(self.config.run.seed, "weights"),
             tied_embeddings=self.geometry.tied_embeddings,
         )
-        module.logprob_chunk_tokens = self.config.model.logprob_chunk_tokens
-        module.num_tokens = self.vocab_size
+        for chunk in chunks_of(module):
+            chunk.logprob_chunk_tokens = self.config.model.logprob_chunk_tokens
+            chunk.num_tokens = self.vocab_size
         return module.to(device())
 
-    def _initial_policy(self) -> Policy:
+    def _initial_policy(self) -> Policy | ModelChunks:
         module = self._policy_module()
         module.load_state_dict(_strip(self.store.load(INITIAL, weights_only("policy", module))))
         return module
@@ -221,7 +227,7 @@ class _Builder:
         ).to(device())
         wanted = weights_only("policy", module, without=lambda key: ".output_layer." in key)
         missing = module.load_state_dict(_strip(self.store.load(INITIAL, wanted)), strict=False).missing_keys
-        assert all(key.startswith("output_layer.") for key in missing), missing
+        assert all("output_layer." in key for key in missing), missing
         return self._trained(module, self.config.optimizer.reward_model)
 
     def _with_pass_rates(self, prompts: list[Prompt], sampler: Sampler) -> list[Prompt]:

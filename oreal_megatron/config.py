@@ -225,9 +225,27 @@ class ParallelConfig(Section):
     """How models are split; data parallelism takes the processes that are left."""
 
     tensor: Positive
+    """Ranks that share every matrix."""
     pipeline: Positive
+    """Stages, each a run of layers."""
+    virtual_pipeline: Positive = 1
+    """Runs of layers that a stage holds under the interleaved schedule; 1: plain 1F1B."""
+    context: Positive = 1
+    """Ranks that share every sequence."""
+    sequence: bool = False
+    """Sequence parallelism: norms and residuals split over the tensor ranks by tokens."""
     micro_batch_tokens: Positive
     """Packed tokens of a micro-batch; a longer sequence gets one of its own."""
+    distributed_optimizer: bool = False
+    """Optimizer states and fp32 weights split over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients bucket by bucket behind the last backward pass."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass: none, those of core attention and MLP, or whole layers."""
+    offload: bool = False
+    """Weights, gradients and optimizer states are on the device in the phases that use them, in host memory else."""
+    timeout_seconds: Positive = 600
+    """A collective that waits longer than this ends the job."""
 
 
 class SftConfig(Section):
@@ -482,6 +500,32 @@ def _layout_violations(g: GeometryConfig, parallel: ParallelConfig) -> Iterator[
     ):
         if size % split:
             yield Violation(key, split, f"{size} {by} do not split evenly over {split} ranks")
+    apart = g.num_query_groups % parallel.tensor and parallel.tensor % g.num_query_groups
+    if apart and g.num_attention_heads % parallel.tensor == 0:
+        yield Violation(
+            "parallel.tensor",
+            parallel.tensor,
+            f"must divide model.geometry.num_query_groups = {g.num_query_groups} or be a multiple of it",
+        )
+    runs = parallel.pipeline * parallel.virtual_pipeline
+    if parallel.virtual_pipeline > 1 and g.num_layers % runs:
+        yield Violation(
+            "parallel.virtual_pipeline",
+            parallel.virtual_pipeline,
+            f"{g.num_layers} layers do not split evenly into {parallel.pipeline} stages x "
+            f"{parallel.virtual_pipeline} runs = {runs}",
+        )
+
+
+@_check("parallel")
+def _check_parallel(parallel: ParallelConfig) -> Iterator[Violation]:
+    if parallel.sequence and parallel.tensor == 1:
+        # Megatron-Core turns it off layer by layer, and goes on.
+        yield Violation("parallel.sequence", True, "splits tokens over the tensor ranks: needs parallel.tensor > 1")
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        yield Violation(
+            "parallel.virtual_pipeline", parallel.virtual_pipeline, "interleaves stages: needs parallel.pipeline > 1"
+        )
 
 
 @_check("model", "prompt", "rollout")

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from oreal_megatron.config import SftConfig
 from oreal_megatron.data.arithmetic import Demonstration
-from oreal_megatron.data.packing import PackedSequence, TokenBatch, deal, micro_batches
+from oreal_megatron.data.packing import PackedSequence, Packer, TokenBatch
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.models.optimizer import TrainedModel
-from oreal_megatron.parallel.device import device
 from oreal_megatron.parallel.groups import ParallelGroups
 from oreal_megatron.seeds import derive_seed
 
@@ -25,8 +24,8 @@ def warm_start(
     renderer: PromptRenderer,
     config: SftConfig,
     groups: ParallelGroups,
+    packer: Packer,
     *,
-    micro_batch_tokens: int,
     seed: int,
     on_step: Callable[[int, float], None],
 ) -> None:
@@ -42,13 +41,12 @@ def warm_start(
             for demonstration in batch
         ]
         num_tokens = sum(len(sequence.response_ids) for sequence in chosen)
-        mine = deal(chosen, groups.data_size)[groups.data_rank]
 
         def negative_log_likelihood(output: Tensor, batch: TokenBatch) -> tuple[Tensor, float]:
             loss = -output[batch.predicting, 0].sum() / num_tokens  # noqa: B023 (called within this iteration)
             return loss, loss.item()
 
-        losses = model.forward_backward(micro_batches(mine, micro_batch_tokens, device()), negative_log_likelihood)
+        losses = model.forward_backward(packer.batches(chosen), negative_log_likelihood)
         try:
             model.update()
         except FloatingPointError as error:

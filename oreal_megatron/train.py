@@ -16,7 +16,7 @@ import torch
 from oreal_megatron import updates
 from oreal_megatron.checkpoint.store import CheckpointStore, load_trained, step_name, trained_state
 from oreal_megatron.config import SamplingConfig, TrainConfig
-from oreal_megatron.data.packing import PackedSequence, TokenBatch, deal, deal_as_released, micro_batches
+from oreal_megatron.data.packing import PackedSequence, Packer, TokenBatch
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.data.stream import PromptStream
 from oreal_megatron.evaluation.benchmarks import Benchmark, area_under_curve, evaluate
@@ -24,7 +24,6 @@ from oreal_megatron.metrics import Tracker
 from oreal_megatron.models.optimizer import TrainedModel
 from oreal_megatron.objective.groups import Selection, select_trajectories
 from oreal_megatron.objective.terms import TokenCounts
-from oreal_megatron.parallel.device import device
 from oreal_megatron.parallel.groups import ParallelGroups
 from oreal_megatron.records import (
     EvaluationReport,
@@ -64,6 +63,7 @@ class Run:
     config: TrainConfig
     directory: Path
     groups: ParallelGroups
+    packer: Packer
     tracker: Tracker
     store: CheckpointStore
     stream: PromptStream
@@ -193,9 +193,7 @@ def packed(run: Run, trajectories: Sequence[Trajectory]) -> tuple[TokenCounts, l
         correct=sum(len(s.response_ids) for s in sequences if s.correct),
         incorrect=sum(len(s.response_ids) for s in sequences if not s.correct),
     )
-    dealer = deal_as_released if run.config.objective.sampler == "release" else deal
-    mine = dealer(sequences, run.groups.data_size)[run.groups.data_rank]
-    return counts, micro_batches(mine, run.config.parallel.micro_batch_tokens, device())
+    return counts, run.packer.batches(sequences, as_released=run.config.objective.sampler == "release")
 
 
 def evaluate_and_save(run: Run) -> None:
@@ -260,10 +258,9 @@ def reward_model_scores(run: Run, groups: Groups) -> dict[str, float]:
         for graded in group
         if graded.verdict != "UNDECIDED"
     ]
-    mine = deal(sequences, run.groups.data_size)[run.groups.data_rank]
-    batches = micro_batches(mine, run.config.parallel.micro_batch_tokens, device())
+    batches = run.packer.batches(sequences)
     alignment = run.config.objective.token_weights.alignment
-    scored = updates.score_sequences(run.reward_model.ddp, batches, alignment, run.groups)
+    scored = updates.score_sequences(run.reward_model.module, batches, alignment, run.groups)
     ids = [id for batch in batches for id in batch.ids]
     pairs = run.groups.gather_over_data(list(zip(ids, scored.mean_scores, strict=True)))
     return dict(pair for part in pairs for pair in part)

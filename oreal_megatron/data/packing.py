@@ -2,11 +2,14 @@
 
 A packed row holds whole sequences (prompt then response) one after the other. Everything a token has is
 stored at the position that PREDICTS it: position j carries label, advantage and outcome of token j + 1.
+Where a layout asks for lengths of some multiple, a sequence ends with padding, which no real token sees under
+a causal mask and which carries no label.
 Shapes: T tokens of a micro-batch, R of them predicting a response token, N sequences.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,6 +17,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from oreal_megatron.config import GeometryConfig
+from oreal_megatron.parallel.device import device
+from oreal_megatron.parallel.groups import ParallelGroups
 from oreal_megatron.records import Trajectory
 
 IGNORE = -1
@@ -97,27 +103,117 @@ class TokenBatch:
         return per_sequence.repeat_interleave(lengths)
 
 
-def pack(sequences: Sequence[PackedSequence], device: torch.device) -> TokenBatch:
-    """Lays whole sequences end to end. Of none at all it makes one token that trains nothing."""
+@dataclass(frozen=True)
+class Padding:
+    """Multiples that lengths are filled up to, in tokens."""
+
+    sequence: int = 1
+    row: int = 1
+    """Itself a multiple of `sequence`; the last sequence is filled up further."""
+
+    def __post_init__(self) -> None:
+        if self.row % self.sequence:
+            raise ValueError(f"padding: rows of a multiple of {self.row} do not hold sequences of {self.sequence}")
+
+    def of(self, num_tokens: int) -> int:
+        """The padded length of a sequence."""
+        return -(-num_tokens // self.sequence) * self.sequence
+
+
+NO_PADDING = Padding()
+
+
+@dataclass(frozen=True)
+class SequenceCost:
+    """Work of one sequence, in floating-point operations of a forward pass."""
+
+    per_token: float
+    per_pair: float
+    """Of a query and a key."""
+    per_response_token: float
+    """Of the output layer, which response tokens alone go through."""
+
+    @classmethod
+    def of_model(cls, g: GeometryConfig, vocab_size: int) -> SequenceCost:
+        """Matrix products of a dense decoder: two operations a multiply-add."""
+        head_dim = g.head_dim or g.hidden_size // g.num_attention_heads
+        queries = g.num_attention_heads * head_dim
+        attention = g.hidden_size * 2 * (queries + g.num_query_groups * head_dim)
+        return cls(
+            per_token=2.0 * g.num_layers * (attention + 3 * g.hidden_size * g.ffn_hidden_size),
+            per_pair=4.0 * g.num_layers * queries,
+            per_response_token=2.0 * g.hidden_size * vocab_size,
+        )
+
+    def of(self, sequence: PackedSequence) -> float:
+        length = sequence.num_tokens
+        pairs = length * (length + 1) / 2
+        return length * self.per_token + pairs * self.per_pair + len(sequence.response_ids) * self.per_response_token
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Makes a rank's micro-batches of a step's sequences; every rank calls it with the same ones."""
+
+    num_ranks: int
+    """Data-parallel ranks."""
+    rank: int
+    token_budget: int
+    count_multiple: int
+    """Micro-batches that a schedule takes at a time."""
+    padding: Padding
+    cost: SequenceCost
+    device: torch.device
+
+    @classmethod
+    def of_layout(cls, groups: ParallelGroups, geometry: GeometryConfig, vocab_size: int) -> Packer:
+        return cls(
+            num_ranks=groups.data_size,
+            rank=groups.data_rank,
+            token_budget=groups.layout.micro_batch_tokens,
+            count_multiple=groups.micro_batch_multiple,
+            padding=Padding(groups.sequence_multiple, groups.row_multiple),
+            cost=SequenceCost.of_model(geometry, vocab_size),
+            device=device(),
+        )
+
+    def batches(self, sequences: Sequence[PackedSequence], *, as_released: bool = False) -> list[TokenBatch]:
+        """This rank's share as micro-batches, the last of them maybe empty.
+
+        as_released: dealt by the release's sampler, which repeats some.
+        """
+        if as_released:
+            mine = deal_as_released(sequences, self.num_ranks)[self.rank]
+        else:
+            mine = deal(sequences, self.num_ranks, self.cost)[self.rank]
+        filled = micro_batches(mine, self.token_budget, self.device, self.padding)
+        missing = -len(filled) % self.count_multiple
+        return filled + [pack([], self.device, self.padding) for _ in range(missing)]
+
+
+def pack(sequences: Sequence[PackedSequence], device: torch.device, padding: Padding = NO_PADDING) -> TokenBatch:
+    """Lays whole sequences end to end. Of none at all it makes one sequence of padding that trains nothing."""
     tokens: list[int] = []
     positions: list[int] = []
     labels: list[int] = []
     bounds = [0]
-    for sequence in sequences:
+    for sequence in sequences or [PackedSequence(id="", prompt_ids=(0,), response_ids=())]:
         row = [*sequence.prompt_ids, *sequence.response_ids]
-        tokens += row
-        positions += range(len(row))
-        labels += [IGNORE] * (len(sequence.prompt_ids) - 1) + [*sequence.response_ids, IGNORE]
+        length = padding.of(len(row))
+        if len(bounds) == max(len(sequences), 1):
+            length += -(bounds[-1] + length) % padding.row
+        fill = length - len(row)
+        tokens += row + [0] * fill
+        positions += range(length)
+        labels += [IGNORE] * (len(sequence.prompt_ids) - 1) + [*sequence.response_ids, IGNORE] + [IGNORE] * fill
         bounds.append(len(tokens))
-    if not sequences:
-        tokens, positions, labels, bounds = [0], [0], [IGNORE], [0, 1]
     return TokenBatch(
         ids=tuple(sequence.id for sequence in sequences),
         tokens=torch.tensor([tokens], device=device),
         positions=torch.tensor([positions], device=device),
         labels=torch.tensor([labels], device=device),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=device),
-        max_seqlen=max((sequence.num_tokens for sequence in sequences), default=1),
+        max_seqlen=max(end - start for start, end in itertools.pairwise(bounds)),
         response_lengths=tuple(len(sequence.response_ids) for sequence in sequences),
         correct=torch.tensor([sequence.correct for sequence in sequences], dtype=torch.bool, device=device),
         advantages=torch.tensor([sequence.advantage for sequence in sequences], dtype=torch.float32, device=device),
@@ -129,8 +225,13 @@ def pack(sequences: Sequence[PackedSequence], device: torch.device) -> TokenBatc
     )
 
 
-def micro_batches(sequences: Sequence[PackedSequence], token_budget: int, device: torch.device) -> list[TokenBatch]:
-    """Fills micro-batches of at most `token_budget` tokens; a longer sequence gets one of its own.
+def micro_batches(
+    sequences: Sequence[PackedSequence],
+    token_budget: int,
+    device: torch.device,
+    padding: Padding = NO_PADDING,
+) -> list[TokenBatch]:
+    """Fills micro-batches of at most `token_budget` tokens (before a row's own padding); a longer sequence gets its own.
 
     Longest first, each into the first micro-batch with room. At least one micro-batch comes back, so that a
     rank without sequences still takes part in the collectives of an update.
@@ -138,24 +239,25 @@ def micro_batches(sequences: Sequence[PackedSequence], token_budget: int, device
     bins: list[list[PackedSequence]] = []
     room: list[int] = []
     for sequence in sorted(sequences, key=lambda s: -s.num_tokens):
-        index = next((i for i, left in enumerate(room) if left >= sequence.num_tokens), None)
+        length = padding.of(sequence.num_tokens)
+        index = next((i for i, left in enumerate(room) if left >= length), None)
         if index is None:
             bins.append([])
             room.append(token_budget)
             index = len(bins) - 1
         bins[index].append(sequence)
-        room[index] -= sequence.num_tokens
-    return [pack(bin, device) for bin in bins or [[]]]
+        room[index] -= length
+    return [pack(bin, device, padding) for bin in bins or [[]]]
 
 
-def deal(sequences: Sequence[PackedSequence], num_ranks: int) -> list[list[PackedSequence]]:
-    """Every sequence to exactly one rank: longest first, each to the rank with the fewest tokens so far."""
+def deal(sequences: Sequence[PackedSequence], num_ranks: int, cost: SequenceCost) -> list[list[PackedSequence]]:
+    """Every sequence to exactly one rank: costliest first, each to the rank with the least work so far."""
     ranks: list[list[PackedSequence]] = [[] for _ in range(num_ranks)]
-    load = [0] * num_ranks
-    for sequence in sorted(sequences, key=lambda s: -s.num_tokens):
+    load = [0.0] * num_ranks
+    for sequence in sorted(sequences, key=lambda s: -cost.of(s)):
         rank = load.index(min(load))
         ranks[rank].append(sequence)
-        load[rank] += sequence.num_tokens
+        load[rank] += cost.of(sequence)
     return ranks
 
 

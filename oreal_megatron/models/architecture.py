@@ -19,9 +19,17 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from oreal_megatron.config import GeometryConfig, ModelConfig
 from oreal_megatron.models.attention import SdpaCoreAttention
+from oreal_megatron.models.chunks import ModelChunks
+from oreal_megatron.models.initialization import draw_weights
 from oreal_megatron.parallel.groups import ParallelGroups
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 
 class LocalRMSNorm(torch.nn.RMSNorm):
@@ -38,6 +46,7 @@ class LocalRMSNorm(torch.nn.RMSNorm):
 def transformer_config(geometry: GeometryConfig, model: ModelConfig, groups: ParallelGroups) -> TransformerConfig:
     """Megatron-Core's configuration of a dense decoder: RMSNorm, SwiGLU, RoPE, grouped queries, no dropout."""
     dtype = DTYPES[model.dtype]
+    layout = groups.layout
     transformer_engine = model.implementation == "transformer_engine"
     return TransformerConfig(
         num_layers=geometry.num_layers,
@@ -54,9 +63,16 @@ def transformer_config(geometry: GeometryConfig, model: ModelConfig, groups: Par
         add_qkv_bias=geometry.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        init_method_std=geometry.init_std,
         tensor_model_parallel_size=groups.tensor_size,
+        sequence_parallel=layout.sequence,
+        context_parallel_size=groups.context_size,
         pipeline_model_parallel_size=groups.pipeline_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        # Interleaved over two stages, previous and next stage are one peer: batched transfers of both directions
+        # then meet each other's tensors, and gradients are wrong without an error.
+        overlap_p2p_comm=layout.virtual_pipeline > 1,
+        batch_p2p_comm=layout.virtual_pipeline == 1,
+        **_RECOMPUTE[layout.recompute],
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -66,8 +82,11 @@ def transformer_config(geometry: GeometryConfig, model: ModelConfig, groups: Par
         # Packed micro-batches differ in length; the dispatcher's name is checked even without experts.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
-        # Drawn on the CPU whole, then split: the same for any number of tensor ranks.
         use_cpu_initialization=not transformer_engine,
+        # `draw_weights` does it. Turned off altogether, Megatron-Core would not mark parameters as split either.
+        init_method=torch.nn.Identity(),
+        output_layer_init_method=torch.nn.Identity(),
+        embedding_init_method=torch.nn.Identity(),
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=transformer_engine,
@@ -76,8 +95,10 @@ def transformer_config(geometry: GeometryConfig, model: ModelConfig, groups: Par
     )
 
 
-def layer_spec(config: TransformerConfig, implementation: str) -> ModuleSpec | TransformerBlockSubmodules:
-    """Layers of a pipeline stage: Transformer Engine's, or Megatron-Core's local ones with SDPA and RMSNorm.
+def layer_spec(
+    config: TransformerConfig, implementation: str, chunk: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """Layers of a pipeline stage, or of one of its chunks under the interleaved schedule: Transformer Engine's, or Megatron-Core's local ones with SDPA and RMSNorm.
 
     Raises:
         ValueError: Transformer Engine is asked for and not there.
@@ -96,7 +117,8 @@ def layer_spec(config: TransformerConfig, implementation: str) -> ModuleSpec | T
     attention.core_attention = SdpaCoreAttention
     attention.q_layernorm = attention.k_layernorm = IdentityOp
     # The block's submodules rather than the layer alone, so that the final norm is ours too.
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=LocalRMSNorm)
+    num_layers = get_num_layers_to_build(config, vp_stage=chunk)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=LocalRMSNorm)
 
 
 def padded_vocab_size(vocab_size: int, groups: ParallelGroups) -> int:
@@ -113,25 +135,30 @@ def build_gpt(
     vocab_size: int,
     seed: int,
     tied_embeddings: bool,
-) -> GPTModel:
-    """This rank's part of a decoder with weights drawn from `seed`.
-
-    They are the same for any tensor split, but not for another number of pipeline stages: what a run starts from
-    is its `initial` checkpoint, which loads into every layout.
-    """
+) -> GPTModel | ModelChunks:
+    """This rank's part of a decoder with weights drawn from `seed`, the same in every layout."""
     config = transformer_config(geometry, model, groups)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return cls(
+    num_chunks = groups.layout.virtual_pipeline
+
+    def part(chunk: int | None) -> GPTModel:
+        first, last = chunk in (None, 0), chunk in (None, num_chunks - 1)
+        module = cls(
             config=config,
-            transformer_layer_spec=layer_spec(config, model.implementation),
+            transformer_layer_spec=layer_spec(config, model.implementation, chunk),
             vocab_size=padded_vocab_size(vocab_size, groups),
             max_sequence_length=model.max_sequence_length,
-            pre_process=groups.is_first_stage,
-            post_process=groups.is_last_stage,
+            pre_process=groups.is_first_stage and first,
+            post_process=groups.is_last_stage and last,
             parallel_output=True,
             share_embeddings_and_output_weights=tied_embeddings,
             position_embedding_type="rope",
             rotary_base=geometry.rope_theta,
             pg_collection=groups.collection,
+            vp_stage=chunk,
         )
+        # Only generation reads this group, on rows that are not packed: there every context rank has all positions.
+        module.rotary_pos_emb.cp_group = None
+        draw_weights(module, vocab_size=vocab_size, std=geometry.init_std, seed=seed, groups=groups)
+        return module
+
+    return part(None) if num_chunks == 1 else ModelChunks([part(chunk) for chunk in range(num_chunks)])

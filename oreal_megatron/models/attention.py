@@ -7,7 +7,8 @@ takes the three shapes that the project uses:
     prefill   q [S, B, heads, dim], k/v [S, B, groups, dim], left padding in the mask  generation, first pass
     decode    q [1, B, heads, dim], k/v [S, B, groups, dim]                            generation, then
 
-T tokens of a packed micro-batch, S cache slots, B sequences.
+T tokens of a packed micro-batch, S cache slots, B sequences. Under context parallelism a rank brings the queries,
+keys and values of its own tokens of the packed row, and gathers everybody's keys and values.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from oreal_megatron.parallel.context import tokens_of_rank, whole_row
 
 # Segments whose lengths lie within this factor share one padded call: fewer calls against wasted scores.
 _LENGTH_SPREAD = 1.25
@@ -44,6 +48,7 @@ class SdpaCoreAttention(MegatronModule):
         super().__init__(config)
         if config.attention_dropout:
             raise ValueError(f"attention_dropout {config.attention_dropout}: the local attention has no dropout")
+        self.context_group = pg_collection.cp
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -61,7 +66,10 @@ class SdpaCoreAttention(MegatronModule):
         attention_mask: None, or bool [B, 1, S_query, S], True where attention is allowed.
         """
         if packed_seq_params is not None:
-            return self._packed(query, key, value, packed_seq_params)
+            bounds = packed_seq_params.cu_seqlens_q.tolist()
+            if self.context_group.size() > 1:
+                return self._packed_over_context(query, key, value, bounds)
+            return self._packed(query, key, value, bounds)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if query.size(0) == 1:
             # The queries of a group read the same cache: as rows of one query they read it once.
@@ -76,8 +84,7 @@ class SdpaCoreAttention(MegatronModule):
             q, k, v, scale=self.softmax_scale, enable_gqa=q.size(1) != k.size(1), **options
         )
 
-    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
-        bounds = packed.cu_seqlens_q.tolist()
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, bounds: list[int]) -> Tensor:
         out = query.new_zeros(query.shape)
         for segments in _similar_lengths(bounds):
             longest = max(end - start for start, end in segments)
@@ -99,6 +106,31 @@ class SdpaCoreAttention(MegatronModule):
             result = self._sdpa(q, k, v, is_causal=True).transpose(1, 2).flatten(0, 1)
             out = out.index_put((index[real],), result[real])
         return out.reshape(query.size(0), -1)
+
+    def _packed_over_context(self, query: Tensor, key: Tensor, value: Tensor, bounds: list[int]) -> Tensor:
+        """query, key, value: [T / ranks, heads or groups, dim], this rank's two pieces of every segment."""
+        size, rank = self.context_group.size(), self.context_group.rank()
+        order = whole_row(bounds, size).to(key.device)
+        # Going back, every rank's share of the keys' and values' gradients is summed where they came from.
+        key, value = (
+            gather_from_sequence_parallel_region(x.contiguous(), group=self.context_group).index_select(0, order)
+            for x in (key, value)
+        )
+        mine = tokens_of_rank(bounds, size, rank).to(key.device)
+        out, first = [], 0
+        for start, end in itertools.pairwise(bounds):
+            length = (end - start) // (2 * size)
+            for _ in range(2):
+                piece = slice(first, first + length)
+                # Keys up to the last query of the piece, of this segment only.
+                keys = torch.arange(start, int(mine[first + length - 1]) + 1, device=key.device)
+                q, k, v = (
+                    x.transpose(0, 1).unsqueeze(0)
+                    for x in (query[piece], key[start : start + len(keys)], value[start : start + len(keys)])
+                )
+                out.append(self._sdpa(q, k, v, attn_mask=mine[piece, None] >= keys)[0].transpose(0, 1))
+                first += length
+        return torch.cat(out).reshape(query.size(0), -1)
 
 
 def _similar_lengths(bounds: list[int]) -> list[list[tuple[int, int]]]:

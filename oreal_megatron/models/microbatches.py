@@ -13,6 +13,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from oreal_megatron.data.packing import TokenBatch
+from oreal_megatron.models.chunks import chunks_of
+from oreal_megatron.parallel.context import gathered_row, part_of_row
 from oreal_megatron.parallel.groups import ParallelGroups
 
 LossFunction = Callable[[Tensor, TokenBatch], tuple[Tensor, Any]]
@@ -20,12 +22,13 @@ LossFunction = Callable[[Tensor, TokenBatch], tuple[Tensor, Any]]
 
 
 def forward_backward(
-    model: DistributedDataParallel, batches: Sequence[TokenBatch], loss: LossFunction, groups: ParallelGroups
+    chunks: Sequence[DistributedDataParallel], batches: Sequence[TokenBatch], loss: LossFunction, groups: ParallelGroups
 ) -> list[Any]:
     """Gradients of the summed losses, reduced over data-parallel ranks; `loss`'s second values, on every stage."""
-    model.zero_grad_buffer()
-    model.train()
-    return _run(model, batches, loss, groups, forward_only=False)
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+        chunk.train()
+    return _run(chunks, batches, loss, groups, forward_only=False)
 
 
 @torch.no_grad()
@@ -41,21 +44,22 @@ def score(
     def as_loss(output: Tensor, batch: TokenBatch) -> tuple[Tensor, Any]:
         return output.new_zeros(()), read(output, batch)
 
-    return _run(model, batches, as_loss, groups, forward_only=True)
+    return _run(chunks_of(model), batches, as_loss, groups, forward_only=True)
 
 
 def _run(
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     batches: Sequence[TokenBatch],
     loss: LossFunction,
     groups: ParallelGroups,
     *,
     forward_only: bool,
 ) -> list[Any]:
+    interleaved = len(chunks) > 1
     results = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, loss),
-        data_iterator=iter(batches),
-        model=model,
+        forward_step_func=partial(_forward_step, loss, groups),
+        data_iterator=[iter(batches) for _ in chunks] if interleaved else iter(batches),
+        model=list(chunks) if interleaved else chunks[0],
         num_microbatches=len(batches),
         # Lengths vary; with variable_seq_lengths the schedule sends shapes and reads these two for nothing.
         seq_length=batches[0].tokens.size(1),
@@ -66,7 +70,7 @@ def _run(
 
 
 def _forward_step(
-    loss: LossFunction, batches: Iterator[TokenBatch], model: torch.nn.Module
+    loss: LossFunction, groups: ParallelGroups, batches: Iterator[TokenBatch], model: torch.nn.Module
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Any]]]:
     batch = next(batches)
     packed = PackedSeqParams(
@@ -76,10 +80,16 @@ def _forward_step(
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
     )
-    output = model(batch.tokens, batch.positions, None, labels=batch.labels, packed_seq_params=packed)
+    bounds = batch.cu_seqlens.tolist() if groups.context_size > 1 else []
+    tokens, positions, labels = (
+        part_of_row(row, bounds, groups, dim=1) for row in (batch.tokens, batch.positions, batch.labels)
+    )
+    output = model(tokens, positions, None, labels=labels, packed_seq_params=packed)
 
     def megatron_loss(output: Tensor) -> tuple[Tensor, Tensor, Any]:
-        value, result = loss(output, batch)
+        # The loss reads whole sequences: a few numbers a token, so every context rank gets all of them.
+        whole = gathered_row(output, bounds, groups, dim=output.dim() - 2)
+        value, result = loss(whole, batch)
         return value, torch.ones((), dtype=torch.int, device=value.device), result
 
     return output, megatron_loss

@@ -16,6 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from oreal_megatron.config import AdamWConfig
 from oreal_megatron.data.packing import TokenBatch
+from oreal_megatron.models.chunks import ModelChunks, chunks_of
 from oreal_megatron.models.microbatches import LossFunction, forward_backward, sum_gradients
 from oreal_megatron.parallel.groups import ParallelGroups
 
@@ -32,15 +33,36 @@ class UpdateReport:
 class TrainedModel:
     """A model with everything that its training has: gradient buffers, AdamW, schedule, count of updates."""
 
-    def __init__(self, module: GPTModel, adamw: AdamWConfig, groups: ParallelGroups, *, num_updates: int):
+    def __init__(
+        self, module: GPTModel | ModelChunks, adamw: AdamWConfig, groups: ParallelGroups, *, num_updates: int
+    ):
         """num_updates: updates that the run expects, the length of the schedule where `decay_steps` is null."""
         config = module.config
+        layout = groups.layout
         self.module = module
         self.groups = groups
-        self.ddp = DistributedDataParallel(
-            config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), module, pg_collection=groups.collection
-        )
+        self.chunks = [
+            DistributedDataParallel(
+                config,
+                DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True,
+                    use_distributed_optimizer=layout.distributed_optimizer,
+                    # Weights are gathered at once after an update, since they are published then: there is no next
+                    # forward pass to hide that behind.
+                    overlap_grad_reduce=layout.overlap_grad_reduce,
+                ),
+                chunk,
+                # Only the first chunk's reduction waits for the end of the backward pass.
+                disable_bucketing=index > 0,
+                pg_collection=groups.collection,
+            )
+            for index, chunk in enumerate(chunks_of(module))
+        ]
         config.finalize_model_grads_func = sum_gradients
+        if layout.overlap_grad_reduce:
+            several = len(self.chunks) > 1
+            config.no_sync_func = [chunk.no_sync for chunk in self.chunks] if several else self.chunks[0].no_sync
+            config.grad_sync_func = [chunk.start_grad_sync for chunk in self.chunks] if several else None
         self.optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -53,8 +75,9 @@ class TrainedModel:
                 clip_grad=adamw.clip_grad,
                 bf16=config.bf16,
                 params_dtype=config.params_dtype,
+                use_distributed_optimizer=layout.distributed_optimizer,
             ),
-            [self.ddp],
+            self.chunks,
         )
         self._start_adam()
         config.grad_scale_func = self.optimizer.scale_loss
@@ -109,7 +132,7 @@ class TrainedModel:
         """Gradients of `loss` over all micro-batches of all ranks; what `loss` handed back on this rank."""
         # An update leaves every .grad an alias of the gradient buffer: the next first micro-batch would count twice.
         self.optimizer.zero_grad()
-        return forward_backward(self.ddp, batches, loss, self.groups)
+        return forward_backward(self.chunks, batches, loss, self.groups)
 
     def advance_schedule(self) -> None:
         """One step of the schedule; update u (from 1) trains with the rate of position u."""

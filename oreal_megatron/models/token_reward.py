@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
@@ -14,11 +15,12 @@ from torch import Tensor
 class ScalarHead(torch.nn.Linear):
     """A linear map to one fp32 score, replicated over tensor ranks; weight and bias start at zero."""
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: TransformerConfig, tensor_group: dist.ProcessGroup):
         super().__init__(config.hidden_size, 1, bias=True, dtype=torch.float32)
         torch.nn.init.zeros_(self.weight)
         torch.nn.init.zeros_(self.bias)
         self.sequence_parallel = config.sequence_parallel
+        self.tensor_group = tensor_group
         for parameter in self.parameters():
             # Under sequence parallelism each rank sees some of the tokens: Megatron sums these gradients.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
@@ -30,7 +32,9 @@ class ScalarHead(torch.nn.Linear):
         scores = super().forward(input_.float())
         if self.sequence_parallel:
             # What follows is computed on every rank alike, so its gradient is sliced, not summed.
-            scores = gather_from_sequence_parallel_region(scores, tensor_parallel_output_grad=False)
+            scores = gather_from_sequence_parallel_region(
+                scores, tensor_parallel_output_grad=False, group=self.tensor_group
+            )
         return scores, None
 
 
@@ -40,7 +44,7 @@ class TokenRewardModel(GPTModel):
     def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         if self.post_process:
-            self.output_layer = ScalarHead(self.config)
+            self.output_layer = ScalarHead(self.config, self.pg_collection.tp)
 
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Labels, which a packed batch carries for the policy, are left unread: with them GPTModel takes a loss."""

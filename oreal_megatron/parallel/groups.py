@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,13 +23,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """Where this process stands: Megatron's groups, and sizes and ranks by name."""
+    """Where this process stands: the layout, Megatron's groups, and sizes and ranks by name."""
 
+    layout: ParallelConfig
     collection: ProcessGroupCollection
     tensor_size: int
     tensor_rank: int
     pipeline_size: int
     pipeline_rank: int
+    context_size: int
+    context_rank: int
     data_size: int
     data_rank: int
 
@@ -47,8 +51,24 @@ class ParallelGroups:
 
     @property
     def leads_replica(self) -> bool:
-        """Whether this process speaks for its model replica: the first of its tensor ranks and stages."""
-        return self.tensor_rank == 0 and self.pipeline_rank == 0
+        """Whether this process speaks for its model replica: the first of its tensor and context ranks and stages."""
+        return self.tensor_rank == 0 and self.pipeline_rank == 0 and self.context_rank == 0
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Tokens that the length of every packed sequence must be a multiple of: two pieces a context rank."""
+        return 2 * self.context_size if self.context_size > 1 else 1
+
+    @property
+    def row_multiple(self) -> int:
+        """Tokens that the length of a packed row must be a multiple of, for its split over context and tensor ranks."""
+        by_tensor = self.context_size * self.tensor_size if self.layout.sequence else 1
+        return math.lcm(self.sequence_multiple, by_tensor)
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """The interleaved schedule takes micro-batches in groups of as many as there are stages."""
+        return self.pipeline_size if self.layout.virtual_pipeline > 1 else 1
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of `values` over data-parallel ranks, in fp64 so that its order does not show."""
@@ -88,19 +108,31 @@ class ParallelGroups:
 
 
 @contextlib.contextmanager
-def parallel_groups(config: ParallelConfig, *, seed: int, timeout_seconds: float = 600) -> Iterator[ParallelGroups]:
+def parallel_groups(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGroups]:
     """Joins the job's processes (torchrun's environment, or one process alone) and splits them by `config`.
 
     Raises:
-        ValueError: the number of processes is no multiple of tensor x pipeline.
+        ValueError: the number of processes is no multiple of tensor x pipeline x context.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    model_size = config.tensor * config.pipeline
-    if world % model_size:
+    check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
+    with joined_processes(config.timeout_seconds), split_processes(config, seed=seed) as groups:
+        yield groups
+
+
+def check_world(config: ParallelConfig, world: int) -> None:
+    """Raises ValueError where `world` processes do not split into whole model replicas."""
+    replica = config.tensor * config.pipeline * config.context
+    if world % replica:
         raise ValueError(
             f"parallel: {world} process(es) do not split into replicas of tensor {config.tensor} x pipeline "
-            f"{config.pipeline} = {model_size}; start a multiple of {model_size} (torchrun --nproc-per-node)"
+            f"{config.pipeline} x context {config.context} = {replica}; start a multiple of {replica} "
+            "(torchrun --nproc-per-node)"
         )
+
+
+@contextlib.contextmanager
+def joined_processes(timeout_seconds: float) -> Iterator[None]:
+    """The default process group; a collective that waits longer than the timeout raises (NCCL: ends the process)."""
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds)}
     if "MASTER_ADDR" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -108,17 +140,34 @@ def parallel_groups(config: ParallelConfig, *, seed: int, timeout_seconds: float
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(collective_backend(), **options)
     try:
-        parallel_state.initialize_model_parallel(config.tensor, config.pipeline)
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def split_processes(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGroups]:
+    """Splits the joined processes by `config`; leaving it, they may be split anew by another."""
+    parallel_state.initialize_model_parallel(
+        config.tensor,
+        config.pipeline,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+        context_parallel_size=config.context,
+        distributed_timeout_minutes=max(config.timeout_seconds / 60, 1 / 60),
+    )
+    try:
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         yield ParallelGroups(
+            layout=config,
             collection=ProcessGroupCollection.use_mpu_process_groups(),
             tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
             tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
             pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
             pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            context_size=parallel_state.get_context_parallel_world_size(),
+            context_rank=parallel_state.get_context_parallel_rank(),
             data_size=parallel_state.get_data_parallel_world_size(),
             data_rank=parallel_state.get_data_parallel_rank(),
         )
     finally:
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()

@@ -7,9 +7,10 @@ from collections import Counter
 import pytest
 import torch
 
-from oreal_megatron.data.packing import IGNORE, PackedSequence, deal, deal_as_released, micro_batches, pack
+from oreal_megatron.data.packing import IGNORE, PackedSequence, SequenceCost, deal, deal_as_released, micro_batches, pack
 
 CPU = torch.device("cpu")
+LINEAR = SequenceCost(per_token=1.0, per_pair=0.0, per_response_token=0.0)
 
 
 def sequences(count: int, length=lambda i: 3 + i % 7) -> list[PackedSequence]:
@@ -28,7 +29,7 @@ def sequences(count: int, length=lambda i: 3 + i % 7) -> list[PackedSequence]:
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 7, 16, 97, 98, 99, 128])
 def test_98_trajectories_are_each_trained_once_on_any_number_of_ranks(num_ranks):
-    ranks = deal(sequences(98), num_ranks)
+    ranks = deal(sequences(98), num_ranks, LINEAR)
     assert len(ranks) == num_ranks
     ids = Counter(
         id for rank in ranks for batch in micro_batches(rank, token_budget=32, device=CPU) for id in batch.ids
@@ -37,7 +38,7 @@ def test_98_trajectories_are_each_trained_once_on_any_number_of_ranks(num_ranks)
 
 
 def test_dealing_balances_tokens():
-    loads = [sum(s.num_tokens for s in rank) for rank in deal(sequences(98), 16)]
+    loads = [sum(s.num_tokens for s in rank) for rank in deal(sequences(98), 16, LINEAR)]
     assert max(loads) - min(loads) <= max(s.num_tokens for s in sequences(98))
 
 

@@ -1,0 +1,104 @@
+"""The layouts and options that must give one rank's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from oreal_megatron.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout with its options, and what it trains on."""
+
+    layout: str
+    parallel: ParallelConfig
+    options: tuple[str, ...] = ()
+    tied: bool = False
+    num_sequences: int = 7
+    """Odd; fewer than the data-parallel ranks leave a rank without any."""
+
+    @property
+    def name(self) -> str:
+        ties = ("tied",) if self.tied else ()
+        return "-".join((self.layout, *self.options, *ties, f"{self.num_sequences}seq"))
+
+
+PACKED, ONE_BY_ONE = 48, 1
+"""Token budgets: a few sequences a micro-batch, or one."""
+
+
+def parallel(**values: Any) -> ParallelConfig:
+    return ParallelConfig(**{"tensor": 1, "pipeline": 1, "micro_batch_tokens": PACKED, **values})
+
+
+ONE_RANK = parallel(micro_batch_tokens=10_000)
+
+LAYOUTS: dict[int, dict[str, ParallelConfig]] = {
+    2: {
+        "TP2": parallel(tensor=2),
+        "PP2": parallel(pipeline=2),
+        "VPP2": parallel(pipeline=2, virtual_pipeline=2),
+        "CP2": parallel(context=2),
+        "DP2": parallel(),
+    },
+    4: {
+        "TP2xPP2": parallel(tensor=2, pipeline=2),
+        "TP2xDP2": parallel(tensor=2),
+        "PP2xDP2": parallel(pipeline=2),
+        "TP4": parallel(tensor=4),
+        "PP4": parallel(pipeline=4),
+        "VPP2xDP2": parallel(pipeline=2, virtual_pipeline=2),
+        "TP2xCP2": parallel(tensor=2, context=2),
+        "PP2xCP2": parallel(pipeline=2, context=2),
+        "CP2xDP2": parallel(context=2),
+        "CP4": parallel(context=4),
+        "DP4": parallel(),
+    },
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sp": {"sequence": True},
+    "one_by_one": {"micro_batch_tokens": ONE_BY_ONE},
+    "full_recompute": {"recompute": "full"},
+    "selective_recompute": {"recompute": "selective"},
+    "distopt": {"distributed_optimizer": True},
+    "overlap": {"overlap_grad_reduce": True},
+    "offload": {"offload": True},
+}
+
+
+def with_options(case: Case, *options: str) -> Case:
+    update = {key: value for option in options for key, value in OPTIONS[option].items()}
+    return replace(case, parallel=case.parallel.model_copy(update=update), options=case.options + options)
+
+
+def every_case(world: int) -> Iterator[Case]:
+    """The product of layouts, options and data for `world` processes."""
+    for name, layout in LAYOUTS[world].items():
+        for tied in (False, True):
+            for sequence in ((), ("sp",)) if layout.tensor > 1 else ((),):
+                for packing in ((), ("one_by_one",)):
+                    for recompute in ((), ("full_recompute",), ("selective_recompute",)):
+                        for optimizer in ((), ("distopt",), ("distopt", "overlap"), ("overlap",), ("offload", "distopt")):
+                            case = Case(name, layout, tied=tied)
+                            yield with_options(case, *sequence, *packing, *recompute, *optimizer)
+        yield Case(name, layout, num_sequences=1)
+
+
+def covering_cases(world: int) -> list[Case]:
+    """Of the product: every layout plain and with everything on, each option alone somewhere, both ties, few sequences."""
+    cases = []
+    everything = ("one_by_one", "full_recompute", "distopt", "overlap")
+    alone = [name for name in OPTIONS if name != "sp"]
+    for index, (name, layout) in enumerate(LAYOUTS[world].items()):
+        sequence = ("sp",) if layout.tensor > 1 else ()
+        plain = Case(name, layout, tied=index % 2 == 1)
+        turned = replace(plain, tied=not plain.tied)
+        cases += [plain, with_options(turned, *sequence, *everything), with_options(turned, alone[index % len(alone)])]
+        if sequence:
+            cases += [with_options(plain, "sp", "selective_recompute"), with_options(plain, "sp", "offload")]
+        if index % 2 == 0:
+            cases.append(replace(plain, num_sequences=1))
+    return cases

@@ -1,0 +1,154 @@
+"""Two whole OREAL steps on tiny models, and everything that they compute, by names that no layout changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oreal_megatron import updates
+from oreal_megatron.config import AdamWConfig, GeometryConfig, ModelConfig, ObjectiveConfig
+from oreal_megatron.data.packing import PackedSequence, Packer
+from oreal_megatron.models.architecture import build_gpt
+from oreal_megatron.models.chunks import chunks_of
+from oreal_megatron.models.initialization import name_in_network, part_of
+from oreal_megatron.models.optimizer import TrainedModel, UpdateReport
+from oreal_megatron.models.policy import Policy
+from oreal_megatron.models.token_reward import TokenRewardModel
+from oreal_megatron.objective.terms import TokenCounts
+from oreal_megatron.parallel.groups import ParallelGroups
+
+VOCABULARY = 105  # odd: every tensor split has rows of padding
+NUM_STEPS = 2
+GEOMETRY = GeometryConfig(
+    num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, init_std=0.2
+)
+MODEL = ModelConfig(
+    path=None, geometry=GEOMETRY, tokenizer="arithmetic", implementation="local", dtype="float32",
+    max_sequence_length=64, logprob_chunk_tokens=5,
+)  # fmt: skip
+# At an epsilon of 1e-8 the first updates of AdamW are the signs of gradients: they make whole steps of rounding.
+ADAMW = AdamWConfig(
+    lr=1e-3, min_lr=1e-4, warmup_steps=0, decay_steps=10, weight_decay=0.01, betas=(0.9, 0.999), eps=1e-4,
+    clip_grad=0.1,
+)  # fmt: skip
+
+
+@dataclass
+class Outcome:
+    """What two steps gave; tensors by name in the network."""
+
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    """Before clipping; left out under the distributed optimizer, whose ranks hold pieces of a flat buffer."""
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Recorded(TrainedModel):
+    """Keeps the gradients that each update is given."""
+
+    def update(self) -> UpdateReport:
+        self.gradients = {name: p.main_grad.detach().clone() for name, _, p in named(self)}
+        return super().update()
+
+
+def named(model: TrainedModel) -> list[tuple[str, str, Any]]:
+    """(name in the network, name in its chunk, parameter) of all parameters of this rank."""
+    return [
+        (name_in_network(chunk, name), name, parameter)
+        for chunk in chunks_of(model.module)
+        for name, parameter in chunk.named_parameters()
+    ]
+
+
+def run_steps(
+    groups: ParallelGroups, objective: ObjectiveConfig, *, tied: bool, num_sequences: int
+) -> tuple[Outcome, dict[str, tuple[str, Any]]]:
+    """Two steps; and (name in its chunk, parameter) by name in the network."""
+
+    def model(cls: Any, seed: int, tied: bool) -> Any:
+        module = build_gpt(cls, GEOMETRY, MODEL, groups, vocab_size=VOCABULARY, seed=seed, tied_embeddings=tied)
+        for chunk in chunks_of(module):
+            chunk.num_tokens, chunk.logprob_chunk_tokens = VOCABULARY, MODEL.logprob_chunk_tokens
+            if cls is TokenRewardModel and chunk.post_process:
+                # A head of zeros gives token weights of zeros.
+                head = torch.randn(1, GEOMETRY.hidden_size, generator=torch.Generator().manual_seed(3))
+                chunk.output_layer.weight.data.copy_(head)
+        return module
+
+    policy = Recorded(model(Policy, 0, tied), ADAMW, groups, num_updates=10)
+    reward_model = Recorded(model(TokenRewardModel, 0, False), ADAMW, groups, num_updates=10)
+    reference = model(Policy, 1, tied)
+    chosen = sequences(num_sequences)
+    counts = TokenCounts(*(sum(len(s.response_ids) for s in chosen if s.correct is c) for c in (True, False)))
+    outcome = Outcome()
+    for _ in range(NUM_STEPS):
+        batches = Packer.of_layout(groups, GEOMETRY, VOCABULARY).batches(chosen)
+        batches = updates.with_reference(reference, batches, groups)
+        scored, metrics = updates.update_reward_model(reward_model, batches, objective, num_sequences=len(chosen))
+        batches = updates.with_token_weights(batches, scored, objective)
+        metrics |= updates.update_policy(policy, batches, objective, counts)
+        outcome.metrics.append(metrics)
+        if not groups.layout.distributed_optimizer:
+            both = {"policy": policy.gradients, "reward_model": reward_model.gradients}
+            outcome.gradients.append({f"{m}.{n}": g for m, grads in both.items() for n, g in grads.items()})
+    parameters = {
+        f"{prefix}.{name}": (local, parameter)
+        for prefix, trained in (("policy", policy), ("reward_model", reward_model))
+        for name, local, parameter in named(trained)
+    }
+    outcome.weights = {name: parameter.detach().clone() for name, (_, parameter) in parameters.items()}
+    return outcome, parameters
+
+
+def sequences(count: int) -> list[PackedSequence]:
+    """Lengths from 4 to 31; the rollout's log-probabilities are not the policy's."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(0, VOCABULARY, (length,), generator=generator).tolist())
+
+    return [
+        PackedSequence(
+            id=str(i),
+            prompt_ids=ids(1 + i % 3),
+            response_ids=ids(3 + 4 * i),
+            correct=i % 2 == 0,
+            advantage=1.0 if i % 2 == 0 else -0.5,
+            rollout_logprobs=(-1.0,) * (3 + 4 * i),
+        )
+        for i in range(count)
+    ]
+
+
+def differences(mine: Outcome, parameters: dict[str, tuple[str, Any]], one: Outcome, groups: ParallelGroups) -> dict[str, Any]:
+    """The largest differences of this rank from one rank's outcome, each with where it is.
+
+    metrics: relative. gradients: of a tensor, relative to its largest entry. weights: absolute.
+    """
+
+    def part(name: str, whole: Tensor) -> Tensor:
+        local, parameter = parameters[name]
+        if local.endswith(("word_embeddings.weight", "output_layer.weight")):
+            whole = whole[:VOCABULARY]
+        return part_of(local, whole, parameter, groups)
+
+    assert all(m.keys() == o.keys() for m, o in zip(mine.metrics, one.metrics, strict=True))
+    metrics = [
+        (abs(m[name] - o[name]) / max(abs(o[name]), 1e-3), f"step {step} {name}: {m[name]:.9g}, not {o[name]:.9g}")
+        for step, (m, o) in enumerate(zip(mine.metrics, one.metrics, strict=True))
+        for name in o
+    ]
+    gradients = [
+        (_largest(g - part(name, o[name])) / max(_largest(o[name]), 1e-3), f"step {step} {name}")
+        for step, (m, o) in enumerate(zip(mine.gradients, one.gradients, strict=False))
+        for name, g in m.items()
+    ]
+    weights = [(_largest(w - part(name, one.weights[name])), name) for name, w in mine.weights.items()]
+    return {"metrics": max(metrics), "gradients": max(gradients, default=(0.0, "")), "weights": max(weights)}
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0
