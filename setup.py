@@ -68,6 +68,8 @@ setup(
         "console_scripts": [
             "oreal-train = oreal_megatron.cli:train",
             "oreal-report = oreal_megatron.cli:report",
+            "oreal-plan = oreal_megatron.launch.command:plan",
+            "oreal-submit = oreal_megatron.launch.command:submit",
             "oreal-verify = oreal_megatron.verifier.cli:main",
         ]
     },

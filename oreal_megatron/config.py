@@ -61,7 +61,7 @@ class ModelConfig(Section):
     path: str | None
     """A Hugging Face model directory (config.json, tokenizer, safetensors), or null to start from random weights."""
     geometry: GeometryConfig | None
-    """Shape of a model that starts from random weights; null with `path`."""
+    """Shape of a model that starts from random weights; with `path`, what its config.json must agree with, or null."""
     tokenizer: str
     """`arithmetic` for the built-in one, or a Hugging Face directory."""
     implementation: Literal["local", "transformer_engine"]
@@ -191,15 +191,33 @@ class SamplingConfig(Section):
     max_new_tokens: Positive
 
 
+class ServersConfig(Section):
+    """SGLang servers that generate (rollout.backend: sglang)."""
+
+    engines: Positive
+    """Servers."""
+    tensor: Positive
+    """Devices that share one server."""
+    placement: Literal["colocated", "disaggregated"]
+    """On the trainer's devices, in turns with it, or on devices of their own."""
+    dtype: Literal["bfloat16"]
+    """Of the served weights and the KV cache."""
+    memory_share: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """Of a device's memory, for the served weights and the KV cache together."""
+
+
 class RolloutConfig(Section):
     """Where and how rollouts are generated."""
 
-    backend: Literal["embedded"]
+    backend: Literal["embedded", "sglang"]
+    """In the trainer's processes on its own model, or by SGLang servers (planned for; the trainer refuses them yet)."""
+    servers: ServersConfig | None = None
+    """For backend: sglang; null otherwise."""
     samples_per_prompt: Positive
     """K."""
     sampling: SamplingConfig
     batch_size: Positive
-    """Sequences that one embedded batch generates at the same time."""
+    """Sequences that one embedded batch generates at the same time; servers take as many as their KV cache holds."""
 
 
 class AdamWConfig(Section):
@@ -246,6 +264,15 @@ class ParallelConfig(Section):
     """Weights, gradients and optimizer states are on the device in the phases that use them, in host memory else."""
     timeout_seconds: Positive = 600
     """A collective that waits longer than this ends the job."""
+
+
+class ResourcesConfig(Section):
+    """What a run is meant for: `oreal-plan` and `oreal-submit` count on it, and the trainer checks its processes."""
+
+    device: Literal["cpu", "a100_80gb", "h100_80gb"]
+    devices_per_node: Positive
+    trainer_devices: Positive | None
+    """One trainer process each; servers on devices of their own come on top. null: as many as are started."""
 
 
 class SftConfig(Section):
@@ -309,6 +336,8 @@ class RunConfig(Section):
     """The newest so many; the best one by evaluation is kept besides."""
     threads: Positive | None
     """CPU threads of a process; null: torch's choice."""
+    dry_run: bool = False
+    """Two steps of this experiment with everything small: model, lengths, data, layout (launch/dry_run.py says how)."""
 
 
 class TrainConfig(Section):
@@ -323,6 +352,7 @@ class TrainConfig(Section):
     verifier: VerifierConfig
     optimizer: OptimizerConfig
     parallel: ParallelConfig
+    resources: ResourcesConfig
     sft: SftConfig | None
     evaluation: EvaluationConfig
     tracking: TrackingConfig
@@ -379,7 +409,7 @@ def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
 
 
 # What may change when a run goes on in its directory: how far, how fast and how visibly, not what it computes.
-_MAY_CHANGE = ("run.num_steps", "run.checkpoint_every", "run.keep_checkpoints", "run.threads", "tracking.", "parallel.")
+_MAY_CHANGE = ("run.num_steps", "run.checkpoint_every", "run.keep_checkpoints", "run.threads", "tracking.", "parallel.", "resources.")
 
 
 def check_resume(saved: Mapping[str, Any], config: TrainConfig, directory: str) -> None:
@@ -460,10 +490,8 @@ def _check(*reads: str) -> Callable[[Callable[..., Iterator[Violation]]], Callab
 
 @_check("model")
 def _check_model(model: ModelConfig) -> Iterator[Violation]:
-    if (model.path is None) == (model.geometry is None):
-        yield Violation(
-            "model.path", model.path, "give either model.path (a Hugging Face directory) or model.geometry, not both"
-        )
+    if model.path is None and model.geometry is None:
+        yield Violation("model.path", None, "give model.path (a Hugging Face directory), or model.geometry to start anew")
     if (g := model.geometry) is None:
         return
     if g.head_dim is None and g.hidden_size % g.num_attention_heads:
@@ -555,6 +583,55 @@ def _check_data(data: DataConfig) -> Iterator[Violation]:
     for index, bin in enumerate(data.difficulty_balance):
         if bin.low >= bin.high:
             yield Violation(f"data.difficulty_balance.{index}.low", bin.low, f"must be below high = {bin.high}")
+
+
+@_check("rollout", "model")
+def _check_servers(rollout: RolloutConfig, model: ModelConfig) -> Iterator[Violation]:
+    servers = rollout.servers
+    if (rollout.backend == "sglang") != (servers is not None):
+        yield Violation(
+            "rollout.servers", servers, "belongs to rollout.backend = sglang, which needs it: rollout=sglang, or null"
+        )
+    if servers is not None and model.geometry is not None:
+        heads = model.geometry.num_attention_heads
+        if heads % servers.tensor:
+            yield Violation(
+                "rollout.servers.tensor",
+                servers.tensor,
+                f"{heads} attention heads do not split evenly over {servers.tensor} devices",
+            )
+
+
+@_check("rollout", "parallel", "resources")
+def _check_resources(
+    rollout: RolloutConfig, parallel: ParallelConfig, resources: ResourcesConfig
+) -> Iterator[Violation]:
+    trainers, servers = resources.trainer_devices, rollout.servers
+    if trainers is None:
+        if servers is not None:
+            yield Violation("resources.trainer_devices", None, "say how many, where servers share the allocation")
+        return
+    replica = parallel.tensor * parallel.pipeline * parallel.context
+    if trainers % replica:
+        yield Violation(
+            "resources.trainer_devices",
+            trainers,
+            f"is no multiple of a model replica's {replica} = parallel.tensor {parallel.tensor} x pipeline "
+            f"{parallel.pipeline} x context {parallel.context}",
+        )
+    if servers is not None and servers.placement == "colocated" and servers.engines * servers.tensor != trainers:
+        yield Violation(
+            "rollout.servers.engines",
+            servers.engines,
+            f"{servers.engines} servers of {servers.tensor} devices are not the {trainers} trainer devices that they "
+            f"share: {trainers // servers.tensor} are",
+        )
+    if parallel.tensor > resources.devices_per_node:
+        yield Violation(
+            "parallel.tensor",
+            parallel.tensor,
+            f"tensor ranks share every matrix and must not span nodes: at most {resources.devices_per_node}",
+        )
 
 
 @_check("data", "sft", "evaluation")
