@@ -65,9 +65,7 @@ def main() -> None:
         policy = build_gpt(Policy, geometry, model, groups, vocab_size=VOCABULARY, seed=0, tied_embeddings=False)
         load_weights(policy, Path(directory), geometry, groups)
         # A stop token that no vocabulary has: every response takes all of its tokens, on both sides.
-        engine = EmbeddedEngine(
-            lambda: CachedDecoder(policy, groups, VOCABULARY), groups, stop_token_id=-1, batch_size=BATCH
-        )
+        engine = EmbeddedEngine(lambda: CachedDecoder(policy, groups, VOCABULARY), stop_token_id=-1, batch_size=BATCH)
         requests = [
             GenerationRequest(prompt_ids=tuple(prompt), seed=i, max_new_tokens=NEW_TOKENS)
             for i, prompt in enumerate(prompts.tolist())
@@ -86,7 +84,7 @@ def main() -> None:
                 max_new_tokens=NEW_TOKENS,
             )
 
-        ours, peer, ratio = compare(lambda: engine.generate(requests, sampling), theirs, pairs=arguments.pairs)
+        ours, peer, ratio = compare(lambda: list(engine.generate([requests], sampling)), theirs, pairs=arguments.pairs)
     tokens = BATCH * NEW_TOKENS
     parameters = sum(parameter.numel() for parameter in reference.parameters()) / 1e6
     print(

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from oreal_megatron.checkpoint.store import INITIAL, CheckpointStore, weights_only
+from oreal_megatron.checkpoint.state import weights_only, without_prefix
+from oreal_megatron.checkpoint.store import INITIAL, CheckpointStore, damages_of, load_checkpoint
 from oreal_megatron.config import AdamWConfig, SftConfig, TrainConfig, check_layout
 from oreal_megatron.convert.huggingface import geometry_of, load_weights
 from oreal_megatron.data.arithmetic import Demonstration, generate_arithmetic
 from oreal_megatron.data.packing import Packer
 from oreal_megatron.data.prompting import PromptRenderer
-from oreal_megatron.data.prompts import balanced, read_demonstrations, read_prompts, write_prompts
+from oreal_megatron.data.prompts import balanced, read_demonstrations, read_estimated, read_prompts, write_estimated
 from oreal_megatron.data.stream import PromptStream
 from oreal_megatron.data.tokenizer import load_tokenizer
 from oreal_megatron.evaluation.benchmarks import Benchmark
@@ -33,18 +34,21 @@ from oreal_megatron.parallel.device import device, device_seam
 from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
 from oreal_megatron.records import Prompt
 from oreal_megatron.rollout.embedded import EmbeddedEngine
+from oreal_megatron.rollout.journal import RolloutJournal
 from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.sft import warm_start
-from oreal_megatron.train import Run, graded_groups
+from oreal_megatron.stopping import Stopped, StopRequest
+from oreal_megatron.train import Run
 from oreal_megatron.verifier import Verifier, build_verifier
 
 
 @contextlib.contextmanager
-def opened_run(config: TrainConfig) -> Iterator[Run]:
+def opened_run(config: TrainConfig, stop: StopRequest) -> Iterator[Run]:
     """Builds everything that `train` needs, the initial policy and the pass rates included, and closes it after.
 
     Raises:
+        Stopped: `stop` was asked for on the way.
         ValueError: data, tokenizer, model directory or layout are not usable; the message names what and why.
     """
     if config.run.threads is not None:
@@ -56,7 +60,8 @@ def opened_run(config: TrainConfig) -> Iterator[Run]:
         tracker = stack.enter_context(contextlib.closing(Tracker(config, directory, is_main=groups.is_main)))
         verifier = stack.enter_context(contextlib.closing(build_verifier(config.verifier)))
         tokenizer = load_tokenizer(config.model.tokenizer)
-        run = _Builder(config, directory, groups, tracker, verifier, tokenizer).run()
+        journal = stack.enter_context(contextlib.closing(RolloutJournal(directory / "journal", groups)))
+        run = _Builder(config, directory, groups, tracker, verifier, tokenizer, journal, stop).run()
         stack.callback(run.engine.close)
         yield run
 
@@ -72,12 +77,16 @@ class _Builder:
         tracker: Tracker,
         verifier: Verifier,
         tokenizer: PreTrainedTokenizerBase,
+        journal: RolloutJournal,
+        stop: StopRequest,
     ):
         self.config = config
         self.directory = directory
         self.groups = groups
         self.tracker = tracker
         self.verifier = verifier
+        self.journal = journal
+        self.stop = stop
         self.renderer = PromptRenderer(tokenizer, config.prompt)
         self.geometry = config.model.geometry or geometry_of(Path(str(config.model.path)))
         check_layout(self.geometry, config.parallel)
@@ -86,7 +95,13 @@ class _Builder:
         self.generated = (
             generate_arithmetic(config.data.arithmetic, config.run.seed) if config.data.arithmetic else None
         )
-        self.store = CheckpointStore(directory / "checkpoints", groups, keep=config.run.keep_checkpoints)
+        self.store = CheckpointStore(
+            directory / "checkpoints",
+            groups,
+            keep=config.run.keep_checkpoints,
+            say=tracker.say,
+            on_saved=lambda oldest: journal.drop(before_step=oldest),
+        )
 
     def run(self) -> Run:
         config = self.config
@@ -97,11 +112,18 @@ class _Builder:
         policy = self._initial_policy()
         engine = EmbeddedEngine(
             lambda: CachedDecoder(policy, self.groups, self.vocab_size),
-            self.groups,
             stop_token_id=self.renderer.stop_token_id,
             batch_size=config.rollout.batch_size,
         )
-        sampler = Sampler(engine, self.renderer, max_sequence_length=config.model.max_sequence_length)
+        sampler = Sampler(
+            engine,
+            self.renderer,
+            self.verifier.grade,
+            self.journal,
+            self.groups,
+            self.stop,
+            max_sequence_length=config.model.max_sequence_length,
+        )
         if config.data.pass_rate is not None:
             train_prompts = self._with_pass_rates(train_prompts, sampler)
         stream = PromptStream(
@@ -120,13 +142,13 @@ class _Builder:
             store=self.store,
             stream=stream,
             sampler=sampler,
-            verifier=self.verifier,
             engine=engine,
             policy=self._trained(policy, config.optimizer.policy, less=frozen if from_first_update else 0),
             reference=self._initial_policy(),
             reward_model=self._reward_model() if config.objective.uses_reward_model else None,
             benchmarks=benchmarks,
             renderer=self.renderer,
+            stop=self.stop,
         )
 
     def _trained(self, module: Any, adamw: AdamWConfig, *, less: int = 0) -> TrainedModel:
@@ -180,6 +202,8 @@ class _Builder:
 
             def on_step(step: int, loss: float) -> None:
                 losses.append(loss)
+                if self.groups.any_rank(self.stop.is_made):
+                    raise Stopped("stopped during the warm start, which starts anew: nothing of it is saved")
                 bar.advance(f"nll {loss:.3f}")
 
             warm_start(
@@ -211,11 +235,11 @@ class _Builder:
 
     def _initial_policy(self) -> Policy | ModelChunks:
         module = self._policy_module()
-        module.load_state_dict(_strip(self.store.load(INITIAL, weights_only("policy", module))))
+        module.load_state_dict(without_prefix("policy", self.store.load(INITIAL, weights_only("policy", module))))
         return module
 
     def _reward_model(self) -> TrainedModel:
-        """The initial policy with a scalar head of zeros in the place of its output layer."""
+        """The initial policy with a scalar head of zeros in the place of its output layer, or another run's."""
         module = build_gpt(
             TokenRewardModel,
             self.geometry,
@@ -225,18 +249,42 @@ class _Builder:
             seed=derive_seed(self.config.run.seed, "weights"),
             tied_embeddings=False,
         ).to(device())
-        wanted = weights_only("policy", module, without=lambda key: ".output_layer." in key)
-        missing = module.load_state_dict(_strip(self.store.load(INITIAL, wanted)), strict=False).missing_keys
-        assert all("output_layer." in key for key in missing), missing
+        if self.config.model.reward_model is not None and not self.store.steps:  # else the run's own checkpoint has it
+            self._load_reward_model(module, Path(self.config.model.reward_model))
+        else:
+            wanted = weights_only("policy", module, without=lambda key: ".output_layer." in key)
+            initial = without_prefix("policy", self.store.load(INITIAL, wanted))
+            missing = module.load_state_dict(initial, strict=False).missing_keys
+            assert all("output_layer." in key for key in missing), missing
         return self._trained(module, self.config.optimizer.reward_model)
 
+    def _load_reward_model(self, module: TokenRewardModel | ModelChunks, checkpoint: Path) -> None:
+        """Weights of a reward model that another run has trained, whatever its layout was.
+
+        Raises:
+            ValueError: there is no such checkpoint, or it is damaged, has no reward model, or another geometry.
+        """
+        if not self.groups.from_main(checkpoint.is_dir()):
+            raise ValueError(f"model.reward_model: there is no checkpoint directory {checkpoint}")
+        try:
+            wanted = weights_only("reward_model", module)
+            state = load_checkpoint(checkpoint, wanted, damages_of(checkpoint, self.groups))
+        except ValueError as error:
+            raise ValueError(f"model.reward_model: {error}") from error
+        module.load_state_dict(without_prefix("reward_model", state))
+
     def _with_pass_rates(self, prompts: list[Prompt], sampler: Sampler) -> list[Prompt]:
-        """Prompts with the share of the initial policy's responses that are correct; kept in pass_rates.jsonl."""
+        """Prompts with the share of the initial policy's responses that are correct; kept in pass_rates.jsonl.
+
+        Raises:
+            Stopped: a stop was asked for; what was estimated is in the journal.
+            ValueError: pass_rates.jsonl is of other data.
+        """
         estimation = self.config.data.pass_rate
         assert estimation is not None
         path = self.directory / "pass_rates.jsonl"
         if self.groups.from_main(path.is_file()):
-            return read_prompts(path)
+            return read_estimated(path, source=prompts)
         known = [prompt for prompt in prompts if prompt.pass_rate is not None]
         unknown = [prompt for prompt in prompts if prompt.pass_rate is None]
         if estimation.max_prompts is not None and len(unknown) > estimation.max_prompts:
@@ -247,30 +295,29 @@ class _Builder:
         chunk = max(self.config.rollout.batch_size // estimation.samples, 1) * self.groups.data_size
         with self.tracker.progress("pass rates", len(unknown)) as bar:
             for start in range(0, len(unknown), chunk):
-                estimated += self._estimate(unknown[start : start + chunk], sampler, estimation.samples)
+                purpose = f"pass_rates_{start // chunk:06d}"
+                estimated += self._estimate(unknown[start : start + chunk], sampler, estimation.samples, purpose)
                 correct = sum(prompt.pass_rate or 0.0 for prompt in estimated) / max(len(estimated), 1)
                 bar.advance(f"mean {correct:.2f}", by=len(unknown[start : start + chunk]))
         if self.groups.is_main:
-            write_prompts(path, known + estimated)
+            write_estimated(path, known + estimated, source=prompts)
         self.groups.barrier()
+        self.journal.forget("pass_rates_*")
         return known + estimated
 
-    def _estimate(self, prompts: list[Prompt], sampler: Sampler, num_samples: int) -> list[Prompt]:
+    def _estimate(self, prompts: list[Prompt], sampler: Sampler, num_samples: int, purpose: str) -> list[Prompt]:
         """Prompts with a decided response, with their pass rate."""
         config = self.config
-        rollouts = sampler.sample(
+        groups = sampler.sample(
             prompts,
+            purpose=purpose,
             num_samples=num_samples,
             sampling=config.rollout.sampling,
             seed_of=rollout_seeds(config.run.seed, "pass_rate", 0),
         )
         estimated = []
-        for prompt, group in zip(prompts, graded_groups(self.verifier, self.groups, rollouts), strict=True):
+        for prompt, group in zip(prompts, groups, strict=True):
             decided = [graded.verdict == "CORRECT" for graded in group if graded.verdict != "UNDECIDED"]
             if decided:
                 estimated.append(replace(prompt, pass_rate=sum(decided) / len(decided)))
         return estimated
-
-
-def _strip(state: dict[str, Any]) -> dict[str, Any]:
-    return {key.removeprefix("policy."): value for key, value in state.items()}

@@ -17,6 +17,7 @@ from oreal_megatron.composition import config_directory, validated
 from oreal_megatron.config import ConfigError, TrainConfig, check_resume
 from oreal_megatron.files import write_atomically
 from oreal_megatron.launch.dry_run import is_dry_run, shrunk
+from oreal_megatron.stopping import EXIT_STOPPED, LostPeer, Stopped, StopRequest
 
 
 @hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")
@@ -25,7 +26,18 @@ def _train(composed: DictConfig) -> None:
         config = validated(shrunk(composed) if is_dry_run(composed) else composed)
         _quieten()
         run_training(config)
-    except (ConfigError, ValueError, ArithmeticError, OSError) as error:
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
+    except ConfigError as error:
+        # Every rank has the same configuration: one of them says what is wrong with it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except LostPeer as lost:
+        print(lost, file=sys.stderr)
+        sys.exit(1)
+    except (ValueError, ArithmeticError, OSError) as error:
         if os.environ.get("OREAL_TRACEBACK") == "1":
             raise
         print(f"error: {error}\n(OREAL_TRACEBACK=1 shows where)", file=sys.stderr)
@@ -42,7 +54,8 @@ def run_training(config: TrainConfig) -> None:
     saved = directory / "config.yaml"
     if saved.is_file():
         check_resume(yaml.safe_load(saved.read_text()), config, str(directory))
-    with opened_run(config) as run:
+    stop = StopRequest()
+    with stop.on_signals(), opened_run(config, stop) as run:
         if run.groups.is_main:
             write_atomically(saved, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         train(run)

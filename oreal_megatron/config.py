@@ -70,6 +70,9 @@ class ModelConfig(Section):
     """Of weights and compute; bfloat16 keeps fp32 master weights, gradients and optimizer states."""
     max_sequence_length: Positive
     """Prompt and response together, in tokens."""
+    reward_model: str | None = None
+    """Whose reward model this run's starts from: a checkpoint directory of another run (its weights only); null: the
+    initial policy with a scalar head of zeros."""
     logprob_chunk_tokens: Positive = 1024
     """Positions whose logits exist at the same time."""
 
@@ -334,6 +337,8 @@ class RunConfig(Section):
     """0: only at the end."""
     keep_checkpoints: Positive
     """The newest so many; the best one by evaluation is kept besides."""
+    async_checkpoints: bool
+    """Write checkpoints behind the next steps, from a copy of the state; the last one is always waited for."""
     threads: Positive | None
     """CPU threads of a process; null: torch's choice."""
     dry_run: bool = False
@@ -409,7 +414,16 @@ def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
 
 
 # What may change when a run goes on in its directory: how far, how fast and how visibly, not what it computes.
-_MAY_CHANGE = ("run.num_steps", "run.checkpoint_every", "run.keep_checkpoints", "run.threads", "tracking.", "parallel.", "resources.")
+_MAY_CHANGE = (
+    "run.num_steps",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "run.async_checkpoints",
+    "run.threads",
+    "tracking.",
+    "parallel.",
+    "resources.",
+)
 
 
 def check_resume(saved: Mapping[str, Any], config: TrainConfig, directory: str) -> None:

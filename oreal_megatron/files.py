@@ -1,14 +1,92 @@
-"""Files that are whole or not there: what a killed process leaves behind can always be read."""
+"""Files that outlive the process: whole or not there, and on the disk before anyone relies on them.
+
+A killed process leaves at most a half-written last line behind (`append_line`), which `whole_lines` leaves out and the
+next `open_log` cuts off; `write_atomically` leaves the old file or the new one.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes beside `path` and renames."""
+    """Writes beside `path`, syncs, and renames.
+
+    Raises:
+        OSError: naming `path`; what was there before is untouched.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        with naming(path):
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            sync_directory(path.parent)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def open_log(path: Path) -> IO[bytes]:
+    """A file of lines to append to; a last line that was never finished is cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        is_new = not path.exists()
+        file = path.open("a+b")
+        file.seek(0)
+        content = file.read()
+        if not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+        if is_new:
+            sync_directory(path.parent)
+        return file
+
+
+def append_line(file: IO[bytes], line: str) -> None:
+    """Appends one line to an open log; on return it is on the disk.
+
+    Raises:
+        OSError: naming the file; the line may be there in part, and is then no line to any reader.
+    """
+    with naming(Path(file.name)):
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The finished lines of a log, without their ends; none where there is no file."""
+    content = path.read_bytes() if path.is_file() else b""
+    return content.decode(errors="replace").split("\n")[:-1]
+
+
+def sync_file(path: Path) -> None:
+    """Puts what other code wrote to `path` on the disk."""
+    sync_directory(path)
+
+
+def sync_directory(path: Path) -> None:
+    """Puts the directory's entries on the disk: a rename or a new file is only then durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of the body that does not say which file it was, says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise

@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from oreal_megatron.config import TrainConfig
-from oreal_megatron.files import write_atomically
+from oreal_megatron.files import append_line, open_log, whole_lines, write_atomically
 from oreal_megatron.records import EvaluationReport, StepReport
-from oreal_megatron.seeds import derive_seed
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -42,15 +42,21 @@ class Tracker:
         # A log file gets plain lines; a terminal, or console=rich, the progress bar.
         self._console = Console(quiet=quiet, highlight=False, soft_wrap=True, stderr=False)
         self._fancy = config.tracking.console == "rich" and self._console.is_terminal and not quiet
+        self._file: IO[bytes] | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
         self._progress: Progress | None = None
 
-    def start(self, first_step: int) -> None:
-        """Opens the sinks to go on from `first_step`; what a killed run wrote beyond it is dropped."""
+    def start(self, first_step: int, *, is_evaluated: bool) -> None:
+        """Opens the sinks to go on from `first_step`; what a killed run wrote beyond it is dropped.
+
+        is_evaluated: the evaluation after `first_step` steps was made, and stays.
+        """
         if not self._is_main:
             return
-        _drop_from(self._directory / METRICS_FILE, first_step)
+        path = self._directory / METRICS_FILE
+        _drop_from(path, first_step, is_evaluated)
+        self._file = open_log(path)
         tracking = self._config.tracking
         if tracking.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -69,14 +75,20 @@ class Tracker:
         return wandb.init(
             project=self._config.tracking.wandb_project,
             name=run.name,
-            # The same directory goes on in the same wandb run, another one never does.
-            id=f"{derive_seed(run.seed, str(self._directory.resolve())):016x}",
+            id=self._wandb_id(),
             resume="allow",
             mode=self._config.tracking.wandb,
             dir=str(self._directory),
             config=self._config.model_dump(mode="json"),
             settings=wandb.Settings(silent=True),
         )
+
+    def _wandb_id(self) -> str:
+        """The same directory goes on in the same wandb run; one that was emptied starts another."""
+        path = self._directory / "wandb_id"
+        if not path.is_file():
+            write_atomically(path, uuid.uuid4().hex[:16])
+        return path.read_text()
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -126,15 +138,16 @@ class Tracker:
             write_atomically(self._directory / f"{name}.jsonl", lines)
 
     def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        if self._is_main:
-            with (self._directory / METRICS_FILE).open("a") as file:
-                file.write(json.dumps(_without_nan(record)) + "\n")
+        if self._file is not None:
+            append_line(self._file, json.dumps(_without_nan(record)))
 
     def _log(self, values: Mapping[str, float], step: int) -> None:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
@@ -142,7 +155,8 @@ class Tracker:
             for name, value in finite.items():
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log({**finite, "step": step})
+            # Steps that are run again after a kill keep their place: wandb takes each only once.
+            self._wandb.log({**finite, "step": step}, step=step)
 
 
 class ProgressBar:
@@ -162,19 +176,24 @@ class ProgressBar:
 
 
 def read_metrics(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(step records, evaluation records) of a run's directory; a half-written last line is left out."""
+    """(step records, evaluation records) of a run's directory; a half-written last line is left out.
+
+    Raises:
+        ValueError: another line is no record.
+    """
     records = []
     path = directory / METRICS_FILE
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
+    for number, line in enumerate(whole_lines(path), start=1):
+        try:
             records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not a metrics record: {error}") from error
     return [r for r in records if r["kind"] == "step"], [r for r in records if r["kind"] == "evaluation"]
 
 
-def _drop_from(path: Path, first_step: int) -> None:
+def _drop_from(path: Path, first_step: int, is_evaluated: bool) -> None:
     steps, evaluations = read_metrics(path.parent)
-    # The evaluation after `first_step` steps was made before the checkpoint that the run goes on from.
-    kept = [r for r in evaluations if r["step"] <= first_step and first_step > 0]
+    kept = [r for r in evaluations if r["step"] < first_step + is_evaluated]
     kept += [r for r in steps if r["step"] < first_step]
     kept.sort(key=lambda r: (r["step"], r["kind"] == "step"))
     write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))

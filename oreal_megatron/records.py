@@ -101,6 +101,26 @@ class GradedRollout:
     def verdict(self) -> Verdict:
         return self.grade.verdict
 
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self.rollout), "grade": asdict(self.grade)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> GradedRollout:
+        """The inverse of `to_json`; keys beyond it are left alone. Raises KeyError, TypeError or ValueError."""
+        return cls(
+            rollout=Rollout(
+                prompt=Prompt(**record["prompt"]),
+                sample_index=record["sample_index"],
+                prompt_ids=tuple(record["prompt_ids"]),
+                response_ids=tuple(record["response_ids"]),
+                logprobs=tuple(record["logprobs"]),
+                text=record["text"],
+                finish_reason=FinishReason(record["finish_reason"]),
+                weight_version=record["weight_version"],
+            ),
+            grade=Grade(**{**record["grade"], "verdict": Verdict(record["grade"]["verdict"])}),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from oreal_megatron import updates
-from oreal_megatron.checkpoint.store import CheckpointStore, load_trained, step_name, trained_state
+from oreal_megatron.checkpoint.state import load_trained, trained_state
+from oreal_megatron.checkpoint.store import Best, CheckpointStore, is_better, step_name
 from oreal_megatron.config import SamplingConfig, TrainConfig
 from oreal_megatron.data.packing import PackedSequence, Packer, TokenBatch
 from oreal_megatron.data.prompting import PromptRenderer
@@ -29,17 +30,15 @@ from oreal_megatron.records import (
     EvaluationReport,
     FinishReason,
     GradedRollout,
-    GradeRequest,
     Prompt,
-    Rollout,
     StepReport,
     Trajectory,
 )
 from oreal_megatron.rollout.engine import RolloutEngine
 from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
 from oreal_megatron.seeds import derive_seed
+from oreal_megatron.stopping import Stopped, StopRequest
 from oreal_megatron.trajectories import read_groups, to_records
-from oreal_megatron.verifier import Verifier
 
 Groups = list[list[GradedRollout]]
 
@@ -54,6 +53,10 @@ class Progress:
     """Steps with a usable group so far; the freeze counts these."""
     weight_version: int = 0
     """Policy updates so far."""
+    evaluated_step: int | None = None
+    """The step of the last evaluation."""
+    best: Best | None = None
+    """The best evaluation so far."""
 
 
 @dataclass
@@ -68,13 +71,13 @@ class Run:
     store: CheckpointStore
     stream: PromptStream
     sampler: Sampler
-    verifier: Verifier
     engine: RolloutEngine
     policy: TrainedModel
     reference: torch.nn.Module
     reward_model: TrainedModel | None
     benchmarks: Sequence[Benchmark]
     renderer: PromptRenderer
+    stop: StopRequest
     progress: Progress = field(default_factory=Progress)
     global_rng: random.Random = field(default_factory=random.Random)
 
@@ -84,23 +87,43 @@ def train(run: Run) -> None:
 
     Raises:
         updates.NonFiniteLossError: a loss is not a number; names step, terms and samples. Checkpoints stay.
+        Stopped: a stop was asked for; everything until then is saved, and says so.
+        OSError: the disk refused; the message says what is safe.
     """
     config = run.config.run
     restore(run)
-    run.tracker.start(run.progress.step)
-    if run.progress.step == 0:
+    run.tracker.start(run.progress.step, is_evaluated=run.progress.evaluated_step == run.progress.step)
+    try:
         evaluate_and_save(run)
-    with run.tracker.progress("step", config.num_steps, completed=run.progress.step) as bar:
-        while run.progress.step < config.num_steps:
-            report = train_step(run)
-            bar.advance(run.tracker.step(report), always=True)
-            run.progress.step += 1
-            evaluate_and_save(run)
+        with run.tracker.progress("step", config.num_steps, completed=run.progress.step) as bar:
+            while run.progress.step < config.num_steps:
+                if run.groups.any_rank(run.stop.is_made):
+                    raise Stopped
+                report = train_step(run)
+                bar.advance(run.tracker.step(report), always=True)
+                run.progress.step += 1
+                run.store.finish(wait=False)
+                evaluate_and_save(run)
+    except Stopped:
+        save(run, wait=True)
+        run.store.finish(wait=True)
+        raise Stopped(where_stopped(run)) from None
+    except updates.NonFiniteLossError:
+        run.store.finish(wait=True)
+        raise
+    run.store.finish(wait=True)
+
+
+def where_stopped(run: Run) -> str:
+    step = run.progress.step
+    saved = f"checkpoint {step_name(step)} is saved" if run.store.has(step_name(step)) else "nothing was trained"
+    return f"stopped after {step} steps: {saved}, finished rollouts are in the journal; the same command goes on"
 
 
 def train_step(run: Run) -> StepReport:
     """Prompts -> rollouts -> graded groups -> trajectories -> reward model, policy -> published weights."""
     config, step, clock = run.config, run.progress.step, Clock()
+    run.groups.seed_generators(derive_seed(config.run.seed, "generators", step))
     graded = replayed(run) if config.run.mode == "replay" else rolled_out(run, clock)
     selection = select_trajectories(
         graded, config.objective, seed=config.run.seed, step=step, global_rng=run.global_rng
@@ -141,18 +164,21 @@ def train_step(run: Run) -> StepReport:
 
 
 def rolled_out(run: Run, clock: Clock) -> Groups:
-    """The step's prompts, answered and graded."""
-    config = run.config
-    prompts = run.stream.draw()
-    with clock("generate"):
-        groups = run.sampler.sample(
-            prompts,
+    """The step's prompts, answered and graded; those in the journal are not answered again."""
+    config, position = run.config, run.stream.state_dict()
+    try:
+        return run.sampler.sample(
+            run.stream.draw(),
+            purpose=step_name(run.progress.step),
             num_samples=config.rollout.samples_per_prompt,
             sampling=config.rollout.sampling,
             seed_of=rollout_seeds(config.run.seed, "train", run.progress.step),
+            clock=clock,
         )
-    with clock("verify"):
-        return graded_groups(run.verifier, run.groups, groups)
+    except Stopped:
+        # Nothing has been trained on these prompts: the checkpoint that follows draws them again.
+        run.stream.load_state_dict(position)
+        raise
 
 
 def replayed(run: Run) -> Groups:
@@ -162,28 +188,6 @@ def replayed(run: Run) -> Groups:
     if not path.is_file():
         raise ValueError(f"run.replay_dir: there is no {path}; lower run.num_steps to the steps that were saved")
     return read_groups(path)
-
-
-def graded_groups(verifier: Verifier, groups: ParallelGroups, rollouts: Sequence[Sequence[Rollout]]) -> Groups:
-    """Grades every rollout once, each model replica its share, and gives all of them to every rank."""
-    flat = [rollout for group in rollouts for rollout in group]
-    mine = range(groups.data_rank, len(flat), groups.data_size) if groups.leads_replica else range(0)
-    grades = verifier.grade(
-        [
-            GradeRequest(
-                question=flat[index].prompt.question,
-                gold_answer=flat[index].prompt.gold_answer,
-                response=flat[index].text,
-                stopped=flat[index].finish_reason is FinishReason.STOP,
-            )
-            for index in mine
-        ]
-    )
-    grade_of = {
-        i: grade for part in groups.gather_over_world(list(zip(mine, grades, strict=True))) for i, grade in part
-    }
-    graded = iter(GradedRollout(rollout=rollout, grade=grade_of[index]) for index, rollout in enumerate(flat))
-    return [[next(graded) for _ in group] for group in rollouts]
 
 
 def packed(run: Run, trajectories: Sequence[Trajectory]) -> tuple[TokenCounts, list[TokenBatch]]:
@@ -198,17 +202,19 @@ def packed(run: Run, trajectories: Sequence[Trajectory]) -> tuple[TokenCounts, l
 
 def evaluate_and_save(run: Run) -> None:
     """Evaluates and checkpoints where the configuration says so: at the start, on the way, at the end."""
-    config, step = run.config, run.progress.step
+    config, progress = run.config, run.progress
     if config.run.mode == "rollout":
         return
+    step = progress.step
     last = step == config.run.num_steps
     evaluating = bool(run.benchmarks) and (step == 0 or last or is_multiple(step, config.evaluation.every))
-    score = evaluated(run).metrics[f"{run.benchmarks[0].name}/greedy_pass@1"] if evaluating else None
-    improved = score is not None and run.store.is_best(score)
-    if step > 0 and (last or improved or is_multiple(step, config.run.checkpoint_every)):
-        save(run)
-    if improved and score is not None:
-        run.store.remember_best(step, score)
+    if evaluating and progress.evaluated_step != step:
+        score = evaluated(run).metrics[f"{run.benchmarks[0].name}/greedy_pass@1"]
+        progress.evaluated_step = step
+        if is_better(score, progress.best):
+            progress.best = Best(step=step, score=score)
+    if last or is_multiple(step, config.run.checkpoint_every) or (progress.best and progress.best.step == step):
+        save(run, wait=last)
 
 
 def evaluated(run: Run) -> EvaluationReport:
@@ -236,9 +242,13 @@ def evaluation_generator(run: Run) -> Any:
     """(prompts, samples, sampling) -> graded groups, with the same seeds at every evaluation."""
 
     def generate(prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig) -> Groups:
-        seeds = rollout_seeds(run.config.run.seed, "evaluation", 0)
-        groups = run.sampler.sample(prompts, num_samples=num_samples, sampling=sampling, seed_of=seeds)
-        return graded_groups(run.verifier, run.groups, groups)
+        return run.sampler.sample(
+            prompts,
+            purpose=f"evaluation_{run.progress.step:06d}",
+            num_samples=num_samples,
+            sampling=sampling,
+            seed_of=rollout_seeds(run.config.run.seed, "evaluation", 0),
+        )
 
     return generate
 
@@ -270,36 +280,46 @@ def is_multiple(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def save(run: Run) -> None:
-    """A checkpoint of everything that a resume needs."""
+def save(run: Run, *, wait: bool) -> None:
+    """A checkpoint of everything that a resume needs, unless this step has one; before the first step nothing does.
+
+    No generator's state is in it: every step seeds its own, and `global_rng` alone runs on from step to step.
+    """
+    progress = run.progress
+    name = step_name(progress.step)
+    if run.config.run.mode == "rollout":
+        return
+    if progress.step == 0 or run.store.has(name):
+        run.store.remember_best(progress.best)
+        return
     state: dict[str, Any] = trained_state("policy", run.policy)
     if run.reward_model is not None:
         state |= trained_state("reward_model", run.reward_model)
-    state["progress"] = asdict(run.progress)
+    state["progress"] = asdict(progress)
     state["stream"] = run.stream.state_dict()
     state["global_rng"] = run.global_rng.getstate()
-    run.store.save(step_name(run.progress.step), state)
-    run.store.retain()
+    run.store.save(name, state, best=progress.best, wait=wait or not run.config.run.async_checkpoints)
 
 
 def restore(run: Run) -> None:
-    """Goes on from the newest checkpoint of the run's directory, if there is one."""
-    if not run.store.steps:
-        run.global_rng.seed(derive_seed(run.config.run.seed, "global_rng"))
-        return
-    name = step_name(run.store.steps[-1])
-    wanted: dict[str, Any] = trained_state("policy", run.policy, is_loading=True)
-    if run.reward_model is not None:
-        wanted |= trained_state("reward_model", run.reward_model, is_loading=True)
-    state = run.store.load(name, wanted)
-    load_trained("policy", run.policy, state)
-    if run.reward_model is not None:
-        load_trained("reward_model", run.reward_model, state)
-    run.progress = Progress(**state["progress"])
-    run.stream.load_state_dict(state["stream"])
-    run.global_rng.setstate(state["global_rng"])
-    run.engine.publish(run.progress.weight_version)
-    run.tracker.say(f"resumed from checkpoint {name}")
+    """Goes on from the newest whole checkpoint of the run's directory, if there is one."""
+    run.global_rng.seed(derive_seed(run.config.run.seed, "global_rng"))
+    step = run.store.newest_whole()
+    if step is not None:
+        wanted: dict[str, Any] = trained_state("policy", run.policy, is_loading=True)
+        if run.reward_model is not None:
+            wanted |= trained_state("reward_model", run.reward_model, is_loading=True)
+        state = run.store.load(step_name(step), wanted)
+        load_trained("policy", run.policy, state)
+        if run.reward_model is not None:
+            load_trained("reward_model", run.reward_model, state)
+        best = state["progress"].pop("best")
+        run.progress = Progress(**state["progress"], best=Best(**best) if best else None)
+        run.stream.load_state_dict(state["stream"])
+        run.global_rng.setstate(state["global_rng"])
+        run.engine.publish(run.progress.weight_version)
+        run.tracker.say(f"resumed from checkpoint {step_name(step)}")
+    run.store.remember_best(run.progress.best)
 
 
 def rollout_metrics(groups: Groups, selection: Selection) -> dict[str, float]:

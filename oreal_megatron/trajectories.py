@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from oreal_megatron.records import FinishReason, Grade, GradedRollout, Prompt, Rollout, Trajectory, Verdict
+from oreal_megatron.records import GradedRollout, Trajectory
 
 
 def to_records(
@@ -29,7 +28,7 @@ def to_records(
         for graded in group:
             rollout = graded.rollout
             id = rollout.id
-            record = {"id": id, "group": group_index, **asdict(rollout), "grade": asdict(graded.grade)}
+            record = {"id": id, "group": group_index, **graded.to_json()}
             if id in advantages:
                 record["advantage"] = advantages[id]
             if token_weights and id in token_weights:
@@ -52,25 +51,7 @@ def read_groups(path: Path) -> list[list[GradedRollout]]:
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
             record = json.loads(line)
-            graded = GradedRollout(rollout=_rollout(record), grade=_grade(record["grade"]))
-            groups.setdefault(record["group"], []).append(graded)
+            groups.setdefault(record["group"], []).append(GradedRollout.from_json(record))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}:{number}: not a trajectory record: {error!r}") from error
     return list(groups.values())
-
-
-def _rollout(record: dict[str, Any]) -> Rollout:
-    return Rollout(
-        prompt=Prompt(**record["prompt"]),
-        sample_index=record["sample_index"],
-        prompt_ids=tuple(record["prompt_ids"]),
-        response_ids=tuple(record["response_ids"]),
-        logprobs=tuple(record["logprobs"]),
-        text=record["text"],
-        finish_reason=FinishReason(record["finish_reason"]),
-        weight_version=record["weight_version"],
-    )
-
-
-def _grade(record: dict[str, Any]) -> Grade:
-    return Grade(**{**record, "verdict": Verdict(record["verdict"])})

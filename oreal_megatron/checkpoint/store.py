@@ -1,24 +1,30 @@
-"""Checkpoints in Megatron-Core's distributed format, one directory each, whole or not there at all."""
+"""The checkpoints of a run: one directory each, whole or not there at all.
+
+A checkpoint is written beside its place and renamed once its manifest is there, so a name always means a whole one.
+What a disk or a hand has damaged since is found by the manifest before anything is loaded.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-import queue
 import re
 import shutil
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from oreal_megatron.files import write_atomically
+from oreal_megatron.checkpoint.manifest import damages, read_manifest
+from oreal_megatron.checkpoint.writing import CheckpointWriter
+from oreal_megatron.files import sync_directory, write_atomically
 from oreal_megatron.parallel.groups import ParallelGroups
 
 _STEP = re.compile(r"step_(\d{6})")
@@ -26,121 +32,215 @@ INITIAL = "initial"
 """Name of the checkpoint of the initial policy, which is the reference too."""
 
 
-class CheckpointStore:
-    """The checkpoints/ directory of a run."""
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The best evaluation so far."""
 
-    def __init__(self, directory: Path, groups: ParallelGroups, *, keep: int):
-        """keep: the newest so many steps stay; the best one and the initial policy stay besides."""
+    step: int
+    score: float
+
+    @property
+    def checkpoint(self) -> str:
+        """After 0 steps: the initial policy."""
+        return step_name(self.step) if self.step else INITIAL
+
+
+class CheckpointStore:
+    """The checkpoints/ directory of a run. Every method is called by all ranks, and means the same to all."""
+
+    def __init__(
+        self,
+        directory: Path,
+        groups: ParallelGroups,
+        *,
+        keep: int,
+        say: Callable[[str], None] = lambda text: None,
+        on_saved: Callable[[int], None] = lambda oldest_step: None,
+    ):
+        """Removes what a killed process left half-written.
+
+        keep: the newest so many steps stay, and the best one as of each of them; the initial policy always.
+        say: takes lines for the person who watches. on_saved: called when a step's checkpoint has become whole, with
+        the oldest step of the newest so many.
+        """
         self.directory = directory
         self._groups = groups
         self._keep = keep
+        self._say = say
+        self._on_saved = on_saved
+        self._writer = CheckpointWriter(groups)
+        self._verified: set[str] = set()
+        self._saving = ""
+        if groups.is_main:
+            self._clean()
+        groups.barrier()
 
-    def save(self, name: str, sharded_state: dict[str, Any]) -> None:
-        """Writes beside the target and renames, so that a name always means a whole checkpoint.
+    def save(self, name: str, sharded_state: dict[str, Any], *, best: Best | None = None, wait: bool = True) -> None:
+        """Saves under a name that is not there yet.
+
+        best: as of this step; best.json names it once this checkpoint is whole. wait: False returns once the state has
+        been copied; the checkpoint becomes whole in a later `finish`.
 
         Raises:
-            OSError: the disk refused; what was there before is untouched.
+            OSError: the disk refused; whole checkpoints are untouched.
         """
-        target, partial = self.directory / name, self.directory / f"{name}.partial"
-        if self._groups.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self._groups.barrier()
-        # A queue of this process in place of one behind a spawned manager, which would import __main__ anew and
-        # take seconds: the synchronous save reads it in the process that fills it.
-        filesystem_async._results_queue = queue.Queue()
-        dist_checkpointing.save(
-            sharded_state, str(partial), TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-        )
-        self._groups.barrier()
-        if self._groups.is_main:
-            replaced = self.directory / f"{name}.replaced"
-            if target.exists():
-                os.replace(target, replaced)
-            os.replace(partial, target)
-            shutil.rmtree(replaced, ignore_errors=True)
-        self._groups.barrier()
+        self.finish(wait=True)
+        # A name of its own a process: a writer that outlives a killed trainer finds its directory gone, not ours.
+        partial = self._groups.from_main(self.directory / f"{name}.partial-{uuid.uuid4().hex[:8]}")
+        self._saving = name
+        with self._explained(f"checkpoint {name}"):
+            if self._groups.is_main:
+                partial.mkdir(parents=True)
+            self._groups.barrier()
+            self._writer.start(partial, sharded_state, best=asdict(best) if best else None)
+        self.finish(wait=wait)
+
+    def finish(self, *, wait: bool) -> None:
+        """Completes a save that was not waited for, if its writers are done; with `wait`, when they are.
+
+        Raises:
+            OSError: the disk refused; whole checkpoints are untouched.
+        """
+        if not self._writer.is_busy:
+            return
+        with self._explained(f"checkpoint {self._saving}"):
+            partial = self._writer.finish(wait=wait)
+            if partial is None:
+                return
+            name = self._saving
+            if self._groups.is_main:
+                os.replace(partial, self.directory / name)
+                sync_directory(self.directory)
+            self._groups.barrier()
+        self._verified.add(name)
+        if _STEP.fullmatch(name):
+            manifest = read_manifest(self.directory / name) if self._groups.is_main else None
+            best = self._groups.from_main(manifest["best"] if manifest else None)
+            self.remember_best(Best(**best) if best else None)
+            self._on_saved(self.steps[-self._keep :][0])
 
     def load(self, name: str, sharded_state: dict[str, Any]) -> dict[str, Any]:
-        """Fills `sharded_state` (whose tensors say what this rank needs) from a checkpoint.
+        """Fills `sharded_state` (whose tensors say what this rank needs) from a checkpoint of any layout.
 
         Raises:
-            ValueError: the checkpoint holds another model, or cannot be read.
+            ValueError: the checkpoint is damaged, or holds another model.
         """
-        path = self.directory / name
-        try:
-            return dist_checkpointing.load(sharded_state, str(path))
-        except (CheckpointingException, CheckpointException, KeyError, OSError, RuntimeError) as error:
-            raise ValueError(f"checkpoint {path} does not fit this run's model, or is damaged: {error}") from error
+        return load_checkpoint(self.directory / name, sharded_state, self.damages(name))
 
     def has(self, name: str) -> bool:
-        """Whether there is such a checkpoint; every rank gets the main rank's answer."""
-        return self._groups.from_main(self._is_whole(name))
+        """Whether there is such a checkpoint, damaged or not."""
+        return self._groups.from_main((self.directory / name).is_dir())
+
+    def damages(self, name: str) -> list[str]:
+        """What is wrong with a checkpoint that is there; the ranks share the reading. Empty: whole."""
+        if name in self._verified:
+            return []
+        found = damages_of(self.directory / name, self._groups)
+        if not found:
+            self._verified.add(name)
+        return found
 
     @property
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, oldest first; every rank gets the main rank's answer."""
-        names = [path.name for path in self.directory.glob("step_*") if self._is_whole(path.name)]
-        return self._groups.from_main(sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name))))
+        """Steps that have a checkpoint, damaged or not, oldest first."""
+        matches = (_STEP.fullmatch(path.name) for path in self.directory.glob("step_*"))
+        return self._groups.from_main(sorted(int(match[1]) for match in matches if match))
 
-    @property
-    def best(self) -> dict[str, Any] | None:
-        """`{"step": ..., "score": ..., "checkpoint": ...}` of the best evaluation; the main rank's answer."""
-        path = self.directory / "best.json"
-        return self._groups.from_main(json.loads(path.read_text()) if path.is_file() else None)
+    def newest_whole(self) -> int | None:
+        """The step of the newest checkpoint that can be loaded; damaged ones after it are named and set aside.
 
-    def is_best(self, score: float) -> bool:
-        """Whether no remembered score is as good; never for one that is not a number."""
-        best = self.best
-        return math.isfinite(score) and (best is None or score > best["score"])
+        Raises:
+            ValueError: there are checkpoints, and all are damaged.
+        """
+        steps = self.steps
+        while steps:
+            name = step_name(steps[-1])
+            if not (found := self.damages(name)):
+                return steps[-1]
+            if len(steps) == 1:
+                raise ValueError(
+                    f"checkpoint {self.directory / name} is damaged ({'; '.join(found)}), and there is none before it; "
+                    "restore it from a copy, or remove it to start from the initial policy"
+                )
+            self._say(f"[red]checkpoint {name} is damaged: {'; '.join(found)}; set aside as {name}.damaged[/]")
+            if self._groups.is_main:
+                shutil.rmtree(self.directory / f"{name}.damaged", ignore_errors=True)
+                os.replace(self.directory / name, self.directory / f"{name}.damaged")
+            self._groups.barrier()
+            steps.pop()
+        return None
 
-    def _is_whole(self, name: str) -> bool:
-        return (self.directory / name / "metadata.json").is_file()
-
-    def remember_best(self, step: int, score: float) -> None:
-        """Notes a checkpoint that is there already (after 0 steps: the initial policy) as the best one."""
+    def remember_best(self, best: Best | None) -> None:
+        """Writes best.json, whose checkpoint is there already, and removes checkpoints that retention does not keep."""
         if self._groups.is_main:
-            name = step_name(step) if step else INITIAL
-            write_atomically(
-                self.directory / "best.json", json.dumps({"step": step, "score": score, "checkpoint": name})
-            )
+            path = self.directory / "best.json"
+            if best is None:
+                path.unlink(missing_ok=True)
+            else:
+                write_atomically(path, json.dumps({**asdict(best), "checkpoint": best.checkpoint}))
+            self._retain(best)
         self._groups.barrier()
-        self.retain()
 
-    def retain(self) -> None:
-        """Removes step checkpoints that are neither among the newest nor the best."""
-        best, steps = self.best, self.steps
-        if self._groups.is_main:
-            for step in steps[: -self._keep]:
-                if best is None or step != best["step"]:
-                    # The metadata first: what is left of a killed removal is no checkpoint to anyone.
-                    (self.directory / step_name(step) / "metadata.json").unlink()
-                    shutil.rmtree(self.directory / step_name(step))
-        self._groups.barrier()
+    def _retain(self, best: Best | None) -> None:
+        steps = sorted(int(match[1]) for path in self.directory.iterdir() if (match := _STEP.fullmatch(path.name)))
+        kept = set(steps[-self._keep :])
+        bests = [best] if best else []
+        for step in list(kept):
+            manifest = read_manifest(self.directory / step_name(step))
+            if manifest and manifest["best"]:
+                bests.append(Best(**manifest["best"]))
+        for step in set(steps) - kept - {item.step for item in bests}:
+            # Out of the way first: what is left of a killed removal is no checkpoint to anyone.
+            removed = self.directory / f"{step_name(step)}.removed"
+            os.replace(self.directory / step_name(step), removed)
+            shutil.rmtree(removed)
+        for path in self.directory.glob("step_*.damaged"):
+            if path.with_suffix("").is_dir():  # written again since
+                shutil.rmtree(path)
+
+    def _clean(self) -> None:
+        for path in sorted(self.directory.glob("*.partial-*")):
+            self._say(f"[yellow]checkpoint {path.name} was never finished: removed[/]")
+            shutil.rmtree(path, ignore_errors=True)
+        for path in self.directory.glob("*.removed"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        """An error of the disk as one that says what is safe; a half-written checkpoint gives its space back."""
+        try:
+            yield
+        except OSError as error:
+            if self._groups.is_main:
+                for path in self.directory.glob("*.partial-*"):
+                    shutil.rmtree(path, ignore_errors=True)
+            raise OSError(
+                f"{name} cannot be written to {self.directory}: {error} "
+                f"({shutil.disk_usage(self.directory).free / 2**20:.1f} MiB are free, the unfinished one removed). "
+                "The checkpoints that are there are whole: make room, and run the same command again"
+            ) from error
+
+
+def damages_of(path: Path, groups: ParallelGroups) -> list[str]:
+    """What is wrong with a checkpoint directory of this run or another; the ranks share the reading. Empty: whole."""
+    parts = groups.gather_over_world(damages(path, part=groups.rank, of=groups.world_size))
+    return sorted({text for part in parts for text in part})
+
+
+def load_checkpoint(path: Path, sharded_state: dict[str, Any], found: list[str]) -> dict[str, Any]:
+    """See CheckpointStore.load; found: its damages."""
+    if found:
+        raise ValueError(f"checkpoint {path} is damaged: {'; '.join(found)}")
+    try:
+        return dist_checkpointing.load(sharded_state, str(path))
+    except (CheckpointingException, CheckpointException, KeyError, OSError, RuntimeError) as error:
+        raise ValueError(f"checkpoint {path} does not fit this run's model: {error}") from error
 
 
 def step_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def trained_state(prefix: str, trained: Any, *, is_loading: bool = False) -> dict[str, Any]:
-    """The sharded state of a models.TrainedModel under `prefix`: weights, optimizer, schedule."""
-    model = trained.module.sharded_state_dict(prefix=f"{prefix}.")
-    return {
-        f"{prefix}.model": model,
-        f"{prefix}.optimizer": trained.optimizer.sharded_state_dict(model, is_loading=is_loading),
-        f"{prefix}.schedule": trained.schedule.state_dict(),
-    }
-
-
-def load_trained(prefix: str, trained: Any, state: dict[str, Any]) -> None:
-    """The inverse of `trained_state`."""
-    trained.module.load_state_dict({key.removeprefix(f"{prefix}."): v for key, v in state[f"{prefix}.model"].items()})
-    trained.load_optimizer(state[f"{prefix}.optimizer"])
-    trained.schedule.load_state_dict(state[f"{prefix}.schedule"])
-
-
-def weights_only(prefix: str, module: Any, *, without: Callable[[str], bool] = lambda key: False) -> dict[str, Any]:
-    """The sharded state of a module's weights, keys that `without` names left out."""
-    state = module.sharded_state_dict(prefix=f"{prefix}.")
-    return {key: value for key, value in state.items() if not without(key)}
+def is_better(score: float, best: Best | None) -> bool:
+    """Whether no score before was as good; never for one that is not a number."""
+    return math.isfinite(score) and (best is None or score > best.score)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +41,34 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return list(prompts.values())
 
 
-def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
-    lines = (
-        json.dumps({"id": p.id, "question": p.question, "gold_answer": p.gold_answer, "pass_rate": p.pass_rate})
-        for p in prompts
-    )
-    write_atomically(path, "".join(line + "\n" for line in lines))
+def write_estimated(path: Path, prompts: Iterable[Prompt], *, source: Sequence[Prompt]) -> None:
+    """Prompts with pass rates, every line with the fingerprint of the prompts that they were estimated from."""
+    data = fingerprint(source)
+    write_atomically(path, "".join(json.dumps({**asdict(p), "source": data}) + "\n" for p in prompts))
+
+
+def read_estimated(path: Path, *, source: Sequence[Prompt]) -> list[Prompt]:
+    """What `write_estimated` wrote for the same `source`.
+
+    Raises:
+        ValueError: it was written for other prompts.
+    """
+    now = fingerprint(source)
+    for number, record in _records(path):
+        if record.get("source") != now:
+            raise ValueError(
+                f"{path}:{number}: was estimated from other data (fingerprint {record.get('source')}) than data.train "
+                f"holds now ({now}); restore the data of the run, or start in another run.dir"
+            )
+    return read_prompts(path)
+
+
+def fingerprint(prompts: Iterable[Prompt]) -> str:
+    """16 hex digits that depend on every field of every prompt and on their order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for prompt in prompts:
+        digest.update(json.dumps(asdict(prompt)).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def read_demonstrations(path: str | Path) -> list[Demonstration]:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from oreal_megatron.data.prompts import fingerprint
 from oreal_megatron.records import Prompt
 from oreal_megatron.seeds import derive_seed
 
@@ -49,15 +50,16 @@ class PromptStream:
             "offset": self._offset,
             "put_off": [prompt.id for prompt in self._put_off],
             "num_prompts": len(self._prompts),
+            "data": fingerprint(self._prompts),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError where the state is of other data."""
-        missing = [id for id in state["put_off"] if id not in self._by_id]
-        if state["num_prompts"] != len(self._prompts) or missing:
+        if state["data"] != (data := fingerprint(self._prompts)):
             raise ValueError(
-                f"the checkpoint's prompt stream has {state['num_prompts']} prompts, this run's data "
-                f"{len(self._prompts)}; resume with the data of the run, or start in another run.dir"
+                f"the checkpoint's prompt stream is of other data ({state['num_prompts']} prompts with fingerprint "
+                f"{state['data']}) than data.train with its balancing gives now ({len(self._prompts)}, {data}); "
+                "resume with the data of the run, or start in another run.dir"
             )
         self._epoch, self._offset = state["epoch"], state["offset"]
         self._put_off = [self._by_id[id] for id in state["put_off"]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,8 +15,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from oreal_megatron.config import ParallelConfig
+from oreal_megatron.config import ConfigError, ParallelConfig, Violation
 from oreal_megatron.parallel.device import collective_backend, device
+from oreal_megatron.parallel.failure import lost_peer
+from oreal_megatron.stopping import Stopped
 
 T = TypeVar("T")
 
@@ -43,6 +45,16 @@ class ParallelGroups:
     @property
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def rank(self) -> int:
+        """Of this process in the job."""
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the job."""
+        return dist.get_world_size()
 
     @property
     def is_main(self) -> bool:
@@ -103,6 +115,28 @@ class ParallelGroups:
         dist.broadcast_object_list(box, src=0)
         return box[0]  # type: ignore[return-value]
 
+    def any_rank(self, mine: bool) -> bool:
+        """Whether `mine` is true on any process of the job; the same answer everywhere."""
+        return self._any(mine, [None])
+
+    def any_of_replica(self, mine: bool) -> bool:
+        """Whether `mine` is true on any process of this model replica; the same answer on all of them."""
+        return self._any(mine, [self.collection.mp, self.collection.cp])
+
+    def _any(self, mine: bool, groups: Sequence[dist.ProcessGroup | None]) -> bool:
+        flag = torch.tensor([int(mine)], device=device())
+        for group in groups:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+        return bool(flag.item())
+
+    def seed_generators(self, seed: int) -> None:
+        """Seeds torch's generators and Megatron's, of which every tensor rank and stage has its own.
+
+        Called at the start of every step with the step's own seed: a resumed run then needs no saved generator state,
+        on any layout.
+        """
+        tensor_parallel.model_parallel_cuda_manual_seed(seed % 2**31 + 100 * self.pipeline_rank, force_reset_rng=True)
+
     def barrier(self) -> None:
         dist.barrier()
 
@@ -112,50 +146,26 @@ def parallel_groups(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGr
     """Joins the job's processes (torchrun's environment, or one process alone) and splits them by `config`.
 
     Raises:
-        ValueError: the number of processes is no multiple of tensor x pipeline x context.
+        ConfigError: the number of processes is no multiple of tensor x pipeline x context.
+        LostPeer: what went wrong inside began on another rank.
     """
     check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
-    with joined_processes(config.timeout_seconds), split_processes(config, seed=seed) as groups:
-        yield groups
-
-
-def check_world(config: ParallelConfig, world: int) -> None:
-    """Raises ValueError where `world` processes do not split into whole model replicas."""
-    replica = config.tensor * config.pipeline * config.context
-    if world % replica:
-        raise ValueError(
-            f"parallel: {world} process(es) do not split into replicas of tensor {config.tensor} x pipeline "
-            f"{config.pipeline} x context {config.context} = {replica}; start a multiple of {replica} "
-            "(torchrun --nproc-per-node)"
-        )
-
-
-@contextlib.contextmanager
-def joined_processes(timeout_seconds: float) -> Iterator[None]:
-    """The default process group; a collective that waits longer than the timeout raises (NCCL: ends the process)."""
-    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds)}
-    if "MASTER_ADDR" not in os.environ:
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    timeout = timedelta(seconds=config.timeout_seconds)
+    alone = "MASTER_ADDR" not in os.environ
+    store, rank, world = (dist.HashStore(), 0, 1) if alone else next(dist.rendezvous("env://", timeout=timeout))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(collective_backend(), **options)
+    dist.init_process_group(collective_backend(), store=store, rank=rank, world_size=world, timeout=timeout)
+    failed = False
     try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def split_processes(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGroups]:
-    """Splits the joined processes by `config`; leaving it, they may be split anew by another."""
-    parallel_state.initialize_model_parallel(
-        config.tensor,
-        config.pipeline,
-        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
-        context_parallel_size=config.context,
-        distributed_timeout_minutes=max(config.timeout_seconds / 60, 1 / 60),
-    )
-    try:
+        parallel_state.initialize_model_parallel(
+            config.tensor,
+            config.pipeline,
+            virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+            context_parallel_size=config.context,
+            # The groups made here have a timeout of their own.
+            distributed_timeout_minutes=config.timeout_seconds / 60,  # type: ignore[arg-type]  # a timedelta's minutes
+        )
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         yield ParallelGroups(
             layout=config,
@@ -169,5 +179,28 @@ def split_processes(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGr
             data_size=parallel_state.get_data_parallel_world_size(),
             data_rank=parallel_state.get_data_parallel_rank(),
         )
+    except Stopped:
+        raise
+    except Exception as error:
+        failed = True
+        # Before the groups go, which the others notice.
+        if (lost := lost_peer(error, store, rank)) is not None:
+            raise lost from error
+        raise
     finally:
         parallel_state.destroy_model_parallel()
+        # NCCL would wait for collectives that never end.
+        if not (failed and torch.cuda.is_available()):
+            dist.destroy_process_group()
+
+
+def check_world(config: ParallelConfig, world: int) -> None:
+    """Raises ConfigError where `world` processes do not split into whole model replicas."""
+    replica = config.tensor * config.pipeline * config.context
+    if world % replica:
+        layout = f"tensor {config.tensor} x pipeline {config.pipeline} x context {config.context} = {replica}"
+        remedy = (
+            f"{world} process(es) do not split into replicas of {replica}; start a multiple of {replica} "
+            "(torchrun --nproc-per-node)"
+        )
+        raise ConfigError([Violation("parallel", layout, remedy)])

@@ -1,13 +1,13 @@
 """In-process generation on the trainer's own policy: no server, no copy of the weights.
 
-Requests are cut into batches of fixed size and membership, dealt over data-parallel ranks. A response
-depends on its own seed and on its batch's membership (through rounding alone), never on the number of ranks.
+Requests are cut into batches of fixed size and membership, the units that are journalled and dealt over replicas. A
+response depends on its own seed and on its batch's membership (through rounding alone), never on the number of ranks.
 Shapes: B sequences still running in a batch, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from oreal_megatron.config import SamplingConfig
-from oreal_megatron.parallel.groups import ParallelGroups
 from oreal_megatron.records import FinishReason
 from oreal_megatron.rollout.engine import Completion, GenerationRequest
 
@@ -43,35 +42,34 @@ class EmbeddedEngine:
     def __init__(
         self,
         new_decoder: Callable[[], Decoder],
-        groups: ParallelGroups,
         *,
         stop_token_id: int,
         batch_size: int,
     ):
         self._new_decoder = new_decoder
-        self._groups = groups
         self._stop_token_id = stop_token_id
         self._batch_size = batch_size
-        self._weight_version = 0
+        self.weight_version = 0
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingConfig) -> list[Completion]:
+    def units(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
         """See RolloutEngine. Batches hold prompts of similar length, so that little is padded."""
         order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids))
-        batches = [order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)]
-        mine: list[tuple[int, Completion]] = []
-        for batch in batches[self._groups.data_rank :: self._groups.data_size]:
-            completions = self._generate_batch([requests[index] for index in batch], sampling)
-            mine += zip(batch, completions, strict=True)
-        found = {index: completion for part in self._groups.gather_over_data(mine) for index, completion in part}
-        return [found[index] for index in range(len(requests))]
+        return [order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)]
+
+    def generate(
+        self, units: Sequence[Sequence[GenerationRequest]], sampling: SamplingConfig
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """See RolloutEngine."""
+        for index, requests in enumerate(units):
+            yield index, self._generate_batch(requests, sampling)
 
     def publish(self, weight_version: int) -> None:
-        self._weight_version = weight_version
+        self.weight_version = weight_version
 
     def close(self) -> None:
         pass
 
-    def _generate_batch(self, requests: list[GenerationRequest], sampling: SamplingConfig) -> list[Completion]:
+    def _generate_batch(self, requests: Sequence[GenerationRequest], sampling: SamplingConfig) -> list[Completion]:
         limit = max(request.max_new_tokens for request in requests)
         running = _Running([_uniforms(request) for request in requests], [r.max_new_tokens for r in requests])
         decoder = self._new_decoder()
@@ -99,7 +97,7 @@ class EmbeddedEngine:
                 token_ids=tuple(tokens),
                 logprobs=tuple(logprobs),
                 finish_reason=FinishReason.STOP if tokens[-1] == self._stop_token_id else FinishReason.LENGTH,
-                weight_version=self._weight_version,
+                weight_version=self.weight_version,
             )
             for tokens, logprobs in zip(running.tokens, running.logprobs, strict=True)
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,8 +35,22 @@ class Completion:
 class RolloutEngine(Protocol):
     """Generates with the weights of the last `publish`."""
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingConfig) -> list[Completion]:
-        """One completion a request, in order. Every rank calls it with the same requests and gets them all."""
+    weight_version: int
+    """Of the last `publish`; 0 before the first."""
+
+    def units(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
+        """Indices of the requests that are generated, journalled and, after a kill, repeated as one.
+
+        Depends on the requests alone, so that a restarted run finds the same units, on any layout.
+        """
+
+    def generate(
+        self, units: Sequence[Sequence[GenerationRequest]], sampling: SamplingConfig
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """(index of the unit, one completion a request in order), as units finish.
+
+        All ranks of a model replica call it with the same units and get all of them; other replicas have others.
+        """
 
     def publish(self, weight_version: int) -> None:
         """From now on generate with the policy's present weights, stamped `weight_version`."""

@@ -10,7 +10,12 @@ pytestmark = pytest.mark.distributed
 
 # At 1e-8 the first updates of AdamW are the signs of gradients, and turn rounding into whole steps.
 STEADY = ("optimizer.policy.eps=1e-4", "optimizer.reward_model.eps=1e-4")
-LAYOUTS = {"DP2": (), "TP2": ("parallel.tensor=2",), "PP2": ("parallel.pipeline=2",)}
+LAYOUTS = {
+    "DP2": ("parallel.distributed_optimizer=true", "parallel.overlap_grad_reduce=true"),
+    "TP2": ("parallel.tensor=2", "parallel.sequence=true"),
+    "PP2": ("parallel.pipeline=2", "parallel.recompute=full"),
+    "CP2": ("parallel.context=2",),
+}
 
 
 def test_two_processes_train_as_one(warm):

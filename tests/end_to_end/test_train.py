@@ -140,7 +140,7 @@ def test_nan_in_a_loss_stops_with_step_terms_and_samples(warm):
         (["data.prompts_per_step=1000"], "only 48 different prompts are left"),
         (["data.arithmetic=null", "data.train=nowhere.jsonl"], "sft.demonstrations"),
         (["prompt.stop_token='<|stop|>'"], "prompt.stop_token = '<|stop|>' is not one token"),
-        (["parallel.tensor=2"], "1 process(es) do not split into replicas of tensor 2"),
+        (["parallel.tensor=2"], "tensor 2 x pipeline 1 x context 1 = 2': 1 process(es) do not split into replicas of 2"),
     ],
 )
 def test_bad_input_is_one_clear_error(warm, overrides, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -76,29 +77,29 @@ def with_options(case: Case, *options: str) -> Case:
 
 def every_case(world: int) -> Iterator[Case]:
     """The product of layouts, options and data for `world` processes."""
+    optimizers: tuple[tuple[str, ...], ...] = ((), ("distopt", "overlap"), ("distopt", "offload"))
+    recomputes: tuple[tuple[str, ...], ...] = ((), ("full_recompute",), ("selective_recompute",))
     for name, layout in LAYOUTS[world].items():
-        for tied in (False, True):
-            for sequence in ((), ("sp",)) if layout.tensor > 1 else ((),):
-                for packing in ((), ("one_by_one",)):
-                    for recompute in ((), ("full_recompute",), ("selective_recompute",)):
-                        for optimizer in ((), ("distopt",), ("distopt", "overlap"), ("overlap",), ("offload", "distopt")):
-                            case = Case(name, layout, tied=tied)
-                            yield with_options(case, *sequence, *packing, *recompute, *optimizer)
+        sequences: tuple[tuple[str, ...], ...] = ((), ("sp",)) if layout.tensor > 1 else ((),)
+        packings: tuple[tuple[str, ...], ...] = ((), ("one_by_one",))
+        for tied, *options in itertools.product((False, True), sequences, packings, recomputes, optimizers):
+            yield with_options(Case(name, layout, tied=tied), *itertools.chain(*options))
         yield Case(name, layout, num_sequences=1)
 
 
-def covering_cases(world: int) -> list[Case]:
-    """Of the product: every layout plain and with everything on, each option alone somewhere, both ties, few sequences."""
-    cases = []
-    everything = ("one_by_one", "full_recompute", "distopt", "overlap")
+def covering_cases(world: int) -> Iterator[Case]:
+    """Of the product: every layout with everything on; the first three plain too, with both kinds of
+    embeddings; on two processes every option alone, and a rank without sequences."""
     alone = [name for name in OPTIONS if name != "sp"]
     for index, (name, layout) in enumerate(LAYOUTS[world].items()):
         sequence = ("sp",) if layout.tensor > 1 else ()
         plain = Case(name, layout, tied=index % 2 == 1)
         turned = replace(plain, tied=not plain.tied)
-        cases += [plain, with_options(turned, *sequence, *everything), with_options(turned, alone[index % len(alone)])]
-        if sequence:
-            cases += [with_options(plain, "sp", "selective_recompute"), with_options(plain, "sp", "offload")]
-        if index % 2 == 0:
-            cases.append(replace(plain, num_sequences=1))
-    return cases
+        yield with_options(turned, *sequence, "one_by_one", "full_recompute", "distopt", "overlap")
+        if world == 2 or index < 3:
+            yield plain
+        if world == 2:
+            yield with_options(turned, alone[index % len(alone)])
+        if world == 2 and sequence:
+            yield with_options(plain, "sp", "selective_recompute", "offload")
+    yield Case("DP" + str(world), parallel(), num_sequences=1)

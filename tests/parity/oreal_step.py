@@ -13,6 +13,7 @@ from oreal_megatron.config import AdamWConfig, GeometryConfig, ModelConfig, Obje
 from oreal_megatron.data.packing import PackedSequence, Packer
 from oreal_megatron.models.architecture import build_gpt
 from oreal_megatron.models.chunks import chunks_of
+from oreal_megatron.models.decoding import CachedDecoder
 from oreal_megatron.models.initialization import name_in_network, part_of
 from oreal_megatron.models.optimizer import TrainedModel, UpdateReport
 from oreal_megatron.models.policy import Policy
@@ -44,6 +45,8 @@ class Outcome:
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     """Before clipping; left out under the distributed optimizer, whose ranks hold pieces of a flat buffer."""
     weights: dict[str, Tensor] = field(default_factory=dict)
+    generation: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """[3, 4, V] log-probabilities that the updated policy continues three prompts with."""
 
 
 class Recorded(TrainedModel):
@@ -100,7 +103,15 @@ def run_steps(
         for name, local, parameter in named(trained)
     }
     outcome.weights = {name: parameter.detach().clone() for name, (_, parameter) in parameters.items()}
+    outcome.generation = continuations(policy.module, groups)
     return outcome, parameters
+
+
+def continuations(policy: Any, groups: ParallelGroups) -> Tensor:
+    decoder = CachedDecoder(policy, groups, VOCABULARY)
+    logits = [decoder.prefill([(5, 6, 7), (8,), (9, 10)], max_new_tokens=4)]
+    logits += [decoder.step(torch.tensor([11, 12, 13]) + step) for step in range(3)]
+    return torch.stack(logits, dim=1).log_softmax(-1)
 
 
 def sequences(count: int) -> list[PackedSequence]:
@@ -126,7 +137,7 @@ def sequences(count: int) -> list[PackedSequence]:
 def differences(mine: Outcome, parameters: dict[str, tuple[str, Any]], one: Outcome, groups: ParallelGroups) -> dict[str, Any]:
     """The largest differences of this rank from one rank's outcome, each with where it is.
 
-    metrics: relative. gradients: of a tensor, relative to its largest entry. weights: absolute.
+    metrics: relative. gradients: of a tensor, relative to its largest entry. weights, generation: absolute.
     """
 
     def part(name: str, whole: Tensor) -> Tensor:
@@ -147,7 +158,12 @@ def differences(mine: Outcome, parameters: dict[str, tuple[str, Any]], one: Outc
         for name, g in m.items()
     ]
     weights = [(_largest(w - part(name, one.weights[name])), name) for name, w in mine.weights.items()]
-    return {"metrics": max(metrics), "gradients": max(gradients, default=(0.0, "")), "weights": max(weights)}
+    return {
+        "metrics": max(metrics),
+        "gradients": max(gradients, default=(0.0, "")),
+        "weights": max(weights),
+        "generation": (_largest(mine.generation - one.generation), "log-probabilities"),
+    }
 
 
 def _largest(tensor: Tensor) -> float:

@@ -47,18 +47,24 @@ def test_packed_logprobs_and_entropies_are_those_of_transformers(pair, single_pr
     torch.testing.assert_close(values, torch.cat(expected), atol=2e-5, rtol=1e-5)
 
 
+def generated(engine, requests, sampling):
+    """All units of an engine, in the order of the requests."""
+    units = engine.units(requests)
+    found = engine.generate([[requests[i] for i in unit] for unit in units], sampling)
+    return [c for _, c in sorted((i, c) for u, part in found for i, c in zip(units[u], part, strict=True))]
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_greedy_generation_is_that_of_transformers(pair, single_process, batch_size):
     reference, policy = pair
     prompts = random_prompts([5, 2, 9, 9, 1, 4])
     engine = EmbeddedEngine(
         lambda: CachedDecoder(policy, single_process, 120),
-        single_process,
         stop_token_id=STOP,
         batch_size=batch_size,
     )
     requests = [GenerationRequest(prompt_ids=prompt, seed=0, max_new_tokens=20) for prompt in prompts]
-    completions = engine.generate(requests, SamplingConfig(temperature=0.0, top_p=1.0, max_new_tokens=20))
+    completions = generated(engine, requests, SamplingConfig(temperature=0.0, top_p=1.0, max_new_tokens=20))
     for prompt, completion in zip(prompts, completions, strict=True):
         tokens, logprobs = [], []
         for _ in range(20):
@@ -81,11 +87,10 @@ def test_sampled_logprobs_are_those_of_the_policy_and_batching_changes_nothing(p
     for batch_size in (12, 5, 1):
         engine = EmbeddedEngine(
             lambda: CachedDecoder(policy, single_process, 120),
-            single_process,
             stop_token_id=STOP,
             batch_size=batch_size,
         )
-        results.append(engine.generate(requests, sampling))
+        results.append(generated(engine, requests, sampling))
     for completion, *others in zip(*results, strict=True):
         for other in others:
             assert other.token_ids == completion.token_ids

@@ -1,0 +1,100 @@
+"""Finished, verified rollouts, durably: what a killed step has generated is not generated again.
+
+A unit is what the engine generates as one (`RolloutEngine.units`). Its line is on the disk before the next unit starts,
+under a key that says everything its rollouts depend on, so that a line can never stand for other rollouts. Every model
+replica appends to a file of its own: <purpose>.replica_<data rank>.jsonl.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from oreal_megatron.config import SamplingConfig
+from oreal_megatron.files import append_line, open_log, whole_lines
+from oreal_megatron.parallel.groups import ParallelGroups
+from oreal_megatron.records import GradedRollout, Prompt
+from oreal_megatron.rollout.engine import GenerationRequest
+
+_OF_STEP = re.compile(r"[a-z]+_(\d{6})\.replica_\d+\.jsonl")
+
+
+class RolloutJournal:
+    """The journal/ directory of a run."""
+
+    def __init__(self, directory: Path, groups: ParallelGroups):
+        self.directory = directory
+        self._groups = groups
+        self._open: tuple[str, IO[bytes]] | None = None
+
+    def read(self, purpose: str) -> dict[str, list[GradedRollout]]:
+        """The units journalled for `purpose` (`step_000003`) by key; empty on all ranks but the main one.
+
+        A line that is no such record (the end of a killed process, or a damaged disk) counts as not journalled.
+        """
+        units: dict[str, list[GradedRollout]] = {}
+        if not self._groups.is_main:
+            return units
+        for path in sorted(self.directory.glob(f"{purpose}.replica_*.jsonl")):
+            for line in whole_lines(path):
+                try:
+                    record = json.loads(line)
+                    units[record["unit"]] = [GradedRollout.from_json(item) for item in record["rollouts"]]
+                except (KeyError, TypeError, ValueError):
+                    continue
+        return units
+
+    def append(self, purpose: str, unit: str, rollouts: Sequence[GradedRollout]) -> None:
+        """Journals one unit of this replica; on return it is on the disk. For the replica's leading process.
+
+        Raises:
+            OSError: the disk refused; the unit counts as not journalled.
+        """
+        if self._open is None or self._open[0] != purpose:
+            self.close()
+            path = self.directory / f"{purpose}.replica_{self._groups.data_rank}.jsonl"
+            self._open = purpose, open_log(path)
+        record = {"unit": unit, "rollouts": [graded.to_json() for graded in rollouts]}
+        append_line(self._open[1], json.dumps(record))
+
+    def drop(self, *, before_step: int) -> None:
+        """Removes what belongs to earlier steps, which no checkpoint leads back to."""
+        if self._groups.is_main:
+            for path in self.directory.glob("*.jsonl"):
+                if (match := _OF_STEP.fullmatch(path.name)) and int(match[1]) < before_step:
+                    path.unlink()
+
+    def forget(self, purpose: str) -> None:
+        """Removes what was journalled for `purpose`, whose outcome is safe elsewhere."""
+        self.close()
+        if self._groups.is_main:
+            for path in self.directory.glob(f"{purpose}.replica_*.jsonl"):
+                path.unlink()
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
+
+
+def unit_key(
+    prompts: Sequence[Prompt], requests: Sequence[GenerationRequest], sampling: SamplingConfig, weight_version: int
+) -> str:
+    """Names a unit by everything that its graded rollouts depend on.
+
+    prompts: of each request. Weights are named by their version: within one run directory, which takes one
+    configuration and one data set only, a version is one set of weights (up to rounding, where the layout changed).
+    """
+    content = [
+        weight_version,
+        sampling.model_dump(mode="json"),
+        [
+            (prompt.id, prompt.question, prompt.gold_answer, request.prompt_ids, request.seed, request.max_new_tokens)
+            for prompt, request in zip(prompts, requests, strict=True)
+        ],
+    ]
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,118 @@
+"""A run that is killed again and again ends as the one that was not."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.lives import Life, content_of, journalled, trajectories_of
+from tests.tiny import metrics_of
+
+pytestmark = pytest.mark.end_to_end
+
+# Four units a step; everything that is journalled stays, so that a repetition would show.
+UNITS = ("rollout.batch_size=8", "run.keep_checkpoints=100", "objective.actor_freeze_steps=1")
+PROMPTS, PROMPTS_PER_STEP = 48, 8
+
+
+def live_with_kills(directory: Path, overrides: tuple[str, ...], kinds: list[str], seed: int) -> list[str]:
+    """Starts the same command until it ends by itself; kills it once for each kind. Returns the kills made."""
+    rng = random.Random(seed)
+    made = []
+    for kind in kinds:
+        life = Life(directory, *overrides)
+        if kind == "rollout":
+            # In the middle of a step's rollouts, or close behind them.
+            goal = len(journalled(directory)) + rng.randint(1, 7)
+            alive = life.wait_until(lambda goal=goal: len(journalled(directory)) >= goal)
+        elif kind == "checkpoint":
+            left = partials(directory)
+            alive = life.wait_until(lambda left=left: bool(partials(directory) - left))
+        else:
+            alive = life.wait_until(lambda life=life: "step " in life.said())
+            time.sleep(rng.uniform(0, 2))
+        time.sleep(rng.uniform(0, 0.1))
+        if life.is_over or not alive:
+            assert life.wait() == 0, life.said()
+            break
+        life.kill(with_children=rng.random() < 0.5)
+        made.append(kind)
+    last = Life(directory, *overrides)
+    assert last.wait() == 0, last.said()
+    return made
+
+
+def partials(directory: Path) -> set[Path]:
+    """Checkpoints that are being written, or never were finished."""
+    return set((directory / "checkpoints").glob("step_*.partial-*"))
+
+
+def assert_same_run(killed: Path, whole: Path, num_steps: int) -> None:
+    assert metrics_of(killed) == metrics_of(whole)
+    trajectories = trajectories_of(killed)
+    assert trajectories == trajectories_of(whole)
+    assert (killed / "checkpoints/best.json").read_text() == (whole / "checkpoints/best.json").read_text()
+    mine, expected = (content_of(d / "checkpoints" / f"step_{num_steps:06d}") for d in (killed, whole))
+    for part in ("/policy.", "/reward_model.", "exp_avg_sq.policy.", "exp_avg.reward_", "/common/stream/offset"):
+        assert any(part in name for name in expected), (part, sorted(expected))
+    assert mine.keys() == expected.keys()
+    assert [name for name in expected if mine[name] != expected[name]] == []
+    # No prompt twice or never: every epoch of the stream has each of them once.
+    steps = [trajectories[f"step_{step:06d}.jsonl"] for step in range(num_steps)]
+    epoch = PROMPTS // PROMPTS_PER_STEP
+    for start in range(0, num_steps - epoch + 1, epoch):
+        ids = [id for step in steps[start : start + epoch] for id in {r["prompt"]["id"] for r in step}]
+        assert len(ids) == len(set(ids)) == PROMPTS
+    units = journalled(killed)
+    assert len(units) == len(set(units)), "a journalled unit was generated again"
+
+
+def check(warm, kinds: list[str], num_steps: int, seed: int, *overrides: str) -> None:
+    overrides = (*UNITS, f"run.num_steps={num_steps}", *overrides)
+    whole, killed = warm("whole"), warm("killed")
+    uninterrupted = Life(whole, *overrides)
+    made = live_with_kills(killed, overrides, kinds, seed)
+    assert uninterrupted.wait() == 0, uninterrupted.said()
+    assert made == kinds, f"the run was over after {made}"
+    assert_same_run(killed, whole, num_steps)
+
+
+def test_three_kills_change_nothing(warm, single_process):
+    check(warm, ["rollout", "checkpoint", "any"], 8, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("mode", ["true", "false"], ids=["async", "sync"])
+def test_twenty_kills_change_nothing(warm, single_process, mode):
+    kinds = random.Random(1).choices(["rollout", "checkpoint", "any"], k=20)
+    check(warm, kinds, 90, 1, "run.checkpoint_every=3", f"run.async_checkpoints={mode}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_saves_and_stops_within_a_step_and_loses_nothing(warm, finished, single_process, number):
+    directory = warm()
+    overrides = ("rollout.batch_size=8", "run.checkpoint_every=0", "evaluation.every=0", "run.num_steps=6")
+    life = Life(directory, *overrides)
+    goal = 9  # in the third step's rollouts, without a checkpoint so far
+    assert life.wait_until(lambda: sum(1 for _ in steps_of(directory)) >= goal)
+    life.signal(number)
+    assert life.wait() == 75, life.said()
+    assert f"{number.name}: stopping" in life.said() and "stopped after 2 steps: checkpoint step_000002" in life.said()
+    assert [r["step"] for r in metrics_of(directory) if r["kind"] == "step"] == [0, 1]
+    again = Life(directory, *overrides)
+    assert again.wait() == 0 and "resumed from checkpoint step_000002" in again.said()
+    whole = warm("whole")
+    assert Life(whole, *overrides).wait() == 0
+    assert metrics_of(directory) == metrics_of(whole)
+    mine, expected = (content_of(d / "checkpoints/step_000006") for d in (directory, whole))
+    assert [name for name in expected if mine[name] != expected[name]] == []
+
+
+def steps_of(directory: Path) -> list[str]:
+    """Journalled units of training steps."""
+    return [line for path in (directory / "journal").glob("step_*.jsonl") for line in path.read_text().split("\n")[:-1]]

@@ -1,0 +1,154 @@
+"""The journal: what is on the disk is reused, what is not is generated, and never another unit's rollouts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from oreal_megatron.config import SamplingConfig
+from oreal_megatron.records import FinishReason, Grade, Prompt, Verdict
+from oreal_megatron.rollout.engine import Completion
+from oreal_megatron.rollout.journal import RolloutJournal
+from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
+from oreal_megatron.stopping import Stopped, StopRequest
+
+SAMPLING = SamplingConfig(temperature=1.0, top_p=0.9, max_new_tokens=4)
+PROMPTS = [Prompt(id=str(i), question=f"{i}?", gold_answer=str(i)) for i in range(5)]
+
+
+class Renderer:
+    def token_ids(self, prompt):
+        return (1, int(prompt.id))
+
+    def response_text(self, token_ids):
+        return " ".join(map(str, token_ids))
+
+
+class Engine:
+    """Three requests a unit; counts what it is asked for."""
+
+    def __init__(self, fails_after=None):
+        self.weight_version = 0
+        self.generated = 0
+        self.fails_after = fails_after
+
+    def units(self, requests):
+        return [list(range(len(requests)))[start : start + 3] for start in range(0, len(requests), 3)]
+
+    def generate(self, units, sampling):
+        for index, requests in enumerate(units):
+            if self.generated == self.fails_after:
+                raise KeyboardInterrupt
+            self.generated += 1
+            yield (
+                index,
+                [
+                    Completion(
+                        token_ids=(r.seed % 97, self.weight_version),
+                        logprobs=(-0.1, -1 / 3),
+                        finish_reason=FinishReason.STOP,
+                        weight_version=self.weight_version,
+                    )
+                    for r in requests
+                ],
+            )
+
+
+def grade(requests):
+    return [Grade(verdict=Verdict.CORRECT, reason="", stage="rules") for _ in requests]
+
+
+@pytest.fixture
+def run(tmp_path, single_process):
+    """Samples 2 x 5 rollouts (4 units) with an engine, in a new process' journal of the same directory."""
+
+    def sample(engine, prompts=PROMPTS, stop=None, purpose="step_000003"):
+        journal = RolloutJournal(tmp_path / "journal", single_process)
+        sampler = Sampler(
+            engine, Renderer(), grade, journal, single_process, stop or StopRequest(), max_sequence_length=64
+        )
+        try:
+            return sampler.sample(
+                prompts, purpose=purpose, num_samples=2, sampling=SAMPLING, seed_of=rollout_seeds(0, "train", 3)
+            )
+        finally:
+            journal.close()
+
+    return sample
+
+
+def test_only_what_is_missing_is_generated_and_the_rollouts_are_the_same(run, tmp_path):
+    whole = run(Engine(), purpose="step_000009")
+    killed = Engine(fails_after=3)
+    with pytest.raises(KeyboardInterrupt):
+        run(killed)
+    again = Engine()
+    assert run(again) == whole
+    assert (killed.generated, again.generated) == (3, 1)
+    assert run(Engine(fails_after=0)) == whole
+
+
+def test_a_half_written_line_is_generated_again_and_cut_off(run, tmp_path):
+    whole = run(Engine())
+    path = tmp_path / "journal" / "step_000003.replica_0.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content[:-40])
+    again = Engine()
+    assert run(again) == whole and again.generated == 1
+    assert path.read_bytes() == content
+
+
+def test_a_damaged_line_is_generated_again(run, tmp_path):
+    whole = run(Engine())
+    path = tmp_path / "journal" / "step_000003.replica_0.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([lines[0], b"\0" * 50, *lines[2:]]))
+    again = Engine()
+    assert run(again) == whole and again.generated == 1
+
+
+def test_other_weights_or_prompts_never_reuse(run):
+    run(Engine())
+    newer = Engine()
+    newer.weight_version = 1
+    assert run(newer)[0][0].rollout.weight_version == 1 and newer.generated == 4
+    changed = Engine()
+    run(changed, [replace(PROMPTS[0], gold_answer="7"), *PROMPTS[1:]])
+    assert changed.generated == 1  # the unit with that prompt
+
+
+def test_a_stop_keeps_what_is_finished(run):
+    stop, engine = StopRequest(), Engine()
+
+    class Signalled(Engine):
+        def generate(self, units, sampling):
+            for item in engine.generate(units, sampling):
+                yield item
+                stop.signal = "SIGUSR1" if engine.generated == 2 else None
+
+    with pytest.raises(Stopped):
+        run(Signalled(), stop=stop)
+    again = Engine()
+    run(again)
+    assert again.generated == 4 - engine.generated < 4
+
+
+def test_logprobs_come_back_to_the_last_bit(run):
+    first = run(Engine())[0][0].rollout.logprobs
+    assert run(Engine(fails_after=0))[0][0].rollout.logprobs == first == (-0.1, -1 / 3)
+
+
+def test_earlier_steps_are_dropped(run, tmp_path, single_process):
+    for step in (3, 4, 5):
+        run(Engine(), purpose=f"step_{step:06d}")
+    run(Engine(), purpose="evaluation_000004")
+    run(Engine(), purpose="pass_rates_000000")
+    journal = RolloutJournal(tmp_path / "journal", single_process)
+    journal.drop(before_step=5)
+    names = {path.name for path in (tmp_path / "journal").iterdir()}
+    assert names == {"step_000005.replica_0.jsonl", "pass_rates_000000.replica_0.jsonl"}
+    journal.forget("pass_rates_*")
+    assert [json.loads(line)["unit"] for p in (tmp_path / "journal").iterdir() for line in p.open()]
+    assert {path.name for path in (tmp_path / "journal").iterdir()} == {"step_000005.replica_0.jsonl"}
