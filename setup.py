@@ -25,7 +25,7 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["oreal_megatron", "oreal_megatron.*"]),
     package_data={"oreal_megatron": ["templates/*.html", "py.typed"]},
-    data_files=conf_files(),
+    data_files=[*conf_files(), ("share/oreal_megatron/slurm", ["slurm/train.sbatch", "slurm/rank.sh"])],
     install_requires=[
         "torch>=2.13,<2.14",
         "megatron-core>=0.16.1,<0.17",
@@ -70,6 +70,7 @@ setup(
             "oreal-report = oreal_megatron.cli:report",
             "oreal-plan = oreal_megatron.launch.command:plan",
             "oreal-submit = oreal_megatron.launch.command:submit",
+            "oreal-doctor = oreal_megatron.launch.command:doctor",
             "oreal-verify = oreal_megatron.verifier.cli:main",
         ]
     },

@@ -6,14 +6,20 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from oreal_megatron.composition import composed, resolved, with_placeholders
-from oreal_megatron.config import ConfigError, GeometryConfig, TrainConfig, parse_config
-from oreal_megatron.launch.dry_run import is_dry_run, shrunk
+from oreal_megatron.composition import SITE, composed, missing_keys, resolved, with_placeholders
+from oreal_megatron.config import ConfigError, GeometryConfig, TrainConfig, Violation, parse_config
+from oreal_megatron.files import write_atomically
+from oreal_megatron.launch.cluster import ClusterConfig, parse_cluster, site_violations
+from oreal_megatron.launch.doctor import examine
+from oreal_megatron.launch.dry_run import is_dry_run, layout_mapping, shrunk
 from oreal_megatron.launch.planner import Plan, first_change, make_plan, search
 from oreal_megatron.launch.show import show_plan, show_search
+from oreal_megatron.launch.submit import allocation, rendered, submitted, tested
 from oreal_megatron.launch.timing import Measured, read_measured
 
 
@@ -109,6 +115,104 @@ def _geometry(config: TrainConfig) -> GeometryConfig:
 
         geometry = geometry.model_copy(update={"vocab_size": len(load_tokenizer(config.model.tokenizer))})
     return geometry
+
+
+def submit() -> None:
+    """`oreal-submit`: plans, renders, shows, submits."""
+    parser = argparse.ArgumentParser(
+        prog="oreal-submit",
+        description="Submits a run to SLURM: plans it first and refuses what cannot fit, writes the batch script into "
+        "run.dir, shows it, submits it, and says how to follow it.",
+        epilog="example: oreal-submit experiment=oreal_32b cluster=mine --test-only",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for oreal-train")
+    parser.add_argument("--nodes", type=int, help="spread the trainer over so many nodes; default: as few as hold it")
+    parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each after the one before it")
+    parser.add_argument("--test-only", action="store_true", help="ask SLURM when it would start, and submit nothing")
+    parser.add_argument("--force", action="store_true", help="submit what the planner says cannot fit")
+    arguments = parser.parse_args()
+    console = Console(highlight=False, soft_wrap=True)
+    _reporting(lambda: _submit(console, arguments))
+
+
+def _submit(console: Console, arguments: argparse.Namespace) -> int:
+    raw = composed(arguments.overrides)
+    if is_dry_run(raw):
+        for key, (whole, small) in layout_mapping(raw).items():
+            console.print(f"dry run: {key} {whole} becomes {small}")
+        raw = shrunk(raw)
+    config, cluster = site_and_run(raw)
+    nodes = allocation(config, num_devices(config, None), arguments.nodes)
+    violations = list(site_violations(cluster, config, num_nodes=nodes.num_nodes))
+    if violations:
+        raise ConfigError(violations)
+    replan = planner_of(config)
+    with console.status("planning"):
+        planned = replan(config)
+    show_plan(console, planned)
+    status = suggest(console, planned, replan)
+    if status and not arguments.force:
+        console.print("not submitted (--force submits it all the same)")
+        return status
+    directory = Path(config.run.dir).resolve() / "slurm"
+    script = directory / "job.sbatch"
+    overrides = [*arguments.overrides, f"run.dir={Path(config.run.dir).resolve()}"]
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(script, rendered(config, cluster, nodes, overrides, script))
+    console.print(f"\n[bold]{script}[/]")
+    console.print(script.read_text(), markup=False)
+    console.print(tested(script))
+    if arguments.test_only:
+        return 0
+    job = None
+    for _ in range(arguments.chain):
+        job = submitted(script, after=job)
+        console.print(f"[bold]submitted job {job}[/]")
+    console.print(
+        f"follow it:  tail -F {directory}/job-{job}.log {directory}/logs-{job}/trainer_rank_0.log\n"
+        f"stop it:    scancel --batch --signal=TERM {job}   (saves and queues again)   scancel {job}   (ends it)"
+    )
+    return 0
+
+
+def site_and_run(raw: DictConfig) -> tuple[TrainConfig, ClusterConfig]:
+    """Raises ConfigError with everything that is missing or wrong in both."""
+    plain: Any = OmegaConf.to_container(raw, resolve=False)
+    missing = {*missing_keys(plain), *(f"{SITE}.{k}" for k, v in plain[SITE].items() if v == "???")}
+    if missing:
+        raise ConfigError([Violation(key, "???", "must be given: in conf/cluster, or here") for key in sorted(missing)])
+    violations, parsed = [], []
+    for parse, part in ((parse_config, resolved(raw)), (parse_cluster, OmegaConf.to_container(raw[SITE], resolve=True))):
+        try:
+            parsed.append(parse(part))  # type: ignore[operator]
+        except ConfigError as error:
+            violations += error.violations
+    if violations:
+        raise ConfigError(violations)
+    return parsed[0], parsed[1]
+
+
+def doctor() -> None:
+    """`oreal-doctor`: exit status 1 where something that the experiment needs is missing."""
+    parser = argparse.ArgumentParser(
+        prog="oreal-doctor",
+        description="Says what this machine has and what an experiment lacks on it, with the command that mends it.",
+        epilog="example: srun --gpus-per-node=8 oreal-doctor experiment=oreal_32b",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for oreal-train")
+    arguments = parser.parse_args()
+    console = Console(highlight=False, soft_wrap=True)
+    _reporting(lambda: _doctor(console, arguments))
+
+
+def _doctor(console: Console, arguments: argparse.Namespace) -> int:
+    config = planned_config(arguments.overrides, console)
+    with console.status("looking"):
+        findings = examine(config)
+    for finding in findings:
+        mark = "[red]missing[/]" if finding.is_problem else "[green]there[/]  " if finding.found else "absent "
+        console.print(f"{mark}  {finding.name:20} {finding.found or finding.remedy}")
+    return int(any(finding.is_problem for finding in findings))
 
 
 def _reporting(run: Callable[[], int]) -> None:
