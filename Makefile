@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup demo test test-fast test-slow lint bench bench-verifier bench-objectives clean
+.PHONY: help setup demo test test-fast test-slow lint slurm-deps bench bench-memory bench-verifier bench-objectives clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -24,6 +24,10 @@ $(READY): setup.py requirements/cpu.txt
 
 demo: setup ## OREAL on arithmetic: warm start, 50 steps, three evaluations, report.html
 	$(BIN)/oreal-train experiment=arithmetic
+
+slurm-deps: ## the SLURM daemons and shellcheck that tests/slurm needs (Debian, as root)
+	apt-get update --quiet
+	apt-get install --yes --quiet --no-install-recommends slurmctld slurmd slurm-client munge shellcheck
 
 lint: setup ## ruff, import contracts, types
 	$(BIN)/ruff check .
@@ -43,6 +47,9 @@ test-slow: setup ## the long proofs
 bench: setup ## generation against transformers, a training step against bare Megatron-Core
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.training_step
+
+bench-memory: setup ## the planner's memory against measured peaks in eleven layouts
+	$(BIN)/python -m benchmarks.memory
 
 bench-verifier: setup ## the verifier beside math-verify on the labelled cases, and its throughput
 	$(BIN)/python -m benchmarks.verifier

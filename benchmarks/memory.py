@@ -85,8 +85,7 @@ def measure(name: str) -> dict[str, float]:
         [sys.executable, *command, "-m", "benchmarks.memory", "--rank", name],
         capture_output=True,
         text=True,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
     )
     lines = [line.split("MEASURED ", 1)[1] for line in outcome.stdout.splitlines() if "MEASURED " in line]
     if len(lines) != processes:

@@ -81,7 +81,9 @@ def check_startable(config: TrainConfig, num_processes: int) -> None:
     """Raises ConfigError where the configuration is for another number of processes, or for what is not built."""
     violations = []
     if config.rollout.backend == "sglang":
-        remedy = "the trainer cannot start SGLang servers yet: rollout=embedded, or run.dry_run=true; oreal-plan plans it"
+        remedy = (
+            "the trainer cannot start SGLang servers yet: rollout=embedded, or run.dry_run=true; oreal-plan plans it"
+        )
         violations.append(Violation("rollout.backend", "sglang", remedy))
     wanted = config.resources.trainer_devices
     if wanted is not None and wanted != num_processes:
@@ -104,7 +106,14 @@ def geometry_of_run(model: ModelConfig) -> GeometryConfig:
     found = geometry_of(Path(model.path))
     if (expected := model.geometry) is not None:
         # Sizes are what plans are made of; the numerics (rotary base, epsilon) are the directory's own.
-        sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
+        sizes = (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "vocab_size",
+        )
         violations = [
             Violation(f"model.geometry.{name}", getattr(expected, name), f"{model.path} has {getattr(found, name)}")
             for name in sizes

@@ -51,9 +51,7 @@ def composed(overrides: Sequence[str]) -> DictConfig:
 def validated(config: DictConfig) -> TrainConfig:
     """Raises ConfigError with all violations at once."""
     raw: Any = OmegaConf.to_container(config, resolve=False)
-    violations = [
-        Violation(key, "???", "must be given on the command line or in a file") for key in missing_keys(raw)
-    ]
+    violations = [Violation(key, "???", "must be given on the command line or in a file") for key in missing_keys(raw)]
     if violations:
         raise ConfigError(violations)
     return parse_config(resolved(config))

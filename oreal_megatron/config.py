@@ -505,7 +505,9 @@ def _check(*reads: str) -> Callable[[Callable[..., Iterator[Violation]]], Callab
 @_check("model")
 def _check_model(model: ModelConfig) -> Iterator[Violation]:
     if model.path is None and model.geometry is None:
-        yield Violation("model.path", None, "give model.path (a Hugging Face directory), or model.geometry to start anew")
+        yield Violation(
+            "model.path", None, "give model.path (a Hugging Face directory), or model.geometry to start anew"
+        )
     if (g := model.geometry) is None:
         return
     if g.head_dim is None and g.hidden_size % g.num_attention_heads:

@@ -66,9 +66,7 @@ def parse_cluster(raw: Mapping[str, Any]) -> ClusterConfig:
             [Violation("cluster", "none", "choose a site: cluster=NAME of conf/cluster (conf/cluster/slurm.yaml)")]
         )
     try:
-        return ClusterConfig.model_validate(
-            {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-        )
+        return ClusterConfig.model_validate({k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
     except ValidationError as error:
         raise ConfigError(
             [

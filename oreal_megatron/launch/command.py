@@ -182,7 +182,10 @@ def site_and_run(raw: DictConfig) -> tuple[TrainConfig, ClusterConfig]:
     if missing:
         raise ConfigError([Violation(key, "???", "must be given: in conf/cluster, or here") for key in sorted(missing)])
     violations, parsed = [], []
-    for parse, part in ((parse_config, resolved(raw)), (parse_cluster, OmegaConf.to_container(raw[SITE], resolve=True))):
+    for parse, part in (
+        (parse_config, resolved(raw)),
+        (parse_cluster, OmegaConf.to_container(raw[SITE], resolve=True)),
+    ):
         try:
             parsed.append(parse(part))  # type: ignore[operator]
         except ConfigError as error:

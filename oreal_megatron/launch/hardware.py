@@ -59,12 +59,10 @@ FULL = 0.92
 
 
 def device_named(name: str, *, sharing: int) -> Device:
-    """The device of `resources.device`; of a CPU, each of `sharing` processes has its share of this machine's memory."""
+    """The device of `resources.device`; of a CPU, each of `sharing` processes has its share of the memory."""
     if name in _ACCELERATORS:
         return _ACCELERATORS[name]
-    return Device(
-        name="CPU", memory=_machine_memory() // sharing, flops=None, bandwidth=None, link=None, overhead=0
-    )
+    return Device(name="CPU", memory=_machine_memory() // sharing, flops=None, bandwidth=None, link=None, overhead=0)
 
 
 def _machine_memory() -> int:

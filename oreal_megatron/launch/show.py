@@ -59,9 +59,7 @@ def _show_layout(console: Console, plan: Plan) -> None:
     counts = ", ".join(
         f"stage {f.stage}: {f.num_layers} layers, {f.policy_parameters / 1e6:,.1f}M" for f in plan.footprints
     )
-    console.print(
-        f"  model     {num_parameters(sizes.geometry) / 1e9:.2f}B parameters; of a rank, counted on the modules: {counts}"
-    )
+    console.print(f"  model     {num_parameters(sizes.geometry) / 1e9:.2f}B parameters; a rank's, counted: {counts}")
     in_flight = ", ".join(f"{micro_batches_in_flight(sizes, f.stage):g}" for f in plan.footprints)
     console.print(f"  in flight {in_flight} micro-batches")
 

@@ -8,6 +8,7 @@ in, which keep no less.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,7 +50,8 @@ class FootprintMeter:
         Raises:
             ValueError: Megatron-Core refuses the layout.
         """
-        model = self.model.model_copy(update={"implementation": "local"})
+        # Neither the place of the weights nor the kernels make a difference here: equal questions are asked once.
+        model = self.model.model_copy(update={"implementation": "local", "path": None, "tokenizer": ""})
         layout_ends = {0, layout.pipeline - 1}
         measured: dict[int, RankFootprint] = {}
         with device_seam():
@@ -61,6 +63,7 @@ class FootprintMeter:
         return [measured[s if s in layout_ends else 1] for s in range(layout.pipeline)]
 
 
+@functools.cache
 def _stage(
     geometry: GeometryConfig, model: ModelConfig, layout: ParallelConfig, stage: int, row_tokens: int
 ) -> RankFootprint:
@@ -113,9 +116,7 @@ def _gathered_keys_and_values(
 def _build(cls: type[GPTModel], geometry: GeometryConfig, model: ModelConfig, groups: ParallelGroups) -> Any:
     tied = geometry.tied_embeddings and cls is Policy
     assert geometry.vocab_size is not None
-    return build_gpt(
-        cls, geometry, model, groups, vocab_size=geometry.vocab_size, seed=None, tied_embeddings=tied
-    )
+    return build_gpt(cls, geometry, model, groups, vocab_size=geometry.vocab_size, seed=None, tied_embeddings=tied)
 
 
 def _count(module: torch.nn.Module) -> int:
@@ -193,7 +194,9 @@ class StorageCounter(TorchDispatchMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         # What an operation only looks at in another way, a weight's transpose, was there before.
-        given = {StorageWeakRef(t.untyped_storage()).cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {
+            StorageWeakRef(t.untyped_storage()).cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
+        }
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
@@ -208,4 +211,3 @@ class StorageCounter(TorchDispatchMode):
 def counted_storages() -> Iterator[StorageCounter]:
     with StorageCounter() as counter:
         yield counter
-

@@ -101,7 +101,9 @@ def test_a_signal_before_the_limit_saves_and_queues_again(slurm, site, submit, t
 def test_a_preempted_job_saves_and_comes_back(slurm, site, submit, tmp_path):
     job = submit(site(TRAINER_THAT_SAVES.format(directory=tmp_path)))
     slurm.until(lambda: (tmp_path / f"logs-{job}" / "trainer_rank_0.log").exists())
-    urgent = slurm("sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    urgent = slurm(
+        "sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"
+    )
     assert slurm.ended(job)["JobState"] == "COMPLETED"
     assert slurm.job(urgent)["JobState"] == "COMPLETED"
     assert "TERM: the trainer is asked to save" in log(tmp_path, job)
