@@ -44,9 +44,10 @@ test-fast: setup ## unit tests only
 test-slow: setup ## the long proofs
 	$(BIN)/pytest -m 'slow and not gpu'
 
-bench: setup ## generation against transformers, a training step against bare Megatron-Core
+bench: setup ## generation and a training step against their peers, the stall of a checkpoint
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.training_step
+	$(BIN)/python -m benchmarks.checkpoint_stall
 
 bench-memory: setup ## the planner's memory against measured peaks in eleven layouts
 	$(BIN)/python -m benchmarks.memory

@@ -1,19 +1,25 @@
-"""The policy's update against bare Megatron-Core on the same packed tokens.
+"""A training step of the three models against bare Megatron-Core on the same packed micro-batches.
 
-Bare: the same layers in a plain GPTModel with its stock cross-entropy, Megatron-Core's schedule and optimizer.
-Ours adds the chunked log-probabilities, entropy, the objective's terms, checks and metrics.
+Bare: Megatron-Core's schedule and optimizer called directly: forward of a reference, forward, backward and update of
+a policy with the stock cross-entropy, and of a reward model with a sum of its scores. Ours is the whole OREAL step:
+chunked log-probabilities, entropy, both losses, token weights, checks and metrics.
 
-    python -m benchmarks.training_step [--pairs 7]
+    python -m benchmarks.training_step                                        one process
+    torchrun --standalone --nproc-per-node 4 -m benchmarks.training_step --tensor 2 --pipeline 2
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
 
 from benchmarks.pairs import compare
 from oreal_megatron import updates
@@ -26,15 +32,25 @@ from oreal_megatron.config import (
     ParallelConfig,
     parse_config,
 )
-from oreal_megatron.data.packing import IGNORE, PackedSequence, TokenBatch, micro_batches
+from oreal_megatron.data.packing import IGNORE, PackedSequence, Packer, TokenBatch
 from oreal_megatron.models.architecture import build_gpt
 from oreal_megatron.models.optimizer import TrainedModel
 from oreal_megatron.models.policy import Policy
+from oreal_megatron.models.token_reward import TokenRewardModel
 from oreal_megatron.objective.terms import TokenCounts
 from oreal_megatron.parallel.device import device_seam
 from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
 
 VOCABULARY = 4096
+GEOMETRY = GeometryConfig(num_layers=6, hidden_size=256, ffn_hidden_size=704, num_attention_heads=8, num_query_groups=2)
+MODEL = ModelConfig(
+    path=None,
+    geometry=GEOMETRY,
+    tokenizer="arithmetic",
+    implementation="local",
+    dtype="float32",
+    max_sequence_length=1024,
+)
 ADAMW = AdamWConfig(
     lr=1e-5,
     min_lr=1e-6,
@@ -50,29 +66,78 @@ ADAMW = AdamWConfig(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--tensor", type=int, default=1)
+    parser.add_argument("--pipeline", type=int, default=1)
+    parser.add_argument("--sequences", type=int, default=24)
     arguments = parser.parse_args()
-    parallel = ParallelConfig(tensor=1, pipeline=1, micro_batch_tokens=2048)
-    with device_seam(), parallel_groups(parallel, seed=0) as groups:
-        batches = token_batches(parallel.micro_batch_tokens)
-        objective = oreal_objective()
-        policy, bare = trained(Policy, groups), trained(GPTModel, groups)
-        counts = TokenCounts(*(sum(int((b.per_token(b.correct) == c).sum()) for b in batches) for c in (True, False)))
+    layout = ParallelConfig(tensor=arguments.tensor, pipeline=arguments.pipeline, micro_batch_tokens=2048)
+    with device_seam(), parallel_groups(layout, seed=0) as groups:
+        chosen = sequences(arguments.sequences)
+        batches = Packer.of_layout(groups, GEOMETRY, VOCABULARY).batches(chosen)
+        ours, bare = oreal_step(batches, chosen, groups), bare_step(batches, chosen, groups)
+        mine, peer, ratio = compare(ours, bare, pairs=arguments.pairs)
+        if groups.is_main:
+            tokens = sum(sequence.num_tokens for sequence in chosen)
+            print(f"TP{layout.tensor} x PP{layout.pipeline}: {tokens} tokens in {len(batches)} micro-batches")
+            print(f"OREAL step     {mine:.3f} s\nbare Megatron  {peer:.3f} s")
+            print(f"ours takes {ratio:.2f} x the time of bare Megatron-Core ({arguments.pairs} pairs; aim: 1.10)")
 
-        def plain_update() -> None:
-            def cross_entropy(output: torch.Tensor, batch: TokenBatch) -> tuple[torch.Tensor, None]:
-                return (output[0] * (batch.labels[0] != IGNORE)).sum() / counts.all, None
 
-            bare.forward_backward([replace(b, labels=b.labels.clamp(min=0)) for b in batches], cross_entropy)
-            bare.schedule.step(1)
-            bare.optimizer.step()
+def oreal_step(batches: list[TokenBatch], chosen: list[PackedSequence], groups: ParallelGroups) -> Callable[[], None]:
+    objective = oreal_objective()
+    policy, reward_model = trained(Policy, groups), trained(TokenRewardModel, groups)
+    reference = built(Policy, groups)
+    counts = TokenCounts(*(sum(len(s.response_ids) for s in chosen if s.correct is c) for c in (True, False)))
 
-        ours, peer, ratio = compare(
-            lambda: updates.update_policy(policy, batches, objective, counts), plain_update, pairs=arguments.pairs
+    def step() -> None:
+        scored = updates.with_reference(reference, batches, groups)
+        scores, _ = updates.update_reward_model(reward_model, scored, objective, num_sequences=len(chosen))
+        updates.update_policy(policy, updates.with_token_weights(scored, scores, objective), objective, counts)
+
+    return step
+
+
+def bare_step(batches: list[TokenBatch], chosen: list[PackedSequence], groups: ParallelGroups) -> Callable[[], None]:
+    policy, reward_model = trained(GPTModel, groups), trained(TokenRewardModel, groups)
+    reference = built(GPTModel, groups)
+    # The stock loss has no ignored labels, and takes them all: of every token, as ours for the response's only.
+    labelled = [replace(batch, labels=batch.labels.clamp(min=0)) for batch in batches]
+    masks = {id(batch): old.labels[0] != IGNORE for batch, old in zip(labelled, batches, strict=True)}
+    num_tokens = sum(len(sequence.response_ids) for sequence in chosen)
+
+    def run(model: Any, loss: Callable[[Tensor, Tensor], Tensor], *, forward_only: bool) -> None:
+        def forward_step(rows: Iterator[TokenBatch], model: Any) -> Any:
+            batch = next(rows)
+            bounds, longest = batch.cu_seqlens, batch.max_seqlen
+            packed = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+            output = model(batch.tokens, batch.positions, None, labels=batch.labels, packed_seq_params=packed)
+            one = torch.ones((), dtype=torch.int)
+            return output, lambda output: (loss(output, masks[id(batch)]) / num_tokens, one, None)
+
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(labelled),
+            model=model,
+            num_microbatches=len(labelled),
+            seq_length=labelled[0].tokens.size(1),
+            micro_batch_size=1,
+            forward_only=forward_only,
         )
-    tokens = sum(batch.tokens.size(1) for batch in batches)
-    print(f"{tokens} tokens in {len(batches)} micro-batches, {counts.all} of them response tokens")
-    print(f"policy update  {ours:.3f} s\nbare Megatron  {peer:.3f} s")
-    print(f"ours takes {ratio:.2f} x the time of bare Megatron-Core (median of {arguments.pairs} pairs; aim: 1.10)")
+
+    def step() -> None:
+        with torch.no_grad():
+            run(reference, lambda output, mask: output.sum(), forward_only=True)
+        for model, loss in (
+            (reward_model, lambda output, mask: (output[0, :, 0] * mask).sum()),
+            (policy, lambda output, mask: (output[0] * mask).sum()),
+        ):
+            model.chunks[0].zero_grad_buffer()
+            model.optimizer.zero_grad()
+            run(model.chunks[0], loss, forward_only=False)
+            model.schedule.step(1)
+            model.optimizer.step()
+
+    return step
 
 
 def oreal_objective() -> ObjectiveConfig:
@@ -84,30 +149,22 @@ def oreal_objective() -> ObjectiveConfig:
     return parse_config(raw).objective
 
 
+def built(cls: type[GPTModel], groups: ParallelGroups) -> Any:
+    return build_gpt(cls, GEOMETRY, MODEL, groups, vocab_size=VOCABULARY, seed=0, tied_embeddings=False)
+
+
 def trained(cls: type[GPTModel], groups: ParallelGroups) -> TrainedModel:
-    geometry = GeometryConfig(
-        num_layers=6, hidden_size=256, ffn_hidden_size=704, num_attention_heads=8, num_query_groups=2
-    )
-    model = ModelConfig(
-        path=None,
-        geometry=geometry,
-        tokenizer="arithmetic",
-        implementation="local",
-        dtype="float32",
-        max_sequence_length=1024,
-    )
-    module = build_gpt(cls, geometry, model, groups, vocab_size=VOCABULARY, seed=0, tied_embeddings=False)
-    return TrainedModel(module, ADAMW, groups, num_updates=1000)
+    return TrainedModel(built(cls, groups), ADAMW, groups, num_updates=1000)
 
 
-def token_batches(token_budget: int) -> list[TokenBatch]:
-    """24 sequences of 64 to 512 tokens, an eighth of each its prompt."""
+def sequences(count: int) -> list[PackedSequence]:
+    """From 64 to 512 tokens, an eighth of each its prompt."""
     generator = torch.Generator().manual_seed(0)
-    sequences = []
-    for index in range(24):
-        ids = torch.randint(0, VOCABULARY, (64 + 448 * index // 23,), generator=generator).tolist()
+    made = []
+    for index in range(count):
+        ids = torch.randint(0, VOCABULARY, (64 + 448 * index // (count - 1),), generator=generator).tolist()
         split = len(ids) // 8
-        sequences.append(
+        made.append(
             PackedSequence(
                 id=str(index),
                 prompt_ids=tuple(ids[:split]),
@@ -117,10 +174,7 @@ def token_batches(token_budget: int) -> list[TokenBatch]:
                 rollout_logprobs=(-8.0,) * (len(ids) - split),
             )
         )
-    return [
-        replace(b, reference_logprobs=b.rollout_logprobs, token_weights=torch.ones_like(b.rollout_logprobs))
-        for b in micro_batches(sequences, token_budget, torch.device("cpu"))
-    ]
+    return made
 
 
 if __name__ == "__main__":

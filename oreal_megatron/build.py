@@ -39,6 +39,7 @@ from oreal_megatron.models.chunks import ModelChunks, chunks_of
 from oreal_megatron.models.decoding import CachedDecoder
 from oreal_megatron.models.optimizer import TrainedModel
 from oreal_megatron.models.policy import Policy
+from oreal_megatron.models.residence import FrozenModel
 from oreal_megatron.models.token_reward import TokenRewardModel
 from oreal_megatron.parallel.device import device, device_seam
 from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
@@ -202,7 +203,7 @@ class _Builder:
             sampler=sampler,
             engine=engine,
             policy=self._trained(policy, config.optimizer.policy, less=frozen if from_first_update else 0),
-            reference=self._initial_policy(),
+            reference=FrozenModel(self._initial_policy(), offload=config.parallel.offload),
             reward_model=self._reward_model() if config.objective.uses_reward_model else None,
             benchmarks=benchmarks,
             renderer=self.renderer,
@@ -326,10 +327,11 @@ class _Builder:
             raise ValueError(f"model.reward_model: there is no checkpoint directory {checkpoint}")
         try:
             wanted = weights_only("reward_model", module)
+            names = list(wanted)  # what else the checkpoint holds of plain values comes along, and stays out
             state = load_checkpoint(checkpoint, wanted, damages_of(checkpoint, self.groups))
         except ValueError as error:
             raise ValueError(f"model.reward_model: {error}") from error
-        module.load_state_dict(without_prefix("reward_model", state))
+        module.load_state_dict(without_prefix("reward_model", {name: state[name] for name in names}))
 
     def _with_pass_rates(self, prompts: list[Prompt], sampler: Sampler) -> list[Prompt]:
         """Prompts with the share of the initial policy's responses that are correct; kept in pass_rates.jsonl.

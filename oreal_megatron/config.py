@@ -415,6 +415,7 @@ def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
 
 # What may change when a run goes on in its directory: how far, how fast and how visibly, not what it computes.
 _MAY_CHANGE = (
+    "run.dir",  # a directory may move
     "run.num_steps",
     "run.checkpoint_every",
     "run.keep_checkpoints",

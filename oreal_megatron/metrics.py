@@ -115,7 +115,9 @@ class Tracker:
     def step(self, report: StepReport) -> str:
         """Logs a step; returns its figures as one line."""
         self._write(report.to_json())
-        self._log({**report.metrics, **{f"seconds/{k}": v for k, v in report.seconds.items()}}, report.step)
+        seconds = {f"seconds/{phase}": value for phase, value in report.seconds.items()}
+        peaks = {f"peak_gib/{phase}": value for phase, value in report.peak_gib.items()}
+        self._log({**report.metrics, **seconds, **peaks}, report.step)
         if report.skipped:
             return f"updated nothing: {report.skipped}"
         parts = [

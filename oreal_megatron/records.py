@@ -147,7 +147,9 @@ class StepReport:
     metrics: Mapping[str, float] = field(default_factory=dict)
     """`section/name` -> value; sections: rollout, reward, loss, policy, reward_model, data."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall seconds by phase: generate, verify, score, train, publish, total."""
+    """Wall seconds by phase: generate, verify, score, reward_model, policy, publish, total."""
+    peak_gib: Mapping[str, float] = field(default_factory=dict)
+    """The peak of memory by phase, on the process that needed most: allocated on its GPU, or its resident set."""
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "step", **asdict(self)}

@@ -6,12 +6,10 @@ import contextlib
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from oreal_megatron import updates
 from oreal_megatron.checkpoint.state import load_trained, trained_state
@@ -23,9 +21,11 @@ from oreal_megatron.data.stream import PromptStream
 from oreal_megatron.evaluation.benchmarks import Benchmark, area_under_curve, evaluate
 from oreal_megatron.metrics import Tracker
 from oreal_megatron.models.optimizer import TrainedModel
+from oreal_megatron.models.residence import FrozenModel
 from oreal_megatron.objective.groups import Selection, select_trajectories
 from oreal_megatron.objective.terms import TokenCounts
 from oreal_megatron.parallel.groups import ParallelGroups
+from oreal_megatron.phases import Clock
 from oreal_megatron.records import (
     EvaluationReport,
     FinishReason,
@@ -73,7 +73,7 @@ class Run:
     sampler: Sampler
     engine: RolloutEngine
     policy: TrainedModel
-    reference: torch.nn.Module
+    reference: FrozenModel
     reward_model: TrainedModel | None
     benchmarks: Sequence[Benchmark]
     renderer: PromptRenderer
@@ -92,6 +92,9 @@ def train(run: Run) -> None:
     """
     config = run.config.run
     restore(run)
+    for model in (run.policy, run.reward_model, run.reference):
+        if model is not None:
+            model.park()
     run.tracker.start(run.progress.step, is_evaluated=run.progress.evaluated_step == run.progress.step)
     try:
         evaluate_and_save(run)
@@ -132,49 +135,56 @@ def train_step(run: Run) -> StepReport:
     if config.run.mode == "rollout" or not selection.trajectories:
         skipped = "rollouts only" if config.run.mode == "rollout" else why_unusable(selection)
         save_trajectories(run, graded, selection)
-        return StepReport(step=step, skipped=skipped, metrics=metrics, seconds=clock.read())
+        return StepReport(step=step, skipped=skipped, metrics=metrics, **costs(run, clock))
 
     frozen = run.progress.num_usable_steps < config.objective.actor_freeze_steps
     counts, batches = packed(run, selection.trajectories)
     try:
         if not frozen:
-            with clock("score"):
-                batches = updates.with_reference(run.reference, batches, run.groups)
-        with clock("train"):
-            scored = None
-            if run.reward_model is not None:
+            with clock("score"), run.reference.on_device():
+                batches = updates.with_reference(run.reference.module, batches, run.groups)
+        scored = None
+        if run.reward_model is not None:
+            with clock("reward_model"), run.reward_model.on_device():
                 scored, more = updates.update_reward_model(
                     run.reward_model, batches, config.objective, num_sequences=len(selection.trajectories)
                 )
-                metrics |= more | {"reward_model/auc": step_auc(run, scored)}
-            batches = updates.with_token_weights(batches, scored, config.objective)
-            if not frozen:
+            metrics |= more | {"reward_model/auc": step_auc(run, scored)}
+        batches = updates.with_token_weights(batches, scored, config.objective)
+        if not frozen:
+            with clock("policy"), run.policy.on_device():
                 metrics |= updates.update_policy(run.policy, batches, config.objective, counts)
-            elif config.objective.policy_schedule == "from_first_step":
-                run.policy.advance_schedule()
+        elif config.objective.policy_schedule == "from_first_step":
+            run.policy.advance_schedule()
     except updates.NonFiniteLossError as error:
         raise updates.NonFiniteLossError(f"step {step}: {error}") from error
     if not frozen:
         run.progress.weight_version += 1
-        with clock("publish"):
+        with clock("publish"), run.policy.on_device():
             run.engine.publish(run.progress.weight_version)
     run.progress.num_usable_steps += 1
     save_trajectories(run, graded, selection, batches)
-    return StepReport(step=step, metrics=metrics | {"policy/frozen": float(frozen)}, seconds=clock.read())
+    return StepReport(step=step, metrics=metrics | {"policy/frozen": float(frozen)}, **costs(run, clock))
+
+
+def costs(run: Run, clock: Clock) -> dict[str, Any]:
+    """A step's seconds and peaks of memory by phase."""
+    return {"seconds": clock.seconds(), "peak_gib": clock.peak_gib(run.groups)}
 
 
 def rolled_out(run: Run, clock: Clock) -> Groups:
     """The step's prompts, answered and graded; those in the journal are not answered again."""
     config, position = run.config, run.stream.state_dict()
     try:
-        return run.sampler.sample(
-            run.stream.draw(),
-            purpose=step_name(run.progress.step),
-            num_samples=config.rollout.samples_per_prompt,
-            sampling=config.rollout.sampling,
-            seed_of=rollout_seeds(config.run.seed, "train", run.progress.step),
-            clock=clock,
-        )
+        with run.policy.on_device():
+            return run.sampler.sample(
+                run.stream.draw(),
+                purpose=step_name(run.progress.step),
+                num_samples=config.rollout.samples_per_prompt,
+                sampling=config.rollout.sampling,
+                seed_of=rollout_seeds(config.run.seed, "train", run.progress.step),
+                clock=clock,
+            )
     except Stopped:
         # Nothing has been trained on these prompts: the checkpoint that follows draws them again.
         run.stream.load_state_dict(position)
@@ -242,13 +252,14 @@ def evaluation_generator(run: Run) -> Any:
     """(prompts, samples, sampling) -> graded groups, with the same seeds at every evaluation."""
 
     def generate(prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig) -> Groups:
-        return run.sampler.sample(
-            prompts,
-            purpose=f"evaluation_{run.progress.step:06d}",
-            num_samples=num_samples,
-            sampling=sampling,
-            seed_of=rollout_seeds(run.config.run.seed, "evaluation", 0),
-        )
+        with run.policy.on_device():
+            return run.sampler.sample(
+                prompts,
+                purpose=f"evaluation_{run.progress.step:06d}",
+                num_samples=num_samples,
+                sampling=sampling,
+                seed_of=rollout_seeds(run.config.run.seed, "evaluation", 0),
+            )
 
     return generate
 
@@ -270,7 +281,8 @@ def reward_model_scores(run: Run, groups: Groups) -> dict[str, float]:
     ]
     batches = run.packer.batches(sequences)
     alignment = run.config.objective.token_weights.alignment
-    scored = updates.score_sequences(run.reward_model.module, batches, alignment, run.groups)
+    with run.reward_model.on_device():
+        scored = updates.score_sequences(run.reward_model.module, batches, alignment, run.groups)
     ids = [id for batch in batches for id in batch.ids]
     pairs = run.groups.gather_over_data(list(zip(ids, scored.mean_scores, strict=True)))
     return dict(pair for part in pairs for pair in part)
@@ -292,13 +304,16 @@ def save(run: Run, *, wait: bool) -> None:
     if progress.step == 0 or run.store.has(name):
         run.store.remember_best(progress.best)
         return
-    state: dict[str, Any] = trained_state("policy", run.policy)
-    if run.reward_model is not None:
-        state |= trained_state("reward_model", run.reward_model)
-    state["progress"] = asdict(progress)
-    state["stream"] = run.stream.state_dict()
-    state["global_rng"] = run.global_rng.getstate()
-    run.store.save(name, state, best=progress.best, wait=wait or not run.config.run.async_checkpoints)
+    with contextlib.ExitStack() as there:
+        there.enter_context(run.policy.on_device(states=True))
+        state: dict[str, Any] = trained_state("policy", run.policy)
+        if run.reward_model is not None:
+            there.enter_context(run.reward_model.on_device(states=True))
+            state |= trained_state("reward_model", run.reward_model)
+        state["progress"] = asdict(progress)
+        state["stream"] = run.stream.state_dict()
+        state["global_rng"] = run.global_rng.getstate()
+        run.store.save(name, state, best=progress.best, wait=wait or not run.config.run.async_checkpoints)
 
 
 def restore(run: Run) -> None:
@@ -368,20 +383,3 @@ def save_trajectories(run: Run, groups: Groups, selection: Selection, batches: S
     weights = dict(pair for part in run.groups.gather_over_data(mine) for pair in part)
     records = to_records(groups, selection.trajectories, weights, token_texts=run.renderer.token_texts)
     run.tracker.trajectories(f"trajectories/step_{run.progress.step:06d}", records)
-
-
-class Clock:
-    """Wall seconds of a step by phase."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._phases: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._phases[phase] = self._phases.get(phase, 0.0) + time.perf_counter() - start
-
-    def read(self) -> dict[str, float]:
-        return {**self._phases, "total": time.perf_counter() - self._start}

@@ -35,13 +35,13 @@ class Life:
     def is_over(self) -> bool:
         return self._process.exitcode is not None
 
-    def wait(self, seconds: float = 240) -> int:
+    def wait(self, seconds: float = 480) -> int:
         """The exit status."""
         self._process.join(seconds)
         assert self._process.exitcode is not None, f"still running after {seconds} s:\n{self.said()}"
         return self._process.exitcode
 
-    def wait_until(self, true: Callable[[], bool], seconds: float = 120) -> bool:
+    def wait_until(self, true: Callable[[], bool], seconds: float = 300) -> bool:
         """Whether it came true while the process lived."""
         end = time.monotonic() + seconds
         while not self.is_over:

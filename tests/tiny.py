@@ -61,6 +61,6 @@ def command_line(*arguments: str, num_processes: int = 1, timeout: float = 300) 
 
 
 def metrics_of(directory: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without times."""
+    """metrics.jsonl without times and memory."""
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    return [{key: value for key, value in record.items() if key not in ("seconds", "peak_gib")} for record in records]

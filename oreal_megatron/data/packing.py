@@ -231,7 +231,9 @@ def micro_batches(
     device: torch.device,
     padding: Padding = NO_PADDING,
 ) -> list[TokenBatch]:
-    """Fills micro-batches of at most `token_budget` tokens (before a row's own padding); a longer sequence gets its own.
+    """Fills micro-batches of at most `token_budget` tokens; a longer sequence gets one of its own.
+
+    The budget counts padded sequences, but not what a whole row is filled up with.
 
     Longest first, each into the first micro-batch with room. At least one micro-batch comes back, so that a
     rank without sequences still takes part in the collectives of an update.

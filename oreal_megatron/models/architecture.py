@@ -98,7 +98,9 @@ def transformer_config(geometry: GeometryConfig, model: ModelConfig, groups: Par
 def layer_spec(
     config: TransformerConfig, implementation: str, chunk: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """Layers of a pipeline stage, or of one of its chunks under the interleaved schedule: Transformer Engine's, or Megatron-Core's local ones with SDPA and RMSNorm.
+    """Layers of a pipeline stage: Transformer Engine's, or Megatron-Core's local ones with SDPA and RMSNorm.
+
+    chunk: which of a stage's runs of layers, under the interleaved schedule.
 
     Raises:
         ValueError: Transformer Engine is asked for and not there.

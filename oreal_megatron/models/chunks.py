@@ -26,7 +26,7 @@ class ModelChunks(torch.nn.ModuleList):
         expects them; the tensors inside carry their names in the whole network, so any layout can load them."""
         return {
             f"{prefix}{index}.{key.removeprefix(prefix)}": value
-            for index, chunk in enumerate(self)
+            for index, chunk in enumerate(chunks_of(self))
             for key, value in chunk.sharded_state_dict(prefix=prefix, **options).items()
         }
 

@@ -33,7 +33,9 @@ def draw_weights(module: GPTModel, *, vocab_size: int, std: float, seed: int, gr
         else:
             generator = torch.Generator().manual_seed(derive_seed(seed, name_in_network(module, name)))
             shape = whole_shape(name, parameter, vocab_size, groups)
-            whole = torch.empty(shape).normal_(0.0, narrow if name.endswith(_INTO_RESIDUAL) else std, generator=generator)
+            whole = torch.empty(shape).normal_(
+                0.0, narrow if name.endswith(_INTO_RESIDUAL) else std, generator=generator
+            )
             parameter.copy_(part_of(name, whole, parameter, groups))
 
 

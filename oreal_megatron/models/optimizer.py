@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,13 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from oreal_megatron.config import AdamWConfig
 from oreal_megatron.data.packing import TokenBatch
 from oreal_megatron.models.chunks import ModelChunks, chunks_of
 from oreal_megatron.models.microbatches import LossFunction, forward_backward, sum_gradients
+from oreal_megatron.models.residence import Residence
 from oreal_megatron.parallel.groups import ParallelGroups
 
 
@@ -33,9 +36,7 @@ class UpdateReport:
 class TrainedModel:
     """A model with everything that its training has: gradient buffers, AdamW, schedule, count of updates."""
 
-    def __init__(
-        self, module: GPTModel | ModelChunks, adamw: AdamWConfig, groups: ParallelGroups, *, num_updates: int
-    ):
+    def __init__(self, module: GPTModel | ModelChunks, adamw: AdamWConfig, groups: ParallelGroups, *, num_updates: int):
         """num_updates: updates that the run expects, the length of the schedule where `decay_steps` is null."""
         config = module.config
         layout = groups.layout
@@ -80,6 +81,8 @@ class TrainedModel:
             self.chunks,
         )
         self._start_adam()
+        self.weights = Residence(module.parameters, enabled=layout.offload)
+        self.states = Residence(self._optimizer_tensors, enabled=layout.offload)
         config.grad_scale_func = self.optimizer.scale_loss
         self.schedule = OptimizerParamScheduler(
             self.optimizer,
@@ -124,14 +127,51 @@ class TrainedModel:
             for parameter_state in adamw.state.values():
                 parameter_state["step"] = parameter_state["step"].clone()
 
+    def _optimizer_tensors(self) -> list[Tensor]:
+        """Moments and fp32 weights, of the latter those that are not the model's own."""
+        inner = [part.optimizer for part in self._parts()]
+        own = {parameter.untyped_storage().data_ptr() for parameter in self.module.parameters()}
+        held = [p for adamw in inner for group in adamw.param_groups for p in group["params"]]
+        held += [t for adamw in inner for state in adamw.state.values() for t in state.values()]
+        return [t for t in held if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in own]
+
+    @contextlib.contextmanager
+    def on_device(self, *, states: bool = False) -> Iterator[None]:
+        """The weights are on the device inside, the gradients from the first backward pass inside on.
+
+        states: the optimizer's too, as a checkpoint needs them; an update brings them by itself.
+        """
+        with self.weights.on_device(), self.states.on_device() if states else contextlib.nullcontext():
+            try:
+                yield
+            finally:
+                self._free_gradients()
+
+    def park(self) -> None:
+        """Everything off the device, where the layout asks for that."""
+        self._free_gradients()
+        self.states.park()
+        self.weights.park()
+
+    def _free_gradients(self) -> None:
+        self.optimizer.zero_grad()
+        if self.groups.layout.offload:
+            for chunk in self.chunks:
+                chunk.offload_grad_buffers()
+
+    def _parts(self) -> list[Any]:
+        """Megatron's optimizers, each round one of torch's or Transformer Engine's."""
+        return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
+
     def _torch_optimizers(self) -> list[torch.optim.AdamW]:
-        parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
-        return [part.optimizer for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]
+        return [part.optimizer for part in self._parts() if isinstance(part.optimizer, torch.optim.AdamW)]
 
     def forward_backward(self, batches: Sequence[TokenBatch], loss: LossFunction) -> list[Any]:
         """Gradients of `loss` over all micro-batches of all ranks; what `loss` handed back on this rank."""
         # An update leaves every .grad an alias of the gradient buffer: the next first micro-batch would count twice.
         self.optimizer.zero_grad()
+        for chunk in self.chunks:
+            chunk.restore_grad_buffers()
         return forward_backward(self.chunks, batches, loss, self.groups)
 
     def advance_schedule(self) -> None:
@@ -144,10 +184,11 @@ class TrainedModel:
         Raises:
             FloatingPointError: the gradient norm is not finite; nothing was changed.
         """
-        self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm}")
-        self.advance_schedule()
-        self.optimizer.step()
+        with self.states.on_device():
+            self.optimizer.prepare_grads()
+            norm = float(self.optimizer.get_grad_norm())
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"the gradient norm is {norm}")
+            self.advance_schedule()
+            self.optimizer.step()
         return UpdateReport(grad_norm=norm, lr=float(self.optimizer.param_groups[0]["lr"]))

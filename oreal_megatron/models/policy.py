@@ -48,7 +48,7 @@ class _TokenLogprobs(torch.autograd.Function):
             logits -= top.unsqueeze(-1)
             weights = logits.exp()
             # One all-reduce for the three sums over the vocabulary.
-            sums = torch.stack([weights.sum(-1), logits.mul_(weights).sum(-1), chosen])
+            sums = torch.stack([weights.sum(-1), torch.linalg.vecdot(weights, logits), chosen])
             dist.all_reduce(sums, group=group)
             total, moment, chosen = sums
             log_total = total.log()
@@ -76,8 +76,21 @@ class _TokenLogprobs(torch.autograd.Function):
             dlogits.scatter_add_(-1, local.where(mine, 0).unsqueeze(-1), grad.where(mine, 0.0).unsqueeze(-1))
             dlogits = dlogits.to(weight_VH.dtype)
             torch.mm(dlogits, weight_VH, out=out)
-            grad_weight += dlogits.t() @ hidden
+            if grad_weight.dtype == dlogits.dtype:
+                grad_weight.addmm_(dlogits.t(), hidden)
+            else:
+                grad_weight += dlogits.t() @ hidden
         return grad_hidden, grad_weight.to(weight_VH.dtype), None, None, None, None
+
+
+def token_logprobs(
+    hidden_RH: Tensor, weight_VH: Tensor, target_R: Tensor, first: int, chunk: int, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """(log-probability of each target, entropy of each distribution), fp32 [R] in nats; the latter without gradient.
+
+    weight_VH: this tensor rank's rows of the output layer, the first of them row `first` of the vocabulary.
+    """
+    return _TokenLogprobs.apply(hidden_RH, weight_VH, target_R, first, chunk, group)
 
 
 class Policy(GPTModel):
@@ -109,7 +122,7 @@ class Policy(GPTModel):
         first = self.pg_collection.tp.rank() * weight.size(0)
         if self.num_tokens is not None:
             weight = weight[: self.num_tokens - first]
-        logprobs_R, entropy_R = _TokenLogprobs.apply(
+        logprobs_R, entropy_R = token_logprobs(
             hidden_TH.index_select(0, predicting_R),
             weight,
             target_R,

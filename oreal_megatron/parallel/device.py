@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -25,6 +26,28 @@ def device() -> torch.device:
 def collective_backend() -> str:
     """The torch.distributed backend that fits `device()`."""
     return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def reset_peak_memory() -> None:
+    """Starts a new measurement for `peak_memory`."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int | None:
+    """Bytes at the highest since `reset_peak_memory`: allocated on the GPU, or the resident set of this process.
+
+    None where the system does not tell.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return None
 
 
 def _names_cuda(value: Any) -> bool:

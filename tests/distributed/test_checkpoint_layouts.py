@@ -28,26 +28,33 @@ LAYOUTS = {
 )
 def test_the_next_step_is_the_same_on_another_layout(warm, tmp_path, single_process, saved, resumed):
     first = warm("first")
-    go(first, LAYOUTS[saved], 2)
+    go(first, LAYOUTS[saved], 3)
+    # As it was killed behind the rollouts of its third step, in another place: the layout of the models alone differs.
     moved = tmp_path / "moved"
     shutil.copytree(first, moved)
-    # The same rollouts for both: what differs is the layout of the models alone.
-    go(first, LAYOUTS[saved], 3)
-    shutil.copytree(first / "journal", moved / "journal", dirs_exist_ok=True)
-    go(moved, LAYOUTS[resumed], 3)
+    shutil.rmtree(moved / "checkpoints/step_000003")
+    assert "resumed from checkpoint step_000002" in go(moved, LAYOUTS[resumed], 3)
     for mine, expected in zip(metrics_of(moved), metrics_of(first), strict=True):
         assert mine["metrics"] == pytest.approx(expected["metrics"], rel=1e-4, abs=1e-5)
     start, end, other = (weights_of(d) for d in (first / "checkpoints/step_000002", first / "checkpoints/step_000003",
                                                  moved / "checkpoints/step_000003"))  # fmt: skip
     assert end.keys() == other.keys()
     assert max(float(np.abs(end[name] - start[name]).max()) for name in end) > 1e-5, "the step changed nothing"
-    worst = {name: float(np.abs(end[name] - other[name]).max()) for name in end}
+    worst = {name: difference(end[name], other[name]) for name in end}
     assert max(worst.values()) < 1e-6, sorted(worst.items(), key=lambda item: -item[1])[:5]
+
+
+def difference(one, other):
+    """The largest; rows that pad the vocabulary to a multiple of the tensor ranks, last in their tensor, left out."""
+    size = min(len(one), len(other))
+    assert max(len(one), len(other)) - size <= 32
+    return float(np.abs(one[:size] - other[:size]).max())
 
 
 def go(directory, layout, num_steps):
     outcome = invoke(f"run.dir={directory}", *STEADY, f"run.num_steps={num_steps}", *layout, num_processes=4)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    return outcome.stdout
 
 
 def weights_of(checkpoint):

@@ -49,7 +49,9 @@ def test_a_killed_rank_ends_the_job(warm):
     while not (directory / "metrics.jsonl").exists():
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.2)
-    ranks = {child.environ()["RANK"]: child for child in psutil.Process(job.pid).children() if "RANK" in child.environ()}
+    ranks = {
+        child.environ()["RANK"]: child for child in psutil.Process(job.pid).children() if "RANK" in child.environ()
+    }
     ranks["1"].send_signal(signal.SIGKILL)
     said, _ = job.communicate(timeout=SECONDS_TO_END)
     assert job.returncode != 0 and not ranks["0"].is_running()

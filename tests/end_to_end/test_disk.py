@@ -131,9 +131,8 @@ def test_a_reward_model_starts_from_another_runs_checkpoint(finished, warm, sing
                 "optimizer.reward_model.min_lr=0.0", "optimizer.reward_model.weight_decay=0.0")  # fmt: skip
     assert life.wait() == 0, life.said()
     start, end = content_of(source), content_of(directory / "checkpoints/step_000001")
-    weights = [name for name in start if name.startswith("/reward_model.")]
-    assert weights and all(start[name] == end[name] for name in weights)
-    assert any(start[name] != end[name] for name in start if name.startswith("/optimizer"))
+    weights = [name for name in start if name.startswith(("/reward_model.decoder.", "/reward_model.output_layer."))]
+    assert "/reward_model.output_layer.weight" in weights and all(start[name] == end[name] for name in weights)
     for wrong, message in (
         (finished / "checkpoints/initial", "does not fit this run's model"),
         (finished / "nowhere", "there is no checkpoint directory"),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.lives import Life, content_of, journalled, trajectories_of
-from tests.tiny import metrics_of
+from tests.tiny import TINY, metrics_of
 
 pytestmark = pytest.mark.end_to_end
 
@@ -90,7 +95,7 @@ def test_three_kills_change_nothing(warm, single_process):
 @pytest.mark.parametrize("mode", ["true", "false"], ids=["async", "sync"])
 def test_twenty_kills_change_nothing(warm, single_process, mode):
     kinds = random.Random(1).choices(["rollout", "checkpoint", "any"], k=20)
-    check(warm, kinds, 90, 1, "run.checkpoint_every=3", f"run.async_checkpoints={mode}")
+    check(warm, kinds, 60, 1, "run.checkpoint_every=3", f"run.async_checkpoints={mode}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
@@ -116,3 +121,43 @@ def test_a_signal_saves_and_stops_within_a_step_and_loses_nothing(warm, finished
 def steps_of(directory: Path) -> list[str]:
     """Journalled units of training steps."""
     return [line for path in (directory / "journal").glob("step_*.jsonl") for line in path.read_text().split("\n")[:-1]]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(1800)
+def test_two_processes_stop_together_and_outlive_a_kill(warm, single_process):
+    """A signal to one rank stops both; then all processes are killed in the middle of a step's rollouts."""
+    overrides = (*UNITS, "run.num_steps=4", "run.checkpoint_every=0", "evaluation.every=0")
+    directory, whole = warm(), warm("whole")
+    torchrun = start_two(directory, overrides)
+    wait_for_units(directory, 6)
+    worker = torchrun.children()[0]
+    worker.send_signal(signal.SIGUSR1)
+    said, _ = torchrun.communicate(timeout=300)
+    assert torchrun.returncode != 0
+    assert len(re.findall(r"stopped after [12] steps: checkpoint step_00000[12] is saved", said)) == 2, said
+    torchrun = start_two(directory, overrides)
+    wait_for_units(directory, 11)
+    for process in [*torchrun.children(recursive=True), torchrun]:
+        process.kill()
+    torchrun.wait(60)
+    for one in (directory, whole):
+        last = start_two(one, overrides)
+        said, _ = last.communicate(timeout=600)
+        assert last.returncode == 0, said
+    assert_same_run(directory, whole, 4)
+
+
+def start_two(directory, overrides):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "oreal_megatron.cli", *TINY, f"run.dir={directory}", *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def wait_for_units(directory: Path, number: int) -> None:
+    end = time.monotonic() + 300
+    while len(steps_of(directory)) < number:
+        assert time.monotonic() < end
+        time.sleep(0.01)

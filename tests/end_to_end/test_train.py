@@ -32,9 +32,10 @@ def test_every_step_and_evaluation_is_in_the_metrics_with_its_phases(finished):
     updated = [r for r in records if r["kind"] == "step" and r["skipped"] is None]
     assert updated, "no step of the tiny run updated anything"
     for record in updated:
-        phases = {"generate", "verify", "train", "total"}
-        phases |= set() if record["metrics"]["policy/frozen"] else {"score", "publish"}
-        assert set(record["seconds"]) == phases
+        phases = {"generate", "verify", "reward_model"}
+        phases |= set() if record["metrics"]["policy/frozen"] else {"score", "policy", "publish"}
+        assert set(record["seconds"]) == phases | {"total"}
+        assert set(record["peak_gib"]) == phases and all(0.1 < peak < 8 for peak in record["peak_gib"].values())
     assert updated[0]["metrics"]["policy/frozen"] == 1.0 and "loss/policy" not in updated[0]["metrics"]
     trained = [r["metrics"] for r in updated if not r["metrics"]["policy/frozen"]]
     # On-policy and in one process: the trainer's log-probabilities are the rollouts', up to rounding.
@@ -140,7 +141,10 @@ def test_nan_in_a_loss_stops_with_step_terms_and_samples(warm):
         (["data.prompts_per_step=1000"], "only 48 different prompts are left"),
         (["data.arithmetic=null", "data.train=nowhere.jsonl"], "sft.demonstrations"),
         (["prompt.stop_token='<|stop|>'"], "prompt.stop_token = '<|stop|>' is not one token"),
-        (["parallel.tensor=2"], "tensor 2 x pipeline 1 x context 1 = 2': 1 process(es) do not split into replicas of 2"),
+        (
+            ["parallel.tensor=2"],
+            "x context 1 = 2': 1 process(es) do not split into replicas of 2",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_error(warm, overrides, message):

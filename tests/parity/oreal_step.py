@@ -17,6 +17,7 @@ from oreal_megatron.models.decoding import CachedDecoder
 from oreal_megatron.models.initialization import name_in_network, part_of
 from oreal_megatron.models.optimizer import TrainedModel, UpdateReport
 from oreal_megatron.models.policy import Policy
+from oreal_megatron.models.residence import FrozenModel
 from oreal_megatron.models.token_reward import TokenRewardModel
 from oreal_megatron.objective.terms import TokenCounts
 from oreal_megatron.parallel.groups import ParallelGroups
@@ -83,16 +84,21 @@ def run_steps(
 
     policy = Recorded(model(Policy, 0, tied), ADAMW, groups, num_updates=10)
     reward_model = Recorded(model(TokenRewardModel, 0, False), ADAMW, groups, num_updates=10)
-    reference = model(Policy, 1, tied)
+    reference = FrozenModel(model(Policy, 1, tied), offload=groups.layout.offload)
+    for parked in (policy, reward_model, reference):
+        parked.park()
     chosen = sequences(num_sequences)
     counts = TokenCounts(*(sum(len(s.response_ids) for s in chosen if s.correct is c) for c in (True, False)))
     outcome = Outcome()
     for _ in range(NUM_STEPS):
         batches = Packer.of_layout(groups, GEOMETRY, VOCABULARY).batches(chosen)
-        batches = updates.with_reference(reference, batches, groups)
-        scored, metrics = updates.update_reward_model(reward_model, batches, objective, num_sequences=len(chosen))
+        with reference.on_device():
+            batches = updates.with_reference(reference.module, batches, groups)
+        with reward_model.on_device():
+            scored, metrics = updates.update_reward_model(reward_model, batches, objective, num_sequences=len(chosen))
         batches = updates.with_token_weights(batches, scored, objective)
-        metrics |= updates.update_policy(policy, batches, objective, counts)
+        with policy.on_device():
+            metrics |= updates.update_policy(policy, batches, objective, counts)
         outcome.metrics.append(metrics)
         if not groups.layout.distributed_optimizer:
             both = {"policy": policy.gradients, "reward_model": reward_model.gradients}
@@ -102,8 +108,9 @@ def run_steps(
         for prefix, trained in (("policy", policy), ("reward_model", reward_model))
         for name, local, parameter in named(trained)
     }
-    outcome.weights = {name: parameter.detach().clone() for name, (_, parameter) in parameters.items()}
-    outcome.generation = continuations(policy.module, groups)
+    with policy.on_device(), reward_model.on_device():
+        outcome.weights = {name: parameter.detach().clone() for name, (_, parameter) in parameters.items()}
+        outcome.generation = continuations(policy.module, groups)
     return outcome, parameters
 
 
@@ -134,10 +141,12 @@ def sequences(count: int) -> list[PackedSequence]:
     ]
 
 
-def differences(mine: Outcome, parameters: dict[str, tuple[str, Any]], one: Outcome, groups: ParallelGroups) -> dict[str, Any]:
+def differences(
+    mine: Outcome, parameters: dict[str, tuple[str, Any]], one: Outcome, groups: ParallelGroups
+) -> dict[str, Any]:
     """The largest differences of this rank from one rank's outcome, each with where it is.
 
-    metrics: relative. gradients: of a tensor, relative to its largest entry. weights, generation: absolute.
+    metrics: relative. gradients: relative to the tensor's largest entry. weights, generation: absolute.
     """
 
     def part(name: str, whole: Tensor) -> Tensor:
@@ -152,8 +161,10 @@ def differences(mine: Outcome, parameters: dict[str, tuple[str, Any]], one: Outc
         for step, (m, o) in enumerate(zip(mine.metrics, one.metrics, strict=True))
         for name in o
     ]
+    # Gradients of which nearly everything cancels are rounding: none is held to less than a hundredth of the largest.
+    floors = [0.01 * max(map(_largest, gradients.values())) for gradients in one.gradients]
     gradients = [
-        (_largest(g - part(name, o[name])) / max(_largest(o[name]), 1e-3), f"step {step} {name}")
+        (_largest(g - part(name, o[name])) / max(_largest(o[name]), floors[step]), f"step {step} {name}")
         for step, (m, o) in enumerate(zip(mine.gradients, one.gradients, strict=False))
         for name, g in m.items()
     ]

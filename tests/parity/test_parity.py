@@ -1,7 +1,7 @@
 """Every layout gives one rank's losses, gradients and updated weights, through Megatron's own schedules over gloo.
 
-fp32; losses, norms and gradients within 1e-5 relative, updated weights within 1e-6 at AdamW's epsilon of 1e-4; and what the
-updated policy generates with, within 2e-5 nats.
+fp32; losses, norms and gradients within 1e-5 relative, updated weights within 1e-6 at AdamW's epsilon of 1e-4; and
+what the updated policy generates with, within 2e-5 nats.
 """
 
 from __future__ import annotations

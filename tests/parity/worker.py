@@ -62,7 +62,9 @@ def on_processes(world: int, case: Case, objective: ObjectiveConfig, one: Outcom
         rank.start()
     deadline = time.monotonic() + SECONDS_A_CASE
     answers = [
-        pickle.loads(pipe.recv_bytes()) if pipe.poll(max(deadline - time.monotonic(), 0)) else f"no answer within {SECONDS_A_CASE} s"
+        pickle.loads(pipe.recv_bytes())
+        if pipe.poll(max(deadline - time.monotonic(), 0))
+        else f"no answer within {SECONDS_A_CASE} s"
         for pipe, _ in pipes
     ]
     for rank in ranks:

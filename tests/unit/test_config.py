@@ -60,6 +60,15 @@ def test_all_violations_come_at_once(composed):
         ("optimizer.policy.min_lr=1.0", "optimizer.policy.min_lr", "must not exceed lr"),
         ("run.mode=replay", "run.replay_dir", "run.mode=replay"),
         ("parallel.tensor=3", "parallel.tensor", "do not split evenly over 3 ranks"),
+        ("parallel.sequence=true", "parallel.sequence", "needs parallel.tensor > 1"),
+        ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline", "needs parallel.pipeline > 1"),
+        ("parallel.pipeline=2 parallel.virtual_pipeline=4", "parallel.virtual_pipeline", "2 stages x 4 runs = 8"),
+        (
+            "model.geometry.num_query_groups=3 model.geometry.num_attention_heads=6 model.geometry.hidden_size=96 "
+            "parallel.tensor=2",
+            "parallel.tensor",
+            "must divide model.geometry.num_query_groups = 3",
+        ),
         ("objective.selection=pair objective.keep_groups=all", "objective.selection", "keep_groups=mixed"),
     ],
 )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from oreal_megatron import updates
 from oreal_megatron.config import AdamWConfig, GeometryConfig, ModelConfig, parse_config
-from oreal_megatron.data.packing import PackedSequence, micro_batches, pack
+from oreal_megatron.data.packing import PackedSequence, Padding, micro_batches, pack
 from oreal_megatron.models.architecture import build_gpt
 from oreal_megatron.models.optimizer import TrainedModel
 from oreal_megatron.models.policy import Policy
@@ -55,15 +56,15 @@ def test_alignment_reads_the_state_before_or_after_a_token():
     assert updates._aligned(output, batch, "inclusive").tolist() == [2.0, 3.0]
 
 
-@pytest.mark.parametrize("budget", [1000, 24, 1])
-def test_splitting_into_micro_batches_changes_no_update(composed, single_process, budget):
+@pytest.mark.parametrize("padding", [Padding(), Padding(sequence=16, row=16)], ids=["packed", "padded"])
+@pytest.mark.parametrize("num_batches", [1, 2, 7])
+def test_splitting_into_micro_batches_changes_no_update(composed, single_process, num_batches, padding):
     config = parse_config(composed("objective=oreal", "objective.beta=0.1")).objective
 
-    def updated(token_budget):
+    def updated(split):
         policy, reward_model = trained(Policy, single_process), trained(TokenRewardModel, single_process)
         torch.nn.init.normal_(reward_model.module.output_layer.weight, generator=torch.Generator().manual_seed(1))
-        batches = micro_batches(sequences(), token_budget, CPU)
-        batches = updates.with_reference(trained(Policy, single_process).module, batches, single_process)
+        batches = updates.with_reference(trained(Policy, single_process).module, split, single_process)
         scored, metrics = updates.update_reward_model(reward_model, batches, config, num_sequences=7)
         batches = updates.with_token_weights(batches, scored, config)
         counts = TokenCounts(correct=2 + 4 + 6 + 8, incorrect=3 + 5 + 7)
@@ -71,7 +72,8 @@ def test_splitting_into_micro_batches_changes_no_update(composed, single_process
         weights = [p.detach() for model in (policy, reward_model) for p in model.module.parameters()]
         return metrics, weights
 
-    whole, split = updated(100_000), updated(budget)
+    whole = updated([pack(sequences(), CPU)])
+    split = updated([pack(sequences()[index::num_batches], CPU, padding) for index in range(num_batches)])
     assert split[0] == pytest.approx(whole[0], rel=1e-5, abs=1e-7)
     assert whole[0]["policy/token_weight"] > 0.01
     for a, b in zip(split[1], whole[1], strict=True):
@@ -110,3 +112,23 @@ def test_a_gradient_that_is_not_finite_changes_nothing(composed, single_process)
     with pytest.raises(updates.NonFiniteLossError, match=r"positive = nan in a micro-batch of .*6.*0"):
         updates.update_policy(policy, batches, config, TokenCounts(correct=20, incorrect=15))
     assert all(torch.equal(a, b) for a, b in zip(before, policy.module.parameters(), strict=True))
+
+
+def test_a_parked_model_holds_no_memory_and_trains_as_if_it_had_stayed(composed, single_process):
+    config = parse_config(composed("objective=oreal_no_rm")).objective
+    layout = single_process.layout.model_copy(update={"offload": True})
+    moving, staying = trained(Policy, replace(single_process, layout=layout)), trained(Policy, single_process)
+    for policy in (moving, staying):
+        for _ in range(2):
+            policy.park()
+            with policy.on_device():
+                batches = updates.with_token_weights(micro_batches(sequences(), 24, CPU), None, config)
+                batches = updates.with_reference(policy.module, batches, single_process)
+                updates.update_policy(policy, batches, config, TokenCounts(correct=20, incorrect=15))
+    assert moving.weights.bytes_on_device == moving.states.bytes_on_device == 0
+    assert all(chunk.buffers[0].grad_data.untyped_storage().nbytes() == 0 for chunk in moving.chunks)
+    assert staying.weights.bytes_on_device > 10_000 and staying.states.bytes_on_device > 20_000
+    with moving.on_device(states=True):
+        assert moving.weights.bytes_on_device == staying.weights.bytes_on_device
+        for a, b in zip(moving.module.parameters(), staying.module.parameters(), strict=True):
+            assert torch.equal(a, b)

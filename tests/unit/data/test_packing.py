@@ -7,7 +7,18 @@ from collections import Counter
 import pytest
 import torch
 
-from oreal_megatron.data.packing import IGNORE, PackedSequence, SequenceCost, deal, deal_as_released, micro_batches, pack
+from oreal_megatron.config import GeometryConfig
+from oreal_megatron.data.packing import (
+    IGNORE,
+    PackedSequence,
+    Packer,
+    Padding,
+    SequenceCost,
+    deal,
+    deal_as_released,
+    micro_batches,
+    pack,
+)
 
 CPU = torch.device("cpu")
 LINEAR = SequenceCost(per_token=1.0, per_pair=0.0, per_response_token=0.0)
@@ -40,6 +51,48 @@ def test_98_trajectories_are_each_trained_once_on_any_number_of_ranks(num_ranks)
 def test_dealing_balances_tokens():
     loads = [sum(s.num_tokens for s in rank) for rank in deal(sequences(98), 16, LINEAR)]
     assert max(loads) - min(loads) <= max(s.num_tokens for s in sequences(98))
+
+
+def test_dealing_balances_work_rather_than_tokens():
+    # Four long sequences and many short ones: attention makes a long one cost twice what its tokens say.
+    long, short = sequences(4, length=lambda i: 998), sequences(40, length=lambda i: 98)
+    cost = SequenceCost(per_token=1.0, per_pair=0.002, per_response_token=0.0)
+    loads = [sum(map(cost.of, rank)) for rank in deal(long + short, 8, cost)]
+    by_tokens = [sum(map(cost.of, rank)) for rank in deal(long + short, 8, LINEAR)]
+    assert max(loads) / min(loads) < 1.2 < 1.4 < max(by_tokens) / min(by_tokens)
+
+
+def test_the_cost_of_a_sequence_is_that_of_its_matrix_products():
+    geometry = GeometryConfig(
+        num_layers=3, hidden_size=8, ffn_hidden_size=20, num_attention_heads=4, num_query_groups=2, head_dim=5
+    )
+    cost = SequenceCost.of_model(geometry, vocab_size=11)
+    # Queries and their projection 8 x 20 each, keys and values 8 x 10 each, three matrices of 8 x 20.
+    assert cost.per_token == 2 * 3 * (160 + 160 + 80 + 80 + 3 * 160)
+    assert cost.per_pair == 3 * 2 * 2 * 20 and cost.per_response_token == 2 * 8 * 11
+    (sequence,) = sequences(1, length=lambda i: 3)
+    assert cost.of(sequence) == 5 * cost.per_token + 15 * cost.per_pair + 3 * cost.per_response_token
+
+
+def test_padding_ends_sequences_and_rows_and_carries_no_label():
+    batch = pack(sequences(2, length=lambda i: 3 + i), CPU, Padding(sequence=4, row=12))
+    assert batch.cu_seqlens.tolist() == [0, 8, 24] and batch.max_seqlen == 16 and batch.tokens.shape == (1, 24)
+    assert batch.labels[0].tolist() == [-1, 20, 21, 22, *[-1] * 5, 20, 21, 22, 23, *[-1] * 11]
+    assert batch.positions[0].tolist() == [*range(8), *range(16)]
+    assert batch.predicting.numel() == batch.num_response_tokens == 7
+    assert pack([], CPU, Padding(sequence=4, row=12)).tokens.shape == (1, 12)
+
+
+@pytest.mark.parametrize("num_sequences", [0, 1, 5, 7])
+def test_every_rank_gets_as_many_micro_batches_as_its_schedule_takes(num_sequences):
+    packers = [
+        Packer(num_ranks=3, rank=rank, token_budget=10, count_multiple=2, padding=Padding(), cost=LINEAR, device=CPU)
+        for rank in range(3)
+    ]
+    dealt = [packer.batches(sequences(num_sequences)) for packer in packers]
+    assert all(batches and len(batches) % 2 == 0 for batches in dealt)
+    ids = Counter(id for batches in dealt for batch in batches for id in batch.ids)
+    assert ids == Counter(str(i) for i in range(num_sequences))
 
 
 def test_the_release_trains_98_on_16_ranks_as_192():

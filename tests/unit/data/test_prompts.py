@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from oreal_megatron.config import ArithmeticConfig, BalanceBin
 from oreal_megatron.data.arithmetic import generate_arithmetic, worked_solution
-from oreal_megatron.data.prompts import balanced, read_demonstrations, read_prompts, write_prompts
+from oreal_megatron.data.prompts import balanced, read_demonstrations, read_estimated, read_prompts, write_estimated
 from oreal_megatron.data.stream import PromptStream
 from oreal_megatron.records import Prompt
 
@@ -24,10 +25,16 @@ def prompts(count: int) -> list[Prompt]:
     return [Prompt(id=f"p{i}", question=f"q{i}", gold_answer=str(i)) for i in range(count)]
 
 
-def test_prompts_round_trip(tmp_path):
-    wanted = [Prompt(id="a", question="1+1?", gold_answer="2", pass_rate=0.25)]
-    write_prompts(tmp_path / "p.jsonl", wanted)
-    assert read_prompts(tmp_path / "p.jsonl") == wanted
+def test_estimated_prompts_round_trip_for_their_source_alone(tmp_path):
+    source = [Prompt(id="a", question="1+1?", gold_answer="2"), Prompt(id="b", question="1+2?", gold_answer="3")]
+    wanted = [replace(source[0], pass_rate=0.25)]
+    path = tmp_path / "p.jsonl"
+    write_estimated(path, wanted, source=source)
+    assert read_estimated(path, source=source) == wanted
+    assert read_prompts(path) == wanted  # a prompt file like any other
+    for other in (source[:1], source[::-1], [source[0], replace(source[1], gold_answer="4")]):
+        with pytest.raises(ValueError, match=r"p\.jsonl:1: was estimated from other data"):
+            read_estimated(path, source=other)
 
 
 def test_published_files_need_no_id_and_no_pass_rate(tmp_path):
@@ -106,7 +113,7 @@ def test_too_few_prompts_and_foreign_states_are_errors():
     with pytest.raises(ValueError, match="only 3 different prompts"):
         PromptStream(prompts(3) * 4, prompts_per_step=4, seed=0)
     state = PromptStream(prompts(8), prompts_per_step=4, seed=0).state_dict()
-    with pytest.raises(ValueError, match="8 prompts, this run's data 9"):
+    with pytest.raises(ValueError, match="of other data \\(8 prompts"):
         PromptStream(prompts(9), prompts_per_step=4, seed=0).load_state_dict(state)
 
 

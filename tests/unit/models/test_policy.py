@@ -9,7 +9,7 @@ from oreal_megatron.config import GeometryConfig, ModelConfig
 from oreal_megatron.data.packing import PackedSequence, pack
 from oreal_megatron.models.architecture import build_gpt
 from oreal_megatron.models.microbatches import score
-from oreal_megatron.models.policy import _TokenLogprobs
+from oreal_megatron.models.policy import Policy, token_logprobs
 from oreal_megatron.models.token_reward import TokenRewardModel
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def test_chunked_logprobs_and_gradients_equal_the_plain_ones(single_process, chu
     mine = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     plain = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
 
-    logprobs, entropy = _TokenLogprobs.apply(*mine, target, 0, chunk, single_process.collection.tp)
+    logprobs, entropy = token_logprobs(*mine, target, 0, chunk, single_process.collection.tp)
     (logprobs * upstream).sum().backward()
     rows = (plain[0] @ plain[1].t()).log_softmax(-1)
     expected = rows.gather(1, target[:, None])[:, 0]
@@ -47,9 +47,7 @@ def test_chunked_logprobs_and_gradients_equal_the_plain_ones(single_process, chu
 
 def test_no_labelled_position_gives_an_empty_result_and_a_zero_gradient(single_process):
     hidden, weight = torch.zeros(0, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
-    logprobs, _ = _TokenLogprobs.apply(
-        hidden, weight, torch.zeros(0, dtype=torch.long), 0, 4, single_process.collection.tp
-    )
+    logprobs, _ = token_logprobs(hidden, weight, torch.zeros(0, dtype=torch.long), 0, 4, single_process.collection.tp)
     logprobs.sum().backward()
     assert logprobs.shape == (0,) and weight.grad.abs().sum() == 0
 
@@ -89,3 +87,18 @@ def test_weights_depend_on_the_seed_alone(single_process):
         return model.embedding.word_embeddings.weight.detach()
 
     assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
+
+
+def test_weights_from_scratch_are_drawn_by_name(single_process):
+    def policy(layers: int) -> dict[str, torch.Tensor]:
+        geometry = GEOMETRY.model_copy(update={"num_layers": layers})
+        model = build_gpt(Policy, geometry, MODEL, single_process, vocab_size=105, seed=0, tied_embeddings=False)
+        return dict(model.named_parameters())
+
+    two, four = policy(2), policy(4)
+    for name in ("embedding.word_embeddings.weight", "decoder.layers.1.mlp.linear_fc1.weight"):
+        assert torch.equal(two[name], four[name])
+    assert abs(two["decoder.layers.0.mlp.linear_fc1.weight"].std() - 0.02) < 1e-3
+    assert abs(two["decoder.layers.0.mlp.linear_fc2.weight"].std() - 0.02 / 2) < 1e-3
+    assert two["decoder.final_layernorm.weight"].eq(1).all()
+    assert two["decoder.layers.0.self_attention.linear_qkv.bias"].eq(0).all()

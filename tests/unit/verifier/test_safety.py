@@ -164,6 +164,7 @@ def test_fuzz_reduced() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_fuzz() -> None:
     fuzz(100_000, seed=2025, limit=2.0)
 
