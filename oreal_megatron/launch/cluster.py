@@ -55,7 +55,7 @@ class ClusterConfig(Section):
     """Variables of every process."""
     setup: Strings
     """Shell lines that run before the job's own."""
-    node_check: str | None = None
+    node_check: str | None
     """Shell command that must succeed on every node before the run starts; a node where it fails is left out."""
 
 

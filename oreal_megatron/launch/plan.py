@@ -67,8 +67,8 @@ class MemoryPlan:
         found = []
         if self.share > FULL:
             found.append(
-                f"{self.worst.where} needs {gib(self.worst.total)} GiB to {self.worst.phase}, "
-                f"{self.device.name} has {gib(self.device.memory)}, of which {FULL:.0%} can be counted on"
+                f"{self.worst.where} needs {amount(self.worst.total)} to {self.worst.phase}, "
+                f"{self.device.name} has {amount(self.device.memory)}, of which {FULL:.0%} can be counted on"
             )
         if self.kv_cache.sequences_at_limit < 1:
             found.append(
@@ -305,5 +305,5 @@ def row_tokens(config: TrainConfig) -> int:
     return ceil(longest / multiple) * multiple
 
 
-def gib(size: float) -> str:
-    return f"{size / 2**30:.1f}"
+def amount(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from oreal_megatron.launch import hardware
-from oreal_megatron.launch.plan import PHASES, MemoryPlan, gib, micro_batches_in_flight, num_parameters
+from oreal_megatron.launch.plan import PHASES, MemoryPlan, amount, micro_batches_in_flight, num_parameters
 from oreal_megatron.launch.planner import Plan
 from oreal_megatron.launch.timing import Measured
 
@@ -65,17 +65,20 @@ def _show_layout(console: Console, plan: Plan) -> None:
 
 
 def _show_memory(console: Console, memory: MemoryPlan) -> None:
-    table = Table(title="GiB of a device by phase: the fullest stage", title_justify="left")
+    unit, size_of_unit = ("GiB", 2**30) if memory.worst.total >= 2**30 else ("MiB", 2**20)
+    table = Table(title=f"{unit} of a device by phase: the fullest stage", title_justify="left")
     for column in ("phase", "where", "total", "of it"):
         table.add_column(column, justify="right" if column == "total" else "left")
     for phase in PHASES:
         there = [m for m in memory.phases if m.phase == phase]
         for fullest in _fullest_by_kind(there):
             largest = sorted(fullest.parts.items(), key=lambda item: -item[1])
-            of_it = ", ".join(f"{name} {gib(size)}" for name, size in largest if size >= 0.01 * fullest.total)
-            table.add_row(phase, fullest.where, gib(fullest.total), of_it)
+            of_it = ", ".join(
+                f"{name} {size / size_of_unit:.1f}" for name, size in largest if size >= 0.01 * fullest.total
+            )
+            table.add_row(phase, fullest.where, f"{fullest.total / size_of_unit:.1f}", of_it)
     console.print(table)
-    console.print(f"host memory of a node: {gib(memory.host_bytes_per_node)} GiB at most while a checkpoint is written")
+    console.print(f"host memory of a node: {amount(memory.host_bytes_per_node)} at most while a checkpoint is written")
 
 
 def _fullest_by_kind(phases: Sequence) -> list:  # type: ignore[type-arg]
@@ -124,10 +127,10 @@ def _show_seconds(console: Console, plan: Plan, measured: Measured | None) -> No
 def _show_disk(console: Console, plan: Plan) -> None:
     d, run = plan.disk, plan.sizes.config.run
     console.print(
-        f"disk: {gib(d.checkpoint)} GiB a checkpoint ({d.seconds_to_save:.0f} s to write at "
-        f"{hardware.STORAGE_PER_NODE / 1e9:.0f} GB/s a node), {gib(d.checkpoints)} GiB with run.keep_checkpoints="
-        f"{run.keep_checkpoints}, the best and one being written; trajectories {gib(d.rollouts)} GiB; an export to "
-        f"Hugging Face {gib(d.export)} GiB"
+        f"disk: {amount(d.checkpoint)} a checkpoint ({d.seconds_to_save:.0f} s to write at "
+        f"{hardware.STORAGE_PER_NODE / 1e9:.0f} GB/s a node), {amount(d.checkpoints)} with run.keep_checkpoints="
+        f"{run.keep_checkpoints}, the best and one being written; trajectories {amount(d.rollouts)}; an export to "
+        f"Hugging Face {amount(d.export)}"
     )
 
 

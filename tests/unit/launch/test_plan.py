@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_refused_with_the_first_change(apart):
         "parallel.distributed_optimizer=false",
     )
     assert plan.memory.verdict == "does not fit"
-    assert "H100 80GB has 79.6" in plan.memory.problems[0]
+    assert "H100 80GB has 79.6 GiB" in plan.memory.problems[0]
     assert change is not None
     overrides, changed = change
     assert "parallel.distributed_optimizer=true" in overrides and changed.memory.problems == []
