@@ -47,7 +47,7 @@ def is_dry_run(config: DictConfig) -> bool:
 
 def shrunk(config: DictConfig) -> DictConfig:
     """The experiment as a dry run; site values that nothing reads any more need not be there."""
-    small = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
+    small: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
     OmegaConf.set_struct(small, False)
     for group, option in _STAND_INS.items():
         small[group] = OmegaConf.create(_option(group, option))
