@@ -59,5 +59,5 @@ def go(directory, layout, num_steps):
 
 def weights_of(checkpoint):
     content = content_of(checkpoint)
-    names = [name for name in content if name.startswith(("/policy.", "/reward_model."))]
+    names = [n for n in content if n.startswith(("/policy.", "/reward_model.")) and ".optimizer/" not in n]
     return {n: np.frombuffer(content[n], np.float32) for n in names if isinstance(content[n], bytes)}
