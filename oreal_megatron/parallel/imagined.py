@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -26,7 +27,7 @@ def imagined_groups(config: ParallelConfig, *, rank: int, world: int) -> Iterato
     """What `parallel_groups` gives rank `rank` of `world` processes. No process group may exist when it is entered."""
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     # Generators are saved, compared and set back round each layer; fake states have no values for that.
-    no_generators = [
+    no_generators: list[Any] = [
         mock.patch.object(megatron_random.CudaRNGStatesTracker, "fork", lambda *args: contextlib.nullcontext()),
         mock.patch.object(megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None),
         mock.patch.object(torch, "set_rng_state", lambda state: None),
