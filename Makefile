@@ -47,6 +47,9 @@ test-slow: setup ## the long proofs
 bench: setup ## generation and a training step against their peers, the stall of a checkpoint
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.training_step
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 -m benchmarks.training_step --tensor 2 --pipeline 2
+	$(BIN)/python -m benchmarks.packing
+	$(BIN)/python -m benchmarks.logprobs
 	$(BIN)/python -m benchmarks.checkpoint_stall
 
 bench-memory: setup ## the planner's memory against measured peaks in eleven layouts

@@ -43,7 +43,7 @@ def submitted_job(outcome: subprocess.CompletedProcess[str]) -> str:
     return found[1]
 
 
-def test_a_run_stopped_by_a_signal_resumes_to_the_same_figures(slurm, tmp_path, finished):
+def test_a_run_stopped_by_a_signal_resumes_to_the_same_figures(slurm, tmp_path):
     directory = tmp_path / "runs" / "stopped"
     job = submitted_job(oreal_submit(*TINY, *SITE, f"run.dir={directory}", "--nodes=2", tmp_path=tmp_path))
     slurm.until(
