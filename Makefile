@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup demo test test-fast test-slow lint slurm-deps bench bench-memory bench-verifier bench-objectives clean
+.PHONY: help setup demo test test-fast test-slow lint slurm-deps bench bench-memory bench-verifier bench-conversion \
+	bench-objectives clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -57,6 +58,9 @@ bench-memory: setup ## the planner's memory against measured peaks in eleven lay
 
 bench-verifier: setup ## the verifier beside math-verify on the labelled cases, and its throughput
 	$(BIN)/python -m benchmarks.verifier
+
+bench-conversion: setup ## converting 3 GB both ways against copying the same files: speed and memory
+	$(BIN)/python -m benchmarks.conversion
 
 bench-objectives: setup ## all objectives from one start, three seeds (half an hour)
 	$(BIN)/python -m benchmarks.objectives

@@ -54,9 +54,11 @@ setup(
         "te": ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
         "gguf": ["gguf>=0.18", "accelerate>=1.10"],
         "dev": [
+            "einops>=0.8",  # mbridge imports it, and does not ask for it
             "hypothesis>=6.130",
             "import-linter>=2.3",
             "math-verify==0.9.0",
+            "mbridge==0.15.1",  # an oracle of the conversion, in tests only
             "mypy>=1.18",
             "pytest>=8.4",
             "pytest-timeout>=2.4",

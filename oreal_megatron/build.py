@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from oreal_megatron.checkpoint.export import Exporter, write_assets
 from oreal_megatron.checkpoint.state import weights_only, without_prefix
 from oreal_megatron.checkpoint.store import INITIAL, CheckpointStore, damages_of, load_checkpoint
 from oreal_megatron.config import (
@@ -25,7 +26,8 @@ from oreal_megatron.config import (
     Violation,
     check_layout,
 )
-from oreal_megatron.convert.huggingface import geometry_of, load_weights
+from oreal_megatron.convert.huggingface import geometry_of
+from oreal_megatron.convert.module import load_weights
 from oreal_megatron.data.arithmetic import Demonstration, generate_arithmetic
 from oreal_megatron.data.packing import Packer
 from oreal_megatron.data.prompting import PromptRenderer
@@ -144,6 +146,7 @@ class _Builder:
         self.groups = groups
         self.tracker = tracker
         self.verifier = verifier
+        self.tokenizer = tokenizer
         self.journal = journal
         self.stop = stop
         self.renderer = PromptRenderer(tokenizer, config.prompt)
@@ -199,6 +202,7 @@ class _Builder:
             packer=self.packer,
             tracker=self.tracker,
             store=self.store,
+            exporter=self._exporter(),
             stream=stream,
             sampler=sampler,
             engine=engine,
@@ -245,7 +249,7 @@ class _Builder:
         module = self._policy_module()
         if config.model.path is not None:
             for chunk in chunks_of(module):
-                load_weights(chunk, Path(config.model.path), self.geometry, self.groups)
+                load_weights(chunk, Path(config.model.path), self.groups)
         if config.sft is not None:
             self._warm_start(module, config.sft)
         self.store.save(INITIAL, weights_only("policy", module))
@@ -291,6 +295,16 @@ class _Builder:
             chunk.logprob_chunk_tokens = self.config.model.logprob_chunk_tokens
             chunk.num_tokens = self.vocab_size
         return module.to(device())
+
+    def _exporter(self) -> Exporter:
+        config = self.config
+        with self.groups.together():
+            if self.groups.is_main and config.run.export != "none":
+                geometry = self.geometry.model_copy(update={"vocab_size": self.vocab_size})
+                stop = self.renderer.stop_token_id
+                write_assets(self.directory, geometry, config.model, self.tokenizer, stop_token_id=stop)
+        models = ("policy", "reward_model") if config.objective.uses_reward_model else ("policy",)
+        return Exporter(self.directory, self.store, self.groups, which=config.run.export, models=models)
 
     def _initial_policy(self) -> Policy | ModelChunks:
         module = self._policy_module()

@@ -49,8 +49,12 @@ class GeometryConfig(Section):
     vocab_size: Positive | None = None
     """Rows of the embedding before padding; None: as many as the tokenizer has."""
     rope_theta: PositiveFloat = 10000.0
+    rope_scaling_factor: PositiveFloat | None = None
+    """Factor of Llama 3.1's scaling of the rotary embedding; null: none."""
     norm_eps: PositiveFloat = 1e-6
     qkv_bias: bool = True
+    qk_norm: bool = False
+    """RMSNorm on the queries and keys of each head, as in Qwen3."""
     tied_embeddings: bool = False
     init_std: PositiveFloat = 0.02
 
@@ -337,6 +341,9 @@ class RunConfig(Section):
     """0: only at the end."""
     keep_checkpoints: Positive
     """The newest so many; the best one by evaluation is kept besides."""
+    export: Literal["none", "best", "every"]
+    """Checkpoints to have in huggingface/, for transformers and servers: the best one by evaluation (the newest where
+    nothing is evaluated), or every one that is kept."""
     async_checkpoints: bool
     """Write checkpoints behind the next steps, from a copy of the state; the last one is always waited for."""
     threads: Positive | None
@@ -419,6 +426,7 @@ _MAY_CHANGE = (
     "run.num_steps",
     "run.checkpoint_every",
     "run.keep_checkpoints",
+    "run.export",
     "run.async_checkpoints",
     "run.threads",
     "tracking.",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from oreal_megatron import updates
+from oreal_megatron.checkpoint.export import Exporter
 from oreal_megatron.checkpoint.state import load_trained, trained_state
 from oreal_megatron.checkpoint.store import Best, CheckpointStore, is_better, step_name
 from oreal_megatron.config import SamplingConfig, TrainConfig
@@ -69,6 +70,7 @@ class Run:
     packer: Packer
     tracker: Tracker
     store: CheckpointStore
+    exporter: Exporter
     stream: PromptStream
     sampler: Sampler
     engine: RolloutEngine
@@ -225,6 +227,7 @@ def evaluate_and_save(run: Run) -> None:
             progress.best = Best(step=step, score=score)
     if last or is_multiple(step, config.run.checkpoint_every) or (progress.best and progress.best.step == step):
         save(run, wait=last)
+    run.exporter.update()
 
 
 def evaluated(run: Run) -> EvaluationReport:

@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints to Megatron-Core modules."""
+"""Hugging Face checkpoints in and out."""

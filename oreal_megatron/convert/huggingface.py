@@ -1,121 +1,147 @@
-"""Weights of a Hugging Face directory into this rank's part of a Megatron-Core module, through transformers' loader.
-
-Shapes: H hidden, G query groups, Q heads of a group, D head dimension, F ffn, V vocabulary.
-"""
+"""A Hugging Face model directory: what config.json says, and config.json for a geometry."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from oreal_megatron.config import GeometryConfig
-from oreal_megatron.parallel.groups import ParallelGroups
+from oreal_megatron.convert.families import FAMILIES, family_of
+from oreal_megatron.convert.families.decoder import Family, Head
+from oreal_megatron.convert.rules import Table
 
-SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM")
+# Megatron-Core has these constants of Llama 3.1's rotary scaling built in.
+_LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    """What config.json says of a model."""
+
+    path: Path
+    """The directory, or the config.json alone where there are no weights."""
+    family: Family
+    head: Head
+    geometry: GeometryConfig
+    config: Mapping[str, Any]
+
+    @property
+    def table(self) -> Table:
+        return self.family.table(self.geometry, self.head)
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights, as config.json has it: float32, bfloat16, float16."""
+        return str(self.config.get("dtype", self.config.get("torch_dtype", "float32")))
+
+
+def read_model(path: Path) -> HuggingFaceModel:
+    """Reads a model directory's config.json, or a config.json.
+
+    Raises:
+        ValueError: there is none, or the model is not supported; names the file, the key and what is supported.
+    """
+    file = path / "config.json" if path.is_dir() or path.suffix != ".json" else path
+    if not file.is_file():
+        raise ValueError(f"{path}: there is no config.json in it")
+    try:
+        config = json.loads(file.read_text())
+        family, head = _family(file, config)
+        geometry = _geometry(file, config, family)
+    except KeyError as error:
+        raise ValueError(f"{file}: key {error} is missing") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    return HuggingFaceModel(path, family, head, geometry, config)
 
 
 def geometry_of(path: Path) -> GeometryConfig:
-    """The geometry in a directory's config.json.
+    """The geometry of a language model's directory, as `model.path` names it.
 
     Raises:
-        ValueError: no such directory, an architecture that is not supported, or scaled rotary embeddings.
+        ValueError: as `read_model`, or the directory holds a reward model.
     """
-    if not (path / "config.json").is_file():
-        raise ValueError(f"model.path = {path}: there is no config.json in it")
-    config = AutoConfig.from_pretrained(path)
-    architecture = (config.architectures or ["?"])[0]
-    if architecture not in SUPPORTED:
-        raise ValueError(f"model.path = {path}: {architecture} is not supported; supported: {', '.join(SUPPORTED)}")
-    rope = getattr(config, "rope_parameters", None) or {"rope_theta": getattr(config, "rope_theta", 10000.0)}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"model.path = {path}: rotary embeddings of type {rope['rope_type']!r} are not supported")
+    model = read_model(path)
+    if model.head != "causal":
+        raise ValueError(
+            f"model.path = {path}: a reward model ({model.family.architectures[model.head]}), not a policy"
+        )
+    return model.geometry
+
+
+def _family(file: Path, config: Mapping[str, Any]) -> tuple[Family, Head]:
+    architecture = (config.get("architectures") or ["?"])[0]
+    known = {name: (family, head) for family in FAMILIES for head, name in family.architectures.items()}
+    if architecture not in known:
+        raise ValueError(f"{file}: {architecture} is not supported; supported: {', '.join(known)}")
+    family, head = known[architecture]
+    for key, value in family.only.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{file}: {key} = {config[key]!r} is not supported for {architecture}, only {value!r}")
+    # A sequence classifier has two labels unless told otherwise.
+    if head == "scalar" and (labels := config.get("num_labels") or len(config.get("id2label", "ab"))) != 1:
+        raise ValueError(f"{file}: {labels} labels; a reward model has one: id2label with one entry")
+    return family, head
+
+
+def _geometry(file: Path, config: Mapping[str, Any], family: Family) -> GeometryConfig:
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    scaled = kind == "llama3" and all(rope.get(key) == value for key, value in _LLAMA3_SCALING.items())
+    if kind != "default" and not scaled:
+        raise ValueError(
+            f"{file}: rotary embeddings {rope} are not supported; supported: the default, and llama3 with "
+            f"{_LLAMA3_SCALING}"
+        )
+    heads = config["num_attention_heads"]
     return GeometryConfig(
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.intermediate_size,
-        num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None),
-        vocab_size=config.vocab_size,
-        rope_theta=float(rope["rope_theta"]),
-        norm_eps=config.rms_norm_eps,
-        qkv_bias=architecture == "Qwen2ForCausalLM",
-        tied_embeddings=bool(config.tie_word_embeddings),
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim"),
+        vocab_size=config["vocab_size"],
+        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        rope_scaling_factor=float(rope["factor"]) if scaled else None,
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
     )
 
 
-@torch.no_grad()
-def load_weights(module: torch.nn.Module, path: Path, geometry: GeometryConfig, groups: ParallelGroups) -> None:
-    """Fills every parameter of `module` from the directory.
-
-    Raises:
-        ValueError: a tensor is missing or has another shape than the module's.
-    """
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=next(module.parameters()).dtype)
-    source = model.state_dict()
-    unread = set(source) - ({"lm_head.weight"} if geometry.tied_embeddings else set())
-
-    def read(name: str) -> Tensor:
-        if name not in source:
-            raise ValueError(f"{path}: tensor {name} is missing")
-        unread.discard(name)
-        return source[name]
-
-    for name, parameter in module.named_parameters():
-        full = _full_tensor(name, module, geometry, read)
-        local = _slice_of(name, full, parameter, groups)
-        if local.shape != parameter.shape:
-            raise ValueError(
-                f"{path}: {name} comes out as {tuple(local.shape)}, the model has {tuple(parameter.shape)}"
-            )
-        parameter.copy_(local)
-    if unread and groups.pipeline_size == 1:
-        raise ValueError(f"{path}: tensors that the model has no place for: {', '.join(sorted(unread)[:5])}")
-
-
-def _full_tensor(name: str, module: torch.nn.Module, geometry: GeometryConfig, read: Callable[[str], Tensor]) -> Tensor:
-    """The unsplit tensor of a Megatron parameter, from its Hugging Face tensors."""
-    outer = {
-        "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-        "decoder.final_layernorm.weight": "model.norm.weight",
-        "output_layer.weight": "model.embed_tokens.weight" if geometry.tied_embeddings else "lm_head.weight",
+def config_json(geometry: GeometryConfig, head: Head, *, dtype: str, max_positions: int) -> dict[str, Any]:
+    """config.json of a model that came from no directory, in the form of published models (transformers 4 and 5)."""
+    family = family_of(geometry)
+    config: dict[str, Any] = {
+        "architectures": [family.architectures[head]],
+        "model_type": family.name,
+        "hidden_act": "silu",
+        "hidden_size": geometry.hidden_size,
+        "initializer_range": geometry.init_std,
+        "intermediate_size": geometry.ffn_hidden_size,
+        "max_position_embeddings": max_positions,
+        "num_attention_heads": geometry.num_attention_heads,
+        "num_hidden_layers": geometry.num_layers,
+        "num_key_value_heads": geometry.num_query_groups,
+        "head_dim": geometry.head_dim or geometry.hidden_size // geometry.num_attention_heads,
+        "rms_norm_eps": geometry.norm_eps,
+        "rope_theta": geometry.rope_theta,
+        "tie_word_embeddings": geometry.tied_embeddings,
+        "torch_dtype": dtype,
+        "vocab_size": geometry.vocab_size,
     }
-    if name in outer:
-        return read(outer[name])
-    _, _, local_index, part = name.split(".", 3)
-    number: Any = module.get_submodule(f"decoder.layers.{local_index}").layer_number  # from 1, over all stages
-    layer = f"model.layers.{number - 1}."
-    inner = {
-        "input_layernorm.weight": "input_layernorm.weight",
-        "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-        "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-        "mlp.linear_fc2.weight": "mlp.down_proj.weight",
-    }
-    if part in inner:
-        return read(layer + inner[part])
-    if part == "mlp.linear_fc1.weight":
-        return torch.cat([read(layer + "mlp.gate_proj.weight"), read(layer + "mlp.up_proj.weight")])
-    kind = part.removeprefix("self_attention.linear_qkv.")
-    # [G * (Q + 2) * D, H]: the queries of a group, then its key, then its value.
-    by_group = [
-        read(f"{layer}self_attn.{letter}_proj.{kind}").unflatten(0, (geometry.num_query_groups, -1)) for letter in "qkv"
-    ]
-    return torch.cat(by_group, dim=1).flatten(0, 1)
+    if geometry.rope_scaling_factor is not None:
+        config["rope_scaling"] = {"rope_type": "llama3", "factor": geometry.rope_scaling_factor, **_LLAMA3_SCALING}
+    return config if head == "causal" else with_scalar_head(config)
 
 
-def _slice_of(name: str, full: Tensor, parameter: Tensor, groups: ParallelGroups) -> Tensor:
-    """This tensor rank's part; vocabulary rows that the source lacks are zeros."""
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return full
-    size, rank = groups.tensor_size, groups.tensor_rank
-    if "linear_fc1" in name:
-        return torch.cat([half.chunk(size)[rank] for half in full.chunk(2)])
-    if "word_embeddings" in name or "output_layer" in name:
-        missing = parameter.size(0) * size - full.size(0)
-        full = torch.cat([full, full.new_zeros(missing, full.size(1))])
-    return full.chunk(size, dim=parameter.partition_dim)[rank]  # type: ignore[attr-defined]
+def with_scalar_head(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a reward model on the decoder of `config`."""
+    family = next(f for f in FAMILIES if f.name == config["model_type"])
+    labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+    return {**config, "architectures": [family.architectures["scalar"]], **labels}

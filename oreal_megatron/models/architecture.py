@@ -61,6 +61,7 @@ def transformer_config(geometry: GeometryConfig, model: ModelConfig, groups: Par
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=geometry.qkv_bias,
+        qk_layernorm=geometry.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=groups.tensor_size,
@@ -111,13 +112,13 @@ def layer_spec(
                 "model.implementation = transformer_engine, but Transformer Engine does not import here; install the "
                 "extra `te` on a machine with CUDA, or use model.implementation=local"
             )
-        return get_gpt_layer_with_transformer_engine_spec()
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = LocalRMSNorm
     layer.submodules.pre_mlp_layernorm = LocalRMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = SdpaCoreAttention
-    attention.q_layernorm = attention.k_layernorm = IdentityOp
+    attention.q_layernorm = attention.k_layernorm = LocalRMSNorm if config.qk_layernorm else IdentityOp
     # The block's submodules rather than the layer alone, so that the final norm is ours too.
     num_layers = get_num_layers_to_build(config, vp_stage=chunk)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=LocalRMSNorm)
@@ -155,6 +156,8 @@ def build_gpt(
             share_embeddings_and_output_weights=tied_embeddings,
             position_embedding_type="rope",
             rotary_base=geometry.rope_theta,
+            rope_scaling=geometry.rope_scaling_factor is not None,
+            rope_scaling_factor=geometry.rope_scaling_factor or 1.0,
             pg_collection=groups.collection,
             vp_stage=chunk,
         )

@@ -140,6 +140,20 @@ class ParallelGroups:
     def barrier(self) -> None:
         dist.barrier()
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Leaves the block when every process has, with an error on all where one had one (OSError or ValueError)."""
+        failed: OSError | ValueError | None = None
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            failed = error
+        others = [text for part in self.gather_over_world([str(failed)] if failed else []) for text in part]
+        if failed:
+            raise failed
+        if others:
+            raise OSError(others[0])
+
 
 @contextlib.contextmanager
 def parallel_groups(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGroups]:

@@ -25,6 +25,22 @@ def test_a_run_leaves_what_a_person_looks_for(finished):
     assert {"id", "prompt", "response_ids", "logprobs", "grade", "weight_version"} <= json.loads(lines[0]).keys()
 
 
+def test_the_best_checkpoint_is_a_hugging_face_directory(finished):
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+
+    from oreal_megatron.convert.conversion import compare
+
+    best = json.loads((finished / "checkpoints" / "best.json").read_text())["checkpoint"]
+    exported = finished / "huggingface" / "best"
+    assert exported.resolve().name == best
+    models = {"policy": AutoModelForCausalLM}
+    models |= {"reward_model": AutoModelForTokenClassification} if best != "initial" else {}
+    for name, kind in models.items():
+        kind.from_pretrained(exported / name)
+        assert AutoTokenizer.from_pretrained(exported / name).chat_template
+        assert compare(exported / name, finished / "checkpoints" / best, prefix=f"{name}.").differences == ()
+
+
 def test_every_step_and_evaluation_is_in_the_metrics_with_its_phases(finished):
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["kind"] == "step"] == [0, 1, 2, 3]

@@ -1,4 +1,4 @@
-"""Tiny transformers models of both families, and the same weights in Megatron-Core."""
+"""Tiny transformers models of every family, and the same weights in Megatron-Core."""
 
 from __future__ import annotations
 
@@ -6,43 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from oreal_megatron.config import ModelConfig
-from oreal_megatron.convert.huggingface import geometry_of, load_weights
+from oreal_megatron.convert.huggingface import geometry_of
+from oreal_megatron.convert.module import load_weights
 from oreal_megatron.models.architecture import build_gpt
 from oreal_megatron.models.policy import Policy
-
-VOCABULARY = 120
-
-
-def save_tiny(directory: Path, family: str, *, tied: bool) -> Path:
-    """A random two-layer model of the family, every bias non-zero, saved as transformers does."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    }[family]
-    config = config_class(
-        vocab_size=VOCABULARY,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-    )
-    torch.manual_seed(0)
-    model = model_class(config).float()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(directory)
-    return directory
+from tests.tiny_models import VOCABULARY, save_tiny
 
 
 def as_policy(directory: Path, groups: Any) -> Policy:
@@ -64,11 +34,11 @@ def as_policy(directory: Path, groups: Any) -> Policy:
         seed=0,
         tied_embeddings=geometry.tied_embeddings,
     )
-    load_weights(policy, directory, geometry, groups)
+    load_weights(policy, directory, groups)
     return policy
 
 
-@pytest.fixture(scope="session", params=[("llama", True), ("qwen2", False)], ids=["llama-tied", "qwen2-untied"])
+@pytest.fixture(scope="session", params=[("llama", True), ("qwen2", False), ("qwen3", True)], ids=lambda p: p[0])
 def pair(request, tmp_path_factory, single_process) -> tuple[Any, Policy]:
     """(transformers model, Policy) with the same weights."""
     from transformers import AutoModelForCausalLM

@@ -1,0 +1,135 @@
+"""A run's checkpoints as Hugging Face directories: the best model is usable by anyone at once.
+
+huggingface/assets/                 config.json, tokenizer, chat template: everything but weights
+huggingface/step_000050/policy/     one directory a model and checkpoint
+huggingface/best                    a link to the best of them
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from oreal_megatron.checkpoint.store import INITIAL, CheckpointStore, step_name
+from oreal_megatron.config import GeometryConfig, ModelConfig
+from oreal_megatron.convert.conversion import WEIGHTS, Export
+from oreal_megatron.convert.families.decoder import Head
+from oreal_megatron.convert.huggingface import config_json, read_model
+from oreal_megatron.convert.output import copy_beside
+from oreal_megatron.files import write_atomically
+from oreal_megatron.parallel.groups import ParallelGroups
+
+_HEADS: dict[str, Head] = {"policy": "causal", "reward_model": "scalar"}
+
+
+class Exporter:
+    """Keeps huggingface/ in step with checkpoints/. Every method is called by all ranks."""
+
+    def __init__(
+        self,
+        directory: Path,
+        store: CheckpointStore,
+        groups: ParallelGroups,
+        *,
+        which: Literal["none", "best", "every"],
+        models: tuple[str, ...],
+    ):
+        """directory: of the run; its huggingface/assets must be there. models: names in the run's checkpoints."""
+        self._directory = directory / "huggingface"
+        self._store = store
+        self._groups = groups
+        self._which = which
+        self._models = models
+
+    def update(self) -> None:
+        """Exports the checkpoints that are to be there and are not, and removes the others.
+
+        Raises:
+            ValueError: a checkpoint cannot be read.
+            OSError: the disk refused; the checkpoint stays, and the next call tries again.
+        """
+        if self._which == "none":
+            return
+        steps = [step_name(step) for step in self._store.steps]
+        newest = self._groups.from_main(self._best()) or (steps[-1] if steps else None)
+        wanted = set(steps if self._which == "every" else []) | ({newest} if newest else set())
+        for name in sorted(wanted):
+            # The initial checkpoint holds the policy alone.
+            for model in self._models if name != INITIAL else ("policy",):
+                if not self._groups.from_main((self._directory / name / model).is_dir()):
+                    self._export(name, model)
+        if self._groups.is_main:
+            if newest:
+                _link(self._directory / "best", newest)
+            for path in self._directory.iterdir():
+                if path.is_dir() and not path.is_symlink() and path.name not in {*wanted, "assets"}:
+                    shutil.rmtree(path)
+        self._groups.barrier()
+
+    def _best(self) -> str | None:
+        path = self._store.directory / "best.json"
+        return json.loads(path.read_text())["checkpoint"] if path.is_file() else None
+
+    def _export(self, name: str, model: str) -> None:
+        """One model of one checkpoint; the ranks share its files."""
+        plan = Export.plan(
+            self._store.directory / name,
+            self._directory / name / model,
+            prefix=f"{model}.",
+            head=_HEADS[model],
+            assets=self._directory / "assets",
+        )
+        with self._groups.together():
+            if self._groups.is_main:
+                plan.open()
+        ranks = self._groups.world_size
+        with self._groups.together():
+            for shard in plan.shards[self._groups.rank :: ranks]:
+                plan.write(shard)
+        with self._groups.together():
+            if self._groups.is_main:
+                plan.commit()
+
+
+def write_assets(
+    directory: Path,
+    geometry: GeometryConfig,
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    stop_token_id: int,
+) -> None:
+    """Makes huggingface/assets of a run: the files of `model.path` unchanged, or those of a model of `geometry`.
+
+    geometry: with the number of rows that the run's vocabulary has.
+    """
+    assets = directory / "huggingface" / "assets"
+    shutil.rmtree(assets, ignore_errors=True)
+    assets.mkdir(parents=True)
+    if model.path is not None:
+        copy_beside(Path(model.path), assets, without=WEIGHTS)
+        config = dict(read_model(assets).config)
+        if config["vocab_size"] != geometry.vocab_size:
+            # The tokenizer has more tokens than the directory's embedding.
+            write_atomically(
+                assets / "config.json", json.dumps({**config, "vocab_size": geometry.vocab_size}, indent=2)
+            )
+        return
+    config = config_json(geometry, "causal", dtype=model.dtype, max_positions=model.max_sequence_length)
+    write_atomically(assets / "config.json", json.dumps(config, indent=2) + "\n")
+    generation = {"eos_token_id": stop_token_id, "pad_token_id": tokenizer.pad_token_id}
+    write_atomically(assets / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+    tokenizer.save_pretrained(assets)
+
+
+def _link(path: Path, target: str) -> None:
+    """A symbolic link, replaced at once."""
+    new = path.with_name(path.name + ".new")
+    new.unlink(missing_ok=True)
+    os.symlink(target, new)
+    os.replace(new, path)

@@ -1,0 +1,54 @@
+"""Tiny transformers models of every supported family, saved as transformers saves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+VOCABULARY = 120
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+def save_tiny(
+    directory: Path,
+    family: str,
+    *,
+    tied: bool,
+    dtype: torch.dtype = torch.float32,
+    head: Literal["causal", "scalar"] = "causal",
+    vocabulary: int = VOCABULARY,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    num_groups: int = 2,
+    max_shard_size: str = "5GB",
+    **more: Any,
+) -> Path:
+    """A random model, every bias and norm away from its initial value; head dimension 16, which 4 heads do not fill."""
+    import transformers
+
+    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=vocabulary,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_groups,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        **({"head_dim": 16} if family != "qwen2" else {}),
+        **({"num_labels": 1} if head == "scalar" else {}),
+        **more,
+    )
+    kind = {"causal": "ForCausalLM", "scalar": "ForTokenClassification"}[head]
+    torch.manual_seed(0)
+    model = getattr(transformers, name + kind)(config).to(dtype)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias") or "norm" in parameter_name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    return directory
