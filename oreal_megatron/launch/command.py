@@ -181,7 +181,8 @@ def site_and_run(raw: DictConfig) -> tuple[TrainConfig, ClusterConfig]:
     missing = {*missing_keys(plain), *(f"{SITE}.{k}" for k, v in plain[SITE].items() if v == "???")}
     if missing:
         raise ConfigError([Violation(key, "???", "must be given: in conf/cluster, or here") for key in sorted(missing)])
-    violations, parsed = [], []
+    violations: list[Violation] = []
+    parsed: list[Any] = []
     for parse, part in (
         (parse_config, resolved(raw)),
         (parse_cluster, OmegaConf.to_container(raw[SITE], resolve=True)),
