@@ -9,8 +9,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup sglang-deps demo test test-fast test-slow lint bench bench-rollout bench-verifier \
-	bench-conversion bench-objectives clean
+.PHONY: help setup sglang-deps slurm-deps demo test test-fast test-slow lint bench bench-rollout bench-memory \
+	bench-verifier bench-conversion bench-objectives clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -32,6 +32,10 @@ sglang-deps: $(VENV)/sglang/.ready ## SGLang for CPU, in a directory that only s
 
 demo: setup ## OREAL on arithmetic: warm start, 50 steps, three evaluations, report.html
 	$(BIN)/oreal-train experiment=arithmetic
+
+slurm-deps: ## the SLURM daemons and shellcheck that tests/slurm needs (Debian, as root)
+	apt-get update --quiet
+	apt-get install --yes --quiet --no-install-recommends slurmctld slurmd slurm-client munge shellcheck
 
 lint: setup ## ruff, import contracts, types
 	$(BIN)/ruff check .
@@ -58,6 +62,9 @@ bench: setup ## generation and a training step against their peers, the stall of
 
 bench-rollout: sglang-deps ## our rollout client against a bare load generator
 	$(BIN)/python -m benchmarks.rollout_client
+
+bench-memory: setup ## the planner's memory against measured peaks in eleven layouts
+	$(BIN)/python -m benchmarks.memory
 
 bench-verifier: setup ## the verifier beside math-verify on the labelled cases, and its throughput
 	$(BIN)/python -m benchmarks.verifier

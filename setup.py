@@ -32,7 +32,7 @@ setup(
             "rollout/cpu_shims/sgl_kernel/*.py",
         ]
     },
-    data_files=conf_files(),
+    data_files=[*conf_files(), ("share/oreal_megatron/slurm", ["slurm/train.sbatch", "slurm/rank.sh"])],
     install_requires=[
         "torch>=2.13,<2.14",
         "megatron-core>=0.16.1,<0.17",
@@ -77,6 +77,9 @@ setup(
         "console_scripts": [
             "oreal-train = oreal_megatron.cli:train",
             "oreal-report = oreal_megatron.cli:report",
+            "oreal-plan = oreal_megatron.launch.command:plan",
+            "oreal-submit = oreal_megatron.launch.command:submit",
+            "oreal-doctor = oreal_megatron.launch.command:doctor",
             "oreal-verify = oreal_megatron.verifier.cli:main",
         ]
     },

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.pairs import compare
 from oreal_megatron import updates
-from oreal_megatron.cli import config_directory
+from oreal_megatron.composition import composed, resolved
 from oreal_megatron.config import (
     AdamWConfig,
     GeometryConfig,
@@ -141,12 +141,7 @@ def bare_step(batches: list[TokenBatch], chosen: list[PackedSequence], groups: P
 
 
 def oreal_objective() -> ObjectiveConfig:
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    with initialize_config_dir(str(config_directory()), version_base="1.3"):
-        raw: Any = OmegaConf.to_container(compose("config", overrides=["run.name=benchmark"]), resolve=True)
-    return parse_config(raw).objective
+    return parse_config(resolved(composed(["run.name=benchmark"]))).objective
 
 
 def built(cls: type[GPTModel], groups: ParallelGroups) -> Any:

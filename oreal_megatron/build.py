@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,7 +16,17 @@ from transformers import PreTrainedTokenizerBase
 from oreal_megatron.checkpoint.export import Exporter, write_assets
 from oreal_megatron.checkpoint.state import weights_only, without_prefix
 from oreal_megatron.checkpoint.store import INITIAL, CheckpointStore, damages_of, load_checkpoint
-from oreal_megatron.config import AdamWConfig, SftConfig, SGLangConfig, TrainConfig, check_layout
+from oreal_megatron.config import (
+    AdamWConfig,
+    ConfigError,
+    GeometryConfig,
+    ModelConfig,
+    SftConfig,
+    SGLangConfig,
+    TrainConfig,
+    Violation,
+    check_layout,
+)
 from oreal_megatron.convert.huggingface import geometry_of, served_config
 from oreal_megatron.convert.module import load_weights
 from oreal_megatron.data.arithmetic import Demonstration, generate_arithmetic
@@ -59,6 +70,7 @@ def opened_run(config: TrainConfig, stop: StopRequest) -> Iterator[Run]:
         Stopped: `stop` was asked for on the way.
         ValueError: data, tokenizer, model directory or layout are not usable; the message names what and why.
     """
+    check_startable(config, int(os.environ.get("WORLD_SIZE", "1")))
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     directory = Path(config.run.dir)
@@ -70,6 +82,59 @@ def opened_run(config: TrainConfig, stop: StopRequest) -> Iterator[Run]:
         tokenizer = load_tokenizer(config.model.tokenizer)
         journal = stack.enter_context(contextlib.closing(RolloutJournal(directory / "journal", groups)))
         yield _Builder(config, directory, groups, tracker, verifier, tokenizer, journal, stop, stack).run()
+
+
+def check_startable(config: TrainConfig, num_processes: int) -> None:
+    """Raises ConfigError where the configuration is for another number of processes, or for what is not built."""
+    violations = []
+    if (servers := config.rollout.sglang) is not None:
+        if servers.placement == "colocated":
+            remedy = "the trainer cannot share its devices with servers yet: disaggregated; oreal-plan plans both"
+            violations.append(Violation("rollout.sglang.placement", servers.placement, remedy))
+        needed = servers.num_servers * servers.tensor
+        if not servers.urls and servers.device == "cuda" and needed > config.resources.devices_per_node:
+            remedy = (
+                f"servers of {servers.tensor} devices are launched on the main process's machine, which has "
+                f"{config.resources.devices_per_node}: start them elsewhere and give rollout.sglang.urls"
+            )
+            violations.append(Violation("rollout.sglang.num_servers", servers.num_servers, remedy))
+    wanted = config.resources.trainer_devices
+    if wanted is not None and wanted != num_processes:
+        remedy = f"{num_processes} were started; start as many as this, or resources.trainer_devices={num_processes}"
+        violations.append(Violation("resources.trainer_devices", wanted, remedy))
+    if violations:
+        raise ConfigError(violations)
+
+
+def geometry_of_run(model: ModelConfig) -> GeometryConfig:
+    """model.geometry, or that of model.path, which must then have the sizes that model.geometry names, if it does.
+
+    Raises:
+        ConfigError: with every size that differs.
+        ValueError: the directory cannot be read.
+    """
+    if model.path is None:
+        assert model.geometry is not None
+        return model.geometry
+    found = geometry_of(Path(model.path))
+    if (expected := model.geometry) is not None:
+        # Sizes are what plans are made of; the numerics (rotary base, epsilon) are the directory's own.
+        sizes = (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "vocab_size",
+        )
+        violations = [
+            Violation(f"model.geometry.{name}", getattr(expected, name), f"{model.path} has {getattr(found, name)}")
+            for name in sizes
+            if getattr(expected, name) not in (None, getattr(found, name))
+        ]
+        if violations:
+            raise ConfigError(violations)
+    return found
 
 
 class _Builder:
@@ -98,7 +163,7 @@ class _Builder:
         self.journal = journal
         self.stop = stop
         self.renderer = PromptRenderer(tokenizer, config.prompt)
-        self.geometry = config.model.geometry or geometry_of(Path(str(config.model.path)))
+        self.geometry = geometry_of_run(config.model)
         check_layout(self.geometry, config.parallel)
         self.vocab_size = max(self.geometry.vocab_size or 0, len(tokenizer))
         self.packer = Packer.of_layout(groups, self.geometry, self.vocab_size)

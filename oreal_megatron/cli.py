@@ -7,51 +7,23 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import hydra
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
-from oreal_megatron.config import ConfigError, TrainConfig, Violation, check_resume, parse_config
+from oreal_megatron.composition import config_directory, validated
+from oreal_megatron.config import ConfigError, TrainConfig, check_resume
 from oreal_megatron.files import write_atomically
+from oreal_megatron.launch.dry_run import is_dry_run, shrunk
 from oreal_megatron.stopping import EXIT_STOPPED, LostPeer, Stopped, StopRequest
-
-
-def config_directory() -> Path:
-    """conf/ beside the package in a checkout, or where an installed wheel puts it."""
-    checkout = Path(__file__).resolve().parent.parent / "conf"
-    return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "oreal_megatron" / "conf"
-
-
-def validated(composed: DictConfig) -> TrainConfig:
-    """Raises ConfigError with all violations at once."""
-    missing = sorted(_missing_keys(OmegaConf.to_container(composed, resolve=False)))
-    if missing:
-        raise ConfigError([Violation(key, "???", "must be given on the command line or in a file") for key in missing])
-    try:
-        raw: Any = OmegaConf.to_container(composed, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError([Violation("(composition)", None, str(error).strip().replace("\n", " "))]) from error
-    return parse_config(raw)
-
-
-def _missing_keys(value: Any, path: str = "") -> Iterator[str]:
-    """Keys whose value is ???; OmegaConf's own search stops at the first interpolation of one."""
-    if value == "???":
-        yield path
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _missing_keys(inner, f"{path}.{name}" if path else str(name))
 
 
 @hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")
 def _train(composed: DictConfig) -> None:
     try:
-        config = validated(composed)
+        config = validated(shrunk(composed) if is_dry_run(composed) else composed)
         _quieten()
         run_training(config)
     except Stopped as stopped:

@@ -65,7 +65,7 @@ class ModelConfig(Section):
     path: str | None
     """A Hugging Face model directory (config.json, tokenizer, safetensors), or null to start from random weights."""
     geometry: GeometryConfig | None
-    """Shape of a model that starts from random weights; null with `path`."""
+    """Shape of a model that starts from random weights; with `path`, what its config.json must agree with, or null."""
     tokenizer: str
     """`arithmetic` for the built-in one, or a Hugging Face directory."""
     implementation: Literal["local", "transformer_engine"]
@@ -207,6 +207,10 @@ class SGLangConfig(Section):
     """Launched servers."""
     tensor: Positive
     """Tensor-parallel ranks of a launched server."""
+    placement: Literal["colocated", "disaggregated"]
+    """On the trainer's devices, in turns with it (planned for, not built), or on devices of their own."""
+    memory_share: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """Of a device's memory, for the served weights and the KV cache together."""
     device: Literal["cpu", "cuda"]
     """Of launched servers; `cpu` uses the directory that `make sglang-deps` fills."""
     host: str
@@ -302,6 +306,15 @@ class ParallelConfig(Section):
     """A collective that waits longer than this ends the job."""
 
 
+class ResourcesConfig(Section):
+    """What a run is meant for: `oreal-plan` and `oreal-submit` count on it, and the trainer checks its processes."""
+
+    device: Literal["cpu", "a100_80gb", "h100_80gb"]
+    devices_per_node: Positive
+    trainer_devices: Positive | None
+    """One trainer process each; servers on devices of their own come on top. null: as many as are started."""
+
+
 class SftConfig(Section):
     """Supervised warm start on worked solutions, before the first step."""
 
@@ -368,6 +381,8 @@ class RunConfig(Section):
     """Write checkpoints behind the next steps, from a copy of the state; the last one is always waited for."""
     threads: Positive | None
     """CPU threads of a process; null: torch's choice."""
+    dry_run: bool = False
+    """Two steps of this experiment with everything small: model, lengths, data, layout (launch/dry_run.py says how)."""
 
 
 class TrainConfig(Section):
@@ -382,6 +397,7 @@ class TrainConfig(Section):
     verifier: VerifierConfig
     optimizer: OptimizerConfig
     parallel: ParallelConfig
+    resources: ResourcesConfig
     sft: SftConfig | None
     evaluation: EvaluationConfig
     tracking: TrackingConfig
@@ -449,6 +465,7 @@ _MAY_CHANGE = (
     "tracking.",
     "parallel.",
     "rollout.sglang.",
+    "resources.",
 )
 
 
@@ -530,9 +547,9 @@ def _check(*reads: str) -> Callable[[Callable[..., Iterator[Violation]]], Callab
 
 @_check("model")
 def _check_model(model: ModelConfig) -> Iterator[Violation]:
-    if (model.path is None) == (model.geometry is None):
+    if model.path is None and model.geometry is None:
         yield Violation(
-            "model.path", model.path, "give either model.path (a Hugging Face directory) or model.geometry, not both"
+            "model.path", None, "give model.path (a Hugging Face directory), or model.geometry to start anew"
         )
     if (g := model.geometry) is None:
         return
@@ -627,6 +644,51 @@ def _check_data(data: DataConfig) -> Iterator[Violation]:
             yield Violation(f"data.difficulty_balance.{index}.low", bin.low, f"must be below high = {bin.high}")
 
 
+@_check("rollout", "model")
+def _check_served_heads(rollout: RolloutConfig, model: ModelConfig) -> Iterator[Violation]:
+    servers = rollout.sglang
+    if servers is not None and model.geometry is not None:
+        heads = model.geometry.num_attention_heads
+        if heads % servers.tensor:
+            yield Violation(
+                "rollout.sglang.tensor",
+                servers.tensor,
+                f"{heads} attention heads do not split evenly over {servers.tensor} devices",
+            )
+
+
+@_check("rollout", "parallel", "resources")
+def _check_resources(
+    rollout: RolloutConfig, parallel: ParallelConfig, resources: ResourcesConfig
+) -> Iterator[Violation]:
+    trainers, servers = resources.trainer_devices, rollout.sglang
+    if trainers is None:
+        if servers is not None and servers.placement == "colocated":
+            yield Violation("resources.trainer_devices", None, "say how many, where servers share the allocation")
+        return
+    replica = parallel.tensor * parallel.pipeline * parallel.context
+    if trainers % replica:
+        yield Violation(
+            "resources.trainer_devices",
+            trainers,
+            f"is no multiple of a model replica's {replica} = parallel.tensor {parallel.tensor} x pipeline "
+            f"{parallel.pipeline} x context {parallel.context}",
+        )
+    if servers is not None and servers.placement == "colocated" and servers.num_servers * servers.tensor != trainers:
+        yield Violation(
+            "rollout.sglang.num_servers",
+            servers.num_servers,
+            f"{servers.num_servers} servers of {servers.tensor} devices are not the {trainers} trainer devices that "
+            f"they share: {trainers // servers.tensor} are",
+        )
+    if parallel.tensor > resources.devices_per_node:
+        yield Violation(
+            "parallel.tensor",
+            parallel.tensor,
+            f"tensor ranks share every matrix and must not span nodes: at most {resources.devices_per_node}",
+        )
+
+
 @_check("data", "sft", "evaluation")
 def _check_generated(data: DataConfig, sft: SftConfig | None, evaluation: EvaluationConfig) -> Iterator[Violation]:
     if data.arithmetic is not None:
@@ -689,6 +751,7 @@ _OWN_ARGUMENTS = {
     "host": "is rollout.sglang.host",
     "port": "is rollout.sglang.port",
     "device": "is rollout.sglang.device",
+    "mem-fraction-static": "is rollout.sglang.memory_share",
     "tp": "is rollout.sglang.tensor",
     "tp-size": "is rollout.sglang.tensor",
     "tensor-parallel-size": "is rollout.sglang.tensor",

@@ -166,3 +166,36 @@ class EvaluationReport:
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "evaluation", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Bytes of one micro-batch's way through a part of a stage, above the stage's parameters and buffers."""
+
+    kept: int
+    """Between its forward and its backward pass."""
+    scoring_peak: int
+    """At most, in a forward pass without gradients."""
+    training_peak: int
+    """At most, in its forward and backward pass, with what it keeps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFootprint:
+    """What a rank of one pipeline stage holds and computes with."""
+
+    stage: int
+    num_layers: int
+    policy_parameters: int
+    """Elements of this rank; the reference's are as many."""
+    reward_model_parameters: int
+    largest_parameter: int
+    """Elements of the policy's largest one."""
+    layer_kept: int
+    """Bytes that a layer keeps of a micro-batch until its backward pass."""
+    outside_kept: int
+    """Bytes that the stage keeps of it beside its layers."""
+    layers: Passage
+    """Through two layers."""
+    head: Passage
+    """Through the policy's log-probabilities; nothing where the stage is not the last."""

@@ -24,6 +24,7 @@ def compose(*overrides: str) -> dict[str, Any]:
         composed = hydra_compose("config", overrides=["run.name=test", *overrides], return_hydra_config=False)
     container = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(container, dict)
+    container.pop("cluster")  # the site's part, which is no part of a run
     return container  # type: ignore[return-value]
 
 

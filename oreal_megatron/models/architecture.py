@@ -136,10 +136,10 @@ def build_gpt(
     groups: ParallelGroups,
     *,
     vocab_size: int,
-    seed: int,
+    seed: int | None,
     tied_embeddings: bool,
 ) -> GPTModel | ModelChunks:
-    """This rank's part of a decoder with weights drawn from `seed`, the same in every layout."""
+    """This rank's part of a decoder with weights drawn from `seed`, the same in every layout; None: as they come."""
     config = transformer_config(geometry, model, groups)
     num_chunks = groups.layout.virtual_pipeline
 
@@ -163,7 +163,8 @@ def build_gpt(
         )
         # Only generation reads this group, on rows that are not packed: there every context rank has all positions.
         module.rotary_pos_emb.cp_group = None
-        draw_weights(module, vocab_size=vocab_size, std=geometry.init_std, seed=seed, groups=groups)
+        if seed is not None:
+            draw_weights(module, vocab_size=vocab_size, std=geometry.init_std, seed=seed, groups=groups)
         return module
 
     return part(None) if num_chunks == 1 else ModelChunks([part(chunk) for chunk in range(num_chunks)])

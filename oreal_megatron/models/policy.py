@@ -104,11 +104,16 @@ class Policy(GPTModel):
         """With labels [1, T] (IGNORE where none): fp32 [T, 2] of log-probability and entropy in nats, 0 elsewhere."""
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
+        (predicting,) = torch.where(labels[0] != IGNORE)
+        values_R2 = self.labelled(hidden_states, predicting, labels[0].index_select(0, predicting))
+        return values_R2.new_zeros(labels.size(1), 2).index_copy(0, predicting, values_R2)
+
+    def labelled(self, hidden_states: Tensor, predicting_R: Tensor, target_R: Tensor) -> Tensor:
+        """fp32 [R, 2]: log-probability and entropy in nats of the targets, from the last layer's states [T, 1, H]."""
         if self.config.sequence_parallel:
             hidden_TH = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp).squeeze(1)
         else:
             hidden_TH = copy_to_tensor_model_parallel_region(hidden_states, group=self.pg_collection.tp).squeeze(1)
-        (predicting,) = torch.where(labels[0] != IGNORE)
         weight = (
             self.shared_embedding_or_output_weight()
             if self.share_embeddings_and_output_weights
@@ -118,12 +123,11 @@ class Policy(GPTModel):
         if self.num_tokens is not None:
             weight = weight[: self.num_tokens - first]
         logprobs_R, entropy_R = token_logprobs(
-            hidden_TH.index_select(0, predicting),
+            hidden_TH.index_select(0, predicting_R),
             weight,
-            labels[0].index_select(0, predicting),
+            target_R,
             first,
             self.logprob_chunk_tokens,
             self.pg_collection.tp,
         )
-        values_R2 = torch.stack([logprobs_R, entropy_R], dim=-1)
-        return values_R2.new_zeros(labels.size(1), 2).index_copy(0, predicting, values_R2)
+        return torch.stack([logprobs_R, entropy_R], dim=-1)

@@ -39,6 +39,7 @@ def launch_command(
         "port": port,
         "device": config.device,
         "tp": config.tensor,
+        "mem-fraction-static": config.memory_share,
         "dtype": dtype,
         "context-length": max_sequence_length + _CONTEXT_MARGIN,
         "max-running-requests": config.max_concurrency,

@@ -28,7 +28,8 @@ def test_every_objective_composes(composed, preset):
 def test_every_experiment_composes(composed, experiment):
     # What an experiment leaves to the site must be given; anything does for composing.
     site = {"math_smollm2": ["model.path=/site/model", "data.train=/site/prompts.jsonl"]}
-    assert parse_config(composed(f"experiment={experiment}", *site.get(experiment, []))).run.num_steps > 0
+    everywhere = ["cluster.models=/site", "cluster.data=/site"]
+    assert parse_config(composed(f"experiment={experiment}", *everywhere, *site.get(experiment, []))).run.num_steps > 0
 
 
 def test_all_violations_come_at_once(composed):

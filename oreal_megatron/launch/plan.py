@@ -1,0 +1,309 @@
+"""Memory of every rank in every phase, from counted footprints: does this configuration fit, and by how much?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from oreal_megatron.config import GeometryConfig, SGLangConfig, TrainConfig
+from oreal_megatron.launch.hardware import FULL, SERVER_ASLEEP, SERVER_WORKSPACE, SURE, Device
+from oreal_megatron.records import RankFootprint
+
+PHASES = ("generate", "score", "train reward model", "train policy", "reshard", "save")
+BUCKET = 512 * 2**20
+"""Bytes of a bucket of weights on their way to the servers; two are in flight."""
+
+
+@dataclass(frozen=True)
+class PhaseMemory:
+    """Bytes on one device in one phase, by what they are for."""
+
+    where: str
+    """`stage 0`, ..., or `server`."""
+    phase: str
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvCache:
+    """Room for sequences that are being generated."""
+
+    where: str
+    """Whose: `server` or `trainer rank`."""
+    num_holders: int
+    """Servers, or trainer replicas."""
+    tokens: int
+    """Of one holder."""
+    sequences_at_limit: int
+    """Of the longest length that fit at the same time."""
+    bytes_per_token: int
+    """On one device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    device: Device
+    phases: Sequence[PhaseMemory]
+    kv_cache: KvCache
+    host_bytes_per_node: int
+    """Host memory: what is offloaded, and the copy that a checkpoint is written from."""
+
+    @property
+    def worst(self) -> PhaseMemory:
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def share(self) -> float:
+        return self.worst.total / self.device.memory
+
+    @property
+    def problems(self) -> list[str]:
+        """Why it cannot run; empty where it fits."""
+        found = []
+        if self.share > FULL:
+            found.append(
+                f"{self.worst.where} needs {amount(self.worst.total)} to {self.worst.phase}, "
+                f"{self.device.name} has {amount(self.device.memory)}, of which {FULL:.0%} can be counted on"
+            )
+        if self.kv_cache.sequences_at_limit < 1:
+            found.append(
+                f"the KV cache of a {self.kv_cache.where} holds {self.kv_cache.tokens} tokens, less than one sequence "
+                "of model.max_sequence_length"
+            )
+        return found
+
+    @property
+    def verdict(self) -> str:
+        if self.problems:
+            return "does not fit"
+        return "fits" if self.share <= SURE else "tight"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Layout and precision in numbers."""
+
+    config: TrainConfig
+    geometry: GeometryConfig
+    num_devices: int
+    """Trainer processes."""
+
+    @property
+    def data(self) -> int:
+        p = self.config.parallel
+        return self.num_devices // (p.tensor * p.pipeline * p.context)
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight."""
+        return 2 if self.config.model.dtype == "bfloat16" else 4
+
+    @property
+    def optimizer_element(self) -> float:
+        """Bytes of Adam's two moments, and of the fp32 weights where the trained ones are bf16, on one device."""
+        whole = 12 if self.config.model.dtype == "bfloat16" else 8
+        # Context ranks hold the same weights: the distributed optimizer splits over them too.
+        ranks = self.data * self.config.parallel.context
+        return whole / ranks if self.config.parallel.distributed_optimizer else whole
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Keys and values of one token in all layers, unsplit."""
+        g = self.geometry
+        head_dim = g.head_dim or g.hidden_size // g.num_attention_heads
+        return 2 * g.num_layers * g.num_query_groups * head_dim * self.element
+
+
+def memory_plan(sizes: Sizes, footprints: Sequence[RankFootprint], device: Device) -> MemoryPlan:
+    """footprints: one a pipeline stage."""
+    config = sizes.config
+    phases = [memory for footprint in footprints for memory in _trainer_phases(sizes, footprint, device)]
+    kv_cache, server = _kv_cache(sizes, footprints, device, phases)
+    if server is not None:
+        phases = [*phases, server]
+    per_node = min(config.resources.devices_per_node, sizes.num_devices)
+    return MemoryPlan(
+        device=device, phases=phases, kv_cache=kv_cache, host_bytes_per_node=per_node * _host_bytes(sizes, footprints)
+    )
+
+
+def _trainer_phases(sizes: Sizes, footprint: RankFootprint, device: Device) -> list[PhaseMemory]:
+    config, where = sizes.config, f"stage {footprint.stage}"
+    trains_rm = config.objective.uses_reward_model
+    policy = _trained("policy", footprint.policy_parameters, sizes)
+    reward_model = _trained("reward model", footprint.reward_model_parameters, sizes) if trains_rm else {}
+    reference = {"reference weights": footprint.policy_parameters * sizes.element}
+    policy_weights = {"policy weights": policy["policy weights"]}
+    # Without offload everything is there all the time; with it, what the phase uses.
+    everything = policy | reward_model | reference
+    asleep = {"servers asleep": SERVER_ASLEEP} if _colocated(config) else {}
+
+    def phase(name: str, used: Mapping[str, int], more: Mapping[str, int]) -> PhaseMemory:
+        resident = used if config.parallel.offload else everything
+        overhead = {"framework": device.overhead} if device.overhead else {}
+        return PhaseMemory(where, name, {k: v for k, v in {**resident, **more, **overhead}.items() if v})
+
+    embedded = config.rollout.backend == "embedded"
+    generating = {"KV cache": _embedded_kv(sizes, footprint), "logits": _sampling_logits(sizes)} if embedded else {}
+    # Colocated servers fill what is left: their check is the room for the KV cache.
+    phases = [phase("generate", policy_weights if embedded else {}, generating)]
+    scoring = {"activations": max(footprint.layers.scoring_peak, footprint.head.scoring_peak)}
+    phases.append(phase("score", reference, scoring | asleep))
+    if trains_rm:
+        memory = _activations(sizes, footprint, with_head=False) | _update(sizes, footprint, device)
+        phases.append(phase("train reward model", reward_model, memory | asleep))
+    memory = _activations(sizes, footprint, with_head=True) | _update(sizes, footprint, device)
+    phases.append(phase("train policy", policy, memory | asleep))
+    if config.rollout.sglang is not None:
+        served = _served_weights(sizes, config.rollout.sglang) if _colocated(config) else 0
+        buckets = {"buckets": 2 * BUCKET, "served weights": served}
+        phases.append(phase("reshard", policy_weights, buckets | asleep))
+    # A checkpoint is copied to host memory tensor by tensor; on a CPU that is no copy.
+    phases.append(phase("save", policy | reward_model, asleep))
+    return phases
+
+
+def _trained(name: str, parameters: int, sizes: Sizes) -> dict[str, int]:
+    return {
+        f"{name} weights": parameters * sizes.element,
+        f"{name} gradients": parameters * 4,
+        f"{name} optimizer": int(parameters * sizes.optimizer_element),
+    }
+
+
+def _activations(sizes: Sizes, footprint: RankFootprint, *, with_head: bool) -> dict[str, int]:
+    """What the micro-batches in flight keep, and what the pass that is running needs besides."""
+    kept = footprint.layer_kept * footprint.num_layers + footprint.outside_kept
+    in_flight = micro_batches_in_flight(sizes, footprint.stage)
+    running = footprint.layers.training_peak - footprint.layers.kept
+    head = footprint.head if with_head else None
+    if head is not None:
+        running = max(running, head.training_peak)
+    return {"activations": int(kept * in_flight), "running pass": running}
+
+
+def micro_batches_in_flight(sizes: Sizes, stage: int) -> float:
+    """Of the 1F1B schedule, or of the interleaved one, as if there were micro-batches enough."""
+    p = sizes.config.parallel
+    if p.virtual_pipeline == 1:
+        return p.pipeline - stage
+    chunks = 2 * (p.pipeline - stage - 1) + (p.virtual_pipeline - 1) * p.pipeline + 1
+    return chunks / p.virtual_pipeline
+
+
+def _update(sizes: Sizes, footprint: RankFootprint, device: Device) -> dict[str, int]:
+    """torch's AdamW works on temporaries: of the largest parameter on a CPU, of all at once on CUDA.
+
+    Transformer Engine's fused Adam has none.
+    """
+    if sizes.config.model.implementation == "transformer_engine":
+        return {}
+    if device.flops is None:
+        return {"update": 2 * 4 * footprint.largest_parameter}
+    return {"update": int(footprint.policy_parameters * sizes.optimizer_element / 3)}
+
+
+def _embedded_kv(sizes: Sizes, footprint: RankFootprint) -> int:
+    rollout, prompt = sizes.config.rollout, sizes.config.prompt
+    slots = prompt.max_prompt_tokens + rollout.sampling.max_new_tokens
+    batch = min(rollout.batch_size, rollouts_per_step(sizes.config))
+    per_token = sizes.kv_bytes_per_token * footprint.num_layers // sizes.geometry.num_layers
+    return batch * slots * per_token // _kv_split(sizes, sizes.config.parallel.tensor)
+
+
+def _sampling_logits(sizes: Sizes) -> int:
+    """fp32 logits, their softmax, and its ordering."""
+    batch = min(sizes.config.rollout.batch_size, rollouts_per_step(sizes.config))
+    return 3 * 4 * batch * (sizes.geometry.vocab_size or 0)
+
+
+def _kv_split(sizes: Sizes, tensor: int) -> int:
+    """Ways that the KV heads are split over tensor ranks; with more ranks than heads they are repeated."""
+    return min(tensor, sizes.geometry.num_query_groups)
+
+
+def _served_weights(sizes: Sizes, servers: SGLangConfig) -> int:
+    """Bytes of a server's weights on one of its devices; it serves bf16."""
+    return 2 * num_parameters(sizes.geometry) // servers.tensor
+
+
+def _kv_cache(
+    sizes: Sizes, footprints: Sequence[RankFootprint], device: Device, phases: Sequence[PhaseMemory]
+) -> tuple[KvCache, PhaseMemory | None]:
+    config, servers = sizes.config, sizes.config.rollout.sglang
+    limit = config.model.max_sequence_length
+    if servers is None:
+        batch = min(config.rollout.batch_size, rollouts_per_step(config))
+        slots = config.prompt.max_prompt_tokens + config.rollout.sampling.max_new_tokens
+        return KvCache(
+            where="trainer rank",
+            num_holders=sizes.data,
+            tokens=batch * slots,
+            sequences_at_limit=batch,
+            bytes_per_token=sizes.kv_bytes_per_token // _kv_split(sizes, config.parallel.tensor),
+        ), None
+    weights = _served_weights(sizes, servers)
+    allowed = int(servers.memory_share * device.memory)
+    if _colocated(config):
+        resident = max(memory.total for memory in phases if memory.phase == "generate")
+        allowed = min(allowed, int(FULL * device.memory) - resident - SERVER_WORKSPACE)
+    per_token = 2 * sizes.kv_bytes_per_token // sizes.element // _kv_split(sizes, servers.tensor)
+    tokens = max(allowed - weights, 0) // per_token
+    parts = {"served weights": weights, "KV cache": tokens * per_token, "workspace": SERVER_WORKSPACE}
+    kv_cache = KvCache(
+        where="server",
+        num_holders=servers.num_servers,
+        tokens=tokens,
+        sequences_at_limit=tokens // limit,
+        bytes_per_token=per_token,
+    )
+    # The pool takes what it may: counted as used it would say nothing of a colocated device.
+    return kv_cache, None if _colocated(config) else PhaseMemory("server", "generate", parts)
+
+
+def _host_bytes(sizes: Sizes, footprints: Sequence[RankFootprint]) -> int:
+    """A process's: its share of a checkpoint; with offload also what is off the device, at most all of it."""
+    per_stage = []
+    for footprint in footprints:
+        trained = _trained("policy", footprint.policy_parameters, sizes)
+        if sizes.config.objective.uses_reward_model:
+            trained |= _trained("reward model", footprint.reward_model_parameters, sizes)
+        checkpoint = sum(size for name, size in trained.items() if "gradients" not in name)
+        away = sum(trained.values()) if sizes.config.parallel.offload else 0
+        per_stage.append(checkpoint + away)
+    return max(per_stage)
+
+
+def _colocated(config: TrainConfig) -> bool:
+    return config.rollout.sglang is not None and config.rollout.sglang.placement == "colocated"
+
+
+def rollouts_per_step(config: TrainConfig) -> int:
+    return config.data.prompts_per_step * config.rollout.samples_per_prompt
+
+
+def num_parameters(g: GeometryConfig) -> int:
+    """Of the unsplit model, for what is not counted on modules: servers, FLOPs, disk."""
+    head_dim = g.head_dim or g.hidden_size // g.num_attention_heads
+    heads = (g.num_attention_heads + 2 * g.num_query_groups) * head_dim
+    attention = heads * g.hidden_size + g.num_attention_heads * head_dim * g.hidden_size
+    layer = attention + heads * g.qkv_bias + 3 * g.hidden_size * g.ffn_hidden_size + 2 * g.hidden_size
+    vocabulary = (g.vocab_size or 0) * g.hidden_size
+    return g.num_layers * layer + g.hidden_size + vocabulary * (1 if g.tied_embeddings else 2)
+
+
+def row_tokens(config: TrainConfig) -> int:
+    """Of the longest packed row: the token budget, or one sequence of the longest length, made to split evenly."""
+    p = config.parallel
+    multiple = 2 * p.context * (p.tensor if p.sequence else 1)
+    longest = max(p.micro_batch_tokens, config.model.max_sequence_length)
+    return ceil(longest / multiple) * multiple
+
+
+def amount(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

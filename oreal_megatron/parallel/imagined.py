@@ -1,0 +1,62 @@
+"""The groups of one rank of a job that is not there: no other process, no communication, no memory.
+
+On torch's `fake` process group every collective returns at once without a result. With fake tensors, which have
+shapes and no data, one process walks through what any rank of any layout would build and compute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import random as megatron_random
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from oreal_megatron.config import ParallelConfig
+from oreal_megatron.parallel.groups import ParallelGroups
+
+
+@contextlib.contextmanager
+def imagined_groups(config: ParallelConfig, *, rank: int, world: int) -> Iterator[ParallelGroups]:
+    """What `parallel_groups` gives rank `rank` of `world` processes. No process group may exist when it is entered."""
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    # Generators are saved, compared and set back round each layer; fake states have no values for that.
+    no_generators: list[Any] = [
+        mock.patch.object(megatron_random.CudaRNGStatesTracker, "fork", lambda *args: contextlib.nullcontext()),
+        mock.patch.object(megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None),
+        mock.patch.object(torch, "set_rng_state", lambda state: None),
+    ]
+    try:
+        parallel_state.initialize_model_parallel(
+            config.tensor,
+            config.pipeline,
+            virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+            context_parallel_size=config.context,
+            create_gloo_process_groups=False,
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
+        groups = ParallelGroups(
+            layout=config,
+            collection=ProcessGroupCollection.use_mpu_process_groups(),
+            tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+            tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+            pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+            pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            context_size=parallel_state.get_context_parallel_world_size(),
+            context_rank=parallel_state.get_context_parallel_rank(),
+            data_size=parallel_state.get_data_parallel_world_size(),
+            data_rank=parallel_state.get_data_parallel_rank(),
+        )
+        with contextlib.ExitStack() as stack:
+            for patch in no_generators:
+                stack.enter_context(patch)
+            yield groups
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,64 @@
+"""A real SLURM of four nodes on this machine, started for the session; without its daemons these tests skip."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "slurm" / "test_cluster"
+
+
+def on_path() -> str:
+    return f"{os.environ['PATH']}:/usr/sbin"
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """The running cluster."""
+
+    environment: dict[str, str]
+
+    def __call__(self, *command: str) -> str:
+        outcome = subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=60)
+        assert outcome.returncode == 0, outcome.stderr
+        return outcome.stdout.strip()
+
+    def job(self, number: str) -> dict[str, str]:
+        line = self("scontrol", "--oneliner", "show", "job", number)
+        return dict(item.split("=", 1) for item in line.split() if "=" in item)
+
+    def ended(self, number: str, timeout: float = 240) -> dict[str, str]:
+        """The job when it is over."""
+        self.until(lambda: self.job(number)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), timeout)
+        return self.job(number)
+
+    def until(self, done: Callable[[], bool], timeout: float = 240) -> None:
+        end = time.monotonic() + timeout
+        while not done():
+            assert time.monotonic() < end, self("squeue")
+            time.sleep(0.3)
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    if shutil.which("slurmctld", path=on_path()) is None:
+        pytest.skip("slurmctld is not installed: make slurm-deps")
+    if not os.access("/etc/hosts", os.W_OK):
+        pytest.skip("/etc/hosts cannot be written: the nodes of the test cluster need names")
+    # Unix sockets have short names only.
+    base = tmp_path_factory.mktemp("slurm")
+    started = subprocess.run([SCRIPTS / "up.sh", base, "4"], capture_output=True, text=True, timeout=120)
+    assert started.returncode == 0, started.stderr
+    os.environ["SLURM_CONF"] = str(base / "slurm.conf")
+    try:
+        yield Slurm({**os.environ, "OMP_NUM_THREADS": "1"})
+    finally:
+        subprocess.run([SCRIPTS / "down.sh", base], capture_output=True, timeout=120)
+        del os.environ["SLURM_CONF"]

@@ -1,0 +1,154 @@
+"""The batch script on a real SLURM, with a shell script in the trainer's place: roles, statuses, signals, bad nodes."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from oreal_megatron.composition import composed, resolved
+from oreal_megatron.config import parse_config
+from oreal_megatron.files import write_atomically
+from oreal_megatron.launch.cluster import ClusterConfig, parse_cluster
+from oreal_megatron.launch.submit import Allocation, rendered, submitted
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture
+def site(tmp_path: Path):
+    """(environment variables, node check) -> a cluster whose oreal-train is `trainer`."""
+
+    def make(trainer: str, node_check: str | None = None, **environment: str) -> ClusterConfig:
+        program = tmp_path / "venv" / "bin" / "oreal-train"
+        program.parent.mkdir(parents=True)
+        program.write_text(f"#!/bin/bash\n{trainer}\n")
+        program.chmod(0o755)
+        raw = composed(["cluster=single_machine_test", f"cluster.venv={tmp_path / 'venv'}"])["cluster"]
+        raw = {**raw, "node_check": node_check, "cpus_per_node": 2, "memory_per_node": "100", "gpu_request": "none"}
+        raw |= {"shared": [], "exclude": [], "modules": [], "mounts": [], "setup": [], "environment": environment}
+        return parse_cluster(raw)
+
+    return make
+
+
+@pytest.fixture
+def submit(slurm, tmp_path: Path):
+    config = parse_config(resolved(composed(["experiment=arithmetic", f"run.dir={tmp_path}"])))
+
+    def run(cluster: ClusterConfig, *, trainers: int = 2, servers: int = 0, after: str | None = None) -> str:
+        nodes = Allocation(trainer_nodes=trainers, server_nodes=servers, processes_per_node=1)
+        script = tmp_path / "job.sbatch"
+        write_atomically(script, rendered(config, cluster, nodes, ["a='b c'"], script))
+        return submitted(script, after=after)
+
+    return run
+
+
+def log(tmp_path: Path, job: str) -> str:
+    return (tmp_path / f"job-{job}.log").read_text()
+
+
+def test_ranks_know_each_other_and_get_the_arguments(slurm, site, submit, tmp_path):
+    job = submit(site('echo "$RANK of $WORLD_SIZE, local $LOCAL_RANK, $MASTER_ADDR $(( MASTER_PORT > 1024 )) $1"'))
+    assert slurm.ended(job)["JobState"] == "COMPLETED"
+    for rank in (0, 1):
+        text = (tmp_path / f"logs-{job}" / f"trainer_rank_{rank}.log").read_text()
+        assert text.strip() == f"{rank} of 2, local 0, node1 1 a='b c'"
+
+
+def test_the_status_is_that_of_what_failed_first(slurm, site, submit, tmp_path):
+    # Rank 0 ends later and with a higher status, as a peer does that lost the other.
+    job = submit(site("[ $RANK = 1 ] && { sleep 1; exit 3; }; sleep 4; exit 9"))
+    assert slurm.ended(job)["ExitCode"] == "3:0"
+    assert "rank 1 on node2 failed first" in log(tmp_path, job) and "status 3" in log(tmp_path, job)
+
+
+def test_servers_end_with_the_trainer_and_not_the_other_way(slurm, site, submit, tmp_path):
+    serve = 'echo "serving on $SLURMD_NODENAME"; trap "echo asked to end; exit 0" TERM; while :; do sleep 0.2; done'
+    job = submit(site("sleep 3; exit 5", OREAL_SERVER_COMMAND=serve), trainers=1, servers=2)
+    assert slurm.ended(job)["ExitCode"] == "5:0"
+    for index, node in enumerate(("node2", "node3")):
+        text = (tmp_path / f"logs-{job}" / f"servers_node_{index}.log").read_text()
+        assert f"serving on {node}" in text and "asked to end" in text
+
+
+def test_the_trainer_outlives_a_server(slurm, site, submit, tmp_path):
+    job = submit(site("sleep 4; echo done", OREAL_SERVER_COMMAND="exit 1"), trainers=1, servers=1)
+    assert slurm.ended(job)["JobState"] == "COMPLETED"
+    assert "done" in (tmp_path / f"logs-{job}" / "trainer_rank_0.log").read_text()
+
+
+TRAINER_THAT_SAVES = """
+saved={directory}/saved
+[ -e $saved ] && {{ echo "goes on after $(<$saved)"; exit 0; }}
+trap 'echo signal > $saved; exit 75' USR1 TERM
+while :; do sleep 0.1; done
+"""
+
+
+def test_a_signal_before_the_limit_saves_and_queues_again(slurm, site, submit, tmp_path):
+    job = submit(site(TRAINER_THAT_SAVES.format(directory=tmp_path)))
+    slurm.until(lambda: (tmp_path / f"logs-{job}" / "trainer_rank_0.log").exists())
+    slurm("scancel", "--batch", "--signal=USR1", job)
+    assert slurm.ended(job)["JobState"] == "COMPLETED"
+    assert slurm.job(job)["Restarts"] == "1"
+    assert "goes on after signal" in (tmp_path / f"logs-{job}" / "trainer_rank_0.log").read_text()
+    assert "queued again" in log(tmp_path, job)
+
+
+def test_a_preempted_job_saves_and_comes_back(slurm, site, submit, tmp_path):
+    job = submit(site(TRAINER_THAT_SAVES.format(directory=tmp_path)))
+    slurm.until(lambda: (tmp_path / f"logs-{job}" / "trainer_rank_0.log").exists())
+    urgent = slurm(
+        "sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"
+    )
+    assert slurm.ended(job)["JobState"] == "COMPLETED"
+    assert slurm.job(urgent)["JobState"] == "COMPLETED"
+    assert "TERM: the trainer is asked to save" in log(tmp_path, job)
+    assert "goes on after signal" in (tmp_path / f"logs-{job}" / "trainer_rank_0.log").read_text()
+
+
+def test_scancel_ends_everything_and_does_not_queue_again(slurm, site, submit, tmp_path):
+    mark = f"sleep 98{tmp_path.name.__hash__() % 10000:04d}"
+    job = submit(site(mark, OREAL_SERVER_COMMAND=mark), trainers=1, servers=1)
+    slurm.until(lambda: (tmp_path / f"logs-{job}" / "trainer_rank_0.log").exists())
+    slurm("scancel", job)
+    assert slurm.ended(job)["JobState"] == "CANCELLED"
+    left = subprocess.run(["pgrep", "-f", f"^{mark}"], capture_output=True, text=True).stdout
+    assert left == ""
+
+
+def test_a_bad_node_is_left_out(slurm, site, submit, tmp_path):
+    job = submit(site("echo trained", node_check='test "$SLURMD_NODENAME" != node1'))
+    assert slurm.ended(job)["JobState"] == "FAILED"
+    assert "bad nodes: node1" in log(tmp_path, job)
+    again = str(int(job) + 1)
+    ended = slurm.ended(again)
+    assert ended["JobState"] == "COMPLETED" and ended["ExcNodeList"] == "node1"
+
+
+def test_a_chain_goes_on_after_a_job_that_failed(slurm, site, submit):
+    cluster = site("exit 4")
+    first = submit(cluster, trainers=1)
+    second = submit(cluster, trainers=1, after=first)
+    assert slurm.job(second)["JobState"] == "PENDING" or slurm.job(first)["JobState"] == "FAILED"
+    assert slurm.ended(first)["ExitCode"] == "4:0"
+    assert slurm.ended(second)["ExitCode"] == "4:0"
+
+
+def test_slurm_words_of_a_refusal_come_through(slurm, site, submit):
+    cluster = site("true").model_copy(update={"partition": "nowhere"})
+    with pytest.raises(ValueError, match="invalid partition"):
+        submit(cluster)
+
+
+def test_scripts_are_clean():
+    slurm_scripts = Path(__file__).resolve().parents[2] / "slurm"
+    scripts = [slurm_scripts / "train.sbatch", *slurm_scripts.rglob("*.sh")]
+    try:
+        outcome = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("shellcheck is not installed: make slurm-deps")
+    assert outcome.returncode == 0, outcome.stdout
