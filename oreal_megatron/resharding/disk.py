@@ -19,7 +19,7 @@ from torch import Tensor
 from oreal_megatron.config import GeometryConfig
 from oreal_megatron.convert.families import family_of
 from oreal_megatron.convert.layout import Layout
-from oreal_megatron.convert.naming import checkpoint_name
+from oreal_megatron.convert.module import held_parameters
 from oreal_megatron.convert.rules import Box
 from oreal_megatron.convert.weights import INDEX, NewShard
 from oreal_megatron.files import write_atomically
@@ -121,25 +121,15 @@ class DiskTransport:
 
     def _parts(self) -> Iterator[tuple[Tensor, str, Box]]:
         """What this rank has to write: its rows, and the rectangle of the Hugging Face tensor that they are."""
-        groups = self._groups
         for chunk in self._chunks:
-            layers: Any = chunk.get_submodule("decoder.layers")
-            first_layer = layers[0].layer_number - 1 if len(layers) else 0
-            for name, parameter in chunk.named_parameters():
-                wanted = checkpoint_name(name, first_layer=first_layer)
-                if wanted in self._table.module_aliases:
+            for held in held_parameters(chunk, self._table, self._groups):
+                if held.name in self._table.module_aliases:
                     continue  # the last stage's copy of a tied embedding
-                entry = self._table.entries[wanted]
-                num_rows = parameter.size(0) * groups.tensor_size if entry.is_vocabulary else None
-                boxes = entry.boxes(groups.tensor_size, groups.tensor_rank, num_rows)
-                if groups.tensor_rank > 0 and boxes == (entry.whole(num_rows),):
+                if self._groups.tensor_rank > 0 and held.boxes == (held.entry.whole(held.num_rows),):
                     continue  # the same on every tensor rank
-                first = 0
-                for box in boxes:
-                    part = parameter[first : first + box.shape[0]]
-                    for copy in entry.sources(box):
+                for part, box in held.parts():
+                    for copy in held.entry.sources(box):
                         yield part[slice(*copy.at)], copy.source, copy.box
-                    first += box.shape[0]
 
 
 def _mapped(path: Path, shard: NewShard) -> dict[str, Tensor]:
