@@ -180,27 +180,8 @@ def parallel_groups(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGr
     dist.init_process_group(collective_backend(), store=store, rank=rank, world_size=world, timeout=timeout)
     failed = False
     try:
-        parallel_state.initialize_model_parallel(
-            config.tensor,
-            config.pipeline,
-            virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
-            context_parallel_size=config.context,
-            # The groups made here have a timeout of their own.
-            distributed_timeout_minutes=config.timeout_seconds / 60,  # type: ignore[arg-type]  # a timedelta's minutes
-        )
-        tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-        yield ParallelGroups(
-            layout=config,
-            collection=ProcessGroupCollection.use_mpu_process_groups(),
-            tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
-            tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-            pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
-            pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
-            context_size=parallel_state.get_context_parallel_world_size(),
-            context_rank=parallel_state.get_context_parallel_rank(),
-            data_size=parallel_state.get_data_parallel_world_size(),
-            data_rank=parallel_state.get_data_parallel_rank(),
-        )
+        # The groups made here have a timeout of their own, a timedelta's minutes.
+        yield split_processes(config, seed=seed, distributed_timeout_minutes=config.timeout_seconds / 60)
     except Stopped:
         raise
     except Exception as error:
@@ -214,6 +195,33 @@ def parallel_groups(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGr
         # NCCL would wait for collectives that never end.
         if not (failed and torch.cuda.is_available()):
             dist.destroy_process_group()
+
+
+def split_processes(config: ParallelConfig, *, seed: int, **options: Any) -> ParallelGroups:
+    """Splits the default process group's processes, until `parallel_state.destroy_model_parallel`.
+
+    options: more of Megatron-Core's `initialize_model_parallel`.
+    """
+    parallel_state.initialize_model_parallel(
+        config.tensor,
+        config.pipeline,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+        context_parallel_size=config.context,
+        **options,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return ParallelGroups(
+        layout=config,
+        collection=ProcessGroupCollection.use_mpu_process_groups(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+    )
 
 
 def check_world(config: ParallelConfig, world: int) -> None:

@@ -13,13 +13,12 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from oreal_megatron.config import ParallelConfig
-from oreal_megatron.parallel.groups import ParallelGroups
+from oreal_megatron.parallel.groups import ParallelGroups, split_processes
 
 
 @contextlib.contextmanager
@@ -33,26 +32,7 @@ def imagined_groups(config: ParallelConfig, *, rank: int, world: int) -> Iterato
         mock.patch.object(torch, "set_rng_state", lambda state: None),
     ]
     try:
-        parallel_state.initialize_model_parallel(
-            config.tensor,
-            config.pipeline,
-            virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
-            context_parallel_size=config.context,
-            create_gloo_process_groups=False,
-        )
-        tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
-        groups = ParallelGroups(
-            layout=config,
-            collection=ProcessGroupCollection.use_mpu_process_groups(),
-            tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
-            tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-            pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
-            pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
-            context_size=parallel_state.get_context_parallel_world_size(),
-            context_rank=parallel_state.get_context_parallel_rank(),
-            data_size=parallel_state.get_data_parallel_world_size(),
-            data_rank=parallel_state.get_data_parallel_rank(),
-        )
+        groups = split_processes(config, seed=0, create_gloo_process_groups=False)
         with contextlib.ExitStack() as stack:
             for patch in no_generators:
                 stack.enter_context(patch)
