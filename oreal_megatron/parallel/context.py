@@ -8,6 +8,7 @@ Shapes: T tokens of a packed row.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -23,6 +24,17 @@ def tokens_of_rank(bounds: Sequence[int], size: int, rank: int) -> Tensor:
 
     bounds: [N + 1], where the row's sequences begin and end; every length is a multiple of 2 * size.
     """
+    return _tokens_of_rank(tuple(bounds), size, rank)
+
+
+def whole_row(bounds: Sequence[int], size: int) -> Tensor:
+    """int64 [T]: for every position of the row, its place among all ranks' tokens, one rank after the other."""
+    return _whole_row(tuple(bounds), size)
+
+
+# Every layer of both passes asks for the same few rows.
+@functools.lru_cache(maxsize=32)
+def _tokens_of_rank(bounds: tuple[int, ...], size: int, rank: int) -> Tensor:
     pieces = []
     for start, end in itertools.pairwise(bounds):
         length = (end - start) // (2 * size)
@@ -31,9 +43,9 @@ def tokens_of_rank(bounds: Sequence[int], size: int, rank: int) -> Tensor:
     return torch.cat(pieces)
 
 
-def whole_row(bounds: Sequence[int], size: int) -> Tensor:
-    """int64 [T]: for every position of the row, its place among all ranks' tokens, one rank after the other."""
-    return torch.cat([tokens_of_rank(bounds, size, rank) for rank in range(size)]).argsort()
+@functools.lru_cache(maxsize=32)
+def _whole_row(bounds: tuple[int, ...], size: int) -> Tensor:
+    return torch.cat([_tokens_of_rank(bounds, size, rank) for rank in range(size)]).argsort()
 
 
 def part_of_row(row: Tensor, bounds: Sequence[int], groups: ParallelGroups, dim: int) -> Tensor:
