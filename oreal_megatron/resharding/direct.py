@@ -7,7 +7,6 @@ those that the workers found.
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import time
 import uuid
@@ -263,6 +262,5 @@ class DirectTransport:
 
     def close(self) -> None:
         """Leaves the meeting and closes its store."""
-        with contextlib.suppress(RuntimeError):
-            self._leave()
+        self._leave()
         self._store = None

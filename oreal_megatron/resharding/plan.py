@@ -7,7 +7,6 @@ first and the last stage) is sent by all of them, each an equal share.
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -276,9 +275,3 @@ def balance(plan: ReshardingPlan, trainer: TrainerLayout) -> tuple[int, int]:
 
 def _moved(interval: Interval, by: int) -> Interval:
     return interval[0] + by, interval[1] + by
-
-
-def padding_rows(tensor: ServedTensor) -> Interval | None:
-    """The rows of a served tensor that nothing is sent for."""
-    filled = max(itertools.chain([0], (part.at[1] for part in tensor.parts)))
-    return (filled, tensor.shape[0]) if filled < tensor.shape[0] else None
