@@ -11,24 +11,17 @@ from typing import Any
 import pytest
 
 from oreal_megatron.config import SGLangConfig
+from tests.conftest import compose
 from tests.tiny_models import VOCABULARY, save_tiny
 
 STOP = 7
 MAX_SEQUENCE_LENGTH = 256
 DEFAULTS: dict[str, Any] = {
-    "urls": (),
-    "num_servers": 1,
-    "tensor": 1,
-    "device": "cpu",
-    "host": "127.0.0.1",
-    "port": None,
+    **compose("rollout=sglang_cpu")["rollout"]["sglang"],
     "max_concurrency": 16,
-    "transport": "disk",
-    "weights_dir": None,
     "startup_seconds": 900.0,
     "health_seconds": 60.0,
     "control_seconds": 120.0,
-    "max_restarts": 3,
     "arguments": {"max-total-tokens": 8192, "disable-overlap-schedule": True},
 }
 

@@ -141,10 +141,10 @@ def test_what_killed_saves_and_removals_leave_is_cleared_and_named(store, tmp_pa
 def test_a_process_killed_while_it_saves_leaves_only_whole_checkpoints(store, tmp_path, single_process, delay):
     """In a forked process: a large save, killed in the middle, its writer left alone."""
     store.save(step_name(1), state(1.0))
+    large = state(2.0, 10_000_000)  # filled before the fork: a child has none of the threads that torch fills with
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        large = state(2.0, 10_000_000)
         os.write(writer, b"x")
         store.save(step_name(2), large)
         os._exit(0)
