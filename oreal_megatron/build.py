@@ -14,11 +14,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from oreal_megatron.checkpoint.export import Exporter, write_assets
-from oreal_megatron.checkpoint.state import weights_only, without_prefix
+from oreal_megatron.checkpoint.state import load_weights_only, weights_only
 from oreal_megatron.checkpoint.store import INITIAL, CheckpointStore, damages_of, load_checkpoint
 from oreal_megatron.config import (
     AdamWConfig,
     ConfigError,
+    Fp8ModelConfig,
     GeometryConfig,
     ModelConfig,
     SftConfig,
@@ -36,6 +37,7 @@ from oreal_megatron.data.prompts import balanced, read_demonstrations, read_esti
 from oreal_megatron.data.stream import PromptStream
 from oreal_megatron.data.tokenizer import load_tokenizer
 from oreal_megatron.evaluation.benchmarks import Benchmark
+from oreal_megatron.gpu.requirements import check_machine
 from oreal_megatron.metrics import Tracker
 from oreal_megatron.models.architecture import build_gpt
 from oreal_megatron.models.chunks import ModelChunks, chunks_of
@@ -71,6 +73,7 @@ def opened_run(config: TrainConfig, stop: StopRequest) -> Iterator[Run]:
         ValueError: data, tokenizer, model directory or layout are not usable; the message names what and why.
     """
     check_startable(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_machine(config, geometry_of_run(config.model))
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     directory = Path(config.run.dir)
@@ -166,7 +169,7 @@ class _Builder:
         self.geometry = geometry_of_run(config.model)
         check_layout(self.geometry, config.parallel)
         self.vocab_size = max(self.geometry.vocab_size or 0, len(tokenizer))
-        self.packer = Packer.of_layout(groups, self.geometry, self.vocab_size)
+        self.packer = Packer.of_layout(groups, self.geometry, self.vocab_size, fp8=config.fp8)
         self.generated = (
             generate_arithmetic(config.data.arithmetic, config.run.seed) if config.data.arithmetic else None
         )
@@ -184,7 +187,7 @@ class _Builder:
         benchmarks = self._benchmarks()
         if not self.store.has(INITIAL):
             self._make_initial_policy()
-        policy = self._initial_policy()
+        policy = self._initial_policy(config.fp8.policy)
         engine = self._engine(policy)
         sampler = Sampler(
             engine,
@@ -216,7 +219,7 @@ class _Builder:
             sampler=sampler,
             engine=engine,
             policy=self._trained(policy, config.optimizer.policy, less=frozen if from_first_update else 0),
-            reference=FrozenModel(self._initial_policy(), offload=config.parallel.offload),
+            reference=FrozenModel(self._initial_policy(config.fp8.reference), offload=config.parallel.offload),
             reward_model=self._reward_model() if config.objective.uses_reward_model else None,
             benchmarks=benchmarks,
             renderer=self.renderer,
@@ -301,7 +304,7 @@ class _Builder:
     def _make_initial_policy(self) -> None:
         """Saves the policy that the run starts from: loaded or random weights, then the warm start if there is one."""
         config = self.config
-        module = self._policy_module()
+        module = self._policy_module(seed=derive_seed(config.run.seed, "weights"))
         if config.model.path is not None:
             for chunk in chunks_of(module):
                 load_weights(chunk, Path(config.model.path), self.groups)
@@ -336,15 +339,16 @@ class _Builder:
             )
         self.tracker.trajectories("warm_start", [{"step": i, "nll": loss} for i, loss in enumerate(losses)])
 
-    def _policy_module(self) -> Policy | ModelChunks:
+    def _policy_module(self, fp8: Fp8ModelConfig | None = None, *, seed: int | None = None) -> Policy | ModelChunks:
         module = build_gpt(
             Policy,
             self.geometry,
             self.config.model,
             self.groups,
             vocab_size=self.vocab_size,
-            seed=derive_seed(self.config.run.seed, "weights"),
+            seed=seed,
             tied_embeddings=self.geometry.tied_embeddings,
+            fp8=fp8,
         )
         for chunk in chunks_of(module):
             chunk.logprob_chunk_tokens = self.config.model.logprob_chunk_tokens
@@ -361,9 +365,10 @@ class _Builder:
         models = ("policy", "reward_model") if config.objective.uses_reward_model else ("policy",)
         return Exporter(self.directory, self.store, self.groups, which=config.run.export, models=models)
 
-    def _initial_policy(self) -> Policy | ModelChunks:
-        module = self._policy_module()
-        module.load_state_dict(without_prefix("policy", self.store.load(INITIAL, weights_only("policy", module))))
+    def _initial_policy(self, fp8: Fp8ModelConfig | None) -> Policy | ModelChunks:
+        module = self._policy_module(fp8)
+        missing = load_weights_only("policy", module, self.store.load(INITIAL, weights_only("policy", module)))
+        assert not missing, missing
         return module
 
     def _reward_model(self) -> TrainedModel:
@@ -374,15 +379,15 @@ class _Builder:
             self.config.model,
             self.groups,
             vocab_size=self.vocab_size,
-            seed=derive_seed(self.config.run.seed, "weights"),
+            seed=None,
             tied_embeddings=False,
+            fp8=self.config.fp8.reward_model,
         ).to(device())
         if self.config.model.reward_model is not None and not self.store.steps:  # else the run's own checkpoint has it
             self._load_reward_model(module, Path(self.config.model.reward_model))
         else:
             wanted = weights_only("policy", module, without=lambda key: ".output_layer." in key)
-            initial = without_prefix("policy", self.store.load(INITIAL, wanted))
-            missing = module.load_state_dict(initial, strict=False).missing_keys
+            missing = load_weights_only("policy", module, self.store.load(INITIAL, wanted))
             assert all("output_layer." in key for key in missing), missing
         return self._trained(module, self.config.optimizer.reward_model)
 
@@ -400,7 +405,8 @@ class _Builder:
             state = load_checkpoint(checkpoint, wanted, damages_of(checkpoint, self.groups))
         except ValueError as error:
             raise ValueError(f"model.reward_model: {error}") from error
-        module.load_state_dict(without_prefix("reward_model", {name: state[name] for name in names}))
+        missing = load_weights_only("reward_model", module, {name: state[name] for name in names})
+        assert not missing, missing
 
     def _with_pass_rates(self, prompts: list[Prompt], sampler: Sampler) -> list[Prompt]:
         """Prompts with the share of the initial policy's responses that are correct; kept in pass_rates.jsonl.

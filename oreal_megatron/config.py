@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from oreal_megatron.gpu.recipes import CAPABILITIES, RecipeName, device_problem, recipes_for
 from oreal_megatron.verifier.config import VerifierConfig
 
 Positive = Annotated[int, Field(gt=0)]
@@ -79,6 +80,38 @@ class ModelConfig(Section):
     initial policy with a scalar head of zeros."""
     logprob_chunk_tokens: Positive = 1024
     """Positions whose logits exist at the same time."""
+
+
+class Fp8ModelConfig(Section):
+    """FP8 matrix products in one model's layers; embedding, output layer, attention and norms stay in model.dtype."""
+
+    recipe: RecipeName
+    """What shares a scale, and where it comes from: delayed (a tensor; earlier passes), tensorwise (a tensor; itself),
+    blockwise (1 x 128 or 128 x 128), mxfp8 (1 x 32, powers of two)."""
+    format: Literal["e4m3", "hybrid"]
+    """Of gradients; weights and activations are e4m3. hybrid: e5m2."""
+    bf16_first_layers: NonNegative
+    """Layers at the start that stay in bf16."""
+    bf16_last_layers: NonNegative
+    """Layers at the end that stay in bf16."""
+    amax_history: Positive | None
+    """Passes whose largest value makes a scale, of `delayed`; null: of the others."""
+    parameters: bool
+    """Weights are kept in FP8, and gathered so by the distributed optimizer; fp32 master weights stay."""
+
+
+class Fp8Config(Section):
+    """Which models compute in FP8; null: none in this model. The warm start always runs in model.dtype."""
+
+    policy: Fp8ModelConfig | None
+    reward_model: Fp8ModelConfig | None
+    reference: Fp8ModelConfig | None
+
+    @property
+    def models(self) -> dict[str, Fp8ModelConfig]:
+        """Those in FP8, by name."""
+        named = {"policy": self.policy, "reward_model": self.reward_model, "reference": self.reference}
+        return {name: model for name, model in named.items() if model is not None}
 
 
 class PromptConfig(Section):
@@ -300,6 +333,8 @@ class ParallelConfig(Section):
     """Reduce gradients bucket by bucket behind the last backward pass."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, those of core attention and MLP, or whole layers."""
+    fused_weight_gradients: bool = False
+    """Matrix products add weight gradients to the fp32 buffer themselves; needs NVIDIA's apex."""
     offload: bool = False
     """Weights, gradients and optimizer states are on the device in the phases that use them, in host memory else."""
     timeout_seconds: Positive = 600
@@ -390,6 +425,7 @@ class TrainConfig(Section):
 
     run: RunConfig
     model: ModelConfig
+    fp8: Fp8Config
     data: DataConfig
     prompt: PromptConfig
     objective: ObjectiveConfig
@@ -613,6 +649,49 @@ def _check_parallel(parallel: ParallelConfig) -> Iterator[Violation]:
         yield Violation(
             "parallel.virtual_pipeline", parallel.virtual_pipeline, "interleaves stages: needs parallel.pipeline > 1"
         )
+
+
+@_check("fp8", "model", "parallel", "resources")
+def _check_fp8(
+    fp8: Fp8Config, model: ModelConfig, parallel: ParallelConfig, resources: ResourcesConfig
+) -> Iterator[Violation]:
+    for name, one in fp8.models.items():
+        yield from _fp8_violations(f"fp8.{name}", one, is_trained=name != "reference", parallel=parallel)
+        capability = CAPABILITIES.get(resources.device)
+        if capability is not None and (problem := device_problem(one.recipe, capability)):
+            can = ", ".join(recipes_for(capability)) or "none: fp8=none"
+            yield Violation(f"fp8.{name}.recipe", one.recipe, f"{problem} (resources.device); it has {can}")
+    if fp8.models and model.implementation == "local":
+        # Megatron-Core itself ignores FP8 there, without a word.
+        remedy = "has no FP8, which is Transformer Engine's: transformer_engine, or fp8=none"
+        yield Violation("model.implementation", model.implementation, remedy)
+    if fp8.models and model.dtype != "bfloat16":
+        yield Violation("model.dtype", model.dtype, "what FP8 leaves is computed in bfloat16: use it, or fp8=none")
+
+
+def _fp8_violations(
+    key: str, fp8: Fp8ModelConfig, *, is_trained: bool, parallel: ParallelConfig
+) -> Iterator[Violation]:
+    if fp8.recipe == "delayed" and not is_trained:
+        remedy = "a model that is never trained gets no scales from earlier passes: use tensorwise"
+        yield Violation(f"{key}.recipe", fp8.recipe, remedy)
+    if (fp8.recipe == "delayed") != (fp8.amax_history is not None):
+        yield Violation(f"{key}.amax_history", fp8.amax_history, "belongs to recipe `delayed`, which needs it")
+    for end in ("first", "last"):
+        name = f"bf16_{end}_layers"
+        if (num_layers := getattr(fp8, name)) and fp8.recipe == "delayed":
+            # Its scales are updated when the pass leaves FP8: once a pass, not once a layer.
+            yield Violation(f"{key}.{name}", num_layers, "`delayed` takes all layers or none: 0, or another recipe")
+    if not fp8.parameters:
+        return
+    if fp8.recipe == "mxfp8":
+        remedy = "mxfp8 weights live in the gradient buffer between steps, which is freed there: false"
+        yield Violation(f"{key}.parameters", True, remedy)
+    if is_trained and not parallel.distributed_optimizer:
+        remedy = "only parallel.distributed_optimizer=true casts master weights to FP8: set it, or false"
+        yield Violation(f"{key}.parameters", True, remedy)
+    if parallel.offload:
+        yield Violation(f"{key}.parameters", True, "FP8 weights cannot be parked: false, or parallel.offload=false")
 
 
 @_check("model", "prompt", "rollout")

@@ -10,6 +10,7 @@ Shapes: T tokens of a micro-batch, R of them predicting a response token, N sequ
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,7 +18,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from oreal_megatron.config import GeometryConfig
+from oreal_megatron.config import Fp8Config, GeometryConfig
+from oreal_megatron.gpu.recipes import RECIPES
 from oreal_megatron.parallel.device import device
 from oreal_megatron.parallel.groups import ParallelGroups
 from oreal_megatron.records import Trajectory
@@ -166,13 +168,17 @@ class Packer:
     device: torch.device
 
     @classmethod
-    def of_layout(cls, groups: ParallelGroups, geometry: GeometryConfig, vocab_size: int) -> Packer:
+    def of_layout(
+        cls, groups: ParallelGroups, geometry: GeometryConfig, vocab_size: int, *, fp8: Fp8Config | None = None
+    ) -> Packer:
+        """fp8: all models eat the same micro-batches, so a row is as long as the most demanding recipe asks."""
+        rank_tokens = math.lcm(*(RECIPES[one.recipe].tokens for one in fp8.models.values())) if fp8 else 1
         return cls(
             num_ranks=groups.data_size,
             rank=groups.data_rank,
             token_budget=groups.layout.micro_batch_tokens,
             count_multiple=groups.micro_batch_multiple,
-            padding=Padding(groups.sequence_multiple, groups.row_multiple),
+            padding=Padding(groups.sequence_multiple, groups.row_multiple(rank_tokens)),
             cost=SequenceCost.of_model(geometry, vocab_size),
             device=device(),
         )

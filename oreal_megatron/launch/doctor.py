@@ -1,20 +1,17 @@
-"""What this machine has, what an experiment needs, and the command that mends the difference. Nothing is imported here.
-
-Packages are probed in processes of their own: an import that crashes takes nothing along.
-"""
+"""What this machine has, what an experiment needs, and the command that mends the difference."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from oreal_megatron.config import TrainConfig
+from oreal_megatron.gpu.probe import Part, probe
+from oreal_megatron.gpu.requirements import asked, install_line, violations_of
 
-_SECONDS = 180
+_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -33,25 +30,9 @@ class Finding:
         return self.needed and self.found is None
 
 
-# What a probe prints is the finding; any failure is "not there".
-_PROBES = {
-    "torch": "import torch; print(torch.__version__)",
-    "CUDA": "import torch; assert torch.cuda.is_available(); print(torch.version.cuda)",
-    "NCCL": "import torch; assert torch.cuda.is_available(); print('.'.join(map(str, torch.cuda.nccl.version())))",
-    "megatron-core": "import megatron.core as m; print(m.__version__)",
-    # Torch first: Transformer Engine imports only after it. A layer shows that it works, not only imports.
-    "Transformer Engine": "import torch, transformer_engine.pytorch as te, transformer_engine as t; "
-    "te.Linear(16, 16, device='cuda'); print(t.__version__)",
-    # The package of that name on PyPI is another one: NVIDIA's has this extension.
-    "apex": "import torch, amp_C, fused_weight_gradient_mlp_cuda; print('with fused weight gradients')",
-    "SGLang": "import importlib.metadata as m; print(m.version('sglang'))",
-}
-
-
 def examine(config: TrainConfig) -> list[Finding]:
-    """Everything that this experiment could need, in the order in which it is installed."""
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        found = dict(zip(_PROBES, pool.map(_probe, _PROBES.values()), strict=True))
+    """Everything that this experiment could need, in the order in which it is installed; then what it asks in vain."""
+    machine = probe()
     on_gpu = config.resources.device != "cpu"
     wanted = {"a100_80gb": "A100", "h100_80gb": "H100"}.get(config.resources.device, "")
     cards = _answer(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"])
@@ -59,9 +40,10 @@ def examine(config: TrainConfig) -> list[Finding]:
     seen = f"{len(fitting)} x {fitting[0]}" if fitting else None
     enough = len(fitting) >= config.resources.devices_per_node
     slurm = _answer(["sinfo", "--version"])
-    te = config.model.implementation == "transformer_engine"
+    needs = asked(config)
     servers = config.rollout.backend == "sglang"
-    return [
+    cuda = machine.cuda if machine.has_cuda else None
+    findings = [
         Finding("Python", sys.version.split()[0], True, ""),
         Finding(
             "GPUs",
@@ -70,31 +52,38 @@ def examine(config: TrainConfig) -> list[Finding]:
             f"resources.devices_per_node is {config.resources.devices_per_node} x {wanted}, found: "
             f"{cards or 'no nvidia-smi'}; run this on a compute node (srun), or override resources",
         ),
-        Finding("torch", found["torch"], True, "make setup"),
-        Finding("CUDA in torch", found["CUDA"], on_gpu, "pip install a torch wheel for CUDA; see nvidia-smi's version"),
-        Finding("NCCL", found["NCCL"], on_gpu, "comes with a torch wheel for CUDA"),
-        Finding("megatron-core", found["megatron-core"], True, "make setup"),
+        Finding("torch", machine.torch.found, True, _because(machine.torch, "make setup")),
+        Finding("CUDA in torch", cuda, on_gpu, "pip install a torch wheel for CUDA; see nvidia-smi's version"),
+        Finding("NCCL", machine.nccl.found if cuda else None, on_gpu, "comes with a torch wheel for CUDA"),
+        Finding("megatron-core", machine.megatron.found, True, _because(machine.megatron, "make setup")),
         Finding(
             "Transformer Engine",
-            found["Transformer Engine"],
-            te,
-            "pip install --no-build-isolation '.[te]' beside a CUDA torch, or model.implementation=local",
+            machine.transformer_engine.found,
+            "transformer_engine" in needs,
+            _because(machine.transformer_engine, f"{install_line(machine)}, or model.implementation=local"),
         ),
-        Finding("apex (NVIDIA's)", found["apex"], False, "optional: fused weight gradients; in NGC containers"),
-        Finding("SGLang", found["SGLang"], servers, "pip install '.[sglang]', or rollout=embedded"),
+        Finding(
+            "apex (NVIDIA's)",
+            machine.apex.found,
+            "apex" in needs,
+            _because(machine.apex, "optional: fused weight gradients; in NGC containers"),
+        ),
+        Finding("SGLang", machine.sglang.found, servers, "pip install '.[sglang]', or rollout=embedded"),
         Finding("SLURM", slurm, False, "needed for oreal-submit: a login node of the cluster"),
     ]
+    if (geometry := config.model.geometry) is not None:
+        for violation in violations_of(config, geometry, machine):
+            findings.append(Finding(violation.key, None, True, f"{violation.value}: {violation.remedy}"))
+    return findings
 
 
-def _probe(code: str) -> str | None:
-    return _answer([sys.executable, "-c", code])
+def _because(part: Part, remedy: str) -> str:
+    return f"{remedy} ({part.problem})" if part.problem else remedy
 
 
 def _answer(command: Sequence[str]) -> str | None:
     try:
-        outcome = subprocess.run(
-            command, capture_output=True, text=True, timeout=_SECONDS, env=os.environ | {"PYTHONWARNINGS": "ignore"}
-        )
+        outcome = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return None
     lines = outcome.stdout.strip()

@@ -13,8 +13,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 MAX_PROCESSES = 8
-# What stands in for model, data, prompt and warm start: the arithmetic demo's files of conf/.
-_STAND_INS = {"model": "arithmetic_small", "data": "arithmetic", "prompt": "chat", "sft": "arithmetic"}
+# What stands in for model, FP8, data, prompt and warm start: the arithmetic demo's files of conf/.
+_STAND_INS = {"model": "arithmetic_small", "fp8": "none", "data": "arithmetic", "prompt": "chat", "sft": "arithmetic"}
 _SMALL = {
     "run.num_steps": 2,
     "run.checkpoint_every": 1,
@@ -38,6 +38,7 @@ _SMALL = {
     "evaluation.every": 1,
     "evaluation.benchmarks": {"arithmetic": {"path": None, "samples": 0, "limit": 8}},
     "parallel.micro_batch_tokens": 256,
+    "parallel.fused_weight_gradients": False,
     "tracking.wandb": "disabled",
 }
 

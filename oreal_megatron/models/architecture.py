@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.fp8_utils import TE_LINEAR_TYPES, get_fp8_context, is_first_last_bf16_layer
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-from oreal_megatron.config import GeometryConfig, ModelConfig
+from oreal_megatron.config import Fp8ModelConfig, GeometryConfig, ModelConfig
 from oreal_megatron.models.attention import SdpaCoreAttention
 from oreal_megatron.models.chunks import ModelChunks
 from oreal_megatron.models.initialization import draw_weights
@@ -43,8 +46,19 @@ class LocalRMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def transformer_config(geometry: GeometryConfig, model: ModelConfig, groups: ParallelGroups) -> TransformerConfig:
-    """Megatron-Core's configuration of a dense decoder: RMSNorm, SwiGLU, RoPE, grouped queries, no dropout."""
+def transformer_config(
+    geometry: GeometryConfig, model: ModelConfig, groups: ParallelGroups, fp8: Fp8ModelConfig | None = None
+) -> TransformerConfig:
+    """Megatron-Core's configuration of a dense decoder: RMSNorm, SwiGLU, RoPE, grouped queries, no dropout.
+
+    Raises:
+        ValueError: Transformer Engine is asked for and not there.
+    """
+    if model.implementation == "transformer_engine" and not HAVE_TE:
+        raise ValueError(
+            "model.implementation = transformer_engine, but Transformer Engine does not import here; `oreal-doctor` "
+            "says what to install, or use model.implementation=local"
+        )
     dtype = DTYPES[model.dtype]
     layout = groups.layout
     transformer_engine = model.implementation == "transformer_engine"
@@ -74,6 +88,7 @@ def transformer_config(geometry: GeometryConfig, model: ModelConfig, groups: Par
         overlap_p2p_comm=layout.virtual_pipeline > 1,
         batch_p2p_comm=layout.virtual_pipeline == 1,
         **_RECOMPUTE[layout.recompute],
+        **fp8_fields(fp8),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -88,12 +103,31 @@ def transformer_config(geometry: GeometryConfig, model: ModelConfig, groups: Par
         init_method=torch.nn.Identity(),
         output_layer_init_method=torch.nn.Identity(),
         embedding_init_method=torch.nn.Identity(),
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=layout.fused_weight_gradients,
         masked_softmax_fusion=False,
         bias_activation_fusion=transformer_engine,
         bias_dropout_fusion=transformer_engine,
         apply_rope_fusion=transformer_engine,
     )
+
+
+def fp8_fields(fp8: Fp8ModelConfig | None) -> dict[str, Any]:
+    """The fields of TransformerConfig that ask for FP8."""
+    if fp8 is None:
+        return {}
+    return {
+        "fp8": fp8.format,
+        "fp8_recipe": fp8.recipe,
+        "fp8_param": fp8.parameters,
+        "first_last_layers_bf16": bool(fp8.bf16_first_layers or fp8.bf16_last_layers),
+        "num_layers_at_start_in_bf16": fp8.bf16_first_layers,
+        "num_layers_at_end_in_bf16": fp8.bf16_last_layers,
+        "fp8_amax_history_len": fp8.amax_history or 1,
+        "fp8_amax_compute_algo": "max",
+        # Delayed scaling agrees on largest values at the end of every pass. Data-parallel ranks make different numbers
+        # of passes and would wait for each other for ever; tensor and context ranks share theirs.
+        "tp_only_amax_red": True,
+    }
 
 
 def layer_spec(
@@ -102,16 +136,8 @@ def layer_spec(
     """Layers of a pipeline stage: Transformer Engine's, or Megatron-Core's local ones with SDPA and RMSNorm.
 
     chunk: which of a stage's runs of layers, under the interleaved schedule.
-
-    Raises:
-        ValueError: Transformer Engine is asked for and not there.
     """
     if implementation == "transformer_engine":
-        if not HAVE_TE:
-            raise ValueError(
-                "model.implementation = transformer_engine, but Transformer Engine does not import here; install the "
-                "extra `te` on a machine with CUDA, or use model.implementation=local"
-            )
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = LocalRMSNorm
@@ -122,6 +148,32 @@ def layer_spec(
     # The block's submodules rather than the layer alone, so that the final norm is ours too.
     num_layers = get_num_layers_to_build(config, vp_stage=chunk)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=LocalRMSNorm)
+
+
+def check_layers(module: GPTModel, implementation: str) -> None:
+    """Asserts what Megatron-Core leaves to silence: the layers asked for are there, and so is FP8, layer by layer.
+
+    Raises:
+        RuntimeError: a layer is of another kind, or computes in another precision.
+    """
+    config = module.config
+    linear: tuple[type, ...] = TE_LINEAR_TYPES
+    if implementation == "local":
+        linear = (ColumnParallelLinear, RowParallelLinear)
+    for layer in module.decoder.layers:
+        number = layer.layer_number - 1
+        attention, mlp = layer.self_attention, layer.mlp
+        for part in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
+            if not isinstance(part, linear):
+                raise RuntimeError(
+                    f"layer {number} has a {type(part).__name__} where model.implementation = {implementation}"
+                )
+        wanted = bool(config.fp8) and not is_first_last_bf16_layer(config, number)
+        if wanted == isinstance(get_fp8_context(config, number), contextlib.nullcontext):
+            raise RuntimeError(
+                f"layer {number} {'does not compute' if wanted else 'computes'} in FP8: Megatron-Core finds "
+                f"{'no' if wanted else 'a'} context for recipe {config.fp8_recipe}"
+            )
 
 
 def padded_vocab_size(vocab_size: int, groups: ParallelGroups) -> int:
@@ -138,9 +190,10 @@ def build_gpt(
     vocab_size: int,
     seed: int | None,
     tied_embeddings: bool,
+    fp8: Fp8ModelConfig | None = None,
 ) -> GPTModel | ModelChunks:
     """This rank's part of a decoder with weights drawn from `seed`, the same in every layout; None: as they come."""
-    config = transformer_config(geometry, model, groups)
+    config = transformer_config(geometry, model, groups, fp8)
     num_chunks = groups.layout.virtual_pipeline
 
     def part(chunk: int | None) -> GPTModel:
@@ -163,6 +216,7 @@ def build_gpt(
         )
         # Only generation reads this group, on rows that are not packed: there every context rank has all positions.
         module.rotary_pos_emb.cp_group = None
+        check_layers(module, model.implementation)
         if seed is not None:
             draw_weights(module, vocab_size=vocab_size, std=geometry.init_std, seed=seed, groups=groups)
         return module

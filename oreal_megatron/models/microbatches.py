@@ -73,18 +73,11 @@ def _forward_step(
     loss: LossFunction, groups: ParallelGroups, batches: Iterator[TokenBatch], model: torch.nn.Module
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Any]]]:
     batch = next(batches)
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
-    )
     bounds = batch.cu_seqlens.tolist() if groups.context_size > 1 else []
     tokens, positions, labels = (
         part_of_row(row, bounds, groups, dim=1) for row in (batch.tokens, batch.positions, batch.labels)
     )
-    output = model(tokens, positions, None, labels=labels, packed_seq_params=packed)
+    output = model(tokens, positions, None, labels=labels, packed_seq_params=packed_params(batch))
 
     def megatron_loss(output: Tensor) -> tuple[Tensor, Tensor, Any]:
         # The loss reads whole sequences: a few numbers a token, so every context rank gets all of them.
@@ -93,6 +86,17 @@ def _forward_step(
         return value, torch.ones((), dtype=torch.int, device=value.device), result
 
     return output, megatron_loss
+
+
+def packed_params(batch: TokenBatch) -> PackedSeqParams:
+    """Where sequences begin and end, for attention."""
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )
 
 
 def sum_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:

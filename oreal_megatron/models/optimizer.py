@@ -51,6 +51,7 @@ class TrainedModel:
                     # Weights are gathered at once after an update, since they are published then: there is no next
                     # forward pass to hide that behind.
                     overlap_grad_reduce=layout.overlap_grad_reduce,
+                    fp8_param_gather=config.fp8_param,
                 ),
                 chunk,
                 # Only the first chunk's reduction waits for the end of the backward pass.
@@ -77,6 +78,7 @@ class TrainedModel:
                 bf16=config.bf16,
                 params_dtype=config.params_dtype,
                 use_distributed_optimizer=layout.distributed_optimizer,
+                fp8_recipe=config.fp8_recipe if config.fp8 else None,
             ),
             self.chunks,
         )

@@ -71,9 +71,14 @@ class ParallelGroups:
         """Tokens that the length of every packed sequence must be a multiple of: two pieces a context rank."""
         return 2 * self.context_size if self.context_size > 1 else 1
 
-    @property
-    def row_multiple(self) -> int:
-        """Tokens that the length of a packed row must be a multiple of, for its split over context and tensor ranks."""
+    def row_multiple(self, rank_tokens: int = 1) -> int:
+        """Tokens that the length of a packed row must be a multiple of, for its split over context and tensor ranks.
+
+        rank_tokens: what the part of a context rank must be a multiple of, as FP8 matrix products ask.
+        """
+        if rank_tokens > 1:
+            # With and without sequence parallelism alike: scales of whole tensors then do not depend on it.
+            return math.lcm(rank_tokens * self.context_size, 2 * self.context_size * self.tensor_size)
         by_tensor = self.context_size * self.tensor_size if self.layout.sequence else 1
         return math.lcm(self.sequence_multiple, by_tensor)
 
