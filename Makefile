@@ -7,10 +7,12 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The environment of `make setup` has a CPU torch.
+GPU_PYTHON ?= python
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup sglang-deps slurm-deps demo test test-fast test-slow lint bench bench-rollout bench-memory \
-	bench-verifier bench-conversion bench-objectives clean
+.PHONY: help setup sglang-deps slurm-deps demo test test-fast test-slow lint test-gpu bench bench-rollout \
+	bench-memory bench-verifier bench-conversion bench-objectives bench-fp8 clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -52,6 +54,9 @@ test-fast: setup ## unit tests only
 test-slow: setup ## the long proofs
 	$(BIN)/pytest -m 'slow and not gpu'
 
+test-gpu: ## on a machine with GPUs, in an environment with a CUDA torch (GPU_PYTHON): what only these can show
+	$(GPU_PYTHON) -m pytest tests/gpu -m gpu
+
 bench: setup ## generation and a training step against their peers, the stall of a checkpoint
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.training_step
@@ -74,6 +79,9 @@ bench-conversion: setup ## converting 3 GB both ways against copying the same fi
 
 bench-objectives: setup ## all objectives from one start, three seeds (half an hour)
 	$(BIN)/python -m benchmarks.objectives
+
+bench-fp8: setup ## what FP8 does to log-probabilities and gradients, emulated, by recipe and layers (a quarter of an hour)
+	$(BIN)/python -m benchmarks.fp8
 
 clean: ## the environment and caches, not the runs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

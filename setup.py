@@ -70,6 +70,7 @@ setup(
             "pytest>=8.4",
             "pytest-timeout>=2.4",
             "ruff>=0.14",
+            "torchao==0.18.*",  # an oracle of the FP8 emulation, in tests only
             "types-PyYAML",
         ],
     },

@@ -332,7 +332,7 @@ class ParallelConfig(Section):
     overlap_grad_reduce: bool = False
     """Reduce gradients bucket by bucket behind the last backward pass."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward pass: none, those of core attention and MLP, or whole layers."""
+    """Activations computed again in the backward pass: none, those of MLP and unfused attention, or whole layers."""
     fused_weight_gradients: bool = False
     """Matrix products add weight gradients to the fp32 buffer themselves; needs NVIDIA's apex."""
     offload: bool = False

@@ -31,17 +31,14 @@ def save_tiny(
     name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
     config = getattr(transformers, f"{name}Config")(
         vocab_size=vocabulary,
-        hidden_size=48,
-        intermediate_size=96,
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_groups,
         max_position_embeddings=256,
         tie_word_embeddings=tied,
         initializer_range=0.2,
-        **({"head_dim": 16} if family != "qwen2" else {}),
         **({"num_labels": 1} if head == "scalar" else {}),
-        **more,
+        **({"hidden_size": 48, "intermediate_size": 96} | ({"head_dim": 16} if family != "qwen2" else {}) | more),
     )
     kind = {"causal": "ForCausalLM", "scalar": "ForTokenClassification"}[head]
     torch.manual_seed(0)

@@ -28,12 +28,6 @@ from oreal_megatron.parallel.groups import ParallelGroups
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-_RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
-
 
 class LocalRMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm with the mark that sums its gradient over tensor ranks under sequence parallelism.
@@ -87,7 +81,7 @@ def transformer_config(
         # then meet each other's tensors, and gradients are wrong without an error.
         overlap_p2p_comm=layout.virtual_pipeline > 1,
         batch_p2p_comm=layout.virtual_pipeline == 1,
-        **_RECOMPUTE[layout.recompute],
+        **_recompute_fields(layout.recompute, transformer_engine),
         **fp8_fields(fp8),
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -109,6 +103,16 @@ def transformer_config(
         bias_dropout_fusion=transformer_engine,
         apply_rope_fusion=transformer_engine,
     )
+
+
+def _recompute_fields(recompute: str, transformer_engine: bool) -> dict[str, Any]:
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if recompute == "selective":
+        # Fused attention keeps no scores: to compute it again would save nothing.
+        modules = ["mlp"] if transformer_engine else ["core_attn", "mlp"]
+        return {"recompute_granularity": "selective", "recompute_modules": modules}
+    return {}
 
 
 def fp8_fields(fp8: Fp8ModelConfig | None) -> dict[str, Any]:

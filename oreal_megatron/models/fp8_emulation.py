@@ -37,6 +37,11 @@ def scale_of(amax: Tensor, dtype: torch.dtype) -> Tensor:
     return (torch.finfo(dtype).max / amax.double().clamp_min(_SMALLEST_AMAX)).float()
 
 
+def power_of_two(exponent: Tensor) -> Tensor:
+    """fp32, exact."""
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+
+
 class Quantizer(ABC):
     """Rounds one operand of one layer: its input, its weight, or its output's gradient."""
 
@@ -94,7 +99,7 @@ class Blockwise(Quantizer):
         amax = blocks.abs().amax((1, 3), keepdim=True).float()
         # The largest power of two that keeps every number in range; of a block of zeros any will do.
         _, exponent = torch.frexp(scale_of(amax, self.dtype))
-        q = rounded(blocks, torch.ldexp(torch.ones(()), exponent - 1), self.dtype)
+        q = rounded(blocks, power_of_two(exponent - 1), self.dtype)
         return out_of_blocks(q, x)
 
 
@@ -110,7 +115,7 @@ class Mx(Quantizer):
         # Up to the next power of two, so that nothing is clamped; e8m0 goes from 2^-127 to 2^127.
         mantissa, exponent = torch.frexp(amax / torch.finfo(self.dtype).max)
         exponent = (exponent - (mantissa == 0.5).int()).where(amax > 0, -127).clamp(-127, 127)
-        return out_of_blocks(rounded(blocks, torch.ldexp(torch.ones(()), -exponent), self.dtype), x)
+        return out_of_blocks(rounded(blocks, power_of_two(-exponent), self.dtype), x)
 
 
 def in_blocks(x: Tensor, rows: int, columns: int) -> Tensor:

