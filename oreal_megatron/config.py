@@ -838,6 +838,7 @@ _OWN_ARGUMENTS = {
     "context-length": "is model.max_sequence_length",
     "max-running-requests": "is rollout.sglang.max_concurrency",
     "skip-tokenizer-init": "is always set: token ids go in and out",
+    "quantization": "cannot be: SGLang 0.5.23 loads no new weights into layers that it has quantised itself",
 }
 
 

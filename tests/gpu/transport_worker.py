@@ -42,19 +42,15 @@ def main(backend: str, dtype: torch.dtype) -> None:
     group = join(meeting, rank, backend)
     options = {"dtype": dtype, "bucket_bytes": BUCKET_BYTES}
     if rank == 0:
-        (shards,) = trainer_shards(table, GEOMETRY, trainer, weights)
+        shards = trainer_shards(table, GEOMETRY, trainer, weights)[0]
         sender = Sender(group, 0, 1, {0: plan.of_sender(0)[At(0, 0)]}, 1, **options)
-        checks = [sender.send({name: torch.from_numpy(s).to(device, dtype) for name, s in shards.items()})[0]]
-        dist.broadcast_object_list(checks, src=0)
+        sender.send({name: torch.from_numpy(s).to(device, dtype) for name, s in shards.items()})
     else:
         parameters = {t.name: torch.zeros(t.shape, dtype=dtype, device=device) for t in plan.targets[0]}
         receiver = Receiver(group, 0, 1, plan.of_receiver(At(0, 0)), 1, **options)
         receiver.receive(parameters)
         for name, values in served(weights, GEOMETRY, engines, 0).items():
             np.testing.assert_array_equal(parameters[name].float().cpu().numpy(), values, err_msg=name)
-        checks = [None]
-        dist.broadcast_object_list(checks, src=0)
-        assert receiver.audit(parameters) == checks[0]
     dist.barrier()
     dist.destroy_process_group()
 
