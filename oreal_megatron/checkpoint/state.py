@@ -50,12 +50,13 @@ def weights_only(prefix: str, module: Any, *, without: Callable[[str], bool] = l
 def load_weights_only(prefix: str, module: torch.nn.Module, state: dict[str, Any]) -> list[str]:
     """Fills a module from what was loaded for `weights_only`; the module's names that it left out, FP8 scales aside."""
     weights = without_prefix(prefix, state)
-    missing = module.load_state_dict(weights, strict=False).missing_keys
+    found = module.load_state_dict(weights, strict=False)
+    assert not found.unexpected_keys, found.unexpected_keys
     for name, parameter in module.named_parameters():
         # Of weights in FP8, Transformer Engine keeps the values they were made of, for the optimizer's master weights.
         if (made_of := getattr(parameter, "get_high_precision_init_val", None)) is not None and name in weights:
             made_of().copy_(weights[name])
-    return [name for name in missing if not name.endswith(_FP8_STATE)]
+    return [name for name in found.missing_keys if not name.endswith(_FP8_STATE)]
 
 
 def without_prefix(prefix: str, state: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,8 @@ def check_machine(config: TrainConfig, geometry: GeometryConfig) -> None:
 def asked(config: TrainConfig) -> list[Topic]:
     """What the run needs beside what every run needs."""
     topics: list[Topic] = []
+    if config.resources.device != "cpu":
+        topics.append("nccl")
     if config.model.implementation == "transformer_engine" or config.fp8.models:
         topics.append("transformer_engine")
     if config.parallel.fused_weight_gradients:
@@ -36,6 +38,10 @@ def asked(config: TrainConfig) -> list[Topic]:
 def violations_of(config: TrainConfig, geometry: GeometryConfig, machine: Machine) -> list[Violation]:
     """Pure: every setting that this machine, or this model's shape, refuses."""
     found: list[Violation] = []
+    if config.resources.device != "cpu" and not machine.has_cuda:
+        # Everything would run, on the CPU.
+        remedy = f"{_no_cuda(machine)}: start it on such a device, or resources=local"
+        found.append(Violation("resources.device", config.resources.device, remedy))
     if config.model.implementation == "transformer_engine" and (problem := transformer_engine_problem(machine)):
         remedy = f"{problem}; {install_line(machine)}; or model.implementation=local"
         found.append(Violation("model.implementation", "transformer_engine", remedy))

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
 
 from oreal_megatron.composition import SITE, composed, missing_keys, resolved, with_placeholders
 from oreal_megatron.config import ConfigError, GeometryConfig, TrainConfig, Violation, parse_config
@@ -213,7 +214,7 @@ def _doctor(console: Console, arguments: argparse.Namespace) -> int:
         findings = examine(config)
     for finding in findings:
         mark = "[red]missing[/]" if finding.is_problem else "[green]there[/]  " if finding.found else "absent "
-        console.print(f"{mark}  {finding.name:20} {finding.found or finding.remedy}")
+        console.print(f"{mark}  {finding.name:20} {escape(finding.found or finding.remedy)}")  # pip's [extras] too
     return int(any(finding.is_problem for finding in findings))
 
 

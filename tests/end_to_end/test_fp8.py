@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 
 from benchmarks.fp8 import Drift, drift, rows, smollm2, warm_started
-from tests.tiny import TINY
+from tests.tiny import TINY, invoke
 
 pytestmark = pytest.mark.end_to_end
 
@@ -15,6 +15,20 @@ pytestmark = pytest.mark.end_to_end
 def beyond(found: Drift, *, mean: float, cosine: float) -> str:
     within = found.mean <= mean and found.gradient_cosine >= cosine and found.effective_samples >= 0.9
     return "" if within else str(found)
+
+
+def test_a_run_that_cannot_have_fp8_here_says_all_that_is_missing_and_builds_nothing(tmp_path):
+    gpu = ("model.implementation=transformer_engine", "model.dtype=bfloat16", "parallel.fused_weight_gradients=true")
+    replay = ("run.mode=replay", f"run.replay_dir={tmp_path}", f"run.dir={tmp_path / 'run'}")
+    outcome = invoke("fp8=blockwise", *gpu, *replay)
+    assert outcome.returncode != 0 and "Traceback" not in outcome.stderr
+    models = ("policy", "reward_model", "reference")
+    for key in ("model.implementation", "parallel.fused_weight_gradients", *(f"fp8.{name}.recipe" for name in models)):
+        assert f"{key} = " in outcome.stderr, outcome.stderr
+    assert "pip install --no-build-isolation 'transformer-engine[pytorch," in outcome.stderr
+    # The model's widths of 32 and 64 are no multiples of 128 either, which is said in the same breath.
+    assert "hidden_size is 32, blockwise needs a multiple of 128" in outcome.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_the_arithmetic_model_in_fp8_stays_near_itself(finished, single_process):

@@ -65,6 +65,7 @@ def run(directory: Path, groups: ParallelGroups) -> dict[str, Any]:
 
     # FP8 state goes into a run's checkpoints and comes back.
     trained = one_update(tiny_policy(geometry, groups, "transformer_engine", DELAYED, load=directory / "hf"), groups)
+    assert all(part.config.fp8_recipe == "delayed" for part in trained._parts())
     store.save("step_000001", trained_state("policy", trained))
     resumed = TrainedModel(
         tiny_policy(geometry, groups, "transformer_engine", DELAYED, load=directory / "hf"),

@@ -133,6 +133,13 @@ def test_smollm2_is_refused_for_blocks_and_told_what_takes_it(composed):
     assert not refusals(run(composed, "fp8=tensorwise"), machine(), SMOLLM2)
 
 
+def test_a_gpu_run_does_not_go_on_a_cpu(composed):
+    config = parse_config(composed("resources=h100", "resources.trainer_devices=1"))
+    (message,) = refusals(config, CPU_ONLY)
+    assert message.startswith("resources.device = 'h100_80gb': torch 2.13.0+cpu is built without it")
+    assert not refusals(config, machine())
+
+
 def test_bf16_layers_fit_a_pipeline_stage(composed):
     config = run(composed, "fp8=tensorwise", "fp8.policy.bf16_last_layers=3", "model.geometry.num_layers=4")
     layout = config.parallel.model_copy(update={"pipeline": 4})
