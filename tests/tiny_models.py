@@ -36,9 +36,12 @@ def save_tiny(
         num_key_value_heads=num_groups,
         max_position_embeddings=256,
         tie_word_embeddings=tied,
-        initializer_range=0.2,
         **({"num_labels": 1} if head == "scalar" else {}),
-        **({"hidden_size": 48, "intermediate_size": 96} | ({"head_dim": 16} if family != "qwen2" else {}) | more),
+        **(
+            {"hidden_size": 48, "intermediate_size": 96, "initializer_range": 0.2}
+            | ({"head_dim": 16} if family != "qwen2" else {})
+            | more
+        ),
     )
     kind = {"causal": "ForCausalLM", "scalar": "ForTokenClassification"}[head]
     torch.manual_seed(0)

