@@ -24,9 +24,11 @@ from oreal_megatron.parallel.groups import ParallelGroups
 
 VOCABULARY = 105  # odd: every tensor split has rows of padding
 NUM_STEPS = 2
+# Biases and norms of queries and keys: tensor ranks hold parts of the first, and each a part of the second's gradient.
 GEOMETRY = GeometryConfig(
-    num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, init_std=0.2
-)
+    num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, init_std=0.2,
+    qkv_bias=True, qk_norm=True,
+)  # fmt: skip
 MODEL = ModelConfig(
     path=None, geometry=GEOMETRY, tokenizer="arithmetic", implementation="local", dtype="float32",
     max_sequence_length=64, logprob_chunk_tokens=5,

@@ -200,7 +200,7 @@ def test_a_killed_writer_is_an_error_and_what_was_whole_stays(store, writing):
     store.save(step_name(1), state())
     writing(lambda: os.kill(os.getpid(), signal.SIGKILL))
     store.save(step_name(2), state(), wait=False)
-    with pytest.raises(OSError, match=r"checkpoint step_000002 cannot be written .* the process that writes it was kil"):
+    with pytest.raises(OSError, match=r"checkpoint step_000002 cannot be .* the process that writes it was killed"):
         store.finish(wait=True)
     assert store.newest_whole() == 1 and names(store) == {step_name(1)}
 
