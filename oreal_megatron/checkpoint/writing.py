@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -42,8 +43,8 @@ class CheckpointWriter:
     def start(self, directory: Path, sharded_state: dict[str, Any], **notes: Any) -> None:
         """Takes a snapshot of the state and begins to write it to a directory that is there and empty.
 
-        The snapshot is a copy on the host where the state is on a GPU, and copy on write (by fork) on a CPU. notes: go
-        into the manifest.
+        The snapshot is a copy on the host where the state is on a GPU, and copy on write (by fork) on a CPU. What
+        several ranks hold alike, they share out. notes: go into the manifest.
 
         Raises:
             OSError: the disk refused.
@@ -52,7 +53,9 @@ class CheckpointWriter:
         # In the place of a queue behind a spawned manager, which would import __main__ anew and take seconds.
         filesystem_async._results_queue = _ForkedResult()
         sums = None
-        strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+        strategy = FullyParallelSaveStrategyWrapper(
+            TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), self._groups.collection.dp_cp
+        )
         try:
             request = dist_checkpointing.save(sharded_state, str(directory), strategy, async_sharded_save=True)
         except (CheckpointingException, CheckpointException, RuntimeError) as error:
