@@ -78,8 +78,8 @@ def load_optimizer_state(parts: Iterable[Any], state: dict[str, Any]) -> None:
 def _pieces(part: Any) -> dict[Tensor, _Piece]:
     """By parameter of the model, those that this rank's optimizer has anything of."""
     if isinstance(part, DistributedOptimizer):
-        of_model = (part.model_float16_groups, part.model_fp32_groups)
-        of_adamw = (part.shard_fp32_from_float16_groups, part.shard_fp32_groups)
+        of_model: tuple[Any, ...] = (part.model_float16_groups, part.model_fp32_groups)
+        of_adamw: tuple[Any, ...] = (part.shard_fp32_from_float16_groups, part.shard_fp32_groups)
     elif isinstance(part, Float16OptimizerWithFloat16Params):
         of_model = (part.float16_groups, part.fp32_from_fp32_groups)
         of_adamw = (part.fp32_from_float16_groups, part.fp32_from_fp32_groups)
