@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.pairs import compare
 from oreal_megatron.config import ModelConfig, ParallelConfig, SamplingConfig
-from oreal_megatron.convert.huggingface import geometry_of, load_weights
+from oreal_megatron.convert.huggingface import geometry_of
+from oreal_megatron.convert.module import load_weights
 from oreal_megatron.models.architecture import build_gpt
 from oreal_megatron.models.decoding import CachedDecoder
 from oreal_megatron.models.policy import Policy
@@ -63,7 +64,7 @@ def main() -> None:
             max_sequence_length=512,
         )
         policy = build_gpt(Policy, geometry, model, groups, vocab_size=VOCABULARY, seed=0, tied_embeddings=False)
-        load_weights(policy, Path(directory), geometry, groups)
+        load_weights(policy, Path(directory), groups)
         # A stop token that no vocabulary has: every response takes all of its tokens, on both sides.
         engine = EmbeddedEngine(lambda: CachedDecoder(policy, groups, VOCABULARY), stop_token_id=-1, batch_size=BATCH)
         requests = [
