@@ -50,9 +50,18 @@ FORKS.set_forkserver_preload(["oreal_megatron.build", "oreal_megatron.report"])
 
 def invoke(*overrides: str, num_processes: int = 1, flags: tuple[str, ...] = (), timeout: float = 300) -> Outcome[str]:
     """`oreal-train` on the tiny experiment; overrides come last, so they win. Several processes start by torchrun."""
-    arguments = (*flags, *TINY, *overrides)
-    if num_processes > 1:
-        return command_line(*arguments, num_processes=num_processes, timeout=timeout)
+    return command_line(*flags, *TINY, *overrides, num_processes=num_processes, timeout=timeout)
+
+
+def command_line(
+    *arguments: str, num_processes: int = 1, new_interpreter: bool = False, timeout: float = 300
+) -> Outcome[str]:
+    """`oreal-train` with exactly these arguments."""
+    if num_processes > 1 or new_interpreter:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+        launcher = torchrun if num_processes > 1 else []
+        command = [sys.executable, *launcher, "-m", "oreal_megatron.cli", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     with tempfile.TemporaryDirectory() as directory:
         out, err = Path(directory, "out"), Path(directory, "err")
         process = FORKS.Process(target=live, args=(arguments, str(out), str(err)))
@@ -72,14 +81,6 @@ def live(arguments: tuple[str, ...], out: str, err: str) -> None:
     from oreal_megatron.cli import train
 
     train()
-
-
-def command_line(*arguments: str, num_processes: int = 1, timeout: float = 300) -> Outcome[str]:
-    """`oreal-train` with exactly these arguments, from a new interpreter."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    launcher = torchrun if num_processes > 1 else []
-    command = [sys.executable, *launcher, "-m", "oreal_megatron.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
 def metrics_of(directory: Path) -> list[dict[str, Any]]:
