@@ -19,6 +19,7 @@ def test_a_run_leaves_what_a_person_looks_for(finished):
     assert config["model"]["geometry"]["hidden_size"] == 32 and "???" not in str(config)
     report = (finished / "report.html").read_text()
     assert "<svg" in report and "Held-out problems solved" in report and "http://www.w3.org" in report
+    assert "greedy pass@1 on heldout, before and after" in report
     assert "<script src" not in report and "<link" not in report  # opens without a server or a network
     lines = (finished / "trajectories" / "step_000003.jsonl").read_text().splitlines()
     assert len(lines) == 8 * 4
