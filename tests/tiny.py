@@ -36,6 +36,7 @@ TINY = (
     "evaluation.every=2",
     "sft.steps=150",
     "sft.optimizer.lr=0.01",
+    "optimizer.policy={lr: 3.0e-4, min_lr: 1.0e-4}",
     "run.num_steps=4",
     "run.checkpoint_every=2",
     "objective.actor_freeze_steps=1",
