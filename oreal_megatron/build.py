@@ -78,6 +78,10 @@ def opened_run(config: TrainConfig, stop: StopRequest) -> Iterator[Run]:
         stack.enter_context(device_seam())
         groups = stack.enter_context(parallel_groups(config.parallel, seed=config.run.seed))
         tracker = stack.enter_context(contextlib.closing(Tracker(config, directory, is_main=groups.is_main)))
+        tracker.say(
+            f"[bold]{config.run.name}[/]: {config.run.num_steps} steps of "
+            f"{config.objective.preset}, seed {config.run.seed}, in {directory}"
+        )
         verifier = stack.enter_context(contextlib.closing(build_verifier(config.verifier)))
         tokenizer = load_tokenizer(config.model.tokenizer)
         journal = stack.enter_context(contextlib.closing(RolloutJournal(directory / "journal", groups)))

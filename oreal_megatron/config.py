@@ -100,8 +100,9 @@ class ArithmeticConfig(Section):
     num_heldout: Positive
     num_demonstrations: Positive
     """Solutions for the warm start; drawn apart from the other two sets."""
-    direct_share: Share
-    """Share of the demonstrations that state the answer without working, which a small model rarely gets right."""
+    direct_shares: Annotated[tuple[Share, Share], BeforeValidator(_as_tuple)]
+    """Share of the demonstrations that state the answer without working, which a small model rarely gets right: of
+    those with min_terms, and of those with max_terms; between them on a line."""
     min_terms: Annotated[int, Field(ge=2, le=6)]
     max_terms: Annotated[int, Field(ge=2, le=6)]
     max_operand: Annotated[int, Field(ge=2, le=999)]
