@@ -88,7 +88,7 @@ def check_startable(config: TrainConfig, num_processes: int) -> None:
     """Raises ConfigError where the configuration is for another number of processes, or for what is not built."""
     violations = []
     if (servers := config.rollout.sglang) is not None:
-        if servers.placement == "colocated":
+        if servers.placement == "colocated" and servers.device == "cuda":
             remedy = "the trainer cannot share its devices with servers yet: disaggregated; oreal-plan plans both"
             violations.append(Violation("rollout.sglang.placement", servers.placement, remedy))
         needed = servers.num_servers * servers.tensor

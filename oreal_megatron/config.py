@@ -674,7 +674,9 @@ def _check_resources(
             f"is no multiple of a model replica's {replica} = parallel.tensor {parallel.tensor} x pipeline "
             f"{parallel.pipeline} x context {parallel.context}",
         )
-    if servers is not None and servers.placement == "colocated" and servers.num_servers * servers.tensor != trainers:
+    # CPU servers share cores with whatever runs there.
+    shares = servers is not None and servers.placement == "colocated" and servers.device == "cuda"
+    if servers is not None and shares and servers.num_servers * servers.tensor != trainers:
         yield Violation(
             "rollout.sglang.num_servers",
             servers.num_servers,

@@ -57,6 +57,11 @@ class ClusterConfig(Section):
     """Shell lines that run before the job's own."""
     node_check: str | None
     """Shell command that must succeed on every node before the run starts; a node where it fails is left out."""
+    judge_nodes: NonNegative
+    """Nodes that run `judge_command`, for verifier=rules_and_judge."""
+    judge_command: str | None
+    """Shell command that serves the judge at $JUDGE_PORT behind an OpenAI-compatible API; verifier.judge.endpoints are
+    then those of the job."""
 
 
 def parse_cluster(raw: Mapping[str, Any]) -> ClusterConfig:
@@ -96,6 +101,10 @@ def site_violations(cluster: ClusterConfig, config: TrainConfig, *, num_nodes: i
         yield Violation("cluster.venv", cluster.venv, "null with a container, which brings its own environment")
     if cluster.venv is not None and not (Path(cluster.venv) / "bin" / "oreal-train").exists():
         yield Violation("cluster.venv", cluster.venv, "there is no bin/oreal-train in it")
+    if (cluster.judge_nodes > 0) != (cluster.judge_command is not None):
+        yield Violation("cluster.judge_command", cluster.judge_command, "belongs to cluster.judge_nodes > 0")
+    if cluster.judge_nodes and config.verifier.judge.mode == "off":
+        yield Violation("cluster.judge_nodes", cluster.judge_nodes, "0 without a judge, or verifier=rules_and_judge")
     yield from _partition_violations(cluster, config, num_nodes)
 
 

@@ -37,7 +37,7 @@ def plan() -> None:
     parser.add_argument("--search", action="store_true", help="look for layouts that fit, quickest first")
     arguments = parser.parse_args()
     console = Console(highlight=False, soft_wrap=True)
-    _reporting(lambda: _plan(console, arguments))
+    reporting(lambda: _plan(console, arguments))
 
 
 def _plan(console: Console, arguments: argparse.Namespace) -> int:
@@ -127,12 +127,13 @@ def submit() -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for oreal-train")
     parser.add_argument("--nodes", type=int, help="spread the trainer over so many nodes; default: as few as hold it")
+    parser.add_argument("--server-nodes", type=int, help="spread the rollout servers over so many; default: likewise")
     parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each after the one before it")
     parser.add_argument("--test-only", action="store_true", help="ask SLURM when it would start, and submit nothing")
     parser.add_argument("--force", action="store_true", help="submit what the planner says cannot fit")
     arguments = parser.parse_args()
     console = Console(highlight=False, soft_wrap=True)
-    _reporting(lambda: _submit(console, arguments))
+    reporting(lambda: _submit(console, arguments))
 
 
 def _submit(console: Console, arguments: argparse.Namespace) -> int:
@@ -142,7 +143,13 @@ def _submit(console: Console, arguments: argparse.Namespace) -> int:
             console.print(f"dry run: {key} {whole} becomes {small}")
         raw = shrunk(raw)
     config, cluster = site_and_run(raw)
-    nodes = allocation(config, num_devices(config, None), arguments.nodes)
+    nodes = allocation(
+        config,
+        num_devices(config, None),
+        arguments.nodes,
+        server_nodes=arguments.server_nodes,
+        judge_nodes=cluster.judge_nodes,
+    )
     violations = list(site_violations(cluster, config, num_nodes=nodes.num_nodes))
     if violations:
         raise ConfigError(violations)
@@ -204,7 +211,7 @@ def doctor() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for oreal-train")
     arguments = parser.parse_args()
     console = Console(highlight=False, soft_wrap=True)
-    _reporting(lambda: _doctor(console, arguments))
+    reporting(lambda: _doctor(console, arguments))
 
 
 def _doctor(console: Console, arguments: argparse.Namespace) -> int:
@@ -217,7 +224,7 @@ def _doctor(console: Console, arguments: argparse.Namespace) -> int:
     return int(any(finding.is_problem for finding in findings))
 
 
-def _reporting(run: Callable[[], int]) -> None:
+def reporting(run: Callable[[], int]) -> None:
     """Ends with the status that `run` returns, or with 1 and a plain message."""
     try:
         sys.exit(run())

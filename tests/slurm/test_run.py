@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from tests.slurm.conftest import oreal_submit, submitted_job
 from tests.tiny import TINY, invoke, metrics_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.end_to_end]
@@ -22,25 +17,6 @@ SITE = (
     "resources.devices_per_node=1",
     "run.async_checkpoints=false",
 )
-
-
-def oreal_submit(*arguments: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    """`oreal-submit`, whose jobs find `oreal-train` beside this Python."""
-    return subprocess.run(
-        [sys.executable, "-c", "from oreal_megatron.launch.command import submit; submit()", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def submitted_job(outcome: subprocess.CompletedProcess[str]) -> str:
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    found = re.search(r"submitted job (\d+)", outcome.stdout)
-    assert found is not None, outcome.stdout
-    return found[1]
 
 
 def test_a_run_stopped_by_a_signal_resumes_to_the_same_figures(slurm, tmp_path):

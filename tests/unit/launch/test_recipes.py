@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from oreal_megatron.composition import composed, config_directory, missing_keys, resolved, validated, with_placeholders
 from oreal_megatron.config import ConfigError, TrainConfig, parse_config
 from oreal_megatron.launch.command import num_devices, planner_of, site_and_run
-from oreal_megatron.launch.dry_run import MAX_PROCESSES, num_processes, shrunk
+from oreal_megatron.launch.dry_run import MAX_PROCESSES, MAX_SERVERS, num_processes, shrunk
 from oreal_megatron.launch.planner import Plan
 from oreal_megatron.launch.submit import allocation
 
@@ -67,7 +67,11 @@ def test_an_experiment_shrinks_to_a_dry_run(name):
     small = validated(shrunk(config))
     layout = small.parallel
     assert small.run.num_steps == 2 and small.run.name == f"dry_run_{name}" and name in small.run.dir
-    assert (small.rollout.backend, small.model.path) == ("embedded", None)
+    assert (small.rollout.backend, small.model.path) == (config.rollout.backend, None)
+    if (servers := small.rollout.sglang) is not None:
+        assert servers.device == "cpu" and servers.placement == config.rollout.sglang.placement
+        assert servers.num_servers == min(config.rollout.sglang.num_servers, MAX_SERVERS)
+        assert servers.tensor == min(config.rollout.sglang.tensor, 2)
     assert num_processes(config) % (layout.tensor * layout.pipeline * layout.context) == 0
     assert num_processes(config) <= MAX_PROCESSES
     whole = OmegaConf.to_container(config.parallel)
