@@ -6,18 +6,16 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from oreal_megatron.composition import SITE, composed, missing_keys, resolved, with_placeholders
-from oreal_megatron.config import ConfigError, GeometryConfig, TrainConfig, Violation, parse_config
+from oreal_megatron.composition import composed, resolved, with_placeholders
+from oreal_megatron.config import ConfigError, GeometryConfig, TrainConfig, parse_config
 from oreal_megatron.files import write_atomically
-from oreal_megatron.launch.cluster import ClusterConfig, parse_cluster, site_violations
 from oreal_megatron.launch.doctor import examine
 from oreal_megatron.launch.dry_run import is_dry_run, layout_mapping, shrunk
 from oreal_megatron.launch.planner import Plan, first_change, make_plan, search
+from oreal_megatron.launch.refusal import checked
 from oreal_megatron.launch.show import show_plan, show_search
 from oreal_megatron.launch.submit import allocation, rendered, submitted, tested
 from oreal_megatron.launch.timing import Measured, read_measured
@@ -142,17 +140,16 @@ def _submit(console: Console, arguments: argparse.Namespace) -> int:
         for key, (whole, small) in layout_mapping(raw).items():
             console.print(f"dry run: {key} {whole} becomes {small}")
         raw = shrunk(raw)
-    config, cluster = site_and_run(raw)
-    nodes = allocation(
-        config,
-        num_devices(config, None),
-        arguments.nodes,
-        server_nodes=arguments.server_nodes,
-        judge_nodes=cluster.judge_nodes,
+    config, cluster, nodes = checked(
+        raw,
+        lambda config, cluster: allocation(
+            config,
+            num_devices(config, None),
+            arguments.nodes,
+            server_nodes=arguments.server_nodes,
+            judge_nodes=cluster.judge_nodes,
+        ),
     )
-    violations = list(site_violations(cluster, config, num_nodes=nodes.num_nodes))
-    if violations:
-        raise ConfigError(violations)
     replan = planner_of(config)
     with console.status("planning"):
         planned = replan(config)
@@ -180,25 +177,6 @@ def _submit(console: Console, arguments: argparse.Namespace) -> int:
         f"stop it:    scancel --batch --signal=TERM {job}   (saves and queues again)   scancel {job}   (ends it)"
     )
     return 0
-
-
-def site_and_run(raw: DictConfig) -> tuple[TrainConfig, ClusterConfig]:
-    """Raises ConfigError with everything that is missing or wrong in both."""
-    plain: Any = OmegaConf.to_container(raw, resolve=False)
-    missing = {*missing_keys(plain), *(f"{SITE}.{k}" for k, v in plain[SITE].items() if v == "???")}
-    if missing:
-        raise ConfigError([Violation(key, "???", "must be given: in conf/cluster, or here") for key in sorted(missing)])
-    violations: list[Violation] = []
-    parsed: list[Any] = []
-    site: Any = OmegaConf.to_container(raw[SITE], resolve=True)
-    for parse in (lambda: parse_config(resolved(raw)), lambda: parse_cluster(site)):
-        try:
-            parsed.append(parse())
-        except ConfigError as error:
-            violations += error.violations
-    if violations:
-        raise ConfigError(violations)
-    return parsed[0], parsed[1]
 
 
 def doctor() -> None:
