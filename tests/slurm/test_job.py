@@ -173,13 +173,3 @@ def test_slurm_words_of_a_refusal_come_through(slurm, site, submit):
     cluster = site("true").model_copy(update={"partition": "nowhere"})
     with pytest.raises(ValueError, match="invalid partition"):
         submit(cluster)
-
-
-def test_scripts_are_clean():
-    slurm_scripts = Path(__file__).resolve().parents[2] / "slurm"
-    scripts = [slurm_scripts / "train.sbatch", *slurm_scripts.rglob("*.sh")]
-    try:
-        outcome = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("shellcheck is not installed: make slurm-deps")
-    assert outcome.returncode == 0, outcome.stdout
