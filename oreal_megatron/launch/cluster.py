@@ -30,6 +30,10 @@ class ClusterConfig(Section):
     qos: str | None
     constraint: str | None
     reservation: str | None
+    server_partition: str | None
+    """Of servers on nodes of their own, where these are another kind of nodes: the job is heterogeneous then."""
+    server_constraint: str | None
+    """Likewise."""
     time_limit: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$")]
     """[days-]hours:minutes:seconds of one job; the run goes on in the next."""
     signal_seconds: Positive
@@ -63,6 +67,11 @@ class ClusterConfig(Section):
     judge_command: str | None
     """Shell command that serves the judge at $JUDGE_PORT behind an OpenAI-compatible API; verifier.judge.endpoints are
     then those of the job."""
+
+    @property
+    def servers_apart(self) -> bool:
+        """Whether servers have nodes of another kind."""
+        return self.server_partition is not None or self.server_constraint is not None
 
 
 def parse_cluster(raw: Mapping[str, Any]) -> ClusterConfig:

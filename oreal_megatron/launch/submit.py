@@ -96,12 +96,27 @@ def rendered(
 
 
 def _header(config: TrainConfig, cluster: ClusterConfig, nodes: Allocation, logs: Path) -> Iterator[str]:
+    apart = cluster.servers_apart and nodes.server_nodes > 0 and not nodes.servers_share
     yield f"--job-name={config.run.name}"
+    yield f"--signal=B:USR1@{cluster.signal_seconds}"
+    yield "--requeue"
+    yield "--open-mode=append"
+    yield f"--output={logs}/job-%j.log"
+    yield from _component(config, cluster, nodes.num_nodes - (nodes.server_nodes if apart else 0))
+    if apart:
+        yield "hetjob"
+        partition = cluster.server_partition or cluster.partition
+        servers = cluster.model_copy(update={"partition": partition, "constraint": cluster.server_constraint})
+        yield from _component(config, servers, nodes.server_nodes)
+
+
+def _component(config: TrainConfig, cluster: ClusterConfig, num_nodes: int) -> Iterator[str]:
+    """Nodes of one kind."""
     yield f"--partition={cluster.partition}"
     for name in ("account", "qos", "constraint", "reservation"):
         if (value := getattr(cluster, name)) is not None:
             yield f"--{name}={value}"
-    yield f"--nodes={nodes.num_nodes}"
+    yield f"--nodes={num_nodes}"
     yield "--ntasks-per-node=1"
     yield f"--cpus-per-task={cluster.cpus_per_node}"
     yield f"--mem={cluster.memory_per_node}"
@@ -110,12 +125,8 @@ def _header(config: TrainConfig, cluster: ClusterConfig, nodes: Allocation, logs
     elif cluster.gpu_request == "gpus-per-node":
         yield f"--gpus-per-node={config.resources.devices_per_node}"
     yield f"--time={cluster.time_limit}"
-    yield f"--signal=B:USR1@{cluster.signal_seconds}"
-    yield "--requeue"
-    yield "--open-mode=append"
     if cluster.exclude:
         yield f"--exclude={','.join(cluster.exclude)}"
-    yield f"--output={logs}/job-%j.log"
 
 
 def _settings(cluster: ClusterConfig, nodes: Allocation, script: Path) -> Iterator[str]:

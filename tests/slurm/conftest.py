@@ -83,3 +83,9 @@ def submitted_job(outcome: subprocess.CompletedProcess[str]) -> str:
     found = re.search(r"submitted job (\d+)", outcome.stdout)
     assert found is not None, outcome.stdout
     return found[1]
+
+
+def has_steps(directory: Path, count: int) -> bool:
+    """Whether a run has finished so many steps."""
+    metrics = directory / "metrics.jsonl"
+    return metrics.exists() and metrics.read_text().count('"kind": "step"') >= count

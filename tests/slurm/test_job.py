@@ -104,6 +104,24 @@ def test_servers_and_judges_have_their_places(slurm, site, submit, tmp_path):
     assert "trainer on node1,node2, servers on node1,node2, judges on node3" in log(tmp_path, job)
 
 
+def test_servers_on_another_kind_of_nodes(slurm, site, submit, tmp_path):
+    """A heterogeneous job: queued again as a whole, with its servers ended and started anew."""
+    serve = 'echo "serving on $SLURMD_NODENAME"; trap "echo asked to end; exit 0" TERM; while :; do sleep 0.2; done'
+    trainer = 'echo "$2"; ' + TRAINER_THAT_SAVES.format(directory=tmp_path)
+    cluster = site(trainer, serve, server_partition="urgent", node_check='test "$SLURMD_NODENAME" != node9')
+    job = submit(cluster, trainers=2, servers=1)
+    slurm.until(lambda: (tmp_path / f"logs-{job}" / "trainer_rank_0.log").exists())
+    slurm("scancel", "--batch", "--signal=USR1", job)
+    slurm.until(lambda: "ends with status" in log(tmp_path, job))
+    assert "ends with status 0" in log(tmp_path, job)
+    logs = tmp_path / f"logs-{job}"
+    lives = (logs / "servers_node_0.log").read_text()
+    assert (lives.count("serving on"), lives.count("asked to end")) == (2, 2)
+    node = lives.rsplit("serving on ", 1)[1].split()[0]
+    assert f"rollout.sglang.urls=[http://{node}:1]" in (logs / "trainer_rank_0.log").read_text()
+    assert slurm.job(str(int(job) + 1))["Partition"] == "urgent"
+
+
 def test_the_trainer_outlives_a_server(slurm, site, submit, tmp_path):
     job = submit(site("sleep 4; echo done", "sleep 1; exit 1"), trainers=1, servers=1)
     assert slurm.ended(job)["JobState"] == "COMPLETED"
