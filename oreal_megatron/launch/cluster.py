@@ -68,11 +68,6 @@ class ClusterConfig(Section):
     """Shell command that serves the judge at $JUDGE_PORT behind an OpenAI-compatible API; verifier.judge.endpoints are
     then those of the job."""
 
-    @property
-    def servers_apart(self) -> bool:
-        """Whether servers have nodes of another kind."""
-        return self.server_partition is not None or self.server_constraint is not None
-
 
 def parse_cluster(raw: Mapping[str, Any]) -> ClusterConfig:
     """Raises ConfigError with all violations; `cluster=none` has none of the keys."""
@@ -96,7 +91,7 @@ def parse_cluster(raw: Mapping[str, Any]) -> ClusterConfig:
 
 
 def site_violations(cluster: ClusterConfig, config: TrainConfig, *, num_nodes: int) -> Iterator[Violation]:
-    """What would fail after hours in a queue and can be told now."""
+    """What would fail after hours in a queue and can be told now. num_nodes: in cluster.partition."""
     yield from _path_violations(cluster, config, num_nodes)
     if cluster.signal_seconds >= seconds_of(cluster.time_limit):
         remedy = f"must be shorter than cluster.time_limit = {cluster.time_limit}, before which it comes"
@@ -180,8 +175,10 @@ def _partition_violations(cluster: ClusterConfig, config: TrainConfig, num_nodes
         partitions.setdefault(name, []).append(rest)
     if not partitions:
         return
+    for key in ("partition", "server_partition"):
+        if (name := getattr(cluster, key)) is not None and name not in partitions:
+            yield Violation(f"cluster.{key}", name, f"there are {', '.join(sorted(partitions))}")
     if cluster.partition not in partitions:
-        yield Violation("cluster.partition", cluster.partition, f"there are {', '.join(sorted(partitions))}")
         return
     rows = partitions[cluster.partition]
     nodes = sum(int(count) for count, *_ in rows)

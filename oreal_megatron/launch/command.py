@@ -137,8 +137,8 @@ def submit() -> None:
 def _submit(console: Console, arguments: argparse.Namespace) -> int:
     raw = composed(arguments.overrides)
     if is_dry_run(raw):
-        for key, (whole, small) in layout_mapping(raw).items():
-            console.print(f"dry run: {key} {whole} becomes {small}")
+        for key, (before, small) in layout_mapping(raw).items():
+            console.print(f"dry run: {key} {before} becomes {small}")
         raw = shrunk(raw)
     config, cluster, nodes = checked(
         raw,
@@ -154,6 +154,11 @@ def _submit(console: Console, arguments: argparse.Namespace) -> int:
     with console.status("planning"):
         planned = replan(config)
     show_plan(console, planned)
+    if config.run.dry_run:
+        whole = planned_config([*arguments.overrides, "run.dry_run=false"], console)
+        console.print(
+            f"with its own layout, every stage built without memory: {planner_of(whole)(whole).memory.verdict}"
+        )
     status = suggest(console, planned, replan)
     if status and not arguments.force:
         console.print("not submitted (--force submits it all the same)")

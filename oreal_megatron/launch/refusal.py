@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from oreal_megatron.composition import PLACEHOLDERS, SITE, missing_keys, resolved, with_placeholders
 from oreal_megatron.config import ConfigError, TrainConfig, Violation, not_built, parse_config
 from oreal_megatron.launch.cluster import ClusterConfig, parse_cluster, site_violations
-from oreal_megatron.launch.submit import Allocation
+from oreal_megatron.launch.submit import Allocation, nodes_of_another_kind
 
 T = TypeVar("T")
 
@@ -45,7 +45,8 @@ def checked(
         violations += not_built(config)
     if config is not None and cluster is not None:
         nodes = attempted(partial(allocate, config, cluster))
-        violations += site_violations(cluster, config, num_nodes=nodes.num_nodes if nodes else 1)
+        num_nodes = nodes.num_nodes - nodes_of_another_kind(cluster, nodes) if nodes else 1
+        violations += site_violations(cluster, config, num_nodes=num_nodes)
     # What is wrong with a placeholder is that it is one.
     violations = [v for v in violations if v.key not in missing and not str(v.value).startswith(PLACEHOLDERS)]
     lacking = [Violation(key, "???", "must be given: in conf/cluster, or here") for key in sorted(missing)]

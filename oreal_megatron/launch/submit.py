@@ -75,6 +75,12 @@ def allocation(
     )
 
 
+def nodes_of_another_kind(cluster: ClusterConfig, nodes: Allocation) -> int:
+    """How many make the second component of a heterogeneous job: the servers', or none."""
+    differ = cluster.server_partition is not None or cluster.server_constraint is not None
+    return nodes.server_nodes if differ and not nodes.servers_share else 0
+
+
 def slurm_directory() -> Path:
     """slurm/ beside the package in a checkout, or where an installed wheel puts it."""
     checkout = Path(__file__).resolve().parents[2] / "slurm"
@@ -96,18 +102,18 @@ def rendered(
 
 
 def _header(config: TrainConfig, cluster: ClusterConfig, nodes: Allocation, logs: Path) -> Iterator[str]:
-    apart = cluster.servers_apart and nodes.server_nodes > 0 and not nodes.servers_share
+    apart = nodes_of_another_kind(cluster, nodes)
     yield f"--job-name={config.run.name}"
     yield f"--signal=B:USR1@{cluster.signal_seconds}"
     yield "--requeue"
     yield "--open-mode=append"
     yield f"--output={logs}/job-%j.log"
-    yield from _component(config, cluster, nodes.num_nodes - (nodes.server_nodes if apart else 0))
+    yield from _component(config, cluster, nodes.num_nodes - apart)
     if apart:
         yield "hetjob"
         partition = cluster.server_partition or cluster.partition
         servers = cluster.model_copy(update={"partition": partition, "constraint": cluster.server_constraint})
-        yield from _component(config, servers, nodes.server_nodes)
+        yield from _component(config, servers, apart)
 
 
 def _component(config: TrainConfig, cluster: ClusterConfig, num_nodes: int) -> Iterator[str]:
