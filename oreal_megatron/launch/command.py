@@ -33,7 +33,7 @@ def plan() -> None:
     parser.add_argument("--devices", type=int, help="trainer processes; default: resources.trainer_devices")
     parser.add_argument("--measured", type=Path, metavar="RUN", help="a run's directory, whose metrics are used")
     parser.add_argument("--search", action="store_true", help="look for layouts that fit, quickest first")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     console = Console(highlight=False, soft_wrap=True)
     reporting(lambda: _plan(console, arguments))
 
@@ -129,7 +129,7 @@ def submit() -> None:
     parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each after the one before it")
     parser.add_argument("--test-only", action="store_true", help="ask SLURM when it would start, and submit nothing")
     parser.add_argument("--force", action="store_true", help="submit what the planner says cannot fit")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     console = Console(highlight=False, soft_wrap=True)
     reporting(lambda: _submit(console, arguments))
 
@@ -192,7 +192,7 @@ def doctor() -> None:
         epilog="example: srun --gpus-per-node=8 oreal-doctor experiment=oreal_32b",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for oreal-train")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     console = Console(highlight=False, soft_wrap=True)
     reporting(lambda: _doctor(console, arguments))
 

@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--node", type=int, default=os.environ.get("SLURM_NODEID", 0), help="which of the nodes")
     parser.add_argument("--nodes", type=int, default=os.environ.get("SLURM_STEP_NUM_NODES", 1), help="that serve")
     parser.add_argument("--host", default=os.environ.get("SLURMD_NODENAME", "127.0.0.1"), help="address to listen at")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     reporting(lambda: _serve(arguments))
 
 
