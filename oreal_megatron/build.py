@@ -26,6 +26,7 @@ from oreal_megatron.config import (
     TrainConfig,
     Violation,
     check_layout,
+    not_built,
 )
 from oreal_megatron.convert.huggingface import geometry_of, served_config
 from oreal_megatron.convert.module import load_weights
@@ -90,11 +91,8 @@ def opened_run(config: TrainConfig, stop: StopRequest) -> Iterator[Run]:
 
 def check_startable(config: TrainConfig, num_processes: int) -> None:
     """Raises ConfigError where the configuration is for another number of processes, or for what is not built."""
-    violations = []
+    violations = not_built(config)
     if (servers := config.rollout.sglang) is not None:
-        if servers.placement == "colocated":
-            remedy = "the trainer cannot share its devices with servers yet: disaggregated; oreal-plan plans both"
-            violations.append(Violation("rollout.sglang.placement", servers.placement, remedy))
         needed = servers.num_servers * servers.tensor
         if not servers.urls and servers.device == "cuda" and needed > config.resources.devices_per_node:
             remedy = (
