@@ -12,7 +12,7 @@ GPU_PYTHON ?= python
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: help setup sglang-deps slurm-deps demo test test-fast test-slow lint test-gpu bench bench-rollout \
-	bench-memory bench-verifier bench-conversion bench-objectives bench-fp8 clean
+	bench-memory bench-reshard bench-verifier bench-conversion bench-objectives bench-fp8 clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -37,13 +37,14 @@ demo: setup ## OREAL on arithmetic: warm start, 50 steps, three evaluations, rep
 
 slurm-deps: ## the SLURM daemons and shellcheck that tests/slurm needs (Debian, as root)
 	apt-get update --quiet
-	apt-get install --yes --quiet --no-install-recommends slurmctld slurmd slurm-client munge shellcheck
+	DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends slurmctld slurmd slurm-client munge shellcheck
 
-lint: setup ## ruff, import contracts, types
+lint: setup ## ruff, import contracts, types; shellcheck where it is installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
+	! command -v shellcheck >/dev/null || shellcheck .ci/run slurm/*.sbatch slurm/*.sh slurm/test_cluster/*.sh
 
 test: lint sglang-deps ## all that CI runs
 	$(BIN)/pytest -m 'not slow and not gpu'
@@ -67,6 +68,9 @@ bench: setup ## generation and a training step against their peers, the stall of
 
 bench-rollout: sglang-deps ## our rollout client against a bare load generator
 	$(BIN)/python -m benchmarks.rollout_client
+
+bench-reshard: sglang-deps ## publishing a 0.5B model to a server: direct against broadcast, IPC and disk; 32B simulated
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.resharding
 
 bench-memory: setup ## the planner's memory against measured peaks in eleven layouts
 	$(BIN)/python -m benchmarks.memory

@@ -8,10 +8,6 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 
-# A distributed optimizer's state as one tensor a parameter: tensor, pipeline and data parallelism may all change.
-_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
 # Transformer Engine's layers keep here what FP8 has learnt: the largest values of earlier passes, and scales.
 _FP8_STATE = "._extra_state"
 
@@ -22,7 +18,7 @@ def trained_state(prefix: str, trained: Any, *, is_loading: bool = False) -> dic
     Weights that live in FP8 are written in the dtype that they stand for, so that any implementation can read them.
     """
     model = trained.module.sharded_state_dict(prefix=f"{prefix}.")
-    optimizer = trained.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_RESHARDABLE)
+    optimizer = trained.optimizer_state(model, is_loading=is_loading)
     # After the optimizer's, which knows parameters by identity.
     force_all_tensors_to_non_fp8(model)
     return {
@@ -35,7 +31,7 @@ def trained_state(prefix: str, trained: Any, *, is_loading: bool = False) -> dic
 def load_trained(prefix: str, trained: Any, state: dict[str, Any]) -> None:
     """The inverse of `trained_state`."""
     trained.module.load_state_dict(without_prefix(prefix, state[f"{prefix}.model"]))
-    trained.load_optimizer(state[f"{prefix}.optimizer"])
+    trained.load_optimizer_state(state[f"{prefix}.optimizer"])
     trained.schedule.load_state_dict(state[f"{prefix}.schedule"])
 
 

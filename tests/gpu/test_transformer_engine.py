@@ -13,6 +13,7 @@ from oreal_megatron.checkpoint.state import load_trained, trained_state
 from oreal_megatron.checkpoint.store import CheckpointStore
 from oreal_megatron.config import AdamWConfig, Fp8ModelConfig
 from oreal_megatron.convert.huggingface import geometry_of
+from oreal_megatron.convert.naming import checkpoint_name
 from oreal_megatron.data.packing import PackedSequence, Padding, pack
 from oreal_megatron.gpu.probe import probe
 from oreal_megatron.gpu.recipes import RECIPES, device_problem
@@ -69,7 +70,9 @@ def passed(source, single_process):
 
         for _ in range(passes):
             (logprobs,) = trained.forward_backward([batch], loss)
-        gradient = torch.cat([p.main_grad.flatten().clone() for p in policy.parameters()])
+        # Each implementation has an order and names of its own.
+        by_name = {checkpoint_name(name): p.main_grad for name, p in policy.named_parameters()}
+        gradient = torch.cat([by_name[name].flatten().clone() for name in sorted(by_name)])
         return Passed(logprobs, gradient, trained)
 
     return run
