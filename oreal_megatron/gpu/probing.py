@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -56,8 +57,10 @@ def transformer_engine() -> str:
 
     if not bound.HAVE_TE or not issubclass(bound.TELinear, te.Linear) or bound.te_general_gemm is None:
         raise ImportError(f"Megatron-Core cannot use {version}: it took placeholders for what it does not find there")
-    layer = te.Linear(32, 32, params_dtype=torch.bfloat16, device="cuda")
-    out = layer(torch.ones(32, 32, dtype=torch.bfloat16, device="cuda"))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # every process of a node tries its own
+    torch.cuda.set_device(device)
+    layer = te.Linear(32, 32, params_dtype=torch.bfloat16, device=device)
+    out = layer(torch.ones(32, 32, dtype=torch.bfloat16, device=device))
     out.sum().backward()
     if not bool(torch.isfinite(out).all()):
         raise ArithmeticError(f"a linear layer of {version} gives numbers that are not finite")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.extensions.transformer_engine import HAVE_TE, TEDotProductAttention
 from megatron.core.fp8_utils import TE_LINEAR_TYPES, get_fp8_context, is_first_last_bf16_layer
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -172,6 +172,8 @@ def check_layers(module: GPTModel, implementation: str) -> None:
                 raise RuntimeError(
                     f"layer {number} has a {type(part).__name__} where model.implementation = {implementation}"
                 )
+        if implementation == "transformer_engine" and not isinstance(attention.core_attention, TEDotProductAttention):
+            raise RuntimeError(f"layer {number} has {type(attention.core_attention).__name__} for attention")
         wanted = bool(config.fp8) and not is_first_last_bf16_layer(config, number)
         if wanted == isinstance(get_fp8_context(config, number), contextlib.nullcontext):
             raise RuntimeError(
