@@ -76,7 +76,7 @@ def opened_run(config: TrainConfig, stop: StopRequest) -> Iterator[Run]:
         ValueError: data, tokenizer, model directory or layout are not usable; the message names what and why.
     """
     check_startable(config, int(os.environ.get("WORLD_SIZE", "1")))
-    check_machine(config, geometry_of_run(config.model))
+    check_machine(config, geometry_of_run)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     directory = Path(config.run.dir)

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from oreal_megatron.config import ConfigError, Fp8ModelConfig, GeometryConfig, ParallelConfig, TrainConfig, Violation
+from oreal_megatron.config import (
+    ConfigError,
+    Fp8ModelConfig,
+    GeometryConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+    Violation,
+)
 from oreal_megatron.gpu.probe import Machine, Topic, probe
 from oreal_megatron.gpu.recipes import RECIPES, device_problem, recipes_for
 
@@ -13,13 +21,17 @@ TRANSFORMER_ENGINE = ((2, 9), (2, 12))
 """Versions from, and below, that megatron-core 0.16 works with."""
 
 
-def check_machine(config: TrainConfig, geometry: GeometryConfig) -> None:
+def check_machine(config: TrainConfig, geometry_of: Callable[[ModelConfig], GeometryConfig]) -> None:
     """Probes this machine for what the configuration asks for, if it asks for anything.
+
+    geometry_of: reads a model's directory where it has to.
 
     Raises:
         ConfigError: with everything that is asked for and cannot be had here, and how to have it.
     """
-    if (topics := asked(config)) and (violations := violations_of(config, geometry, probe(topics))):
+    if not (topics := asked(config)):
+        return
+    if violations := violations_of(config, geometry_of(config.model), probe(topics)):
         raise ConfigError(violations)
 
 

@@ -164,7 +164,7 @@ def test_fused_weight_gradients_need_apex(composed, found, refused):
     assert all(refused in message and "never pip install apex" in message for message in messages)
 
 
-def test_all_at_once_and_nothing_where_nothing_is_asked(composed):
+def test_all_at_once(composed):
     config = run(composed, "fp8=mxfp8", "parallel.fused_weight_gradients=true")
     messages = refusals(config, machine(H100, "12.6", apex=Part(None, "not installed")), SMOLLM2)
     keys = {message.split(" = ")[0] for message in messages}
@@ -173,4 +173,10 @@ def test_all_at_once_and_nothing_where_nothing_is_asked(composed):
         *(f"fp8.{n}.recipe" for n in ("policy", "reward_model", "reference")),
     }
     assert sum(message.startswith("fp8.policy.recipe") for message in messages) == 2  # the device, and CUDA
-    check_machine(parse_config(composed()), WIDE)  # asks for nothing: no process is started, nothing refused
+
+
+def test_where_nothing_is_asked_nothing_is_looked_at(composed):
+    def unread(model):
+        raise AssertionError("the model's directory was read")
+
+    check_machine(parse_config(composed()), unread)
