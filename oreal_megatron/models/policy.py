@@ -92,17 +92,20 @@ class _TokenLogprobs(torch.autograd.Function):
         chunk_logits = _ChunkLogits(weight_VH, hidden_RH, ctx.chunk)
         pieces = (hidden_RH, target_R, normalizer_R, grad_R, grad_hidden)
         for hidden, target, normalizer, grad, out in zip(*(p.split(ctx.chunk) for p in pieces), strict=True):
+            # Minus the gradient of each log-probability; the rows' own gradients go onto what has few columns.
             dlogits = chunk_logits.of(hidden)
-            dlogits.sub_(normalizer.unsqueeze(-1)).exp_().mul_(-grad.unsqueeze(-1))
+            dlogits.sub_(normalizer.unsqueeze(-1)).exp_()
             local = target - ctx.first
             mine = (local >= 0) & (local < weight_VH.size(0))
-            dlogits.scatter_add_(-1, local.where(mine, 0).unsqueeze(-1), grad.where(mine, 0.0).unsqueeze(-1))
+            dlogits.scatter_add_(-1, local.where(mine, 0).unsqueeze(-1), -mine.to(dlogits.dtype).unsqueeze(-1))
             dlogits = chunk_logits.as_weights(dlogits)
-            torch.mm(dlogits, weight_VH, out=out)
+            by_row = -grad.unsqueeze(-1)
+            torch.mm(dlogits, weight_VH, out=out).mul_(by_row)
+            scaled = hidden * by_row.to(hidden.dtype)
             if grad_weight.dtype == dlogits.dtype:
-                grad_weight.addmm_(dlogits.t(), hidden)
+                grad_weight.addmm_(dlogits.t(), scaled)
             else:
-                grad_weight += dlogits.t() @ hidden
+                grad_weight += dlogits.t() @ scaled
         return grad_hidden, grad_weight.to(weight_VH.dtype), None, None, None, None
 
 
