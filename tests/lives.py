@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import resource
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.tiny import TINY
-
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["oreal_megatron.build", "oreal_megatron.report"])
+from tests.tiny import FORKS, TINY, live
 
 
 class Life:
@@ -35,7 +30,7 @@ class Life:
         self.log = directory.with_name(f"{directory.name}.log")
         self._earlier = len(self.said())
         arguments = (*TINY, f"run.dir={directory}", *overrides)
-        self._process = _FORKS.Process(target=_live, args=(arguments, str(self.log), max_file_bytes, environment or {}))
+        self._process = FORKS.Process(target=_live, args=(arguments, str(self.log), max_file_bytes, environment or {}))
         self._process.start()
 
     @property
@@ -87,15 +82,9 @@ def together(directory: Path, *overrides: str, num_processes: int) -> str:
 def _live(arguments: tuple[str, ...], log: str, max_file_bytes: int | None, environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
     os.setsid()
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
     if max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
-    sys.argv = ["oreal-train", *arguments]
-    from oreal_megatron.cli import train
-
-    train()
+    live(arguments, log, log)
 
 
 def journalled(directory: Path) -> list[str]:

@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
@@ -81,6 +82,7 @@ class TrainedModel:
             ),
             self.chunks,
         )
+        self.clip_grad = adamw.clip_grad
         self._start_adam()
         self.weights = Residence(module.parameters, enabled=layout.offload)
         self.states = Residence(self._optimizer_tensors, enabled=layout.offload)
@@ -187,5 +189,9 @@ class TrainedModel:
             if not math.isfinite(norm):
                 raise FloatingPointError(f"the gradient norm is {norm}")
             self.advance_schedule()
-            self.optimizer.step()
+            # The rest of the optimizer's own step(), which would take the norm anew.
+            for part in self._parts():
+                if self.clip_grad > 0 and (parameters := part.get_parameters()):
+                    clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=norm)
+            self.optimizer.step_with_ready_grads()
         return UpdateReport(grad_norm=norm, lr=float(self.optimizer.param_groups[0]["lr"]))
