@@ -146,7 +146,7 @@ class StepReport:
     skipped: str | None = None
     """Why the step updated nothing, or None."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """`section/name` -> value; sections: rollout, reward, loss, policy, reward_model, data."""
+    """`section/name` -> value; sections: rollout, reward, loss, policy, reward_model, data, publication."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Wall seconds by phase: generate, verify, score, reward_model, policy, publish, total."""
     peak_gib: Mapping[str, float] = field(default_factory=dict)

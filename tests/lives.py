@@ -6,8 +6,9 @@ import json
 import os
 import resource
 import signal
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,17 @@ class Life:
 
     _earlier = 0
 
-    def __init__(self, directory: Path, *overrides: str, max_file_bytes: int | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        *overrides: str,
+        max_file_bytes: int | None = None,
+        environment: Mapping[str, str] | None = None,
+    ):
         self.log = directory.with_name(f"{directory.name}.log")
         self._earlier = len(self.said())
         arguments = (*TINY, f"run.dir={directory}", *overrides)
-        self._process = FORKS.Process(target=_live, args=(arguments, str(self.log), max_file_bytes))
+        self._process = FORKS.Process(target=_live, args=(arguments, str(self.log), max_file_bytes, environment or {}))
         self._process.start()
 
     @property
@@ -59,7 +66,21 @@ class Life:
         return self.log.read_text()[self._earlier :] if self.log.is_file() else ""
 
 
-def _live(arguments: tuple[str, ...], log: str, max_file_bytes: int | None) -> None:
+def together(directory: Path, *overrides: str, num_processes: int) -> str:
+    """What the ranks of one job say, which all end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        job = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = [
+        Life(directory, *overrides, "run.threads=1", environment={**job, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(num_processes)
+    ]
+    assert [rank.wait() for rank in ranks] == [0] * num_processes, ranks[0].said()
+    return ranks[0].said()
+
+
+def _live(arguments: tuple[str, ...], log: str, max_file_bytes: int | None, environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
     os.setsid()
     if max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))

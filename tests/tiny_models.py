@@ -32,6 +32,7 @@ def save_tiny(
     num_heads: int = 4,
     num_groups: int = 2,
     max_shard_size: str = "5GB",
+    seed: int = 0,
     **more: Any,
 ) -> Path:
     """A random model, every bias and norm away from its initial value; head dimension 16, which 4 heads do not fill."""
@@ -53,7 +54,7 @@ def save_tiny(
         **more,
     )
     kind = {"causal": "ForCausalLM", "scalar": "ForTokenClassification"}[head]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = getattr(transformers, name + kind)(config).to(dtype)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
