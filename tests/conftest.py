@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.skips import UnexpectedSkips
-from tests.tiny import invoke
+from tests.tiny import TINY, command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,7 +56,7 @@ def single_process() -> Iterator[Any]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of one finished tiny run."""
     directory = tmp_path_factory.mktemp("runs") / "finished"
-    outcome = invoke(f"run.dir={directory}")
+    outcome = command_line(*TINY, f"run.dir={directory}", new_interpreter=True)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     return directory
 

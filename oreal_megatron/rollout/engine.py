@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,8 +52,11 @@ class RolloutEngine(Protocol):
         All ranks of a model replica call it with the same units and get all of them; other replicas have others.
         """
 
-    def publish(self, weight_version: int) -> None:
-        """From now on generate with the policy's present weights, stamped `weight_version`."""
+    def publish(self, weight_version: int) -> Mapping[str, float]:
+        """From now on generate with the policy's present weights, stamped `weight_version`.
+
+        Every rank calls it. Returns what a step's report shall say of it.
+        """
 
     def close(self) -> None:
         """Ends whatever the engine started."""

@@ -61,22 +61,20 @@ def test_greedy_tokens_are_those_of_the_published_weights(servers, tiny_qwen):
     pid = servers.fleet.members[0].process.pid
     torch.manual_seed(1)
     perturb(servers.policy)
-    servers.engine.publish(1)
+    report = servers.engine.publish(1)
     after = servers.generate(requests_of(PROMPTS), GREEDY)
     assert servers.fleet.members[0].process.pid == pid  # the same server took them
     assert {c.weight_version for c in before} == {0} and {c.weight_version for c in after} == {1}
     assert [c.token_ids for c in before] != [c.token_ids for c in after]
-    # The directory that was published is the policy: an independent reader of it agrees with the server.
-    assert_as_transformers(after, servers.directory / "weights" / "version_000001")
+    assert report["publication/servers"] == 1 and report["publication/failures"] == 0
+    assert report["publication/bytes"] == sum(p.numel() * 4 for p in servers.policy.parameters())
+    assert_as_transformers(after, servers.written())
 
 
-def test_a_server_with_other_weights_gets_none_of_the_prompts_before_ours(servers):
-    """Somebody loads old weights into it; then, another run attaches to it and publishes its own."""
-    current = servers.directory / "weights" / "version_000001"
-    client = servers.fleet.members[0].client
-    stale = servers.engine._loop.run(_plant(client, servers.directory / "weights" / "version_000000"))
-    stale.result(120)
-    assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), current)
+def test_a_server_with_other_weights_gets_none_of_the_prompts_before_ours(servers, tiny_qwen):
+    """Somebody loads the first weights into it."""
+    servers.engine._loop.run(_plant(servers.fleet.members[0].client, tiny_qwen)).result(120)
+    assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
 
 
 async def _plant(client, directory):
@@ -91,7 +89,7 @@ def test_two_runs_at_one_server_each_get_their_own_weights(servers, single_proce
         other.engine.publish(5)
         assert_as_transformers(other.generate(requests_of(PROMPTS), GREEDY), tiny_qwen)
         ours = servers.generate(requests_of(PROMPTS), GREEDY)
-        assert_as_transformers(ours, servers.directory / "weights" / "version_000001")
+        assert_as_transformers(ours, servers.written())
     finally:
         other.engine.close()
     assert servers.fleet.members[0].process.exit_code is None  # a server that we attached to is not ours to end
@@ -183,8 +181,7 @@ def kill_mid_generation(servers, how):
     assert len(completions) == 64 and all(c.token_ids and len(c.token_ids) == len(c.logprobs) for c in completions)
     assert servers.fleet.num_retries > retries and member.process.pid != pid
     assert any("lost" in line for line in servers.said)
-    latest = max((servers.directory / "weights").iterdir())
-    assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), latest)
+    assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
     wait_until(lambda: not is_running(pid))
 
 
