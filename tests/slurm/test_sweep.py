@@ -32,4 +32,5 @@ def test_a_sweep_is_a_job_a_run(slurm, tmp_path):
     first, second = (tmp_path / f"seed_{seed}" for seed in (0, 1))
     assert has_steps(first, 2) and has_steps(second, 2)
     assert metrics_of(first) != metrics_of(second)
-    assert "JobState=COMPLETED" in slurm("scontrol", "--oneliner", "show", "job")
+    # The results are there a little before the jobs have ended.
+    slurm.until(lambda: slurm("scontrol", "--oneliner", "show", "job").count("JobState=COMPLETED") == 2)
