@@ -18,13 +18,14 @@ from typing import Any
 
 from oreal_megatron.composition import composed, resolved
 from oreal_megatron.config import TrainConfig, parse_config
+from oreal_megatron.launch.hardware import SURE
 
 ROW = 2048
 MODEL = (
     "model.geometry.num_layers=8 model.geometry.hidden_size=512 model.geometry.ffn_hidden_size=1536 "
     "model.geometry.num_attention_heads=8 model.geometry.num_query_groups=4 model.geometry.vocab_size=16384 "
     f"model.max_sequence_length={ROW} model.logprob_chunk_tokens=256 parallel.micro_batch_tokens={ROW} "
-    "objective.actor_freeze_steps=0 run.name=memory"
+    "objective.actor_freeze_steps=0 run.name=memory rollout.batch_size=64 rollout.sampling.max_new_tokens=16"
 ).split()
 # name -> (processes, overrides)
 LAYOUTS: dict[str, tuple[int, str]] = {
@@ -40,7 +41,7 @@ LAYOUTS: dict[str, tuple[int, str]] = {
     "DP2, distributed optimizer": (2, "parallel.distributed_optimizer=true"),
     "CP2": (2, "parallel.context=2"),
 }
-PHASES = ("score", "train reward model", "train policy")
+PHASES = ("generate", "score", "train reward model", "train policy")
 
 
 def main() -> None:
@@ -52,14 +53,17 @@ def main() -> None:
         print("MEASURED " + json.dumps(measured_here(arguments.rank)), flush=True)
         return
     print(f"{'layout':28}{'phase':20}{'measured':>10}{'planned':>10}{'error':>8}   MiB of the fullest rank")
-    errors = []
+    errors, overrun = [], 0
     for name in arguments.layouts:
         measured, planned = measure(name), plan(name)
         for phase in PHASES:
             error = planned[phase] / measured[phase] - 1
             errors.append(error)
+            # On a device of just the measured size it ran out: the plan must not have called that sure to fit.
+            overrun += planned[phase] <= SURE * measured[phase]
             print(f"{name:28}{phase:20}{measured[phase]:10.0f}{planned[phase]:10.0f}{error:+8.1%}", flush=True)
     print(f"{len(errors)} figures: {min(errors):+.1%} to {max(errors):+.1%} (aim: within 15%)")
+    print(f"said to fit a device of the measured size, on which it does not: {overrun}")
 
 
 def configuration(name: str) -> TrainConfig:
@@ -160,7 +164,27 @@ def measured_here(name: str) -> dict[str, float]:
             reset_peak()
             updates.update_policy(policy, weighted, objective, counts)
             peaks["train policy"] = peak_since_reset() - baseline
+            reset_peak()
+            _generate(config, policy.module, groups)
+            peaks["generate"] = peak_since_reset() - baseline
     return peaks
+
+
+def _generate(config: TrainConfig, policy: Any, groups: Any) -> None:
+    """One batch of responses to prompts of the longest length."""
+    from oreal_megatron.models.decoding import CachedDecoder
+    from oreal_megatron.rollout.embedded import EmbeddedEngine
+    from oreal_megatron.rollout.engine import GenerationRequest
+
+    assert config.model.geometry is not None and config.model.geometry.vocab_size is not None
+    vocab_size, rollout = config.model.geometry.vocab_size, config.rollout
+    engine = EmbeddedEngine(
+        lambda: CachedDecoder(policy, groups, vocab_size), stop_token_id=0, batch_size=rollout.batch_size
+    )
+    prompts = [(1 + index,) * config.prompt.max_prompt_tokens for index in range(rollout.batch_size)]
+    new = rollout.sampling.max_new_tokens
+    requests = [GenerationRequest(prompt_ids=prompt, seed=0, max_new_tokens=new) for prompt in prompts]
+    assert len(list(engine.generate([requests], rollout.sampling))) == 1
 
 
 def reset_peak() -> None:

@@ -69,10 +69,11 @@ def run_training(config: TrainConfig) -> None:
 
 
 def _quieten() -> None:
-    """What Megatron-Core says of missing GPU packages at import is known, and not for every run."""
+    """What Megatron-Core says of missing GPU packages at import is known, a line a request says nothing."""
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|ShardedTensor).*")
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def train() -> None:

@@ -466,6 +466,9 @@ class ConfigError(ValueError):
         lines = "\n".join(f"  {violation}" for violation in violations)
         super().__init__(f"{len(violations)} problem(s) in the configuration:\n{lines}")
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[Violation]]]:
+        return ConfigError, (self.violations,)  # from one process to another
+
 
 def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
     """Validates a composed configuration.

@@ -28,6 +28,7 @@ _SMALL = {
     "data.arithmetic.num_demonstrations": 512,
     "data.arithmetic.min_terms": 2,
     "data.arithmetic.max_terms": 3,
+    "data.arithmetic.max_operand": 20,
     "data.arithmetic.operators": ["+"],
     "rollout.samples_per_prompt": 4,
     "rollout.batch_size": 32,

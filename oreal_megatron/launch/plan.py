@@ -149,7 +149,10 @@ def _trainer_phases(sizes: Sizes, footprint: RankFootprint, device: Device) -> l
         return PhaseMemory(where, name, {k: v for k, v in {**resident, **more, **overhead}.items() if v})
 
     embedded = config.rollout.backend == "embedded"
-    generating = {"KV cache": _embedded_kv(sizes, footprint), "logits": _sampling_logits(sizes)} if embedded else {}
+    generating: dict[str, int] = {}
+    if embedded:
+        running = max(_prefill(sizes, footprint), _sampling_logits(sizes))
+        generating = {"KV cache": _embedded_kv(sizes, footprint), "activations": running}
     # Colocated servers fill what is left: their check is the room for the KV cache.
     phases = [phase("generate", policy_weights if embedded else {}, generating)]
     scoring = {"activations": max(footprint.layers.scoring_peak, footprint.head.scoring_peak)}
@@ -214,6 +217,13 @@ def _embedded_kv(sizes: Sizes, footprint: RankFootprint) -> int:
     batch = min(rollout.batch_size, rollouts_per_step(sizes.config))
     per_token = sizes.kv_bytes_per_token * footprint.num_layers // sizes.geometry.num_layers
     return batch * slots * per_token // _kv_split(sizes, sizes.config.parallel.tensor)
+
+
+def _prefill(sizes: Sizes, footprint: RankFootprint) -> int:
+    """A batch's prompts through the layers, all different as in an evaluation."""
+    config = sizes.config
+    tokens = min(config.rollout.batch_size, rollouts_per_step(config)) * config.prompt.max_prompt_tokens
+    return footprint.layers.scoring_peak * tokens // row_tokens(config)
 
 
 def _sampling_logits(sizes: Sizes) -> int:

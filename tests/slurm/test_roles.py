@@ -50,8 +50,8 @@ def all_logs(directory: Path) -> str:
 
 def processes(program: str, directory: Path) -> list[int]:
     """Of the run's job, the oldest first: those of the program that name its directory."""
-    found = subprocess.run(["pgrep", "-f", f"{program}.*{directory}"], capture_output=True, text=True).stdout
-    return [int(pid) for pid in found.split()]
+    found = subprocess.run(["pgrep", "-a", "-f", str(directory)], capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in found.splitlines() if program in line]
 
 
 def test_a_trainer_and_a_server_on_nodes_of_their_own(slurm, tmp_path):
@@ -71,7 +71,7 @@ def test_a_run_goes_on_without_a_server_until_that_is_back(slurm, tmp_path):
     job = submitted_roles(directory, "rollout.sglang.num_servers=2", "run.num_steps=8")
     slurm.until(lambda: has_steps(directory, 1), timeout=1200)
     logs = directory / "slurm" / f"logs-{job}"
-    os.kill(processes("sglang.launch_server.*--host node2", directory)[0], signal.SIGKILL)
+    os.kill(processes("--host node2", directory)[0], signal.SIGKILL)
     assert_completed(slurm, job, directory)
     assert has_steps(directory, 8)
     assert "server 0 ended with status" in (logs / "servers_node_0.log").read_text()

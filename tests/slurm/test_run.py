@@ -83,9 +83,14 @@ def test_a_submission_that_cannot_work_is_refused(slurm, tmp_path):
         "model.path = 'models/OREAL-32B-SFT': is not there",
         "data.train = 'data/oreal_rl_prompts.jsonl': is not there",
         "this is 16 nodes; partition batch has 4",
+        "rollout.sglang.placement = 'colocated': the trainer cannot share its devices with servers yet",
     ):
         assert part in wrong.stderr
     partition = oreal_submit(*TINY, *SITE, "cluster.partition=nowhere", "--test-only", tmp_path=tmp_path)
     assert "cluster.partition = 'nowhere': there are batch, urgent" in partition.stderr
     cards = oreal_submit(*TINY, "cluster=single_machine_test", "resources.devices_per_node=16", tmp_path=tmp_path)
     assert "nodes of batch have 8 GPUs" in cards.stderr
+    # What SLURM alone knows it says itself, before anything is queued.
+    feature = oreal_submit(*TINY, *SITE, "cluster.constraint=none_has_it", "--nodes=2", tmp_path=tmp_path)
+    assert feature.returncode == 1 and "SLURM refuses" in feature.stderr and "feature" in feature.stderr
+    assert slurm("squeue", "--noheader") == ""

@@ -10,9 +10,10 @@ import torch
 
 from oreal_megatron.composition import composed, resolved, with_placeholders
 from oreal_megatron.config import ConfigError, GeometryConfig, ModelConfig, ParallelConfig, TrainConfig, parse_config
-from oreal_megatron.launch.command import planner_of
+from oreal_megatron.launch.command import num_devices, planner_of
 from oreal_megatron.launch.plan import num_parameters
-from oreal_megatron.launch.planner import Plan, first_change
+from oreal_megatron.launch.planner import Plan, first_change, search
+from oreal_megatron.launch.timing import assumed_workload, read_measured
 from oreal_megatron.models.footprint import FootprintMeter
 from oreal_megatron.records import RankFootprint
 
@@ -192,6 +193,29 @@ def test_a_published_step_is_met_within_a_third(apart):
         "parallel.pipeline=4",
     )
     assert plan.step_seconds == pytest.approx(376, rel=0.35)
+
+
+def searched(*overrides: str) -> list[Plan]:
+    config = configuration(*overrides)
+    return search(config, planner_of(config), num_devices(config, None), lambda done, of: None)
+
+
+@pytest.mark.slow
+def test_a_search_finds_layouts_that_fit_quickest_first(apart):
+    plans = apart(searched, "experiment=oreal_7b", "resources.trainer_devices=8", "rollout.sglang.num_servers=4")
+    assert len(plans) > 5 and all(plan.memory.problems == [] for plan in plans)
+    seconds = [round(plan.step_seconds or 0.0) for plan in plans]
+    assert seconds == sorted(seconds)
+    assert len({plan.sizes.config.parallel for plan in plans}) == len(plans)
+
+
+def test_a_runs_own_figures_take_the_place_of_assumed_ones(finished, tmp_path):
+    measured = read_measured(finished)
+    assert measured.num_steps >= 1 and {"generate", "total"} <= measured.seconds.keys()
+    config = configuration("experiment=arithmetic")
+    assert assumed_workload(config, measured.mean_response_tokens).mean_response_tokens == measured.mean_response_tokens
+    with pytest.raises(ValueError, match=r"there is no metrics\.jsonl"):
+        read_measured(tmp_path)
 
 
 def test_launching_imports_no_torch():

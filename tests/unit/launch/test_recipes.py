@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from oreal_megatron.composition import composed, config_directory, missing_keys, resolved, validated, with_placeholders
 from oreal_megatron.config import ConfigError, TrainConfig, parse_config
+from oreal_megatron.data.arithmetic import generate_arithmetic
 from oreal_megatron.launch.cluster import LOCAL_FILE_SYSTEMS, file_system
 from oreal_megatron.launch.command import num_devices, planner_of
 from oreal_megatron.launch.dry_run import MAX_PROCESSES, MAX_SERVERS, num_processes, shrunk
@@ -74,6 +75,8 @@ def test_an_experiment_shrinks_to_a_dry_run(name):
         assert servers.device == "cpu" and servers.placement == config.rollout.sglang.placement
         assert servers.num_servers == min(config.rollout.sglang.num_servers, MAX_SERVERS)
         assert servers.tensor == min(config.rollout.sglang.tensor, 2)
+    assert small.data.arithmetic is not None
+    assert len(generate_arithmetic(small.data.arithmetic, seed=0).train) == 64
     assert num_processes(config) % (layout.tensor * layout.pipeline * layout.context) == 0
     assert num_processes(config) <= MAX_PROCESSES
     whole = OmegaConf.to_container(config.parallel)
