@@ -35,13 +35,14 @@ demo: setup ## OREAL on arithmetic: warm start, 50 steps, three evaluations, rep
 
 slurm-deps: ## the SLURM daemons and shellcheck that tests/slurm needs (Debian, as root)
 	apt-get update --quiet
-	apt-get install --yes --quiet --no-install-recommends slurmctld slurmd slurm-client munge shellcheck
+	DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends slurmctld slurmd slurm-client munge shellcheck
 
-lint: setup ## ruff, import contracts, types
+lint: setup ## ruff, import contracts, types; shellcheck where it is installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
+	! command -v shellcheck >/dev/null || shellcheck .ci/run slurm/*.sbatch slurm/*.sh slurm/test_cluster/*.sh
 
 test: lint sglang-deps ## all that CI runs
 	$(BIN)/pytest -m 'not slow and not gpu'

@@ -101,8 +101,9 @@ class ArithmeticConfig(Section):
     num_heldout: Positive
     num_demonstrations: Positive
     """Solutions for the warm start; drawn apart from the other two sets."""
-    direct_share: Share
-    """Share of the demonstrations that state the answer without working, which a small model rarely gets right."""
+    direct_shares: Annotated[tuple[Share, Share], BeforeValidator(_as_tuple)]
+    """Share of the demonstrations that state the answer without working, which a small model rarely gets right: of
+    those with min_terms, and of those with max_terms; between them on a line."""
     min_terms: Annotated[int, Field(ge=2, le=6)]
     max_terms: Annotated[int, Field(ge=2, le=6)]
     max_operand: Annotated[int, Field(ge=2, le=999)]
@@ -458,6 +459,15 @@ def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(**sections)
 
 
+def not_built(config: TrainConfig) -> list[Violation]:
+    """What a plan may hold and a run may not: refused when a run starts, and before it is submitted."""
+    servers = config.rollout.sglang
+    if servers is None or servers.placement != "colocated" or servers.device != "cuda":
+        return []
+    remedy = "the trainer cannot share its devices with servers yet: disaggregated; oreal-plan plans both"
+    return [Violation("rollout.sglang.placement", servers.placement, remedy)]
+
+
 # What may change when a run goes on in its directory: how far, how fast and how visibly, not what it computes.
 _MAY_CHANGE = (
     "run.dir",  # a directory may move
@@ -679,7 +689,9 @@ def _check_resources(
             f"is no multiple of a model replica's {replica} = parallel.tensor {parallel.tensor} x pipeline "
             f"{parallel.pipeline} x context {parallel.context}",
         )
-    if servers is not None and servers.placement == "colocated" and servers.num_servers * servers.tensor != trainers:
+    # CPU servers share cores with whatever runs there.
+    shares = servers is not None and servers.placement == "colocated" and servers.device == "cuda"
+    if servers is not None and shares and servers.num_servers * servers.tensor != trainers:
         yield Violation(
             "rollout.sglang.num_servers",
             servers.num_servers,

@@ -102,7 +102,8 @@ class GradedRollout:
         return self.grade.verdict
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self.rollout), "grade": asdict(self.grade)}
+        # Shallow: `asdict` copies every token and log-probability one by one.
+        return {**vars(self.rollout), "prompt": dict(vars(self.rollout.prompt)), "grade": dict(vars(self.grade))}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> GradedRollout:

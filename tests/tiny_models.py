@@ -1,4 +1,4 @@
-"""Tiny transformers models of every supported family, saved as transformers saves them."""
+"""Tiny models: one from scratch, and of every supported family one that transformers saves."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+from oreal_megatron.config import GeometryConfig, ModelConfig
+
+GEOMETRY = GeometryConfig(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2)
+MODEL = ModelConfig(
+    path=None, geometry=GEOMETRY, tokenizer="arithmetic", implementation="local", dtype="float32",
+    max_sequence_length=64,
+)  # fmt: skip
+"""From random weights; over the 105 tokens of the arithmetic tokenizer."""
 
 VOCABULARY = 120
 FAMILIES = ("llama", "qwen2", "qwen3")
