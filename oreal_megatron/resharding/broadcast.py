@@ -178,7 +178,7 @@ class BroadcastTransport:
         """By server, on every rank: what its answer says, or the error of a trainer rank."""
         errors = [text for part in self._groups.gather_over_world([error] if error else []) for text in part]
         if errors:
-            self._joined.clear()  # servers that wait for this rank hear at once that it is gone
+            self._drop()  # servers that wait for this rank hear at once that it is gone
         failures = {}
         for name, answer in answers.items():
             failure = failure_of_answer(answer) or (Failure(errors[0]) if errors else None)
@@ -191,11 +191,15 @@ class BroadcastTransport:
         answers = [server.leave_group(name) for server in servers for name in self._names.values()]
         for answer in answers:
             failure_of_answer(answer)
+        self._drop()
+        self._names.clear()
+        self._members = ()
+
+    def _drop(self) -> None:
+        """Leaves this rank's group."""
         for group in self._joined.values():
             dist.destroy_process_group(group)
         self._joined.clear()
-        self._names.clear()
-        self._members = ()
 
     def close(self) -> None:
         """Leaves the groups."""
