@@ -113,9 +113,9 @@ def test_a_bucket_that_arrives_corrupted_is_caught_and_sent_again(servers, monke
             flat.view(torch.int32)[flat.numel() // 2] ^= 1
             is_first = False
 
-    servers.engine.publish(20)
+    servers.engine.publish(servers.engine.weight_version + 1)
     monkeypatch.setattr(moving, "pack", corrupted)
-    report = servers.engine.publish(21)
+    report = servers.engine.publish(servers.engine.weight_version + 1)
     assert report["publication/failures"] == 1 and report["publication/servers"] == 1
     assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
 
@@ -128,7 +128,7 @@ def test_a_server_that_kept_its_old_weights_is_caught_by_the_audit(servers, monk
     perturb(servers.policy)
     with monkeypatch.context() as once:
         once.setattr(transport, "send", lambda paused: once.undo() or Delivery())
-        report = servers.engine.publish(30)
+        report = servers.engine.publish(servers.engine.weight_version + 1)
     assert report["publication/failures"] == 1 and report["publication/servers"] == 1
     assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
 

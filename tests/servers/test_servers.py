@@ -55,16 +55,16 @@ def perturb(policy):
             parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
-def test_greedy_tokens_are_those_of_the_published_weights(servers, tiny_qwen):
-    before = servers.generate(requests_of(PROMPTS), GREEDY)
-    assert_as_transformers(before, tiny_qwen)
+def test_greedy_tokens_are_those_of_the_published_weights(servers):
+    before, version = servers.generate(requests_of(PROMPTS), GREEDY), servers.engine.weight_version
+    assert_as_transformers(before, servers.written())
     pid = servers.fleet.members[0].process.pid
     torch.manual_seed(1)
     perturb(servers.policy)
-    report = servers.engine.publish(1)
+    report = servers.engine.publish(version + 1)
     after = servers.generate(requests_of(PROMPTS), GREEDY)
     assert servers.fleet.members[0].process.pid == pid  # the same server took them
-    assert {c.weight_version for c in before} == {0} and {c.weight_version for c in after} == {1}
+    assert {c.weight_version for c in before} == {version} and {c.weight_version for c in after} == {version + 1}
     assert [c.token_ids for c in before] != [c.token_ids for c in after]
     assert report["publication/servers"] == 1 and report["publication/failures"] == 0
     assert report["publication/bytes"] == sum(p.numel() * 4 for p in servers.policy.parameters())
