@@ -120,8 +120,9 @@ class BroadcastTransport:
         """The group as SGLang makes it on its side (`init_custom_process_group`), this rank being the first."""
         timeout = timedelta(seconds=self._desk.timeout_seconds)
         store = dist.TCPStore(self._desk.host, self._desk.port, is_master=False, timeout=timeout)
+        options: dict[str, Any] = {"group_name": name, "timeout": timeout}
         group, _ = _new_process_group_helper(
-            size, 0, [], Backend(collective_backend()), PrefixStore(name, store), group_name=name, timeout=timeout
+            size, 0, [], Backend(collective_backend()), PrefixStore(name, store), **options
         )
         _world.pg_group_ranks[group] = {rank: rank for rank in range(size)}
         return group

@@ -122,7 +122,8 @@ class IpcTransport:
         self, by_sender: Mapping[int, Sequence[Rectangle]]
     ) -> Iterator[tuple[tuple[int, tuple[Rectangle, ...]], ...]]:
         """A receiver's rectangles in buckets, each with those of one sender or more."""
-        room, current = self._bucket_elements, []
+        current: list[tuple[int, tuple[Rectangle, ...]]] = []
+        room = self._bucket_elements
         for sender, items in by_sender.items():
             for run in buckets(items, self._bucket_elements):
                 size = sum(item.num_elements for item in run)
