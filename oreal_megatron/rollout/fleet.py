@@ -153,7 +153,7 @@ class Fleet:
         self._is_first = True
         self._has_told = False
         self.on_starving: Callable[[], None] = lambda: None
-        """Of the servers' owner: called once until the next `settle`, where none has the current weights and one waits."""
+        """The owner's: called once until the next `settle`, where no server has the weights and one waits for them."""
         self.members: list[Member] = []
         self.num_retries = 0
         """Responses that were asked for again, over the fleet's life."""
