@@ -31,6 +31,7 @@ def save_tiny(
     num_layers: int = 2,
     num_heads: int = 4,
     num_groups: int = 2,
+    ffn: int = 96,
     max_shard_size: str = "5GB",
     seed: int = 0,
     **more: Any,
@@ -42,7 +43,7 @@ def save_tiny(
     config = getattr(transformers, f"{name}Config")(
         vocab_size=vocabulary,
         hidden_size=48,
-        intermediate_size=96,
+        intermediate_size=ffn,
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_groups,

@@ -98,7 +98,8 @@ def open_servers(groups: Any, source: Path, directory: Path, **options: Any) -> 
 
 @pytest.fixture(scope="session")
 def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("models") / "qwen2", "qwen2", tied=False)
+    """With feed-forward layers that SGLang pads on CPU."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "qwen2", "qwen2", tied=False, ffn=80)
 
 
 @pytest.fixture(scope="session")

@@ -73,7 +73,7 @@ def assert_published(record):
 
 @pytest.mark.distributed
 def test_every_transport_brings_the_weights_of_a_trainer_of_tp2_x_pp2(servers, tiny_qwen, tmp_path):
-    other = save_tiny(tmp_path / "other", "qwen2", tied=False, seed=1)
+    other = save_tiny(tmp_path / "other", "qwen2", tied=False, ffn=80, seed=1)
     layout = {"TP2xPP2": dict(LAYOUTS["TP2xPP2"])}
     records = publish_from(layout, [servers.fleet.members[0].client.url], 1, [tiny_qwen, other], tmp_path / "run")
     whole = sum(p.numel() * 4 for p in servers.policy.parameters())

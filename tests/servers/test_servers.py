@@ -115,7 +115,7 @@ def test_a_token_id_outside_the_vocabulary_never_reaches_a_server(servers):
 
 
 def test_another_model_behind_a_url_is_refused_with_both_fingerprints(servers, single_process, tmp_path):
-    larger = save_tiny(tmp_path / "larger", "qwen2", tied=False, num_layers=3)
+    larger = save_tiny(tmp_path / "larger", "qwen2", tied=False, ffn=80, num_layers=3)
     other = open_servers(single_process, larger, tmp_path, urls=(servers.fleet.members[0].client.url,))
     with pytest.raises(NoServerError, match=r"fingerprint \w{12}, the policy \w{12}; num_layers 2 instead of 3"):
         other.engine.publish(0)
