@@ -43,6 +43,7 @@ from tests.servers.conftest import DEFAULTS
 FORK = multiprocessing.get_context("fork")
 WORLD, SERVER_RANKS = 4, 2
 PARTS = ("pause", "plan", "transfer", "load", "audit", "continue")
+VOCABULARY = 151936
 QWEN_05B = GeometryConfig(
     num_layers=24,
     hidden_size=896,
@@ -50,7 +51,7 @@ QWEN_05B = GeometryConfig(
     num_attention_heads=14,
     num_query_groups=2,
     head_dim=64,
-    vocab_size=151936,
+    vocab_size=VOCABULARY,
     rope_theta=1e6,
     norm_eps=1e-6,
     qkv_bias=True,
@@ -107,9 +108,7 @@ def trainer(rank: int, port: int, arguments: argparse.Namespace, directory: Path
             dtype="bfloat16",
             max_sequence_length=128,
         )
-        policy = build_gpt(
-            Policy, geometry, model, groups, vocab_size=geometry.vocab_size, seed=0, tied_embeddings=True
-        )
+        policy = build_gpt(Policy, geometry, model, groups, vocab_size=VOCABULARY, seed=0, tied_embeddings=True)
         measure(groups, PolicyShards(chunks_of(policy), geometry, groups), arguments, directory)
 
 
@@ -142,9 +141,7 @@ def measure(groups: ParallelGroups, shards: PolicyShards, arguments: argparse.Na
         )
         for name in arguments.transports
     }
-    engine = SGLangEngine(
-        fleet, publishers["direct"], groups, vocab_size=shards.geometry.vocab_size or 0, timeout_seconds=1200
-    )
+    engine = SGLangEngine(fleet, publishers["direct"], groups, vocab_size=VOCABULARY, timeout_seconds=1200)
     try:
         reports = taken(engine, fleet, publishers, groups, arguments.pairs)
     finally:
@@ -237,7 +234,8 @@ def simulate() -> None:
         (sender, receivers.index(to)): 2 * sum(item.num_elements for item in items)
         for (sender, to), items in plan.sent.items()
     }
-    out, into = defaultdict(int), defaultdict(int)
+    out: dict[int, int] = defaultdict(int)
+    into: dict[int, int] = defaultdict(int)
     for (sender, receiver), size in sizes.items():
         out[sender] += size
         into[receiver] += size
@@ -249,7 +247,7 @@ def simulate() -> None:
     )
     for gigabits in (200, 400):
         speed = gigabits / 8 * 1e9
-        free = defaultdict(float)
+        free: dict[tuple[str, int], float] = defaultdict(float)
         for sender, receiver in rounds(sizes, plan.num_senders, len(receivers)):
             end = max(free["s", sender], free["r", receiver]) + sizes[sender, receiver] / speed
             free["s", sender] = free["r", receiver] = end

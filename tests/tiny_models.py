@@ -31,6 +31,7 @@ def save_tiny(
     num_layers: int = 2,
     num_heads: int = 4,
     num_groups: int = 2,
+    ffn: int = 96,
     max_shard_size: str = "5GB",
     seed: int = 0,
     **more: Any,
@@ -48,7 +49,7 @@ def save_tiny(
         tie_word_embeddings=tied,
         **({"num_labels": 1} if head == "scalar" else {}),
         **(
-            {"hidden_size": 48, "intermediate_size": 96, "initializer_range": 0.2}
+            {"hidden_size": 48, "intermediate_size": ffn, "initializer_range": 0.2}
             | ({"head_dim": 16} if family != "qwen2" else {})
             | more
         ),

@@ -120,8 +120,9 @@ class BroadcastTransport:
         """The group as SGLang makes it on its side (`init_custom_process_group`), this rank being the first."""
         timeout = timedelta(seconds=self._desk.timeout_seconds)
         store = dist.TCPStore(self._desk.host, self._desk.port, is_master=False, timeout=timeout)
+        options: dict[str, Any] = {"group_name": name, "timeout": timeout}
         group, _ = _new_process_group_helper(
-            size, 0, [], Backend(collective_backend()), PrefixStore(name, store), group_name=name, timeout=timeout
+            size, 0, [], Backend(collective_backend()), PrefixStore(name, store), **options
         )
         _world.pg_group_ranks[group] = {rank: rank for rank in range(size)}
         return group
@@ -178,7 +179,7 @@ class BroadcastTransport:
         """By server, on every rank: what its answer says, or the error of a trainer rank."""
         errors = [text for part in self._groups.gather_over_world([error] if error else []) for text in part]
         if errors:
-            self._joined.clear()  # servers that wait for this rank hear at once that it is gone
+            self._drop()  # servers that wait for this rank hear at once that it is gone
         failures = {}
         for name, answer in answers.items():
             failure = failure_of_answer(answer) or (Failure(errors[0]) if errors else None)
@@ -191,11 +192,15 @@ class BroadcastTransport:
         answers = [server.leave_group(name) for server in servers for name in self._names.values()]
         for answer in answers:
             failure_of_answer(answer)
+        self._drop()
+        self._names.clear()
+        self._members = ()
+
+    def _drop(self) -> None:
+        """Leaves this rank's group."""
         for group in self._joined.values():
             dist.destroy_process_group(group)
         self._joined.clear()
-        self._names.clear()
-        self._members = ()
 
     def close(self) -> None:
         """Leaves the groups."""

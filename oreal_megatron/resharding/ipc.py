@@ -8,15 +8,17 @@ alternate: servers copy one while the next is collected.
 from __future__ import annotations
 
 import io
+import pickle
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.reduction import ForkingPickler
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
-from torch import Tensor
+import torch.multiprocessing  # its handles of CUDA memory
 
 from oreal_megatron.parallel.device import device
 from oreal_megatron.resharding.delivery import Delivery, Failure, PausedServer
@@ -28,6 +30,7 @@ from oreal_megatron.resharding.shards import PolicyShards
 from oreal_megatron.resharding.transport import pack
 
 _NUM_BUFFERS = 2
+_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class IpcTransport:
         planned = time.perf_counter()
         failures: dict[str, Failure] = {}
         given: list[dict[str, Given]] = []
-        kept: list[list[object]] = []
+        kept: list[list[_Buffer]] = []
         load_seconds = 0.0
         for number, one_round in enumerate(self._rounds):
             if len(given) == _NUM_BUFFERS:
@@ -119,7 +122,8 @@ class IpcTransport:
         self, by_sender: Mapping[int, Sequence[Rectangle]]
     ) -> Iterator[tuple[tuple[int, tuple[Rectangle, ...]], ...]]:
         """A receiver's rectangles in buckets, each with those of one sender or more."""
-        room, current = self._bucket_elements, []
+        current: list[tuple[int, tuple[Rectangle, ...]]] = []
+        room = self._bucket_elements
         for sender, items in by_sender.items():
             for run in buckets(items, self._bucket_elements):
                 size = sum(item.num_elements for item in run)
@@ -133,15 +137,17 @@ class IpcTransport:
 
     def _collected(
         self, one_round: Sequence[_Bucket], *, is_first: bool
-    ) -> tuple[dict[Receiver, Written], list[object]]:
+    ) -> tuple[dict[Receiver, Written], list[_Buffer]]:
         """(orders, what must live until they are carried out), of the buckets that this rank hands over."""
         rank, tensors, dtype = self._groups.rank, self._shards.tensors(), self._shards.dtype
-        arriving, flats = [], {}
+        arriving: list[Any] = []
+        held: dict[Receiver, _Buffer] = {}
         for tag, bucket in enumerate(one_round):
             if bucket.beside != rank:
                 continue
             size = sum(item.num_elements for item in bucket.rectangles)
-            flats[bucket.receiver] = flat = torch.empty(size, dtype=dtype, device=device())
+            held[bucket.receiver] = buffer = _Buffer(size, dtype)
+            flat = buffer.tensor
             first = 0
             for sender, items in bucket.parts:
                 part = flat[first : first + sum(item.num_elements for item in items)]
@@ -158,14 +164,14 @@ class IpcTransport:
                     dist.send(part, bucket.beside, tag=tag)
         for work in arriving:
             work.wait()
-        written, alive = {}, []
+        written = {}
         for bucket in one_round:
             if bucket.beside == rank:
-                task = Unpack(bucket.rectangles, is_first)
-                pickled = _Shared(flats[bucket.receiver])
+                buffer = held[bucket.receiver]
+                task = Unpack(bucket.rectangles, is_first, buffer.file)
+                pickled = pickle.dumps if buffer.file is not None else buffer.pickled
                 written[bucket.receiver] = self._desk.write(task, bucket.receiver.rank, pickled)
-                alive.append(pickled)
-        return written, alive
+        return written, list(held.values())
 
     def _given(
         self, servers: Sequence[PausedServer], written: dict[Receiver, Written], failures: Mapping[str, Failure]
@@ -187,20 +193,25 @@ class IpcTransport:
         """Nothing is left between publications."""
 
 
-class _Shared:
-    """Pickles an order with a buffer that stays where it is; keeps all of it alive."""
+class _Buffer:
+    """Memory that a worker reads out of: of a GPU by CUDA's own handles, elsewhere by a file in memory."""
 
-    def __init__(self, buffer: Tensor):
-        self._tensors: NamedTensors = [("bucket", buffer)] if buffer.numel() else []
+    def __init__(self, num_elements: int, dtype: torch.dtype):
+        self._file: IO[bytes] | None = None
+        if device().type == "cpu":
+            # Not torch's sharing of CPU tensors: it starts a process that outlives this one.
+            self._file = tempfile.NamedTemporaryFile(dir=_MEMORY, prefix="oreal-")  # noqa: SIM115 (gone with the buffer)
+            self.tensor = torch.from_file(self._file.name, shared=True, size=max(num_elements, 1), dtype=dtype)
+        else:
+            self.tensor = torch.empty(num_elements, dtype=dtype, device=device())
 
-    def __call__(self, order: NamedTensors) -> bytes:
-        self._tensors = [*((name, tensor.clone()) for name, tensor in order), *self._tensors]
+    @property
+    def file(self) -> str | None:
+        """None: the tensor itself goes along with the order."""
+        return self._file.name if self._file is not None else None
+
+    def pickled(self, order: NamedTensors) -> bytes:
+        """An order with what belongs to it."""
         stream = io.BytesIO()
-        # Of torch's ways to share CPU memory the only one that works between processes that do not know each other.
-        before = torch.multiprocessing.get_sharing_strategy()
-        torch.multiprocessing.set_sharing_strategy("file_system")
-        try:
-            ForkingPickler(stream).dump(self._tensors)
-        finally:
-            torch.multiprocessing.set_sharing_strategy(before)
+        ForkingPickler(stream).dump([*order, ("bucket", self.tensor)])
         return stream.getvalue()

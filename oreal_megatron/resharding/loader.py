@@ -94,6 +94,8 @@ class Unpack:
     rectangles: Sequence[Rectangle]
     is_first: bool
     """Of a publication."""
+    file: str | None
+    """Where the bucket is mapped; None: it comes with the order."""
 
     def carry_out(
         self, parameters: Mapping[str, Tensor], buffers: Sequence[Tensor], store: dist.Store
@@ -101,7 +103,9 @@ class Unpack:
         if self.is_first:
             _blank(parameters)
         if self.rectangles:
-            unpack(self.rectangles, buffers[0], parameters)
+            size, dtype = sum(item.num_elements for item in self.rectangles), next(iter(parameters.values())).dtype
+            bucket = buffers[0] if self.file is None else torch.from_file(self.file, True, size, dtype=dtype)
+            unpack(self.rectangles, bucket, parameters)
         return None
 
 

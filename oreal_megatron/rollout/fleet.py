@@ -153,7 +153,7 @@ class Fleet:
         self._is_first = True
         self._has_told = False
         self.on_starving: Callable[[], None] = lambda: None
-        """Called, once until the next `settle`, where no server has the current weights and one waits for them."""
+        """The owner's: called once until the next `settle`, where no server has the weights and one waits for them."""
         self.members: list[Member] = []
         self.num_retries = 0
         """Responses that were asked for again, over the fleet's life."""
@@ -264,11 +264,10 @@ class Fleet:
         """For a fleet of another process: its servers are to be used while they have weights `label`."""
         self._owns = False
         self._weights = Weights(version=version, label=label)
-        self._has_told = False
         if not self.members:
             self._assemble(urls)
         for member in self.members:
-            member.given_up, member.num_restarts = None, 0
+            member.given_up, member.num_restarts, member.label = None, 0, None
 
     async def _supervise(self) -> None:
         """Starts launched servers anew when they end, whoever is using them."""
@@ -321,11 +320,11 @@ class Fleet:
                 return True
             if not self._owns and clock() > deadline:
                 self._give_up(member, f"{member.client.url} did not get the current weights in time")
-            if not self._has_told and all(other.label != self._weights.label for other in self.members):
+            if not self._owns:
+                member.label = None  # to be asked for again
+            elif not self._has_told and all(other.label != self._weights.label for other in self.members):
                 self._has_told = True
                 self.on_starving()
-            if not self._owns:
-                member.label = None
             await asyncio.sleep(_POLL_SECONDS / 5)
         return False
 

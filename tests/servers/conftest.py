@@ -73,7 +73,8 @@ def open_servers(groups: Any, source: Path, directory: Path, **options: Any) -> 
     from oreal_megatron.rollout.sglang import SGLangEngine
     from tests.unit.models.conftest import as_policy
 
-    policy, geometry, said = as_policy(source, groups), geometry_of(source), []
+    policy, geometry = as_policy(source, groups), geometry_of(source)
+    said: list[str] = []
     servers = SGLangConfig(**{**DEFAULTS, **options})
     config = served_config(
         str(source), geometry, dtype="float32", max_positions=MAX_SEQUENCE_LENGTH, stop_token_id=STOP
@@ -91,13 +92,14 @@ def open_servers(groups: Any, source: Path, directory: Path, **options: Any) -> 
     )
     shards = PolicyShards(chunks_of(policy), geometry, groups)
     publisher = build_publisher(servers, shards, directory=directory / "weights", config_json=config)
-    engine = SGLangEngine(fleet, publisher, groups, vocab_size=geometry.vocab_size, timeout_seconds=600)
+    engine = SGLangEngine(fleet, publisher, groups, vocab_size=geometry.vocab_size or 0, timeout_seconds=600)
     return Servers(engine, fleet, policy, shards, config, directory, said)
 
 
 @pytest.fixture(scope="session")
 def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("models") / "qwen2", "qwen2", tied=False)
+    """With feed-forward layers that SGLang pads on CPU."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "qwen2", "qwen2", tied=False, ffn=80)
 
 
 @pytest.fixture(scope="session")

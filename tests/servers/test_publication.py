@@ -73,7 +73,7 @@ def assert_published(record):
 
 @pytest.mark.distributed
 def test_every_transport_brings_the_weights_of_a_trainer_of_tp2_x_pp2(servers, tiny_qwen, tmp_path):
-    other = save_tiny(tmp_path / "other", "qwen2", tied=False, seed=1)
+    other = save_tiny(tmp_path / "other", "qwen2", tied=False, ffn=80, seed=1)
     layout = {"TP2xPP2": dict(LAYOUTS["TP2xPP2"])}
     records = publish_from(layout, [servers.fleet.members[0].client.url], 1, [tiny_qwen, other], tmp_path / "run")
     whole = sum(p.numel() * 4 for p in servers.policy.parameters())
@@ -113,9 +113,9 @@ def test_a_bucket_that_arrives_corrupted_is_caught_and_sent_again(servers, monke
             flat.view(torch.int32)[flat.numel() // 2] ^= 1
             is_first = False
 
-    servers.engine.publish(20)
+    servers.engine.publish(servers.engine.weight_version + 1)
     monkeypatch.setattr(moving, "pack", corrupted)
-    report = servers.engine.publish(21)
+    report = servers.engine.publish(servers.engine.weight_version + 1)
     assert report["publication/failures"] == 1 and report["publication/servers"] == 1
     assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
 
@@ -128,7 +128,7 @@ def test_a_server_that_kept_its_old_weights_is_caught_by_the_audit(servers, monk
     perturb(servers.policy)
     with monkeypatch.context() as once:
         once.setattr(transport, "send", lambda paused: once.undo() or Delivery())
-        report = servers.engine.publish(30)
+        report = servers.engine.publish(servers.engine.weight_version + 1)
     assert report["publication/failures"] == 1 and report["publication/servers"] == 1
     assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
 

@@ -55,16 +55,16 @@ def perturb(policy):
             parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
-def test_greedy_tokens_are_those_of_the_published_weights(servers, tiny_qwen):
-    before = servers.generate(requests_of(PROMPTS), GREEDY)
-    assert_as_transformers(before, tiny_qwen)
+def test_greedy_tokens_are_those_of_the_published_weights(servers):
+    before, version = servers.generate(requests_of(PROMPTS), GREEDY), servers.engine.weight_version
+    assert_as_transformers(before, servers.written())
     pid = servers.fleet.members[0].process.pid
     torch.manual_seed(1)
     perturb(servers.policy)
-    report = servers.engine.publish(1)
+    report = servers.engine.publish(version + 1)
     after = servers.generate(requests_of(PROMPTS), GREEDY)
     assert servers.fleet.members[0].process.pid == pid  # the same server took them
-    assert {c.weight_version for c in before} == {0} and {c.weight_version for c in after} == {1}
+    assert {c.weight_version for c in before} == {version} and {c.weight_version for c in after} == {version + 1}
     assert [c.token_ids for c in before] != [c.token_ids for c in after]
     assert report["publication/servers"] == 1 and report["publication/failures"] == 0
     assert report["publication/bytes"] == sum(p.numel() * 4 for p in servers.policy.parameters())
@@ -115,7 +115,7 @@ def test_a_token_id_outside_the_vocabulary_never_reaches_a_server(servers):
 
 
 def test_another_model_behind_a_url_is_refused_with_both_fingerprints(servers, single_process, tmp_path):
-    larger = save_tiny(tmp_path / "larger", "qwen2", tied=False, num_layers=3)
+    larger = save_tiny(tmp_path / "larger", "qwen2", tied=False, ffn=80, num_layers=3)
     other = open_servers(single_process, larger, tmp_path, urls=(servers.fleet.members[0].client.url,))
     with pytest.raises(NoServerError, match=r"fingerprint \w{12}, the policy \w{12}; num_layers 2 instead of 3"):
         other.engine.publish(0)

@@ -17,6 +17,7 @@ from tests.tiny_models import save_tiny
 
 def as_policy(directory: Path, groups: Any) -> Policy:
     geometry = geometry_of(directory)
+    assert geometry.vocab_size is not None
     model = ModelConfig(
         path=str(directory),
         geometry=None,
@@ -34,12 +35,13 @@ def as_policy(directory: Path, groups: Any) -> Policy:
         seed=0,
         tied_embeddings=geometry.tied_embeddings,
     )
+    assert isinstance(policy, Policy)
     load_weights(policy, directory, groups)
     return policy
 
 
 @pytest.fixture(scope="session", params=[("llama", True), ("qwen2", False), ("qwen3", True)], ids=lambda p: p[0])
-def pair(request, tmp_path_factory, single_process) -> tuple[Any, Policy]:
+def pair(request: Any, tmp_path_factory: Any, single_process: Any) -> tuple[Any, Policy]:
     """(transformers model, Policy) with the same weights."""
     from transformers import AutoModelForCausalLM
 
