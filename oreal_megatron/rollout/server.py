@@ -18,6 +18,11 @@ _SHIMS = Path(__file__).parent / "cpu_shims"
 # SGLang refuses prompts that come within 6 tokens of the context's end.
 _CONTEXT_MARGIN = 8
 _LOG_LINES = 25
+# What torchrun tells its processes of their job; a server's ranks, a job of their own, would wait for a store that they
+# believe torchrun to hold.
+_OF_TORCHRUN = {"MASTER_ADDR", "MASTER_PORT", "ROLE_NAME"} | {
+    f"{of}{name}" for of in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")
+}
 _GRACE_SECONDS = 5.0
 
 
@@ -70,8 +75,13 @@ def launch_environment(config: SGLangConfig) -> dict[str, str]:
     """
     own = Path(sys.prefix) / "sglang"  # where `make sglang-deps` puts it
     inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _OF_TORCHRUN and not name.startswith("TORCHELASTIC_")
+    }
     # The margin may go beyond what config.json says of the model; no token is ever there.
-    environment = {**os.environ, "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+    environment |= {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
     if config.device == "cuda":
         if importlib.util.find_spec("sglang") is None:
             raise ServerStartError("rollout.backend=sglang: SGLang is not installed; pip install '.[sglang]'")
