@@ -41,6 +41,16 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightSpan:
+    """Which weights generated the tokens `start` to `end` (exclusive) of a response."""
+
+    version: int
+    """The number of policy updates before them."""
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rollout:
     """One finished response to one prompt."""
 
@@ -56,13 +66,17 @@ class Rollout:
     text: str
     """The response as text, without the stop token."""
     finish_reason: FinishReason
-    weight_version: int
-    """Version of the policy weights that generated the response: the number of policy updates before it."""
+    weight_spans: tuple[WeightSpan, ...]
+    """Which weights generated which tokens: in order, without a gap, each older than the next."""
 
     @property
     def id(self) -> str:
         """Unique within a step."""
         return f"{self.prompt.id}#{self.sample_index}"
+
+    def num_older_tokens(self, version: int) -> int:
+        """Response tokens, all at its start, that weights older than `version` have generated."""
+        return max((span.end for span in self.weight_spans if span.version < version), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +130,7 @@ class GradedRollout:
                 logprobs=tuple(record["logprobs"]),
                 text=record["text"],
                 finish_reason=FinishReason(record["finish_reason"]),
-                weight_version=record["weight_version"],
+                weight_spans=tuple(WeightSpan(**span) for span in record["weight_spans"]),
             ),
             grade=Grade(**{**record["grade"], "verdict": Verdict(record["grade"]["verdict"])}),
         )

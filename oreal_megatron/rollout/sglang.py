@@ -7,7 +7,7 @@ import concurrent.futures
 import contextlib
 import queue
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -72,7 +72,10 @@ class SGLangEngine:
         return list(by_prompt.values())
 
     def generate(
-        self, units: Sequence[Sequence[GenerationRequest]], sampling: SamplingConfig
+        self,
+        units: Sequence[Sequence[GenerationRequest]],
+        sampling: SamplingConfig,
+        is_enough: Callable[[], bool] | None = None,
     ) -> Iterator[tuple[int, list[Completion]]]:
         """See RolloutEngine.
 
@@ -83,7 +86,9 @@ class SGLangEngine:
         """
         self._check_vocabulary(units)
         finished: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
-        work = self._loop.run(self._generate(units, sampling, finished)) if self._loop is not None else None
+        work = None
+        if self._loop is not None:
+            work = self._loop.run(self._generate(units, sampling, is_enough, finished))
         try:
             while (outcome := self._together(finished if work is not None else None)).value is not None:
                 yield outcome.value
@@ -95,6 +100,7 @@ class SGLangEngine:
         self,
         units: Sequence[Sequence[GenerationRequest]],
         sampling: SamplingConfig,
+        is_enough: Callable[[], bool] | None,
         finished: queue.SimpleQueue[_Outcome],
     ) -> None:
         """Puts every unit into `finished` when it is; then an outcome without a value, or the error."""
@@ -108,7 +114,8 @@ class SGLangEngine:
                 finished.put(_Outcome(value=(position, parts[position])))
 
         try:
-            await self._fleet.generate([request for unit in units for request in unit], sampling, completed)
+            requests = [request for unit in units for request in unit]
+            await self._fleet.generate(requests, sampling, completed, is_enough)
             finished.put(_Outcome())
         except Exception as error:
             finished.put(_Outcome(error=error))
