@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: help setup sglang-deps slurm-deps demo test test-fast test-slow lint bench bench-rollout bench-memory \
-	bench-verifier bench-conversion bench-objectives clean
+	bench-reshard bench-verifier bench-conversion bench-objectives clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -35,13 +35,14 @@ demo: setup ## OREAL on arithmetic: warm start, 50 steps, three evaluations, rep
 
 slurm-deps: ## the SLURM daemons and shellcheck that tests/slurm needs (Debian, as root)
 	apt-get update --quiet
-	apt-get install --yes --quiet --no-install-recommends slurmctld slurmd slurm-client munge shellcheck
+	DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends slurmctld slurmd slurm-client munge shellcheck
 
-lint: setup ## ruff, import contracts, types
+lint: setup ## ruff, import contracts, types; shellcheck where it is installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
+	! command -v shellcheck >/dev/null || shellcheck .ci/run slurm/*.sbatch slurm/*.sh slurm/test_cluster/*.sh
 
 test: lint sglang-deps ## all that CI runs
 	$(BIN)/pytest -m 'not slow and not gpu'
@@ -62,6 +63,9 @@ bench: setup ## generation and a training step against their peers, the stall of
 
 bench-rollout: sglang-deps ## our rollout client against a bare load generator
 	$(BIN)/python -m benchmarks.rollout_client
+
+bench-reshard: sglang-deps ## publishing a 0.5B model to a server: direct against broadcast, IPC and disk; 32B simulated
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.resharding
 
 bench-memory: setup ## the planner's memory against measured peaks in eleven layouts
 	$(BIN)/python -m benchmarks.memory

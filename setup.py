@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+SWEEPS = ["hydra-submitit-launcher>=1.2,<2", "submitit>=1.5"]
 
 
 def conf_files() -> list[tuple[str, list[str]]]:
@@ -59,9 +60,11 @@ setup(
         # GPU machines only. Neither has been run by us on a GPU.
         "sglang": ["sglang==0.5.23"],
         "te": ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
+        "sweeps": SWEEPS,
         "gguf": ["gguf>=0.18", "accelerate>=1.10"],
         "dev": [
             "einops>=0.8",  # mbridge imports it, and does not ask for it
+            *SWEEPS,
             "hypothesis>=6.130",
             "import-linter>=2.3",
             "math-verify==0.9.0",

@@ -13,8 +13,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from benchmarks.model import trained
 from benchmarks.pairs import seconds
-from benchmarks.training_step import trained
 from oreal_megatron.checkpoint.state import trained_state
 from oreal_megatron.checkpoint.store import CheckpointStore, step_name
 from oreal_megatron.config import ParallelConfig

@@ -89,7 +89,7 @@ def random_checkpoint(path: Path, num_layers: int) -> Path:
     (shard,), _ = plan_shards({name: (o.shape, torch.bfloat16) for name, o in origins.items()}, 10**12)
     with open(path / shard.file, "wb") as stream:
         stream.write(shard.header())
-        noise = memoryview(torch.randn(2**25).to(torch.bfloat16).view(torch.uint8).numpy())
+        noise = torch.randn(2**25).to(torch.bfloat16).view(torch.uint8).numpy().data
         left = shard.num_bytes
         while left:
             left -= stream.write(noise[: min(left, len(noise))])

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.model import GEOMETRY, MODEL, VOCABULARY, built
 from benchmarks.pairs import compare
-from oreal_megatron.config import ModelConfig, ParallelConfig, SamplingConfig
-from oreal_megatron.convert.huggingface import geometry_of, load_weights
-from oreal_megatron.models.architecture import build_gpt
+from oreal_megatron.config import ParallelConfig, SamplingConfig
+from oreal_megatron.convert.module import load_weights
 from oreal_megatron.models.decoding import CachedDecoder
 from oreal_megatron.models.policy import Policy
 from oreal_megatron.parallel.device import device_seam
@@ -22,7 +22,7 @@ from oreal_megatron.parallel.groups import parallel_groups
 from oreal_megatron.rollout.embedded import EmbeddedEngine
 from oreal_megatron.rollout.engine import GenerationRequest
 
-BATCH, PROMPT_TOKENS, NEW_TOKENS, VOCABULARY = 64, 32, 128, 2048
+BATCH, PROMPT_TOKENS, NEW_TOKENS = 64, 32, 128
 
 
 def main() -> None:
@@ -35,12 +35,12 @@ def main() -> None:
     reference = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=VOCABULARY,
-            hidden_size=256,
-            intermediate_size=704,
-            num_hidden_layers=6,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
+            hidden_size=GEOMETRY.hidden_size,
+            intermediate_size=GEOMETRY.ffn_hidden_size,
+            num_hidden_layers=GEOMETRY.num_layers,
+            num_attention_heads=GEOMETRY.num_attention_heads,
+            num_key_value_heads=GEOMETRY.num_query_groups,
+            max_position_embeddings=MODEL.max_sequence_length,
             tie_word_embeddings=False,
         )
     ).eval()
@@ -53,17 +53,8 @@ def main() -> None:
         parallel_groups(ParallelConfig(tensor=1, pipeline=1, micro_batch_tokens=1), seed=0) as groups,
     ):
         reference.save_pretrained(directory)
-        geometry = geometry_of(Path(directory))
-        model = ModelConfig(
-            path=directory,
-            geometry=None,
-            tokenizer=directory,
-            implementation="local",
-            dtype="float32",
-            max_sequence_length=512,
-        )
-        policy = build_gpt(Policy, geometry, model, groups, vocab_size=VOCABULARY, seed=0, tied_embeddings=False)
-        load_weights(policy, Path(directory), geometry, groups)
+        policy = built(Policy, groups)
+        load_weights(policy, Path(directory), groups)
         # A stop token that no vocabulary has: every response takes all of its tokens, on both sides.
         engine = EmbeddedEngine(lambda: CachedDecoder(policy, groups, VOCABULARY), stop_token_id=-1, batch_size=BATCH)
         requests = [

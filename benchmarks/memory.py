@@ -119,6 +119,7 @@ def measured_here(name: str) -> dict[str, float]:
 
         def build(cls: Any) -> Any:
             vocabulary = geometry.vocab_size
+            assert vocabulary is not None
             return build_gpt(cls, geometry, config.model, groups, vocab_size=vocabulary, seed=0, tied_embeddings=False)
 
         modules = [build(Policy), build(Policy)]

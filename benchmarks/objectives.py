@@ -8,9 +8,9 @@ Runs that are finished are read, not run again: the command goes on where it was
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,8 +20,14 @@ OBJECTIVES = (
     "oreal", "oreal_paper", "oreal_release", "oreal_no_rm",
     "grpo", "rloo", "reinforce", "raft", "reinforce_rej", "psr", "nsr",
 )  # fmt: skip
+# A process that has imported everything, to fork the runs from.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["oreal_megatron.build", "oreal_megatron.report"])
 SCORE = "heldout/greedy_pass@1"
-COMMON = ("tracking.console=quiet", "tracking.wandb=disabled", "tracking.tensorboard=false", "tracking.report=false")
+COMMON = (
+    "tracking.console=quiet", "tracking.wandb=disabled", "tracking.tensorboard=false", "tracking.report=false",
+    "run.export=none",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -49,10 +55,21 @@ def main() -> None:
 
 
 def run(objective: str, seed: int, directory: Path, overrides: list[str]) -> None:
-    command = [sys.executable, "-m", "oreal_megatron.cli", "experiment=arithmetic", f"objective={objective}"]
-    command += [f"run.seed={seed}", f"run.dir={directory}", "run.name=objectives", *COMMON, *overrides]
+    arguments = ["experiment=arithmetic", f"objective={objective}", f"run.seed={seed}", f"run.dir={directory}"]
     if not (directory / "checkpoints" / "best.json").is_file() or not done(directory, overrides):
-        subprocess.run(command, check=True)
+        process = FORKS.Process(target=train, args=([*arguments, "run.name=objectives", *COMMON, *overrides],))
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(f"{objective}, seed {seed}: exit status {process.exitcode}")
+
+
+def train(arguments: list[str]) -> None:
+    """`oreal-train`, in a forked process."""
+    from oreal_megatron import cli
+
+    sys.argv = ["oreal-train", *arguments]
+    cli.train()
 
 
 def done(directory: Path, overrides: list[str]) -> bool:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
+from benchmarks.model import GEOMETRY, VOCABULARY
 from benchmarks.pairs import compare
-from benchmarks.training_step import GEOMETRY, VOCABULARY, oreal_step, sequences
+from benchmarks.training_step import oreal_step, sequences
 from oreal_megatron.config import ParallelConfig
 from oreal_megatron.data.packing import Packer, Padding
 from oreal_megatron.parallel.device import device_seam

@@ -21,46 +21,17 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from benchmarks.model import GEOMETRY, VOCABULARY, built, trained
 from benchmarks.pairs import compare
 from oreal_megatron import updates
 from oreal_megatron.composition import composed, resolved
-from oreal_megatron.config import (
-    AdamWConfig,
-    GeometryConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    ParallelConfig,
-    parse_config,
-)
+from oreal_megatron.config import ObjectiveConfig, ParallelConfig, parse_config
 from oreal_megatron.data.packing import IGNORE, PackedSequence, Packer, TokenBatch
-from oreal_megatron.models.architecture import build_gpt
-from oreal_megatron.models.optimizer import TrainedModel
 from oreal_megatron.models.policy import Policy
 from oreal_megatron.models.token_reward import TokenRewardModel
 from oreal_megatron.objective.terms import TokenCounts
 from oreal_megatron.parallel.device import device_seam
 from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
-
-VOCABULARY = 4096
-GEOMETRY = GeometryConfig(num_layers=6, hidden_size=256, ffn_hidden_size=704, num_attention_heads=8, num_query_groups=2)
-MODEL = ModelConfig(
-    path=None,
-    geometry=GEOMETRY,
-    tokenizer="arithmetic",
-    implementation="local",
-    dtype="float32",
-    max_sequence_length=1024,
-)
-ADAMW = AdamWConfig(
-    lr=1e-5,
-    min_lr=1e-6,
-    warmup_steps=1,
-    decay_steps=None,
-    weight_decay=0.01,
-    betas=(0.9, 0.999),
-    eps=1e-8,
-    clip_grad=1.0,
-)
 
 
 def main() -> None:
@@ -142,14 +113,6 @@ def bare_step(batches: list[TokenBatch], chosen: list[PackedSequence], groups: P
 
 def oreal_objective() -> ObjectiveConfig:
     return parse_config(resolved(composed(["run.name=benchmark"]))).objective
-
-
-def built(cls: type[GPTModel], groups: ParallelGroups) -> Any:
-    return build_gpt(cls, GEOMETRY, MODEL, groups, vocab_size=VOCABULARY, seed=0, tied_embeddings=False)
-
-
-def trained(cls: type[GPTModel], groups: ParallelGroups) -> TrainedModel:
-    return TrainedModel(built(cls, groups), ADAMW, groups, num_updates=1000)
 
 
 def sequences(count: int) -> list[PackedSequence]:

@@ -26,6 +26,7 @@ from oreal_megatron.config import (
     TrainConfig,
     Violation,
     check_layout,
+    not_built,
 )
 from oreal_megatron.convert.huggingface import geometry_of, served_config
 from oreal_megatron.convert.module import load_weights
@@ -47,7 +48,9 @@ from oreal_megatron.models.token_reward import TokenRewardModel
 from oreal_megatron.parallel.device import device, device_seam
 from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
 from oreal_megatron.records import Prompt
-from oreal_megatron.resharding.disk import DiskTransport
+from oreal_megatron.resharding.loader import LOADER
+from oreal_megatron.resharding.publish import build_publisher
+from oreal_megatron.resharding.shards import PolicyShards
 from oreal_megatron.rollout.embedded import EmbeddedEngine
 from oreal_megatron.rollout.engine import RolloutEngine
 from oreal_megatron.rollout.fingerprint import Fingerprint, check_server
@@ -78,6 +81,10 @@ def opened_run(config: TrainConfig, stop: StopRequest) -> Iterator[Run]:
         stack.enter_context(device_seam())
         groups = stack.enter_context(parallel_groups(config.parallel, seed=config.run.seed))
         tracker = stack.enter_context(contextlib.closing(Tracker(config, directory, is_main=groups.is_main)))
+        tracker.say(
+            f"[bold]{config.run.name}[/]: {config.run.num_steps} steps of "
+            f"{config.objective.preset}, seed {config.run.seed}, in {directory}"
+        )
         verifier = stack.enter_context(contextlib.closing(build_verifier(config.verifier)))
         tokenizer = load_tokenizer(config.model.tokenizer)
         journal = stack.enter_context(contextlib.closing(RolloutJournal(directory / "journal", groups)))
@@ -86,11 +93,8 @@ def opened_run(config: TrainConfig, stop: StopRequest) -> Iterator[Run]:
 
 def check_startable(config: TrainConfig, num_processes: int) -> None:
     """Raises ConfigError where the configuration is for another number of processes, or for what is not built."""
-    violations = []
+    violations = not_built(config)
     if (servers := config.rollout.sglang) is not None:
-        if servers.placement == "colocated":
-            remedy = "the trainer cannot share its devices with servers yet: disaggregated; oreal-plan plans both"
-            violations.append(Violation("rollout.sglang.placement", servers.placement, remedy))
         needed = servers.num_servers * servers.tensor
         if not servers.urls and servers.device == "cuda" and needed > config.resources.devices_per_node:
             remedy = (
@@ -249,21 +253,27 @@ class _Builder:
             max_positions=config.model.max_sequence_length,
             stop_token_id=self.renderer.stop_token_id,
         )
-        directory = Path(servers.weights_dir) if servers.weights_dir is not None else self.directory / "weights"
-        transport = DiskTransport(chunks_of(policy), geometry, self.groups, directory, config_json=described)
         expected = Fingerprint.of(geometry, config.model.dtype)
         fleet = Fleet(
             servers,
             dtype=config.model.dtype,
             max_sequence_length=config.model.max_sequence_length,
             stop_token_id=self.renderer.stop_token_id,
-            logs=self.directory / "servers",
+            directory=self.directory / "servers",
+            config_json=described,
+            weight_loader=LOADER,
             check=lambda url, description: check_server(url, description, expected),
             say=self.tracker.say,
         )
+        publisher = build_publisher(
+            servers,
+            PolicyShards(chunks_of(policy), geometry, self.groups),
+            directory=Path(servers.weights_dir) if servers.weights_dir is not None else self.directory / "weights",
+            config_json=described,
+        )
         return SGLangEngine(
             fleet,
-            transport,
+            publisher,
             self.groups,
             vocab_size=self.vocab_size,
             timeout_seconds=config.parallel.timeout_seconds,

@@ -22,6 +22,11 @@ from oreal_megatron.stopping import EXIT_STOPPED, LostPeer, Stopped, StopRequest
 
 @hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")
 def _train(composed: DictConfig) -> None:
+    if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        # A sweep's job (conf/hydra/launcher/slurm.yaml): its processes learn their ranks here.
+        from submitit.helpers import TorchDistributedEnvironment
+
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
     try:
         config = validated(shrunk(composed) if is_dry_run(composed) else composed)
         _quieten()

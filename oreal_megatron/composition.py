@@ -19,6 +19,8 @@ from oreal_megatron.config import ConfigError, TrainConfig, Violation, parse_con
 
 SITE = "cluster"
 """The group of what belongs to a site: it is composed with a run and is no part of it."""
+PLACEHOLDERS = "/site/"
+"""What `with_placeholders` fills in begins so."""
 _FROM_SITE = re.compile(r"\$\{cluster\.(\w+)\}")
 
 
@@ -101,5 +103,5 @@ def with_placeholders(config: DictConfig) -> list[str]:
     raw: Any = OmegaConf.to_container(config, resolve=False)
     missing = sorted(_missing(raw))
     for key in missing:
-        OmegaConf.update(config, key, f"/site/{key}")
+        OmegaConf.update(config, key, PLACEHOLDERS + key)
     return missing

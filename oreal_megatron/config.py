@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -101,8 +102,9 @@ class ArithmeticConfig(Section):
     num_heldout: Positive
     num_demonstrations: Positive
     """Solutions for the warm start; drawn apart from the other two sets."""
-    direct_share: Share
-    """Share of the demonstrations that state the answer without working, which a small model rarely gets right."""
+    direct_shares: Annotated[tuple[Share, Share], BeforeValidator(_as_tuple)]
+    """Share of the demonstrations that state the answer without working, which a small model rarely gets right: of
+    those with min_terms, and of those with max_terms; between them on a line."""
     min_terms: Annotated[int, Field(ge=2, le=6)]
     max_terms: Annotated[int, Field(ge=2, le=6)]
     max_operand: Annotated[int, Field(ge=2, le=999)]
@@ -210,21 +212,25 @@ class SGLangConfig(Section):
     num_servers: Positive
     """Launched servers."""
     tensor: Positive
-    """Tensor-parallel ranks of a launched server."""
+    """Tensor-parallel ranks of every server."""
     placement: Literal["colocated", "disaggregated"]
     """On the trainer's devices, in turns with it (planned for, not built), or on devices of their own."""
     memory_share: Annotated[float, Field(gt=0.0, lt=1.0)]
     """Of a device's memory, for the served weights and the KV cache together."""
     device: Literal["cpu", "cuda"]
-    """Of launched servers; `cpu` uses the directory that `make sglang-deps` fills."""
+    """Of the servers; launched ones on `cpu` use the directory that `make sglang-deps` fills."""
     host: str
     """Address that launched servers listen at."""
     port: Annotated[int, Field(gt=0, le=65535)] | None
     """Port of the first launched server, the others follow; null: free ones."""
     max_concurrency: Positive
     """Requests in flight at one server; the next is sent as soon as one is answered."""
-    transport: Literal["disk"]
-    """How new weights reach the servers; disk: a Hugging Face directory that they load, on a file system they share."""
+    transport: Literal["direct", "broadcast", "ipc", "disk"]
+    """How new weights reach the servers; direct: each rank is sent exactly its own bytes; broadcast: whole tensors to
+    every rank, in SGLang's own way; ipc: through memory of one machine; disk: a Hugging Face directory that they load,
+    on a file system they share."""
+    bucket_mib: Positive
+    """Of the buckets in which weights move; a process has two beside its weights."""
     weights_dir: str | None
     """Where `disk` writes them, the latest version only; null: `weights` in run.dir."""
     startup_seconds: PositiveFloat
@@ -478,6 +484,15 @@ def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(**sections)
 
 
+def not_built(config: TrainConfig) -> list[Violation]:
+    """What a plan may hold and a run may not: refused when a run starts, and before it is submitted."""
+    servers = config.rollout.sglang
+    if servers is None or servers.placement != "colocated" or servers.device != "cuda":
+        return []
+    remedy = "the trainer cannot share its devices with servers yet: disaggregated; oreal-plan plans both"
+    return [Violation("rollout.sglang.placement", servers.placement, remedy)]
+
+
 # What may change when a run goes on in its directory: how far, how fast and how visibly, not what it computes.
 _MAY_CHANGE = (
     "run.dir",  # a directory may move
@@ -699,7 +714,9 @@ def _check_resources(
             f"is no multiple of a model replica's {replica} = parallel.tensor {parallel.tensor} x pipeline "
             f"{parallel.pipeline} x context {parallel.context}",
         )
-    if servers is not None and servers.placement == "colocated" and servers.num_servers * servers.tensor != trainers:
+    # CPU servers share cores with whatever runs there.
+    shares = servers is not None and servers.placement == "colocated" and servers.device == "cuda"
+    if servers is not None and shares and servers.num_servers * servers.tensor != trainers:
         yield Violation(
             "rollout.sglang.num_servers",
             servers.num_servers,
@@ -768,14 +785,32 @@ def _check_servers(rollout: RolloutConfig) -> Iterator[Violation]:
         yield Violation("rollout.sglang.urls", servers.urls, "names a server twice")
     if servers.port is not None and not servers.urls and servers.port + servers.num_servers - 1 > 65535:
         yield Violation("rollout.sglang.port", servers.port, f"leaves no room for {servers.num_servers} servers")
+    elsewhere = [url for url in servers.urls if urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1")]
+    if servers.transport == "ipc" and elsewhere:
+        remedy = f"shares memory of one machine, and {elsewhere[0]} is on another: use direct"
+        yield Violation("rollout.sglang.transport", servers.transport, remedy)
     for name in servers.arguments:
         if (own := _OWN_ARGUMENTS.get(name.replace("_", "-"))) is not None:
             yield Violation(f"rollout.sglang.arguments.{name}", servers.arguments[name], own)
 
 
+@_check("rollout", "parallel")
+def _check_patience(rollout: RolloutConfig, parallel: ParallelConfig) -> Iterator[Violation]:
+    servers = rollout.sglang
+    if servers is not None and servers.control_seconds >= parallel.timeout_seconds:
+        yield Violation(
+            "rollout.sglang.control_seconds",
+            servers.control_seconds,
+            f"the trainer's ranks wait for servers in a publication: stay below parallel.timeout_seconds = "
+            f"{parallel.timeout_seconds}",
+        )
+
+
 # Options of sglang.launch_server that the run sets, and from what.
 _OWN_ARGUMENTS = {
-    "model-path": "is the published policy's directory",
+    "model-path": "is made from the policy's configuration",
+    "load-format": "is set: publications bring the weights",
+    "custom-weight-loader": "is set: publications are audited through it",
     "weight-version": "is set by publications",
     "host": "is rollout.sglang.host",
     "port": "is rollout.sglang.port",

@@ -125,6 +125,8 @@ class Tracker:
             for key, label, form in _SHOWN
             if key in report.metrics and math.isfinite(report.metrics[key])
         ]
+        if report.metrics.get("policy/frozen"):
+            parts.append("policy frozen")
         return "  ".join([*parts, f"{report.seconds['total']:.1f}s"])
 
     def evaluation(self, report: EvaluationReport) -> None:

@@ -116,7 +116,8 @@ class GradedRollout:
         return self.grade.verdict
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self.rollout), "grade": asdict(self.grade)}
+        # Shallow: `asdict` copies every token and log-probability one by one.
+        return {**vars(self.rollout), "prompt": dict(vars(self.rollout.prompt)), "grade": dict(vars(self.grade))}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> GradedRollout:
@@ -159,7 +160,7 @@ class StepReport:
     skipped: str | None = None
     """Why the step updated nothing, or None."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """`section/name` -> value; sections: rollout, reward, loss, policy, reward_model, data."""
+    """`section/name` -> value; sections: rollout, reward, loss, policy, reward_model, data, publication."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Wall seconds by phase: generate, verify, score, reward_model, policy, publish, total."""
     peak_gib: Mapping[str, float] = field(default_factory=dict)

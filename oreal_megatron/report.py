@@ -19,11 +19,13 @@ from oreal_megatron.metrics import read_metrics
 # Panels of the figure: title, then (label, key) of each line.
 _PANELS = (
     ("Correct responses in training", (("pass rate", "reward/pass_rate"),)),
+    ("Groups to learn from", (("kept", "data/kept_groups"), ("all", "data/groups"))),
     ("Policy loss terms", (("positive", "loss/positive"), ("negative", "loss/negative"))),
     ("KL to the reference (nats a token)", (("k3", "loss/kl"), ("k1", "policy/kl_k1"))),
     ("Entropy (nats a token)", (("entropy", "policy/entropy"),)),
     ("Response length (tokens)", (("mean", "rollout/response_tokens"),)),
-    ("Reward model", (("loss", "loss/reward_model"), ("AUC on fresh pairs", "reward_model/auc"))),
+    ("Reward model loss", (("cross-entropy", "loss/reward_model"),)),
+    ("Reward model AUC on fresh pairs", (("AUC", "reward_model/auc"),)),
     ("Mean token weight", (("weight", "policy/token_weight"),)),
 )
 _NUM_EXAMPLES = 6
@@ -47,8 +49,9 @@ def write_report(directory: Path) -> Path:
         template.render(
             config=config,
             config_text=yaml.safe_dump(config, sort_keys=False),
+            headline=_headline(evaluations),
             evaluations=evaluations,
-            evaluation_names=sorted({name for record in evaluations for name in record["metrics"]}),
+            evaluation_names=list(dict.fromkeys(name for record in evaluations for name in record["metrics"])),
             num_steps=len(steps),
             skipped=[record for record in steps if record["skipped"]],
             seconds=_mean_seconds(steps),
@@ -59,6 +62,25 @@ def write_report(directory: Path) -> Path:
         ),
     )
     return path
+
+
+def _headline(evaluations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Greedy pass@1 of every benchmark in percent: before, now, and at its best."""
+    names = [name for name in (evaluations[0]["metrics"] if evaluations else ()) if name.endswith("/greedy_pass@1")]
+    lines = []
+    for name in names:
+        scores = [(100 * record["metrics"][name], record["step"]) for record in evaluations]
+        best, step = max(scores, key=lambda score: score[0])
+        lines.append(
+            {
+                "benchmark": name.partition("/")[0],
+                "before": scores[0][0],
+                "after": scores[-1][0],
+                "best": best,
+                "best_step": step,
+            }
+        )
+    return lines
 
 
 def _pass_figure(evaluations: Sequence[dict[str, Any]]) -> str | None:
@@ -86,7 +108,8 @@ def _training_figure(steps: Sequence[dict[str, Any]]) -> str | None:
             if points:
                 axis.plot(*zip(*points, strict=True), label=label)
         axis.set(title=title, xlabel="step")
-        axis.legend()
+        if len(lines) > 1:
+            axis.legend()
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     return _svg(figure)
@@ -148,8 +171,9 @@ def _example(record: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def _mean_seconds(steps: Sequence[dict[str, Any]]) -> dict[str, float]:
-    phases = sorted({phase for record in steps for phase in record["seconds"]}, key=lambda p: (p == "total", p))
-    return {phase: sum(r["seconds"].get(phase, 0.0) for r in steps) / len(steps) for phase in phases}
+    # In the order of a step, all of which one that trained everything has.
+    fullest: dict[str, float] = max((record["seconds"] for record in steps), key=len, default={})
+    return {phase: sum(r["seconds"].get(phase, 0.0) for r in steps) / len(steps) for phase in fullest}
 
 
 def _subplots(rows: int, columns: int, *, width: float) -> tuple[Any, list[Any]]:

@@ -167,7 +167,7 @@ def train_step(run: Run) -> StepReport:
     if not frozen:
         run.progress.weight_version += 1
         with clock("publish"), run.policy.on_device():
-            run.engine.publish(run.progress.weight_version)
+            metrics |= run.engine.publish(run.progress.weight_version)
         warn_of_mismatch(run, metrics)
     run.progress.num_usable_steps += 1
     save_trajectories(run, graded, selection, batches)

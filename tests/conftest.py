@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,9 +10,15 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import invoke
+from tests.skips import UnexpectedSkips
+from tests.tiny import TINY, command_line
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("OREAL_CI") == "1":
+        config.pluginmanager.register(UnexpectedSkips())
 
 
 def compose(*overrides: str) -> dict[str, Any]:
@@ -49,7 +56,7 @@ def single_process() -> Iterator[Any]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of one finished tiny run."""
     directory = tmp_path_factory.mktemp("runs") / "finished"
-    outcome = invoke(f"run.dir={directory}")
+    outcome = command_line(*TINY, f"run.dir={directory}", new_interpreter=True)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     return directory
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import resource
 import signal
-import sys
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.tiny import TINY
-
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["oreal_megatron.build", "oreal_megatron.report"])
+from tests.tiny import FORKS, TINY, live
 
 
 class Life:
@@ -24,11 +20,17 @@ class Life:
 
     _earlier = 0
 
-    def __init__(self, directory: Path, *overrides: str, max_file_bytes: int | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        *overrides: str,
+        max_file_bytes: int | None = None,
+        environment: Mapping[str, str] | None = None,
+    ):
         self.log = directory.with_name(f"{directory.name}.log")
         self._earlier = len(self.said())
         arguments = (*TINY, f"run.dir={directory}", *overrides)
-        self._process = _FORKS.Process(target=_live, args=(arguments, str(self.log), max_file_bytes))
+        self._process = FORKS.Process(target=_live, args=(arguments, str(self.log), max_file_bytes, environment or {}))
         self._process.start()
 
     @property
@@ -64,17 +66,25 @@ class Life:
         return self.log.read_text()[self._earlier :] if self.log.is_file() else ""
 
 
-def _live(arguments: tuple[str, ...], log: str, max_file_bytes: int | None) -> None:
+def together(directory: Path, *overrides: str, num_processes: int) -> str:
+    """What the ranks of one job say, which all end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        job = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = [
+        Life(directory, *overrides, "run.threads=1", environment={**job, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(num_processes)
+    ]
+    assert [rank.wait() for rank in ranks] == [0] * num_processes, ranks[0].said()
+    return ranks[0].said()
+
+
+def _live(arguments: tuple[str, ...], log: str, max_file_bytes: int | None, environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
     os.setsid()
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
     if max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
-    sys.argv = ["oreal-train", *arguments]
-    from oreal_megatron.cli import train
-
-    train()
+    live(arguments, log, log)
 
 
 def journalled(directory: Path) -> list[str]:

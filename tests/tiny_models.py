@@ -1,4 +1,4 @@
-"""Tiny transformers models of every supported family, saved as transformers saves them."""
+"""Tiny models: one from scratch, and of every supported family one that transformers saves."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+from oreal_megatron.config import GeometryConfig, ModelConfig
+
+GEOMETRY = GeometryConfig(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2)
+MODEL = ModelConfig(
+    path=None, geometry=GEOMETRY, tokenizer="arithmetic", implementation="local", dtype="float32",
+    max_sequence_length=64,
+)  # fmt: skip
+"""From random weights; over the 105 tokens of the arithmetic tokenizer."""
 
 VOCABULARY = 120
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -23,6 +32,7 @@ def save_tiny(
     num_heads: int = 4,
     num_groups: int = 2,
     max_shard_size: str = "5GB",
+    seed: int = 0,
     **more: Any,
 ) -> Path:
     """A random model, every bias and norm away from its initial value; head dimension 16, which 4 heads do not fill."""
@@ -44,7 +54,7 @@ def save_tiny(
         **more,
     )
     kind = {"causal": "ForCausalLM", "scalar": "ForTokenClassification"}[head]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = getattr(transformers, name + kind)(config).to(dtype)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

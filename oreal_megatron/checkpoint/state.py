@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-# A distributed optimizer's state as one tensor a parameter: tensor, pipeline and data parallelism may all change.
-_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
-
 
 def trained_state(prefix: str, trained: Any, *, is_loading: bool = False) -> dict[str, Any]:
     """The sharded state of a models.TrainedModel under `prefix`: weights, optimizer, schedule."""
     model = trained.module.sharded_state_dict(prefix=f"{prefix}.")
     return {
         f"{prefix}.model": model,
-        f"{prefix}.optimizer": trained.optimizer.sharded_state_dict(
-            model, is_loading=is_loading, metadata=_RESHARDABLE
-        ),
+        f"{prefix}.optimizer": trained.optimizer_state(model, is_loading=is_loading),
         f"{prefix}.schedule": trained.schedule.state_dict(),
     }
 
@@ -24,7 +19,7 @@ def trained_state(prefix: str, trained: Any, *, is_loading: bool = False) -> dic
 def load_trained(prefix: str, trained: Any, state: dict[str, Any]) -> None:
     """The inverse of `trained_state`."""
     trained.module.load_state_dict(without_prefix(prefix, state[f"{prefix}.model"]))
-    trained.load_optimizer(state[f"{prefix}.optimizer"])
+    trained.load_optimizer_state(state[f"{prefix}.optimizer"])
     trained.schedule.load_state_dict(state[f"{prefix}.schedule"])
 
 

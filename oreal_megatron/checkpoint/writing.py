@@ -5,20 +5,25 @@ from __future__ import annotations
 import os
 import pickle
 import queue
-from collections.abc import Callable
+import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from oreal_megatron.checkpoint.manifest import checksum, write_manifest
 from oreal_megatron.files import sync_directory, sync_file
 from oreal_megatron.parallel.groups import ParallelGroups
+from oreal_megatron.stopping import SIGNALS
 
 _PROBE_BYTES = 1 << 24
 
@@ -29,7 +34,7 @@ class CheckpointWriter:
     def __init__(self, groups: ParallelGroups):
         self._groups = groups
         self._calls = AsyncCallsQueue(persistent=False)
-        self._pending: tuple[Path, dict[str, Any], _ForkedResult] | None = None
+        self._pending: tuple[Path, dict[str, Any], _ForkedResult | None] | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -38,8 +43,8 @@ class CheckpointWriter:
     def start(self, directory: Path, sharded_state: dict[str, Any], **notes: Any) -> None:
         """Takes a snapshot of the state and begins to write it to a directory that is there and empty.
 
-        The snapshot is a copy on the host where the state is on a GPU, and copy on write (by fork) on a CPU. notes: go
-        into the manifest.
+        The snapshot is a copy on the host where the state is on a GPU, and copy on write (by fork) on a CPU. What
+        several ranks hold alike, they share out. notes: go into the manifest.
 
         Raises:
             OSError: the disk refused.
@@ -47,15 +52,18 @@ class CheckpointWriter:
         assert not self.is_busy, "one checkpoint at a time"
         # In the place of a queue behind a spawned manager, which would import __main__ anew and take seconds.
         filesystem_async._results_queue = _ForkedResult()
-        sums = _ForkedResult()
-        strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+        sums = None
+        strategy = FullyParallelSaveStrategyWrapper(
+            TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), self._groups.collection.dp_cp
+        )
         try:
             request = dist_checkpointing.save(sharded_state, str(directory), strategy, async_sharded_save=True)
         except (CheckpointingException, CheckpointException, RuntimeError) as error:
             raise OSError(_reason(error, directory)) from error
         assert request is not None
         if request.async_fn is not None:  # None: this rank has nothing to write
-            request = request._replace(async_fn=_with_checksums(request.async_fn, directory, self._groups.rank, sums))
+            transforms, sums = request.async_fn.args[0], _ForkedResult()
+            request = request._replace(async_fn=partial(_write, transforms, sums))
         self._calls.schedule_async_request(request)
         self._pending = directory, notes, sums
 
@@ -76,7 +84,7 @@ class CheckpointWriter:
         finally:
             if not self._calls.get_num_unfinalized_calls():
                 self._pending = None
-        parts = self._groups.gather_over_world([sums.get_nowait({})])
+        parts = self._groups.gather_over_world([sums.get_nowait() if sums else {}])
         problem = None
         if self._groups.is_main:
             try:
@@ -88,14 +96,27 @@ class CheckpointWriter:
         return directory
 
 
-def _with_checksums(write: Callable[..., None], directory: Path, rank: int, sums: _ForkedResult) -> Callable[..., None]:
-    """`write`, and then the checksums of what it wrote, so that no trainer has to read its checkpoint again."""
+def _write(transforms: list[Any], sums: _ForkedResult, rank: int, buckets: list[Any], results: _ForkedResult) -> None:
+    """In the forked process: writes and syncs this rank's files, and hands back what was written, with checksums.
 
-    def write_then_sum(*args: Any, **kwargs: Any) -> None:
-        write(*args, **kwargs)
-        sums.put({path.name: checksum(path) for path in directory.glob(f"__{rank}_*.distcp")})
-
-    return write_then_sum
+    In the place of Megatron-Core's own loop, which forks once more for every file and waits for ever where such a
+    process is killed. The checksums are taken here so that no trainer has to read its checkpoint again.
+    """
+    # The threads that torch computes with are the parent's: an operation that waits for them would never end.
+    torch.set_num_threads(1)
+    # The scheduler's signals go to all processes of a job; what they ask for is up to the trainer.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    written: queue.Queue[tuple[int, Any]] = queue.Queue()
+    unfinished: queue.Queue[int] = queue.Queue()
+    for index, bucket in enumerate(buckets):
+        unfinished.put(index)
+        FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, written, unfinished, use_fsync=True)
+    answers = dict(written.get() for _ in buckets)
+    failed = next((answer for answer in answers.values() if isinstance(answer, Exception)), None)
+    if failed is None:
+        sums.put({Path(bucket[0]).name: checksum(Path(bucket[0])) for bucket in buckets})
+    results.put(failed or answers)
 
 
 def _seal(directory: Path, sums: dict[str, dict[str, int]], notes: dict[str, Any]) -> None:
@@ -140,13 +161,9 @@ class _ForkedResult:
         with open(self._descriptor, "wb", closefd=False) as file:
             pickle.dump(item, file)
 
-    def get_nowait(self, *default: Any) -> Any:
-        """Raises queue.Empty where nothing was put and there is no default."""
+    def get_nowait(self) -> Any:
+        """What was put; an exception, as Megatron-Core expects failures, where the process ended before it could."""
         with open(self._descriptor, "rb", closefd=False) as file:
             file.seek(0)
             content = file.read()
-        if content:
-            return pickle.loads(content)
-        if default:
-            return default[0]
-        raise queue.Empty
+        return pickle.loads(content) if content else RuntimeError("the process that writes it was killed")

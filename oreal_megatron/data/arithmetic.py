@@ -49,8 +49,7 @@ def generate_arithmetic(config: ArithmeticConfig, seed: int) -> ArithmeticData:
     heldout = drawn[: config.num_heldout]
     train = drawn[config.num_heldout : config.num_heldout + config.num_train]
     shown = drawn[config.num_heldout + config.num_train :]
-    num_direct = round(config.direct_share * len(shown))
-    demonstrations = [_demonstration(e, direct=index < num_direct) for index, e in enumerate(shown)]
+    demonstrations = [_demonstration(e, direct=rng.random() < _direct_share(config, e)) for e in shown]
     return ArithmeticData(
         train=tuple(_prompt("train", index, expression) for index, expression in enumerate(train)),
         heldout=tuple(_prompt("heldout", index, expression) for index, expression in enumerate(heldout)),
@@ -87,6 +86,12 @@ def _parse(expression: str) -> tuple[list[int], list[str]]:
     operators = [character for character in expression if not character.isdigit()]
     digits = "".join(character if character.isdigit() else " " for character in expression)
     return [int(term) for term in digits.split()], operators
+
+
+def _direct_share(config: ArithmeticConfig, expression: str) -> float:
+    shortest, longest = config.direct_shares
+    way = (len(_parse(expression)[0]) - config.min_terms) / max(config.max_terms - config.min_terms, 1)
+    return shortest + way * (longest - shortest)
 
 
 def _demonstration(expression: str, *, direct: bool) -> Demonstration:

@@ -18,6 +18,7 @@ class PromptStream:
         """Raises ValueError where there are too few different prompts for one step."""
         self._prompts = list(prompts)
         self._by_id = {prompt.id: prompt for prompt in prompts}
+        self._data = fingerprint(self._prompts)
         self._prompts_per_step = prompts_per_step
         self._seed = seed
         if len(self._by_id) < prompts_per_step:
@@ -55,15 +56,15 @@ class PromptStream:
             "offset": self._offset,
             "put_off": [prompt.id for prompt in self._put_off],
             "num_prompts": len(self._prompts),
-            "data": fingerprint(self._prompts),
+            "data": self._data,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError where the state is of other data."""
-        if state["data"] != (data := fingerprint(self._prompts)):
+        if state["data"] != self._data:
             raise ValueError(
                 f"the checkpoint's prompt stream is of other data ({state['num_prompts']} prompts with fingerprint "
-                f"{state['data']}) than data.train with its balancing gives now ({len(self._prompts)}, {data}); "
+                f"{state['data']}) than data.train with its balancing gives now ({len(self._prompts)}, {self._data}); "
                 "resume with the data of the run, or start in another run.dir"
             )
         self._epoch, self._offset = state["epoch"], state["offset"]

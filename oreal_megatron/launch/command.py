@@ -6,18 +6,16 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from oreal_megatron.composition import SITE, composed, missing_keys, resolved, with_placeholders
-from oreal_megatron.config import ConfigError, GeometryConfig, TrainConfig, Violation, parse_config
+from oreal_megatron.composition import composed, resolved, with_placeholders
+from oreal_megatron.config import ConfigError, GeometryConfig, TrainConfig, parse_config
 from oreal_megatron.files import write_atomically
-from oreal_megatron.launch.cluster import ClusterConfig, parse_cluster, site_violations
 from oreal_megatron.launch.doctor import examine
 from oreal_megatron.launch.dry_run import is_dry_run, layout_mapping, shrunk
 from oreal_megatron.launch.planner import Plan, first_change, make_plan, search
+from oreal_megatron.launch.refusal import checked
 from oreal_megatron.launch.show import show_plan, show_search
 from oreal_megatron.launch.submit import allocation, rendered, submitted, tested
 from oreal_megatron.launch.timing import Measured, read_measured
@@ -35,9 +33,9 @@ def plan() -> None:
     parser.add_argument("--devices", type=int, help="trainer processes; default: resources.trainer_devices")
     parser.add_argument("--measured", type=Path, metavar="RUN", help="a run's directory, whose metrics are used")
     parser.add_argument("--search", action="store_true", help="look for layouts that fit, quickest first")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     console = Console(highlight=False, soft_wrap=True)
-    _reporting(lambda: _plan(console, arguments))
+    reporting(lambda: _plan(console, arguments))
 
 
 def _plan(console: Console, arguments: argparse.Namespace) -> int:
@@ -127,29 +125,40 @@ def submit() -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for oreal-train")
     parser.add_argument("--nodes", type=int, help="spread the trainer over so many nodes; default: as few as hold it")
+    parser.add_argument("--server-nodes", type=int, help="spread the rollout servers over so many; default: likewise")
     parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each after the one before it")
     parser.add_argument("--test-only", action="store_true", help="ask SLURM when it would start, and submit nothing")
     parser.add_argument("--force", action="store_true", help="submit what the planner says cannot fit")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     console = Console(highlight=False, soft_wrap=True)
-    _reporting(lambda: _submit(console, arguments))
+    reporting(lambda: _submit(console, arguments))
 
 
 def _submit(console: Console, arguments: argparse.Namespace) -> int:
     raw = composed(arguments.overrides)
     if is_dry_run(raw):
-        for key, (whole, small) in layout_mapping(raw).items():
-            console.print(f"dry run: {key} {whole} becomes {small}")
+        for key, (before, small) in layout_mapping(raw).items():
+            console.print(f"dry run: {key} {before} becomes {small}")
         raw = shrunk(raw)
-    config, cluster = site_and_run(raw)
-    nodes = allocation(config, num_devices(config, None), arguments.nodes)
-    violations = list(site_violations(cluster, config, num_nodes=nodes.num_nodes))
-    if violations:
-        raise ConfigError(violations)
+    config, cluster, nodes = checked(
+        raw,
+        lambda config, cluster: allocation(
+            config,
+            num_devices(config, None),
+            arguments.nodes,
+            server_nodes=arguments.server_nodes,
+            judge_nodes=cluster.judge_nodes,
+        ),
+    )
     replan = planner_of(config)
     with console.status("planning"):
         planned = replan(config)
     show_plan(console, planned)
+    if config.run.dry_run:
+        whole = planned_config([*arguments.overrides, "run.dry_run=false"], console)
+        console.print(
+            f"with its own layout, every stage built without memory: {planner_of(whole)(whole).memory.verdict}"
+        )
     status = suggest(console, planned, replan)
     if status and not arguments.force:
         console.print("not submitted (--force submits it all the same)")
@@ -175,25 +184,6 @@ def _submit(console: Console, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def site_and_run(raw: DictConfig) -> tuple[TrainConfig, ClusterConfig]:
-    """Raises ConfigError with everything that is missing or wrong in both."""
-    plain: Any = OmegaConf.to_container(raw, resolve=False)
-    missing = {*missing_keys(plain), *(f"{SITE}.{k}" for k, v in plain[SITE].items() if v == "???")}
-    if missing:
-        raise ConfigError([Violation(key, "???", "must be given: in conf/cluster, or here") for key in sorted(missing)])
-    violations: list[Violation] = []
-    parsed: list[Any] = []
-    site: Any = OmegaConf.to_container(raw[SITE], resolve=True)
-    for parse in (lambda: parse_config(resolved(raw)), lambda: parse_cluster(site)):
-        try:
-            parsed.append(parse())
-        except ConfigError as error:
-            violations += error.violations
-    if violations:
-        raise ConfigError(violations)
-    return parsed[0], parsed[1]
-
-
 def doctor() -> None:
     """`oreal-doctor`: exit status 1 where something that the experiment needs is missing."""
     parser = argparse.ArgumentParser(
@@ -202,9 +192,9 @@ def doctor() -> None:
         epilog="example: srun --gpus-per-node=8 oreal-doctor experiment=oreal_32b",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for oreal-train")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     console = Console(highlight=False, soft_wrap=True)
-    _reporting(lambda: _doctor(console, arguments))
+    reporting(lambda: _doctor(console, arguments))
 
 
 def _doctor(console: Console, arguments: argparse.Namespace) -> int:
@@ -217,7 +207,7 @@ def _doctor(console: Console, arguments: argparse.Namespace) -> int:
     return int(any(finding.is_problem for finding in findings))
 
 
-def _reporting(run: Callable[[], int]) -> None:
+def reporting(run: Callable[[], int]) -> None:
     """Ends with the status that `run` returns, or with 1 and a plain message."""
     try:
         sys.exit(run())

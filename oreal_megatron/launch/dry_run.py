@@ -1,7 +1,8 @@
 """Any experiment as two steps of itself that run anywhere: everything that takes time or memory made small.
 
 What stays is what a first submission trips over: objective, schedules, the kind of layout, checkpoints, tracking.
-Every parallel dimension above 1 becomes 2, data parallelism takes what is left of at most 8 processes.
+Every parallel dimension above 1 becomes 2, data parallelism takes what is left of at most 8 processes. Where the
+experiment has SGLang servers there are at most 2, on CPU, placed as it places them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 MAX_PROCESSES = 8
+MAX_SERVERS = 2
 # What stands in for model, data, prompt and warm start: the arithmetic demo's files of conf/.
 _STAND_INS = {"model": "arithmetic_small", "data": "arithmetic", "prompt": "chat", "sft": "arithmetic"}
 _SMALL = {
@@ -27,9 +29,6 @@ _SMALL = {
     "data.arithmetic.min_terms": 2,
     "data.arithmetic.max_terms": 3,
     "data.arithmetic.operators": ["+"],
-    "rollout.backend": "embedded",
-    "rollout.sglang": None,
-    "rollout.mismatch": None,
     "rollout.samples_per_prompt": 4,
     "rollout.batch_size": 32,
     "rollout.sampling.max_new_tokens": 24,
@@ -39,6 +38,12 @@ _SMALL = {
     "evaluation.benchmarks": {"arithmetic": {"path": None, "samples": 0, "limit": 8}},
     "parallel.micro_batch_tokens": 256,
     "tracking.wandb": "disabled",
+}
+_SMALL_SERVERS: dict[str, Any] = {
+    "device": "cpu",
+    "max_concurrency": 16,
+    "memory_share": 0.5,
+    "arguments": {"max-total-tokens": 8192, "disable-overlap-schedule": True},
 }
 
 
@@ -56,6 +61,9 @@ def shrunk(config: DictConfig) -> DictConfig:
         OmegaConf.update(small, key, value, merge=False)
     for key, (_, value) in layout_mapping(config).items():
         OmegaConf.update(small, key, value)
+    if config.rollout.backend == "sglang":
+        for key, value in _SMALL_SERVERS.items():
+            OmegaConf.update(small, f"rollout.sglang.{key}", value, merge=False)
     layers = 2 * small.parallel.pipeline * small.parallel.virtual_pipeline
     OmegaConf.update(small, "model.geometry.num_layers", layers)
     if small.objective.actor_freeze_steps:
@@ -80,6 +88,11 @@ def layout_mapping(config: DictConfig) -> dict[str, tuple[Any, Any]]:
         if reduced != value:
             mapping[f"parallel.{name}"] = (value, reduced)
     assert processes <= MAX_PROCESSES
+    if config.rollout.backend == "sglang":
+        servers: Any = OmegaConf.to_container(config.rollout.sglang, resolve=True)
+        for name, most in (("num_servers", MAX_SERVERS), ("tensor", 2)):
+            if servers[name] > most:
+                mapping[f"rollout.sglang.{name}"] = (servers[name], most)
     return mapping
 
 

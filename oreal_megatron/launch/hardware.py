@@ -23,16 +23,17 @@ class Device:
     """To other nodes, bytes a second and device, one way."""
     overhead: int
     """Bytes of the framework: CUDA context, NCCL's buffers, cuBLAS workspaces."""
+    server_workspace: int
+    """Bytes that a server needs beside weights and KV cache: activations of a prefill chunk, CUDA graphs."""
+    server_asleep: int
+    """Bytes that a colocated server keeps while the trainer works: its CUDA context and graphs."""
 
 
 # NVIDIA's data sheets of A100 80GB SXM and H100 SXM; links as in DGX A100 (200 Gb/s a GPU) and DGX H100 (400 Gb/s).
+_CUDA = {"overhead": 3 * GIB, "server_workspace": 3 * GIB, "server_asleep": 2 * GIB}
 _ACCELERATORS = {
-    "a100_80gb": Device(
-        name="A100 80GB", memory=80 * GIB, flops=312e12, bandwidth=2.039e12, link=25e9, overhead=3 * GIB
-    ),
-    "h100_80gb": Device(
-        name="H100 80GB", memory=81559 * 2**20, flops=989e12, bandwidth=3.35e12, link=50e9, overhead=3 * GIB
-    ),
+    "a100_80gb": Device(name="A100 80GB", memory=80 * GIB, flops=312e12, bandwidth=2.039e12, link=25e9, **_CUDA),
+    "h100_80gb": Device(name="H100 80GB", memory=81559 * 2**20, flops=989e12, bandwidth=3.35e12, link=50e9, **_CUDA),
 }
 
 # Shares of the data sheet's figures that large runs reach. Training: 0.40, as published MFUs of dense models of this
@@ -47,10 +48,6 @@ RESHARD_PAUSE = 2.0
 """Seconds to pause, flush, audit and continue all servers."""
 STORAGE_PER_NODE = 2e9
 """Bytes a second that a node writes to shared storage."""
-SERVER_WORKSPACE = 3 * GIB
-"""Bytes that a server needs beside weights and KV cache: activations of a prefill chunk, CUDA graphs."""
-SERVER_ASLEEP = 2 * GIB
-"""Bytes that a colocated server keeps while the trainer works: its CUDA context and graphs."""
 
 SURE = 0.80
 """An estimate below this share never ran out of memory in 454 measured runs (arXiv 2411.06465)."""
@@ -62,7 +59,16 @@ def device_named(name: str, *, sharing: int) -> Device:
     """The device of `resources.device`; of a CPU, each of `sharing` processes has its share of the memory."""
     if name in _ACCELERATORS:
         return _ACCELERATORS[name]
-    return Device(name="CPU", memory=_machine_memory() // sharing, flops=None, bandwidth=None, link=None, overhead=0)
+    return Device(
+        name="CPU",
+        memory=_machine_memory() // sharing,
+        flops=None,
+        bandwidth=None,
+        link=None,
+        overhead=0,
+        server_workspace=0,
+        server_asleep=0,
+    )
 
 
 def _machine_memory() -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from oreal_megatron.config import GeometryConfig, SGLangConfig, TrainConfig
-from oreal_megatron.launch.hardware import FULL, SERVER_ASLEEP, SERVER_WORKSPACE, SURE, Device
+from oreal_megatron.launch.hardware import FULL, SURE, Device
 from oreal_megatron.records import RankFootprint
 
 PHASES = ("generate", "score", "train reward model", "train policy", "reshard", "save")
@@ -141,7 +141,7 @@ def _trainer_phases(sizes: Sizes, footprint: RankFootprint, device: Device) -> l
     policy_weights = {"policy weights": policy["policy weights"]}
     # Without offload everything is there all the time; with it, what the phase uses.
     everything = policy | reward_model | reference
-    asleep = {"servers asleep": SERVER_ASLEEP} if _colocated(config) else {}
+    asleep = {"servers asleep": device.server_asleep} if _colocated(config) else {}
 
     def phase(name: str, used: Mapping[str, int], more: Mapping[str, int]) -> PhaseMemory:
         resident = used if config.parallel.offload else everything
@@ -251,10 +251,12 @@ def _kv_cache(
     allowed = int(servers.memory_share * device.memory)
     if _colocated(config):
         resident = max(memory.total for memory in phases if memory.phase == "generate")
-        allowed = min(allowed, int(FULL * device.memory) - resident - SERVER_WORKSPACE)
+        allowed = min(allowed, int(FULL * device.memory) - resident - device.server_workspace)
     per_token = 2 * sizes.kv_bytes_per_token // sizes.element // _kv_split(sizes, servers.tensor)
     tokens = max(allowed - weights, 0) // per_token
-    parts = {"served weights": weights, "KV cache": tokens * per_token, "workspace": SERVER_WORKSPACE}
+    if (most := servers.arguments.get("max-total-tokens")) is not None:
+        tokens = min(tokens, int(most))
+    parts = {"served weights": weights, "KV cache": tokens * per_token, "workspace": device.server_workspace}
     kv_cache = KvCache(
         where="server",
         num_holders=servers.num_servers,

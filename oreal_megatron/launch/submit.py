@@ -11,42 +11,74 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-from oreal_megatron.config import TrainConfig
+from oreal_megatron.config import ConfigError, TrainConfig, Violation
 from oreal_megatron.launch.cluster import ClusterConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """Nodes of a job."""
+    """Nodes of a job, by role: the trainer's first, then the servers' unless they share them, then the judges'."""
 
     trainer_nodes: int
-    server_nodes: int
     processes_per_node: int
+    num_servers: int = 0
+    server_nodes: int = 0
+    servers_share: bool = False
+    """Whether the servers are on the trainer's nodes."""
+    judge_nodes: int = 0
 
     @property
     def num_nodes(self) -> int:
-        return self.trainer_nodes + self.server_nodes
+        return self.trainer_nodes + (0 if self.servers_share else self.server_nodes) + self.judge_nodes
 
 
-def allocation(config: TrainConfig, num_trainers: int, nodes: int | None = None) -> Allocation:
-    """nodes: spread the trainer over so many; None: as few as hold it.
+def allocation(
+    config: TrainConfig,
+    num_trainers: int,
+    nodes: int | None = None,
+    *,
+    server_nodes: int | None = None,
+    judge_nodes: int = 0,
+) -> Allocation:
+    """nodes, server_nodes: spread trainer and servers over so many; None: as few as hold them.
 
     Raises:
-        ValueError: the trainer's processes do not spread evenly.
+        ConfigError: a role's processes do not spread evenly, with all that is wrong.
     """
     per_node, servers = config.resources.devices_per_node, config.rollout.sglang
+    violations = []
     trainer_nodes = nodes or ceil(num_trainers / per_node)
     if num_trainers % trainer_nodes or num_trainers // trainer_nodes > per_node:
-        raise ValueError(
-            f"resources.trainer_devices: {num_trainers} processes do not spread evenly over {trainer_nodes} nodes of "
-            f"{per_node} devices"
-        )
-    apart = servers is not None and servers.placement == "disaggregated"
+        remedy = f"they do not spread evenly over {trainer_nodes} nodes of {per_node} devices (--nodes)"
+        violations.append(Violation("resources.trainer_devices", num_trainers, remedy))
+    share, num_servers = False, 0
+    # Servers that run already are attached to; others are the job's.
+    if servers is not None and not servers.urls:
+        num_servers, share = servers.num_servers, servers.placement == "colocated"
+        server_nodes = server_nodes or (trainer_nodes if share else ceil(num_servers * servers.tensor / per_node))
+        server_nodes = min(server_nodes, num_servers)
+        if ceil(num_servers / server_nodes) * servers.tensor > per_node:
+            remedy = (
+                f"{num_servers} servers of {servers.tensor} devices do not fit on {server_nodes} nodes of "
+                f"{per_node} devices (--server-nodes)"
+            )
+            violations.append(Violation("rollout.sglang.num_servers", num_servers, remedy))
+    if violations:
+        raise ConfigError(violations)
     return Allocation(
         trainer_nodes=trainer_nodes,
-        server_nodes=ceil(servers.num_servers * servers.tensor / per_node) if apart and servers else 0,
         processes_per_node=num_trainers // trainer_nodes,
+        num_servers=num_servers,
+        server_nodes=(server_nodes or 0) if num_servers else 0,
+        servers_share=share,
+        judge_nodes=judge_nodes,
     )
+
+
+def nodes_of_another_kind(cluster: ClusterConfig, nodes: Allocation) -> int:
+    """How many make the second component of a heterogeneous job: the servers', or none."""
+    differ = cluster.server_partition is not None or cluster.server_constraint is not None
+    return nodes.server_nodes if differ and not nodes.servers_share else 0
 
 
 def slurm_directory() -> Path:
@@ -60,7 +92,7 @@ def rendered(
 ) -> str:
     """The batch script: slurm/train.sbatch with this job's header and settings. script: where it will lie."""
     text = (slurm_directory() / "train.sbatch").read_text()
-    body = text[text.index("# === run ===\n") :].replace('"$@"', " ".join(map(shlex.quote, overrides)))
+    body = text[text.index("# === run ===\n") :].replace('arguments=("$@")', f"arguments=({shlex.join(overrides)})")
     header = "\n".join(f"#SBATCH {option}" for option in _header(config, cluster, nodes, script.parent))
     settings = "\n".join(_settings(cluster, nodes, script))
     return (
@@ -70,12 +102,27 @@ def rendered(
 
 
 def _header(config: TrainConfig, cluster: ClusterConfig, nodes: Allocation, logs: Path) -> Iterator[str]:
+    apart = nodes_of_another_kind(cluster, nodes)
     yield f"--job-name={config.run.name}"
+    yield f"--signal=B:USR1@{cluster.signal_seconds}"
+    yield "--requeue"
+    yield "--open-mode=append"
+    yield f"--output={logs}/job-%j.log"
+    yield from _component(config, cluster, nodes.num_nodes - apart)
+    if apart:
+        yield "hetjob"
+        partition = cluster.server_partition or cluster.partition
+        servers = cluster.model_copy(update={"partition": partition, "constraint": cluster.server_constraint})
+        yield from _component(config, servers, apart)
+
+
+def _component(config: TrainConfig, cluster: ClusterConfig, num_nodes: int) -> Iterator[str]:
+    """Nodes of one kind."""
     yield f"--partition={cluster.partition}"
     for name in ("account", "qos", "constraint", "reservation"):
         if (value := getattr(cluster, name)) is not None:
             yield f"--{name}={value}"
-    yield f"--nodes={nodes.num_nodes}"
+    yield f"--nodes={num_nodes}"
     yield "--ntasks-per-node=1"
     yield f"--cpus-per-task={cluster.cpus_per_node}"
     yield f"--mem={cluster.memory_per_node}"
@@ -84,12 +131,8 @@ def _header(config: TrainConfig, cluster: ClusterConfig, nodes: Allocation, logs
     elif cluster.gpu_request == "gpus-per-node":
         yield f"--gpus-per-node={config.resources.devices_per_node}"
     yield f"--time={cluster.time_limit}"
-    yield f"--signal=B:USR1@{cluster.signal_seconds}"
-    yield "--requeue"
-    yield "--open-mode=append"
     if cluster.exclude:
         yield f"--exclude={','.join(cluster.exclude)}"
-    yield f"--output={logs}/job-%j.log"
 
 
 def _settings(cluster: ClusterConfig, nodes: Allocation, script: Path) -> Iterator[str]:
@@ -109,6 +152,12 @@ def _settings(cluster: ClusterConfig, nodes: Allocation, script: Path) -> Iterat
     yield f"export OREAL_SCRIPT={shlex.quote(str(script))}"
     yield f"export OREAL_LOGS={shlex.quote(str(script.parent))}/logs-$SLURM_JOB_ID"
     yield f"export OREAL_TRAINER_NODES={nodes.trainer_nodes} OREAL_PROCESSES_PER_NODE={nodes.processes_per_node}"
+    if nodes.num_servers:
+        yield f"export OREAL_NUM_SERVERS={nodes.num_servers} OREAL_SERVER_NODES={nodes.server_nodes}"
+        yield f"export OREAL_SERVERS_SHARE={int(nodes.servers_share)}"
+    if nodes.judge_nodes:
+        yield f"export OREAL_JUDGE_NODES={nodes.judge_nodes}"
+        yield f"export OREAL_JUDGE_COMMAND={shlex.quote(str(cluster.judge_command))}"
     yield f"export OREAL_MAX_REQUEUES={cluster.max_requeues}"
     if cluster.node_check is not None:
         yield f"export OREAL_CHECK={shlex.quote(cluster.node_check)}"

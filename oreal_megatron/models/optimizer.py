@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from oreal_megatron.config import AdamWConfig
 from oreal_megatron.data.packing import TokenBatch
 from oreal_megatron.models.chunks import ModelChunks, chunks_of
 from oreal_megatron.models.microbatches import LossFunction, forward_backward, sum_gradients
+from oreal_megatron.models.optimizer_state import load_optimizer_state, sharded_optimizer_state
 from oreal_megatron.models.residence import Residence
 from oreal_megatron.parallel.groups import ParallelGroups
 
@@ -80,6 +82,7 @@ class TrainedModel:
             ),
             self.chunks,
         )
+        self.clip_grad = adamw.clip_grad
         self._start_adam()
         self.weights = Residence(module.parameters, enabled=layout.offload)
         self.states = Residence(self._optimizer_tensors, enabled=layout.offload)
@@ -102,11 +105,15 @@ class TrainedModel:
         )
 
     def _start_adam(self) -> None:
-        """Gives torch's AdamW its zero state now, so that a checkpoint holds the same tensors before any update.
+        """Gives AdamW its zero state now, so that a checkpoint holds the same tensors before any update.
 
         Megatron-Core's own initialisation, made for fused optimizers, leaves out the step that torch's reads.
         """
-        for adamw in self._torch_optimizers():
+        for part in self._parts():
+            adamw = part.optimizer
+            if not isinstance(adamw, torch.optim.AdamW):
+                part.init_state_fn(adamw, part.config)
+                continue
             for parameter in (p for group in adamw.param_groups for p in group["params"]):
                 adamw.state[parameter] = {
                     "step": torch.zeros(()),
@@ -114,18 +121,13 @@ class TrainedModel:
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
 
-    def load_optimizer(self, state: dict[str, Any]) -> None:
-        """Loads what `optimizer.sharded_state_dict` made.
+    def optimizer_state(self, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+        """For a checkpoint. model: the sharded state of the module."""
+        return sharded_optimizer_state(self._parts(), model, is_loading=is_loading)
 
-        For torch's AdamW, Megatron-Core leaves a step of 0 out of the checkpoint, and on loading hands all
-        parameters one step tensor, which would then count every parameter's update.
-        """
-        if self._torch_optimizers():
-            state["state"].setdefault("common_step", torch.zeros(()))
-        self.optimizer.load_state_dict(state)
-        for adamw in self._torch_optimizers():
-            for parameter_state in adamw.state.values():
-                parameter_state["step"] = parameter_state["step"].clone()
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Takes what was loaded for `optimizer_state`."""
+        load_optimizer_state(self._parts(), state)
 
     def _optimizer_tensors(self) -> list[Tensor]:
         """Moments and fp32 weights, of the latter those that are not the model's own."""
@@ -163,9 +165,6 @@ class TrainedModel:
         """Megatron's optimizers, each round one of torch's or Transformer Engine's."""
         return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
 
-    def _torch_optimizers(self) -> list[torch.optim.AdamW]:
-        return [part.optimizer for part in self._parts() if isinstance(part.optimizer, torch.optim.AdamW)]
-
     def forward_backward(self, batches: Sequence[TokenBatch], loss: LossFunction) -> list[Any]:
         """Gradients of `loss` over all micro-batches of all ranks; what `loss` handed back on this rank."""
         # An update leaves every .grad an alias of the gradient buffer: the next first micro-batch would count twice.
@@ -190,5 +189,9 @@ class TrainedModel:
             if not math.isfinite(norm):
                 raise FloatingPointError(f"the gradient norm is {norm}")
             self.advance_schedule()
-            self.optimizer.step()
+            # The rest of the optimizer's own step(), which would take the norm anew.
+            for part in self._parts():
+                if self.clip_grad > 0 and (parameters := part.get_parameters()):
+                    clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=norm)
+            self.optimizer.step_with_ready_grads()
         return UpdateReport(grad_norm=norm, lr=float(self.optimizer.param_groups[0]["lr"]))

@@ -1,266 +1,183 @@
-"""Direct publication: every server rank is sent exactly its own bytes, by the trainer ranks that hold them.
+"""The direct transport: every server rank is sent exactly its own bytes, by the trainer ranks that hold them.
 
-One publication, seen from the trainer: all ranks agree on a meeting (anew when servers came or went), the main one
-hands every engine its workers' orders over HTTP, all send, then the checksums that the senders expect are compared with
-those that the workers found.
+All trainer ranks and all workers of the servers are one process group, made anew when servers came or went. The main
+rank hands every worker its order over HTTP, then all send at once.
 """
 
 from __future__ import annotations
 
-import socket
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from datetime import timedelta
-from typing import Protocol
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from dataclasses import replace
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
-from oreal_megatron.config import GeometryConfig
-from oreal_megatron.convert.rules import Table
 from oreal_megatron.parallel.device import collective_backend
-from oreal_megatron.parallel.groups import ParallelGroups
-from oreal_megatron.resharding.loader import LOADER, Order, WorkerReport, report_key
+from oreal_megatron.resharding.delivery import Delivery, Failure, PausedServer
+from oreal_megatron.resharding.loader import Receive, arrival_key, start
+from oreal_megatron.resharding.orders import Desk, Given, failure_of
 from oreal_megatron.resharding.plan import Receiver as At
-from oreal_megatron.resharding.plan import ReshardingPlan, TrainerLayout, plan_resharding
+from oreal_megatron.resharding.plan import ReshardingPlan, plan_resharding
 from oreal_megatron.resharding.served import EngineLayout
-from oreal_megatron.resharding.transport import Checksums, Meeting, Sender, join
+from oreal_megatron.resharding.shards import PolicyShards
+from oreal_megatron.resharding.transport import Meeting, Sender, join
 
-
-class LoadingEngine(Protocol):
-    """A paused engine that takes weight updates."""
-
-    @property
-    def name(self) -> str: ...
-
-    def load(self, payloads: Sequence[Tensor], load_format: str, *, timeout_seconds: float) -> None:
-        """Has each tensor-parallel worker run its custom loader on its payload.
-
-        Raises:
-            OSError: the engine is not there (any more), or refused.
-        """
-
-
-@dataclass(frozen=True)
-class DirectReport:
-    """One publication, the same on all trainer ranks."""
-
-    failures: Mapping[str, str]
-    """Engine -> why it does not have the weights; empty: all have them, audited."""
-    num_bytes: int
-    """Sent by all ranks."""
-    plan_seconds: float
-    transfer_seconds: float
-    """From the first order to the last byte, over the slowest rank; joining included where servers came or went."""
-    audit_seconds: float
-    """The slowest worker's."""
+_LOOK_SECONDS = 0.02
 
 
 class DirectTransport:
-    """Sends the trainer's weights to engines of one layout. Every rank builds one and calls `send` together."""
+    """See Transport."""
 
-    def __init__(
-        self,
-        table: Table,
-        geometry: GeometryConfig,
-        trainer: TrainerLayout,
-        engine_layout: EngineLayout,
-        groups: ParallelGroups,
-        *,
-        dtype: torch.dtype,
-        bucket_bytes: int,
-        timeout_seconds: float,
-    ):
-        """engine_layout: of each engine; how many there are is known when sending. dtype: of the served weights."""
-        self._table = table
-        self._geometry = geometry
-        self._trainer = trainer
-        self._layout = engine_layout
-        self._groups = groups
-        self._dtype = dtype
+    def __init__(self, shards: PolicyShards, layout: EngineLayout, desk: Desk, *, bucket_bytes: int):
+        """layout: of each server; how many there are is known when sending."""
+        self._shards = shards
+        self._groups = shards.groups
+        self._layout = layout
+        self._desk = desk
         self._bucket_bytes = bucket_bytes
-        self._timeout = timeout_seconds
         self._plan: ReshardingPlan | None = None
         self._sender: Sender | None = None
         self._meeting: Meeting | None = None
         self._members: tuple[str, ...] = ()
-        self._store: dist.TCPStore | None = None
 
-    def send(self, shards: Mapping[str, Tensor], engines: Sequence[LoadingEngine], publication: str) -> DirectReport:
-        """Sends `shards` (this rank's, by Megatron's name) to all engines, and audits what arrived.
+    def prepare(self, weight_version: int) -> None:
+        """Nothing: weights leave from where they are."""
 
-        engines: read on the main rank only; the same list as before, or another one when servers came or went.
-        publication: a name that was not used before.
-        """
-        start = time.perf_counter()
-        members: tuple[str, ...] = self._groups.from_main(tuple(engine.name for engine in engines))
+    def send(self, servers: Sequence[PausedServer]) -> Delivery:
+        """See Transport. A process that ends in the middle breaks the group: then no server has the weights."""
+        begun = time.perf_counter()
+        members: tuple[str, ...] = self._groups.from_main(tuple(server.name for server in servers))
+        if not members:
+            return Delivery()
         plan = self._planned(len(members))
         planned = time.perf_counter()
-        is_new = self._meeting is None or members != self._members
+        is_new = self._sender is None or members != self._members
         if is_new:
             self._leave()
-            self._meeting, self._members = self._groups.from_main(self._called(plan, members)), members
-        meeting = self._meeting
-        assert meeting is not None
-        with ThreadPoolExecutor(max(len(engines), 1)) as pool:
-            orders = self._ordered(pool, engines, plan, publication, with_plan=is_new)
-            expected, error = self._sent(plan, shards)
-            outcomes = self._groups.gather_over_world([(expected, error, time.perf_counter() - planned)])
-            sent = [outcome for part in outcomes for outcome in part]
-            broken = next((error for _, error, _ in sent if error is not None), None)
-            if broken is not None:
-                # The workers that wait for this rank hear at once that it is gone.
-                self._leave()
-            failures, audit_seconds = self._groups.from_main(self._audited(meeting, orders, sent, broken, publication))
+            self._members = members
+            self._meeting = self._groups.from_main(self._called(plan))
+        orders = self._ordered(servers, plan, with_plan=is_new)
+        error = self._joined(plan, orders) if is_new else None
+        error = error or self._sent()
+        outcomes = self._groups.gather_over_world([(error, time.perf_counter() - planned)])
+        errors = [error for part in outcomes for error, _ in part if error is not None]
+        if errors:
+            self._leave()  # workers that wait for this rank hear at once that it is gone
+        failures, load_seconds = self._groups.from_main(self._answered(orders, errors))
         if failures:
             self._leave()
-        return DirectReport(
+        return Delivery(
             failures=failures,
-            num_bytes=plan.num_elements * self._dtype.itemsize,
-            plan_seconds=planned - start,
-            transfer_seconds=max(seconds for _, _, seconds in sent),
-            audit_seconds=audit_seconds,
+            num_bytes=plan.num_elements * self._shards.dtype.itemsize,
+            seconds={
+                "plan": planned - begun,
+                "transfer": max(seconds for part in outcomes for _, seconds in part),
+                "load": load_seconds,
+            },
         )
 
-    def _planned(self, num_engines: int) -> ReshardingPlan:
-        if self._plan is None or self._layout.count != num_engines:
-            self._layout = replace(self._layout, count=num_engines)
-            self._plan = plan_resharding(self._table, self._geometry, self._trainer, self._layout)
+    def _planned(self, num_servers: int) -> ReshardingPlan:
+        if self._plan is None or self._layout.count != num_servers:
+            self._layout = replace(self._layout, count=num_servers)
+            shards = self._shards
+            self._plan = plan_resharding(shards.table, shards.geometry, shards.trainer, self._layout)
         return self._plan
 
-    def _receivers(self) -> list[At]:
-        return [At(e, r) for e in range(self._layout.count) for r in range(self._layout.tensor)]
-
-    def _called(self, plan: ReshardingPlan, members: Sequence[str]) -> Meeting | None:
-        """A new meeting, from the main rank; its store lives as long as this object."""
+    def _called(self, plan: ReshardingPlan) -> Meeting | None:
         if not self._groups.is_main:
             return None
-        host = socket.gethostbyname(socket.gethostname())
-        if self._store is None:
-            self._store = dist.TCPStore(
-                "0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self._timeout)
-            )
         return Meeting(
-            host,
-            self._store.port,
-            uuid.uuid4().hex,
+            self._desk.host,
+            self._desk.port,
+            f"meetings/{uuid.uuid4().hex}",
             num_senders=plan.num_senders,
-            num_receivers=len(members) * self._layout.tensor,
-            timeout_seconds=self._timeout,
+            num_receivers=self._layout.count * self._layout.tensor,
+            timeout_seconds=self._desk.timeout_seconds,
         )
 
-    def _ordered(
-        self,
-        pool: ThreadPoolExecutor,
-        engines: Sequence[LoadingEngine],
-        plan: ReshardingPlan,
-        publication: str,
-        *,
-        with_plan: bool,
-    ) -> dict[str, Future[None]]:
-        """Engine -> its answer to come."""
+    def _ordered(self, servers: Sequence[PausedServer], plan: ReshardingPlan, *, with_plan: bool) -> dict[str, Given]:
+        """Server -> its workers' orders; empty on other ranks than the main one."""
         if not self._groups.is_main:
             return {}
         assert self._meeting is not None
-        answers = {}
-        for number, engine in enumerate(engines):
-            payloads = []
+        orders = {}
+        for number, server in enumerate(servers):
+            written = []
             for rank in range(self._layout.tensor):
-                shapes = {tensor.name: tensor.shape for tensor in plan.targets[rank]} if with_plan else None
-                order = Order(
+                task = Receive(
                     meeting=self._meeting,
                     number=number * self._layout.tensor + rank,
-                    publication=publication,
-                    dtype=str(self._dtype).removeprefix("torch."),
+                    dtype=self._desk.dtype,
                     bucket_bytes=self._bucket_bytes,
                     backend=collective_backend(),
-                    shapes=shapes,
                     rectangles=plan.of_receiver(At(number, rank)) if with_plan else None,
                 )
-                payloads.append(order.encoded())
-            answers[engine.name] = pool.submit(engine.load, payloads, LOADER, timeout_seconds=2 * self._timeout)
-        return answers
+                written.append(self._desk.write(task, rank))
+            orders[server.name] = self._desk.give(server, written)
+        return orders
 
-    def _sent(
-        self, plan: ReshardingPlan, shards: Mapping[str, Tensor]
-    ) -> tuple[Mapping[int, Checksums] | None, str | None]:
-        """(checksums to expect, None), or (None, what went wrong)."""
+    def _joined(self, plan: ReshardingPlan, orders: dict[str, Given]) -> str | None:
+        """Makes the group and this rank's sender, or says why not."""
         assert self._meeting is not None
-        rank = dist.get_rank()
+        meeting = self._meeting
+        have_come = self._groups.from_main(self._all_came(meeting, [one.answer for one in orders.values()]))
+        if not have_come:
+            return "not all servers came to the meeting"
+        receivers = [At(e, r) for e in range(self._layout.count) for r in range(self._layout.tensor)]
         try:
-            if self._sender is None:
-                receivers = self._receivers()
-                self._sender = Sender(
-                    join(self._meeting, rank, collective_backend()),
-                    rank,
-                    self._meeting.num_senders,
-                    {receivers.index(to): items for to, items in plan.of_sender(rank).items()},
-                    self._meeting.num_receivers,
-                    dtype=self._dtype,
-                    bucket_bytes=self._bucket_bytes,
-                )
-            return self._sender.send(shards), None
+            self._sender = Sender(
+                join(meeting, self._groups.rank, collective_backend()),
+                self._groups.rank,
+                meeting.num_senders,
+                {receivers.index(to): items for to, items in plan.of_sender(self._groups.rank).items()},
+                meeting.num_receivers,
+                dtype=self._shards.dtype,
+                bucket_bytes=self._bucket_bytes,
+            )
         except RuntimeError as error:
-            return None, f"trainer rank {rank}: {error}"
+            return f"trainer rank {self._groups.rank} could not join: {error}"
+        return None
 
-    def _audited(
-        self,
-        meeting: Meeting,
-        orders: Mapping[str, Future[None]],
-        sent: Sequence[tuple[Mapping[int, Checksums] | None, str | None, float]],
-        broken: str | None,
-        publication: str,
-    ) -> tuple[dict[str, str], float] | None:
-        """(engine -> why it failed, the slowest audit's seconds), on the main rank."""
+    def _all_came(self, meeting: Meeting, answers: Sequence[Future[None]]) -> bool | None:
+        """Whether every worker has come; false as soon as a server has answered instead. On the main rank."""
         if not self._groups.is_main:
             return None
-        failures: dict[str, str] = {}
-        audits = [0.0]
-        for number, (name, answer) in enumerate(orders.items()):
-            try:
-                answer.result()
-            except OSError as error:
-                failures[name] = f"did not load: {error}"
-                continue
-            for rank in range(self._layout.tensor):
-                report = self._report(meeting, number * self._layout.tensor + rank, publication)
-                audits.append(report.audit_seconds)
-                problem = report.error or broken or self._difference(number * self._layout.tensor + rank, report, sent)
-                if problem:
-                    failures.setdefault(name, f"tensor-parallel rank {rank}: {problem}")
-        return failures, max(audits)
+        assert self._desk.store is not None
+        missing = [arrival_key(meeting, number) for number in range(meeting.num_receivers)]
+        while missing and not any(answer.done() for answer in answers):
+            missing = [key for key in missing if not self._desk.store.check([key])]
+            if missing:
+                wait(answers, timeout=_LOOK_SECONDS, return_when="FIRST_COMPLETED")
+        start(self._desk.store, meeting, joining=not missing)
+        return not missing
 
-    def _report(self, meeting: Meeting, number: int, publication: str) -> WorkerReport:
-        assert self._store is not None
+    def _sent(self) -> str | None:
+        """Sends this rank's part, or says why not."""
+        assert self._sender is not None
         try:
-            return WorkerReport.decoded(self._store.get(report_key(meeting, publication, number)))
-        except (RuntimeError, ValueError) as error:
-            return WorkerReport(error=f"no report: {error}")
+            self._sender.send(self._shards.tensors())
+        except RuntimeError as error:
+            return f"trainer rank {self._groups.rank}: {error}"
+        return None
 
-    def _difference(
-        self,
-        number: int,
-        report: WorkerReport,
-        sent: Sequence[tuple[Mapping[int, Checksums] | None, str | None, float]],
-    ) -> str | None:
-        """What the audit found to differ from what was sent to receiver `number`."""
-        expected: dict[str, int] = {}
-        for checksums, _, _ in sent:
-            for name, value in (checksums or {}).get(number, {}).items():
-                expected[name] = (expected.get(name, 0) + value) % 2**64
-        found = report.checksums or {}
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        return f"{len(wrong)} of {len(expected)} tensors differ from the trainer's, first {wrong[0]}" if wrong else None
+    def _answered(self, orders: dict[str, Given], errors: Sequence[str]) -> tuple[dict[str, Failure], float] | None:
+        """(server -> why it failed, seconds until the last answer), on the main rank."""
+        if not self._groups.is_main:
+            return None
+        begun = time.perf_counter()
+        failures = {}
+        for name, given in orders.items():
+            failure = failure_of(self._desk, given)
+            if failure is None and errors:
+                failure = Failure(errors[0])
+            if failure is not None:
+                failures[name] = failure
+        return failures, time.perf_counter() - begun
 
     def _leave(self) -> None:
         self._sender = None
         self._meeting = None
 
     def close(self) -> None:
-        """Leaves the meeting and closes its store."""
+        """Leaves the group."""
         self._leave()
-        self._store = None

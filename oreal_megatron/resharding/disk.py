@@ -9,75 +9,48 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from oreal_megatron.config import GeometryConfig
-from oreal_megatron.convert.families import family_of
-from oreal_megatron.convert.layout import Layout
 from oreal_megatron.convert.module import held_parameters
 from oreal_megatron.convert.rules import Box
 from oreal_megatron.convert.weights import INDEX, NewShard
 from oreal_megatron.files import write_atomically
-from oreal_megatron.parallel.groups import ParallelGroups
+from oreal_megatron.resharding.delivery import Delivery, Failure, PausedServer, failure_of_answer
+from oreal_megatron.resharding.shards import PolicyShards
 
 _NAME = "version_{:06d}"
 
 
-class LoadsDirectories(Protocol):
-    """A server that takes weights from a Hugging Face directory: rollout.client.ServerClient."""
-
-    async def load_directory(self, directory: Path) -> None: ...
-
-
 class DiskTransport:
-    """A rollout.sglang.WeightTransport: a directory a version, the last two kept."""
+    """See Transport: a directory a version, the last two kept, on a file system that servers and trainer share."""
 
-    start_is_current = True
-
-    def __init__(
-        self,
-        chunks: Sequence[torch.nn.Module],
-        geometry: GeometryConfig,
-        groups: ParallelGroups,
-        directory: Path,
-        *,
-        config_json: Mapping[str, Any],
-    ):
-        """chunks: this rank's GPTModels. geometry: with vocab_size, without padding. config_json: of the model."""
-        self._chunks = chunks
-        self._groups = groups
+    def __init__(self, shards: PolicyShards, directory: Path, *, config_json: Mapping[str, Any]):
+        """config_json: of the model."""
+        self._shards = shards
+        self._groups = shards.groups
         self._directory = directory
         self._config_json = dict(config_json)
-        self._table = family_of(geometry).table(geometry, "causal")
-        self._dtype = next(chunks[0].parameters()).dtype
-        layout = Layout(groups.tensor_size, groups.pipeline_size, groups.layout.virtual_pipeline)
         by_stage: dict[int, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
-        for name, origin in self._table.origins.items():
-            entry = self._table.entries[origin.pieces[0].entry]
-            stage, _ = layout.stage_of(entry, geometry.num_layers)
-            by_stage.setdefault(stage, {})[name] = (origin.shape, self._dtype)
+        for name, origin in shards.table.origins.items():
+            entry = shards.table.entries[origin.pieces[0].entry]
+            stage, _ = shards.trainer.model.stage_of(entry, shards.geometry.num_layers)
+            by_stage.setdefault(stage, {})[name] = (origin.shape, shards.dtype)
         self._files = {
             stage: NewShard(f"model-{stage + 1:05d}-of-{len(by_stage):05d}.safetensors", tensors)
             for stage, tensors in by_stage.items()
         }
         self._current: Path | None = None
-
-    @property
-    def start_from(self) -> Path:
-        assert self._current is not None, "prepare comes first"
-        return self._current
+        self._write_seconds = 0.0
 
     def prepare(self, weight_version: int) -> None:
-        """Writes the directory; every rank calls it.
-
-        Raises:
-            OSError: the disk refused.
-        """
+        """See Transport: writes the directory."""
+        begun = time.perf_counter()
         target = (self._directory / _NAME.format(weight_version)).absolute()
         if self._groups.is_main:
             for old in self._directory.glob("version_*"):
@@ -102,9 +75,27 @@ class DiskTransport:
             write_atomically(target / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
             write_atomically(target / "config.json", json.dumps(self._config_json, indent=2) + "\n")
         self._current = target
+        self._write_seconds = time.perf_counter() - begun
 
-    async def load(self, server: LoadsDirectories) -> None:
-        await server.load_directory(self.start_from)
+    def send(self, servers: Sequence[PausedServer]) -> Delivery:
+        """See Transport: every server loads the directory. `transfer` is what it took to write it."""
+        begun = time.perf_counter()
+        failures: dict[str, Failure] = {}
+        if self._groups.is_main:
+            assert self._current is not None, "prepare comes first"
+            loading = {server.name: server.load_directory(self._current) for server in servers}
+            for name, answer in loading.items():
+                if (failure := failure_of_answer(answer)) is not None:
+                    failures[name] = failure
+        failures = self._groups.from_main(failures)
+        return Delivery(
+            failures=failures,
+            num_bytes=self._shards.num_bytes,
+            seconds={"transfer": self._write_seconds, "load": time.perf_counter() - begun},
+        )
+
+    def close(self) -> None:
+        """Directories stay."""
 
     @torch.no_grad()
     def _fill(self, path: Path, shard: NewShard) -> None:
@@ -121,9 +112,9 @@ class DiskTransport:
 
     def _parts(self) -> Iterator[tuple[Tensor, str, Box]]:
         """What this rank has to write: its rows, and the rectangle of the Hugging Face tensor that they are."""
-        for chunk in self._chunks:
-            for held in held_parameters(chunk, self._table, self._groups):
-                if held.name in self._table.module_aliases:
+        for chunk in self._shards.chunks:
+            for held in held_parameters(chunk, self._shards.table, self._groups):
+                if held.name in self._shards.table.module_aliases:
                     continue  # the last stage's copy of a tied embedding
                 if self._groups.tensor_rank > 0 and held.boxes == (held.entry.whole(held.num_rows),):
                     continue  # the same on every tensor rank

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from oreal_megatron.config import GeometryConfig
 from oreal_megatron.convert.layout import Layout, shards
 from oreal_megatron.convert.rules import Box, Interval, Table, overlap
-from oreal_megatron.resharding.served import EngineLayout, ServedTensor, served_tensors
+from oreal_megatron.resharding.served import EngineLayout, ServedTensor, served_tensors, whole_tensors
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,21 @@ def plan_resharding(
         for sender, receiver, rectangle in _dealt(holders, items):
             sent[sender, receiver].append(rectangle)
     return ReshardingPlan({key: tuple(sent[key]) for key in sorted(sent)}, targets, trainer.num_ranks)
+
+
+def plan_gathering(
+    table: Table, geometry: GeometryConfig, trainer: TrainerLayout
+) -> dict[str, dict[int, list[Rectangle]]]:
+    """Hugging Face tensor -> rank -> its rectangles of it; every element once, from the first rank that holds it."""
+    trainer.model.check(geometry)
+    holdings = _holdings(table, geometry, trainer)
+    gathered: dict[str, dict[int, list[Rectangle]]] = {}
+    for tensor in whole_tensors(table):
+        by_rank: dict[int, list[Rectangle]] = defaultdict(list)
+        for holders, rectangle in _needed(table, [tensor], holdings):
+            by_rank[holders[0]].append(rectangle)
+        gathered[tensor.name] = dict(by_rank)
+    return gathered
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ _MERGED = {
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
 }
-_SPLIT_BY_COLUMNS = ("o_proj", "down_proj")
+CPU_FEED_FORWARD_MULTIPLE = 32
+"""Of SGLang's servers on CPU, and there alone (`DEFAULT_MOE_PADDING_SIZE`)."""
+
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -31,6 +33,8 @@ class EngineLayout:
     tensor: int = 1
     vocabulary_multiple: int = 64
     """Rows that SGLang pads the vocabulary to a multiple of (`DEFAULT_VOCAB_PADDING_SIZE`)."""
+    feed_forward_multiple: int = 1
+    """Feed-forward columns that a rank's share is padded to a multiple of, with zeros; 1: it is not padded."""
 
     def check(self, geometry: GeometryConfig) -> None:
         """Raises ValueError, with every reason, where an engine cannot serve a model of this geometry so."""
@@ -41,7 +45,10 @@ class EngineLayout:
             for is_wrong, reason in (
                 (geometry.num_attention_heads % self.tensor, f"{geometry.num_attention_heads} attention heads {over}"),
                 (groups % self.tensor and self.tensor % groups, f"{groups} key-value heads {over}, nor copies of them"),
-                (geometry.ffn_hidden_size % self.tensor, f"{geometry.ffn_hidden_size} feed-forward columns {over}"),
+                (
+                    self.padded_columns(geometry.ffn_hidden_size) % self.tensor,
+                    f"{geometry.ffn_hidden_size} feed-forward columns {over}",
+                ),
                 (self.padded_rows(geometry.vocab_size or 0) % self.tensor, f"the padded vocabulary {over}"),
             )
             if is_wrong
@@ -50,7 +57,12 @@ class EngineLayout:
             raise ValueError("the model does not split: " + "; ".join(problems))
 
     def padded_rows(self, vocab_size: int) -> int:
-        return -(-vocab_size // self.vocabulary_multiple) * self.vocabulary_multiple
+        return _rounded_up(vocab_size, self.vocabulary_multiple)
+
+    def padded_columns(self, ffn_hidden_size: int) -> int:
+        if self.feed_forward_multiple == 1:
+            return ffn_hidden_size
+        return _rounded_up(ffn_hidden_size, self.feed_forward_multiple * self.tensor)
 
 
 @dataclass(frozen=True)
@@ -79,15 +91,21 @@ def served_tensors(table: Table, geometry: GeometryConfig, layout: EngineLayout,
     for name, sources in merged.items():
         parts, rows = [], 0
         for source in sources:
-            shape = table.origins[source].shape
-            box = _held(source, shape, geometry, layout, rank)
-            size = box.shape[0]
-            if source in _VOCABULARY:
-                box = Box((min(box.rows[0], shape[0]), min(box.rows[1], shape[0])), box.columns)
-            if box.shape[0]:
+            whole = table.origins[source].shape
+            held = _held(source, whole, geometry, layout, rank)
+            box = Box(_within(held.rows, whole[0]), held.columns and _within(held.columns, whole[1]))
+            if box.num_elements:
                 parts.append(Copy(source, box, (rows, rows + box.shape[0])))
-            rows += size
-        yield ServedTensor(name, (rows, *box.shape[1:]), tuple(parts))
+            rows += held.shape[0]
+        yield ServedTensor(name, (rows, *held.shape[1:]), tuple(parts))
+
+
+def whole_tensors(table: Table) -> Iterator[ServedTensor]:
+    """Every tensor as Hugging Face has it: for who holds whole copies."""
+    for name, origin in table.origins.items():
+        rows, *columns = origin.shape
+        box = Box((0, rows), (0, columns[0]) if columns else None)
+        yield ServedTensor(name, origin.shape, (Copy(name, box, (0, rows)),))
 
 
 def _served_name(name: str) -> str:
@@ -97,7 +115,7 @@ def _served_name(name: str) -> str:
 
 
 def _held(name: str, shape: tuple[int, ...], geometry: GeometryConfig, layout: EngineLayout, rank: int) -> Box:
-    """What rank `rank` holds of a Hugging Face tensor, padding of the vocabulary included."""
+    """What rank `rank` holds of a Hugging Face tensor, padding included."""
     leaf = name.split(".")[-2]
     rows: Interval = (0, shape[0])
     columns: Interval | None = (0, shape[1]) if len(shape) > 1 else None
@@ -106,13 +124,24 @@ def _held(name: str, shape: tuple[int, ...], geometry: GeometryConfig, layout: E
     elif leaf in ("k_proj", "v_proj") and layout.tensor > geometry.num_query_groups:
         copies = layout.tensor // geometry.num_query_groups
         rows = _part(shape[0], geometry.num_query_groups, rank // copies)
+    elif leaf in ("gate_proj", "up_proj"):
+        rows = _part(layout.padded_columns(shape[0]), layout.tensor, rank)
     elif leaf in _MERGED:
         rows = _part(shape[0], layout.tensor, rank)
-    elif leaf in _SPLIT_BY_COLUMNS:
-        assert columns is not None
-        columns = _part(columns[1], layout.tensor, rank)
+    elif leaf == "o_proj":
+        columns = _part(shape[1], layout.tensor, rank)
+    elif leaf == "down_proj":
+        columns = _part(layout.padded_columns(shape[1]), layout.tensor, rank)
     return Box(rows, columns)
 
 
 def _part(length: int, size: int, rank: int) -> Interval:
     return rank * (length // size), (rank + 1) * (length // size)
+
+
+def _within(interval: Interval, length: int) -> Interval:
+    return min(interval[0], length), min(interval[1], length)
+
+
+def _rounded_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple

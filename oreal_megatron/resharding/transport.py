@@ -3,15 +3,10 @@
 Senders and receivers are one process group of their own (senders first). Each pair moves its rectangles in buckets;
 pairs take turns so that in every round each process has one partner, and nobody waits for a third. Memory beyond the
 weights is two buckets a process: one travels while the other is packed or unpacked.
-
-Every element is audited end to end: the sum of its bits, weighted by its place in the receiver's tensor, is additive,
-so what the senders expect and what the receivers hold are compared without gathering a tensor (64-bit, modulo 2^64).
 """
 
 from __future__ import annotations
 
-import itertools
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,15 +18,6 @@ from torch import Tensor
 
 from oreal_megatron.convert.rules import Box
 from oreal_megatron.resharding.plan import Rectangle, buckets
-
-Checksums = dict[str, int]
-"""By the receiver's name of a tensor: the weighted sum of its bits, in [0, 2^64)."""
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Multiplicative hashing: odd constants that spread neighbouring indices over 32 bits; two, so that a transpose shows.
-_ROW, _COLUMN = 0x9E3779B1, 0x85EBCA6B
-
-_CHUNK_ELEMENTS = 2**20  # a checksum takes 8 bytes an element while it is computed
 
 
 @dataclass(frozen=True)
@@ -101,25 +87,20 @@ class Sender:
         self._buckets = [(receiver, run) for _, receiver in order for run in buckets(plan[receiver], per_bucket)]
         self._buffers = _Buffers(run for _, run in self._buckets)
 
-    def send(self, shards: Mapping[str, Tensor]) -> dict[int, Checksums]:
-        """Sends everything that the plan asks of this rank; returns, by receiver, what the audit must find.
+    def send(self, shards: Mapping[str, Tensor]) -> None:
+        """Sends everything that the plan asks of this rank.
 
         shards: this rank's tensors by Megatron's name, of any float dtype.
         """
-        expected: dict[int, Checksums] = defaultdict(lambda: defaultdict(int))
         travelling: list[Any] = []
         for receiver, run in self._buckets:
             if len(travelling) == _Buffers.NUMBER:
                 travelling.pop(0).wait()
             flat = self._buffers.next(run, self._dtype, next(iter(shards.values())).device)
-            for item, part in _parts(run, flat):
-                part.copy_(_view(shards[item.source], item.source_box))
-                sums = expected[receiver]
-                sums[item.target] = _add(sums[item.target], checksum(part, item.target_box))
+            pack(run, shards, flat)
             travelling.append(self._group.send([flat], self._offset + receiver, 0))
         for work in travelling:
             work.wait()
-        return {receiver: dict(sums) for receiver, sums in expected.items()}
 
 
 class Receiver:
@@ -139,9 +120,6 @@ class Receiver:
         """plan: by sender."""
         self._group = group
         self._dtype = dtype
-        self._boxes: dict[str, list[Box]] = defaultdict(list)
-        for item in itertools.chain.from_iterable(plan.values()):
-            self._boxes[item.target].append(item.target_box)
         per_bucket = max(bucket_bytes // dtype.itemsize, 1)
         order = rounds(((sender, number) for sender in plan), num_senders, num_receivers)
         self._buckets = [(sender, run) for sender, _ in order for run in buckets(plan[sender], per_bucket)]
@@ -160,15 +138,7 @@ class Receiver:
 
     def _unpack(self, work: Any, run: Sequence[Rectangle], flat: Tensor, parameters: Mapping[str, Tensor]) -> None:
         work.wait()
-        for item, part in _parts(run, flat):
-            _view(parameters[item.target], item.target_box).copy_(part)
-
-    def audit(self, parameters: Mapping[str, Tensor]) -> Checksums:
-        """What the parameters hold now, where something was sent to."""
-        return {
-            name: _add(*(checksum(_view(parameters[name], box), box) for box in boxes))
-            for name, boxes in self._boxes.items()
-        }
+        unpack(run, flat, parameters)
 
 
 class _Buffers:
@@ -188,6 +158,18 @@ class _Buffers:
         return self._buffers[self._turn][: sum(item.num_elements for item in run)]
 
 
+def pack(run: Sequence[Rectangle], shards: Mapping[str, Tensor], flat: Tensor) -> None:
+    """Fills a flat buffer with a bucket's rectangles out of a trainer rank's tensors."""
+    for item, part in _parts(run, flat):
+        part.copy_(view(shards[item.source], item.source_box))
+
+
+def unpack(run: Sequence[Rectangle], flat: Tensor, parameters: Mapping[str, Tensor]) -> None:
+    """Copies a bucket's rectangles to where they belong in a receiver's tensors."""
+    for item, part in _parts(run, flat):
+        view(parameters[item.target], item.target_box).copy_(part)
+
+
 def _parts(run: Sequence[Rectangle], flat: Tensor) -> Iterator[tuple[Rectangle, Tensor]]:
     """Each rectangle of a bucket with its place in the flat buffer."""
     first = 0
@@ -196,33 +178,7 @@ def _parts(run: Sequence[Rectangle], flat: Tensor) -> Iterator[tuple[Rectangle, 
         first += item.num_elements
 
 
-def _view(tensor: Tensor, box: Box) -> Tensor:
+def view(tensor: Tensor, box: Box) -> Tensor:
+    """A rectangle of a tensor."""
     rows = tensor.detach()[slice(*box.rows)]
     return rows if box.columns is None else rows[:, slice(*box.columns)]
-
-
-def checksum(part: Tensor, box: Box) -> int:
-    """The weighted sum of the bits of `part`, which lies at `box` of its tensor.
-
-    Each element's bits times an odd weight of its row and one of its column: a wrong bit, a wrong place and a swap of
-    two elements all change it.
-    """
-    columns = None if box.columns is None else _weights(box.columns, _COLUMN, part.device)
-    rows = _weights(box.rows, _ROW, part.device)
-    step = max(_CHUNK_ELEMENTS // max(part[:1].numel(), 1), 1)
-    total = 0
-    for chunk, weights in zip(part.split(step), rows.split(step), strict=True):
-        bits = chunk.contiguous().view(_INTEGERS[chunk.element_size()]).long()
-        if columns is not None:
-            bits = (bits * columns).sum(-1)
-        total += int((bits * weights).sum())
-    return total % 2**64
-
-
-def _weights(interval: tuple[int, int], multiplier: int, device: torch.device) -> Tensor:
-    places = torch.arange(interval[0] + 1, interval[1] + 1, device=device)
-    return (places * multiplier & 0xFFFFFFFF) | 1
-
-
-def _add(*sums: int) -> int:
-    return sum(sums) % 2**64

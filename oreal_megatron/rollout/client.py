@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import httpx
 
 _CONNECT_SECONDS = 10.0
+# SGLang closes connections that were idle for 5 seconds; a request that is sent just then would be lost.
+_IDLE_SECONDS = 2.0
 # Control requests that must get through while all places for generation are taken.
 _SPARE_CONNECTIONS = 8
 
@@ -44,6 +47,11 @@ class ServerDescription:
     dtype: str
     version: str
     """Of SGLang."""
+    device: str
+    tensor: int
+    """Tensor-parallel ranks."""
+    weight_loaders: tuple[str, ...]
+    """Functions that it was started with as --custom-weight-loader."""
 
 
 class ServerClient:
@@ -55,7 +63,9 @@ class ServerClient:
         connections = max_concurrency + _SPARE_CONNECTIONS
         self._http = httpx.AsyncClient(
             base_url=url,
-            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            limits=httpx.Limits(
+                max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=_IDLE_SECONDS
+            ),
             timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
             trust_env=False,  # a proxy of the machine is not for a server beside us
         )
@@ -106,6 +116,9 @@ class ServerClient:
             weight_label=str(model["weight_version"]),
             dtype=str(server["dtype"]),
             version=str(server["version"]),
+            device=str(server["device"]),
+            tensor=int(server["tp_size"]),
+            weight_loaders=tuple(server.get("custom_weight_loader") or ()),
         )
 
     async def weight_label(self) -> str:
@@ -115,8 +128,31 @@ class ServerClient:
         """Generation stands still; running requests lose their KV cache and go on with the next weights."""
         await self._ask("POST", "/pause_generation", {"mode": "retract"})
 
+    async def begin_update(self) -> None:
+        """Weights may change until `end_update`."""
+        await self._ask("POST", "/begin_weight_update", {})
+
+    async def end_update(self) -> None:
+        await self._ask("POST", "/end_weight_update", {})
+
     async def load_directory(self, directory: Path) -> None:
-        await self._ask("POST", "/update_weights_from_disk", {"model_path": str(directory), "flush_cache": False})
+        body = {"model_path": str(directory), "load_format": "auto", "flush_cache": False}
+        await self._ask("POST", "/update_weights_from_disk", body)
+
+    async def load_tensors(self, payloads: Sequence[bytes], load_format: str) -> None:
+        """payloads: one pickled list of (name, tensor) a tensor-parallel rank."""
+        encoded = [base64.b64encode(payload).decode() for payload in payloads]
+        body = {"serialized_named_tensors": encoded, "load_format": load_format, "flush_cache": False}
+        await self._ask("POST", "/update_weights_from_tensor", body)
+
+    async def join_group(self, group: Mapping[str, Any]) -> None:
+        await self._ask("POST", "/init_weights_update_group", group)
+
+    async def load_from_group(self, tensors: Mapping[str, Any]) -> None:
+        await self._ask("POST", "/update_weights_from_distributed", {**tensors, "flush_cache": False})
+
+    async def leave_group(self, name: str) -> None:
+        await self._ask("POST", "/destroy_weights_update_group", {"group_name": name})
 
     async def flush(self) -> None:
         """Forgets the KV of every prefix: it belongs to old weights."""

@@ -67,8 +67,9 @@ class EmbeddedEngine:
         for index, requests in enumerate(units):
             yield index, self._generate_batch(requests, sampling)
 
-    def publish(self, weight_version: int) -> None:
+    def publish(self, weight_version: int) -> dict[str, float]:
         self.weight_version = weight_version
+        return {}
 
     def close(self) -> None:
         pass

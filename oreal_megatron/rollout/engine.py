@@ -76,8 +76,11 @@ class RolloutEngine(Protocol):
         under way is broken off, and units come as they are then.
         """
 
-    def publish(self, weight_version: int) -> None:
-        """From now on generate with the policy's present weights, stamped `weight_version`."""
+    def publish(self, weight_version: int) -> Mapping[str, float]:
+        """From now on generate with the policy's present weights, stamped `weight_version`.
+
+        Every rank calls it. Returns what a step's report shall say of it.
+        """
 
     def close(self) -> None:
         """Ends whatever the engine started."""

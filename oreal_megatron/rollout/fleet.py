@@ -6,13 +6,16 @@ All of it runs on one event loop, in one thread of the trainer's main process.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from oreal_megatron.config import SamplingConfig, SGLangConfig
+from oreal_megatron.files import write_atomically
 from oreal_megatron.rollout.client import (
     Generated,
     RequestRefused,
@@ -22,6 +25,7 @@ from oreal_megatron.rollout.client import (
 )
 from oreal_megatron.rollout.engine import Completion, GenerationRequest
 from oreal_megatron.rollout.server import (
+    NO_WEIGHTS,
     ServerProcess,
     ServerStartError,
     choose_port,
@@ -33,9 +37,6 @@ from oreal_megatron.rollout.work import LostTooOftenError, Work
 _POLL_SECONDS = 0.5
 # Between two looks at whether a step has enough, and between two aborts of what is under way still.
 _ENOUGH_SECONDS = 0.1
-
-Load = Callable[[ServerClient], Awaitable[None]]
-"""Asks one paused server to take the present weights, and returns when it has."""
 
 
 class NoServerError(RuntimeError):
@@ -49,12 +50,6 @@ class Weights:
     version: int
     label: str
     """What servers call them: unlike any other run's."""
-    load: Load | None
-    """None: another process publishes."""
-    start_from: Path | None
-    """Hugging Face directory that a new server starts from; None: another process starts it."""
-    is_whole: bool
-    """Whether `start_from` holds these very weights, so that a new server needs no load."""
 
 
 @dataclass
@@ -70,9 +65,12 @@ class Member:
     """Of the weights that it was seen to have since contact was last lost; None: not seen yet."""
     num_restarts: int = 0
     """Since it last answered a request."""
+    is_up: bool = False
+    """Whether it has answered, as our model's, since contact was last lost."""
     was_up: bool = False
+    """Whether it ever has."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by who starts it or brings it up to date."""
+    """Held by who starts it or publishes to it."""
     given_up: str | None = None
     """Why it gets no more requests, or None."""
 
@@ -87,22 +85,33 @@ class Fleet:
         dtype: str,
         max_sequence_length: int,
         stop_token_id: int,
-        logs: Path,
+        directory: Path,
+        config_json: Mapping[str, Any],
+        weight_loader: str,
         check: Callable[[str, ServerDescription], None],
         say: Callable[[str], None],
     ):
-        """check: told url and description; raises ValueError where a server is not what the run needs."""
+        """directory: for logs, and for what servers start from. config_json: of the model. weight_loader: name of the
+        function by which servers take orders of publications. check: told url and description; raises ValueError where
+        a server is not what the run needs.
+        """
         self._config = config
         self._dtype = dtype
         self._max_sequence_length = max_sequence_length
         self._stop_token_id = stop_token_id
-        self._logs = logs
+        self._directory = directory
+        self._config_json = config_json
+        self._weight_loader = weight_loader
         self._check = check
         self._say = say
         self._token = uuid.uuid4().hex[:8]
         self._weights: Weights | None = None
         self._owns = True
         self._supervisor: asyncio.Task[None] | None = None
+        self._is_first = True
+        self._has_told = False
+        self.on_starving: Callable[[], None] = lambda: None
+        """Called, once until the next `settle`, where no server has the current weights and one waits for them."""
         self.members: list[Member] = []
         self.num_retries = 0
         """Responses that were asked for again, over the fleet's life."""
@@ -113,21 +122,74 @@ class Fleet:
 
     # ---- weights -------------------------------------------------------------------------------------------------
 
-    async def publish(self, weights: Weights) -> None:
-        """Every server that can be reached has the weights, or is started with them; the others get them before their
-        next prompt.
+    async def open(self, weights: Weights, *, wait: bool) -> list[Member]:
+        """The servers that are to get `weights`, paused. Until `settle` they are nobody else's.
+
+        wait: for servers that are starting, too; of the first weights, always. Otherwise these get the weights later.
 
         Raises:
-            NoServerError: no server has them; or, of the first weights, one server has them not.
+            NoServerError: no server can be used; or, of the first weights, one server cannot.
         """
         self._weights = weights
-        is_first = not self.members
-        if is_first:
+        if not self.members:
             self._assemble(self._config.urls or self._new_urls())
             self._supervisor = asyncio.create_task(self._supervise())
-        await asyncio.gather(*(self._bring_up(member) for member in self.members))
+        if wait or self._is_first:
+            await asyncio.gather(*(self._reached(member) for member in self.members))
+        self._check_usable()
+        chosen = [m for m in self.members if m.is_up and m.label != weights.label and not m.lock.locked()]
+        await asyncio.gather(*(self._pause(member) for member in chosen))
+        return [member for member in chosen if member.is_up]
+
+    async def _pause(self, member: Member) -> None:
+        await member.lock.acquire()
+        try:
+            await member.client.pause()
+            await member.client.begin_update()
+        except (ServerLost, RequestRefused) as error:
+            await self._lost_locked(member, error)
+            member.lock.release()
+
+    async def settle(self, opened: Sequence[Member], failures: Mapping[str, str]) -> None:
+        """Servers that have the weights go on; those that failed (by URL, with the reason) are lost.
+
+        Raises:
+            NoServerError: as `open`.
+        """
+        await asyncio.gather(*(self._settle(member, failures.get(member.client.url)) for member in opened))
+        self._has_told = False
+        self._check_usable()
+        self._is_first = False
+
+    async def _settle(self, member: Member, failure: str | None) -> None:
+        assert self._weights is not None
+        try:
+            if failure is not None:
+                raise ServerLost(f"{member.client.url} does not have the weights: {failure}")
+            await self._continue(member, self._weights.label)
+            member.label = self._weights.label
+        except (ServerLost, RequestRefused) as error:
+            if not member.is_ours:
+                # It may be somebody else's too: it goes on, with weights that nobody asks for.
+                with contextlib.suppress(ServerLost, RequestRefused):
+                    await self._continue(member, NO_WEIGHTS)
+            if self._is_first:
+                self._give_up(member, str(error))
+            else:
+                await self._lost_locked(member, error)
+        finally:
+            member.lock.release()
+
+    async def _continue(self, member: Member, label: str) -> None:
+        await member.client.end_update()
+        await member.client.flush()
+        await member.client.label_weights(label)
+        await member.client.resume()
+
+    def _check_usable(self) -> None:
+        """Raises NoServerError where no server is left; or, before any had weights, where one cannot be used."""
         failed = [member for member in self.members if member.given_up is not None]
-        if failed and (is_first or len(failed) == len(self.members)):
+        if failed and (self._is_first or len(failed) == len(self.members)):
             raise self._no_server(failed)
 
     def _new_urls(self) -> list[str]:
@@ -156,7 +218,8 @@ class Fleet:
     async def follow(self, version: int, label: str, urls: Sequence[str]) -> None:
         """For a fleet of another process: its servers are to be used while they have weights `label`."""
         self._owns = False
-        self._weights = Weights(version=version, label=label, load=None, start_from=None, is_whole=False)
+        self._weights = Weights(version=version, label=label)
+        self._has_told = False
         if not self.members:
             self._assemble(urls)
         for member in self.members:
@@ -166,31 +229,60 @@ class Fleet:
         """Starts launched servers anew when they end, whoever is using them."""
         while True:
             await asyncio.sleep(_POLL_SECONDS)
-            for member in self.members:
-                if member.process is not None and member.process.exit_code is not None and not member.lock.locked():
-                    await self._bring_up(member)
+            ended = [
+                member
+                for member in self.members
+                if member.is_ours
+                and not member.lock.locked()
+                and (member.process is None or member.process.exit_code is not None)
+            ]
+            await asyncio.gather(*(self._reached(member) for member in ended))
 
     async def _bring_up(self, member: Member) -> None:
         """Until the member has the current weights, or is given up."""
-        async with member.lock:
-            await self._bring_up_locked(member)
-
-    async def _bring_up_locked(self, member: Member) -> None:
         while member.given_up is None:
-            try:
-                await self._reach(member)
-                await self._synchronize(member)
-                member.was_up = True
+            await self._reached(member)
+            if await self._has_weights(member):
                 return
-            except ServerLost as error:
-                await self._lost(member, error)
-            except ServerStartError as error:
-                if member.was_up:
-                    await self._lost(member, error)
-                else:
+
+    async def _reached(self, member: Member) -> None:
+        """Until the member answers, or is given up."""
+        async with member.lock:
+            while member.given_up is None:
+                try:
+                    await self._reach(member)
+                    member.is_up = member.was_up = True
+                    return
+                except ServerLost as error:
+                    await self._lost_locked(member, error)
+                except ServerStartError as error:
+                    if member.was_up:
+                        await self._lost_locked(member, error)
+                    else:
+                        self._give_up(member, str(error))
+                except ValueError as error:
                     self._give_up(member, str(error))
-            except ValueError as error:
-                self._give_up(member, str(error))
+
+    async def _has_weights(self, member: Member) -> bool:
+        """Waits until a publication has reached the member; false if it is lost meanwhile."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self._config.startup_seconds
+        while member.given_up is None and (member.is_up or not self._owns):
+            assert self._weights is not None
+            if not self._owns and member.label is None:
+                with contextlib.suppress(ServerLost):
+                    member.label = await member.client.weight_label()
+            if member.label == self._weights.label:
+                return True
+            if not self._owns and clock() > deadline:
+                self._give_up(member, f"{member.client.url} did not get the current weights in time")
+            if not self._has_told and all(other.label != self._weights.label for other in self.members):
+                self._has_told = True
+                self.on_starving()
+            if not self._owns:
+                member.label = None
+            await asyncio.sleep(_POLL_SECONDS / 5)
+        return False
 
     async def _reach(self, member: Member) -> None:
         """Starts the member if it is ours and not running; waits until it answers.
@@ -198,31 +290,54 @@ class Fleet:
         Raises:
             ServerLost: it does not, in time. ServerStartError: it cannot start. ValueError: it is another model's.
         """
+        if not self._owns:
+            return
         if member.is_ours and member.process is None:
             await self._start(member)
         elif member.process is not None and member.process.exit_code is not None:
             raise ServerLost(f"{member.client.url} ended with exit code {member.process.exit_code}")
-        if self._owns and not member.is_ours and member.label is None:
-            self._check(member.client.url, await self._until_it_answers(member))
+        elif not member.is_ours and member.label is None:
+            member.label = (await self._described(member)).weight_label
 
     async def _start(self, member: Member) -> None:
-        assert self._weights is not None
-        weights = self._weights
-        assert weights.start_from is not None
+        model = self._directory / "model"
+        model.mkdir(parents=True, exist_ok=True)
+        write_atomically(model / "config.json", json.dumps(self._config_json, indent=2) + "\n")
         command = launch_command(
             self._config,
-            model=weights.start_from,
-            weight_label=weights.label if weights.is_whole else "none",
+            model=model.absolute(),
+            weight_loader=self._weight_loader,
             port=int(member.client.url.rsplit(":", 1)[1]),
             dtype=self._dtype,
             max_sequence_length=self._max_sequence_length,
         )
-        log = self._logs / f"server_{member.index}.log"
+        log = self._directory / f"server_{member.index}.log"
         member.process = ServerProcess(command, launch_environment(self._config), log)
-        self._check(member.client.url, await self._until_it_answers(member))
+        await self._described(member)
         while not await member.client.is_healthy(self._config.health_seconds):
             self._check_alive(member)
             await asyncio.sleep(_POLL_SECONDS)
+
+    async def _described(self, member: Member) -> ServerDescription:
+        """What the server says of itself, when it does.
+
+        Raises:
+            ValueError: it is not what the run needs.
+        """
+        url, found = member.client.url, await self._until_it_answers(member)
+        self._check(url, found)
+        if self._weight_loader not in found.weight_loaders:
+            raise ValueError(
+                f"{url} was started without --custom-weight-loader {self._weight_loader}, by which it would take and "
+                "audit weights; start it with that option and this package on its PYTHONPATH"
+            )
+        for key, has, wanted in (
+            ("tensor", found.tensor, self._config.tensor),
+            ("device", found.device, self._config.device),
+        ):
+            if has != wanted:
+                raise ValueError(f"{url} has {key} {has}, rollout.sglang.{key} is {wanted}: they must be the same")
+        return found
 
     async def _until_it_answers(self, member: Member) -> ServerDescription:
         """What the server says of itself; paused ones answer too."""
@@ -244,34 +359,15 @@ class Fleet:
         if member.process is not None and (code := member.process.exit_code) is not None:
             raise ServerStartError(f"{member.client.url} ended with exit code {code} while it started{_log_of(member)}")
 
-    async def _synchronize(self, member: Member) -> None:
-        """Pause, load, flush, version, continue; unless the server has the weights already."""
-        assert self._weights is not None
-        weights = self._weights
-        if not self._owns:
-            await self._until_synchronized(member, weights.label)
-        elif await member.client.weight_label() != weights.label:
-            assert weights.load is not None
-            member.label = None
-            await member.client.pause()
-            await weights.load(member.client)
-            await member.client.flush()
-            await member.client.label_weights(weights.label)
-            await member.client.resume()
-        member.label = weights.label
-
-    async def _until_synchronized(self, member: Member, label: str) -> None:
-        """Another process brings the server up to date."""
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + self._config.startup_seconds
-        while (await self._until_it_answers(member)).weight_label != label:
-            if clock() > deadline:
-                raise ServerLost(f"{member.client.url} did not get the current weights in time")
-            await asyncio.sleep(_POLL_SECONDS)
-
     async def _lost(self, member: Member, error: Exception) -> None:
+        """Whoever works with it has lost contact; nothing happens where somebody else has noticed before."""
+        if member.is_up:
+            async with member.lock:
+                await self._lost_locked(member, error)
+
+    async def _lost_locked(self, member: Member, error: Exception) -> None:
         """Ends what is left of a launched server, so that it is started anew; gives up what cannot be had back."""
-        member.label = None
+        member.label, member.is_up = None, False
         self._say(f"[yellow]rollout server {member.index} lost: {error}[/]")
         if member.is_ours:
             await self._end(member)
@@ -283,7 +379,7 @@ class Fleet:
         member.num_restarts += 1
 
     def _give_up(self, member: Member, why: str) -> None:
-        member.given_up = why
+        member.given_up, member.label, member.is_up = why, None, False
         self._say(f"[red]rollout server {member.index} given up: {why}[/]")
 
     # ---- generation ----------------------------------------------------------------------------------------------

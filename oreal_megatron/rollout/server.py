@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import oreal_megatron
 from oreal_megatron.config import SGLangConfig
 
 _SHIMS = Path(__file__).parent / "cpu_shims"
@@ -26,20 +27,26 @@ _OF_TORCHRUN = {"MASTER_ADDR", "MASTER_PORT", "ROLE_NAME"} | {
 _GRACE_SECONDS = 5.0
 
 
+NO_WEIGHTS = "none"
+"""What a server calls its weights until a publication has reached it."""
+
+
 class ServerStartError(RuntimeError):
     """A server cannot be started, or ended while it started; the message has the end of its log."""
 
 
 def launch_command(
-    config: SGLangConfig, *, model: Path, weight_label: str, port: int, dtype: str, max_sequence_length: int
+    config: SGLangConfig, *, model: Path, weight_loader: str, port: int, dtype: str, max_sequence_length: int
 ) -> list[str]:
-    """The command line of one server.
+    """The command line of one server, which starts with random weights.
 
-    model: Hugging Face directory to start from. weight_label: what its answers say of these weights.
+    model: directory with the config.json. weight_loader: name of the function that takes orders of publications.
     """
     options: dict[str, str | int | float | bool] = {
         "model-path": str(model),
-        "weight-version": weight_label,
+        "load-format": "dummy",
+        "custom-weight-loader": weight_loader,
+        "weight-version": NO_WEIGHTS,
         "host": config.host,
         "port": port,
         "device": config.device,
@@ -74,7 +81,8 @@ def launch_environment(config: SGLangConfig) -> dict[str, str]:
         ServerStartError: SGLang is not installed.
     """
     own = Path(sys.prefix) / "sglang"  # where `make sglang-deps` puts it
-    inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    ours = str(Path(oreal_megatron.__file__).parents[1])  # its workers import the weight loader
+    inherited = [ours, *(path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path)]
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -85,7 +93,7 @@ def launch_environment(config: SGLangConfig) -> dict[str, str]:
     if config.device == "cuda":
         if importlib.util.find_spec("sglang") is None:
             raise ServerStartError("rollout.backend=sglang: SGLang is not installed; pip install '.[sglang]'")
-        return environment
+        return environment | {"PYTHONPATH": os.pathsep.join(inherited)}
     if not (own / "sglang").is_dir():
         raise ServerStartError(f"rollout.backend=sglang: SGLang is not in {own}; `make sglang-deps` puts it there")
     environment |= {

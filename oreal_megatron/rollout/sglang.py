@@ -7,7 +7,8 @@ import concurrent.futures
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -16,27 +17,73 @@ from oreal_megatron.config import SamplingConfig
 from oreal_megatron.parallel.groups import ParallelGroups
 from oreal_megatron.rollout.client import ServerClient
 from oreal_megatron.rollout.engine import Completion, GenerationRequest
-from oreal_megatron.rollout.fleet import Fleet, Weights
+from oreal_megatron.rollout.fleet import Fleet, Member, NoServerError, Weights
 
 T = TypeVar("T")
 
 
-class WeightTransport(Protocol):
-    """A way for the policy's weights to reach servers."""
+class Failure(Protocol):
+    """Why a server does not have the weights."""
+
+    @property
+    def reason(self) -> str: ...
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the server itself is gone; otherwise sending again may help."""
+
+
+class Delivery(Protocol):
+    """What came of sending weights to servers."""
+
+    @property
+    def failures(self) -> Mapping[str, Failure]:
+        """By server; the others have the weights, audited."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    @property
+    def seconds(self) -> Mapping[str, float]: ...
+
+
+class WeightPublisher(Protocol):
+    """Gets the policy's weights to servers and audits them. Every rank calls every method, together with the others."""
 
     def prepare(self, weight_version: int) -> None:
-        """Every rank, while servers still generate: what can be done before they pause."""
+        """What can be done while servers still generate."""
+
+    def deliver(self, servers: Sequence[PausedServer]) -> Delivery:
+        """The policy's present weights to `servers`, which are read on the main rank only."""
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class PausedServer:
+    """A server that waits for weights, to be used from any thread: work is done on the event loop."""
+
+    client: ServerClient
+    run: Callable[[Coroutine[Any, Any, None]], concurrent.futures.Future[None]]
 
     @property
-    def start_from(self) -> Path:
-        """A Hugging Face directory that servers can start from, after the first `prepare`."""
+    def name(self) -> str:
+        return self.client.url
 
-    @property
-    def start_is_current(self) -> bool:
-        """Whether `start_from` holds the weights of the last `prepare`."""
+    def load_tensors(self, payloads: Sequence[bytes], load_format: str) -> concurrent.futures.Future[None]:
+        return self.run(self.client.load_tensors(payloads, load_format))
 
-    async def load(self, server: ServerClient) -> None:
-        """Main rank, the server is paused: it takes the weights of the last `prepare`."""
+    def load_directory(self, directory: Path) -> concurrent.futures.Future[None]:
+        return self.run(self.client.load_directory(directory))
+
+    def join_group(self, group: Mapping[str, Any]) -> concurrent.futures.Future[None]:
+        return self.run(self.client.join_group(group))
+
+    def load_from_group(self, tensors: Mapping[str, Any]) -> concurrent.futures.Future[None]:
+        return self.run(self.client.load_from_group(tensors))
+
+    def leave_group(self, name: str) -> concurrent.futures.Future[None]:
+        return self.run(self.client.leave_group(name))
 
 
 class SGLangEngine:
@@ -49,7 +96,7 @@ class SGLangEngine:
     def __init__(
         self,
         fleet: Fleet,
-        transport: WeightTransport,
+        publisher: WeightPublisher,
         groups: ParallelGroups,
         *,
         vocab_size: int,
@@ -58,7 +105,7 @@ class SGLangEngine:
         """vocab_size: token ids of prompts must be below it. timeout_seconds: of the groups' collectives."""
         self.weight_version = 0
         self._fleet = fleet
-        self._transport = transport
+        self._publisher = publisher
         self._groups = groups
         self._vocab_size = vocab_size
         self._heartbeat_seconds = timeout_seconds / 4
@@ -90,8 +137,14 @@ class SGLangEngine:
         if self._loop is not None:
             work = self._loop.run(self._generate(units, sampling, is_enough, finished))
         try:
-            while (outcome := self._together(finished if work is not None else None)).value is not None:
-                yield outcome.value
+            while True:
+                outcome = self._together(finished if work is not None else None)
+                if outcome.is_starving:
+                    self._feed()
+                elif outcome.value is None:
+                    return
+                else:
+                    yield outcome.value
         finally:
             if work is not None:
                 work.cancel()
@@ -113,6 +166,7 @@ class SGLangEngine:
             if None not in parts[position]:
                 finished.put(_Outcome(value=(position, parts[position])))
 
+        self._fleet.on_starving = lambda: finished.put(_Outcome(is_starving=True))
         try:
             requests = [request for unit in units for request in unit]
             await self._fleet.generate(requests, sampling, completed, is_enough)
@@ -129,37 +183,74 @@ class SGLangEngine:
                     "model.tokenizer and model.path do not belong together"
                 )
 
-    def publish(self, weight_version: int) -> None:
-        """See RolloutEngine.
+    def publish(self, weight_version: int) -> dict[str, float]:
+        """See RolloutEngine. A server that is being restarted has the weights later: see `_feed`.
 
         Raises:
-            NoServerError: no server has the weights; of the first ones, a server does not answer, cannot start or is
-                another model's.
+            NoServerError: no server is left; of the first ones, a server does not answer, cannot start, is another
+                model's or does not take the weights.
         """
-        self._transport.prepare(weight_version)
-        self._groups.barrier()
-        outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
-        if self._groups.is_main:
-            assert self._loop is not None
-            weights = Weights(
-                version=weight_version,
-                label=self._fleet.label(weight_version),
-                load=self._transport.load,
-                start_from=self._transport.start_from,
-                is_whole=self._transport.start_is_current,
+        self._publisher.prepare(weight_version)
+        return self._deliver(weight_version, wait=False)
+
+    def _feed(self) -> None:
+        """No server has the weights and one waits for them: it was restarted, or somebody has changed its weights."""
+        if self._groups.data_size > 1:
+            # The other replicas may have finished; nobody knows when all ranks meet.
+            raise NoServerError(
+                "no rollout server has the current weights any more, and several data-parallel replicas cannot send "
+                "them in the middle of a step: start the run again, finished rollouts are in the journal; more servers "
+                "make this rarer"
             )
-            self._loop.run(self._publish(weights, outcomes))
-        label, urls = self._together(outcomes if self._groups.is_main else None, of_main=True).value
+        self._deliver(self.weight_version, wait=True)
+
+    def _deliver(self, weight_version: int, *, wait: bool) -> dict[str, float]:
+        """Pause, send, audit, flush, label, continue; a server that failed while it lives is sent to once more."""
+        weights = Weights(version=weight_version, label=self._fleet.label(weight_version))
+        clock = _Stopwatch()
+        members: list[Member] = self._on_main(lambda: self._fleet.open(weights, wait=wait)) or []
+        report = {"publication/pause_seconds": clock.lap(), "publication/bytes": 0.0, "publication/failures": 0.0}
+        for is_last in (False, True):
+            delivery = self._publisher.deliver([PausedServer(m.client, self._loop.run) for m in members if self._loop])
+            report["publication/bytes"] += delivery.num_bytes
+            report["publication/failures"] += len(delivery.failures)
+            for part, seconds in delivery.seconds.items():
+                key = f"publication/{part}_seconds"
+                report[key] = report.get(key, 0.0) + seconds
+            again = {name for name, failure in delivery.failures.items() if not (failure.is_lost or is_last)}
+            reasons = {name: failure.reason for name, failure in delivery.failures.items()}
+            done = [member for member in members if member.client.url not in again]
+            clock.lap()
+            self._on_main(lambda done=done, reasons=reasons: self._fleet.settle(done, reasons))
+            if not again:
+                break
+            members = [member for member in members if member.client.url in again]
+        report["publication/continue_seconds"] = clock.lap()
+        in_sync = sum(member.label == weights.label for member in self._fleet.members)
+        urls = [member.client.url for member in self._fleet.members]
+        label, urls, in_sync = self._groups.from_main((weights.label, urls, in_sync))
         if self._loop is not None and not self._groups.is_main:
             self._loop.run(self._fleet.follow(weight_version, label, urls)).result()
         self.weight_version = weight_version
+        return report | {"publication/servers": float(in_sync)}
 
-    async def _publish(self, weights: Weights, outcomes: queue.SimpleQueue[_Outcome]) -> None:
-        try:
-            await self._fleet.publish(weights)
-            outcomes.put(_Outcome(value=(weights.label, [member.client.url for member in self._fleet.members])))
-        except Exception as error:
-            outcomes.put(_Outcome(error=error))
+    def _on_main(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
+        """Has the main process's event loop do it, while the others wait; its result, there only."""
+        outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
+        results: list[T] = []
+
+        async def do() -> None:
+            try:
+                results.append(await work())
+                outcomes.put(_Outcome())
+            except Exception as error:
+                outcomes.put(_Outcome(error=error))
+
+        if self._groups.is_main:
+            assert self._loop is not None
+            self._loop.run(do())
+        self._together(outcomes if self._groups.is_main else None, of_main=True)
+        return results[0] if results else None
 
     def _together(self, outcomes: queue.SimpleQueue[_Outcome] | None, *, of_main: bool = False) -> _Outcome:
         """The next outcome that the leading process has (`outcomes` is given there), or its error, on every rank of the
@@ -184,12 +275,25 @@ class SGLangEngine:
             self._loop.run(self._fleet.close()).result()
             self._loop.stop()
             self._loop = None
+        self._publisher.close()
 
 
 @dataclass(frozen=True)
 class _Outcome:
     value: Any = None
     error: Exception | None = None
+    is_starving: bool = False
+    """No server has the current weights."""
+
+
+class _Stopwatch:
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last call."""
+        self._last, before = time.perf_counter(), self._last
+        return self._last - before
 
 
 class _LoopThread:

@@ -10,23 +10,7 @@ from typing import Any, Protocol
 from oreal_megatron.records import Verdict
 from oreal_megatron.verifier.intervals import IntervalComparison, is_set_like
 from oreal_megatron.verifier.naming import is_constant, named_parts, strip_name
-from oreal_megatron.verifier.normalize import text_key
-from oreal_megatron.verifier.outcome import Outcome, all_of, any_of, different, equal, unknown
-from oreal_megatron.verifier.shapes import (
-    NUMBER_SET,
-    REVERSIBLE,
-    is_braced,
-    is_interval,
-    latex_of,
-    modulus_of,
-    names_of,
-    parts_of,
-    quotient_of,
-    rename_argument,
-    reversed_relation,
-    words_of,
-)
-from oreal_megatron.verifier.structure import (
+from oreal_megatron.verifier.nodes import (
     Based,
     Bracketed,
     Collection,
@@ -37,6 +21,24 @@ from oreal_megatron.verifier.structure import (
     Relation,
     SetOperation,
     Text,
+)
+from oreal_megatron.verifier.normalize import text_key
+from oreal_megatron.verifier.outcome import Outcome, all_of, any_of, different, equal, unknown
+from oreal_megatron.verifier.shapes import (
+    NUMBER_SET,
+    REVERSIBLE,
+    in_alphabet,
+    is_braced,
+    is_interval,
+    is_measured,
+    latex_of,
+    modulus_of,
+    names_of,
+    parts_of,
+    quotient_of,
+    rename_argument,
+    reversed_relation,
+    words_of,
 )
 from oreal_megatron.verifier.words import COMPARATIVE, DEGREES, is_prose, words_key
 
@@ -86,6 +88,8 @@ class Comparison:
     # Words
 
     def _texts(self, gold: Node, answer: Node) -> Outcome:
+        if (key := words_key(latex_of(gold) or "")) and key == words_key(latex_of(answer) or ""):
+            return equal("the same words")
         gold_words, answer_words = words_of(gold), words_of(answer)
         if gold_words is None:
             assert isinstance(answer, Text)
@@ -118,11 +122,11 @@ class Comparison:
             return self._two_relations(gold, answer)
         if isinstance(answer, Relation):
             value = strip_name(answer)
-            return (
-                different("an equation or inequality where the gold answer is a value")
-                if value is None
-                else (self.compare(gold, value))
-            )
+            if value is not None:
+                return self.compare(gold, value)
+            if is_measured(answer) and self.compare(gold, answer.items[1]).verdict is Verdict.CORRECT:
+                return unknown("the value of an expression, which may or may not be what was asked for")
+            return different("an equation or inequality where the gold answer is a value")
         assert isinstance(gold, Relation)
         value = strip_name(gold)
         return (
@@ -180,6 +184,8 @@ class Comparison:
     def _two_named(self, gold: Relation, answer: Relation, gold_value: Node, answer_value: Node) -> Outcome:
         if modulus_of(gold) != modulus_of(answer):
             return different("different moduli")
+        if gold.operators == ("mod",):
+            return self._residues(gold_value, answer_value, modulus_of(gold) or "")
         wanted, given = names_of(gold.items[0]), names_of(answer.items[0])
         if (
             isinstance(answer_value, Bracketed)
@@ -196,6 +202,14 @@ class Comparison:
             if len(gold_name) == len(answer_name) == 1:
                 return different("values of different variables")
         return self.compare(gold_value, answer_value)
+
+    def _residues(self, gold: Node, answer: Node, modulus: str) -> Outcome:
+        """17 and 5 are one residue modulo 12."""
+        values = [node.value for node in (gold, answer) if isinstance(node, Leaf) and node.value is not None]
+        if len(values) < 2 or not modulus.isdigit() or int(modulus) == 0:
+            return self.compare(gold, answer)
+        same = (values[0] - values[1]) % int(modulus) == 0
+        return equal("the same residue") if same else different("different residues")
 
     # Several parts
 
@@ -219,8 +233,8 @@ class Comparison:
         if gold_named or answer_named:
             if gold_named and answer_named:
                 return self._in_order(tuple(gold_named.values()), tuple(answer_named.values()))
-            gold_values = tuple(gold_named.values()) if gold_named else gold_parts
-            answer_values = tuple(answer_named.values()) if answer_named else answer_parts
+            gold_values = tuple(in_alphabet(gold_named).values()) if gold_named else gold_parts
+            answer_values = tuple(in_alphabet(answer_named).values()) if answer_named else answer_parts
             return self._in_order(gold_values, answer_values)
         if isinstance(gold, (Bracketed, Matrix)) or isinstance(answer, (Bracketed, Matrix)):
             return self._ordered(gold, answer, gold_parts, answer_parts)
@@ -298,7 +312,7 @@ class Comparison:
             exact = self._in_order(gold.parts, answer.parts)
             if exact.verdict is not Verdict.INCORRECT or len(gold.parts) != len(answer.parts):
                 return exact
-            if gold.clock or answer.clock:
+            if gold.clock and answer.clock:
                 return exact  # 2:30 is no multiple of 1:15
             quotients = [
                 self.leaves.equal(quotient_of(gold, index), quotient_of(answer, index))
@@ -351,7 +365,7 @@ class Comparison:
     def _angles(self, gold: Leaf, answer: Leaf) -> Outcome | None:
         """Degrees against radians: 60 degrees is a third of pi. Without pi a bare number is no angle in radians."""
         degrees, other = (gold, answer) if gold.unit == DEGREES else (answer, gold)
-        if degrees.unit != DEGREES or other.unit is not None or "\\pi" not in other.latex:
+        if degrees.unit != DEGREES or other.unit is not None or not re.search(r"\\pi|\\arc", other.latex):
             return None
         radians = f"({degrees.latex})\\cdot \\frac{{\\pi}}{{180}}"
         return self.leaves.equal(radians, other.latex) if degrees is gold else self.leaves.equal(other.latex, radians)

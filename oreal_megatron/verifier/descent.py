@@ -20,10 +20,17 @@ GREEK = frozenset([
     "xi", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega", "Delta", "Theta", "Lambda", "Xi", "Sigma",
     "Phi", "Psi", "Omega", "hbar", "ell", "prime", "nabla",
 ])  # fmt: skip
+
+
+def _cis(angle: sympy.Basic, evaluate: bool = True) -> sympy.Basic:
+    return sympy.exp(product([sympy.I, angle]), evaluate=evaluate)  # type: ignore[call-arg]
+
+
 _FUNCTIONS: dict[str, Callable[[sympy.Basic], sympy.Basic]] = {
     "sin": sympy.sin, "cos": sympy.cos, "tan": sympy.tan, "cot": sympy.cot, "sec": sympy.sec, "csc": sympy.csc,
     "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan, "sinh": sympy.sinh, "cosh": sympy.cosh,
     "tanh": sympy.tanh, "ln": sympy.log, "log": sympy.log, "lg": sympy.log, "exp": sympy.exp,
+    "cis": _cis,
 }  # fmt: skip
 _INVERSES = {"sin": sympy.asin, "cos": sympy.acos, "tan": sympy.atan}
 _TOKEN = re.compile(

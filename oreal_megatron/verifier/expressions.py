@@ -27,21 +27,32 @@ MAX_EXACT_BITS = 200_000
 BITS_PER_DIGIT = 3.33
 _BARE_LOG = re.compile(r"\\log(?![A-Za-z])(?!\s*_)")
 _POINTS = ("0.73205", "-1.61827", "2.23719", "0.31871", "-0.57119", "3.14279", "1.41367", "-2.71913", "0.11293")
+_WHOLE_POINTS = ("3", "5", "2", "7", "4", "6", "9", "8", "11")
 
 
 def _names(*trees: sympy.Basic) -> list[str]:
     return sorted({symbol.name for tree in trees for symbol in tree.free_symbols} - {"i"})
 
 
-def _points(names: list[str]) -> list[dict[str, str]]:
+def _points(names: list[str], whole: frozenset[str] = frozenset()) -> list[dict[str, str]]:
+    """Values for the names; natural numbers for those in `whole`."""
     count = 1 if not names else 9
     return [
         {
-            name: _POINTS[(index * (2 * position + 1) + 3 * position) % len(_POINTS)]
+            name: (_WHOLE_POINTS if name in whole else _POINTS)[
+                (index * (2 * position + 1) + 3 * position) % len(_POINTS)
+            ]
             for position, name in enumerate(names)
         }
         for index in range(count)
     ]
+
+
+def _counted(*trees: sympy.Basic) -> frozenset[str]:
+    """The names in the limits of sums and products: they only ever stand for integers."""
+    sums = [part for tree in trees for part in tree.atoms(sympy.Sum, sympy.Product)]
+    ends = [end for part in sums for limit in part.limits for end in limit[1:]]
+    return frozenset(symbol.name for end in ends for symbol in end.free_symbols)
 
 
 def _agree(one: mpmath.mpf, other: mpmath.mpf, digits: int) -> bool:
@@ -153,6 +164,17 @@ def _is_endless(tree: sympy.Basic) -> bool:
     return any(limit[-1] is sympy.oo for part in tree.atoms(sympy.Sum, sympy.Product) for limit in part.limits)
 
 
+_CONSTANT = re.compile(r"(?<![A-Za-z\\])([Cc])(?![A-Za-z(])(?=\s*(?:_|$))")
+
+
+def _same_constants(gold: str, answer: str) -> str:
+    r"""`+c` at the end, and `c_1`, are constants of integration, which the other side may write as C."""
+    names = [set(_CONSTANT.findall(text)) for text in (gold, answer)]
+    if names in ([{"C"}, {"c"}], [{"c"}, {"C"}]):
+        return _CONSTANT.sub(names[0].pop(), answer)
+    return answer
+
+
 class SymbolicLeaves:
     """Compares expressions with sympy's trees."""
 
@@ -164,6 +186,7 @@ class SymbolicLeaves:
         gold_value, answer_value = parse_rational(gold), parse_rational(answer)
         if gold_value is not None and answer_value is not None:
             return equal("the same number") if gold_value == answer_value else different("different numbers")
+        answer = _same_constants(gold, answer)
         outcome = self._equal_texts(gold, answer)
         if outcome.verdict is not Verdict.CORRECT and _BARE_LOG.search(gold + answer):
             # A bare \log is the common or the natural logarithm, but the same one on both sides.
@@ -200,7 +223,7 @@ class SymbolicLeaves:
         decided = 0
         try:
             precision = _precision(gold, answer)
-            for point in _points(_names(gold, answer)):
+            for point in _points(_names(gold, answer), _counted(gold, answer)):
                 same = _same_at(gold, answer, point, precision)
                 if same is False:
                     return different("different values")

@@ -36,7 +36,10 @@ class Extraction:
 
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
-_BARE_BOX = re.compile(r"\s*(-?(?:\d[\d,]{0,40}(?:\.\d{1,40})?|[A-Za-z])|\\[A-Za-z]{1,20})")
+_BARE_BOX = re.compile(
+    r"\s*(-?(?:\d[\d,]{0,40}(?:\.\d{1,40})?|[A-Za-z])"
+    r"|\\[dt]?frac\s*(?:\d\s*\d|\{[^{}]{1,40}\}\s*\{[^{}]{1,40}\})|\\[A-Za-z]{1,20})"
+)
 _JOINER = re.compile(
     r"(?:\s|[$,;.&~]|\\[\[\]()!,;: ]|\\quad|\\qquad|\\text\s*\{\s*(?:and|or|,)?\s*\}|\\\\|and|or|[A-Za-z]\s*=){0,60}",
     re.IGNORECASE,
@@ -46,11 +49,11 @@ _CODE = re.compile(
 )
 _HIDDEN = re.compile(r"\\[hv]?phantom\s*\{")
 _STATEMENT = re.compile(
-    r"(?:\banswer\s+is|\banswer\W{0,3}\s*(?=[:：=])|\bfinal\s+answer\b(?!\s+is)|^####|最终答案|最后答案|答案)"
+    r"(?:<answer>|\banswer\s+is|\bcorrect\s+(?:option|choice)\s+is|\banswer\W{0,3}\s*(?=[:：=])|\bfinal\s+answer\b(?!\s+is)|^####|最终答案|最后答案|答案)"
     r"\s*(?:是|为)?\s*(?:\*\*)?\s*[:：=]?\s*(?:\*\*)?\s*",
     re.IGNORECASE | re.MULTILINE,
 )
-_STATEMENT_END = re.compile(r"(?:[.。!](?=\s|$)|[。\n])")
+_STATEMENT_END = re.compile(r"(?:</answer>|[.。!](?=\s|$)|[。\n])")
 
 
 def final_part(response: str, thinking_end_marks: Sequence[str]) -> str | None:

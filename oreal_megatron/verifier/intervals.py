@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from oreal_megatron.verifier.naming import is_name
+from oreal_megatron.verifier.nodes import Bracketed, Collection, Leaf, Node, Relation, SetOperation
 from oreal_megatron.verifier.outcome import Outcome, all_of, different
-from oreal_megatron.verifier.structure import Bracketed, Collection, Leaf, Node, Relation, SetOperation
 
 if TYPE_CHECKING:
     from oreal_megatron.verifier.compare import Comparison
@@ -17,6 +17,7 @@ _INFINITE = {"\\infty": 1, "+\\infty": 1, "-\\infty": -1}
 
 
 _REALS = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?")
+_DISTANCE = re.compile(r"\|\s*[A-Za-z]\s*(?:([+-])\s*([^|<>=A-Za-z]{1,60}))?\|")
 _POSITIVE = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?\s*\^\s*\{?\s*\+\s*\}?")
 
 
@@ -44,6 +45,14 @@ def _end(node: Node, closed: bool) -> End | None:
         return None
     end = End(node.latex, closed)
     return End(node.latex, False) if end.infinite else end
+
+
+def _distance(node: Node) -> str | None:
+    r"""What `|x-3|` measures the distance to: `(3)`, and an empty text for `|x|`; None of anything else."""
+    match = _DISTANCE.fullmatch(node.latex) if isinstance(node, Leaf) else None
+    if match is None:
+        return None
+    return "" if match[1] is None else f"{'' if match[1] == '-' else '-'}({match[2].strip()})"
 
 
 def is_set_like(node: Node) -> bool:
@@ -107,6 +116,8 @@ class IntervalComparison:
                 return None if any(p is None or p.infinite for p in points) else [Piece(p, p) for p in points if p]
             return self._solutions(node)
         if isinstance(node, SetOperation):
+            if node.operator in ("or", "and"):
+                return self._solutions(Collection(node.parts, alternative=node.operator == "or"))
             parts = [self.pieces(part) for part in node.parts]
             if node.operator == "union":
                 return self._joined(parts)
@@ -118,6 +129,14 @@ class IntervalComparison:
         """Inequalities side by side: both hold, where they can; joined by "or", either does."""
         if not all(isinstance(part, (Relation, Bracketed, SetOperation)) for part in node.parts):
             return None
+        excluded = [part for part in node.parts if isinstance(part, Relation) and part.operators == ("!=",)]
+        if excluded and not node.alternative and len(excluded) < len(node.parts):
+            # -1 <= x <= 1, x != 0
+            kept = self.pieces(replace(node, parts=tuple(part for part in node.parts if part not in excluded)))
+            points = [_end(part.items[1], True) for part in excluded if len(part.items) == 2 and is_name(part.items[0])]
+            if kept is None or len(points) < len(excluded) or any(end is None or end.infinite for end in points):
+                return None
+            return self._without_points(kept, [Piece(end, end) for end in points if end is not None])
         parts = [self.pieces(part) for part in node.parts]
         union = self._joined(parts)
         rays = [part[0] for part in parts if part is not None and len(part) == 1]
@@ -156,6 +175,8 @@ class IntervalComparison:
             return self.pieces(node.items[1])
         if len(node.items) == 2:
             items, operator = node.items, node.operators[0]
+            if (around := _distance(items[0])) is not None:
+                return self._within(around, items[1], operator)
             if not is_name(items[0]) and is_name(items[1]):
                 items, operator = items[::-1], {"<": ">", ">": "<", "<=": ">=", ">=": "<="}.get(operator, operator)
             if not is_name(items[0]):
@@ -177,6 +198,19 @@ class IntervalComparison:
                 first, last = _end(low, operators[0] == "<="), _end(high, operators[1] == "<=")
                 return None if first is None or last is None else [Piece(first, last)]
         return None
+
+    def _within(self, around: str, radius: Node, operator: str) -> list[Piece] | None:
+        """`|x-3|<2` is (1,5), `|x-3|>2` what lies beyond."""
+        far = self._order(end) if (end := _end(radius, operator in ("<=", ">="))) is not None else None
+        if end is None or far is None or not 0 < far < float("inf"):
+            return None
+        low, high = (
+            End(f"{around}{sign}({end.latex})" if around else f"{sign}({end.latex})", end.closed) for sign in "-+"
+        )
+        if operator in ("<", "<="):
+            return [Piece(low, high)]
+        everything = _everything()
+        return [Piece(everything.low, low), Piece(high, everything.high)] if operator in (">", ">=") else None
 
     def _order(self, end: End) -> Any:
         if end.infinite:
@@ -202,13 +236,24 @@ class IntervalComparison:
         return [piece for _, _, piece in merged]
 
     def _without_points(self, pieces: list[Piece], removed: list[Piece]) -> list[Piece] | None:
-        """Real numbers without single points."""
-        if len(pieces) != 1 or any(piece.low != piece.high for piece in removed):
-            return None
-        values = sorted(((self._order(piece.low), piece.low.latex) for piece in removed), key=lambda entry: entry[0])
-        cuts = [End(latex, False) for _, latex in values]
-        ends = [pieces[0].low, *(cut for cut in cuts for _ in range(2)), pieces[0].high]
-        return [Piece(ends[i], ends[i + 1]) for i in range(0, len(ends), 2)]
+        """Intervals without single points; None where an order is not known."""
+        for point in removed:
+            place = self._order(point.low)
+            if point.low != point.high or place is None:
+                return None
+            cut, rest = End(point.low.latex, False), []
+            for piece in pieces:
+                low, high = self._order(piece.low), self._order(piece.high)
+                if low is None or high is None:
+                    return None
+                if low < place < high:
+                    rest += [Piece(piece.low, cut), Piece(cut, piece.high)]
+                elif place in (low, high) and low < high:
+                    rest.append(Piece(cut if place == low else piece.low, cut if place == high else piece.high))
+                elif not low == place == high:
+                    rest.append(piece)
+            pieces = rest
+        return pieces
 
 
 def _everything() -> Piece:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from oreal_megatron.verifier.nodes import Bracketed, Collection, Leaf, Node, Ratio, Relation, Text
 from oreal_megatron.verifier.rational import parse_rational
-from oreal_megatron.verifier.structure import Bracketed, Collection, Leaf, Node, Ratio, Relation, Text
 
 _SUBSCRIPT = r"(?:\s*_\s*(?:\{[^{}]{1,20}\}|\w))?(?:\s*'{1,2}|\s*\^\s*\{?\s*\\prime\s*\}?|\s*\^\s*\{?\s*\\?\*\s*\}?)?"
 _GREEK = r"\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|rho|sigma|tau|omega|Delta|Omega|ell)"
@@ -13,9 +13,13 @@ _SYMBOL = rf"(?:[A-Za-z]|{_GREEK}){_SUBSCRIPT}"
 _SEGMENT = r"[A-Z]{2,6}"
 _NAME = re.compile(
     rf"\{{?\s*{_SYMBOL}\s*\}}?"
-    rf"|{_SYMBOL}\s*\([^()=]{{1,30}}\)"
+    rf"|(?:{_SYMBOL}|\\mathbb\s*\{{?\s*[PE]\s*\}}?|\\Pr)\s*[(\[][^()\[\]]{{1,40}}[)\]]"
+    r"|[fghFGHT]\s*(?:\^\s*\{\s*-1\s*\}|_\s*\w)?\s*\((?:[^()]|\([^()]*\)){1,60}\)"
+    r"|\[\s*[A-Z]{3,6}\s*\]|m\s*\\angle\s*\{?[A-Z]{1,3}\}?|\\text\s*\{[^{}]{1,60}\}\s*\\?[A-Za-z]+(?:\s*[A-Z]{1,4})?"
+    r"|\\(?:lim|int|max|min|sup|inf)(?![A-Za-z]).{0,120}"
     rf"|(?:\|\s*)?{_SEGMENT}(?:\s*\|)?"
     rf"|\\(?:angle|triangle|overline|vec|overrightarrow|hat|bar)\s*\{{?\s*[A-Za-z]{{1,6}}\s*\}}?"
+    r"|\\frac\s*\{\s*d\s*[a-zA-Z]?\s*\}\s*\{\s*d\s*[a-zA-Z]\s*\}|\\(?:det|dim|deg)\s*\(?\s*[A-Za-z]\s*\)?"
     rf"|\\frac\s*\{{\s*{_SEGMENT}\s*\}}\s*\{{\s*{_SEGMENT}\s*\}}|{_SEGMENT}\s*/\s*{_SEGMENT}"
     rf"|\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\\angle\s*)?\{{?[A-Z]{{1,3}}\}}?"
     r"|\\text\s*\{[^{}]{1,60}\}(?:\s*_\s*\{[^{}]{1,20}\})?"

@@ -16,6 +16,9 @@ _SCIENTIFIC = re.compile(
 )
 _POWER_OF_TEN = re.compile(r"10\s*\^\s*(?:\{\s*([+-]?\d+)\s*\}|(\d))")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{\s*(\d{1,200})\s*\}")
+_DOTTED = re.compile(r"\\dot\s*\{\s*(\d)\s*\}(\d*)\\dot\s*\{\s*(\d)\s*\}$")
+_ENDLESS = re.compile(r"(\d*)\.(\d{2,100}?)\s*(?:\\ldots|\.{3})")
+_PERIOD_SEEN = re.compile(r"(\d*?)(?:(\d)\2{2,}|(\d{2,}?)\3+)")
 _FRACTION = re.compile(rf"\\frac\s*\{{\s*([+-]?\s*{_INTEGER})\s*\}}\s*\{{\s*([+-]?\s*{_INTEGER})\s*\}}")
 _SLASH = re.compile(rf"({_INTEGER})\s*/\s*(-?\s*{_INTEGER})")
 _MIXED = re.compile(rf"({_INTEGER})\s*\\frac\s*\{{\s*(\d+)\s*\}}\s*\{{\s*(\d+)\s*\}}|({_INTEGER})\s+(\d+)\s*/\s*(\d+)")
@@ -46,6 +49,13 @@ def _scientific(text: str) -> Fraction | None:
 
 
 def _repeating(text: str) -> Fraction | None:
+    r"""`0.1\overline{6}`, `0.\dot{1}4285\dot{7}`, and `0.1666\ldots` where the period was written out often enough."""
+    text = _DOTTED.sub(r"\\overline{\1\2\3}", text)
+    if endless := _ENDLESS.fullmatch(text):
+        seen = _PERIOD_SEEN.fullmatch(endless[2])
+        if seen is None:
+            return None
+        text = f"{endless[1]}.{seen[1]}\\overline{{{seen[2] or seen[3]}}}"
     match = _REPEATING.fullmatch(text)
     if match is None:
         return None

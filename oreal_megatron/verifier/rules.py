@@ -10,6 +10,7 @@ from oreal_megatron.verifier.compare import Comparison, Leaves
 from oreal_megatron.verifier.guards import Refused, check_answer, is_hedged, looks_like_code
 from oreal_megatron.verifier.normalize import normalize, text_key
 from oreal_megatron.verifier.outcome import Outcome, different, equal, rejected, unknown
+from oreal_megatron.verifier.phrasing import without_excluded_points
 from oreal_megatron.verifier.rational import parse_rational
 from oreal_megatron.verifier.structure import parse
 
@@ -67,8 +68,9 @@ def name_parameter(text: str) -> str:
 
 
 _CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)?\s*[.:]?")
-_CHOICE_OF_TEXT = re.compile(r"\(\s*([A-H])\s*\)\s*\S.*|([A-H])\s*[.:)]\s*\S.*", re.DOTALL)
-_LETTERS = re.compile(r"[A-H](?:\s*(?:,|and)?\s*[A-H]){0,7}")
+_CHOICE_OF_TEXT = re.compile(r"(?:\(\s*([A-H])\s*\)|([A-H])\s*[.:)])\s*([^\s,;].*)", re.DOTALL)
+_ANOTHER_CHOICE = re.compile(r"\(\s*[A-H]\s*\)|(?<![A-Za-z])[A-H]\s*[.:)]|\b(?:or|and)\s+[A-H]\b")
+_LETTERS = re.compile(r"[A-H](?:\s*,?\s*(?:and)?\s*[A-H]){0,7}")
 
 
 def _choices(text: str) -> frozenset[str] | None:
@@ -89,7 +91,7 @@ def _choice_outcome(gold: str, answer: str) -> Outcome | None:
         return None
     given = _choices(answer)
     if given is None and (match := _CHOICE_OF_TEXT.fullmatch(re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", answer))):
-        given = frozenset(match[1] or match[2])
+        given = None if _ANOTHER_CHOICE.search(match[3]) else frozenset(match[1] or match[2])
     if given == wanted:
         return equal("the same choice")
     return different("another choice") if given is not None else None
@@ -99,7 +101,7 @@ def _refused(gold: str, answer: str) -> Outcome | None:
     """What needs no comparison: no answer, hostile text, hedges. Both are normalised."""
     if is_hedged(answer) and not is_hedged(gold):
         return rejected("the answer hedges or addresses the grader")
-    if not re.search(r"[0-9A-Za-z]|\\[A-Za-z]|\\\{\s*\\\}", answer) or re.fullmatch(r"(?:\\ldots|[?.\s])*", answer):
+    if not re.search(r"\w|\\[A-Za-z]|\\\{\s*\\\}", answer) or re.fullmatch(r"(?:\\ldots|[?.\s])*", answer):
         return rejected("nothing that could be an answer")
     try:
         check_answer(answer)
@@ -132,6 +134,8 @@ def compare_answers(gold: str, answer: str, leaves: Leaves) -> Outcome:
     if outcome is not None:
         return outcome
     outcome = Comparison(leaves).compare(parse(name_parameter(gold_text)), parse(name_parameter(answer_text)))
+    if outcome.verdict is Verdict.INCORRECT and (bare := without_excluded_points(answer_text)) != answer_text:
+        outcome = Comparison(leaves).compare(parse(without_excluded_points(gold_text)), parse(bare))
     if outcome.verdict is Verdict.INCORRECT and _is_sentence(gold_text):
         return unknown("the gold answer is a sentence, which rules cannot compare")
     return outcome

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from oreal_megatron.verifier.intervals import is_set_like
-from oreal_megatron.verifier.structure import Bracketed, Collection, Leaf, Matrix, Node, Ratio, Relation, Text
+from oreal_megatron.verifier.nodes import Bracketed, Collection, Leaf, Matrix, Node, Ratio, Relation, Text
 
 
 def latex_of(node: Node) -> str | None:
@@ -71,6 +71,30 @@ _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
 def reversed_relation(relation: Relation) -> tuple[tuple[Node, ...], tuple[str, ...]]:
     """Items and operators of the relation read from right to left."""
     return relation.items[::-1], tuple(_FLIPPED.get(operator, operator) for operator in relation.operators[::-1])
+
+
+_SUM_OF_NAMES = re.compile(
+    r"(?:[A-Za-z](?:_\{?\w\}?)?\s*(?:[-+*/]|\\cdot|\\times)?\s*){2,8}|\\frac\s*\{\s*[A-Za-z]\s*\}\s*\{\s*[A-Za-z]\s*\}"
+)
+
+
+def is_measured(relation: Relation) -> bool:
+    """`m+n=7`: the value of an expression in several unknowns. Whether it was asked for, the answer does not say."""
+    name = latex_of(relation.items[0]) or ""
+    return (
+        relation.operators == ("=",)
+        and _SUM_OF_NAMES.fullmatch(name) is not None
+        and len(set(re.findall("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", name)))) > 1
+    )
+
+
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+
+
+def in_alphabet(named: dict[str, Node]) -> dict[str, Node]:
+    """`y=1, x=2` as x, y: neighbours in the alphabet have an order of their own; other names keep the given one."""
+    names = sorted(named)
+    return {name: named[name] for name in names} if "".join(names) in _ALPHABET else named
 
 
 def modulus_of(relation: Relation) -> str | None:

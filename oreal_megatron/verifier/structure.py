@@ -7,87 +7,22 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from fractions import Fraction
 
+from oreal_megatron.verifier.nodes import (
+    Based,
+    Bracketed,
+    Collection,
+    Leaf,
+    Matrix,
+    Node,
+    Ratio,
+    Relation,
+    SetOperation,
+    Text,
+)
 from oreal_megatron.verifier.normalize import matching_brace
 from oreal_megatron.verifier.rational import parse_rational
-from oreal_megatron.verifier.words import Unit, parse_word_number, split_unit, words_key
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One expression. `unit` is what stood beside it; `percent` whether it was followed by a percent sign."""
-
-    latex: str
-    value: Fraction | None = None
-    unit: Unit | None = None
-    percent: bool = False
-
-
-@dataclass(frozen=True)
-class Text:
-    """Words. `latex` is the answer as it stood."""
-
-    words: str
-    latex: str
-
-
-@dataclass(frozen=True)
-class Based:
-    """A numeral with its base, such as 101_2."""
-
-    digits: str
-    base: int
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """2:3, or a time of day."""
-
-    parts: tuple[Node, ...]
-    clock: bool
-
-
-@dataclass(frozen=True)
-class Bracketed:
-    """Parts between brackets: a tuple or an interval, as the other side will say; ordered."""
-
-    parts: tuple[Node, ...]
-    opening: str
-    closing: str
-
-
-@dataclass(frozen=True)
-class Collection:
-    """Parts without order: a list of solutions, or a set where `braces`; `alternative` where joined by "or"."""
-
-    parts: tuple[Node, ...]
-    braces: bool = False
-    alternative: bool = False
-
-
-@dataclass(frozen=True)
-class SetOperation:
-    """Union, intersection or difference of sets; "or" and "and" of statements."""
-
-    operator: str
-    parts: tuple[Node, ...]
-
-
-@dataclass(frozen=True)
-class Relation:
-    """A chain `a < b <= c`: one more item than operators."""
-
-    items: tuple[Node, ...]
-    operators: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Matrix:
-    rows: tuple[tuple[Node, ...], ...]
-
-
-Node = Leaf | Text | Based | Ratio | Bracketed | Collection | SetOperation | Relation | Matrix
+from oreal_megatron.verifier.words import parse_word_number, split_unit, words_key
 
 _OPENING = {
     "(": ")",
@@ -105,6 +40,10 @@ RELATIONS = {
     "\\approx": "~", "\\sim": "~", "\\in": "in", "\\equiv": "mod", "\\to": "->", "\\Rightarrow": "=>",
 }  # fmt: skip
 _BASED = re.compile(r"([0-9A-Za-z]*\d[0-9A-Za-z]*|[A-Fa-f]{2,})\s*_\s*(?:\{\s*(\d{1,2})\s*\}|(\d{1,2}))")
+_ROWS = re.compile(
+    r"(?:\\\{\s*)?\\begin\{(cases|aligned|array|gathered|matrix)\}(?:\s*\{[lcr| ]{0,60}\})?(.*)\\end\{\1\}(?:\s*\.)?",
+    re.DOTALL,
+)
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix|smallmatrix|array)\}(?:\s*\{[lcr| ]{0,60}\})?(.*)\\end\{\1\}", re.DOTALL)
 _WORD_SEPARATOR = re.compile(r"\\text\s*\{\s*,?\s*(and|or)\s*,?\s*\}|(?<![A-Za-z\\])(and|or)(?![A-Za-z])")
 _TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
@@ -168,7 +107,7 @@ _BUILDER = re.compile(r"\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?)?\s*(?:
 
 def _set_of(inside: str) -> Node:
     builder = _BUILDER.fullmatch(inside)
-    if builder and (condition := _split_relation(builder[1].strip())):
+    if builder and isinstance(condition := parse(builder[1].strip()), (Relation, Collection, SetOperation)):
         return condition  # {x | x > 0}
     return Collection(_flatten([parse(part) for part in split_top(inside, frozenset(",;")) if part]), braces=True)
 
@@ -185,6 +124,9 @@ def _bracketed(latex: str) -> Node | None:
         return None
     opening, closing = tokens[0].text, tokens[-1].text
     inside = latex[tokens[0].end : tokens[-1].start].strip()
+    if closing == "[":
+        closing = ")"  # ]0,1[ as the French write (0,1)
+    opening = "(" if opening == "]" else opening
     if opening == "\\{" and closing == "\\}":
         if not inside:
             return Collection((), braces=True)
@@ -193,8 +135,22 @@ def _bracketed(latex: str) -> Node | None:
         return None
     parts = split_top(inside, frozenset(",;"))
     if len(parts) == 1:
+        if (opening, closing) == ("[", "]") and inside.startswith("\\begin"):
+            return _matrix(inside)
         return parse(inside) if (opening, closing) == ("(", ")") and inside else None
     return Bracketed(tuple(parse(part) for part in parts), opening, closing)
+
+
+def _system(latex: str) -> Collection | None:
+    """Equations one below the other are a list of them."""
+    match = _ROWS.fullmatch(latex)
+    if match is None or "\\begin" in match[2]:
+        return None
+    rows = [row.replace("&", " ").strip(" ,;") for row in match[2].split("\\newrow")]
+    parts = [parse(row) for row in rows if row]
+    if len(parts) < 2 or not all(isinstance(part, Relation) for part in parts):
+        return None
+    return Collection(tuple(parts))
 
 
 def _matrix(latex: str) -> Matrix | None:
@@ -243,10 +199,37 @@ def _words(latex: str) -> Node | None:
     return None
 
 
+_ALL_BUT = re.compile(
+    r"(?:\\text\s*\{\s*)?(?:all|every|any)\s+(?:reals?|real\s+numbers?)(?:\s+[a-z])?\s*,?\s*(?:except|other\s+than|but)(?:\s+for)?\s*\}?(.+)",
+    re.IGNORECASE | re.DOTALL,
+)
+_POINT = re.compile(r"([A-Z](?:_\{?\d\}?|'{1,2})?)\s*(\(.+\))", re.DOTALL)
+
+
+def _all_but(latex: str) -> SetOperation | None:
+    """`all real numbers except 1 and 2`"""
+    match = _ALL_BUT.fullmatch(latex)
+    if match is None:
+        return None
+    removed = parse(re.sub(r"^\s*\{?\s*[a-z]\s*=", "", match[1]).rstrip("} "))
+    points = removed.parts if isinstance(removed, Collection) else (removed,)
+    return SetOperation("difference", (Leaf(r"\mathbb{R}"), Collection(points, braces=True)))
+
+
+def _point(latex: str) -> Relation | None:
+    """`P(3,4)` names a point."""
+    match = _POINT.fullmatch(latex)
+    place = _bracketed(match[2]) if match else None
+    if match is None or not isinstance(place, Bracketed):
+        return None
+    return Relation((Leaf(match[1]), place), ("=",))
+
+
 _CLOCK = re.compile(r"\d{1,2}\s*:\s*[0-5]\d(?:\s*(?:\\text\s*\{[^{}]*\}|[AaPp]\.?[Mm]\.?))?")
 
 
 def _ratio(latex: str) -> Ratio | None:
+    latex = re.sub(r"(?<=[\d}])\s*(?:\\text\s*\{\s*to\s*\}|(?<![A-Za-z])to(?![A-Za-z]))\s*", ":", latex)
     parts = split_top(latex, frozenset({":", "\\colon"}))
     if len(parts) < 2 or any(not part for part in parts):
         return None
@@ -296,17 +279,46 @@ def parse_list(latex: str) -> Collection | None:
     return Collection(_flatten([parse(part) for part in parts]), alternative=alternative)
 
 
-_OPERATORS = (
-    ("\\lor", "or"), ("\\land", "and"), ("\\cup", "union"), ("\\setminus", "difference"), ("\\cap", "intersection"),
-)  # fmt: skip
+_CONNECTIVES = (("\\lor", "or"), ("\\land", "and"))
+_SET_OPERATORS = (("\\cup", "union"), ("\\setminus", "difference"), ("\\cap", "intersection"))
 
 
 def _set_operation(latex: str) -> SetOperation | None:
-    for operator, name in _OPERATORS:
+    return _operation(latex, _SET_OPERATORS)
+
+
+def _connective(latex: str) -> SetOperation | None:
+    """Connectives bind less than relations, set operators more."""
+    return _operation(latex, _CONNECTIVES)
+
+
+def _operation(latex: str, operators: tuple[tuple[str, str], ...]) -> SetOperation | None:
+    for operator, name in operators:
         parts = split_top(latex, frozenset({operator}))
         if len(parts) > 1 and all(parts):
             return SetOperation(name, tuple(parse(part) for part in parts))
     return None
+
+
+_PART_OF_QUANTITY = (
+    r"(-?\d[\d.,]*(?:\s*\\frac\s*\{\d+\}\s*\{\d+\})?)\s*(\\text\s*\{[A-Za-z. ]+\}|\\degree|'{1,2}|(?<=\s)[A-Za-z]{2,})"
+)
+_COMPOUND = re.compile(
+    rf"{_PART_OF_QUANTITY}(?:\s*(?:,|and|\\text\s*\{{\s*,?\s*and\s*\}})?\s*{_PART_OF_QUANTITY}){{1,3}}"
+)
+
+
+def _compound(latex: str) -> Bracketed | None:
+    """`3 hours 20 minutes`: quantities that are one together, in order."""
+    latex = re.sub(r"\s+and\s*\}", "}", latex)
+    if _COMPOUND.fullmatch(latex) is None:
+        return None
+    parts = tuple(_leaf(rf"{number}\text{{{_MARKS.get(unit, unit)}}}" if "\\" not in unit else number + unit)
+                  for number, unit in re.findall(_PART_OF_QUANTITY, latex))  # fmt: skip
+    return Bracketed(parts, "quantity", "quantity") if all(p.unit and p.value is not None for p in parts) else None
+
+
+_MARKS = {"'": "feet", "''": "inches"}
 
 
 def _leaf(latex: str) -> Leaf:
@@ -328,14 +340,20 @@ def parse(latex: str) -> Node:
     leaf = _leaf(latex)
     if leaf.value is not None:
         return leaf
+    if compound := _compound(latex):
+        return compound
     if latex == "\\emptyset":
         return Collection((), braces=True)
     for reader in (
         _words,
+        _all_but,
+        _system,
         _matrix,
         _based,
         _bracketed,
+        _point,
         parse_list,
+        _connective,
         _split_relation,
         _set_operation,
         _ratio,

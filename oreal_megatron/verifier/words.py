@@ -11,7 +11,7 @@ _ONES = [
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
 ]  # fmt: skip
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-_MAGNITUDES = {"hundred": 100, "thousand": 1_000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_MAGNITUDES = {"dozen": 12, "hundred": 100, "thousand": 1_000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SMALL = {word: number for number, word in enumerate(_ONES)} | {word: 10 * (i + 2) for i, word in enumerate(_TENS)}
 
 _SAME_UNIT = {
@@ -21,13 +21,14 @@ _SAME_UNIT = {
     "gm": "g", "kilogram": "kg", "milligram": "mg", "pound": "lb", "ounce": "oz", "liter": "l", "litre": "l",
     "milliliter": "ml", "degree": "deg", "cent": "cent", "dollar": "usd", "buck": "usd", "euro": "eur", "mph": "mi/h",
     "kph": "km/h", "kmph": "km/h", "joule": "j", "newton": "n", "watt": "w", "sq": "square", "percent": "percent",
-    "radian": "rad", "lbs": "lb", "yen": "jpy", "am": "am", "pm": "pm",
+    "radian": "rad", "rupee": "inr", "lbs": "lb", "yen": "jpy", "am": "am", "pm": "pm",
 }  # fmt: skip
 _NOT_A_UNIT = frozenset([
     "or", "and", "not", "no", "never", "none", "maybe", "perhaps", "possibly", "either", "neither", "if", "then",
     "but", "except", "unless", "is", "are", "was", "equals", "approximately", "about", "around", "least", "most",
-    "than", "more", "less", "greater", "between", "to",
+    "than", "more", "less", "greater", "between", "to", "half", "squared", "cubed", "times", "plus", "minus",
 ])  # fmt: skip
+_CHINESE_QUALIFIER = re.compile("[不非无没约近至多少以上下百千万亿半倍或和与到]")
 COMPARATIVE = re.compile(
     r"\b(?:less|more|fewer|greater|least|most|not|no|or|between|than|about|approximately)\b", re.IGNORECASE
 )
@@ -39,7 +40,8 @@ _UNIT_TEXT = re.compile(
 )
 _POWERS = {"square": "2", "cubic": "3"}
 _ANGLE_OF_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
-_CURRENCY = re.compile(r"(-?)\s*\\(dollar|euro|pounds|yen)(?![A-Za-z])\s*(.+)", re.DOTALL)
+_PERCENT_OF = re.compile(r"([^%]+)%\s*(\\text\s*\{[A-Za-z ]+\})")
+_CURRENCY = re.compile(r"(-?)\s*\\(dollar|euro|pounds|yen|rupees)(?![A-Za-z])\s*(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,12 @@ def _unit_of(text: str) -> Unit | None:
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).replace("\\degree", " degree ").replace("\\cdot", " ")
     text = re.sub(r"([ap])\.\s?m\.?", r"\1m", text.lower())
     words: list[str] = []
-    for word in re.findall(r"[a-z]+|/|-?\d+", text):
-        if word in _NOT_A_UNIT:
+    for word in re.findall(r"[a-z]+|/|-?\d+|[\u3400-\u9fff]+", text):
+        if word in _NOT_A_UNIT or _CHINESE_QUALIFIER.search(word):
             return None
         word = "/" if word == "per" else word
         word = _SAME_UNIT.get(word) or _SAME_UNIT.get(_singular(word)) or _singular(word)
-        words.extend(re.findall(r"[a-z]+|/|\d+", word))
+        words.extend(re.findall(r"[a-z]+|/|\d+|[\u3400-\u9fff]+", word))
     if any(word.isdigit() and word not in ("1", "2", "3") for word in words):
         return None
     if len(words) == 2 and words[0] in _POWERS:
@@ -98,12 +100,14 @@ def split_unit(latex: str) -> tuple[str, Unit | None, bool]:
     latex = latex.strip()
     if match := _CURRENCY.fullmatch(latex):
         expression, unit, percent = split_unit(match[3])
-        name = {"dollar": "usd", "euro": "eur", "pounds": "gbp", "yen": "jpy"}[match[2]]
+        name = {"dollar": "usd", "euro": "eur", "pounds": "gbp", "yen": "jpy", "rupees": "inr"}[match[2]]
         if unit is None or unit.words == (name,):
             return match[1] + expression, Unit((name,)), percent
         return match[1] + expression, Unit((name, *unit.words)), percent
     if latex.endswith("%"):
         return latex[:-1].strip(), None, True
+    if match := _PERCENT_OF.fullmatch(latex):
+        return match[1].strip(), _unit_of(match[2]), True
     if "\\text" not in latex and "\\degree" not in latex and not re.search(r"\d\s*[A-Za-z]", latex):
         return latex, None, False
     match = _UNIT_TEXT.fullmatch(latex)
@@ -115,7 +119,7 @@ def split_unit(latex: str) -> tuple[str, Unit | None, bool]:
 def _with_unit(latex: str, number: str, unit_text: str) -> tuple[str, Unit | None, bool]:
     if "\\degree" in unit_text and _ANGLE_OF_FUNCTION.search(number):
         return latex, None, False  # the degrees are the function's argument
-    if "\\" not in unit_text and not _known_unit(unit_text):
+    if "\\" not in unit_text and not (_known_unit(unit_text) or _COUNTED_THINGS.fullmatch(unit_text)):
         return latex, None, False  # letters without \text are variables unless they are a unit's name
     unit = _unit_of(unit_text)
     if unit is None:
@@ -126,6 +130,9 @@ def _with_unit(latex: str, number: str, unit_text: str) -> tuple[str, Unit | Non
         rest = Unit(unit.words[1:]) if unit.words[1:] else None
         return rf"({number})\cdot {_MAGNITUDES[unit.words[0]]}", rest, False
     return number, unit, False
+
+
+_COUNTED_THINGS = re.compile(r"(?:[a-z]{4,}\s*){1,3}|ways")
 
 
 def _known_unit(text: str) -> bool:
@@ -159,13 +166,16 @@ def parse_word_number(text: str) -> Fraction | None:
 
 _FILLER = frozenset(["a", "an", "the", "is", "are", "of", "it", "be"])
 _SAME_PHRASE = (
-    ("no solution", "no solutions exist", "no real solution", "no real solutions exist", "no real number", "empty set"),
+    ("no solution", "no solutions exist", "no real solution", "no real solutions exist", "no real number", "empty set",
+     "there is no solution", "there are no solutions", "there is no real solution", "there are no real solutions",
+     "none"),
+    ("infinitely many", "infinitely many solutions", "there are infinitely many solutions"),
     ("does not exist", "dne"), ("infinity", "infinite"), ("all real number", "all reals", "set of all real numbers"),
 )  # fmt: skip
 
 
 def _plain_key(text: str) -> str:
-    return " ".join(_singular(word) for word in re.findall(r"[a-z0-9]+", text.lower()) if word not in _FILLER)
+    return " ".join(_singular(word) for word in re.findall(r"[^\W_]+", text.lower()) if word not in _FILLER)
 
 
 _PHRASES = {_plain_key(phrase): _plain_key(group[0]) for group in _SAME_PHRASE for phrase in group}

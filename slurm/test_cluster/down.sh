@@ -19,8 +19,8 @@ for pid in "${pids[@]:+${pids[@]}}"; do
   for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || break; sleep 0.2; done
   kill -KILL "$pid" 2>/dev/null
 done
-if grep -q '# oreal test cluster$' /etc/hosts && [ -w /etc/hosts ]; then
-  rest=$(grep -v '# oreal test cluster$' /etc/hosts)
+if grep -qF "# oreal test cluster $base" /etc/hosts && [ -w /etc/hosts ]; then
+  rest=$(grep -vF "# oreal test cluster $base" /etc/hosts)
   printf '%s\n' "$rest" >/etc/hosts
 fi
 rm -rf "$base/run"

@@ -14,7 +14,9 @@ done
 mkdir -p "$1"
 base=$(cd "$1" && pwd)
 count=${2:-4}
-port=${SLURM_TEST_PORT:-27000}
+# Several clusters may run at once: each takes the first block of ports where no controller listens.
+port=27000
+while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 2000)); done
 user=$(id -un)
 for file in "$base"/run/*.pid; do
   [ -s "$file" ] && kill -0 "$(<"$file")" 2>/dev/null && { echo "already running: $file" >&2; exit 4; }
@@ -30,9 +32,9 @@ munged --force --num-threads=2 --key-file="$base/munge/key" --seed-file="$base/m
   --socket="$base/run/munge.sock" --pid-file="$base/run/munged.pid" --log-file="$base/log/munged.log" \
   2>"$base/log/munged.err"
 
-# Each node has a loopback address of its own, so that equal ports of two nodes do not collide.
+# Each node has a loopback address of its own, so that equal ports of two nodes do not collide. down.sh removes the lines.
 for i in $(seq "$count"); do
-  getent hosts "node$i" >/dev/null || echo "127.0.1.$i node$i # oreal test cluster" >>/etc/hosts
+  echo "127.0.1.$i node$i # oreal test cluster $base" >>/etc/hosts
 done
 for i in $(seq 0 7); do ln -sfn /dev/null "$base/dev/gpu$i"; done
 echo "NodeName=node[1-$count] Name=gpu File=$base/dev/gpu[0-7]" >"$base/gres.conf"

@@ -25,6 +25,7 @@ from oreal_megatron.models.policy import Policy
 from oreal_megatron.parallel.device import device_seam
 from oreal_megatron.parallel.groups import parallel_groups
 from oreal_megatron.resharding.disk import DiskTransport
+from oreal_megatron.resharding.shards import PolicyShards
 
 FORK = multiprocessing.get_context("fork")
 WORLD = 4
@@ -65,7 +66,7 @@ def publish(rank: int, port: int, source: Path, output: Path, layout: dict[str, 
         for chunk in chunks:
             load_weights(chunk, source, groups)
         described = json.loads((source / "config.json").read_text())
-        transport = DiskTransport(chunks, geometry, groups, output, config_json=described)
+        transport = DiskTransport(PolicyShards(chunks, geometry, groups), output, config_json=described)
         transport.prepare(3)
         transport.prepare(4)
 

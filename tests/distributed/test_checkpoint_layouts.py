@@ -7,15 +7,16 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.lives import content_of
-from tests.tiny import invoke, metrics_of
+from tests.lives import content_of, together
+from tests.tiny import metrics_of
 
 pytestmark = pytest.mark.distributed
 
 # At 1e-8 the first updates of AdamW are the signs of gradients, and turn rounding into whole steps.
 STEADY = ("optimizer.policy.eps=1e-4", "optimizer.reward_model.eps=1e-4", "objective.actor_freeze_steps=0",
           "optimizer.policy.decay_steps=4", "optimizer.reward_model.decay_steps=4", "tracking.report=false",
-          "run.checkpoint_every=1", "run.keep_checkpoints=4", "evaluation=none")  # fmt: skip
+          "run.checkpoint_every=1", "run.keep_checkpoints=4", "evaluation=none",
+          "parallel.distributed_optimizer=true")  # fmt: skip
 LAYOUTS = {
     "TP2xPP2": ("parallel.tensor=2", "parallel.pipeline=2"),
     "PP2xDP2": ("parallel.pipeline=2",),
@@ -52,9 +53,7 @@ def difference(one, other):
 
 
 def go(directory, layout, num_steps):
-    outcome = invoke(f"run.dir={directory}", *STEADY, f"run.num_steps={num_steps}", *layout, num_processes=4)
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    return outcome.stdout
+    return together(directory, *STEADY, f"run.num_steps={num_steps}", *layout, num_processes=4)
 
 
 def weights_of(checkpoint):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from tests.tiny import invoke, metrics_of
+from tests.lives import together
+from tests.tiny import metrics_of
 
 pytestmark = pytest.mark.distributed
 
 # At 1e-8 the first updates of AdamW are the signs of gradients, and turn rounding into whole steps.
-STEADY = ("optimizer.policy.eps=1e-4", "optimizer.reward_model.eps=1e-4")
+STEADY = ("optimizer.policy.eps=1e-4", "optimizer.reward_model.eps=1e-4", "run.num_steps=3", "run.checkpoint_every=0",
+          "evaluation.every=0", "tracking.report=false")  # fmt: skip
 LAYOUTS = {
     "DP2": ("parallel.distributed_optimizer=true", "parallel.overlap_grad_reduce=true"),
     "TP2": ("parallel.tensor=2", "parallel.sequence=true"),
@@ -20,11 +22,10 @@ LAYOUTS = {
 
 def test_two_processes_train_as_one(warm):
     one = warm("one")
-    assert invoke(f"run.dir={one}", *STEADY).returncode == 0
+    together(one, *STEADY, num_processes=1)
     for name, layout in LAYOUTS.items():
         directory = warm(name)
-        outcome = invoke(f"run.dir={directory}", *STEADY, *layout, num_processes=2)
-        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+        together(directory, *STEADY, *layout, num_processes=2)
         for mine, expected in zip(metrics_of(directory), metrics_of(one), strict=True):
             assert (mine["kind"], mine["step"]) == (expected["kind"], expected["step"])
             assert mine["metrics"] == pytest.approx(expected["metrics"], rel=1e-3, abs=1e-5), name

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from oreal_megatron import updates
+from oreal_megatron.checkpoint.state import load_trained, trained_state
+from oreal_megatron.checkpoint.store import CheckpointStore, step_name
 from oreal_megatron.config import AdamWConfig, GeometryConfig, ModelConfig, ObjectiveConfig
 from oreal_megatron.data.packing import PackedSequence, Packer
 from oreal_megatron.models.architecture import build_gpt
@@ -24,9 +27,11 @@ from oreal_megatron.parallel.groups import ParallelGroups
 
 VOCABULARY = 105  # odd: every tensor split has rows of padding
 NUM_STEPS = 2
+# Biases and norms of queries and keys: tensor ranks hold parts of the first, and each a part of the second's gradient.
 GEOMETRY = GeometryConfig(
-    num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, init_std=0.2
-)
+    num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, init_std=0.2,
+    qkv_bias=True, qk_norm=True,
+)  # fmt: skip
 MODEL = ModelConfig(
     path=None, geometry=GEOMETRY, tokenizer="arithmetic", implementation="local", dtype="float32",
     max_sequence_length=64, logprob_chunk_tokens=5,
@@ -68,11 +73,21 @@ def named(model: TrainedModel) -> list[tuple[str, str, Any]]:
 
 
 def run_steps(
-    groups: ParallelGroups, objective: ObjectiveConfig, *, tied: bool, num_sequences: int
+    groups: ParallelGroups,
+    objective: ObjectiveConfig,
+    *,
+    tied: bool,
+    num_sequences: int,
+    steps: range = range(NUM_STEPS),
+    checkpoints: Path | None = None,
 ) -> tuple[Outcome, dict[str, tuple[str, Any]]]:
-    """Two steps; and (name in its chunk, parameter) by name in the network."""
+    """Steps from the initial weights, or the second alone from the checkpoint of the first; what they computed, and
+    (name in its chunk, parameter) by name in the network.
 
-    def model(cls: Any, seed: int, tied: bool) -> Any:
+    checkpoints: where the first step's checkpoint is, or goes to.
+    """
+
+    def built(cls: Any, seed: int, tied: bool) -> Any:
         module = build_gpt(cls, GEOMETRY, MODEL, groups, vocab_size=VOCABULARY, seed=seed, tied_embeddings=tied)
         for chunk in chunks_of(module):
             chunk.num_tokens, chunk.logprob_chunk_tokens = VOCABULARY, MODEL.logprob_chunk_tokens
@@ -82,15 +97,19 @@ def run_steps(
                 chunk.output_layer.weight.data.copy_(head)
         return module
 
-    policy = Recorded(model(Policy, 0, tied), ADAMW, groups, num_updates=10)
-    reward_model = Recorded(model(TokenRewardModel, 0, False), ADAMW, groups, num_updates=10)
-    reference = FrozenModel(model(Policy, 1, tied), offload=groups.layout.offload)
+    policy = Recorded(built(Policy, 0, tied), ADAMW, groups, num_updates=10)
+    reward_model = Recorded(built(TokenRewardModel, 0, False), ADAMW, groups, num_updates=10)
+    reference = FrozenModel(built(Policy, 1, tied), offload=groups.layout.offload)
+    trained = {"policy": policy, "reward_model": reward_model}
+    store = CheckpointStore(checkpoints, groups, keep=1) if checkpoints else None
+    if store and steps.start:
+        restore(store, trained, steps.start)
     for parked in (policy, reward_model, reference):
         parked.park()
     chosen = sequences(num_sequences)
     counts = TokenCounts(*(sum(len(s.response_ids) for s in chosen if s.correct is c) for c in (True, False)))
     outcome = Outcome()
-    for _ in range(NUM_STEPS):
+    for _ in steps:
         batches = Packer.of_layout(groups, GEOMETRY, VOCABULARY).batches(chosen)
         with reference.on_device():
             batches = updates.with_reference(reference.module, batches, groups)
@@ -101,17 +120,33 @@ def run_steps(
             metrics |= updates.update_policy(policy, batches, objective, counts)
         outcome.metrics.append(metrics)
         if not groups.layout.distributed_optimizer:
-            both = {"policy": policy.gradients, "reward_model": reward_model.gradients}
-            outcome.gradients.append({f"{m}.{n}": g for m, grads in both.items() for n, g in grads.items()})
+            outcome.gradients.append(
+                {f"{m}.{n}": g for m, model in trained.items() for n, g in model.gradients.items()}
+            )
+    if store and steps.stop < NUM_STEPS:
+        with policy.on_device(states=True), reward_model.on_device(states=True):
+            state = {k: v for prefix, model in trained.items() for k, v in trained_state(prefix, model).items()}
+            store.save(step_name(steps.stop), state)
     parameters = {
         f"{prefix}.{name}": (local, parameter)
-        for prefix, trained in (("policy", policy), ("reward_model", reward_model))
-        for name, local, parameter in named(trained)
+        for prefix, model in trained.items()
+        for name, local, parameter in named(model)
     }
     with policy.on_device(), reward_model.on_device():
         outcome.weights = {name: parameter.detach().clone() for name, (_, parameter) in parameters.items()}
         outcome.generation = continuations(policy.module, groups)
     return outcome, parameters
+
+
+def restore(store: CheckpointStore, trained: dict[str, Recorded], step: int) -> None:
+    wanted = {
+        key: value
+        for prefix, model in trained.items()
+        for key, value in trained_state(prefix, model, is_loading=True).items()
+    }
+    state = store.load(step_name(step), wanted)
+    for prefix, model in trained.items():
+        load_trained(prefix, model, state)
 
 
 def continuations(policy: Any, groups: ParallelGroups) -> Tensor:
@@ -146,7 +181,8 @@ def differences(
 ) -> dict[str, Any]:
     """The largest differences of this rank from one rank's outcome, each with where it is.
 
-    metrics: relative. gradients: relative to the tensor's largest entry. weights, generation: absolute.
+    Compared are as many last steps as `mine` has. metrics: relative. gradients: relative to the tensor's largest entry.
+    weights, generation: absolute.
     """
 
     def part(name: str, whole: Tensor) -> Tensor:
@@ -155,17 +191,18 @@ def differences(
             whole = whole[:VOCABULARY]
         return part_of(local, whole, parameter, groups)
 
-    assert all(m.keys() == o.keys() for m, o in zip(mine.metrics, one.metrics, strict=True))
+    first = len(one.metrics) - len(mine.metrics)
+    assert mine.metrics and all(m.keys() == o.keys() for m, o in zip(mine.metrics, one.metrics[first:], strict=True))
     metrics = [
         (abs(m[name] - o[name]) / max(abs(o[name]), 1e-3), f"step {step} {name}: {m[name]:.9g}, not {o[name]:.9g}")
-        for step, (m, o) in enumerate(zip(mine.metrics, one.metrics, strict=True))
+        for step, (m, o) in enumerate(zip(mine.metrics, one.metrics[first:], strict=True), first)
         for name in o
     ]
     # Gradients of which nearly everything cancels are rounding: none is held to less than a hundredth of the largest.
     floors = [0.01 * max(map(_largest, gradients.values())) for gradients in one.gradients]
     gradients = [
         (_largest(g - part(name, o[name])) / max(_largest(o[name]), floors[step]), f"step {step} {name}")
-        for step, (m, o) in enumerate(zip(mine.gradients, one.gradients, strict=False))
+        for step, (m, o) in enumerate(zip(mine.gradients, one.gradients[first:], strict=False), first)
         for name, g in m.items()
     ]
     weights = [(_largest(w - part(name, one.weights[name])), name) for name, w in mine.weights.items()]

@@ -18,22 +18,22 @@ from typing import Any
 import pytest
 
 from oreal_megatron.config import parse_config
-from tests.parity.layouts import Case, covering_cases, every_case
+from tests.parity.layouts import EVERY_MOVE, SOME_MOVES, Case, covering_cases, every_case, moves
 
 pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCES = {"metrics": 1e-5, "gradients": 1e-5, "weights": 1e-6, "generation": 2e-5}
 
-Compare = Callable[[int, Iterable[Case]], dict[str, Any]]
+Compare = Callable[[Iterable[Case]], dict[str, Any]]
 
 
 @pytest.fixture
 def compare(composed, tmp_path: Path) -> Compare:
-    """Runs cases on so many processes; by case their largest differences from one rank, or what went wrong."""
+    """Runs cases, each on processes of its own; by case their largest differences from one rank, or what went wrong."""
 
-    def run(world: int, cases: Iterable[Case]) -> dict[str, Any]:
+    def run(cases: Iterable[Case]) -> dict[str, Any]:
         objective = parse_config(composed("objective=oreal", "objective.beta=0.1")).objective
-        (tmp_path / "cases.pickle").write_bytes(pickle.dumps((world, list(cases), objective)))
+        (tmp_path / "cases.pickle").write_bytes(pickle.dumps((list(cases), objective)))
         command = [sys.executable, "-m", "tests.parity.worker", str(tmp_path)]
         subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
         return json.loads((tmp_path / "results.json").read_text())
@@ -54,13 +54,25 @@ def beyond_tolerance(results: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_layouts_give_the_numbers_of_one_rank(compare: Compare, world: int) -> None:
-    results = compare(world, covering_cases(world))
+    results = compare(covering_cases(world))
     assert len(results) >= 15 and not beyond_tolerance(results)
+
+
+def test_a_checkpoint_goes_on_in_another_layout_as_one_rank_does(compare: Compare) -> None:
+    results = compare(moves(SOME_MOVES))
+    assert len(results) == len(SOME_MOVES) and not beyond_tolerance(results)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("world", [2, 4])
-def test_every_combination_gives_the_numbers_of_one_rank(compare: Compare, world: int) -> None:
-    results = compare(world, every_case(world))
-    assert len(results) >= 200 and not beyond_tolerance(results)
+@pytest.mark.parametrize(("world", "number"), [(2, 200), (4, 500), (8, 12)])
+def test_every_combination_gives_the_numbers_of_one_rank(compare: Compare, world: int, number: int) -> None:
+    results = compare(every_case(world))
+    assert len(results) >= number and not beyond_tolerance(results)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_move_goes_on_as_one_rank_does(compare: Compare) -> None:
+    results = compare(moves(EVERY_MOVE))
+    assert len(results) == len(EVERY_MOVE) and not beyond_tolerance(results)

@@ -14,8 +14,10 @@ import os
 import pickle
 import socket
 import sys
+import tempfile
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from oreal_megatron.config import ObjectiveConfig
 from oreal_megatron.parallel.device import device_seam
 from oreal_megatron.parallel.groups import parallel_groups
 from tests.parity.layouts import ONE_RANK, Case
-from tests.parity.oreal_step import Outcome, differences, run_steps
+from tests.parity.oreal_step import NUM_STEPS, Outcome, differences, run_steps
 
 FORK = multiprocessing.get_context("fork")
 SECONDS_A_CASE = 120
@@ -33,29 +35,44 @@ SECONDS_A_CASE = 120
 
 def main(directory: Path) -> None:
     torch.set_num_threads(1)
-    world, cases, objective = pickle.loads((directory / "cases.pickle").read_bytes())
+    cases, objective = pickle.loads((directory / "cases.pickle").read_bytes())
     expected: dict[tuple[bool, int], Outcome] = {}
     results: dict[str, Any] = {}
     for case in cases:
         data = case.tied, case.num_sequences
         if data not in expected:
-            (expected[data],) = on_processes(1, Case("one", ONE_RANK, tied=case.tied, num_sequences=data[1]), objective)
+            one = replace(ONE_RANK, tied=case.tied, num_sequences=case.num_sequences)
+            (expected[data],) = on_processes(one, objective)
         start = time.perf_counter()
-        parts = on_processes(world, case, objective, expected[data])
+        parts = answers_of(case, objective, expected[data], directory)
         failures = [part for part in parts if isinstance(part, str)]
         results[case.name] = failures[0] if failures else {k: max(part[k] for part in parts) for k in parts[0]}
         (directory / "results.json").write_text(json.dumps(results))
         print(f"{case.name}  {time.perf_counter() - start:.1f} s", flush=True)
 
 
-def on_processes(world: int, case: Case, objective: ObjectiveConfig, one: Outcome | None = None) -> list[Any]:
-    """What each rank answers: its outcome, its differences from `one`, or the traceback of what went wrong."""
+def answers_of(case: Case, objective: ObjectiveConfig, one: Outcome, directory: Path) -> list[Any]:
+    """Each rank's differences from `one`, or the traceback of what went wrong."""
+    if case.saved_by is None:
+        return on_processes(case, objective, one)
+    with tempfile.TemporaryDirectory(dir=directory) as checkpoints:
+        where: dict[str, Any] = {"checkpoints": Path(checkpoints) / "checkpoints"}
+        saved = on_processes(case.saved_by, objective, steps=range(1), **where)
+        failures = [answer for answer in saved if isinstance(answer, str)]
+        return failures or on_processes(case, objective, one, steps=range(1, NUM_STEPS), **where)
+
+
+def on_processes(case: Case, objective: ObjectiveConfig, one: Outcome | None = None, **options: Any) -> list[Any]:
+    """What each rank answers: its outcome, its differences from `one`, or the traceback of what went wrong.
+
+    options: of `run_steps`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pipes = [FORK.Pipe(duplex=False) for _ in range(world)]
+    pipes = [FORK.Pipe(duplex=False) for _ in range(case.world)]
     ranks = [
-        FORK.Process(target=run_rank, args=(pipe, rank, world, port, case, objective, one))
+        FORK.Process(target=run_rank, args=(pipe, rank, port, case, objective, one, options))
         for rank, (_, pipe) in enumerate(pipes)
     ]
     for rank in ranks:
@@ -74,14 +91,28 @@ def on_processes(world: int, case: Case, objective: ObjectiveConfig, one: Outcom
 
 
 def run_rank(
-    pipe: Any, rank: int, world: int, port: int, case: Case, objective: ObjectiveConfig, one: Outcome | None
+    pipe: Any,
+    rank: int,
+    port: int,
+    case: Case,
+    objective: ObjectiveConfig,
+    one: Outcome | None,
+    options: dict[str, Any],
 ) -> None:
-    where = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    where = {
+        "RANK": rank,
+        "WORLD_SIZE": case.world,
+        "LOCAL_RANK": rank,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ |= {name: str(value) for name, value in where.items()}
     answer: Any
     try:
         with device_seam(), parallel_groups(case.parallel, seed=0) as groups:
-            outcome, parameters = run_steps(groups, objective, tied=case.tied, num_sequences=case.num_sequences)
+            outcome, parameters = run_steps(
+                groups, objective, tied=case.tied, num_sequences=case.num_sequences, **options
+            )
             answer = outcome if one is None else differences(outcome, parameters, one, groups)
             groups.barrier()
     except Exception:

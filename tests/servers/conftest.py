@@ -12,7 +12,7 @@ import pytest
 
 from oreal_megatron.config import SGLangConfig
 from tests.conftest import compose
-from tests.tiny_models import VOCABULARY, save_tiny
+from tests.tiny_models import save_tiny
 
 STOP = 7
 MAX_SEQUENCE_LENGTH = 256
@@ -38,8 +38,17 @@ class Servers:
     engine: Any
     fleet: Any
     policy: Any
+    shards: Any
+    config_json: dict[str, Any]
     directory: Path
     said: list[str] = field(default_factory=list)
+
+    def written(self) -> Path:
+        """The policy's present weights as a Hugging Face directory, for transformers."""
+        from oreal_megatron.resharding.disk import DiskTransport
+
+        DiskTransport(self.shards, self.directory / "written", config_json=self.config_json).prepare(0)
+        return self.directory / "written" / "version_000000"
 
     def generate(self, requests: Any, sampling: Any, num_enough: int | None = None) -> list[Any]:
         """One completion a request, in order; num_enough: units after which the rest is broken off."""
@@ -57,28 +66,35 @@ class Servers:
 def open_servers(groups: Any, source: Path, directory: Path, **options: Any) -> Servers:
     """An engine with the Megatron policy of a Hugging Face directory; nothing is published yet."""
     from oreal_megatron.convert.huggingface import geometry_of, served_config
-    from oreal_megatron.resharding.disk import DiskTransport
+    from oreal_megatron.models.chunks import chunks_of
+    from oreal_megatron.resharding.loader import LOADER
+    from oreal_megatron.resharding.publish import build_publisher
+    from oreal_megatron.resharding.shards import PolicyShards
     from oreal_megatron.rollout.fingerprint import Fingerprint, check_server
     from oreal_megatron.rollout.fleet import Fleet
     from oreal_megatron.rollout.sglang import SGLangEngine
     from tests.unit.models.conftest import as_policy
 
     policy, geometry, said = as_policy(source, groups), geometry_of(source), []
+    servers = SGLangConfig(**{**DEFAULTS, **options})
     config = served_config(
         str(source), geometry, dtype="float32", max_positions=MAX_SEQUENCE_LENGTH, stop_token_id=STOP
     )
     fleet = Fleet(
-        SGLangConfig(**{**DEFAULTS, **options}),
+        servers,
         dtype="float32",
         max_sequence_length=MAX_SEQUENCE_LENGTH,
         stop_token_id=STOP,
-        logs=directory / "servers",
+        directory=directory / "servers",
+        config_json=config,
+        weight_loader=LOADER,
         check=lambda url, description: check_server(url, description, Fingerprint.of(geometry, "float32")),
         say=said.append,
     )
-    transport = DiskTransport([policy], geometry, groups, directory / "weights", config_json=config)
-    engine = SGLangEngine(fleet, transport, groups, vocab_size=VOCABULARY, timeout_seconds=600)
-    return Servers(engine, fleet, policy, directory, said)
+    shards = PolicyShards(chunks_of(policy), geometry, groups)
+    publisher = build_publisher(servers, shards, directory=directory / "weights", config_json=config)
+    engine = SGLangEngine(fleet, publisher, groups, vocab_size=geometry.vocab_size, timeout_seconds=600)
+    return Servers(engine, fleet, policy, shards, config, directory, said)
 
 
 @pytest.fixture(scope="session")

@@ -34,11 +34,25 @@ def requests_of(prompts, max_new_tokens=24):
     return [GenerationRequest(prompt_ids=ids, seed=i, max_new_tokens=max_new_tokens) for i, ids in enumerate(prompts)]
 
 
+def model_of(directory):
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def teacher_forced(model, prompt, completion):
+    """transformers' log-probabilities where each token of the response was drawn."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *completion.token_ids]])).logits
+    return logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+
+
 def assert_as_transformers(completions, directory):
     """Greedy tokens are transformers' on the weights in `directory`, log-probabilities within 1e-5."""
+    model = model_of(directory)
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         ids = list(completion.token_ids)
-        logprobs = teacher_forced(directory, prompt, completion)
+        logprobs = teacher_forced(model, prompt, completion)
         assert ids == logprobs.argmax(-1).tolist()
         expected = logprobs.gather(-1, torch.tensor(ids)[:, None]).squeeze(-1)
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=0)
@@ -58,23 +72,21 @@ def test_greedy_tokens_are_those_of_the_published_weights(servers, tiny_qwen):
     pid = servers.fleet.members[0].process.pid
     torch.manual_seed(1)
     perturb(servers.policy)
-    servers.engine.publish(1)
+    report = servers.engine.publish(1)
     after = servers.generate(requests_of(PROMPTS), GREEDY)
     assert servers.fleet.members[0].process.pid == pid  # the same server took them
     for version, completions in enumerate((before, after)):
         assert all(c.weight_spans == (WeightSpan(version=version, start=0, end=len(c.token_ids)),) for c in completions)
     assert [c.token_ids for c in before] != [c.token_ids for c in after]
-    # The directory that was published is the policy: an independent reader of it agrees with the server.
-    assert_as_transformers(after, servers.directory / "weights" / "version_000001")
+    assert report["publication/servers"] == 1 and report["publication/failures"] == 0
+    assert report["publication/bytes"] == sum(p.numel() * 4 for p in servers.policy.parameters())
+    assert_as_transformers(after, servers.written())
 
 
-def test_a_server_with_other_weights_gets_none_of_the_prompts_before_ours(servers):
-    """Somebody loads old weights into it; then, another run attaches to it and publishes its own."""
-    current = servers.directory / "weights" / "version_000001"
-    client = servers.fleet.members[0].client
-    stale = servers.engine._loop.run(_plant(client, servers.directory / "weights" / "version_000000"))
-    stale.result(120)
-    assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), current)
+def test_a_server_with_other_weights_gets_none_of_the_prompts_before_ours(servers, tiny_qwen):
+    """Somebody loads the first weights into it."""
+    servers.engine._loop.run(_plant(servers.fleet.members[0].client, tiny_qwen)).result(120)
+    assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
 
 
 async def _plant(client, directory):
@@ -89,7 +101,7 @@ def test_two_runs_at_one_server_each_get_their_own_weights(servers, single_proce
         other.engine.publish(5)
         assert_as_transformers(other.generate(requests_of(PROMPTS), GREEDY), tiny_qwen)
         ours = servers.generate(requests_of(PROMPTS), GREEDY)
-        assert_as_transformers(ours, servers.directory / "weights" / "version_000001")
+        assert_as_transformers(ours, servers.written())
     finally:
         other.engine.close()
     assert servers.fleet.members[0].process.exit_code is None  # a server that we attached to is not ours to end
@@ -105,8 +117,10 @@ def test_a_response_that_is_broken_off_goes_on_with_other_weights(servers):
     first = servers.generate(asked, GREEDY, num_enough=2)
     begun = [completion for completion in first if completion.finish_reason is None and completion.token_ids]
     assert begun and all(len(c.token_ids) == len(c.logprobs) < 230 and STOP not in c.token_ids for c in begun)
+    models = {1: model_of(servers.written())}
     perturb(servers.policy)
     servers.engine.publish(2)
+    models[2] = model_of(servers.written())
     second = servers.generate([replace(r, begun=c) for r, c in zip(asked, first, strict=True)], GREEDY)
     for prompt, part, whole in zip(prompts, first, second, strict=True):
         if part not in begun:
@@ -120,20 +134,11 @@ def test_a_response_that_is_broken_off_goes_on_with_other_weights(servers):
         )
         assert end == 230 or whole.token_ids[-1] == STOP
         for span in whole.weight_spans:
-            logprobs = teacher_forced(servers.directory / "weights" / f"version_{span.version:06d}", prompt, whole)
-            part = slice(span.start, span.end)
-            assert list(whole.token_ids[part]) == logprobs[part].argmax(-1).tolist()
-            expected = logprobs[part].max(-1).values
-            torch.testing.assert_close(torch.tensor(whole.logprobs[part]), expected, atol=1e-5, rtol=0)
-
-
-def teacher_forced(directory, prompt, completion):
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    with torch.no_grad():
-        logits = model(torch.tensor([[*prompt, *completion.token_ids]])).logits
-    return logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            logprobs = teacher_forced(models[span.version], prompt, whole)
+            generated = slice(span.start, span.end)
+            assert list(whole.token_ids[generated]) == logprobs[generated].argmax(-1).tolist()
+            expected = logprobs[generated].max(-1).values
+            torch.testing.assert_close(torch.tensor(whole.logprobs[generated]), expected, atol=1e-5, rtol=0)
 
 
 def test_a_response_ends_at_the_stop_token_and_keeps_it(servers):
@@ -222,8 +227,7 @@ def kill_mid_generation(servers, how):
     assert len(completions) == 64 and all(c.token_ids and len(c.token_ids) == len(c.logprobs) for c in completions)
     assert servers.fleet.num_retries > retries and member.process.pid != pid
     assert any("lost" in line for line in servers.said)
-    latest = max((servers.directory / "weights").iterdir())
-    assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), latest)
+    assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
     wait_until(lambda: not is_running(pid))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -62,3 +64,28 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     finally:
         subprocess.run([SCRIPTS / "down.sh", base], capture_output=True, timeout=120)
         del os.environ["SLURM_CONF"]
+
+
+def oreal_submit(*arguments: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """`oreal-submit`, whose jobs find `oreal-train` beside this Python."""
+    return subprocess.run(
+        [sys.executable, "-c", "from oreal_megatron.launch.command import submit; submit()", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def submitted_job(outcome: subprocess.CompletedProcess[str]) -> str:
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    found = re.search(r"submitted job (\d+)", outcome.stdout)
+    assert found is not None, outcome.stdout
+    return found[1]
+
+
+def has_steps(directory: Path, count: int) -> bool:
+    """Whether a run has finished so many steps."""
+    metrics = directory / "metrics.jsonl"
+    return metrics.exists() and metrics.read_text().count('"kind": "step"') >= count

@@ -1,9 +1,13 @@
-"""The batch script on a real SLURM, with a shell script in the trainer's place: roles, statuses, signals, bad nodes."""
+"""The batch script on a real SLURM, with shell scripts in the place of trainer and servers: roles, statuses, signals.
+
+test_run.py and test_roles.py have the real ones.
+"""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,16 +22,18 @@ pytestmark = pytest.mark.slurm
 
 @pytest.fixture
 def site(tmp_path: Path):
-    """(environment variables, node check) -> a cluster whose oreal-train is `trainer`."""
+    """A cluster whose oreal-train is `trainer`, and whose python announces a server and goes on as `servers`."""
 
-    def make(trainer: str, node_check: str | None = None, **environment: str) -> ClusterConfig:
-        program = tmp_path / "venv" / "bin" / "oreal-train"
-        program.parent.mkdir(parents=True)
-        program.write_text(f"#!/bin/bash\n{trainer}\n")
-        program.chmod(0o755)
+    def make(trainer: str, servers: str = "exit 9", **options: Any) -> ClusterConfig:
+        bin = tmp_path / "venv" / "bin"
+        bin.mkdir(parents=True)
+        announce = 'echo "http://$SLURMD_NODENAME:1" >"$4/server_$SLURM_NODEID.url"'
+        for name, script in (("oreal-train", trainer), ("python", f"{announce}\n{servers}")):
+            (bin / name).write_text(f"#!/bin/bash\n{script}\n")
+            (bin / name).chmod(0o755)
         raw = composed(["cluster=single_machine_test", f"cluster.venv={tmp_path / 'venv'}"])["cluster"]
-        raw = {**raw, "node_check": node_check, "cpus_per_node": 2, "memory_per_node": "100", "gpu_request": "none"}
-        raw |= {"shared": [], "exclude": [], "modules": [], "mounts": [], "setup": [], "environment": environment}
+        raw = {**raw, "cpus_per_node": 2, "memory_per_node": "100", "gpu_request": "none", "environment": {}}
+        raw |= {"shared": [], "exclude": [], "modules": [], "mounts": [], "setup": [], **options}
         return parse_cluster(raw)
 
     return make
@@ -37,8 +43,17 @@ def site(tmp_path: Path):
 def submit(slurm, tmp_path: Path):
     config = parse_config(resolved(composed(["experiment=arithmetic", f"run.dir={tmp_path}"])))
 
-    def run(cluster: ClusterConfig, *, trainers: int = 2, servers: int = 0, after: str | None = None) -> str:
-        nodes = Allocation(trainer_nodes=trainers, server_nodes=servers, processes_per_node=1)
+    def run(
+        cluster: ClusterConfig, *, trainers: int = 2, servers: int = 0, share: bool = False, after: str | None = None
+    ) -> str:
+        nodes = Allocation(
+            trainer_nodes=trainers,
+            processes_per_node=1,
+            num_servers=servers,
+            server_nodes=servers,
+            servers_share=share,
+            judge_nodes=cluster.judge_nodes,
+        )
         script = tmp_path / "job.sbatch"
         write_atomically(script, rendered(config, cluster, nodes, ["a='b c'"], script))
         return submitted(script, after=after)
@@ -67,15 +82,48 @@ def test_the_status_is_that_of_what_failed_first(slurm, site, submit, tmp_path):
 
 def test_servers_end_with_the_trainer_and_not_the_other_way(slurm, site, submit, tmp_path):
     serve = 'echo "serving on $SLURMD_NODENAME"; trap "echo asked to end; exit 0" TERM; while :; do sleep 0.2; done'
-    job = submit(site("sleep 3; exit 5", OREAL_SERVER_COMMAND=serve), trainers=1, servers=2)
+    job = submit(site("echo $2; sleep 3; exit 5", serve), trainers=1, servers=2)
     assert slurm.ended(job)["ExitCode"] == "5:0"
     for index, node in enumerate(("node2", "node3")):
         text = (tmp_path / f"logs-{job}" / f"servers_node_{index}.log").read_text()
         assert f"serving on {node}" in text and "asked to end" in text
+    trainer = (tmp_path / f"logs-{job}" / "trainer_rank_0.log").read_text()
+    assert trainer.strip() == "rollout.sglang.urls=[http://node2:1,http://node3:1]"
+
+
+def test_servers_and_judges_have_their_places(slurm, site, submit, tmp_path):
+    """Servers on the trainer's nodes, where they share its devices; judges on a node of their own."""
+    serve = 'trap "exit 0" TERM; while :; do sleep 0.2; done'
+    judge = 'echo "judging at $JUDGE_PORT"; ' + serve
+    job = submit(site('echo "$2 $3"', serve, judge_nodes=1, judge_command=judge), trainers=2, servers=2, share=True)
+    assert slurm.ended(job)["JobState"] == "COMPLETED", log(tmp_path, job)
+    logs = tmp_path / f"logs-{job}"
+    port = (logs / "judges_node_0.log").read_text().split()[2]
+    expected = f"rollout.sglang.urls=[http://node1:1,http://node2:1] verifier.judge.endpoints=[http://node3:{port}/v1]"
+    assert (logs / "trainer_rank_0.log").read_text().strip() == expected
+    assert "trainer on node1,node2, servers on node1,node2, judges on node3" in log(tmp_path, job)
+
+
+def test_servers_on_another_kind_of_nodes(slurm, site, submit, tmp_path):
+    """A heterogeneous job: queued again as a whole, with its servers ended and started anew."""
+    serve = 'echo "serving on $SLURMD_NODENAME"; trap "echo asked to end; exit 0" TERM; while :; do sleep 0.2; done'
+    trainer = 'echo "$2"; ' + TRAINER_THAT_SAVES.format(directory=tmp_path)
+    cluster = site(trainer, serve, server_partition="urgent", node_check='test "$SLURMD_NODENAME" != node9')
+    job = submit(cluster, trainers=2, servers=1)
+    slurm.until(lambda: (tmp_path / f"logs-{job}" / "trainer_rank_0.log").exists())
+    slurm("scancel", "--batch", "--signal=USR1", job)
+    slurm.until(lambda: "ends with status" in log(tmp_path, job))
+    assert "ends with status 0" in log(tmp_path, job)
+    logs = tmp_path / f"logs-{job}"
+    lives = (logs / "servers_node_0.log").read_text()
+    assert (lives.count("serving on"), lives.count("asked to end")) == (2, 2)
+    node = lives.rsplit("serving on ", 1)[1].split()[0]
+    assert f"rollout.sglang.urls=[http://{node}:1]" in (logs / "trainer_rank_0.log").read_text()
+    assert slurm.job(str(int(job) + 1))["Partition"] == "urgent"
 
 
 def test_the_trainer_outlives_a_server(slurm, site, submit, tmp_path):
-    job = submit(site("sleep 4; echo done", OREAL_SERVER_COMMAND="exit 1"), trainers=1, servers=1)
+    job = submit(site("sleep 4; echo done", "sleep 1; exit 1"), trainers=1, servers=1)
     assert slurm.ended(job)["JobState"] == "COMPLETED"
     assert "done" in (tmp_path / f"logs-{job}" / "trainer_rank_0.log").read_text()
 
@@ -113,7 +161,7 @@ def test_a_preempted_job_saves_and_comes_back(slurm, site, submit, tmp_path):
 
 def test_scancel_ends_everything_and_does_not_queue_again(slurm, site, submit, tmp_path):
     mark = f"sleep 98{tmp_path.name.__hash__() % 10000:04d}"
-    job = submit(site(mark, OREAL_SERVER_COMMAND=mark), trainers=1, servers=1)
+    job = submit(site(mark, mark), trainers=1, servers=1)
     slurm.until(lambda: (tmp_path / f"logs-{job}" / "trainer_rank_0.log").exists())
     slurm("scancel", job)
     assert slurm.ended(job)["JobState"] == "CANCELLED"
@@ -143,13 +191,3 @@ def test_slurm_words_of_a_refusal_come_through(slurm, site, submit):
     cluster = site("true").model_copy(update={"partition": "nowhere"})
     with pytest.raises(ValueError, match="invalid partition"):
         submit(cluster)
-
-
-def test_scripts_are_clean():
-    slurm_scripts = Path(__file__).resolve().parents[2] / "slurm"
-    scripts = [slurm_scripts / "train.sbatch", *slurm_scripts.rglob("*.sh")]
-    try:
-        outcome = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("shellcheck is not installed: make slurm-deps")
-    assert outcome.returncode == 0, outcome.stdout

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.slurm.conftest import has_steps, oreal_submit, submitted_job
 from tests.tiny import TINY, invoke, metrics_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.end_to_end]
@@ -24,39 +21,59 @@ SITE = (
 )
 
 
-def oreal_submit(*arguments: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    """`oreal-submit`, whose jobs find `oreal-train` beside this Python."""
-    return subprocess.run(
-        [sys.executable, "-c", "from oreal_megatron.launch.command import submit; submit()", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+def submitted_run(directory: Path, *overrides: str) -> str:
+    return submitted_job(
+        oreal_submit(*TINY, *SITE, *overrides, f"run.dir={directory}", "--nodes=2", tmp_path=directory.parent)
     )
 
 
-def submitted_job(outcome: subprocess.CompletedProcess[str]) -> str:
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    found = re.search(r"submitted job (\d+)", outcome.stdout)
-    assert found is not None, outcome.stdout
-    return found[1]
+def assert_resumed(slurm, job: str, directory: Path, *overrides: str, timeout: float = 240) -> str:
+    """The job queued itself again once, and its run is what an uninterrupted one is; the job's log."""
+    ended = slurm.ended(job, timeout=timeout)
+    log = (directory / "slurm" / f"job-{job}.log").read_text()
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log
+    whole = directory.parent / "whole"
+    assert invoke(*overrides, f"run.dir={whole}", num_processes=2).returncode == 0
+    assert metrics_of(directory) == metrics_of(whole)
+    return log
 
 
 def test_a_run_stopped_by_a_signal_resumes_to_the_same_figures(slurm, tmp_path):
-    directory = tmp_path / "runs" / "stopped"
-    job = submitted_job(oreal_submit(*TINY, *SITE, f"run.dir={directory}", "--nodes=2", tmp_path=tmp_path))
-    slurm.until(
-        lambda: (directory / "metrics.jsonl").exists() and '"step"' in (directory / "metrics.jsonl").read_text()
-    )
+    directory = tmp_path / "stopped"
+    job = submitted_run(directory)
+    slurm.until(lambda: has_steps(directory, 1))
     slurm("scancel", "--batch", "--signal=USR1", job)
-    ended = slurm.ended(job)
-    log = (directory / "slurm" / f"job-{job}.log").read_text()
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log
-    assert "status 75; queued again" in log
-    whole = tmp_path / "runs" / "whole"
-    assert invoke(f"run.dir={whole}", num_processes=2).returncode == 0
-    assert metrics_of(directory) == metrics_of(whole)
+    assert "status 75; queued again" in assert_resumed(slurm, job, directory)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_time_limit_comes_and_the_run_goes_on_to_the_same_figures(slurm, tmp_path):
+    """SLURM's own signal: a minute before the end of a job of two minutes, in the middle of a longer run."""
+    directory = tmp_path / "limited"
+    longer = ("run.num_steps=150", "run.checkpoint_every=50", "evaluation.every=75")
+    job = submitted_run(directory, "cluster.time_limit=00:02:00", "cluster.signal_seconds=60", *longer)
+    slurm.until(lambda: slurm.job(job).get("Restarts") == "1", timeout=600)
+    assert has_steps(directory, 1) and not has_steps(directory, 150)
+    # The second job has all the time that it needs.
+    slurm("scontrol", "update", f"JobId={job}", "TimeLimit=00:30:00")
+    log = assert_resumed(slurm, job, directory, *longer, timeout=900)
+    assert "USR1: the trainer is asked to save" in log and "status 75; queued again" in log
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_preempted_run_comes_back_to_the_same_figures(slurm, tmp_path):
+    directory = tmp_path / "preempted"
+    longer = ("run.num_steps=30", "run.checkpoint_every=10", "evaluation.every=15")
+    job = submitted_run(directory, *longer)
+    slurm.until(lambda: has_steps(directory, 1))
+    urgent = slurm(
+        "sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"
+    )
+    log = assert_resumed(slurm, job, directory, *longer, timeout=900)
+    assert "the trainer is asked to save" in log
+    assert slurm.job(urgent)["JobState"] == "COMPLETED"
 
 
 def test_a_submission_that_cannot_work_is_refused(slurm, tmp_path):
@@ -72,25 +89,3 @@ def test_a_submission_that_cannot_work_is_refused(slurm, tmp_path):
     assert "cluster.partition = 'nowhere': there are batch, urgent" in partition.stderr
     cards = oreal_submit(*TINY, "cluster=single_machine_test", "resources.devices_per_node=16", tmp_path=tmp_path)
     assert "nodes of batch have 8 GPUs" in cards.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("nodes", [2, 4])
-def test_the_dry_run_of_32b_trains_on_the_cluster(slurm, tmp_path, nodes):
-    """Eight processes: TP2 x PP2 x DP2 with sequence parallelism, recompute and the distributed optimizer."""
-    directory = tmp_path / "runs" / "dry"
-    job = submitted_job(
-        oreal_submit(
-            "experiment=oreal_32b",
-            "cluster=single_machine_test",
-            "run.dry_run=true",
-            f"run.dir={directory}",
-            "tracking.console=plain",
-            f"--nodes={nodes}",
-            tmp_path=tmp_path,
-        )
-    )
-    assert slurm.ended(job, timeout=1500)["JobState"] == "COMPLETED"
-    steps = [record for record in metrics_of(directory) if record["kind"] == "step"]
-    assert [record["step"] for record in steps] == [0, 1]

@@ -9,20 +9,16 @@ import pytest
 import torch
 
 from oreal_megatron import updates
-from oreal_megatron.config import AdamWConfig, GeometryConfig, ModelConfig, parse_config
+from oreal_megatron.config import AdamWConfig, parse_config
 from oreal_megatron.data.packing import PackedSequence, Padding, micro_batches, pack
 from oreal_megatron.models.architecture import build_gpt
 from oreal_megatron.models.optimizer import TrainedModel
 from oreal_megatron.models.policy import Policy
 from oreal_megatron.models.token_reward import TokenRewardModel
 from oreal_megatron.objective.terms import TokenCounts
+from tests.tiny_models import GEOMETRY, MODEL
 
 CPU = torch.device("cpu")
-GEOMETRY = GeometryConfig(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2)
-MODEL = ModelConfig(
-    path=None, geometry=GEOMETRY, tokenizer="arithmetic", implementation="local", dtype="float32",
-    max_sequence_length=64,
-)  # fmt: skip
 ADAMW = AdamWConfig(
     lr=1e-3, min_lr=1e-4, warmup_steps=2, decay_steps=10, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-4,
     clip_grad=1.0,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from oreal_megatron.checkpoint.store import INITIAL, Best, CheckpointStore, is_better, step_name
 
@@ -156,6 +157,52 @@ def test_a_process_killed_while_it_saves_leaves_only_whole_checkpoints(store, tm
     step = again.newest_whole()
     sizes = {1: 1000, 2: 10_000_000}
     assert (again.load(step_name(step), state(size=sizes[step]))["weights"] == float(step)).all()
+
+
+@pytest.fixture
+def writing(monkeypatch):
+    """Makes the process that writes call a function first."""
+
+    def first(function):
+        write = FileSystemWriterAsync.write_preloaded_data
+
+        def function_then_write(*args, **options):
+            function()
+            write(*args, **options)
+
+        monkeypatch.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(function_then_write))
+
+    return first
+
+
+@pytest.mark.timeout(120)
+def test_a_writer_needs_none_of_the_threads_that_it_was_forked_from(store, writing):
+    """A forked process has no OpenMP threads but waits for them, in whatever torch splits over several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        whole = torch.arange(4_000_000, dtype=torch.float32)
+        views = {"whole": whole, "part": whole[1000:3_000_000], "columns": whole.view(2000, 2000)[:, :1500]}
+        saved = {name: ShardedTensor.from_rank_offsets(name, view) for name, view in views.items()}
+        writing(lambda: torch.full((10_000_000,), 1.0).add_(1.0).clone())
+        store.save(step_name(1), saved, wait=False)
+        expected = {name: view.clone() for name, view in views.items()}
+        whole.add_(1.0)  # the next step
+        store.finish(wait=True)
+    finally:
+        torch.set_num_threads(before)
+    empty = {n: ShardedTensor.from_rank_offsets(n, torch.zeros(view.shape)) for n, view in expected.items()}
+    loaded = store.load(step_name(1), empty)
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_a_killed_writer_is_an_error_and_what_was_whole_stays(store, writing):
+    store.save(step_name(1), state())
+    writing(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    store.save(step_name(2), state(), wait=False)
+    with pytest.raises(OSError, match=r"checkpoint step_000002 cannot be .* the process that writes it was killed"):
+        store.finish(wait=True)
+    assert store.newest_whole() == 1 and names(store) == {step_name(1)}
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(store):

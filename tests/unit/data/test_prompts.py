@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -122,7 +123,7 @@ def arithmetic(**changes) -> ArithmeticConfig:
         "num_train": 50,
         "num_heldout": 40,
         "num_demonstrations": 60,
-        "direct_share": 0.25,
+        "direct_shares": (1.0, 0.0),
         "min_terms": 2,
         "max_terms": 4,
         "max_operand": 20,
@@ -145,7 +146,11 @@ def test_generated_sets_share_no_problem_and_golds_are_right():
     for line in (line for d in data.demonstrations for line in d.response.split("\n")[:-1]):
         left, right = line.split("=")
         assert eval(left) == int(right)
-    assert sum(d.response.startswith("\\boxed{") for d in data.demonstrations) == 15
+    # From all without working at two terms to none at four.
+    for demonstration in data.demonstrations:
+        num_operators = len(re.findall(r"(?<=\d)[-+*]", demonstration.question))
+        if num_operators != 2:
+            assert demonstration.response.startswith("\\boxed{") == (num_operators == 1)
 
 
 def test_worked_solution_keeps_precedence_and_order():

@@ -9,9 +9,11 @@ from omegaconf import OmegaConf
 
 from oreal_megatron.composition import composed, config_directory, missing_keys, resolved, validated, with_placeholders
 from oreal_megatron.config import ConfigError, TrainConfig, parse_config
-from oreal_megatron.launch.command import num_devices, planner_of, site_and_run
-from oreal_megatron.launch.dry_run import MAX_PROCESSES, num_processes, shrunk
+from oreal_megatron.launch.cluster import LOCAL_FILE_SYSTEMS, file_system
+from oreal_megatron.launch.command import num_devices, planner_of
+from oreal_megatron.launch.dry_run import MAX_PROCESSES, MAX_SERVERS, num_processes, shrunk
 from oreal_megatron.launch.planner import Plan
+from oreal_megatron.launch.refusal import checked
 from oreal_megatron.launch.submit import allocation
 
 EXPERIMENTS = sorted(path.stem for path in (Path(config_directory()) / "experiment").glob("*.yaml"))
@@ -67,7 +69,11 @@ def test_an_experiment_shrinks_to_a_dry_run(name):
     small = validated(shrunk(config))
     layout = small.parallel
     assert small.run.num_steps == 2 and small.run.name == f"dry_run_{name}" and name in small.run.dir
-    assert (small.rollout.backend, small.model.path) == ("embedded", None)
+    assert (small.rollout.backend, small.model.path) == (config.rollout.backend, None)
+    if (servers := small.rollout.sglang) is not None:
+        assert servers.device == "cpu" and servers.placement == config.rollout.sglang.placement
+        assert servers.num_servers == min(config.rollout.sglang.num_servers, MAX_SERVERS)
+        assert servers.tensor == min(config.rollout.sglang.tensor, 2)
     assert num_processes(config) % (layout.tensor * layout.pipeline * layout.context) == 0
     assert num_processes(config) <= MAX_PROCESSES
     whole = OmegaConf.to_container(config.parallel)
@@ -88,8 +94,42 @@ def test_only_the_site_is_missing_from_a_recipe():
     assert missing_keys(raw) == ["cluster.data", "cluster.models"]
 
 
-def test_everything_that_a_submission_lacks_is_named_at_once():
+def refused(*overrides: str) -> dict[str, str]:
+    """Key -> remedy of everything that a submission is refused for."""
     with pytest.raises(ConfigError) as caught:
-        site_and_run(composed(["experiment=oreal_32b", "cluster=slurm"]))
-    keys = [violation.key for violation in caught.value.violations]
-    assert keys == [f"cluster.{name}" for name in ("account", "data", "models", "partition", "runs", "venv")]
+        checked(composed(list(overrides)), lambda config, cluster: allocation(config, num_devices(config, None)))
+    return {violation.key: violation.remedy for violation in caught.value.violations}
+
+
+def test_everything_that_a_submission_lacks_is_named_at_once():
+    found = refused("experiment=oreal_32b_disaggregated", "cluster=slurm")
+    assert sorted(found) == [f"cluster.{name}" for name in ("account", "data", "models", "partition", "runs", "venv")]
+
+
+def test_what_is_missing_and_what_is_wrong_are_named_together(tmp_path):
+    """A layout that does not divide, a path that other nodes do not see, a missing account, and more of the kind."""
+    found = refused(
+        "experiment=oreal_32b",
+        "cluster=slurm",
+        "cluster.partition=batch",
+        "cluster.venv=null",
+        f"cluster.runs={tmp_path}",
+        f"cluster.models={tmp_path}",
+        "cluster.data=/elsewhere",
+        f"cluster.shared=[{tmp_path}]",
+        "cluster.time_limit='00:10:00'",
+    )
+    assert "cluster.account" in found
+    assert "not on shared storage" in found["cluster.data"]
+    assert "is not there" in found["model.path"] and "is not there" in found["data.train"]
+    assert "shorter than cluster.time_limit" in found["cluster.signal_seconds"]
+    assert "disaggregated" in found["rollout.sglang.placement"]
+    # Where the run itself is no run, nothing can be said of where it would run; the site's own part still is.
+    layout = refused("experiment=oreal_32b", "cluster=slurm", "parallel.tensor=3", "resources.trainer_devices=128")
+    assert "40 attention heads do not split evenly over 3 ranks" in layout["parallel.tensor"]
+    assert "no multiple" in layout["resources.trainer_devices"] and "cluster.account" in layout
+
+
+def test_a_machines_own_file_system_is_told_from_shared_storage():
+    assert file_system(Path("/dev/shm/somewhere")) == "tmpfs"
+    assert file_system(Path("/proc/1")) not in LOCAL_FILE_SYSTEMS

@@ -12,7 +12,7 @@ from oreal_megatron.convert.huggingface import geometry_of
 from oreal_megatron.convert.module import load_weights
 from oreal_megatron.models.architecture import build_gpt
 from oreal_megatron.models.policy import Policy
-from tests.tiny_models import VOCABULARY, save_tiny
+from tests.tiny_models import save_tiny
 
 
 def as_policy(directory: Path, groups: Any) -> Policy:
@@ -30,7 +30,7 @@ def as_policy(directory: Path, groups: Any) -> Policy:
         geometry,
         model,
         groups,
-        vocab_size=VOCABULARY,
+        vocab_size=geometry.vocab_size,
         seed=0,
         tied_embeddings=geometry.tied_embeddings,
     )

@@ -5,23 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from oreal_megatron.config import GeometryConfig, ModelConfig
 from oreal_megatron.data.packing import PackedSequence, pack
 from oreal_megatron.models.architecture import build_gpt
 from oreal_megatron.models.microbatches import score
 from oreal_megatron.models.policy import Policy, token_logprobs
 from oreal_megatron.models.token_reward import TokenRewardModel
+from tests.tiny_models import GEOMETRY, MODEL
 
 CPU = torch.device("cpu")
-GEOMETRY = GeometryConfig(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2)
-MODEL = ModelConfig(
-    path=None,
-    geometry=GEOMETRY,
-    tokenizer="arithmetic",
-    implementation="local",
-    dtype="float32",
-    max_sequence_length=64,
-)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])

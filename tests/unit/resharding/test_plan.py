@@ -59,6 +59,7 @@ engines = st.builds(
     count=st.integers(1, 3),
     tensor=st.sampled_from([1, 2, 4, 8]),
     vocabulary_multiple=st.sampled_from([8, 64]),
+    feed_forward_multiple=st.sampled_from([1, 3]),
 )
 
 
@@ -99,6 +100,11 @@ def served(weights, geometry, layout, rank) -> dict[str, np.ndarray]:
         missing = -len(weights[name]) % layout.vocabulary_multiple
         return np.split(np.pad(weights[name], ((0, missing), (0, 0))), size)[rank]
 
+    def feed_forward(name, axis):
+        missing = -weights[name].shape[axis] % (size * layout.feed_forward_multiple)
+        margins = ((0, 0), (0, missing)) if axis else ((0, missing), (0, 0))
+        return np.split(np.pad(weights[name], margins), size, axis=axis)[rank]
+
     kv = (groups, rank * groups // size) if size > groups else (size, rank)
     found = {"model.embed_tokens.weight": padded("model.embed_tokens.weight")}
     for layer in range(geometry.num_layers):
@@ -106,10 +112,10 @@ def served(weights, geometry, layout, rank) -> dict[str, np.ndarray]:
         for kind in ("weight", "bias") if geometry.qkv_bias else ("weight",):
             q, k, v = (f"{at}self_attn.{letter}_proj.{kind}" for letter in "qkv")
             found[f"{at}self_attn.qkv_proj.{kind}"] = np.concatenate([rows(q, size, rank), rows(k, *kv), rows(v, *kv)])
-        gate, up = (rows(f"{at}mlp.{name}_proj.weight", size, rank) for name in ("gate", "up"))
+        gate, up = (feed_forward(f"{at}mlp.{name}_proj.weight", 0) for name in ("gate", "up"))
         found[f"{at}mlp.gate_up_proj.weight"] = np.concatenate([gate, up])
-        for name in ("self_attn.o_proj", "mlp.down_proj"):
-            found[f"{at}{name}.weight"] = np.split(weights[f"{at}{name}.weight"], size, axis=1)[rank]
+        found[f"{at}mlp.down_proj.weight"] = feed_forward(f"{at}mlp.down_proj.weight", 1)
+        found[f"{at}self_attn.o_proj.weight"] = np.split(weights[f"{at}self_attn.o_proj.weight"], size, axis=1)[rank]
         norms = ["input_layernorm", "post_attention_layernorm"]
         norms += ["self_attn.q_norm", "self_attn.k_norm"] if geometry.qk_norm else []
         found |= {f"{at}{norm}.weight": weights[f"{at}{norm}.weight"] for norm in norms}

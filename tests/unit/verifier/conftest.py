@@ -10,5 +10,5 @@ from oreal_megatron.verifier import StagedVerifier, VerifierConfig, build_verifi
 @pytest.fixture(scope="package")
 def verifier() -> Iterator[StagedVerifier]:
     """Rules only, one worker process, shared by the tests that leave it as it is."""
-    with build_verifier(VerifierConfig(num_workers=1)) as shared:
+    with build_verifier(VerifierConfig(num_workers=1, timeout_seconds=15.0)) as shared:
         yield shared

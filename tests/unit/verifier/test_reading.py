@@ -16,10 +16,11 @@ from oreal_megatron.verifier.descent import OutsideGrammar, read_common
 from oreal_megatron.verifier.evaluate import CannotEvaluate, evaluate
 from oreal_megatron.verifier.expressions import SymbolicLeaves, exact_value
 from oreal_megatron.verifier.guards import Refused, check_expression
+from oreal_megatron.verifier.nodes import Bracketed, Collection, Leaf, Matrix, Relation, Text
 from oreal_megatron.verifier.normalize import normalize, text_key
 from oreal_megatron.verifier.rational import parse_rational
 from oreal_megatron.verifier.reading import Unreadable, _parse, prepare, read
-from oreal_megatron.verifier.structure import Bracketed, Collection, Leaf, Matrix, Relation, Text, parse
+from oreal_megatron.verifier.structure import parse
 from oreal_megatron.verifier.words import parse_word_number, split_unit
 
 

@@ -1,0 +1,265 @@
+"""Publications of a 0.5B-shaped bf16 model: trainer TP2 x PP2 over gloo to one SGLang server of TP2, all on CPU.
+
+    python -m benchmarks.resharding
+
+The transports take turns; medians over pairs. Then a simulation of the 32B setting on given link speeds, which moves
+nothing. Limits: direct's transfer at most half of broadcast's, its bytes the lower bound, everything but transfer and
+audit under 0.5 s, extra memory of a process under two buckets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import socket
+import statistics
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from oreal_megatron.config import GeometryConfig, ModelConfig, ParallelConfig, SGLangConfig
+from oreal_megatron.convert.families import family_of
+from oreal_megatron.convert.huggingface import config_json
+from oreal_megatron.convert.layout import Layout
+from oreal_megatron.models.architecture import build_gpt
+from oreal_megatron.models.chunks import chunks_of
+from oreal_megatron.models.policy import Policy
+from oreal_megatron.parallel.device import device_seam, peak_memory, reset_peak_memory
+from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
+from oreal_megatron.resharding.loader import LOADER
+from oreal_megatron.resharding.plan import Receiver, TrainerLayout, balance, plan_resharding
+from oreal_megatron.resharding.publish import build_publisher
+from oreal_megatron.resharding.served import EngineLayout
+from oreal_megatron.resharding.shards import PolicyShards
+from oreal_megatron.resharding.transport import rounds
+from oreal_megatron.rollout.fleet import Fleet
+from oreal_megatron.rollout.sglang import SGLangEngine
+from tests.servers.conftest import DEFAULTS
+
+FORK = multiprocessing.get_context("fork")
+WORLD, SERVER_RANKS = 4, 2
+PARTS = ("pause", "plan", "transfer", "load", "audit", "continue")
+QWEN_05B = GeometryConfig(
+    num_layers=24,
+    hidden_size=896,
+    ffn_hidden_size=4864,
+    num_attention_heads=14,
+    num_query_groups=2,
+    head_dim=64,
+    vocab_size=151936,
+    rope_theta=1e6,
+    norm_eps=1e-6,
+    qkv_bias=True,
+    tied_embeddings=True,
+    init_std=0.02,
+)
+QWEN_32B = QWEN_05B.model_copy(
+    update={
+        "num_layers": 64,
+        "hidden_size": 5120,
+        "ffn_hidden_size": 27648,
+        "num_attention_heads": 40,
+        "num_query_groups": 8,
+        "head_dim": 128,
+        "vocab_size": 152064,
+        "tied_embeddings": False,
+    }
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--bucket-mib", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=QWEN_05B.num_layers, help="of the model, to try it out")
+    parser.add_argument("--transports", nargs="+", default=["direct", "broadcast", "disk", "ipc"])
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as name:
+        ranks = [FORK.Process(target=trainer, args=(r, port, arguments, Path(name))) for r in range(WORLD)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+    if any(rank.exitcode for rank in ranks):
+        raise SystemExit("a rank failed")
+    simulate()
+
+
+def trainer(rank: int, port: int, arguments: argparse.Namespace, directory: Path) -> None:
+    where = {"RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {key: str(value) for key, value in where.items()}
+    layout = ParallelConfig(tensor=2, pipeline=2, micro_batch_tokens=64, timeout_seconds=1200)
+    geometry = QWEN_05B.model_copy(update={"num_layers": arguments.layers})
+    with device_seam(), parallel_groups(layout, seed=0) as groups:
+        model = ModelConfig(
+            path=None,
+            geometry=geometry,
+            tokenizer="unused",
+            implementation="local",
+            dtype="bfloat16",
+            max_sequence_length=128,
+        )
+        policy = build_gpt(
+            Policy, geometry, model, groups, vocab_size=geometry.vocab_size, seed=0, tied_embeddings=True
+        )
+        measure(groups, PolicyShards(chunks_of(policy), geometry, groups), arguments, directory)
+
+
+def measure(groups: ParallelGroups, shards: PolicyShards, arguments: argparse.Namespace, directory: Path) -> None:
+    options: dict[str, Any] = {
+        **DEFAULTS,
+        "tensor": SERVER_RANKS,
+        "control_seconds": 600.0,
+        "bucket_mib": arguments.bucket_mib,
+        "arguments": {"max-total-tokens": 1024, "disable-overlap-schedule": True},
+    }
+    described = {
+        **config_json(shards.geometry, "causal", dtype="bfloat16", max_positions=128),
+        "eos_token_id": 0,
+    }
+    fleet = Fleet(
+        SGLangConfig(**options),
+        dtype="bfloat16",
+        max_sequence_length=128,
+        stop_token_id=0,
+        directory=directory / "servers",
+        config_json=described,
+        weight_loader=LOADER,
+        check=lambda url, description: None,
+        say=print,
+    )
+    publishers = {
+        name: build_publisher(
+            SGLangConfig(**{**options, "transport": name}), shards, directory=directory / "disk", config_json=described
+        )
+        for name in arguments.transports
+    }
+    engine = SGLangEngine(
+        fleet, publishers["direct"], groups, vocab_size=shards.geometry.vocab_size or 0, timeout_seconds=1200
+    )
+    try:
+        reports = taken(engine, fleet, publishers, groups, arguments.pairs)
+    finally:
+        engine.close()
+    if groups.is_main:
+        plan = plan_resharding(shards.table, shards.geometry, shards.trainer, EngineLayout(tensor=SERVER_RANKS))
+        lower_bound = sum(tensor.num_elements for rank in plan.targets.values() for tensor in rank) * 2
+        show(reports, lower_bound, arguments.bucket_mib)
+
+
+def taken(
+    engine: SGLangEngine, fleet: Fleet, publishers: dict[str, Any], groups: ParallelGroups, pairs: int
+) -> dict[str, list[dict[str, float]]]:
+    """By transport: what each publication reports, the first ones, which join groups, apart at index 0."""
+    reports = defaultdict(list)
+    version = 0
+    for _ in range(1 + pairs):
+        for name, publisher in publishers.items():
+            engine._publisher = publisher
+            workers = server_processes(fleet) if groups.is_main and version else []
+            before = started(workers)
+            report = dict(engine.publish(version))
+            version += 1
+            if not report["publication/servers"]:
+                raise SystemExit(f"{name} did not reach the server")
+            own = (peak_memory() or 0) - before[0]
+            growth = [peak - start for start, peak in zip(before[1:], map(peak_of, workers), strict=True)]
+            mine = [max(own, *growth, 0) if growth else own]
+            report["extra_bytes"] = float(max(most for part in groups.gather_over_world(mine) for most in part))
+            reports[name].append(report)
+    return reports
+
+
+def server_processes(fleet: Fleet) -> list[psutil.Process]:
+    process = fleet.members[0].process
+    assert process is not None
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def started(workers: list[psutil.Process]) -> list[int]:
+    """The resident sets of this process and of `workers`, from which their peaks are measured anew."""
+    reset_peak_memory()
+    for worker in workers:
+        Path(f"/proc/{worker.pid}/clear_refs").write_text("5")
+    return [psutil.Process().memory_info().rss, *(worker.memory_info().rss for worker in workers)]
+
+
+def peak_of(worker: psutil.Process) -> int:
+    lines = Path(f"/proc/{worker.pid}/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
+def show(reports: dict[str, list[dict[str, float]]], lower_bound: int, bucket_mib: int) -> None:
+    print(f"\n{'seconds (medians)':<18}" + "".join(f"{part:>10}" for part in PARTS) + f"{'MB':>9}{'extra MiB':>11}")
+    for name, (first, *later) in reports.items():
+        medians = [
+            statistics.median(report.get(f"publication/{part}_seconds", 0.0) for report in later) for part in PARTS
+        ]
+        extra = max(report["extra_bytes"] for report in (first, *later)) / 2**20
+        sent = later[0]["publication/bytes"] / 1e6
+        print(f"{name:<18}" + "".join(f"{value:>10.3f}" for value in medians) + f"{sent:>9.1f}{extra:>11.0f}")
+        first_transfer = first["publication/transfer_seconds"]
+        print(f"{'  the first one':<18}{'':>20}{first_transfer:>10.3f}   (joins groups, allocates buckets)")
+    direct = reports["direct"][1:]
+    for name in (other for other in reports if other != "direct"):
+        ratios = [
+            (d["publication/transfer_seconds"] + d["publication/load_seconds"])
+            / (o["publication/transfer_seconds"] + o["publication/load_seconds"])
+            for d, o in zip(direct, reports[name][1:], strict=True)
+        ]
+        print(f"direct's transfer and load / {name}'s: median of pairs {statistics.median(ratios):.3f}")
+    rest = statistics.median(
+        sum(report.get(f"publication/{part}_seconds", 0.0) for part in PARTS if part not in ("transfer", "audit"))
+        for report in direct
+    )
+    extra = max(report["extra_bytes"] for report in reports["direct"]) / 2**20
+    print(f"direct: all but transfer and audit {rest:.3f} s (limit 0.5)")
+    print(f"direct: {direct[0]['publication/bytes']:.0f} bytes, lower bound {lower_bound}")
+    print(f"direct: extra memory of the process that grew most {extra:.0f} MiB (limit {2 * bucket_mib})")
+
+
+def simulate() -> None:
+    """The 32B setting: every pair's bytes at the speed of a link, in the order in which transport.py moves them."""
+    table = family_of(QWEN_32B).table(QWEN_32B, "causal")
+    trainers = TrainerLayout(Layout(tensor=8, pipeline=4), data=4)
+    layout = EngineLayout(count=8, tensor=8)
+    plan = plan_resharding(table, QWEN_32B, trainers, layout)
+    receivers = [Receiver(e, r) for e in range(layout.count) for r in range(layout.tensor)]
+    sizes = {
+        (sender, receivers.index(to)): 2 * sum(item.num_elements for item in items)
+        for (sender, to), items in plan.sent.items()
+    }
+    out, into = defaultdict(int), defaultdict(int)
+    for (sender, receiver), size in sizes.items():
+        out[sender] += size
+        into[receiver] += size
+    busiest, bound = balance(plan, trainers)
+    print("\nSimulation, nothing is moved: Qwen2.5-32B in bf16, TP8 PP4 DP4 to 8 servers of TP8")
+    print(
+        f"{plan.num_elements * 2 / 1e9:.1f} GB between {plan.num_senders + len(receivers)} processes in {len(sizes)} "
+        f"pairs; busiest sender {2 * busiest / 1e9:.2f} GB, its stage's mean {2 * bound / 1e9:.2f} GB"
+    )
+    for gigabits in (200, 400):
+        speed = gigabits / 8 * 1e9
+        free = defaultdict(float)
+        for sender, receiver in rounds(sizes, plan.num_senders, len(receivers)):
+            end = max(free["s", sender], free["r", receiver]) + sizes[sender, receiver] / speed
+            free["s", sender] = free["r", receiver] = end
+        limit = max(*out.values(), *into.values()) / speed
+        print(
+            f"{gigabits} Gb/s a process: {max(free.values()):.3f} s, physical limit {limit:.3f} s "
+            f"(the largest of what one process sends or receives)"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The rollout servers of one node of a job: `python -m oreal_megatron.launch.serve --announce DIR experiment=...`.
+
+The batch script starts it once on every node that serves; it starts the node's servers, writes each one's URL into DIR,
+starts a server anew that ends, and ends them all with itself. The trainer attaches to the URLs. Servers start from
+model.path, or, where a run starts from random weights, from the first weights that its trainer publishes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+from oreal_megatron.composition import composed, validated
+from oreal_megatron.config import SGLangConfig, TrainConfig
+from oreal_megatron.files import write_atomically
+from oreal_megatron.launch.command import reporting
+from oreal_megatron.launch.dry_run import is_dry_run, shrunk
+from oreal_megatron.rollout.server import (
+    ServerProcess,
+    ServerStartError,
+    choose_port,
+    launch_command,
+    launch_environment,
+)
+
+_POLL_SECONDS = 0.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m oreal_megatron.launch.serve",
+        description="Runs the rollout servers of one node until it is asked to end.",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for oreal-train")
+    parser.add_argument("--announce", type=Path, required=True, metavar="DIR", help="where the URLs go, one file each")
+    parser.add_argument("--node", type=int, default=os.environ.get("SLURM_NODEID", 0), help="which of the nodes")
+    parser.add_argument("--nodes", type=int, default=os.environ.get("SLURM_STEP_NUM_NODES", 1), help="that serve")
+    parser.add_argument("--host", default=os.environ.get("SLURMD_NODENAME", "127.0.0.1"), help="address to listen at")
+    arguments = parser.parse_intermixed_args()
+    reporting(lambda: _serve(arguments))
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    raw = composed(arguments.overrides)
+    config = validated(shrunk(raw) if is_dry_run(raw) else raw)
+    servers = config.rollout.sglang
+    if servers is None:
+        raise ValueError("rollout.sglang: this run has no servers")
+    ending = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ending.set())
+    own = servers_of_node(servers.num_servers, arguments.node, arguments.nodes)
+    node = NodeServers(config, servers, own, host=arguments.host, logs=arguments.announce.parent, ending=ending)
+    node.announce(arguments.announce)
+    return node.run()
+
+
+def servers_of_node(num_servers: int, node: int, num_nodes: int) -> range:
+    """Indices of the servers on node `node` of `num_nodes`."""
+    per_node = ceil(num_servers / num_nodes)
+    return range(min(node * per_node, num_servers), min((node + 1) * per_node, num_servers))
+
+
+@dataclass
+class _Place:
+    """One server, running or not."""
+
+    index: int
+    port: int
+    arguments: dict[str, str | int | float | bool]
+    process: ServerProcess | None = None
+    started: float = 0.0
+    num_restarts: int = 0
+    """In a row: starts from 0 where the server lived longer than it may take to start."""
+    is_given_up: bool = False
+
+
+class NodeServers:
+    """The servers of this node."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        servers: SGLangConfig,
+        indices: Sequence[int],
+        *,
+        host: str,
+        logs: Path,
+        ending: threading.Event,
+    ):
+        self._config = config
+        self._servers = servers.model_copy(update={"host": host})
+        self._logs = logs
+        self._ending = ending
+        self._weights = Path(servers.weights_dir or Path(config.run.dir) / "weights")
+        self._outdated = set(self._published())  # of an earlier job: the trainer is about to remove them
+        self._places = [
+            _Place(index, choose_port(self._servers, place), self._devices(place))
+            for place, index in enumerate(indices)
+        ]
+
+    def _devices(self, place: int) -> dict[str, str | int | float | bool]:
+        """Options that give the servers of a node different devices."""
+        first = place * self._servers.tensor
+        return {"base-gpu-id": first} if self._servers.device == "cuda" and first else {}
+
+    def _published(self) -> list[tuple[str, int]]:
+        """Whole directories of weights (name, and when it was finished), oldest first: config.json is written last."""
+        marks = [(path.stat().st_mtime_ns, path.parent.name) for path in self._weights.glob("version_*/config.json")]
+        return [(name, finished) for finished, name in sorted(marks)]
+
+    def announce(self, directory: Path) -> None:
+        """Says where the servers will be, before they are."""
+        for place in self._places:
+            url = f"http://{self._servers.host}:{place.port}"
+            write_atomically(directory / f"server_{place.index}.url", url + "\n")
+            _say(f"server {place.index} at {url}")
+
+    def run(self) -> int:
+        """Until the end is asked for; the exit status: 1 where no server is left."""
+        try:
+            while not self._ending.wait(_POLL_SECONDS):
+                for place in self._places:
+                    self._look_after(place)
+                if all(place.is_given_up for place in self._places):
+                    return 1
+            return 0
+        finally:
+            for place in self._places:
+                if place.process is not None:
+                    place.process.stop()
+
+    def _look_after(self, place: _Place) -> None:
+        """Starts the server where it is not running, as often as it may."""
+        if place.is_given_up or (place.process is not None and place.process.exit_code is None):
+            return
+        if place.process is not None:
+            _say(f"server {place.index} ended with status {place.process.exit_code}:\n{place.process.log_tail()}")
+            place.process.stop()
+            place.process = None
+            lived = time.monotonic() - place.started
+            place.num_restarts = 1 if lived > self._servers.startup_seconds else place.num_restarts + 1
+            if place.num_restarts > self._servers.max_restarts:
+                _say(f"server {place.index} is given up: it ended {place.num_restarts} times in a row")
+                place.is_given_up = True
+                return
+        if (model := self._model()) is not None:
+            self._start(place, model)
+
+    def _model(self) -> Path | None:
+        """The directory to start from, or None as long as there is none. The trainer brings the rest."""
+        published = [name for name, finished in self._published() if (name, finished) not in self._outdated]
+        if published:
+            return (self._weights / published[-1]).absolute()
+        return Path(self._config.model.path) if self._config.model.path is not None else None
+
+    def _start(self, place: _Place, model: Path) -> None:
+        servers = self._servers.model_copy(update={"arguments": {**self._servers.arguments, **place.arguments}})
+        command = launch_command(
+            servers,
+            model=model,
+            weight_label="none",
+            port=place.port,
+            dtype=self._config.model.dtype,
+            max_sequence_length=self._config.model.max_sequence_length,
+        )
+        try:
+            environment = launch_environment(servers)
+        except ServerStartError as error:
+            raise ValueError(str(error)) from error
+        place.process = ServerProcess(command, environment, self._logs / f"server_{place.index}.log")
+        place.started = time.monotonic()
+        _say(f"server {place.index} starts from {model}; log: {place.process.log}")
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {socket.gethostname()} {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""A publication: new weights to paused servers by one of several transports, then the audit, which is the same for all.
+
+Who pauses servers before, and flushes, labels and continues them after, is rollout/fleet.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from oreal_megatron.config import SGLangConfig
+from oreal_megatron.resharding.audit import Auditor
+from oreal_megatron.resharding.broadcast import BroadcastTransport
+from oreal_megatron.resharding.delivery import Delivery, PausedServer, Transport
+from oreal_megatron.resharding.direct import DirectTransport
+from oreal_megatron.resharding.disk import DiskTransport
+from oreal_megatron.resharding.ipc import IpcTransport
+from oreal_megatron.resharding.orders import Desk
+from oreal_megatron.resharding.served import CPU_FEED_FORWARD_MULTIPLE, EngineLayout
+from oreal_megatron.resharding.shards import PolicyShards
+
+
+class Publisher:
+    """A rollout.sglang.WeightPublisher."""
+
+    def __init__(self, transport: Transport, auditor: Auditor):
+        self._transport = transport
+        self._auditor = auditor
+
+    def prepare(self, weight_version: int) -> None:
+        """See Transport."""
+        self._transport.prepare(weight_version)
+
+    def deliver(self, servers: Sequence[PausedServer]) -> Delivery:
+        """Sends to all `servers` (read on the main rank only), and audits those that say that they have the weights."""
+        sent = self._transport.send(servers)
+        failures, seconds = self._auditor.audit([server for server in servers if server.name not in sent.failures])
+        return replace(sent, failures={**sent.failures, **failures}, seconds={**sent.seconds, "audit": seconds})
+
+    def close(self) -> None:
+        self._transport.close()
+        self._auditor.close()
+
+
+def build_publisher(
+    servers: SGLangConfig, shards: PolicyShards, *, directory: Path, config_json: Mapping[str, Any]
+) -> Publisher:
+    """The configured transport with its audit. Every rank calls it.
+
+    directory, config_json: for `disk`.
+
+    Raises:
+        ValueError: the model does not split over a server's ranks.
+    """
+    layout = EngineLayout(
+        tensor=servers.tensor, feed_forward_multiple=CPU_FEED_FORWARD_MULTIPLE if servers.device == "cpu" else 1
+    )
+    layout.check(shards.geometry)
+    # Workers give up before the HTTP request that made them wait does, so that they can say why.
+    desk = Desk(shards, layout, timeout_seconds=servers.control_seconds / 2)
+    bucket_bytes = servers.bucket_mib * 2**20
+    transport: Transport
+    match servers.transport:
+        case "direct":
+            transport = DirectTransport(shards, layout, desk, bucket_bytes=bucket_bytes)
+        case "broadcast":
+            transport = BroadcastTransport(shards, desk, bucket_bytes=bucket_bytes)
+        case "ipc":
+            transport = IpcTransport(shards, layout, desk, bucket_bytes=bucket_bytes)
+        case "disk":
+            transport = DiskTransport(shards, directory, config_json=config_json)
+    return Publisher(transport, Auditor(shards, layout, desk))

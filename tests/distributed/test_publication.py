@@ -1,0 +1,38 @@
+"""Trainer ranks in several layouts send to real loaders in other processes: every tensor bit for bit, and a death."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.tiny_models import save_tiny
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS = {
+    "TP2xPP2": {"tensor": 2, "pipeline": 2},
+    "PP2xDP2": {"tensor": 1, "pipeline": 2},
+    "TP4": {"tensor": 4, "pipeline": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "family", "tied", "vocabulary"),
+    [
+        ("TP2xPP2", "qwen2", False, 121),
+        pytest.param("PP2xDP2", "llama", True, 120, marks=pytest.mark.slow),
+        pytest.param("TP4", "qwen3", True, 121, marks=pytest.mark.slow),
+    ],
+)
+def test_direct_and_ipc_bring_every_rank_its_tensors(layout, family, tied, vocabulary, tmp_path):
+    """With biases and padding on both sides; with tied embeddings, which two stages and both replicas hold."""
+    source = save_tiny(tmp_path / "model", family, tied=tied, vocabulary=vocabulary)
+    command = [sys.executable, "-m", "tests.distributed.publication_worker", str(source), json.dumps(LAYOUTS[layout])]
+    outcome = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert outcome.returncode == 0, outcome.stderr[-4000:]

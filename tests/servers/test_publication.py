@@ -1,0 +1,200 @@
+"""Weights reach a real SGLang server by every transport, from trainers in several layouts; and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import oreal_megatron.resharding.transport as moving
+from oreal_megatron.rollout.fleet import NoServerError
+from oreal_megatron.rollout.sglang import PausedServer
+from tests.servers.conftest import STOP, open_servers, require_sglang
+from tests.servers.test_servers import GREEDY, PROMPTS, assert_as_transformers, perturb, requests_of
+from tests.servers.trainer_worker import NUM_TOKENS
+from tests.servers.trainer_worker import PROMPTS as PUBLISHED_PROMPTS
+from tests.tiny_models import save_tiny
+
+pytestmark = [pytest.mark.servers, pytest.mark.timeout(3000)]
+
+TRANSPORTS = ("direct", "broadcast", "ipc", "disk")
+LAYOUTS = {
+    "TP1": {"world": 1, "tensor": 1, "pipeline": 1},
+    "TP2": {"world": 2, "tensor": 2, "pipeline": 1},
+    "PP2": {"world": 2, "tensor": 1, "pipeline": 2},
+    "TP2xPP2": {"world": 4, "tensor": 2, "pipeline": 2},
+}
+
+
+def publish_from(layouts, urls, tensor, sources, directory):
+    """Runs trainers in `layouts`; checks each publication's tokens against transformers; returns their records."""
+    directory.mkdir(parents=True, exist_ok=True)
+    spec = {
+        "urls": urls,
+        "tensor": tensor,
+        "sources": [str(source) for source in sources],
+        "directory": str(directory),
+        "layouts": layouts,
+        "transports": TRANSPORTS,
+    }
+    (directory / "spec.json").write_text(json.dumps(spec))
+    output = directory / "output.json"
+    command = [sys.executable, "-m", "tests.servers.trainer_worker", str(directory / "spec.json"), str(output)]
+    outcome = subprocess.run(
+        command, capture_output=True, text=True, timeout=2000, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert outcome.returncode == 0, outcome.stderr[-4000:]
+    records = json.loads(output.read_text())
+    for record in records:
+        assert_published(record)
+    assert [(r["layout"], r["transport"]) for r in records] == [(n, t) for n in layouts for t in TRANSPORTS]
+    return records
+
+
+def assert_published(record):
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(record["source"], dtype=torch.float32).eval()
+    for prompt, (ids, logprobs) in zip(PUBLISHED_PROMPTS, record["completions"], strict=True):
+        with torch.no_grad():
+            expected = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert ids == expected.argmax(-1).tolist(), (record["layout"], record["transport"])
+        assert ids[-1] == STOP or len(ids) == NUM_TOKENS
+        chosen = expected.gather(-1, torch.tensor(ids)[:, None]).squeeze(-1)
+        torch.testing.assert_close(torch.tensor(logprobs), chosen, atol=1e-5, rtol=0)
+    assert record["report"]["publication/failures"] == 0
+
+
+@pytest.mark.distributed
+def test_every_transport_brings_the_weights_of_a_trainer_of_tp2_x_pp2(servers, tiny_qwen, tmp_path):
+    other = save_tiny(tmp_path / "other", "qwen2", tied=False, seed=1)
+    layout = {"TP2xPP2": dict(LAYOUTS["TP2xPP2"])}
+    records = publish_from(layout, [servers.fleet.members[0].client.url], 1, [tiny_qwen, other], tmp_path / "run")
+    whole = sum(p.numel() * 4 for p in servers.policy.parameters())
+    assert [record["report"]["publication/bytes"] for record in records] == [whole] * len(TRANSPORTS)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(("num_servers", "tensor"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("family", "tied", "vocabulary"), [("qwen2", False, 121), ("llama", True, 120)])
+def test_every_transport_from_every_layout(num_servers, tensor, family, tied, vocabulary, single_process, tmp_path):
+    """Biases and a vocabulary that both sides pad; tied embeddings, which two stages hold. At TP2 SGLang pads the
+    feed-forward layers on CPU."""
+    require_sglang()
+    sources = [
+        save_tiny(tmp_path / f"model{seed}", family, tied=tied, vocabulary=vocabulary, seed=seed) for seed in (0, 1)
+    ]
+    opened = open_servers(single_process, sources[0], tmp_path, num_servers=num_servers, tensor=tensor)
+    try:
+        opened.engine.publish(0)
+        urls = [member.client.url for member in opened.fleet.members]
+        layouts = {name: dict(layout) for name, layout in LAYOUTS.items()}
+        records = publish_from(layouts, urls, tensor, sources, tmp_path / "run")
+    finally:
+        opened.engine.close()
+    by_transport = {r["transport"]: r["report"]["publication/bytes"] for r in records}
+    assert by_transport["direct"] == by_transport["ipc"] <= by_transport["broadcast"]
+
+
+def test_a_bucket_that_arrives_corrupted_is_caught_and_sent_again(servers, monkeypatch):
+    real, is_first = moving.pack, True
+
+    def corrupted(run, shards, flat):
+        nonlocal is_first
+        real(run, shards, flat)
+        if is_first:
+            flat.view(torch.int32)[flat.numel() // 2] ^= 1
+            is_first = False
+
+    servers.engine.publish(20)
+    monkeypatch.setattr(moving, "pack", corrupted)
+    report = servers.engine.publish(21)
+    assert report["publication/failures"] == 1 and report["publication/servers"] == 1
+    assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
+
+
+def test_a_server_that_kept_its_old_weights_is_caught_by_the_audit(servers, monkeypatch):
+    """A transport that says it has sent, and has not: nobody else would notice."""
+    from oreal_megatron.resharding.delivery import Delivery
+
+    transport = servers.engine._publisher._transport
+    perturb(servers.policy)
+    with monkeypatch.context() as once:
+        once.setattr(transport, "send", lambda paused: once.undo() or Delivery())
+        report = servers.engine.publish(30)
+    assert report["publication/failures"] == 1 and report["publication/servers"] == 1
+    assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
+
+
+def test_a_server_without_the_weight_loader_is_refused_with_the_option(servers, single_process, tiny_qwen, tmp_path):
+    url = servers.fleet.members[0].client.url
+    other = open_servers(single_process, tiny_qwen, tmp_path, urls=(url,))
+    other.fleet._weight_loader = "other.load"
+    with pytest.raises(NoServerError, match=r"was started without --custom-weight-loader other\.load"):
+        other.engine.publish(0)
+    other.engine.close()
+    other = open_servers(single_process, tiny_qwen, tmp_path, urls=(url,), tensor=2)
+    with pytest.raises(NoServerError, match=r"has tensor 1, rollout\.sglang\.tensor is 2"):
+        other.engine.publish(0)
+    other.engine.close()
+
+
+def test_a_server_killed_mid_publication_stops_nobody_and_comes_back_in_sync(servers, monkeypatch):
+    """Killed when the trainer begins to send to it. The publication ends; the next prompts wait for the new server."""
+    kill_mid_publication(servers, monkeypatch, servers.fleet.members[0])
+    assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
+    assert servers.fleet.members[0].is_up
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_when_one_of_two_servers_is_killed_mid_publication_the_other_has_the_weights(
+    transport, single_process, tiny_qwen, tmp_path, monkeypatch
+):
+    require_sglang()
+    opened = open_servers(single_process, tiny_qwen, tmp_path, num_servers=2, transport=transport)
+    try:
+        opened.engine.publish(0)
+        report = kill_mid_publication(opened, monkeypatch, opened.fleet.members[1])
+        assert report["publication/servers"] == 1
+        assert_as_transformers(opened.generate(requests_of(PROMPTS), GREEDY), opened.written())
+        deadline = time.monotonic() + 900
+        while not opened.fleet.members[1].is_up:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        perturb(opened.policy)
+        assert opened.engine.publish(2)["publication/servers"] == 2
+    finally:
+        opened.engine.close()
+
+
+def kill_mid_publication(servers, monkeypatch, member):
+    """Publishes, and kills `member` when it has been asked to load, and has not loaded yet."""
+    pid = member.process.pid
+    with monkeypatch.context() as patch:
+        for name in ("load_tensors", "load_directory", "load_from_group"):
+            patch.setattr(PausedServer, name, killing(getattr(PausedServer, name), member.client.url, pid, patch))
+        perturb(servers.policy)
+        start = time.monotonic()
+        report = servers.engine.publish(servers.engine.weight_version + 1)
+        print(f"the publication ended after {time.monotonic() - start:.2f} s: {report}")
+    assert any("does not have the weights" in line for line in servers.said)
+    return report
+
+
+def killing(real, url, pid, patch):
+    def load(self, *arguments):
+        answer = real(self, *arguments)
+        if self.name == url:
+            patch.undo()
+            os.killpg(pid, signal.SIGKILL)
+        return answer
+
+    return load
