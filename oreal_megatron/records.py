@@ -117,7 +117,12 @@ class GradedRollout:
 
     def to_json(self) -> dict[str, Any]:
         # Shallow: `asdict` copies every token and log-probability one by one.
-        return {**vars(self.rollout), "prompt": dict(vars(self.rollout.prompt)), "grade": dict(vars(self.grade))}
+        return {
+            **vars(self.rollout),
+            "prompt": dict(vars(self.rollout.prompt)),
+            "weight_spans": [dict(vars(span)) for span in self.rollout.weight_spans],
+            "grade": dict(vars(self.grade)),
+        }
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> GradedRollout:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from oreal_megatron.config import SamplingConfig
@@ -24,7 +24,7 @@ class Completion:
     """Which weights generated which tokens."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**vars(self), "weight_spans": [dict(vars(span)) for span in self.weight_spans]}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Completion:
