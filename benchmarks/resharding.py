@@ -31,10 +31,9 @@ from oreal_megatron.models.chunks import chunks_of
 from oreal_megatron.models.policy import Policy
 from oreal_megatron.parallel.device import device_seam, peak_memory, reset_peak_memory
 from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
-from oreal_megatron.resharding.loader import LOADER
 from oreal_megatron.resharding.plan import Receiver, TrainerLayout, balance, plan_resharding
 from oreal_megatron.resharding.publish import build_publisher
-from oreal_megatron.resharding.served import EngineLayout
+from oreal_megatron.resharding.served import LOADER, EngineLayout
 from oreal_megatron.resharding.shards import PolicyShards
 from oreal_megatron.resharding.transport import rounds
 from oreal_megatron.rollout.fleet import Fleet

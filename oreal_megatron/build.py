@@ -48,8 +48,8 @@ from oreal_megatron.models.token_reward import TokenRewardModel
 from oreal_megatron.parallel.device import device, device_seam
 from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
 from oreal_megatron.records import Prompt
-from oreal_megatron.resharding.loader import LOADER
 from oreal_megatron.resharding.publish import build_publisher
+from oreal_megatron.resharding.served import LOADER
 from oreal_megatron.resharding.shards import PolicyShards
 from oreal_megatron.rollout.embedded import EmbeddedEngine
 from oreal_megatron.rollout.engine import RolloutEngine

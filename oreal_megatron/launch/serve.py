@@ -1,8 +1,8 @@
 """The rollout servers of one node of a job: `python -m oreal_megatron.launch.serve --announce DIR experiment=...`.
 
 The batch script starts it once on every node that serves; it starts the node's servers, writes each one's URL into DIR,
-starts a server anew that ends, and ends them all with itself. The trainer attaches to the URLs. Servers start from
-model.path, or, where a run starts from random weights, from the first weights that its trainer publishes.
+starts a server anew that ends, and ends them all with itself. The trainer attaches to the URLs. Servers start with
+random weights, from the config.json that the trainer writes into run.dir, and wait for it to publish.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from oreal_megatron.config import SGLangConfig, TrainConfig
 from oreal_megatron.files import write_atomically
 from oreal_megatron.launch.command import reporting
 from oreal_megatron.launch.dry_run import is_dry_run, shrunk
+from oreal_megatron.resharding.served import LOADER
 from oreal_megatron.rollout.server import (
     ServerProcess,
     ServerStartError,
     choose_port,
     launch_command,
     launch_environment,
+    start_directory,
 )
 
 _POLL_SECONDS = 0.5
@@ -101,8 +103,7 @@ class NodeServers:
         self._servers = servers.model_copy(update={"host": host})
         self._logs = logs
         self._ending = ending
-        self._weights = Path(servers.weights_dir or Path(config.run.dir) / "weights")
-        self._outdated = set(self._published())  # of an earlier job: the trainer is about to remove them
+        self._model = start_directory(Path(config.run.dir) / "servers").absolute()
         self._places = [
             _Place(index, choose_port(self._servers, place), self._devices(place))
             for place, index in enumerate(indices)
@@ -112,11 +113,6 @@ class NodeServers:
         """Options that give the servers of a node different devices."""
         first = place * self._servers.tensor
         return {"base-gpu-id": first} if self._servers.device == "cuda" and first else {}
-
-    def _published(self) -> list[tuple[str, int]]:
-        """Whole directories of weights (name, and when it was finished), oldest first: config.json is written last."""
-        marks = [(path.stat().st_mtime_ns, path.parent.name) for path in self._weights.glob("version_*/config.json")]
-        return [(name, finished) for finished, name in sorted(marks)]
 
     def announce(self, directory: Path) -> None:
         """Says where the servers will be, before they are."""
@@ -153,22 +149,15 @@ class NodeServers:
                 _say(f"server {place.index} is given up: it ended {place.num_restarts} times in a row")
                 place.is_given_up = True
                 return
-        if (model := self._model()) is not None:
-            self._start(place, model)
+        if (self._model / "config.json").is_file():
+            self._start(place)
 
-    def _model(self) -> Path | None:
-        """The directory to start from, or None as long as there is none. The trainer brings the rest."""
-        published = [name for name, finished in self._published() if (name, finished) not in self._outdated]
-        if published:
-            return (self._weights / published[-1]).absolute()
-        return Path(self._config.model.path) if self._config.model.path is not None else None
-
-    def _start(self, place: _Place, model: Path) -> None:
+    def _start(self, place: _Place) -> None:
         servers = self._servers.model_copy(update={"arguments": {**self._servers.arguments, **place.arguments}})
         command = launch_command(
             servers,
-            model=model,
-            weight_label="none",
+            model=self._model,
+            weight_loader=LOADER,
             port=place.port,
             dtype=self._config.model.dtype,
             max_sequence_length=self._config.model.max_sequence_length,
@@ -179,7 +168,7 @@ class NodeServers:
             raise ValueError(str(error)) from error
         place.process = ServerProcess(command, environment, self._logs / f"server_{place.index}.log")
         place.started = time.monotonic()
-        _say(f"server {place.index} starts from {model}; log: {place.process.log}")
+        _say(f"server {place.index} starts; log: {place.process.log}")
 
 
 def _say(text: str) -> None:

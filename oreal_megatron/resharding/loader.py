@@ -26,9 +26,6 @@ from oreal_megatron.resharding.checksums import whole
 from oreal_megatron.resharding.plan import Rectangle
 from oreal_megatron.resharding.transport import Meeting, Receiver, join, unpack
 
-LOADER = f"{__name__}.load"
-"""What the server is started with and what `load_format` must be."""
-
 _JOIN, _PART = b"join", b"part"
 
 

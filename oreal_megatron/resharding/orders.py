@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oreal_megatron.resharding.delivery import Failure, PausedServer
-from oreal_megatron.resharding.loader import LOADER, Audit, Order, Receive, Unpack, WorkerReport
-from oreal_megatron.resharding.served import EngineLayout, served_tensors
+from oreal_megatron.resharding.loader import Audit, Order, Receive, Unpack, WorkerReport
+from oreal_megatron.resharding.served import LOADER, EngineLayout, served_tensors
 from oreal_megatron.resharding.shards import PolicyShards
 
 NamedTensors = list[tuple[str, Tensor]]

@@ -19,6 +19,8 @@ _MERGED = {
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
 }
+LOADER = "oreal_megatron.resharding.loader.load"
+"""What servers are started with as --custom-weight-loader, and the `load_format` of an order."""
 CPU_FEED_FORWARD_MULTIPLE = 32
 """Of SGLang's servers on CPU, and there alone (`DEFAULT_MOE_PADDING_SIZE`)."""
 

@@ -31,6 +31,7 @@ from oreal_megatron.rollout.server import (
     choose_port,
     launch_command,
     launch_environment,
+    start_directory,
 )
 from oreal_megatron.rollout.work import LostTooOftenError, Work
 
@@ -132,6 +133,9 @@ class Fleet:
         """
         self._weights = weights
         if not self.members:
+            model = start_directory(self._directory)
+            model.mkdir(parents=True, exist_ok=True)
+            write_atomically(model / "config.json", json.dumps(self._config_json, indent=2) + "\n")
             self._assemble(self._config.urls or self._new_urls())
             self._supervisor = asyncio.create_task(self._supervise())
         if wait or self._is_first:
@@ -300,12 +304,9 @@ class Fleet:
             member.label = (await self._described(member)).weight_label
 
     async def _start(self, member: Member) -> None:
-        model = self._directory / "model"
-        model.mkdir(parents=True, exist_ok=True)
-        write_atomically(model / "config.json", json.dumps(self._config_json, indent=2) + "\n")
         command = launch_command(
             self._config,
-            model=model.absolute(),
+            model=start_directory(self._directory).absolute(),
             weight_loader=self._weight_loader,
             port=int(member.client.url.rsplit(":", 1)[1]),
             dtype=self._dtype,

@@ -35,6 +35,11 @@ NO_WEIGHTS = "none"
 """What a server calls its weights until a publication has reached it."""
 
 
+def start_directory(servers: Path) -> Path:
+    """What servers start from, a config.json alone; servers: the `servers` directory of the run."""
+    return servers / "model"
+
+
 class ServerStartError(RuntimeError):
     """A server cannot be started, or ended while it started; the message has the end of its log."""
 

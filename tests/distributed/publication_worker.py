@@ -39,7 +39,7 @@ from oreal_megatron.resharding.direct import DirectTransport
 from oreal_megatron.resharding.ipc import IpcTransport
 from oreal_megatron.resharding.orders import Desk
 from oreal_megatron.resharding.publish import Publisher
-from oreal_megatron.resharding.served import EngineLayout, served_tensors
+from oreal_megatron.resharding.served import LOADER, EngineLayout, served_tensors
 from oreal_megatron.resharding.shards import PolicyShards
 from tests.unit.resharding.test_plan import served
 
@@ -88,7 +88,7 @@ class Server:
             raise ConnectionError(f"{self.name}: {type(error).__name__}") from error
 
     def load_tensors(self, payloads: list[bytes], load_format: str) -> Future[Any]:
-        assert load_format == loader.LOADER
+        assert load_format == LOADER
         return self.pool.submit(self.ask, payloads)
 
 

@@ -67,8 +67,8 @@ def open_servers(groups: Any, source: Path, directory: Path, **options: Any) -> 
     """An engine with the Megatron policy of a Hugging Face directory; nothing is published yet."""
     from oreal_megatron.convert.huggingface import geometry_of, served_config
     from oreal_megatron.models.chunks import chunks_of
-    from oreal_megatron.resharding.loader import LOADER
     from oreal_megatron.resharding.publish import build_publisher
+    from oreal_megatron.resharding.served import LOADER
     from oreal_megatron.resharding.shards import PolicyShards
     from oreal_megatron.rollout.fingerprint import Fingerprint, check_server
     from oreal_megatron.rollout.fleet import Fleet
