@@ -146,7 +146,7 @@ class SGLangEngine:
                 else:
                     yield outcome.value
         finally:
-            if work is not None:
+            if work is not None and self._loop is not None:
                 work.cancel()
 
     async def _generate(
@@ -272,6 +272,7 @@ class SGLangEngine:
 
     def close(self) -> None:
         if self._loop is not None:
+            self._loop.run(_cancel_others()).result()  # or it starts what is ended now anew
             self._loop.run(self._fleet.close()).result()
             self._loop.stop()
             self._loop = None
@@ -294,6 +295,14 @@ class _Stopwatch:
         """Seconds since the last call."""
         self._last, before = time.perf_counter(), self._last
         return self._last - before
+
+
+async def _cancel_others() -> None:
+    """Ends everything else that runs on this loop."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 class _LoopThread:
