@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import base64
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+
+# It has a line for every request.
+logging.getLogger("httpx").setLevel(logging.WARNING)
 
 _CONNECT_SECONDS = 10.0
 # SGLang closes connections that were idle for 5 seconds; a request that is sent just then would be lost.
