@@ -227,7 +227,8 @@ class Fleet:
         if not self.members:
             self._assemble(urls)
         for member in self.members:
-            member.given_up, member.num_restarts = None, 0
+            # The label is that of the weights before these: the server says what it has.
+            member.given_up, member.num_restarts, member.label = None, 0, None
 
     async def _supervise(self) -> None:
         """Starts launched servers anew when they end, whoever is using them."""
