@@ -5,7 +5,7 @@ time, made again in the backward pass, and the entropies besides. Both forward a
 states, fp32. Memory is what the process' resident set grows by, each way in a process of its own, the gradient of
 the output layer included.
 
-    python -m benchmarks.logprobs [--tokens 2048] [--hidden 512] [--chunk 256] [--pairs 3]
+    python -m benchmarks.logprobs [--tokens 2048] [--hidden 512] [--chunk 192] [--pairs 3]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--chunk", type=int, default=256)
+    parser.add_argument("--chunk", type=int, default=192)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--memory-of", choices=("ours", "stock"), help="only print the growth in MiB, of one way")
     arguments = parser.parse_args()

@@ -72,7 +72,7 @@ def together(directory: Path, *overrides: str, num_processes: int) -> str:
         free.bind(("127.0.0.1", 0))
         job = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     ranks = [
-        Life(directory, *overrides, "run.threads=1", environment={**job, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        Life(directory, *overrides, environment={**job, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(num_processes)
     ]
     assert [rank.wait() for rank in ranks] == [0] * num_processes, ranks[0].said()

@@ -19,6 +19,26 @@ from torch import Tensor
 from oreal_megatron.data.packing import IGNORE
 
 
+class _ChunkLogits:
+    """Memory for one chunk's logits, used by all: on a CPU fresh pages for each cost as much as the arithmetic."""
+
+    def __init__(self, weight_VH: Tensor, hidden_RH: Tensor, chunk: int):
+        rows = min(chunk, hidden_RH.size(0))
+        self._weight_VH = weight_VH
+        self._product = weight_VH.new_empty(rows, weight_VH.size(0))
+        is_fp32 = weight_VH.dtype == torch.float32
+        self._fp32 = self._product if is_fp32 else torch.empty_like(self._product, dtype=torch.float32)
+
+    def of(self, hidden_CH: Tensor) -> Tensor:
+        """fp32 [C, V'], to be written to; those of the chunk before are gone."""
+        product = torch.mm(hidden_CH, self._weight_VH.t(), out=self._product[: hidden_CH.size(0)])
+        return product if self._fp32 is self._product else self._fp32[: hidden_CH.size(0)].copy_(product)
+
+    def as_weights(self, logits_CV: Tensor) -> Tensor:
+        """What `of` gave, in the dtype of the weights."""
+        return logits_CV if self._fp32 is self._product else self._product[: logits_CV.size(0)].copy_(logits_CV)
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """Log-probability of each target and entropy of each distribution, `chunk` positions at a time.
 
@@ -38,15 +58,17 @@ class _TokenLogprobs(torch.autograd.Function):
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropies, normalizers = [], [], []
+        chunk_logits = _ChunkLogits(weight_VH, hidden_RH, chunk)
+        weights_CV = torch.empty(min(chunk, len(hidden_RH)), len(weight_VH), device=weight_VH.device)
         for hidden, target in zip(hidden_RH.split(chunk), target_R.split(chunk), strict=True):
-            logits = (hidden @ weight_VH.t()).float()
+            logits = chunk_logits.of(hidden)
             top = logits.amax(-1)
             dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
             local = target - first
             mine = (local >= 0) & (local < weight_VH.size(0))
             chosen = logits.gather(-1, local.where(mine, 0).unsqueeze(-1)).squeeze(-1).where(mine, 0.0)
             logits -= top.unsqueeze(-1)
-            weights = logits.exp()
+            weights = torch.exp(logits, out=weights_CV[: len(logits)])
             # One all-reduce for the three sums over the vocabulary.
             sums = torch.stack([weights.sum(-1), torch.linalg.vecdot(weights, logits), chosen])
             dist.all_reduce(sums, group=group)
@@ -67,19 +89,23 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden_RH, weight_VH, target_R, normalizer_R = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden_RH)
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32)
+        chunk_logits = _ChunkLogits(weight_VH, hidden_RH, ctx.chunk)
         pieces = (hidden_RH, target_R, normalizer_R, grad_R, grad_hidden)
         for hidden, target, normalizer, grad, out in zip(*(p.split(ctx.chunk) for p in pieces), strict=True):
-            dlogits = (hidden @ weight_VH.t()).float()
-            dlogits.sub_(normalizer.unsqueeze(-1)).exp_().mul_(-grad.unsqueeze(-1))
+            # Minus the gradient of each log-probability; the rows' own gradients go onto what has few columns.
+            dlogits = chunk_logits.of(hidden)
+            dlogits.sub_(normalizer.unsqueeze(-1)).exp_()
             local = target - ctx.first
             mine = (local >= 0) & (local < weight_VH.size(0))
-            dlogits.scatter_add_(-1, local.where(mine, 0).unsqueeze(-1), grad.where(mine, 0.0).unsqueeze(-1))
-            dlogits = dlogits.to(weight_VH.dtype)
-            torch.mm(dlogits, weight_VH, out=out)
+            dlogits.scatter_add_(-1, local.where(mine, 0).unsqueeze(-1), -mine.to(dlogits.dtype).unsqueeze(-1))
+            dlogits = chunk_logits.as_weights(dlogits)
+            by_row = -grad.unsqueeze(-1)
+            torch.mm(dlogits, weight_VH, out=out).mul_(by_row)
+            scaled = hidden * by_row.to(hidden.dtype)
             if grad_weight.dtype == dlogits.dtype:
-                grad_weight.addmm_(dlogits.t(), hidden)
+                grad_weight.addmm_(dlogits.t(), scaled)
             else:
-                grad_weight += dlogits.t() @ hidden
+                grad_weight += dlogits.t() @ scaled
         return grad_hidden, grad_weight.to(weight_VH.dtype), None, None, None, None
 
 

@@ -58,6 +58,9 @@ class Leaves(Protocol):
     def real_value(self, latex: str) -> Any: ...
 
 
+_VARIABLE = re.compile(r"[A-Za-z]|\\[A-Za-z]+")
+
+
 class Comparison:
     """One comparison of a gold answer with an answer, over given leaves."""
 
@@ -88,7 +91,8 @@ class Comparison:
     # Words
 
     def _texts(self, gold: Node, answer: Node) -> Outcome:
-        if (key := words_key(latex_of(gold) or "")) and key == words_key(latex_of(answer) or ""):
+        keys = {words_key(latex_of(node) or "") for node in (gold, answer)}
+        if len(keys) == 1 and re.search(r"[^\W\d_]{3,}", keys.pop()):
             return equal("the same words")
         gold_words, answer_words = words_of(gold), words_of(answer)
         if gold_words is None:
@@ -97,7 +101,7 @@ class Comparison:
         if answer_words is None:
             return different("a value where the gold answer is words")
         gold_key, answer_key = words_key(gold_words), words_key(answer_words)
-        if gold_key == answer_key:
+        if gold_key == answer_key and (len(gold_key) > 1 or gold_words.lower() == answer_words.lower()):
             return equal("the same words")
         if len(gold_key.split()) <= 3:
             return different("different words")
@@ -199,7 +203,7 @@ class Comparison:
             renamed = rename_argument(answer_name, gold_name, answer_value)
             if renamed is not None:
                 return self.compare(gold_value, renamed)
-            if len(gold_name) == len(answer_name) == 1:
+            if _VARIABLE.fullmatch(gold_name) and _VARIABLE.fullmatch(answer_name):
                 return different("values of different variables")
         return self.compare(gold_value, answer_value)
 
@@ -321,7 +325,7 @@ class Comparison:
             return all_of(quotients, "the same ratio")
         ratio = gold if isinstance(gold, Ratio) else answer
         assert isinstance(ratio, Ratio)
-        if len(ratio.parts) != 2 or ratio.clock:
+        if len(ratio.parts) != 2 or (ratio.clock and latex_of(ratio.parts[1]) is None):
             return different("a ratio or time against a number")
         quotient = Leaf(quotient_of(ratio, 1))
         return self._leaves(quotient, answer) if ratio is gold else self._leaves(gold, quotient)

@@ -192,6 +192,8 @@ class _Reader:
             return self.symbol(token)
         if token == "\\pi":
             return sympy.pi
+        if token == "\\neg" and self.next.isalpha():
+            return sympy.Symbol(f"not{self.take()}")
         if token == "\\frac":
             top, bottom = self.group("{", "}"), self.group("{", "}")
             return product([top, _inverse(bottom)])

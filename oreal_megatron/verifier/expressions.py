@@ -49,10 +49,25 @@ def _points(names: list[str], whole: frozenset[str] = frozenset()) -> list[dict[
 
 
 def _counted(*trees: sympy.Basic) -> frozenset[str]:
-    """The names in the limits of sums and products: they only ever stand for integers."""
-    sums = [part for tree in trees for part in tree.atoms(sympy.Sum, sympy.Product)]
+    """The names that stand for integers: in limits of sums; n, k and their like under a floor or as a power of -1."""
+    parts = [part for tree in trees for part in sympy.preorder_traversal(tree)]
+    sums = [part for part in parts if isinstance(part, (sympy.Sum, sympy.Product))]
     ends = [end for part in sums for limit in part.limits for end in limit[1:]]
-    return frozenset(symbol.name for end in ends for symbol in end.free_symbols)
+    steps = [part for part in parts if isinstance(part, _STEPS)]
+    signs = [part.exp for part in parts if part.is_Pow and exact_value(part.base) == -1]
+    inside = {symbol.name for part in (*steps, *signs) for symbol in part.free_symbols}
+    return frozenset(symbol.name for end in ends for symbol in end.free_symbols) | (inside & _NAMES_OF_INTEGERS)
+
+
+_STEPS = (sympy.floor, sympy.ceiling)
+_NAMES_OF_INTEGERS = frozenset("ijklmnpqr")
+
+
+def _all_points(gold: sympy.Basic, answer: sympy.Basic) -> list[dict[str, str]]:
+    """Where to compare; under floors also at integers, where floor and ceiling part from each other."""
+    names = _names(gold, answer)
+    points = _points(names, _counted(gold, answer))
+    return points + _points(names, frozenset(names)) if names and (gold.has(*_STEPS) or answer.has(*_STEPS)) else points
 
 
 def _agree(one: mpmath.mpf, other: mpmath.mpf, digits: int) -> bool:
@@ -223,7 +238,7 @@ class SymbolicLeaves:
         decided = 0
         try:
             precision = _precision(gold, answer)
-            for point in _points(_names(gold, answer), _counted(gold, answer)):
+            for point in _all_points(gold, answer):
                 same = _same_at(gold, answer, point, precision)
                 if same is False:
                     return different("different values")

@@ -144,9 +144,10 @@ def _bracketed(latex: str) -> Node | None:
 def _system(latex: str) -> Collection | None:
     """Equations one below the other are a list of them."""
     match = _ROWS.fullmatch(latex)
-    if match is None or "\\begin" in match[2]:
+    inside = match[2] if match else latex
+    if "\\newrow" not in inside or "\\begin" in inside:
         return None
-    rows = [row.replace("&", " ").strip(" ,;") for row in match[2].split("\\newrow")]
+    rows = [row.replace("&", " ").strip(" ,;") for row in inside.split("\\newrow")]
     parts = [parse(row) for row in rows if row]
     if len(parts) < 2 or not all(isinstance(part, Relation) for part in parts):
         return None
@@ -304,7 +305,7 @@ _PART_OF_QUANTITY = (
     r"(-?\d[\d.,]*(?:\s*\\frac\s*\{\d+\}\s*\{\d+\})?)\s*(\\text\s*\{[A-Za-z. ]+\}|\\degree|'{1,2}|(?<=\s)[A-Za-z]{2,})"
 )
 _COMPOUND = re.compile(
-    rf"{_PART_OF_QUANTITY}(?:\s*(?:,|and|\\text\s*\{{\s*,?\s*and\s*\}})?\s*{_PART_OF_QUANTITY}){{1,3}}"
+    rf"{_PART_OF_QUANTITY}(?:\s*(?:and|\\text\s*\{{\s*,?\s*and\s*\}})?\s*{_PART_OF_QUANTITY}){{1,3}}"
 )
 
 
@@ -315,7 +316,8 @@ def _compound(latex: str) -> Bracketed | None:
         return None
     parts = tuple(_leaf(rf"{number}\text{{{_MARKS.get(unit, unit)}}}" if "\\" not in unit else number + unit)
                   for number, unit in re.findall(_PART_OF_QUANTITY, latex))  # fmt: skip
-    return Bracketed(parts, "quantity", "quantity") if all(p.unit and p.value is not None for p in parts) else None
+    is_one = len({part.unit for part in parts}) == len(parts) and all(p.unit and p.value is not None for p in parts)
+    return Bracketed(parts, "quantity", "quantity") if is_one else None
 
 
 _MARKS = {"'": "feet", "''": "inches"}

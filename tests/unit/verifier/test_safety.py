@@ -160,7 +160,7 @@ def fuzz(num_inputs: int, seed: int, limit: float) -> None:
 
 
 def test_fuzz_reduced() -> None:
-    fuzz(5_000, seed=6, limit=2.0)
+    fuzz(2_500, seed=6, limit=2.0)
 
 
 @pytest.mark.slow
