@@ -206,7 +206,7 @@ class _Builder:
             train_prompts = self._with_pass_rates(train_prompts, sampler)
         stream = PromptStream(
             balanced(train_prompts, config.data.difficulty_balance),
-            prompts_per_step=config.data.prompts_per_step,
+            prompts_per_step=config.num_asked_prompts,
             seed=config.run.seed,
         )
         frozen = config.objective.actor_freeze_steps
@@ -459,7 +459,7 @@ class _Builder:
             num_samples=num_samples,
             sampling=config.rollout.sampling,
             seed_of=rollout_seeds(config.run.seed, "pass_rate", 0),
-        )
+        ).groups
         estimated = []
         for prompt, group in zip(prompts, groups, strict=True):
             decided = [graded.verdict == "CORRECT" for graded in group if graded.verdict != "UNDECIDED"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -205,6 +206,9 @@ class ObjectiveConfig(Section):
     """What a ratio divides by: the policy itself (value 1, gradient of log pi), or the rollout's log-probabilities."""
     clip: Annotated[float, Field(gt=0.0, lt=1.0)] | None
     """PPO clip range of the ratio; needs `ratio_reference: rollout`."""
+    importance_limit: PositiveFloat | None
+    """Weigh the policy terms token by token with pi / pi_rollout, pi the policy as it is when the step's training
+    starts, truncated here; null: do not. Needs `ratio_reference: self`, since the other has this ratio already."""
     denominators: Literal["by_outcome", "all_trained"]
     """Tokens that the policy terms are divided by: of the same outcome (eq. 11), or of all that is trained."""
     eta: NonNegativeFloat
@@ -283,6 +287,19 @@ class MismatchConfig(Section):
     """A step beyond it is not trained on; the run ends."""
 
 
+class LongTailConfig(Section):
+    """A step asks for more prompts than it needs, and goes on without the slowest responses."""
+
+    oversample: Annotated[float, Field(gt=1.0, allow_inf_nan=False)]
+    """Prompts that a step asks for, as a multiple of data.prompts_per_step."""
+    until: Literal["complete", "useful"]
+    """The step has enough once data.prompts_per_step groups are complete; or complete and of use to the objective
+    (objective.keep_groups). Prompts of the others come first in the next step."""
+    carry_updates: NonNegative
+    """Policy updates over which the tokens of a broken-off response are kept: it goes on from them, each token with
+    the log-probability that it was drawn with. 0: after an update it is generated anew."""
+
+
 class RolloutConfig(Section):
     """Where and how rollouts are generated."""
 
@@ -295,6 +312,8 @@ class RolloutConfig(Section):
     """Sequences that one embedded batch generates at the same time; pass rates are estimated so many at a time."""
     mismatch: MismatchConfig | None = None
     """null: reported only."""
+    long_tail: LongTailConfig | None = None
+    """null: a step waits for all its responses. Needs `backend: sglang`."""
     sglang: SGLangConfig | None = None
     """Belongs to `backend: sglang`."""
 
@@ -443,6 +462,12 @@ class TrainConfig(Section):
     sft: SftConfig | None
     evaluation: EvaluationConfig
     tracking: TrackingConfig
+
+    @property
+    def num_asked_prompts(self) -> int:
+        """Prompts that a step asks for."""
+        tail = self.rollout.long_tail
+        return self.data.prompts_per_step if tail is None else ceil(self.data.prompts_per_step * tail.oversample)
 
 
 @dataclass(frozen=True)
@@ -820,6 +845,10 @@ def _check_evaluation(evaluation: EvaluationConfig) -> Iterator[Violation]:
 def _check_servers(rollout: RolloutConfig) -> Iterator[Violation]:
     if (rollout.backend == "sglang") != (rollout.sglang is not None):
         yield Violation("rollout.backend", rollout.backend, "rollout.sglang belongs to sglang, which needs it")
+    if rollout.long_tail is not None and rollout.backend == "embedded":
+        yield Violation(
+            "rollout.backend", "embedded", "a batch ends as a whole, nothing of it can be broken off: long_tail=null"
+        )
     if (limits := rollout.mismatch) is not None:
         if limits.warn > limits.stop:
             yield Violation("rollout.mismatch.warn", limits.warn, f"must not exceed stop = {limits.stop}")
@@ -887,7 +916,10 @@ def _check_objective(objective: ObjectiveConfig, rollout: RolloutConfig) -> Iter
         yield Violation("objective.reward_values", o.reward_values, "must rise: [incorrect, correct]")
     if o.clip is not None and (o.ratio_reference != "rollout" or "logprob" in (o.positive_term, o.negative_term)):
         yield Violation("objective.clip", o.clip, "needs both terms to be `ratio` and ratio_reference to be `rollout`")
-    if o.ratio_reference == "rollout" and rollout.sampling.temperature != 1.0:
+    if o.importance_limit is not None and o.ratio_reference != "self":
+        yield Violation("objective.importance_limit", o.importance_limit, "needs ratio_reference to be `self`")
+    by_rollout = o.ratio_reference == "rollout" or o.importance_limit is not None
+    if by_rollout and rollout.sampling.temperature != 1.0:
         yield Violation(
             "rollout.sampling.temperature",
             rollout.sampling.temperature,

@@ -41,6 +41,16 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightSpan:
+    """Which weights generated the tokens `start` to `end` (exclusive) of a response."""
+
+    version: int
+    """The number of policy updates before them."""
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rollout:
     """One finished response to one prompt."""
 
@@ -56,13 +66,17 @@ class Rollout:
     text: str
     """The response as text, without the stop token."""
     finish_reason: FinishReason
-    weight_version: int
-    """Version of the policy weights that generated the response: the number of policy updates before it."""
+    weight_spans: tuple[WeightSpan, ...]
+    """Which weights generated which tokens: in order, without a gap, each older than the next."""
 
     @property
     def id(self) -> str:
         """Unique within a step."""
         return f"{self.prompt.id}#{self.sample_index}"
+
+    def num_older_tokens(self, version: int) -> int:
+        """Response tokens, all at its start, that weights older than `version` have generated."""
+        return max((span.end for span in self.weight_spans if span.version < version), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +117,12 @@ class GradedRollout:
 
     def to_json(self) -> dict[str, Any]:
         # Shallow: `asdict` copies every token and log-probability one by one.
-        return {**vars(self.rollout), "prompt": dict(vars(self.rollout.prompt)), "grade": dict(vars(self.grade))}
+        return {
+            **vars(self.rollout),
+            "prompt": dict(vars(self.rollout.prompt)),
+            "weight_spans": [dict(vars(span)) for span in self.rollout.weight_spans],
+            "grade": dict(vars(self.grade)),
+        }
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> GradedRollout:
@@ -117,7 +136,7 @@ class GradedRollout:
                 logprobs=tuple(record["logprobs"]),
                 text=record["text"],
                 finish_reason=FinishReason(record["finish_reason"]),
-                weight_version=record["weight_version"],
+                weight_spans=tuple(WeightSpan(**span) for span in record["weight_spans"]),
             ),
             grade=Grade(**{**record["grade"], "verdict": Verdict(record["grade"]["verdict"])}),
         )

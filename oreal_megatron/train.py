@@ -23,7 +23,7 @@ from oreal_megatron.evaluation.benchmarks import Benchmark, area_under_curve, ev
 from oreal_megatron.metrics import Tracker
 from oreal_megatron.models.optimizer import TrainedModel
 from oreal_megatron.models.residence import FrozenModel
-from oreal_megatron.objective.groups import Selection, select_trajectories
+from oreal_megatron.objective.groups import Selection, is_useful, select_trajectories
 from oreal_megatron.objective.terms import TokenCounts
 from oreal_megatron.parallel.groups import ParallelGroups
 from oreal_megatron.phases import Clock
@@ -36,7 +36,7 @@ from oreal_megatron.records import (
     Trajectory,
 )
 from oreal_megatron.rollout.engine import RolloutEngine
-from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
+from oreal_megatron.rollout.sampler import Enough, Sampled, Sampler, rollout_seeds
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.stopping import Stopped, StopRequest
 from oreal_megatron.trajectories import read_groups, to_records
@@ -130,11 +130,12 @@ def train_step(run: Run) -> StepReport:
     """Prompts -> rollouts -> graded groups -> trajectories -> reward model, policy -> published weights."""
     config, step, clock = run.config, run.progress.step, Clock()
     run.groups.seed_generators(derive_seed(config.run.seed, "generators", step))
-    graded = replayed(run) if config.run.mode == "replay" else rolled_out(run, clock)
+    sampled = replayed(run) if config.run.mode == "replay" else rolled_out(run, clock)
+    graded = sampled.groups
     selection = select_trajectories(
         graded, config.objective, seed=config.run.seed, step=step, global_rng=run.global_rng
     )
-    metrics = rollout_metrics(graded, selection)
+    metrics = {**rollout_metrics(graded, selection), **sampled.metrics}
     if config.run.mode == "rollout" or not selection.trajectories:
         skipped = "rollouts only" if config.run.mode == "rollout" else why_unusable(selection)
         save_trajectories(run, graded, selection)
@@ -178,37 +179,54 @@ def costs(run: Run, clock: Clock) -> dict[str, Any]:
     return {"seconds": clock.seconds(), "peak_gib": clock.peak_gib(run.groups)}
 
 
-def rolled_out(run: Run, clock: Clock) -> Groups:
+def rolled_out(run: Run, clock: Clock) -> Sampled:
     """The step's prompts, answered and graded; those in the journal are not answered again."""
     config, position = run.config, run.stream.state_dict()
     try:
         with run.policy.on_device():
-            return run.sampler.sample(
+            sampled = run.sampler.sample(
                 run.stream.draw(),
                 purpose=step_name(run.progress.step),
                 num_samples=config.rollout.samples_per_prompt,
                 sampling=config.rollout.sampling,
                 seed_of=rollout_seeds(config.run.seed, "train", run.progress.step),
                 clock=clock,
+                enough=enough_of(config, run.progress.step),
             )
     except Stopped:
         # Nothing has been trained on these prompts: the checkpoint that follows draws them again.
         run.stream.load_state_dict(position)
         raise
+    run.stream.put_back(sampled.unfinished)
+    return sampled
 
 
-def replayed(run: Run) -> Groups:
+def enough_of(config: TrainConfig, step: int) -> Enough | None:
+    tail = config.rollout.long_tail
+    if tail is None:
+        return None
+    return Enough(
+        num_groups=config.data.prompts_per_step,
+        counts=lambda group: tail.until == "complete" or is_useful(group, config.objective),
+        max_age=tail.carry_updates,
+        rest_is_for=step_name(step + 1),
+    )
+
+
+def replayed(run: Run) -> Sampled:
     """The step's graded rollouts of another run."""
     assert run.config.run.replay_dir is not None
     path = Path(run.config.run.replay_dir) / f"step_{run.progress.step:06d}.jsonl"
     if not path.is_file():
         raise ValueError(f"run.replay_dir: there is no {path}; lower run.num_steps to the steps that were saved")
-    return read_groups(path)
+    return Sampled(groups=read_groups(path), unfinished=[], metrics={})
 
 
 def packed(run: Run, trajectories: Sequence[Trajectory]) -> tuple[TokenCounts, list[TokenBatch]]:
     """Global denominators, and this rank's share of the trajectories as micro-batches."""
-    sequences = [PackedSequence.from_trajectory(trajectory) for trajectory in trajectories]
+    # Replayed rollouts are another run's: their versions say nothing here.
+    version = 0 if run.config.run.mode == "replay" else run.progress.weight_version
+    sequences = [PackedSequence.from_trajectory(trajectory, weight_version=version) for trajectory in trajectories]
     counts = TokenCounts(
         correct=sum(len(s.response_ids) for s in sequences if s.correct),
         incorrect=sum(len(s.response_ids) for s in sequences if not s.correct),
@@ -266,7 +284,7 @@ def evaluation_generator(run: Run) -> Any:
                 num_samples=num_samples,
                 sampling=sampling,
                 seed_of=rollout_seeds(run.config.run.seed, "evaluation", 0),
-            )
+            ).groups
 
     return generate
 

@@ -140,13 +140,17 @@ def update_policy(
     names = list(results[0][0])
     local = torch.stack([torch.stack([sums[name] for name in names]) for sums, _ in results]).double()
     _check_finite(dict(zip(names, local.t().tolist(), strict=True)), batches, policy.groups)
-    mismatch = rollout_mismatch([difference_R for _, difference_R in results], policy.groups)
-    if max_mismatch is not None and mismatch["rollout_logprob_difference"] > max_mismatch:
+    # Older weights differ by what was learnt since: no mismatch.
+    differences = [difference_R[~batch.is_older] for batch, (_, difference_R) in zip(batches, results, strict=True)]
+    mismatch = rollout_mismatch(differences, policy.groups)
+    if max_mismatch is not None and mismatch.get("rollout_logprob_difference", 0.0) > max_mismatch:
         raise MismatchError(
             f"the policy's log-probabilities differ from the rollouts' by {mismatch['rollout_logprob_difference']:.3g} "
             f"nats in the mean, more than rollout.mismatch.stop = {max_mismatch:g} (99th percentile "
             f"{mismatch['rollout_logprob_difference_p99']:.3g}); no update was made"
         )
+    if config.importance_limit is not None:
+        mismatch |= _importance([difference_R for _, difference_R in results], config.importance_limit, policy.groups)
     report = _update(policy, "policy", batches)
     total = dict(zip(names, policy.groups.sum_over_data(local.sum(0)).tolist(), strict=True))
     positive = total["positive"] / counts.of_positive(config)
@@ -183,6 +187,14 @@ def rollout_mismatch(differences: Sequence[Tensor], groups: ParallelGroups) -> d
         "rollout_kl_k3": (weights_R - 1 - all_R).mean().item(),
         "rollout_effective_samples": (weights_R.sum() ** 2 / (len(all_R) * (weights_R**2).sum())).item(),
     }
+
+
+def _importance(differences: Sequence[Tensor], limit: float, groups: ParallelGroups) -> dict[str, float]:
+    """Mean of the truncated importance weights, and the share of the tokens whose weight is truncated."""
+    ratios = [difference.double().exp() for difference in differences]
+    local = [[r.clamp(max=limit).sum().item(), (r > limit).sum().item(), len(r)] for r in ratios]
+    total, truncated, count = groups.sum_over_data(torch.tensor(local).sum(0)).tolist()
+    return {"importance_weight": total / max(count, 1), "importance_truncated": truncated / max(count, 1)}
 
 
 def _aligned(output: Tensor, batch: TokenBatch, alignment: str) -> Tensor:

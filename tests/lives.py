@@ -89,7 +89,8 @@ def _live(arguments: tuple[str, ...], log: str, max_file_bytes: int | None, envi
 
 def journalled(directory: Path) -> list[str]:
     """The units in a run's journal."""
-    lines = [line for path in (directory / "journal").glob("*.jsonl") for line in path.read_text().split("\n")[:-1]]
+    paths = (directory / "journal").glob("*.replica_*.jsonl")
+    lines = [line for path in paths for line in path.read_text().split("\n")[:-1]]
     return [json.loads(line)["unit"] for line in lines]
 
 

@@ -40,13 +40,16 @@ class PackedSequence:
     correct: bool = True
     advantage: float = 0.0
     rollout_logprobs: tuple[float, ...] = ()
+    num_older_tokens: int = 0
+    """Response tokens at the start that weights before this step's have generated."""
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
 
     @classmethod
-    def from_trajectory(cls, trajectory: Trajectory) -> PackedSequence:
+    def from_trajectory(cls, trajectory: Trajectory, *, weight_version: int) -> PackedSequence:
+        """weight_version: this step's."""
         rollout = trajectory.rollout
         return cls(
             id=trajectory.id,
@@ -55,6 +58,7 @@ class PackedSequence:
             correct=trajectory.correct,
             advantage=trajectory.advantage,
             rollout_logprobs=rollout.logprobs,
+            num_older_tokens=rollout.num_older_tokens(weight_version),
         )
 
 
@@ -81,6 +85,8 @@ class TokenBatch:
     """fp32 [N]."""
     rollout_logprobs: Tensor
     """fp32 [R], nats."""
+    is_older: Tensor
+    """bool [R]: whether weights before this step's have generated the token."""
     reference_logprobs: Tensor | None = None
     """fp32 [R], nats: of the frozen initial policy; set once it has scored the batch."""
     token_weights: Tensor | None = None
@@ -226,6 +232,11 @@ def pack(sequences: Sequence[PackedSequence], device: torch.device, padding: Pad
         rollout_logprobs=torch.tensor(
             [value for sequence in sequences for value in sequence.rollout_logprobs],
             dtype=torch.float32,
+            device=device,
+        ),
+        is_older=torch.tensor(
+            [i < sequence.num_older_tokens for sequence in sequences for i in range(len(sequence.response_ids))],
+            dtype=torch.bool,
             device=device,
         ),
     )

@@ -23,7 +23,8 @@ class PromptStream:
         self._seed = seed
         if len(self._by_id) < prompts_per_step:
             raise ValueError(
-                f"data.prompts_per_step = {prompts_per_step}, but only {len(self._by_id)} different prompts are left "
+                f"a step asks for {prompts_per_step} prompts (data.prompts_per_step, times "
+                f"rollout.long_tail.oversample), but only {len(self._by_id)} different prompts are left "
                 "after difficulty balancing (which drops prompts without a pass rate: data.pass_rate estimates them); "
                 "lower it, widen data.difficulty_balance, or give more prompts"
             )
@@ -44,6 +45,10 @@ class PromptStream:
                 drawn[prompt.id] = prompt
         self._put_off += waiting
         return list(drawn.values())
+
+    def put_back(self, prompts: Sequence[Prompt]) -> None:
+        """Prompts of the last draw that were not used: they come first in the next one."""
+        self._put_off = [*prompts, *self._put_off]
 
     def state_dict(self) -> dict[str, Any]:
         return {

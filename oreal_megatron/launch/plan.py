@@ -296,7 +296,8 @@ def _colocated(config: TrainConfig) -> bool:
 
 
 def rollouts_per_step(config: TrainConfig) -> int:
-    return config.data.prompts_per_step * config.rollout.samples_per_prompt
+    """Under `rollout.long_tail` as many as are asked for, the most that there can be."""
+    return config.num_asked_prompts * config.rollout.samples_per_prompt
 
 
 def num_parameters(g: GeometryConfig) -> int:

@@ -74,6 +74,11 @@ def select_trajectories(
     )
 
 
+def is_useful(group: Sequence[GradedRollout], config: ObjectiveConfig) -> bool:
+    """Whether a step trains on some of the group."""
+    return _is_kept([correct for _, correct in _decided(group, config)], config)
+
+
 def shaped_rewards(outcomes: Sequence[bool], config: ObjectiveConfig) -> list[float]:
     """The advantage A_i of each decided response of one group.
 

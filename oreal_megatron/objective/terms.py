@@ -67,6 +67,7 @@ def policy_terms(
 
     positive  -A weight log pi         or  -A weight ratio      summed over tokens of correct responses
     negative  the same over tokens of incorrect responses       (eq. 11 uses log pi above and the ratio here)
+              both times `importance_weights` where config.importance_limit is set
     kl        kl_penalty(reference, policy)                     summed over all tokens
 
     logprobs_R (with gradient), reference_logprobs_R, rollout_logprobs_R: nats. weights_R: [0, 1].
@@ -75,6 +76,8 @@ def policy_terms(
     behaviour_R = logprobs_R.detach() if config.ratio_reference == "self" else rollout_logprobs_R
     ratio_R = (logprobs_R - behaviour_R).exp()
     scale_R = -advantages_R * weights_R
+    if config.importance_limit is not None:
+        scale_R = scale_R * importance_weights(logprobs_R, rollout_logprobs_R, config.importance_limit)
     if config.clip is None:
         by_ratio_R = scale_R * ratio_R
     else:
@@ -88,6 +91,14 @@ def policy_terms(
     if not config.kl_on_correct:
         penalty_R = penalty_R[~correct_R]
     return PolicyTerms(positive=positive, negative=negative, kl=penalty_R.sum())
+
+
+def importance_weights(logprobs_R: Tensor, rollout_logprobs_R: Tensor, limit: float) -> Tensor:
+    """min(pi / pi_rollout, limit) of each token: what makes up for tokens that another policy has drawn.
+
+    Truncation bounds the variance, at the price of a bias. No gradient. logprobs_R: of the policy before its update.
+    """
+    return (logprobs_R.detach() - rollout_logprobs_R).exp().clamp(max=limit)
 
 
 def kl_penalty(reference_R: Tensor, policy_R: Tensor, kl_type: str) -> Tensor:

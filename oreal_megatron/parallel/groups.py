@@ -153,6 +153,11 @@ class ParallelGroups:
     def barrier(self) -> None:
         dist.barrier()
 
+    def count(self, name: str, more: int = 0) -> int:
+        """Adds to a count that all processes of the job share, and returns it; nobody waits for anybody."""
+        # The store that the processes met at. There is no public way to it, and no collective that is not one.
+        return int(dist.distributed_c10d._get_default_store().add(f"count/{name}", more))
+
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Leaves the block when every process has, with an error on all where one had one (OSError or ValueError)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,12 @@ from typing import Any
 
 import httpx
 
+# It has a line for every request.
+logging.getLogger("httpx").setLevel(logging.WARNING)
+
 _CONNECT_SECONDS = 10.0
+# SGLang closes connections that were idle for 5 seconds; a request that is sent just then would be lost.
+_IDLE_SECONDS = 2.0
 # Control requests that must get through while all places for generation are taken.
 _SPARE_CONNECTIONS = 8
 
@@ -23,10 +29,6 @@ class RequestRefused(ValueError):
     """The server refuses what it was asked, and any other would."""
 
 
-class GenerationAborted(ConnectionError):
-    """The server ended a response before it was finished; it may be asked for again."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Generated:
     """One response as the server has it."""
@@ -34,7 +36,8 @@ class Generated:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish: Mapping[str, Any]
-    """SGLang's finish_reason: `type` stop, length or abort; `matched`: the token that stopped it."""
+    """SGLang's finish_reason: `type` stop, length or abort (somebody ended it, the tokens until then are here);
+    `matched`: the token that stopped it."""
     weight_labels: frozenset[str]
     """Of all weights that generated some of its tokens."""
 
@@ -64,7 +67,9 @@ class ServerClient:
         connections = max_concurrency + _SPARE_CONNECTIONS
         self._http = httpx.AsyncClient(
             base_url=url,
-            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            limits=httpx.Limits(
+                max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=_IDLE_SECONDS
+            ),
             timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
             trust_env=False,  # a proxy of the machine is not for a server beside us
         )
@@ -73,11 +78,7 @@ class ServerClient:
         await self._http.aclose()
 
     async def generate(self, rid: str, prompt_ids: Sequence[int], sampling: Mapping[str, Any]) -> Generated:
-        """One response; waits as long as it takes.
-
-        Raises:
-            GenerationAborted: somebody ended it.
-        """
+        """One response; waits as long as it takes, or until it is aborted."""
         answer = await self._ask(
             "POST",
             "/generate",
@@ -85,9 +86,7 @@ class ServerClient:
             seconds=None,
         )
         about = answer["meta_info"]
-        pairs = about["output_token_logprobs"]
-        if about["finish_reason"]["type"] == "abort":
-            raise GenerationAborted(f"{self.url} aborted {rid}: {about['finish_reason'].get('message')}")
+        pairs = about.get("output_token_logprobs") or []  # none of what was aborted before its first token
         ids = tuple(answer["output_ids"])
         if ids != tuple(token for _, token, *_ in pairs):
             raise ServerLost(f"{self.url}: {rid} has {len(ids)} tokens and log-probabilities of others ({len(pairs)})")
@@ -101,6 +100,10 @@ class ServerClient:
             weight_labels=frozenset(str(span["version"]) for span in spans)
             or frozenset([str(about["weight_version"])]),
         )
+
+    async def abort(self, rid: str) -> None:
+        """Ends a response: who asked for it gets what there is. Nothing happens where the server does not know it."""
+        await self._ask("POST", "/abort_request", {"rid": rid})
 
     async def is_healthy(self, seconds: float) -> bool:
         """Whether the server generates a token, or has generated any, within `seconds`."""

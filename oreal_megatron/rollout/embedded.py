@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from oreal_megatron.config import SamplingConfig
-from oreal_megatron.records import FinishReason
+from oreal_megatron.records import FinishReason, WeightSpan
 from oreal_megatron.rollout.engine import Completion, GenerationRequest
 
 # Finished sequences leave the batch when so many have: each removal copies the KV cache of the others.
@@ -57,9 +57,13 @@ class EmbeddedEngine:
         return [order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)]
 
     def generate(
-        self, units: Sequence[Sequence[GenerationRequest]], sampling: SamplingConfig
+        self,
+        units: Sequence[Sequence[GenerationRequest]],
+        sampling: SamplingConfig,
+        is_enough: Callable[[], bool] | None = None,
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """See RolloutEngine."""
+        """See RolloutEngine. A batch decodes as one and ends as one: there is nothing to break off."""
+        assert is_enough is None and not any(request.begun for unit in units for request in unit)
         for index, requests in enumerate(units):
             yield index, self._generate_batch(requests, sampling)
 
@@ -98,7 +102,7 @@ class EmbeddedEngine:
                 token_ids=tuple(tokens),
                 logprobs=tuple(logprobs),
                 finish_reason=FinishReason.STOP if tokens[-1] == self._stop_token_id else FinishReason.LENGTH,
-                weight_version=self.weight_version,
+                weight_spans=(WeightSpan(version=self.weight_version, start=0, end=len(tokens)),),
             )
             for tokens, logprobs in zip(running.tokens, running.logprobs, strict=True)
         ]

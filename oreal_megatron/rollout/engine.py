@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from oreal_megatron.config import SamplingConfig
-from oreal_megatron.records import FinishReason
+from oreal_megatron.records import FinishReason, WeightSpan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One generated response, or its beginning."""
+
+    token_ids: tuple[int, ...]
+    """The stop token included where there is one."""
+    logprobs: tuple[float, ...]
+    """Nats: log softmax(logits / temperature) of each token, before top-p; at temperature 0, of the plain logits."""
+    finish_reason: FinishReason | None
+    """None: it was broken off, and can go on from there."""
+    weight_spans: tuple[WeightSpan, ...]
+    """Which weights generated which tokens."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "weight_spans": [dict(vars(span)) for span in self.weight_spans]}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Completion:
+        """The inverse of `to_json`. Raises KeyError, TypeError or ValueError."""
+        reason = record["finish_reason"]
+        return cls(
+            token_ids=tuple(record["token_ids"]),
+            logprobs=tuple(record["logprobs"]),
+            finish_reason=None if reason is None else FinishReason(reason),
+            weight_spans=tuple(WeightSpan(**span) for span in record["weight_spans"]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,18 +46,9 @@ class GenerationRequest:
     seed: int
     """Fixes the response's randomness, whatever it is batched with."""
     max_new_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """One generated response."""
-
-    token_ids: tuple[int, ...]
-    """The stop token included where there is one."""
-    logprobs: tuple[float, ...]
-    """Nats: log softmax(logits / temperature) of each token, before top-p; at temperature 0, of the plain logits."""
-    finish_reason: FinishReason
-    weight_version: int
+    """Of the whole response."""
+    begun: Completion | None = None
+    """What an earlier step has of the response, which goes on from there; a finished one is the answer."""
 
 
 class RolloutEngine(Protocol):
@@ -45,11 +64,16 @@ class RolloutEngine(Protocol):
         """
 
     def generate(
-        self, units: Sequence[Sequence[GenerationRequest]], sampling: SamplingConfig
+        self,
+        units: Sequence[Sequence[GenerationRequest]],
+        sampling: SamplingConfig,
+        is_enough: Callable[[], bool] | None = None,
     ) -> Iterator[tuple[int, list[Completion]]]:
         """(index of the unit, one completion a request in order), as units finish.
 
         All ranks of a model replica call it with the same units and get all of them; other replicas have others.
+        is_enough: asked now and then, from any thread, on the leading process of each replica; once it is true what is
+        under way is broken off, and units come as they are then.
         """
 
     def publish(self, weight_version: int) -> Mapping[str, float]:

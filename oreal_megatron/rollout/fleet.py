@@ -16,10 +16,8 @@ from typing import Any
 
 from oreal_megatron.config import SamplingConfig, SGLangConfig
 from oreal_megatron.files import write_atomically
-from oreal_megatron.records import FinishReason
 from oreal_megatron.rollout.client import (
     Generated,
-    GenerationAborted,
     RequestRefused,
     ServerClient,
     ServerDescription,
@@ -35,10 +33,11 @@ from oreal_megatron.rollout.server import (
     launch_environment,
     start_directory,
 )
+from oreal_megatron.rollout.work import LostTooOftenError, Work
 
-# A request that has cost so many servers their connection is the likely reason.
-_MAX_ATTEMPTS = 4
 _POLL_SECONDS = 0.5
+# Between two looks at whether a step has enough, and between two aborts of what is under way still.
+_ENOUGH_SECONDS = 0.1
 
 
 class NoServerError(RuntimeError):
@@ -75,46 +74,6 @@ class Member:
     """Held by who starts it or publishes to it."""
     given_up: str | None = None
     """Why it gets no more requests, or None."""
-
-
-@dataclass
-class _Work:
-    """Requests on their way to completions."""
-
-    requests: Sequence[GenerationRequest]
-    sampling: SamplingConfig
-    completed: Callable[[int, Completion], None]
-    """Told index and completion of every request, once."""
-    is_done: list[bool] = field(init=False)
-    attempts: list[int] = field(init=False)
-    pending: asyncio.Queue[int] = field(default_factory=asyncio.Queue)
-    finished: asyncio.Event = field(default_factory=asyncio.Event)
-    num_left: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.is_done = [False] * len(self.requests)
-        self.attempts = [0] * len(self.requests)
-        self.num_left = len(self.requests)
-        for index in range(len(self.requests)):
-            self.pending.put_nowait(index)
-
-    def complete(self, index: int, completion: Completion) -> None:
-        assert not self.is_done[index]
-        self.is_done[index] = True
-        self.completed(index, completion)
-        self.num_left -= 1
-        if self.num_left == 0:
-            self.finished.set()
-
-    def put_back(self, index: int, error: Exception) -> None:
-        """Raises NoServerError where a request keeps losing servers."""
-        self.attempts[index] += 1
-        if self.attempts[index] >= _MAX_ATTEMPTS:
-            raise NoServerError(
-                f"a prompt of {len(self.requests[index].prompt_ids)} tokens was lost {_MAX_ATTEMPTS} times "
-                f"(token ids {list(self.requests[index].prompt_ids[:20])}...), the last time by: {error}"
-            ) from error
-        self.pending.put_nowait(index)
 
 
 class Fleet:
@@ -267,6 +226,7 @@ class Fleet:
         if not self.members:
             self._assemble(urls)
         for member in self.members:
+            # The label is that of the weights before these: the server says what it has.
             member.given_up, member.num_restarts, member.label = None, 0, None
 
     async def _supervise(self) -> None:
@@ -430,17 +390,22 @@ class Fleet:
         requests: Sequence[GenerationRequest],
         sampling: SamplingConfig,
         completed: Callable[[int, Completion], None],
+        is_enough: Callable[[], bool] | None = None,
     ) -> None:
-        """One completion a request, all with the current weights; `completed` is told each exactly once.
+        """One completion a request, what is generated now with the current weights; `completed` is told each once.
+
+        is_enough: once it is true the servers are told to break off, and completions are what there is.
 
         Raises:
-            NoServerError: no server is left. ValueError: the servers refuse a request.
+            NoServerError: no server is left, or a request loses one after the other.
+            ValueError: the servers refuse a request.
         """
-        work = _Work(requests, sampling, completed)
-        if not requests:
+        work = Work(requests, sampling, completed)
+        if work.finished.is_set():
             return
         servers = [asyncio.create_task(self._serve(member, work)) for member in self.members]
         waiting = asyncio.create_task(work.finished.wait())
+        ending = asyncio.create_task(self._end_early(work, is_enough))
         try:
             while not work.finished.is_set():
                 await asyncio.wait([waiting, *servers], return_when=asyncio.FIRST_COMPLETED)
@@ -451,11 +416,23 @@ class Fleet:
                 if not servers and not work.finished.is_set():
                     raise self._no_server(self.members)
         finally:
-            for task in (waiting, *servers):
+            for task in (waiting, ending, *servers):
                 task.cancel()
-            await asyncio.gather(waiting, *servers, return_exceptions=True)
+            await asyncio.gather(waiting, ending, *servers, return_exceptions=True)
 
-    async def _serve(self, member: Member, work: _Work) -> None:
+    async def _end_early(self, work: Work, is_enough: Callable[[], bool] | None) -> None:
+        """Ends the work once there is enough."""
+        if is_enough is None:
+            return
+        while not is_enough():
+            await asyncio.sleep(_ENOUGH_SECONDS)
+        work.end()
+        while work.at_servers:  # an abort that overtakes its request has no effect
+            aborts = [client.abort(rid) for rid, client in work.at_servers.items()]
+            await asyncio.gather(*aborts, return_exceptions=True)  # lost servers are noticed elsewhere
+            await asyncio.sleep(_ENOUGH_SECONDS)
+
+    async def _serve(self, member: Member, work: Work) -> None:
         """Keeps one server full until the work is finished or the server is given up."""
         while True:
             await self._bring_up(member)
@@ -464,69 +441,60 @@ class Fleet:
             try:
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._watch(member))
-                    for place in range(min(self._config.max_concurrency, len(work.requests))):
-                        tasks.create_task(self._work(member, work, place))
+                    for _ in range(min(self._config.max_concurrency, len(work.requests))):
+                        tasks.create_task(self._work(member, work))
             except* ServerLost as group:
                 await self._lost(member, _first(group))
             except* _Stale as group:
                 member.label = None
                 self._say(f"[yellow]rollout server {member.index}: {_first(group)}[/]")
 
-    async def _work(self, member: Member, work: _Work, place: int) -> None:
+    async def _work(self, member: Member, work: Work) -> None:
         """One request after another."""
         while True:
             index = await work.pending.get()
             rid = f"{self._token}-{uuid.uuid4().hex[:12]}"
+            work.at_servers[rid] = member.client
             try:
                 generated = await member.client.generate(
-                    rid, work.requests[index].prompt_ids, self._options(work, index)
+                    rid, work.input_ids(index), work.options(index, self._stop_token_id)
                 )
-                completion = self._completed(member, generated)
-            except GenerationAborted as error:
-                self.num_retries += 1
-                work.put_back(index, error)
-                continue
+                completion = self._completed(member, work, index, generated)
             except (ServerLost, _Stale, asyncio.CancelledError) as error:
                 if not work.finished.is_set():
-                    self.num_retries += 1
-                    work.put_back(index, error if isinstance(error, Exception) else ServerLost(member.client.url))
+                    lost = error if isinstance(error, Exception) else ServerLost(member.client.url)
+                    self._put_back(work, index, lost)
                 raise
+            finally:
+                del work.at_servers[rid]
+            if completion.finish_reason is None and not work.is_ending:
+                self._put_back(work, index, ServerLost(f"{member.client.url}: somebody else aborted {rid}"))
+                continue
             member.num_restarts = 0
             work.complete(index, completion)
 
-    def _options(self, work: _Work, index: int) -> dict[str, Any]:
-        return {
-            "temperature": work.sampling.temperature,
-            "top_p": work.sampling.top_p,
-            # Said, since a server may have other defaults from a generation_config.json.
-            "top_k": -1,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "max_new_tokens": work.requests[index].max_new_tokens,
-            "stop_token_ids": [self._stop_token_id],
-            "sampling_seed": work.requests[index].seed,
-        }
+    def _put_back(self, work: Work, index: int, error: Exception) -> None:
+        self.num_retries += 1
+        try:
+            work.put_back(index, error)
+        except LostTooOftenError as often:
+            raise NoServerError(str(often)) from error
 
-    def _completed(self, member: Member, generated: Generated) -> Completion:
+    def _completed(self, member: Member, work: Work, index: int, generated: Generated) -> Completion:
         assert self._weights is not None
-        if generated.weight_labels != {self._weights.label}:
+        if generated.token_ids and generated.weight_labels != {self._weights.label}:
             raise _Stale(
                 f"answered with weights {', '.join(sorted(generated.weight_labels))}, not {self._weights.label}; "
                 "its answers are thrown away and it is brought up to date"
             )
-        stopped = generated.finish["type"] == "stop"
-        if stopped and generated.token_ids[-1:] != (self._stop_token_id,):
+        if generated.finish["type"] == "stop" and generated.token_ids[-1:] != (self._stop_token_id,):
             raise RequestRefused(
                 f"{member.client.url} ended a response at {generated.finish.get('matched')!r}, which is not "
                 f"prompt.stop_token (id {self._stop_token_id}); start the server with --skip-tokenizer-init, from a "
                 "config.json and generation_config.json without other end tokens"
             )
-        return Completion(
-            token_ids=generated.token_ids,
-            logprobs=generated.logprobs,
-            finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
-            weight_version=self._weights.version,
-        )
+        version, stop = self._weights.version, self._stop_token_id
+        return work.completion(index, generated, version=version, stop_token_id=stop)
 
     async def _watch(self, member: Member) -> None:
         """Raises ServerLost where a server that accepts requests does not answer any more."""

@@ -2,7 +2,8 @@
 
 A unit is what the engine generates as one (`RolloutEngine.units`). Its line is on the disk before the next unit starts,
 under a key that says everything its rollouts depend on, so that a line can never stand for other rollouts. Every model
-replica appends to a file of its own: <purpose>.replica_<data rank>.jsonl.
+replica appends to a file of its own: <purpose>.replica_<data rank>.jsonl. What was broken off, for a later purpose to
+go on with, is in <later purpose>.begun.jsonl.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 from oreal_megatron.config import SamplingConfig
-from oreal_megatron.files import append_line, open_log, whole_lines
+from oreal_megatron.files import append_line, open_log, whole_lines, write_atomically
 from oreal_megatron.parallel.groups import ParallelGroups
 from oreal_megatron.records import GradedRollout, Prompt
-from oreal_megatron.rollout.engine import GenerationRequest
+from oreal_megatron.rollout.engine import Completion, GenerationRequest
 
-_OF_STEP = re.compile(r"[a-z]+_(\d{6})\.replica_\d+\.jsonl")
+_OF_STEP = re.compile(r"[a-z]+_(\d{6})\.(replica_\d+|begun)\.jsonl")
+
+Begun = Mapping[tuple[str, int], Completion]
+"""Responses that are finished or broken off, of groups that are not complete; by prompt id and sample index."""
 
 
 class RolloutJournal:
@@ -61,6 +65,29 @@ class RolloutJournal:
         record = {"unit": unit, "rollouts": [graded.to_json() for graded in rollouts]}
         append_line(self._open[1], json.dumps(record))
 
+    def begin(self, purpose: str, begun: Begun) -> None:
+        """Keeps what `purpose` is to begin with, in the place of what was kept for it before. For the main process.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        lines = [
+            json.dumps({"prompt": prompt, "sample": sample, "completion": completion.to_json()})
+            for (prompt, sample), completion in begun.items()
+        ]
+        write_atomically(self.directory / f"{purpose}.begun.jsonl", "".join(line + "\n" for line in lines))
+
+    def begun(self, purpose: str) -> dict[tuple[str, int], Completion]:
+        """What was kept for `purpose`; a damaged line counts as not kept. Empty on all ranks but the main one."""
+        kept: dict[tuple[str, int], Completion] = {}
+        for line in whole_lines(self.directory / f"{purpose}.begun.jsonl") if self._groups.is_main else ():
+            try:
+                record = json.loads(line)
+                kept[record["prompt"], record["sample"]] = Completion.from_json(record["completion"])
+            except (KeyError, TypeError, ValueError):
+                continue
+        return kept
+
     def drop(self, *, before_step: int) -> None:
         """Removes what belongs to earlier steps, which no checkpoint leads back to."""
         if self._groups.is_main:
@@ -96,5 +123,6 @@ def unit_key(
             (prompt.id, prompt.question, prompt.gold_answer, request.prompt_ids, request.seed, request.max_new_tokens)
             for prompt, request in zip(prompts, requests, strict=True)
         ],
+        [request.begun.to_json() for request in requests if request.begun is not None],
     ]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()

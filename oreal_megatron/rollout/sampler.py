@@ -3,20 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 from oreal_megatron.config import SamplingConfig
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.parallel.groups import ParallelGroups
 from oreal_megatron.records import FinishReason, Grade, GradedRollout, GradeRequest, Prompt, Rollout
 from oreal_megatron.rollout.engine import Completion, GenerationRequest, RolloutEngine
-from oreal_megatron.rollout.journal import RolloutJournal, unit_key
+from oreal_megatron.rollout.journal import Begun, RolloutJournal, unit_key
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.stopping import Stopped, StopRequest
 
 Grader = Callable[[Sequence[GradeRequest]], list[Grade]]
 Clock = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Enough:
+    """When a step has enough rollouts, and what becomes of the rest."""
+
+    num_groups: int
+    counts: Callable[[Sequence[GradedRollout]], bool]
+    """Whether a complete group is one of them."""
+    max_age: int
+    """Policy updates that the weights of a token may be behind when its response goes on."""
+    rest_is_for: str
+    """The purpose that goes on with what is broken off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """Groups that are complete, and prompts whose groups are not, both in the order of the prompts."""
+
+    groups: list[list[GradedRollout]]
+    unfinished: list[Prompt]
+    metrics: Mapping[str, float]
 
 
 class Sampler:
@@ -54,53 +78,109 @@ class Sampler:
         sampling: SamplingConfig,
         seed_of: Callable[[Prompt, int], int],
         clock: Clock = lambda phase: contextlib.nullcontext(),
-    ) -> list[list[GradedRollout]]:
-        """A group of `num_samples` graded rollouts a prompt, in order, on every rank.
+        enough: Enough | None = None,
+    ) -> Sampled:
+        """A group of `num_samples` graded rollouts a prompt, on every rank.
 
         purpose: names the journal's files, `step_000003`. seed_of: (prompt, sample index) -> seed; see `rollout_seeds`.
-        clock: times the phases generate and verify.
+        clock: times the phases generate and verify. enough: when to break off; what is under way then is kept for
+        `enough.rest_is_for`. A call that is repeated after a kill, when it had enough, has the same groups again.
 
         Raises:
             Stopped: a stop was asked for; what was finished until then is in the journal.
             ValueError: a prompt leaves no room for a response.
             OSError: the journal cannot be written.
         """
+        begun, figures = ({}, {}) if enough is None else self._begun(purpose, enough.max_age)
         asked = [(prompt, index) for prompt in prompts for index in range(num_samples)]
-        requests = [self._request(prompt, seed_of(prompt, index), sampling) for prompt, index in asked]
-        units = self._engine.units(requests)
-        keys = [
-            unit_key([asked[i][0] for i in unit], [requests[i] for i in unit], sampling, self._engine.weight_version)
-            for unit in units
+        requests = [
+            self._request(prompt, seed_of(prompt, index), sampling, begun.get((prompt.id, index)))
+            for prompt, index in asked
         ]
-        journalled = self.journal.read(purpose)
-        known = self._groups.from_main(set(journalled))
-        todo = [index for index, key in enumerate(keys) if key not in known]
-        mine = todo[self._groups.data_rank :: self._groups.data_size]
+        call = _Call(self._engine, purpose, asked, requests, sampling)
+        tally = None if enough is None else _Tally(self._groups, enough)
+        todo, finished = self._todo(call, tally)
+        broken_off = self._generate(call, todo, finished, tally, clock)
+        parts = [part[0] for part in self._groups.gather_over_world([(finished, broken_off)])]
+        by_prompt = call.by_prompt({index: unit for units, _ in parts for index, unit in units.items()})
+        groups = [by_prompt[prompt.id] for prompt in prompts if prompt.id in by_prompt]
+        if enough is not None:
+            rest = {at: completion for _, some in parts for at, completion in some.items()}
+            if todo:  # else a killed process has kept it already
+                self._keep(rest, enough.rest_is_for)
+            figures |= {
+                "rollout/asked_groups": float(len(prompts)),
+                "rollout/unfinished_groups": float(len(prompts) - len(groups)),
+                "rollout/unfinished_tokens": float(sum(len(completion.token_ids) for completion in rest.values())),
+                **_ages(groups, self._engine.weight_version),
+            }
+        unfinished = [prompt for prompt in prompts if prompt.id not in by_prompt]
+        return Sampled(groups=groups, unfinished=unfinished, metrics=figures)
 
-        finished = {index: journalled[key] for index, key in enumerate(keys) if key in journalled}
-        work = self._engine.generate([[requests[i] for i in units[index]] for index in mine], sampling)
+    def _begun(self, purpose: str, max_age: int) -> tuple[Begun, dict[str, float]]:
+        """What earlier steps have of this one's responses, and figures; what is too old is left out."""
+        kept = self._groups.from_main(self.journal.begun(purpose))
+        oldest = self._engine.weight_version - max_age
+        begun = {at: c for at, c in kept.items() if c.weight_spans[0].version >= oldest}
+        num_tokens = sum(len(c.token_ids) for c in begun.values())
+        return begun, {
+            "rollout/carried_responses": float(len(begun)),
+            "rollout/carried_tokens": float(num_tokens),
+            "rollout/discarded_tokens": float(sum(len(c.token_ids) for c in kept.values()) - num_tokens),
+        }
+
+    def _keep(self, rest: Begun, purpose: str) -> None:
+        with self._groups.together():
+            if self._groups.is_main:
+                self.journal.begin(purpose, {at: completion for at, completion in rest.items() if completion.token_ids})
+
+    def _todo(self, call: _Call, tally: _Tally | None) -> tuple[list[int], dict[int, list[GradedRollout]]]:
+        """Units to generate, the same on every rank; and those that are journalled, on the main one."""
+        journalled = self.journal.read(call.purpose)
+        finished = {index: journalled[key] for index, key in enumerate(call.keys) if key in journalled}
+        if tally is not None:
+            tally.add(finished.values())
+        had_enough = tally is not None and tally.is_enough()
+        known, had_enough = self._groups.from_main((set(finished), had_enough))
+        return ([] if had_enough else [index for index in range(len(call.units)) if index not in known]), finished
+
+    def _generate(
+        self,
+        call: _Call,
+        todo: Sequence[int],
+        finished: dict[int, list[GradedRollout]],
+        tally: _Tally | None,
+        clock: Clock,
+    ) -> dict[tuple[str, int], Completion]:
+        """Adds this replica's units to `finished`, on its leading rank; returns the responses of those that are not."""
+        mine = todo[self._groups.data_rank :: self._groups.data_size]
+        broken_off: dict[tuple[str, int], Completion] = {}
+        is_enough = None if tally is None else tally.is_enough
+        work = self._engine.generate([call.unit(index) for index in mine], call.sampling, is_enough)
         while not self._groups.any_of_replica(self._stop.is_made):
             with clock("generate"):
                 position, completions = next(work, (None, []))
             if position is None:
                 break
             index = mine[position]
-            rollouts = [
-                self._rollout(*asked[i], requests[i], c) for i, c in zip(units[index], completions, strict=True)
-            ]
+            answered = list(zip(call.units[index], completions, strict=True))
+            if any(completion.finish_reason is None for completion in completions):
+                broken_off |= {(call.asked[i][0].id, call.asked[i][1]): completion for i, completion in answered}
+                continue
+            rollouts = [self._rollout(*call.asked[i], call.requests[i], completion) for i, completion in answered]
             if self._groups.leads_replica:
                 with clock("verify"):
                     finished[index] = self._graded(rollouts)
-                self.journal.append(purpose, keys[index], finished[index])
+                self.journal.append(call.purpose, call.keys[index], finished[index])
+                if tally is not None:
+                    tally.add([finished[index]])
         if self._groups.any_rank(self._stop.is_made):
             raise Stopped
-        graded = {index: unit for part in self._groups.gather_over_world([finished]) for index, unit in part[0].items()}
-        in_order = {i: one for index, unit in graded.items() for i, one in zip(units[index], unit, strict=True)}
-        return [
-            [in_order[start + index] for index in range(num_samples)] for start in range(0, len(asked), num_samples)
-        ]
+        return broken_off
 
-    def _request(self, prompt: Prompt, seed: int, sampling: SamplingConfig) -> GenerationRequest:
+    def _request(
+        self, prompt: Prompt, seed: int, sampling: SamplingConfig, begun: Completion | None
+    ) -> GenerationRequest:
         prompt_ids = self._renderer.token_ids(prompt)
         room = self._max_sequence_length - len(prompt_ids)
         if room < 1:
@@ -108,11 +188,13 @@ class Sampler:
                 f"prompt {prompt.id} has {len(prompt_ids)} tokens and leaves no room for a response in "
                 f"model.max_sequence_length = {self._max_sequence_length}"
             )
-        return GenerationRequest(prompt_ids=prompt_ids, seed=seed, max_new_tokens=min(room, sampling.max_new_tokens))
+        limit = min(room, sampling.max_new_tokens)
+        return GenerationRequest(prompt_ids=prompt_ids, seed=seed, max_new_tokens=limit, begun=begun)
 
     def _rollout(
         self, prompt: Prompt, sample_index: int, request: GenerationRequest, completion: Completion
     ) -> Rollout:
+        assert completion.finish_reason is not None
         return Rollout(
             prompt=prompt,
             sample_index=sample_index,
@@ -121,7 +203,7 @@ class Sampler:
             logprobs=completion.logprobs,
             text=self._renderer.response_text(completion.token_ids),
             finish_reason=completion.finish_reason,
-            weight_version=completion.weight_version,
+            weight_spans=completion.weight_spans,
         )
 
     def _graded(self, rollouts: Sequence[Rollout]) -> list[GradedRollout]:
@@ -137,6 +219,67 @@ class Sampler:
             ]
         )
         return [GradedRollout(rollout=rollout, grade=grade) for rollout, grade in zip(rollouts, grades, strict=True)]
+
+
+class _Call:
+    """What one call asks the engine for."""
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        purpose: str,
+        asked: Sequence[tuple[Prompt, int]],
+        requests: Sequence[GenerationRequest],
+        sampling: SamplingConfig,
+    ):
+        """asked: prompt and sample index of every request."""
+        self.purpose, self.asked, self.requests, self.sampling = purpose, asked, requests, sampling
+        self.units = engine.units(requests)
+        self.keys = [
+            unit_key([asked[i][0] for i in unit], [requests[i] for i in unit], sampling, engine.weight_version)
+            for unit in self.units
+        ]
+
+    def unit(self, index: int) -> list[GenerationRequest]:
+        return [self.requests[i] for i in self.units[index]]
+
+    def by_prompt(self, graded: Mapping[int, Sequence[GradedRollout]]) -> dict[str, list[GradedRollout]]:
+        """Groups by prompt id, of graded units; those that are complete."""
+        at = {i: one for index, unit in graded.items() for i, one in zip(self.units[index], unit, strict=True)}
+        places: dict[str, list[int]] = {}
+        for i, (prompt, _) in enumerate(self.asked):
+            places.setdefault(prompt.id, []).append(i)
+        return {id: [at[i] for i in group] for id, group in places.items() if all(i in at for i in group)}
+
+
+class _Tally:
+    """How many groups of use all replicas have between them."""
+
+    def __init__(self, groups: ParallelGroups, enough: Enough):
+        self._groups, self._enough = groups, enough
+        self._name = f"enough/{groups.from_main(uuid.uuid4().hex)}"
+
+    def add(self, units: Iterable[Sequence[GradedRollout]]) -> None:
+        """Takes graded units, each of whole groups."""
+        useful = 0
+        for unit in units:
+            by_prompt: dict[str, list[GradedRollout]] = {}
+            for graded in unit:
+                by_prompt.setdefault(graded.rollout.prompt.id, []).append(graded)
+            useful += sum(self._enough.counts(group) for group in by_prompt.values())
+        self._groups.count(self._name, useful)
+
+    def is_enough(self) -> bool:
+        return self._groups.count(self._name) >= self._enough.num_groups
+
+
+def _ages(groups: Sequence[Sequence[GradedRollout]], version: int) -> dict[str, float]:
+    """How old the weights are that generated the groups' tokens, at weight version `version`."""
+    rollouts = [graded.rollout for group in groups for graded in group]
+    num_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+    older = sum(rollout.num_older_tokens(version) for rollout in rollouts)
+    oldest = min((rollout.weight_spans[0].version for rollout in rollouts), default=version)
+    return {"rollout/older_tokens": older / max(num_tokens, 1), "rollout/oldest_updates": float(version - oldest)}
 
 
 def rollout_seeds(run_seed: int, purpose: str, step: int) -> Callable[[Prompt, int], int]:

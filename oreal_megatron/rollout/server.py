@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -19,6 +20,14 @@ _SHIMS = Path(__file__).parent / "cpu_shims"
 # SGLang refuses prompts that come within 6 tokens of the context's end.
 _CONTEXT_MARGIN = 8
 _LOG_LINES = 25
+# Below those that Linux gives to connections and to whoever asks for any port: a server that is restarted finds its own
+# port free.
+_FREE_PORTS = range(20_000, 32_768)
+# What torchrun tells its processes of their job; a server's ranks, a job of their own, would wait for a store that they
+# believe torchrun to hold.
+_OF_TORCHRUN = {"MASTER_ADDR", "MASTER_PORT", "ROLE_NAME"} | {
+    f"{of}{name}" for of in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")
+}
 _GRACE_SECONDS = 5.0
 
 
@@ -83,8 +92,13 @@ def launch_environment(config: SGLangConfig) -> dict[str, str]:
     own = Path(sys.prefix) / "sglang"  # where `make sglang-deps` puts it
     ours = str(Path(oreal_megatron.__file__).parents[1])  # its workers import the weight loader
     inherited = [ours, *(path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path)]
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _OF_TORCHRUN and not name.startswith("TORCHELASTIC_")
+    }
     # The margin may go beyond what config.json says of the model; no token is ever there.
-    environment = {**os.environ, "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+    environment |= {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
     if config.device == "cuda":
         if importlib.util.find_spec("sglang") is None:
             raise ServerStartError("rollout.backend=sglang: SGLang is not installed; pip install '.[sglang]'")
@@ -110,19 +124,25 @@ def choose_port(config: SGLangConfig, index: int) -> int:
     """The port of launched server `index`.
 
     Raises:
-        ServerStartError: the configured one is taken.
+        ServerStartError: the configured one is taken, or none is free.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        port = 0 if config.port is None else config.port + index
-        try:
-            probe.bind((config.host, port))
-        except OSError as error:
-            raise ServerStartError(
-                f"rollout.sglang.port = {config.port}: server {index} cannot listen at {config.host}:{port} "
-                f"({error.strerror}); name other ports, or null for free ones"
-            ) from error
-        return int(probe.getsockname()[1])
+    if config.port is not None:
+        ports = [config.port + index]
+    else:
+        free = _FREE_PORTS[index :: config.num_servers]
+        ports = random.SystemRandom().sample(free, k=min(len(free), 100))
+    for port in ports:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((config.host, port))
+                return port
+            except OSError as error:
+                taken = error
+    raise ServerStartError(
+        f"rollout.sglang.port = {config.port}: server {index} cannot listen at {config.host}:{ports[-1]} "
+        f"({taken.strerror}); name other ports, or null for free ones"
+    ) from taken
 
 
 class ServerProcess:

@@ -119,7 +119,10 @@ class SGLangEngine:
         return list(by_prompt.values())
 
     def generate(
-        self, units: Sequence[Sequence[GenerationRequest]], sampling: SamplingConfig
+        self,
+        units: Sequence[Sequence[GenerationRequest]],
+        sampling: SamplingConfig,
+        is_enough: Callable[[], bool] | None = None,
     ) -> Iterator[tuple[int, list[Completion]]]:
         """See RolloutEngine.
 
@@ -130,7 +133,9 @@ class SGLangEngine:
         """
         self._check_vocabulary(units)
         finished: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
-        work = self._loop.run(self._generate(units, sampling, finished)) if self._loop is not None else None
+        work = None
+        if self._loop is not None:
+            work = self._loop.run(self._generate(units, sampling, is_enough, finished))
         try:
             while True:
                 outcome = self._together(finished if work is not None else None)
@@ -141,13 +146,14 @@ class SGLangEngine:
                 else:
                     yield outcome.value
         finally:
-            if work is not None:
+            if work is not None and self._loop is not None:
                 work.cancel()
 
     async def _generate(
         self,
         units: Sequence[Sequence[GenerationRequest]],
         sampling: SamplingConfig,
+        is_enough: Callable[[], bool] | None,
         finished: queue.SimpleQueue[_Outcome],
     ) -> None:
         """Puts every unit into `finished` when it is; then an outcome without a value, or the error."""
@@ -162,7 +168,8 @@ class SGLangEngine:
 
         self._fleet.on_starving = lambda: finished.put(_Outcome(is_starving=True))
         try:
-            await self._fleet.generate([request for unit in units for request in unit], sampling, completed)
+            requests = [request for unit in units for request in unit]
+            await self._fleet.generate(requests, sampling, completed, is_enough)
             finished.put(_Outcome())
         except Exception as error:
             finished.put(_Outcome(error=error))
@@ -265,6 +272,7 @@ class SGLangEngine:
 
     def close(self) -> None:
         if self._loop is not None:
+            self._loop.run(_cancel_others()).result()  # or it starts what is ended now anew
             self._loop.run(self._fleet.close()).result()
             self._loop.stop()
             self._loop = None
@@ -287,6 +295,14 @@ class _Stopwatch:
         """Seconds since the last call."""
         self._last, before = time.perf_counter(), self._last
         return self._last - before
+
+
+async def _cancel_others() -> None:
+    """Ends everything else that runs on this loop."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 class _LoopThread:

@@ -23,7 +23,7 @@ def test_a_run_leaves_what_a_person_looks_for(finished):
     assert "<script src" not in report and "<link" not in report  # opens without a server or a network
     lines = (finished / "trajectories" / "step_000003.jsonl").read_text().splitlines()
     assert len(lines) == 8 * 4
-    assert {"id", "prompt", "response_ids", "logprobs", "grade", "weight_version"} <= json.loads(lines[0]).keys()
+    assert {"id", "prompt", "response_ids", "logprobs", "grade", "weight_spans"} <= json.loads(lines[0]).keys()
 
 
 def test_the_best_checkpoint_is_a_hugging_face_directory(finished):

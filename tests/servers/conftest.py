@@ -50,11 +50,13 @@ class Servers:
         DiskTransport(self.shards, self.directory / "written", config_json=self.config_json).prepare(0)
         return self.directory / "written" / "version_000000"
 
-    def generate(self, requests: Any, sampling: Any) -> list[Any]:
-        """One completion a request, in order."""
+    def generate(self, requests: Any, sampling: Any, num_enough: int | None = None) -> list[Any]:
+        """One completion a request, in order; num_enough: units after which the rest is broken off."""
         units = self.engine.units(requests)
-        found = {}
-        for position, completions in self.engine.generate([[requests[i] for i in u] for u in units], sampling):
+        found: dict[int, Any] = {}
+        is_enough = None if num_enough is None else lambda: len(found) >= num_enough
+        asked = [[requests[i] for i in unit] for unit in units]
+        for position, completions in self.engine.generate(asked, sampling, is_enough):
             assert position not in found
             found[position] = completions
         pairs = [(i, c) for position, unit in enumerate(units) for i, c in zip(unit, found[position], strict=True)]

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from oreal_megatron.config import SamplingConfig
-from oreal_megatron.records import FinishReason
+from oreal_megatron.records import FinishReason, WeightSpan
 from oreal_megatron.rollout.engine import GenerationRequest
 from oreal_megatron.rollout.fleet import NoServerError
 from oreal_megatron.rollout.server import ServerStartError
@@ -33,15 +34,25 @@ def requests_of(prompts, max_new_tokens=24):
     return [GenerationRequest(prompt_ids=ids, seed=i, max_new_tokens=max_new_tokens) for i, ids in enumerate(prompts)]
 
 
-def assert_as_transformers(completions, directory):
-    """Greedy tokens are transformers' on the weights in `directory`, log-probabilities within 1e-5."""
+def model_of(directory):
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def teacher_forced(model, prompt, completion):
+    """transformers' log-probabilities where each token of the response was drawn."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *completion.token_ids]])).logits
+    return logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+
+
+def assert_as_transformers(completions, directory):
+    """Greedy tokens are transformers' on the weights in `directory`, log-probabilities within 1e-5."""
+    model = model_of(directory)
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         ids = list(completion.token_ids)
-        with torch.no_grad():
-            logprobs = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        logprobs = teacher_forced(model, prompt, completion)
         assert ids == logprobs.argmax(-1).tolist()
         expected = logprobs.gather(-1, torch.tensor(ids)[:, None]).squeeze(-1)
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=0)
@@ -64,7 +75,8 @@ def test_greedy_tokens_are_those_of_the_published_weights(servers):
     report = servers.engine.publish(version + 1)
     after = servers.generate(requests_of(PROMPTS), GREEDY)
     assert servers.fleet.members[0].process.pid == pid  # the same server took them
-    assert {c.weight_version for c in before} == {version} and {c.weight_version for c in after} == {version + 1}
+    for number, completions in ((version, before), (version + 1, after)):
+        assert all(c.weight_spans == (WeightSpan(version=number, start=0, end=len(c.token_ids)),) for c in completions)
     assert [c.token_ids for c in before] != [c.token_ids for c in after]
     assert report["publication/servers"] == 1 and report["publication/failures"] == 0
     assert report["publication/bytes"] == sum(p.numel() * 4 for p in servers.policy.parameters())
@@ -93,6 +105,40 @@ def test_two_runs_at_one_server_each_get_their_own_weights(servers, single_proce
     finally:
         other.engine.close()
     assert servers.fleet.members[0].process.exit_code is None  # a server that we attached to is not ours to end
+
+
+def test_a_response_that_is_broken_off_goes_on_with_other_weights(servers):
+    """Every token is greedy under the weights that its span names, with the log-probability that it had under them."""
+    prompts = [(40 + i, 6, 8) for i in range(14)]
+    asked = [
+        GenerationRequest(prompt_ids=prompt, seed=0, max_new_tokens=4 if i < 2 else 230)
+        for i, prompt in enumerate(prompts)
+    ]
+    first = servers.generate(asked, GREEDY, num_enough=2)
+    begun = [completion for completion in first if completion.finish_reason is None and completion.token_ids]
+    assert begun and all(len(c.token_ids) == len(c.logprobs) < 230 and STOP not in c.token_ids for c in begun)
+    models = {1: model_of(servers.written())}
+    perturb(servers.policy)
+    servers.engine.publish(2)
+    models[2] = model_of(servers.written())
+    second = servers.generate([replace(r, begun=c) for r, c in zip(asked, first, strict=True)], GREEDY)
+    for prompt, part, whole in zip(prompts, first, second, strict=True):
+        if part not in begun:
+            assert whole == part or not part.token_ids  # what was finished is the answer
+            continue
+        cut, end = len(part.token_ids), len(whole.token_ids)
+        assert whole.token_ids[:cut] == part.token_ids and whole.logprobs[:cut] == part.logprobs
+        assert whole.weight_spans == (
+            WeightSpan(version=1, start=0, end=cut),
+            WeightSpan(version=2, start=cut, end=end),
+        )
+        assert end == 230 or whole.token_ids[-1] == STOP
+        for span in whole.weight_spans:
+            logprobs = teacher_forced(models[span.version], prompt, whole)
+            generated = slice(span.start, span.end)
+            assert list(whole.token_ids[generated]) == logprobs[generated].argmax(-1).tolist()
+            expected = logprobs[generated].max(-1).values
+            torch.testing.assert_close(torch.tensor(whole.logprobs[generated]), expected, atol=1e-5, rtol=0)
 
 
 def test_a_response_ends_at_the_stop_token_and_keeps_it(servers):

@@ -86,6 +86,13 @@ def test_all_violations_come_at_once(composed):
             "must divide model.geometry.num_query_groups = 3",
         ),
         ("objective.selection=pair objective.keep_groups=all", "objective.selection", "keep_groups=mixed"),
+        ("rollout.long_tail={oversample:1.5,until:useful,carry_updates:1}", "rollout.backend", "nothing of it can be"),
+        ("objective=grpo objective.importance_limit=2.0", "objective.importance_limit", "ratio_reference to be `self`"),
+        (
+            "objective.importance_limit=2.0 rollout.sampling.temperature=0.7",
+            "rollout.sampling.temperature",
+            "the policy's at 1.0 only",
+        ),
     ],
 )
 def test_cross_checks_name_the_remedy(composed, override, key, remedy):

@@ -16,7 +16,7 @@ C, W, U = Verdict.CORRECT, Verdict.INCORRECT, Verdict.UNDECIDED
 def graded(prompt: Prompt, index: int, verdict: Verdict, length: int) -> GradedRollout:
     rollout = Rollout(
         prompt=prompt, sample_index=index, prompt_ids=(1,), response_ids=(2,) * length, logprobs=(-1.0,) * length,
-        text="", finish_reason=FinishReason.STOP, weight_version=0,
+        text="", finish_reason=FinishReason.STOP, weight_spans=(),
     )  # fmt: skip
     return GradedRollout(rollout=rollout, grade=Grade(verdict=verdict, reason="", stage="rules"))
 

@@ -138,6 +138,28 @@ def test_rollouts_of_another_model_are_not_trained_on(composed, single_process):
     assert all(torch.equal(a, b) for a, b in zip(before, policy.module.parameters(), strict=True))
 
 
+def test_tokens_of_older_weights_are_no_mismatch_and_count_in_the_importance(composed, single_process):
+    """The first two of four tokens are older, drawn with a quarter and with twice of today's probability."""
+    config = parse_config(composed("objective=oreal_no_rm", "objective.importance_limit=2.0")).objective
+    sequence = PackedSequence(id="a", prompt_ids=(1, 2), response_ids=(3, 4, 5, 6), advantage=1.0)
+    own = updates.with_reference(trained(Policy, single_process).module, [pack([sequence], CPU)], single_process)[0]
+    drawn = own.reference_logprobs - torch.tensor([4.0, 0.5, 1.0, 1.0]).log()
+
+    def update(num_older_tokens):
+        carried = replace(sequence, rollout_logprobs=tuple(drawn.tolist()), num_older_tokens=num_older_tokens)
+        batch = replace(pack([carried], CPU), reference_logprobs=own.reference_logprobs)
+        batches = updates.with_token_weights([batch], None, config)
+        counts = TokenCounts(correct=4, incorrect=0)
+        return updates.update_policy(trained(Policy, single_process), batches, config, counts, max_mismatch=0.01)
+
+    metrics = update(2)
+    assert metrics["policy/rollout_logprob_difference_max"] < 1e-5
+    assert metrics["policy/importance_weight"] == pytest.approx((2.0 + 0.5 + 1.0 + 1.0) / 4)
+    assert metrics["policy/importance_truncated"] == 0.25
+    with pytest.raises(updates.MismatchError):
+        update(0)
+
+
 def test_a_parked_model_holds_no_memory_and_trains_as_if_it_had_stayed(composed, single_process):
     config = parse_config(composed("objective=oreal_no_rm")).objective
     layout = single_process.layout.model_copy(update={"offload": True})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from oreal_megatron.config import ObjectiveConfig, TrainConfig, parse_config
-from oreal_megatron.objective.groups import Selection, select_trajectories, shaped_rewards
+from oreal_megatron.objective.groups import Selection, is_useful, select_trajectories, shaped_rewards
 from oreal_megatron.records import FinishReason, Grade, GradedRollout, Prompt, Rollout, Verdict
 
 C, I, U = Verdict.CORRECT, Verdict.INCORRECT, Verdict.UNDECIDED
@@ -31,7 +31,7 @@ def group(verdicts: list[Verdict], prompt_id: str = "p") -> list[GradedRollout]:
                 logprobs=(-0.1, -0.2),
                 text="",
                 finish_reason=FinishReason.STOP,
-                weight_version=0,
+                weight_spans=(),
             ),
             grade=Grade(verdict=verdict, reason="", stage="rules"),
         )
@@ -138,3 +138,9 @@ def test_the_release_draws_pairs_from_one_generator(composed):
 
 def test_one_response_a_group_is_no_group_for_rloo(composed):
     assert select([group([C])], objective(composed, "rloo")).trajectories == ()
+
+
+def test_a_group_is_of_use_where_some_of_it_trains(composed):
+    oreal, nsr = objective(composed, "oreal"), objective(composed, "nsr")
+    assert [is_useful(group(verdicts), oreal) for verdicts in ([C, I], [C, U], [I, I], [U, U])] == [True] + [False] * 3
+    assert [is_useful(group(verdicts), nsr) for verdicts in ([C, I], [C, U], [I, I], [U, U])] == [1, 0, 1, 0]

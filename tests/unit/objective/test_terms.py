@@ -85,6 +85,25 @@ def test_grpo_clips_the_ratio_only_where_it_would_gain(presets):
     assert logprobs.grad[1].item() == pytest.approx(-1.0)
 
 
+def test_importance_weights_are_truncated_above_and_carry_no_gradient(presets):
+    # pi / pi_rollout = 1/2, 4 (truncated to 2), 1, 3 (truncated to 2), 1.
+    ratios = torch.tensor([0.5, 4.0, 1.0, 3.0, 1.0])
+    rollout = torch.tensor(LOGPROBS) - ratios.log()
+    logprobs, terms = terms_of(presets("oreal", importance_limit=2.0), rollout=rollout)
+    # As in the first test, token by token times the weight; the KL has none.
+    assert terms.positive.item() == pytest.approx(0.5 * 1.0 + 2.0 * 1.0)
+    assert terms.negative.item() == pytest.approx(1.0 * 0.125 + 2.0 * 0.5)
+    (terms.positive + terms.negative).backward()
+    expected = [0.5 * -2.0, 2.0 * -1.0, 1.0 * 0.125, 2.0 * 0.5, 0.0]
+    torch.testing.assert_close(logprobs.grad, torch.tensor(expected))
+
+
+def test_rollouts_of_the_policy_itself_have_importance_one(presets):
+    _, weighted = terms_of(presets("oreal", importance_limit=2.0))
+    _, plain = terms_of(presets("oreal"))
+    assert (weighted.positive.item(), weighted.negative.item()) == (plain.positive.item(), plain.negative.item())
+
+
 def test_baselines_share_one_denominator(presets):
     config = presets("reinforce", beta=0.0)
     _, terms = terms_of(config)

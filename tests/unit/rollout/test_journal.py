@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from oreal_megatron.config import SamplingConfig
-from oreal_megatron.records import FinishReason, Grade, Prompt, Verdict
+from oreal_megatron.records import FinishReason, Grade, Prompt, Verdict, WeightSpan
 from oreal_megatron.rollout.engine import Completion
 from oreal_megatron.rollout.journal import RolloutJournal
 from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
@@ -37,7 +37,7 @@ class Engine:
     def units(self, requests):
         return [list(range(len(requests)))[start : start + 3] for start in range(0, len(requests), 3)]
 
-    def generate(self, units, sampling):
+    def generate(self, units, sampling, is_enough=None):
         for index, requests in enumerate(units):
             if self.generated == self.fails_after:
                 raise KeyboardInterrupt
@@ -49,7 +49,7 @@ class Engine:
                         token_ids=(r.seed % 97, self.weight_version),
                         logprobs=(-0.1, -1 / 3),
                         finish_reason=FinishReason.STOP,
-                        weight_version=self.weight_version,
+                        weight_spans=(WeightSpan(version=self.weight_version, start=0, end=2),),
                     )
                     for r in requests
                 ],
@@ -72,7 +72,7 @@ def run(tmp_path, single_process):
         try:
             return sampler.sample(
                 prompts, purpose=purpose, num_samples=2, sampling=SAMPLING, seed_of=rollout_seeds(0, "train", 3)
-            )
+            ).groups
         finally:
             journal.close()
 
@@ -113,7 +113,7 @@ def test_other_weights_or_prompts_never_reuse(run):
     run(Engine())
     newer = Engine()
     newer.weight_version = 1
-    assert run(newer)[0][0].rollout.weight_version == 1 and newer.generated == 4
+    assert run(newer)[0][0].rollout.weight_spans[0].version == 1 and newer.generated == 4
     changed = Engine()
     run(changed, [replace(PROMPTS[0], gold_answer="7"), *PROMPTS[1:]])
     assert changed.generated == 1  # the unit with that prompt
@@ -123,7 +123,7 @@ def test_a_stop_keeps_what_is_finished(run):
     stop, engine = StopRequest(), Engine()
 
     class Signalled(Engine):
-        def generate(self, units, sampling):
+        def generate(self, units, sampling, is_enough=None):
             for item in engine.generate(units, sampling):
                 yield item
                 stop.signal = "SIGUSR1" if engine.generated == 2 else None
