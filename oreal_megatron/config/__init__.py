@@ -1,0 +1,58 @@
+"""The schema of a run: strict, frozen, without torch.
+
+Hydra composes conf/ and overrides; `parse_config` validates the result once and reports every violation at
+once, each with its key, its value and what would be right. Nothing below reads a DictConfig.
+"""
+
+from oreal_megatron.config.checks import check_layout
+from oreal_megatron.config.parsing import check_resume, not_built, parse_config
+from oreal_megatron.config.sections import (
+    AdamWConfig,
+    ArithmeticConfig,
+    BalanceBin,
+    Fp8Config,
+    Fp8ModelConfig,
+    GeometryConfig,
+    ModelConfig,
+    NonNegative,
+    ObjectiveConfig,
+    ParallelConfig,
+    Positive,
+    PromptConfig,
+    SamplingConfig,
+    Section,
+    SftConfig,
+    SGLangConfig,
+    Strings,
+    TokenWeightConfig,
+    TrainConfig,
+)
+from oreal_megatron.config.violations import ConfigError, Violation
+
+__all__ = [
+    "AdamWConfig",
+    "ArithmeticConfig",
+    "BalanceBin",
+    "ConfigError",
+    "Fp8Config",
+    "Fp8ModelConfig",
+    "GeometryConfig",
+    "ModelConfig",
+    "NonNegative",
+    "ObjectiveConfig",
+    "ParallelConfig",
+    "Positive",
+    "PromptConfig",
+    "SGLangConfig",
+    "SamplingConfig",
+    "Section",
+    "SftConfig",
+    "Strings",
+    "TokenWeightConfig",
+    "TrainConfig",
+    "Violation",
+    "check_layout",
+    "check_resume",
+    "not_built",
+    "parse_config",
+]

@@ -1,0 +1,125 @@
+"""From plain data to a configuration, or to everything that is wrong with it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from oreal_megatron.config.checks import _CHECKS
+from oreal_megatron.config.sections import TrainConfig
+from oreal_megatron.config.violations import ConfigError, Violation
+
+
+def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
+    """Validates a composed configuration.
+
+    Raises:
+        ConfigError: with all violations at once: of every section's schema, and of the checks across
+            sections wherever the sections that they read are sound.
+    """
+    violations: list[Violation] = []
+    sections: dict[str, Any] = {}
+    for name, info in TrainConfig.model_fields.items():
+        if name not in raw:
+            violations.append(Violation(name, None, "section is missing"))
+            continue
+        try:
+            adapter: TypeAdapter[Any] = TypeAdapter(info.annotation)  # type: ignore[arg-type]
+            sections[name] = adapter.validate_python(raw[name])
+        except ValidationError as error:
+            violations += [_from_pydantic(name, raw[name], info.annotation, item) for item in error.errors()]
+    for name in raw.keys() - TrainConfig.model_fields.keys():
+        violations.append(Violation(name, raw[name], _unknown_key(name, TrainConfig.model_fields)))
+    for check in _CHECKS:
+        if all(name in sections for name in check.reads):
+            violations += check.run(*(sections[name] for name in check.reads))
+    if violations:
+        raise ConfigError(violations)
+    return TrainConfig(**sections)
+
+
+def not_built(config: TrainConfig) -> list[Violation]:
+    """What a plan may hold and a run may not: refused when a run starts, and before it is submitted."""
+    servers = config.rollout.sglang
+    if servers is None or servers.placement != "colocated" or servers.device != "cuda":
+        return []
+    remedy = "the trainer cannot share its devices with servers yet: disaggregated; oreal-plan plans both"
+    return [Violation("rollout.sglang.placement", servers.placement, remedy)]
+
+
+# What may change when a run goes on in its directory: how far, how fast and how visibly, not what it computes.
+_MAY_CHANGE = (
+    "run.dir",  # a directory may move
+    "run.num_steps",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "run.export",
+    "run.async_checkpoints",
+    "run.threads",
+    "tracking.",
+    "parallel.",
+    "rollout.sglang.",
+    "resources.",
+)
+
+
+def check_resume(saved: Mapping[str, Any], config: TrainConfig, directory: str) -> None:
+    """Refuses to go on in a directory whose run was configured otherwise.
+
+    saved: the directory's config.yaml as plain data.
+
+    Raises:
+        ConfigError: with every key that differs and may not.
+    """
+    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
+    violations = [
+        Violation(
+            key, now.get(key), f"was {before.get(key)!r} in {directory}; resume with that, or use another run.dir"
+        )
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
+    ]
+    if violations:
+        raise ConfigError(violations)
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not value:
+        return {path: value}
+    return {
+        key: item
+        for name, inner in value.items()
+        for key, item in _flat(inner, f"{path}.{name}" if path else str(name)).items()
+    }
+
+
+def _from_pydantic(section: str, raw: Any, annotation: Any, error: Any) -> Violation:
+    path = [part for part in error["loc"] if not (isinstance(part, str) and part.endswith("Config"))]
+    key = ".".join([section, *map(str, path)])
+    value = None if error["type"] == "missing" else error["input"]
+    if error["type"] == "extra_forbidden":
+        return Violation(key, value, _unknown_key(str(path[-1]), _fields_at(annotation, path[:-1])))
+    if error["type"] == "missing":
+        return Violation(key, value, "is required; set it (null where it does not apply)")
+    return Violation(key, value, error["msg"][0].lower() + error["msg"][1:])
+
+
+def _fields_at(annotation: Any, path: list[Any]) -> Mapping[str, Any]:
+    """The fields of the section that `path` leads to, for a suggestion; empty where it can't be told."""
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    if model is None:
+        return {}
+    if not path:
+        return model.model_fields
+    info = model.model_fields.get(str(path[0]))
+    return _fields_at(info.annotation, path[1:]) if info else {}
+
+
+def _unknown_key(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    suggestion = f"; did you mean `{close[0]}`?" if close else f"; known keys: {', '.join(known)}" if known else ""
+    return f"unknown key{suggestion}"
