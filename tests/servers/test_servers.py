@@ -117,10 +117,11 @@ def test_a_response_that_is_broken_off_goes_on_with_other_weights(servers):
     first = servers.generate(asked, GREEDY, num_enough=2)
     begun = [completion for completion in first if completion.finish_reason is None and completion.token_ids]
     assert begun and all(len(c.token_ids) == len(c.logprobs) < 230 and STOP not in c.token_ids for c in begun)
-    models = {1: model_of(servers.written())}
+    version = servers.engine.weight_version
+    models = {version: model_of(servers.written())}
     perturb(servers.policy)
-    servers.engine.publish(2)
-    models[2] = model_of(servers.written())
+    servers.engine.publish(version + 1)
+    models[version + 1] = model_of(servers.written())
     second = servers.generate([replace(r, begun=c) for r, c in zip(asked, first, strict=True)], GREEDY)
     for prompt, part, whole in zip(prompts, first, second, strict=True):
         if part not in begun:
@@ -129,8 +130,8 @@ def test_a_response_that_is_broken_off_goes_on_with_other_weights(servers):
         cut, end = len(part.token_ids), len(whole.token_ids)
         assert whole.token_ids[:cut] == part.token_ids and whole.logprobs[:cut] == part.logprobs
         assert whole.weight_spans == (
-            WeightSpan(version=1, start=0, end=cut),
-            WeightSpan(version=2, start=cut, end=end),
+            WeightSpan(version=version, start=0, end=cut),
+            WeightSpan(version=version + 1, start=cut, end=end),
         )
         assert end == 230 or whole.token_ids[-1] == STOP
         for span in whole.weight_spans:
