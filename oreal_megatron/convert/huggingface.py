@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class HuggingFaceModel:
     geometry: GeometryConfig
     config: Mapping[str, Any]
 
-    @property
+    @cached_property
     def table(self) -> Table:
         return self.family.table(self.geometry, self.head)
 
