@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from oreal_megatron.config import SGLangConfig
 from tests.conftest import compose
@@ -42,6 +43,16 @@ class Servers:
     config_json: dict[str, Any]
     directory: Path
     said: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._initial = [parameter.detach().clone() for parameter in self.policy.parameters()]
+
+    def perturb(self) -> None:
+        """Gives the policy other weights than any version before: as large as ever, so that they round as well."""
+        noise = torch.Generator().manual_seed(self.engine.weight_version + 1)
+        with torch.no_grad():
+            for parameter, initial in zip(self.policy.parameters(), self._initial, strict=True):
+                parameter.copy_(initial + 0.1 * torch.randn(initial.shape, generator=noise))
 
     def written(self) -> Path:
         """The policy's present weights as a Hugging Face directory, for transformers."""

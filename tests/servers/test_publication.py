@@ -16,7 +16,7 @@ import oreal_megatron.resharding.transport as moving
 from oreal_megatron.rollout.fleet import NoServerError
 from oreal_megatron.rollout.sglang import PausedServer
 from tests.servers.conftest import STOP, open_servers, require_sglang
-from tests.servers.test_servers import GREEDY, PROMPTS, assert_as_transformers, perturb, requests_of
+from tests.servers.test_servers import GREEDY, PROMPTS, assert_as_transformers, requests_of
 from tests.servers.trainer_worker import NUM_TOKENS
 from tests.servers.trainer_worker import PROMPTS as PUBLISHED_PROMPTS
 from tests.tiny_models import save_tiny
@@ -125,7 +125,7 @@ def test_a_server_that_kept_its_old_weights_is_caught_by_the_audit(servers, monk
     from oreal_megatron.resharding.delivery import Delivery
 
     transport = servers.engine._publisher._transport
-    perturb(servers.policy)
+    servers.perturb()
     with monkeypatch.context() as once:
         once.setattr(transport, "send", lambda paused: once.undo() or Delivery())
         report = servers.engine.publish(servers.engine.weight_version + 1)
@@ -169,7 +169,7 @@ def test_when_one_of_two_servers_is_killed_mid_publication_the_other_has_the_wei
         while not opened.fleet.members[1].is_up:
             assert time.monotonic() < deadline
             time.sleep(0.5)
-        perturb(opened.policy)
+        opened.perturb()
         assert opened.engine.publish(2)["publication/servers"] == 2
     finally:
         opened.engine.close()
@@ -181,7 +181,7 @@ def kill_mid_publication(servers, monkeypatch, member):
     with monkeypatch.context() as patch:
         for name in ("load_tensors", "load_directory", "load_from_group"):
             patch.setattr(PausedServer, name, killing(getattr(PausedServer, name), member.client.url, pid, patch))
-        perturb(servers.policy)
+        servers.perturb()
         start = time.monotonic()
         report = servers.engine.publish(servers.engine.weight_version + 1)
         print(f"the publication ended after {time.monotonic() - start:.2f} s: {report}")

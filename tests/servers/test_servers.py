@@ -60,18 +60,11 @@ def assert_as_transformers(completions, directory):
         assert STOP not in ids[:-1] and (ids[-1] == STOP or len(ids) == 24)
 
 
-def perturb(policy):
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-
-
 def test_greedy_tokens_are_those_of_the_published_weights(servers):
     before, version = servers.generate(requests_of(PROMPTS), GREEDY), servers.engine.weight_version
     assert_as_transformers(before, servers.written())
     pid = servers.fleet.members[0].process.pid
-    torch.manual_seed(1)
-    perturb(servers.policy)
+    servers.perturb()
     report = servers.engine.publish(version + 1)
     after = servers.generate(requests_of(PROMPTS), GREEDY)
     assert servers.fleet.members[0].process.pid == pid  # the same server took them
@@ -119,7 +112,7 @@ def test_a_response_that_is_broken_off_goes_on_with_other_weights(servers):
     assert begun and all(len(c.token_ids) == len(c.logprobs) < 230 and STOP not in c.token_ids for c in begun)
     version = servers.engine.weight_version
     models = {version: model_of(servers.written())}
-    perturb(servers.policy)
+    servers.perturb()
     servers.engine.publish(version + 1)
     models[version + 1] = model_of(servers.written())
     second = servers.generate([replace(r, begun=c) for r, c in zip(asked, first, strict=True)], GREEDY)
