@@ -22,6 +22,7 @@ from oreal_megatron.config.sections import (
     RunConfig,
     SftConfig,
     TrackingConfig,
+    TrainConfig,
 )
 from oreal_megatron.config.violations import ConfigError, Violation
 from oreal_megatron.gpu.recipes import CAPABILITIES, device_problem, recipes_for
@@ -392,3 +393,12 @@ def _check_decoding(run: RunConfig, model: ModelConfig, rollout: RolloutConfig) 
 def _check_rollout_mode(run: RunConfig, tracking: TrackingConfig) -> Iterator[Violation]:
     if run.mode == "rollout" and not tracking.trajectories:
         yield Violation("tracking.trajectories", False, "run.mode=rollout is for saving them: true")
+
+
+def not_built(config: TrainConfig) -> list[Violation]:
+    """What a plan may hold and a run may not: refused when a run starts, and before it is submitted."""
+    servers = config.rollout.sglang
+    if servers is None or servers.placement != "colocated" or servers.device != "cuda":
+        return []
+    remedy = "the trainer cannot share its devices with servers yet: disaggregated; oreal-plan plans both"
+    return [Violation("rollout.sglang.placement", servers.placement, remedy)]

@@ -41,15 +41,6 @@ def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(**sections)
 
 
-def not_built(config: TrainConfig) -> list[Violation]:
-    """What a plan may hold and a run may not: refused when a run starts, and before it is submitted."""
-    servers = config.rollout.sglang
-    if servers is None or servers.placement != "colocated" or servers.device != "cuda":
-        return []
-    remedy = "the trainer cannot share its devices with servers yet: disaggregated; oreal-plan plans both"
-    return [Violation("rollout.sglang.placement", servers.placement, remedy)]
-
-
 # What may change when a run goes on in its directory: how far, how fast and how visibly, not what it computes.
 _MAY_CHANGE = (
     "run.dir",  # a directory may move
