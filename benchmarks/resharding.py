@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import torch
 
-from oreal_megatron.config import GeometryConfig, ModelConfig, ParallelConfig, SGLangConfig
+from oreal_megatron.config import GeometryConfig, ModelConfig, ParallelConfig
 from oreal_megatron.convert.families import family_of
 from oreal_megatron.convert.huggingface import config_json
 from oreal_megatron.convert.layout import Layout
@@ -33,12 +33,12 @@ from oreal_megatron.parallel.device import device_seam, peak_memory, reset_peak_
 from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
 from oreal_megatron.resharding.plan import Receiver, TrainerLayout, balance, plan_resharding
 from oreal_megatron.resharding.publish import build_publisher
-from oreal_megatron.resharding.served import LOADER, EngineLayout
+from oreal_megatron.resharding.served import EngineLayout
 from oreal_megatron.resharding.shards import PolicyShards
 from oreal_megatron.resharding.transport import rounds
 from oreal_megatron.rollout.fleet import Fleet
 from oreal_megatron.rollout.sglang import SGLangEngine
-from tests.servers.conftest import DEFAULTS
+from tests.tiny_servers import fleet_of, servers_config
 
 FORK = multiprocessing.get_context("fork")
 WORLD, SERVER_RANKS = 4, 2
@@ -113,31 +113,25 @@ def trainer(rank: int, port: int, arguments: argparse.Namespace, directory: Path
 
 
 def measure(groups: ParallelGroups, shards: PolicyShards, arguments: argparse.Namespace, directory: Path) -> None:
-    options: dict[str, Any] = {
-        **DEFAULTS,
-        "tensor": SERVER_RANKS,
-        "control_seconds": 600.0,
-        "bucket_mib": arguments.bucket_mib,
-        "arguments": {"max-total-tokens": 1024, "disable-overlap-schedule": True},
-    }
+    servers = servers_config(
+        tensor=SERVER_RANKS,
+        control_seconds=600.0,
+        bucket_mib=arguments.bucket_mib,
+        arguments={"max-total-tokens": 1024, "disable-overlap-schedule": True},
+    )
     described = {
         **config_json(shards.geometry, "causal", dtype="bfloat16", max_positions=128),
         "eos_token_id": 0,
     }
-    fleet = Fleet(
-        SGLangConfig(**options),
-        dtype="bfloat16",
-        max_sequence_length=128,
-        stop_token_id=0,
-        directory=directory / "servers",
-        config_json=described,
-        weight_loader=LOADER,
-        check=lambda url, description: None,
-        say=print,
+    fleet = fleet_of(
+        servers, directory, described, dtype="bfloat16", max_sequence_length=128, stop_token_id=0, say=print
     )
     publishers = {
         name: build_publisher(
-            SGLangConfig(**{**options, "transport": name}), shards, directory=directory / "disk", config_json=described
+            servers.model_copy(update={"transport": name}),
+            shards,
+            directory=directory / "disk",
+            config_json=described,
         )
         for name in arguments.transports
     }

@@ -20,8 +20,8 @@ from oreal_megatron.config import ParallelConfig, SamplingConfig
 from oreal_megatron.parallel.device import device_seam
 from oreal_megatron.parallel.groups import parallel_groups
 from oreal_megatron.rollout.engine import GenerationRequest
-from tests.servers.conftest import STOP, open_servers
 from tests.tiny_models import save_tiny
+from tests.tiny_servers import STOP, open_servers
 
 CONCURRENCY = 32
 

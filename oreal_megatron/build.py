@@ -27,7 +27,6 @@ from oreal_megatron.config import (
     TrainConfig,
     Violation,
     check_layout,
-    not_built,
 )
 from oreal_megatron.convert.huggingface import geometry_of, served_config
 from oreal_megatron.convert.module import load_weights
@@ -58,7 +57,9 @@ from oreal_megatron.rollout.engine import RolloutEngine
 from oreal_megatron.rollout.fingerprint import Fingerprint, check_server
 from oreal_megatron.rollout.fleet import Fleet
 from oreal_megatron.rollout.journal import RolloutJournal
+from oreal_megatron.rollout.member import Terms
 from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
+from oreal_megatron.rollout.server import Launcher, start_directory
 from oreal_megatron.rollout.sglang import SGLangEngine
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.sft import warm_start
@@ -95,14 +96,14 @@ def opened_run(config: TrainConfig, stop: StopRequest) -> Iterator[Run]:
 
 
 def check_startable(config: TrainConfig, num_processes: int) -> None:
-    """Raises ConfigError where the configuration is for another number of processes, or for what is not built."""
-    violations = not_built(config)
-    if (servers := config.rollout.sglang) is not None:
-        needed = servers.num_servers * servers.tensor
-        if not servers.urls and servers.device == "cuda" and needed > config.resources.devices_per_node:
+    """Raises ConfigError where the configuration is for another number of processes, or another machine."""
+    violations = []
+    if (servers := config.rollout.sglang) is not None and not servers.urls and servers.device == "cuda":
+        first, devices = first_server_device(servers), config.resources.devices_per_node
+        if first + servers.num_servers * servers.tensor > devices:
             remedy = (
-                f"servers of {servers.tensor} devices are launched on the main process's machine, which has "
-                f"{config.resources.devices_per_node}: start them elsewhere and give rollout.sglang.urls"
+                f"servers of {servers.tensor} devices are launched on the main process's machine, which has {devices} "
+                f"from number {first} on: start them elsewhere and give rollout.sglang.urls"
             )
             violations.append(Violation("rollout.sglang.num_servers", servers.num_servers, remedy))
     wanted = config.resources.trainer_devices
@@ -111,6 +112,11 @@ def check_startable(config: TrainConfig, num_processes: int) -> None:
         violations.append(Violation("resources.trainer_devices", wanted, remedy))
     if violations:
         raise ConfigError(violations)
+
+
+def first_server_device(servers: SGLangConfig) -> int:
+    """The number, on this machine, of the first device of launched servers: on the trainer's, or behind them."""
+    return 0 if servers.shares_devices else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def geometry_of_run(model: ModelConfig) -> GeometryConfig:
@@ -203,7 +209,9 @@ class _Builder:
             max_sequence_length=config.model.max_sequence_length,
         )
         if config.data.pass_rate is not None:
-            train_prompts = self._with_pass_rates(train_prompts, sampler)
+            with engine.awake(contextlib.nullcontext):
+                train_prompts = self._with_pass_rates(train_prompts, sampler)
+        engine.rest()
         stream = PromptStream(
             balanced(train_prompts, config.data.difficulty_balance),
             prompts_per_step=config.num_asked_prompts,
@@ -257,17 +265,22 @@ class _Builder:
             stop_token_id=self.renderer.stop_token_id,
         )
         expected = Fingerprint.of(geometry, config.model.dtype)
-        fleet = Fleet(
-            servers,
+        launcher = Launcher(
+            config=servers,
+            model=start_directory(self.directory / "servers"),
+            weight_loader=LOADER,
             dtype=config.model.dtype,
             max_sequence_length=config.model.max_sequence_length,
-            stop_token_id=self.renderer.stop_token_id,
-            directory=self.directory / "servers",
-            config_json=described,
-            weight_loader=LOADER,
+            logs=self.directory / "servers",
+            first_device=first_server_device(servers),
+        )
+        terms = Terms(
+            config=servers,
+            launcher=launcher,
             check=lambda url, description: check_server(url, description, expected),
             say=self.tracker.say,
         )
+        fleet = Fleet(terms, stop_token_id=self.renderer.stop_token_id, config_json=described)
         publisher = build_publisher(
             servers,
             PolicyShards(chunks_of(policy), geometry, self.groups),
@@ -280,6 +293,7 @@ class _Builder:
             self.groups,
             vocab_size=self.vocab_size,
             timeout_seconds=config.parallel.timeout_seconds,
+            shares_devices=servers.shares_devices,
         )
 
     def _trained(self, module: Any, adamw: AdamWConfig, *, less: int = 0) -> TrainedModel:

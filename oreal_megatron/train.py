@@ -94,10 +94,13 @@ def train(run: Run) -> None:
         OSError: the disk refused; the message says what is safe.
     """
     config = run.config.run
-    restore(run)
+    is_resumed = restore(run)
     for model in (run.policy, run.reward_model, run.reference):
         if model is not None:
             model.park()
+    if is_resumed:
+        with run.policy.on_device():
+            run.engine.publish(run.progress.weight_version)
     run.tracker.start(run.progress.step, is_evaluated=run.progress.evaluated_step == run.progress.step)
     try:
         evaluate_and_save(run)
@@ -183,7 +186,7 @@ def rolled_out(run: Run, clock: Clock) -> Sampled:
     """The step's prompts, answered and graded; those in the journal are not answered again."""
     config, position = run.config, run.stream.state_dict()
     try:
-        with run.policy.on_device():
+        with run.engine.awake(run.policy.on_device):
             sampled = run.sampler.sample(
                 run.stream.draw(),
                 purpose=step_name(run.progress.step),
@@ -257,8 +260,12 @@ def evaluated(run: Run) -> EvaluationReport:
     start = time.perf_counter()
     step = run.progress.step
     metrics: dict[str, float] = {}
-    for benchmark in run.benchmarks:
-        result = evaluate(benchmark, evaluation_generator(run), run.config.evaluation.sampling)
+    with run.engine.awake(run.policy.on_device):
+        results = [
+            evaluate(benchmark, evaluation_generator(run), run.config.evaluation.sampling)
+            for benchmark in run.benchmarks
+        ]
+    for benchmark, result in zip(run.benchmarks, results, strict=True):
         metrics |= result.metrics
         groups = result.sampled or [[graded] for graded in result.greedy]
         scores = reward_model_scores(run, groups)
@@ -277,14 +284,13 @@ def evaluation_generator(run: Run) -> Any:
     """(prompts, samples, sampling) -> graded groups, with the same seeds at every evaluation."""
 
     def generate(prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig) -> Groups:
-        with run.policy.on_device():
-            return run.sampler.sample(
-                prompts,
-                purpose=f"evaluation_{run.progress.step:06d}",
-                num_samples=num_samples,
-                sampling=sampling,
-                seed_of=rollout_seeds(run.config.run.seed, "evaluation", 0),
-            ).groups
+        return run.sampler.sample(
+            prompts,
+            purpose=f"evaluation_{run.progress.step:06d}",
+            num_samples=num_samples,
+            sampling=sampling,
+            seed_of=rollout_seeds(run.config.run.seed, "evaluation", 0),
+        ).groups
 
     return generate
 
@@ -345,6 +351,7 @@ def save(run: Run, *, wait: bool) -> None:
     if progress.step == 0 or run.store.has(name):
         run.store.remember_best(progress.best)
         return
+    run.engine.rest()
     with contextlib.ExitStack() as there:
         there.enter_context(run.policy.on_device(states=True))
         state: dict[str, Any] = trained_state("policy", run.policy)
@@ -357,8 +364,8 @@ def save(run: Run, *, wait: bool) -> None:
         run.store.save(name, state, best=progress.best, wait=wait or not run.config.run.async_checkpoints)
 
 
-def restore(run: Run) -> None:
-    """Goes on from the newest whole checkpoint of the run's directory, if there is one."""
+def restore(run: Run) -> bool:
+    """Goes on from the newest whole checkpoint of the run's directory, if there is one; whether there is."""
     run.global_rng.seed(derive_seed(run.config.run.seed, "global_rng"))
     step = run.store.newest_whole()
     if step is not None:
@@ -373,9 +380,9 @@ def restore(run: Run) -> None:
         run.progress = Progress(**state["progress"], best=Best(**best) if best else None)
         run.stream.load_state_dict(state["stream"])
         run.global_rng.setstate(state["global_rng"])
-        run.engine.publish(run.progress.weight_version)
         run.tracker.say(f"resumed from checkpoint {step_name(step)}")
     run.store.remember_best(run.progress.best)
+    return step is not None
 
 
 def rollout_metrics(groups: Groups, selection: Selection) -> dict[str, float]:

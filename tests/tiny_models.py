@@ -1,4 +1,4 @@
-"""Tiny models: one from scratch, and of every supported family one that transformers saves."""
+"""Tiny models: one from scratch, and of every supported family one that transformers saves, or Megatron-Core has."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Any, Literal
 import torch
 
 from oreal_megatron.config import GeometryConfig, ModelConfig
+from oreal_megatron.convert.huggingface import geometry_of
+from oreal_megatron.convert.module import load_weights
+from oreal_megatron.models.architecture import build_gpt
+from oreal_megatron.models.policy import Policy
 
 GEOMETRY = GeometryConfig(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2)
 MODEL = ModelConfig(
@@ -63,3 +67,29 @@ def save_tiny(
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     return directory
+
+
+def as_policy(directory: Path, groups: Any) -> Policy:
+    """The model of a Hugging Face directory in Megatron-Core."""
+    geometry = geometry_of(directory)
+    assert geometry.vocab_size is not None
+    model = ModelConfig(
+        path=str(directory),
+        geometry=None,
+        tokenizer="unused",
+        implementation="local",
+        dtype="float32",
+        max_sequence_length=128,
+    )
+    policy = build_gpt(
+        Policy,
+        geometry,
+        model,
+        groups,
+        vocab_size=geometry.vocab_size,
+        seed=0,
+        tied_embeddings=geometry.tied_embeddings,
+    )
+    assert isinstance(policy, Policy)
+    load_weights(policy, directory, groups)
+    return policy

@@ -4,7 +4,7 @@ Hydra composes conf/ and overrides; `parse_config` validates the result once and
 once, each with its key, its value and what would be right. Nothing below reads a DictConfig.
 """
 
-from oreal_megatron.config.checks import check_layout, not_built
+from oreal_megatron.config.checks import check_layout
 from oreal_megatron.config.parsing import check_resume, parse_config
 from oreal_megatron.config.sections import (
     AdamWConfig,
@@ -53,6 +53,5 @@ __all__ = [
     "Violation",
     "check_layout",
     "check_resume",
-    "not_built",
     "parse_config",
 ]

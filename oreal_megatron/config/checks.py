@@ -22,7 +22,6 @@ from oreal_megatron.config.sections import (
     RunConfig,
     SftConfig,
     TrackingConfig,
-    TrainConfig,
 )
 from oreal_megatron.config.violations import ConfigError, Violation
 from oreal_megatron.gpu.recipes import CAPABILITIES, device_problem, recipes_for
@@ -289,7 +288,11 @@ def _check_servers(rollout: RolloutConfig) -> Iterator[Violation]:
     if servers.port is not None and not servers.urls and servers.port + servers.num_servers - 1 > 65535:
         yield Violation("rollout.sglang.port", servers.port, f"leaves no room for {servers.num_servers} servers")
     elsewhere = [url for url in servers.urls if urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1")]
-    if servers.transport == "ipc" and elsewhere:
+    if servers.shares_devices and servers.device == "cuda" and servers.transport in ("direct", "broadcast"):
+        remedy = "two processes on one device cannot be in one NCCL group: ipc, or disk"
+        yield Violation("rollout.sglang.transport", servers.transport, remedy)
+    # Servers on the trainer's devices are each on the machine of the ranks beside them.
+    if servers.transport == "ipc" and elsewhere and not servers.shares_devices:
         remedy = f"shares memory of one machine, and {elsewhere[0]} is on another: use direct"
         yield Violation("rollout.sglang.transport", servers.transport, remedy)
     for name in servers.arguments:
@@ -315,6 +318,8 @@ _OWN_ARGUMENTS = {
     "load-format": "is set: publications bring the weights",
     "custom-weight-loader": "is set: publications are audited through it",
     "weight-version": "is set by publications",
+    "enable-memory-saver": "is set by rollout.sglang.placement",
+    "base-gpu-id": "is set by rollout.sglang.placement",
     "host": "is rollout.sglang.host",
     "port": "is rollout.sglang.port",
     "device": "is rollout.sglang.device",
@@ -393,12 +398,3 @@ def _check_decoding(run: RunConfig, model: ModelConfig, rollout: RolloutConfig) 
 def _check_rollout_mode(run: RunConfig, tracking: TrackingConfig) -> Iterator[Violation]:
     if run.mode == "rollout" and not tracking.trajectories:
         yield Violation("tracking.trajectories", False, "run.mode=rollout is for saving them: true")
-
-
-def not_built(config: TrainConfig) -> list[Violation]:
-    """What a plan may hold and a run may not: refused when a run starts, and before it is submitted."""
-    servers = config.rollout.sglang
-    if servers is None or servers.placement != "colocated" or servers.device != "cuda":
-        return []
-    remedy = "the trainer cannot share its devices with servers yet: disaggregated; oreal-plan plans both"
-    return [Violation("rollout.sglang.placement", servers.placement, remedy)]

@@ -240,7 +240,7 @@ class SGLangConfig(Section):
     tensor: Positive
     """Tensor-parallel ranks of every server."""
     placement: Literal["colocated", "disaggregated"]
-    """On the trainer's devices, in turns with it (planned for, not built), or on devices of their own."""
+    """On the trainer's devices, in turns with it, or on devices of their own."""
     memory_share: Annotated[float, Field(gt=0.0, lt=1.0)]
     """Of a device's memory, for the served weights and the KV cache together."""
     device: Literal["cpu", "cuda"]
@@ -256,7 +256,8 @@ class SGLangConfig(Section):
     every rank, in SGLang's own way; ipc: through memory of one machine; disk: a Hugging Face directory that they load,
     on a file system they share."""
     bucket_mib: Positive
-    """Of the buckets in which weights move; a process has two beside its weights."""
+    """Of the buckets in which weights move; beside its weights a process has less than two, one that `ipc` or
+    `broadcast` collects for others up to three."""
     weights_dir: str | None
     """Where `disk` writes them, the latest version only; null: `weights` in run.dir."""
     startup_seconds: PositiveFloat
@@ -270,6 +271,10 @@ class SGLangConfig(Section):
     """In a row, of one launched server, before it is given up."""
     arguments: Mapping[str, str | int | float | bool]
     """More options of `sglang.launch_server`, by name without dashes in front; true: a flag."""
+
+    @property
+    def shares_devices(self) -> bool:
+        return self.placement == "colocated"
 
 
 class MismatchConfig(Section):

@@ -29,6 +29,16 @@ class PhaseMemory:
         return sum(self.parts.values())
 
 
+@dataclass(frozen=True)
+class SharedDevice:
+    """Shares of a device's memory while colocated servers generate."""
+
+    taken: float
+    """By a server's weights and KV cache."""
+    left: float
+    """By what the trainer keeps there, and the server's workspace."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class KvCache:
     """Room for sequences that are being generated."""
@@ -43,6 +53,8 @@ class KvCache:
     """Of the longest length that fit at the same time."""
     bytes_per_token: int
     """On one device."""
+    shared: SharedDevice | None = None
+    """Of colocated servers on devices with a memory of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +81,11 @@ class MemoryPlan:
             found.append(
                 f"{self.worst.where} needs {amount(self.worst.total)} to {self.worst.phase}, "
                 f"{self.device.name} has {amount(self.device.memory)}, of which {FULL:.0%} can be counted on"
+            )
+        if (shared := self.kv_cache.shared) is not None and shared.taken > shared.left:
+            found.append(
+                f"servers take {shared.taken:.0%} of a device on which the trainer leaves {shared.left:.0%} while they "
+                f"generate: rollout.sglang.memory_share={max(int(100 * shared.left), 1) / 100}"
             )
         if self.kv_cache.sequences_at_limit < 1:
             found.append(
@@ -258,10 +275,13 @@ def _kv_cache(
             bytes_per_token=sizes.kv_bytes_per_token // _kv_split(sizes, config.parallel.tensor),
         ), None
     weights = _served_weights(sizes, servers)
-    allowed = int(servers.memory_share * device.memory)
+    allowed, shared = int(servers.memory_share * device.memory), None
     if _colocated(config):
         resident = max(memory.total for memory in phases if memory.phase == "generate")
-        allowed = min(allowed, int(FULL * device.memory) - resident - device.server_workspace)
+        left = int(FULL * device.memory) - resident - device.server_workspace
+        if servers.device == "cuda":
+            shared = SharedDevice(servers.memory_share, left / device.memory)
+        allowed = min(allowed, left)
     per_token = 2 * sizes.kv_bytes_per_token // sizes.element // _kv_split(sizes, servers.tensor)
     tokens = max(allowed - weights, 0) // per_token
     if (most := servers.arguments.get("max-total-tokens")) is not None:
@@ -273,6 +293,7 @@ def _kv_cache(
         tokens=tokens,
         sequences_at_limit=tokens // limit,
         bytes_per_token=per_token,
+        shared=shared,
     )
     # The pool takes what it may: counted as used it would say nothing of a colocated device.
     return kv_cache, None if _colocated(config) else PhaseMemory("server", "generate", parts)

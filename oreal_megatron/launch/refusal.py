@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from oreal_megatron.composition import PLACEHOLDERS, SITE, missing_keys, resolved, with_placeholders
-from oreal_megatron.config import ConfigError, TrainConfig, Violation, not_built, parse_config
+from oreal_megatron.config import ConfigError, TrainConfig, Violation, parse_config
 from oreal_megatron.launch.cluster import ClusterConfig, parse_cluster, site_violations
 from oreal_megatron.launch.submit import Allocation, nodes_of_another_kind
 
@@ -41,8 +41,6 @@ def checked(
     config = attempted(lambda: parse_config(resolved(filled)))
     cluster = attempted(lambda: parse_cluster(site))
     nodes = None
-    if config is not None:
-        violations += not_built(config)
     if config is not None and cluster is not None:
         nodes = attempted(partial(allocate, config, cluster))
         num_nodes = nodes.num_nodes - nodes_of_another_kind(cluster, nodes) if nodes else 1

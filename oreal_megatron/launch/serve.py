@@ -2,7 +2,8 @@
 
 The batch script starts it once on every node that serves; it starts the node's servers, writes each one's URL into DIR,
 starts a server anew that ends, and ends them all with itself. The trainer attaches to the URLs. Servers start with
-random weights, from the config.json that the trainer writes into run.dir, and wait for it to publish.
+random weights, from the config.json that the trainer writes into run.dir, and wait for it to publish. Where they share
+its devices, none is started while these are the trainer's.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from oreal_megatron.launch.command import reporting
 from oreal_megatron.launch.dry_run import is_dry_run, shrunk
 from oreal_megatron.resharding.served import LOADER
 from oreal_megatron.rollout.server import (
+    Launcher,
+    Restarts,
     ServerProcess,
     ServerStartError,
     choose_port,
-    launch_command,
-    launch_environment,
+    resting_mark,
     start_directory,
 )
 
@@ -76,13 +78,13 @@ def servers_of_node(num_servers: int, node: int, num_nodes: int) -> range:
 class _Place:
     """One server, running or not."""
 
+    number: int
+    """On this node."""
     index: int
     port: int
-    arguments: dict[str, str | int | float | bool]
+    restarts: Restarts
     process: ServerProcess | None = None
     started: float = 0.0
-    num_restarts: int = 0
-    """In a row: starts from 0 where the server lived longer than it may take to start."""
     is_given_up: bool = False
 
 
@@ -99,26 +101,26 @@ class NodeServers:
         logs: Path,
         ending: threading.Event,
     ):
-        self._config = config
         self._servers = servers.model_copy(update={"host": host})
-        self._logs = logs
         self._ending = ending
-        self._model = start_directory(Path(config.run.dir) / "servers").absolute()
+        self._launcher = Launcher(
+            config=self._servers,
+            model=start_directory(Path(config.run.dir) / "servers"),
+            weight_loader=LOADER,
+            dtype=config.model.dtype,
+            max_sequence_length=config.model.max_sequence_length,
+            logs=logs,
+        )
         self._places = [
-            _Place(index, choose_port(self._servers, place), self._devices(place))
-            for place, index in enumerate(indices)
+            _Place(number, index, choose_port(self._servers, number), Restarts(servers.max_restarts))
+            for number, index in enumerate(indices)
         ]
-
-    def _devices(self, place: int) -> dict[str, str | int | float | bool]:
-        """Options that give the servers of a node different devices."""
-        first = place * self._servers.tensor
-        return {"base-gpu-id": first} if self._servers.device == "cuda" and first else {}
 
     def announce(self, directory: Path) -> None:
         """Says where the servers will be, before they are."""
         for place in self._places:
             url = f"http://{self._servers.host}:{place.port}"
-            write_atomically(directory / f"server_{place.index}.url", url + "\n")
+            write_atomically(directory / f"server_{place.index:04d}.url", url + "\n")
             _say(f"server {place.index} at {url}")
 
     def run(self) -> int:
@@ -143,30 +145,22 @@ class NodeServers:
             _say(f"server {place.index} ended with status {place.process.exit_code}:\n{place.process.log_tail()}")
             place.process.stop()
             place.process = None
-            lived = time.monotonic() - place.started
-            place.num_restarts = 1 if lived > self._servers.startup_seconds else place.num_restarts + 1
-            if place.num_restarts > self._servers.max_restarts:
-                _say(f"server {place.index} is given up: it ended {place.num_restarts} times in a row")
+            if time.monotonic() - place.started > self._servers.startup_seconds:
+                place.restarts.reset()
+            if not place.restarts.another():
+                _say(f"server {place.index} is given up: it ended {place.restarts.in_a_row} times in a row")
                 place.is_given_up = True
                 return
-        if (self._model / "config.json").is_file():
+        model = self._launcher.model
+        may_start = not (self._servers.shares_devices and resting_mark(model).exists())
+        if may_start and (model / "config.json").is_file():
             self._start(place)
 
     def _start(self, place: _Place) -> None:
-        servers = self._servers.model_copy(update={"arguments": {**self._servers.arguments, **place.arguments}})
-        command = launch_command(
-            servers,
-            model=self._model,
-            weight_loader=LOADER,
-            port=place.port,
-            dtype=self._config.model.dtype,
-            max_sequence_length=self._config.model.max_sequence_length,
-        )
         try:
-            environment = launch_environment(servers)
+            place.process = self._launcher.start(place.index, place.port, place=place.number)
         except ServerStartError as error:
             raise ValueError(str(error)) from error
-        place.process = ServerProcess(command, environment, self._logs / f"server_{place.index}.log")
         place.started = time.monotonic()
         _say(f"server {place.index} starts; log: {place.process.log}")
 

@@ -50,6 +50,13 @@ def peak_memory() -> int | None:
     return None
 
 
+def free_cached_memory() -> None:
+    """Gives the memory of the device that torch keeps for later back to the driver, for other processes."""
+    if torch.cuda.is_available():
+        torch.cuda.ipc_collect()  # what another process has read and left
+        torch.cuda.empty_cache()
+
+
 def _names_cuda(value: Any) -> bool:
     if isinstance(value, torch.device):
         return value.type == "cuda"

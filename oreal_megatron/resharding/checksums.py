@@ -33,13 +33,13 @@ def checksum(part: Tensor, box: Box) -> int:
     columns = None if box.columns is None else _weights(box.columns, _COLUMN, part.device)
     rows = _weights(box.rows, _ROW, part.device)
     step = max(_CHUNK_ELEMENTS // max(part[:1].numel(), 1), 1)
-    total = 0
+    total = torch.zeros((), dtype=torch.int64, device=part.device)  # torch's integers wrap round
     for chunk, weights in zip(part.split(step), rows.split(step), strict=True):
         bits = chunk.contiguous().view(_INTEGERS[chunk.element_size()]).long()
         if columns is not None:
             bits = (bits * columns).sum(-1)
-        total += int((bits * weights).sum())
-    return total % 2**64
+        total += (bits * weights).sum()
+    return int(total) % 2**64
 
 
 def _weights(interval: tuple[int, int], multiplier: int, device: torch.device) -> Tensor:

@@ -15,6 +15,10 @@ class PausedServer(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def index(self) -> int:
+        """Its number among all servers of the run, which says whose devices it shares where they are the trainer's."""
+
     def load_tensors(self, payloads: Sequence[bytes], load_format: str) -> Future[None]:
         """payloads: one pickled list of (name, tensor) a tensor-parallel rank."""
 

@@ -1,8 +1,8 @@
-"""The IPC transport: servers on the trainer's machine take their own bytes out of memory that trainer ranks share.
+"""The IPC transport: servers on the trainer's machines take their own bytes out of memory that trainer ranks share.
 
-Every server rank has a trainer rank beside it, on its GPU where they are colocated. Trainer ranks reshard among
-themselves: the one beside collects a server rank's next bucket, and hands it over as a handle in the order. Two buckets
-alternate: servers copy one while the next is collected.
+Every server rank has a trainer rank beside it, on its GPU where they are colocated; NCCL lets no two processes of one
+GPU into a communicator. So trainer ranks reshard among themselves: the one beside collects a server rank's next bucket,
+and hands it over as a handle in the order. Two buckets alternate: servers copy one while the next is collected.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.reduction import ForkingPickler
 from typing import IO, Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing  # its handles of CUDA memory
+from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
 
 from oreal_megatron.parallel.device import device
 from oreal_megatron.resharding.delivery import Delivery, Failure, PausedServer
@@ -55,7 +55,9 @@ class IpcTransport:
         """layout: of each server; how many there are is known when sending."""
         self._shards = shards
         self._groups = shards.groups
-        self._layout = replace(layout, count=0)
+        self._layout = layout
+        self._indices: tuple[int, ...] = ()
+        """Of the servers that the plan is for."""
         self._desk = desk
         self._bucket_elements = max(bucket_bytes // shards.dtype.itemsize, 1)
         self._rounds: list[list[_Bucket]] = []
@@ -67,10 +69,10 @@ class IpcTransport:
     def send(self, servers: Sequence[PausedServer]) -> Delivery:
         """See Transport."""
         begun = time.perf_counter()
-        num_servers: int = self._groups.from_main(len(servers))
-        if not num_servers:
+        indices: tuple[int, ...] = self._groups.from_main(tuple(server.index for server in servers))
+        if not indices:
             return Delivery()
-        self._plan(num_servers)
+        self._plan(indices)
         planned = time.perf_counter()
         failures: dict[str, Failure] = {}
         given: list[dict[str, Given]] = []
@@ -99,17 +101,22 @@ class IpcTransport:
             },
         )
 
-    def _plan(self, num_servers: int) -> None:
+    def _plan(self, indices: tuple[int, ...]) -> None:
         """Rounds, in each of which every server rank gets a bucket, the last ones perhaps an empty one."""
-        if self._layout.count == num_servers:
+        if self._indices == indices:
             return
-        shards = self._shards
-        self._layout = replace(self._layout, count=num_servers)
-        receivers = [Receiver(e, r) for e in range(num_servers) for r in range(self._layout.tensor)]
-        beside = {receiver: number % shards.trainer.num_ranks for number, receiver in enumerate(receivers)}
-        plan = plan_resharding(shards.table, shards.geometry, shards.trainer, self._layout, same_device=beside)
+        shards, tensor = self._shards, self._layout.tensor
+        self._indices = indices
+        # Server ranks and trainer ranks are numbered alike over the devices that they share.
+        beside = {
+            Receiver(number, rank): (index * tensor + rank) % shards.trainer.num_ranks
+            for number, index in enumerate(indices)
+            for rank in range(tensor)
+        }
+        layout = replace(self._layout, count=len(indices))
+        plan = plan_resharding(shards.table, shards.geometry, shards.trainer, layout, same_device=beside)
         self._num_elements = plan.num_elements
-        queues = {receiver: list(self._runs(plan.of_receiver(receiver))) for receiver in receivers}
+        queues = {to: list(self._runs(plan.of_receiver(to), rank)) for to, rank in beside.items()}
         self._rounds = [
             [
                 _Bucket(receiver, beside[receiver], queue[number] if number < len(queue) else ())
@@ -119,13 +126,17 @@ class IpcTransport:
         ]
 
     def _runs(
-        self, by_sender: Mapping[int, Sequence[Rectangle]]
+        self, by_sender: Mapping[int, Sequence[Rectangle]], beside: int
     ) -> Iterator[tuple[tuple[int, tuple[Rectangle, ...]], ...]]:
-        """A receiver's rectangles in buckets, each with those of one sender or more."""
+        """A receiver's rectangles in buckets, each with those of one sender or more.
+
+        First what the rank beside has itself, then by distance from it: so that no two receivers ask the same sender at
+        the same time, where there are as many of both.
+        """
         current: list[tuple[int, tuple[Rectangle, ...]]] = []
         room = self._bucket_elements
-        for sender, items in by_sender.items():
-            for run in buckets(items, self._bucket_elements):
+        for sender in sorted(by_sender, key=lambda rank: (rank - beside) % self._shards.trainer.num_ranks):
+            for run in buckets(by_sender[sender], self._bucket_elements):
                 size = sum(item.num_elements for item in run)
                 if size > room and current:
                     yield tuple(current)
@@ -140,29 +151,30 @@ class IpcTransport:
     ) -> tuple[dict[Receiver, Written], list[_Buffer]]:
         """(orders, what must live until they are carried out), of the buckets that this rank hands over."""
         rank, tensors, dtype = self._groups.rank, self._shards.tensors(), self._shards.dtype
-        arriving: list[Any] = []
+        moves: list[dist.P2POp] = []
         held: dict[Receiver, _Buffer] = {}
         for tag, bucket in enumerate(one_round):
-            if bucket.beside != rank:
-                continue
-            size = sum(item.num_elements for item in bucket.rectangles)
-            held[bucket.receiver] = buffer = _Buffer(size, dtype)
-            flat = buffer.tensor
-            first = 0
+            buffer, first = None, 0
+            if bucket.beside == rank:
+                size = sum(item.num_elements for item in bucket.rectangles)
+                held[bucket.receiver] = buffer = _Buffer(size, dtype)
             for sender, items in bucket.parts:
-                part = flat[first : first + sum(item.num_elements for item in items)]
-                first += part.numel()
+                size = sum(item.num_elements for item in items)
+                if buffer is not None:
+                    part = buffer.tensor[first : first + size]
+                    first += size
+                elif sender == rank:
+                    part = torch.empty(size, dtype=dtype, device=device())
+                else:
+                    continue
                 if sender == rank:
                     pack(items, tensors, part)
-                else:
-                    arriving.append(dist.irecv(part, sender, tag=tag))
-        for tag, bucket in enumerate(one_round):
-            for sender, items in bucket.parts:
-                if sender == rank and bucket.beside != rank:
-                    part = torch.empty(sum(item.num_elements for item in items), dtype=dtype, device=device())
-                    pack(items, tensors, part)
-                    dist.send(part, bucket.beside, tag=tag)
-        for work in arriving:
+                if buffer is None:
+                    moves.append(dist.P2POp(dist.isend, part, bucket.beside, tag=tag))
+                elif sender != rank:
+                    moves.append(dist.P2POp(dist.irecv, part, sender, tag=tag))
+        # As one batch: NCCL would have two ranks that owe each other something wait for each other.
+        for work in dist.batch_isend_irecv(moves) if moves else ():
             work.wait()
         written = {}
         for bucket in one_round:
@@ -213,5 +225,12 @@ class _Buffer:
     def pickled(self, order: NamedTensors) -> bytes:
         """An order with what belongs to it."""
         stream = io.BytesIO()
-        ForkingPickler(stream).dump([*order, ("bucket", self.tensor)])
+        _HandlePickler(stream).dump([*order, ("bucket", self.tensor)])
         return stream.getvalue()
+
+
+class _HandlePickler(pickle.Pickler):
+    """Tensors on a GPU as CUDA's handles, others whole: torch's own pickler would start a server for these."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return reduce_tensor(value) if isinstance(value, Tensor) and value.is_cuda else NotImplemented

@@ -200,6 +200,8 @@ def load(model: torch.nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) ->
         _check_shapes(parameters, order.shapes, order.dtype)
         with torch.no_grad():
             checksums = order.task.carry_out(parameters, [buffer for _, buffer in buffers], store)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # whoever reads the report may use a shared bucket anew
         report = WorkerReport(checksums=checksums, seconds=time.perf_counter() - begun)
     except Exception:
         report = WorkerReport(error=traceback.format_exc())

@@ -1,8 +1,8 @@
 """The rectangles of a plan, point to point: straight out of the trainer's parameters, straight into the servers'.
 
-Senders and receivers are one process group of their own (senders first). Each pair moves its rectangles in buckets;
-pairs take turns so that in every round each process has one partner, and nobody waits for a third. Memory beyond the
-weights is two buckets a process: one travels while the other is packed or unpacked.
+Senders and receivers are one process group of their own (senders first). Each pair moves its rectangles in halves of a
+bucket; pairs take turns so that in every round each process has one partner, and nobody waits for a third. Memory
+beyond the weights is one bucket a process: one half travels while the other is packed or unpacked.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ class Sender:
         self._group = group
         self._offset = num_senders
         self._dtype = dtype
-        per_bucket = max(bucket_bytes // dtype.itemsize, 1)
+        half = _Buffers.elements(bucket_bytes, dtype)
         order = rounds(((rank, receiver) for receiver in plan), num_senders, num_receivers)
-        self._buckets = [(receiver, run) for _, receiver in order for run in buckets(plan[receiver], per_bucket)]
+        self._buckets = [(receiver, run) for _, receiver in order for run in buckets(plan[receiver], half)]
         self._buffers = _Buffers(run for _, run in self._buckets)
 
     def send(self, shards: Mapping[str, Tensor]) -> None:
@@ -120,9 +120,9 @@ class Receiver:
         """plan: by sender."""
         self._group = group
         self._dtype = dtype
-        per_bucket = max(bucket_bytes // dtype.itemsize, 1)
+        half = _Buffers.elements(bucket_bytes, dtype)
         order = rounds(((sender, number) for sender in plan), num_senders, num_receivers)
-        self._buckets = [(sender, run) for sender, _ in order for run in buckets(plan[sender], per_bucket)]
+        self._buckets = [(sender, run) for sender, _ in order for run in buckets(plan[sender], half)]
         self._buffers = _Buffers(run for _, run in self._buckets)
 
     def receive(self, parameters: Mapping[str, Tensor]) -> None:
@@ -142,9 +142,14 @@ class Receiver:
 
 
 class _Buffers:
-    """Two flat buffers, taken in turns."""
+    """The halves of a bucket, taken in turns."""
 
     NUMBER = 2
+
+    @classmethod
+    def elements(cls, bucket_bytes: int, dtype: torch.dtype) -> int:
+        """That move together, where no single row is longer."""
+        return max(bucket_bytes // cls.NUMBER // dtype.itemsize, 1)
 
     def __init__(self, runs: Iterable[Sequence[Rectangle]]):
         self._num_elements = max((sum(item.num_elements for item in run) for run in runs), default=0)

@@ -14,6 +14,9 @@ import httpx
 # It has a line for every request.
 logging.getLogger("httpx").setLevel(logging.WARNING)
 
+WEIGHTS, KV_CACHE = "weights", "kv_cache"
+"""SGLang's names of what memory holds (`GPU_MEMORY_TYPE_WEIGHTS`, `GPU_MEMORY_TYPE_KV_CACHE`)."""
+
 _CONNECT_SECONDS = 10.0
 # SGLang closes connections that were idle for 5 seconds; a request that is sent just then would be lost.
 _IDLE_SECONDS = 2.0
@@ -56,6 +59,8 @@ class ServerDescription:
     """Tensor-parallel ranks."""
     weight_loaders: tuple[str, ...]
     """Functions that it was started with as --custom-weight-loader."""
+    saves_memory: bool
+    """Whether it was started with --enable-memory-saver."""
 
 
 class ServerClient:
@@ -123,6 +128,7 @@ class ServerClient:
             device=str(server["device"]),
             tensor=int(server["tp_size"]),
             weight_loaders=tuple(server.get("custom_weight_loader") or ()),
+            saves_memory=bool(server.get("enable_memory_saver")),
         )
 
     async def weight_label(self) -> str:
@@ -164,6 +170,14 @@ class ServerClient:
 
     async def label_weights(self, label: str) -> None:
         await self._ask("POST", "/update_weight_version", {"new_version": label, "abort_all_requests": False})
+
+    async def release_memory(self, tags: Sequence[str]) -> None:
+        """Of a paused server. tags: of WEIGHTS and KV_CACHE, held as yet: SGLang ends where one is not."""
+        await self._ask("POST", "/release_memory_occupation", {"tags": list(tags)})
+
+    async def resume_memory(self, tags: Sequence[str]) -> None:
+        """Memory is there again; what was in it is not. tags: released before."""
+        await self._ask("POST", "/resume_memory_occupation", {"tags": list(tags)})
 
     async def resume(self) -> None:
         await self._ask("POST", "/continue_generation", {})

@@ -8,6 +8,7 @@ Shapes: B sequences still running in a batch, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -70,6 +71,13 @@ class EmbeddedEngine:
     def publish(self, weight_version: int) -> dict[str, float]:
         self.weight_version = weight_version
         return {}
+
+    def awake(self, policy_on_device: Callable[[], AbstractContextManager[None]]) -> AbstractContextManager[None]:
+        """See RolloutEngine."""
+        return policy_on_device()
+
+    def rest(self) -> None:
+        """Nothing: it has no memory of its own between calls."""
 
     def close(self) -> None:
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -77,10 +78,21 @@ class RolloutEngine(Protocol):
         """
 
     def publish(self, weight_version: int) -> Mapping[str, float]:
-        """From now on generate with the policy's present weights, stamped `weight_version`.
+        """From now on generate with the policy's present weights, which are on the devices, stamped `weight_version`.
 
         Every rank calls it. Returns what a step's report shall say of it.
         """
+
+    def awake(self, policy_on_device: Callable[[], AbstractContextManager[None]]) -> AbstractContextManager[None]:
+        """What `generate` is called in, by every rank.
+
+        policy_on_device: brings the policy's weights, which are those of the last `publish`, to the devices. An engine
+        with devices of its own, or none, has them there all the time; one that takes turns with the trainer on its
+        devices has them there while it takes them, and gives everything back in the end.
+        """
+
+    def rest(self) -> None:
+        """Gives the trainer's devices back, where a `publish` has taken them. Every rank calls it."""
 
     def close(self) -> None:
         """Ends whatever the engine started."""

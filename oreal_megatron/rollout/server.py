@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import oreal_megatron
@@ -33,6 +34,8 @@ _GRACE_SECONDS = 5.0
 
 NO_WEIGHTS = "none"
 """What a server calls its weights until a publication has reached it."""
+ASLEEP = "asleep"
+"""What it calls them once it has given its memory back, until it is woken with others."""
 
 
 def start_directory(servers: Path) -> Path:
@@ -40,34 +43,81 @@ def start_directory(servers: Path) -> Path:
     return servers / "model"
 
 
+def resting_mark(model: Path) -> Path:
+    """A file that is there while servers on the trainer's devices must not be started. model: `start_directory`."""
+    return model.parent / "resting"
+
+
 class ServerStartError(RuntimeError):
     """A server cannot be started, or ended while it started; the message has the end of its log."""
 
 
-def launch_command(
-    config: SGLangConfig, *, model: Path, weight_loader: str, port: int, dtype: str, max_sequence_length: int
-) -> list[str]:
-    """The command line of one server, which starts with random weights.
+@dataclass(frozen=True, kw_only=True)
+class Launcher:
+    """Starts servers of one kind, with random weights."""
 
-    model: directory with the config.json. weight_loader: name of the function that takes orders of publications.
-    """
+    config: SGLangConfig
+    model: Path
+    """Directory with the config.json."""
+    weight_loader: str
+    """Name of the function that takes orders of publications."""
+    dtype: str
+    max_sequence_length: int
+    logs: Path
+    first_device: int = 0
+    """Of the machine: those before are the trainer's."""
+
+    def start(self, index: int, port: int, *, place: int | None = None) -> ServerProcess:
+        """index: names the log. place: which of the servers of its machine it is; None: index.
+
+        Raises:
+            ServerStartError: SGLang is not installed.
+        """
+        place = index if place is None else place
+        command = _command(self, port, device=self.first_device + place * self.config.tensor)
+        return ServerProcess(command, _environment(self.config), self.logs / f"server_{index}.log")
+
+
+@dataclass
+class Restarts:
+    """How often in a row one server was started anew, of as often as it may be."""
+
+    most: int
+    in_a_row: int = 0
+
+    def another(self) -> bool:
+        """Counts one more; false where that is one too many."""
+        self.in_a_row += 1
+        return self.in_a_row <= self.most
+
+    def reset(self) -> None:
+        """It has proved itself."""
+        self.in_a_row = 0
+
+
+def _command(launcher: Launcher, port: int, *, device: int) -> list[str]:
+    """The command line of one server. device: its first one, of a GPU server."""
+    config = launcher.config
     options: dict[str, str | int | float | bool] = {
-        "model-path": str(model),
+        "model-path": str(launcher.model.absolute()),
         "load-format": "dummy",
-        "custom-weight-loader": weight_loader,
+        "custom-weight-loader": launcher.weight_loader,
         "weight-version": NO_WEIGHTS,
         "host": config.host,
         "port": port,
         "device": config.device,
         "tp": config.tensor,
         "mem-fraction-static": config.memory_share,
-        "dtype": dtype,
-        "context-length": max_sequence_length + _CONTEXT_MARGIN,
+        "dtype": launcher.dtype,
+        "context-length": launcher.max_sequence_length + _CONTEXT_MARGIN,
         "max-running-requests": config.max_concurrency,
         "skip-tokenizer-init": True,
         "skip-server-warmup": True,
         "log-level": "warning",
     }
+    if config.device == "cuda":
+        # Where nothing saves memory (on CPU, too) SGLang takes orders to release it, and releases none.
+        options |= {"base-gpu-id": device, "enable-memory-saver": config.shares_devices}
     if config.device == "cpu":
         options |= {
             "attention-backend": "torch_native",
@@ -83,7 +133,7 @@ def launch_command(
     return command
 
 
-def launch_environment(config: SGLangConfig) -> dict[str, str]:
+def _environment(config: SGLangConfig) -> dict[str, str]:
     """The environment of one server.
 
     Raises:

@@ -9,15 +9,19 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from oreal_megatron.config import SamplingConfig
+from oreal_megatron.parallel.device import free_cached_memory
 from oreal_megatron.parallel.groups import ParallelGroups
 from oreal_megatron.rollout.client import ServerClient
+from oreal_megatron.rollout.dispatch import NoServerError, Weights
 from oreal_megatron.rollout.engine import Completion, GenerationRequest
-from oreal_megatron.rollout.fleet import Fleet, Member, NoServerError, Weights
+from oreal_megatron.rollout.fleet import Fleet
+from oreal_megatron.rollout.member import Member
 
 T = TypeVar("T")
 
@@ -64,6 +68,8 @@ class PausedServer:
     """A server that waits for weights, to be used from any thread: work is done on the event loop."""
 
     client: ServerClient
+    index: int
+    """Among all servers of the run."""
     run: Callable[[Coroutine[Any, Any, None]], concurrent.futures.Future[None]]
 
     @property
@@ -101,9 +107,14 @@ class SGLangEngine:
         *,
         vocab_size: int,
         timeout_seconds: float,
+        shares_devices: bool = False,
     ):
-        """vocab_size: token ids of prompts must be below it. timeout_seconds: of the groups' collectives."""
+        """vocab_size: token ids of prompts must be below it. timeout_seconds: of the groups' collectives.
+        shares_devices: servers take turns with the trainer on its devices.
+        """
         self.weight_version = 0
+        self._shares_devices = shares_devices
+        self._is_resting = False
         self._fleet = fleet
         self._publisher = publisher
         self._groups = groups
@@ -193,14 +204,50 @@ class SGLangEngine:
         self._publisher.prepare(weight_version)
         return self._deliver(weight_version, wait=False)
 
+    @contextlib.contextmanager
+    def awake(self, policy_on_device: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """See RolloutEngine.
+
+        Raises:
+            NoServerError: see `publish`.
+        """
+        if not self._shares_devices:
+            with policy_on_device():
+                yield
+            return
+        if self._is_resting:
+            with policy_on_device():
+                self.publish(self.weight_version)
+        self._leave_devices()
+        self._on_main(self._fleet.wake)
+        yield
+        self.rest()
+
+    def rest(self) -> None:
+        """See RolloutEngine.
+
+        Raises:
+            NoServerError: no server is left.
+        """
+        if self._shares_devices and not self._is_resting:
+            self._on_main(self._fleet.rest)
+            self._is_resting = True
+
+    def _leave_devices(self) -> None:
+        """What this process holds of its device and does not use goes back, on all ranks, before servers take it."""
+        free_cached_memory()
+        self._groups.barrier()
+
     def _feed(self) -> None:
         """No server has the weights and one waits for them: it was restarted, or somebody has changed its weights."""
-        if self._groups.data_size > 1:
-            # The other replicas may have finished; nobody knows when all ranks meet.
+        # The other replicas may have finished; nobody knows when all ranks meet.
+        reason = "several data-parallel replicas" if self._groups.data_size > 1 else None
+        if self._shares_devices:
+            reason = "a trainer whose devices are the servers' now"
+        if reason is not None:
             raise NoServerError(
-                "no rollout server has the current weights any more, and several data-parallel replicas cannot send "
-                "them in the middle of a step: start the run again, finished rollouts are in the journal; more servers "
-                "make this rarer"
+                f"no rollout server has the current weights any more, and {reason} cannot send them in the middle of a "
+                "step: start the run again, finished rollouts are in the journal; more servers make this rarer"
             )
         self._deliver(self.weight_version, wait=True)
 
@@ -208,10 +255,14 @@ class SGLangEngine:
         """Pause, send, audit, flush, label, continue; a server that failed while it lives is sent to once more."""
         weights = Weights(version=weight_version, label=self._fleet.label(weight_version))
         clock = _Stopwatch()
+        if self._shares_devices:
+            self._leave_devices()
+            self._is_resting = False
         members: list[Member] = self._on_main(lambda: self._fleet.open(weights, wait=wait)) or []
         report = {"publication/pause_seconds": clock.lap(), "publication/bytes": 0.0, "publication/failures": 0.0}
         for is_last in (False, True):
-            delivery = self._publisher.deliver([PausedServer(m.client, self._loop.run) for m in members if self._loop])
+            paused = [PausedServer(m.client, m.index, self._loop.run) for m in members if self._loop]
+            delivery = self._publisher.deliver(paused)
             report["publication/bytes"] += delivery.num_bytes
             report["publication/failures"] += len(delivery.failures)
             for part, seconds in delivery.seconds.items():

@@ -74,6 +74,7 @@ def work(pipe: Connection, geometry: GeometryConfig, rank: int) -> None:
 class Server:
     """See resharding.delivery.PausedServer, of which a transport through the loader needs this much."""
 
+    index: int
     name: str
     pipes: list[Connection]
     processes: list[Any]
@@ -104,7 +105,7 @@ def main(source: Path, layout: dict[str, int]) -> None:
             processes[-1].start()
             theirs.close()
             pipes.append(ours)
-        servers.append((f"server {number}", pipes, processes))
+        servers.append((number, f"server {number}", pipes, processes))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

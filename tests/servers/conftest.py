@@ -2,111 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from oreal_megatron.config import SGLangConfig
-from tests.conftest import compose
 from tests.tiny_models import save_tiny
-
-STOP = 7
-MAX_SEQUENCE_LENGTH = 256
-DEFAULTS: dict[str, Any] = {
-    **compose("rollout=sglang_cpu")["rollout"]["sglang"],
-    "max_concurrency": 16,
-    "startup_seconds": 900.0,
-    "health_seconds": 60.0,
-    "control_seconds": 120.0,
-    "arguments": {"max-total-tokens": 8192, "disable-overlap-schedule": True},
-}
+from tests.tiny_servers import Servers, has_sglang, open_servers
 
 
 def require_sglang() -> None:
-    if not (Path(sys.prefix) / "sglang" / "sglang").is_dir():
+    if not has_sglang():
         pytest.skip("SGLang is not installed here: make sglang-deps")
-
-
-@dataclass
-class Servers:
-    """An engine, the policy that it publishes, and what it said."""
-
-    engine: Any
-    fleet: Any
-    policy: Any
-    shards: Any
-    config_json: dict[str, Any]
-    directory: Path
-    said: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._initial = [parameter.detach().clone() for parameter in self.policy.parameters()]
-
-    def perturb(self) -> None:
-        """Gives the policy other weights than any version before: as large as ever, so that they round as well."""
-        noise = torch.Generator().manual_seed(self.engine.weight_version + 1)
-        with torch.no_grad():
-            for parameter, initial in zip(self.policy.parameters(), self._initial, strict=True):
-                parameter.copy_(initial + 0.1 * torch.randn(initial.shape, generator=noise))
-
-    def written(self) -> Path:
-        """The policy's present weights as a Hugging Face directory, for transformers."""
-        from oreal_megatron.resharding.disk import DiskTransport
-
-        DiskTransport(self.shards, self.directory / "written", config_json=self.config_json).prepare(0)
-        return self.directory / "written" / "version_000000"
-
-    def generate(self, requests: Any, sampling: Any, num_enough: int | None = None) -> list[Any]:
-        """One completion a request, in order; num_enough: units after which the rest is broken off."""
-        units = self.engine.units(requests)
-        found: dict[int, Any] = {}
-        is_enough = None if num_enough is None else lambda: len(found) >= num_enough
-        asked = [[requests[i] for i in unit] for unit in units]
-        for position, completions in self.engine.generate(asked, sampling, is_enough):
-            assert position not in found
-            found[position] = completions
-        pairs = [(i, c) for position, unit in enumerate(units) for i, c in zip(unit, found[position], strict=True)]
-        return [completion for _, completion in sorted(pairs, key=lambda pair: pair[0])]
-
-
-def open_servers(groups: Any, source: Path, directory: Path, **options: Any) -> Servers:
-    """An engine with the Megatron policy of a Hugging Face directory; nothing is published yet."""
-    from oreal_megatron.convert.huggingface import geometry_of, served_config
-    from oreal_megatron.models.chunks import chunks_of
-    from oreal_megatron.resharding.publish import build_publisher
-    from oreal_megatron.resharding.served import LOADER
-    from oreal_megatron.resharding.shards import PolicyShards
-    from oreal_megatron.rollout.fingerprint import Fingerprint, check_server
-    from oreal_megatron.rollout.fleet import Fleet
-    from oreal_megatron.rollout.sglang import SGLangEngine
-    from tests.unit.models.conftest import as_policy
-
-    policy, geometry = as_policy(source, groups), geometry_of(source)
-    said: list[str] = []
-    servers = SGLangConfig(**{**DEFAULTS, **options})
-    config = served_config(
-        str(source), geometry, dtype="float32", max_positions=MAX_SEQUENCE_LENGTH, stop_token_id=STOP
-    )
-    fleet = Fleet(
-        servers,
-        dtype="float32",
-        max_sequence_length=MAX_SEQUENCE_LENGTH,
-        stop_token_id=STOP,
-        directory=directory / "servers",
-        config_json=config,
-        weight_loader=LOADER,
-        check=lambda url, description: check_server(url, description, Fingerprint.of(geometry, "float32")),
-        say=said.append,
-    )
-    shards = PolicyShards(chunks_of(policy), geometry, groups)
-    publisher = build_publisher(servers, shards, directory=directory / "weights", config_json=config)
-    engine = SGLangEngine(fleet, publisher, groups, vocab_size=geometry.vocab_size or 0, timeout_seconds=600)
-    return Servers(engine, fleet, policy, shards, config, directory, said)
 
 
 @pytest.fixture(scope="session")

@@ -8,18 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 import oreal_megatron.resharding.transport as moving
-from oreal_megatron.rollout.fleet import NoServerError
+from oreal_megatron.rollout.dispatch import NoServerError
 from oreal_megatron.rollout.sglang import PausedServer
-from tests.servers.conftest import STOP, open_servers, require_sglang
+from tests.servers.conftest import require_sglang
 from tests.servers.test_servers import GREEDY, PROMPTS, assert_as_transformers, requests_of
 from tests.servers.trainer_worker import NUM_TOKENS
 from tests.servers.trainer_worker import PROMPTS as PUBLISHED_PROMPTS
 from tests.tiny_models import save_tiny
+from tests.tiny_servers import STOP, open_servers
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(3000)]
 
@@ -136,7 +138,9 @@ def test_a_server_that_kept_its_old_weights_is_caught_by_the_audit(servers, monk
 def test_a_server_without_the_weight_loader_is_refused_with_the_option(servers, single_process, tiny_qwen, tmp_path):
     url = servers.fleet.members[0].client.url
     other = open_servers(single_process, tiny_qwen, tmp_path, urls=(url,))
-    other.fleet._weight_loader = "other.load"
+    other.fleet._terms = replace(
+        other.fleet._terms, launcher=replace(other.fleet._terms.launcher, weight_loader="other.load")
+    )
     with pytest.raises(NoServerError, match=r"was started without --custom-weight-loader other\.load"):
         other.engine.publish(0)
     other.engine.close()

@@ -17,11 +17,11 @@ import torch
 
 from oreal_megatron.config import SamplingConfig
 from oreal_megatron.records import FinishReason, WeightSpan
+from oreal_megatron.rollout.dispatch import NoServerError
 from oreal_megatron.rollout.engine import GenerationRequest
-from oreal_megatron.rollout.fleet import NoServerError
 from oreal_megatron.rollout.server import ServerStartError
-from tests.servers.conftest import STOP, open_servers
 from tests.tiny_models import save_tiny
+from tests.tiny_servers import STOP, open_servers
 
 GREEDY = SamplingConfig(temperature=0.0, top_p=1.0, max_new_tokens=24)
 SAMPLED = SamplingConfig(temperature=1.0, top_p=0.9, max_new_tokens=200)

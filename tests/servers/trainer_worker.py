@@ -25,7 +25,7 @@ from oreal_megatron.models.chunks import chunks_of
 from oreal_megatron.parallel.device import device_seam
 from oreal_megatron.parallel.groups import parallel_groups
 from oreal_megatron.rollout.engine import GenerationRequest
-from tests.servers.conftest import open_servers
+from tests.tiny_servers import open_servers
 
 FORK = multiprocessing.get_context("fork")
 PROMPTS = ((5, 6, 8, 9), (100, 101, 102), (17,), tuple(range(20, 60)))
