@@ -84,15 +84,19 @@ def test_every_transport_brings_the_weights_of_a_trainer_of_tp2_x_pp2(servers, t
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize(("num_servers", "tensor"), [(1, 1), (2, 1), (1, 2)])
-@pytest.mark.parametrize(("family", "tied", "vocabulary"), [("qwen2", False, 121), ("llama", True, 120)])
-def test_every_transport_from_every_layout(num_servers, tensor, family, tied, vocabulary, single_process, tmp_path):
-    """Biases and a vocabulary that both sides pad; tied embeddings, which two stages hold. At TP2 SGLang pads the
-    feed-forward layers on CPU."""
+@pytest.mark.parametrize(
+    ("num_servers", "tensor", "family", "options"),
+    [
+        *[(n, t, "qwen2", {"tied": False, "vocabulary": 121}) for n, t in ((1, 1), (2, 1), (1, 2))],
+        *[(n, t, "llama", {"tied": True, "vocabulary": 120}) for n, t in ((1, 1), (2, 1), (1, 2))],
+        (1, 2, "qwen2", {"tied": False, "num_groups": 1}),
+    ],
+)
+def test_every_transport_from_every_layout(num_servers, tensor, family, options, single_process, tmp_path):
+    """Biases and a vocabulary that both sides pad; tied embeddings, which two stages hold; a key-value head that two
+    ranks of a server hold. At TP2 SGLang pads the feed-forward layers on CPU."""
     require_sglang()
-    sources = [
-        save_tiny(tmp_path / f"model{seed}", family, tied=tied, vocabulary=vocabulary, seed=seed) for seed in (0, 1)
-    ]
+    sources = [save_tiny(tmp_path / f"model{seed}", family, seed=seed, **options) for seed in (0, 1)]
     opened = open_servers(single_process, sources[0], tmp_path, num_servers=num_servers, tensor=tensor)
     try:
         opened.engine.publish(0)
@@ -133,6 +137,23 @@ def test_a_server_that_kept_its_old_weights_is_caught_by_the_audit(servers, monk
         report = servers.engine.publish(servers.engine.weight_version + 1)
     assert report["publication/failures"] == 1 and report["publication/servers"] == 1
     assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
+
+
+def test_a_stale_server_that_no_audit_looks_at_is_caught_by_the_mismatch(servers, tiny_qwen, tmp_path):
+    """Above the first threshold the run says so, above the second it ends before it trains on such rollouts."""
+    url = servers.fleet.members[0].client.url
+    command = [sys.executable, "-m", "tests.servers.stale_worker", url, str(tiny_qwen), str(tmp_path / "run")]
+    outcome = subprocess.run(
+        [*command, str(tmp_path / "output.json")],
+        capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stderr[-4000:]
+    found = json.loads((tmp_path / "output.json").read_text())
+    assert found["healthy"] < 1e-5 and found["stale"] > 1e-3
+    assert not [line for line in found["said_before"] if "differ from the rollouts'" in line]
+    assert any(f"by {found['stale']:.3g} nats in the mean (rollout.mismatch.warn = 0.001)" in s for s in found["said"])
+    assert f"more than rollout.mismatch.stop = {found['stale'] / 10:g}" in found["error"]
+    assert "step 3: " in found["error"] and "no update was made" in found["error"] and found["is_unchanged"]
 
 
 def test_a_server_without_the_weight_loader_is_refused_with_the_option(servers, single_process, tiny_qwen, tmp_path):

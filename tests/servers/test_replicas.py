@@ -1,4 +1,4 @@
-"""Whole runs of two data-parallel replicas that ask one real SGLang server, with the long tail carried over."""
+"""Whole runs of two data-parallel replicas that take turns with one real SGLang server, the long tail carried over."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ OPTIONS = (
     "rollout.sampling.max_new_tokens=24",
     "rollout.sglang.max_concurrency=8",
     "rollout.sglang.startup_seconds=900.0",
+    "rollout.sglang.placement=colocated",
+    "rollout.sglang.transport=ipc",
+    "resources.trainer_devices=2",
+    "parallel.offload=true",
     "rollout.long_tail={oversample: 2.0, until: complete, carry_updates: 4}",
     "objective.importance_limit=2.0",
     "evaluation=none",

@@ -83,7 +83,6 @@ def test_a_submission_that_cannot_work_is_refused(slurm, tmp_path):
         "model.path = 'models/OREAL-32B-SFT': is not there",
         "data.train = 'data/oreal_rl_prompts.jsonl': is not there",
         "this is 16 nodes; partition batch has 4",
-        "rollout.sglang.placement = 'colocated': the trainer cannot share its devices with servers yet",
     ):
         assert part in wrong.stderr
     partition = oreal_submit(*TINY, *SITE, "cluster.partition=nowhere", "--test-only", tmp_path=tmp_path)

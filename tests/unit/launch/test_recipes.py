@@ -126,7 +126,6 @@ def test_what_is_missing_and_what_is_wrong_are_named_together(tmp_path):
     assert "not on shared storage" in found["cluster.data"]
     assert "is not there" in found["model.path"] and "is not there" in found["data.train"]
     assert "shorter than cluster.time_limit" in found["cluster.signal_seconds"]
-    assert "disaggregated" in found["rollout.sglang.placement"]
     # Where the run itself is no run, nothing can be said of where it would run; the site's own part still is.
     layout = refused("experiment=oreal_32b", "cluster=slurm", "parallel.tensor=3", "resources.trainer_devices=128")
     assert "40 attention heads do not split evenly over 3 ranks" in layout["parallel.tensor"]

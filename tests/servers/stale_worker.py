@@ -1,0 +1,102 @@
+"""A run whose server keeps old weights under a new label, with the audit turned off: `URL MODEL DIRECTORY OUTPUT.json`.
+
+Only the difference between both sides' log-probabilities is left to notice it. OUTPUT: that difference in a healthy
+step and in one with stale rollouts, what the run said, the error of a step beyond rollout.mismatch.stop, and whether
+that step has left the policy as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oreal_megatron.build import opened_run
+from oreal_megatron.composition import composed, validated
+from oreal_megatron.resharding.delivery import Delivery
+from oreal_megatron.rollout.sglang import SGLangEngine
+from oreal_megatron.stopping import StopRequest
+from oreal_megatron.train import Run, train_step
+from oreal_megatron.updates import MismatchError
+from tests.tiny_servers import MAX_SEQUENCE_LENGTH
+
+DIFFERENCE = "policy/rollout_logprob_difference"
+
+
+def main(url: str, model: str, directory: str) -> dict[str, Any]:
+    config = validated(
+        composed(
+            [
+                "experiment=arithmetic",
+                "rollout=sglang_cpu",
+                "objective=nsr",  # trains on what is wrong, which is all that random weights say
+                "model=huggingface",
+                f"model.path={model}",
+                "model.tokenizer=arithmetic",
+                f"model.max_sequence_length={MAX_SEQUENCE_LENGTH}",
+                "sft=none",
+                "evaluation=none",
+                "evaluation.every=0",
+                "data.pass_rate=null",
+                "data.difficulty_balance=[]",
+                "data.prompts_per_step=4",
+                "rollout.samples_per_prompt=4",
+                "rollout.sampling.max_new_tokens=24",
+                "rollout.mismatch={warn: 1.0e-3, stop: 100.0}",
+                f"rollout.sglang.urls=['{url}']",
+                "optimizer.policy={lr: 1.0e-2, min_lr: 1.0e-2, warmup_steps: 0}",
+                "parallel.micro_batch_tokens=512",
+                "tracking={console: plain, tensorboard: false, wandb: disabled, report: false}",
+                "run.threads=1",
+                f"run.dir={directory}",
+            ]
+        )
+    )
+    said: list[str] = []
+    with opened_run(config, StopRequest()) as run:
+        run.tracker.say = said.append  # type: ignore[method-assign]
+        healthy = stepped(run)
+        assert isinstance(run.engine, SGLangEngine)
+        plant(run.engine)
+        stepped(run)  # the last one whose rollouts are the policy's
+        before = list(said)
+        stale = stepped(run)
+        limits = {"mismatch": run.config.rollout.mismatch.model_copy(update={"stop": stale / 10})}
+        rollout = run.config.rollout.model_copy(update=limits)
+        run.config = run.config.model_copy(update={"rollout": rollout})
+        weights = [parameter.detach().clone() for parameter in run.policy.module.parameters()]
+        error = None
+        try:
+            stepped(run)
+        except MismatchError as found:
+            error = str(found)
+        pairs = zip(weights, run.policy.module.parameters(), strict=True)
+        is_unchanged = all(torch.equal(old, new) for old, new in pairs)
+    return {
+        "healthy": healthy,
+        "stale": stale,
+        "said_before": before,
+        "said": said[len(before) :],
+        "error": error,
+        "is_unchanged": is_unchanged,
+    }
+
+
+def plant(engine: SGLangEngine) -> None:
+    """From now on nothing is sent, and nothing compared: the server gets new labels alone."""
+    publisher: Any = engine._publisher
+    publisher._transport.send = lambda servers: Delivery()
+    publisher._auditor.audit = lambda servers: ({}, 0.0)
+
+
+def stepped(run: Run) -> float:
+    report = train_step(run)
+    run.progress.step += 1
+    return report.metrics[DIFFERENCE]
+
+
+if __name__ == "__main__":
+    Path(sys.argv[4]).write_text(json.dumps(main(*sys.argv[1:4])))
