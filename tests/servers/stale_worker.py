@@ -37,6 +37,7 @@ def main(url: str, model: str, directory: str) -> dict[str, Any]:
                 f"model.path={model}",
                 "model.tokenizer=arithmetic",
                 f"model.max_sequence_length={MAX_SEQUENCE_LENGTH}",
+                "prompt.stop_token='2'",  # the id that the server stops at
                 "sft=none",
                 "evaluation=none",
                 "evaluation.every=0",

@@ -89,6 +89,11 @@ def test_all_violations_come_at_once(composed):
         ("rollout.long_tail={oversample:1.5,until:useful,carry_updates:1}", "rollout.backend", "nothing of it can be"),
         ("objective=grpo objective.importance_limit=2.0", "objective.importance_limit", "ratio_reference to be `self`"),
         (
+            "rollout=sglang rollout.sglang.placement=colocated resources.trainer_devices=1",
+            "rollout.sglang.transport",
+            "two processes on one device cannot be in one NCCL group: ipc",
+        ),
+        (
             "objective.importance_limit=2.0 rollout.sampling.temperature=0.7",
             "rollout.sampling.temperature",
             "the policy's at 1.0 only",

@@ -64,6 +64,17 @@ def test_a_recipe_fits(apart, name):
     assert plan.step_seconds is not None and 30 < plan.step_seconds < 600
 
 
+def refusal_of_a_greedy_server(name: str) -> list[str]:
+    config = recipe(name, "rollout.sglang.memory_share=0.7")
+    return planner_of(config)(config).memory.problems
+
+
+def test_servers_that_leave_the_trainer_no_room_are_refused_with_a_share_that_does(apart):
+    (problem,) = apart(refusal_of_a_greedy_server, "oreal_7b")
+    share = float(problem.rsplit("rollout.sglang.memory_share=", 1)[1])
+    assert "servers take 70% of a device" in problem and 0.42 <= share < 0.5
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_shrinks_to_a_dry_run(name):
     config = composed([f"experiment={name}", "run.dry_run=true"])
