@@ -139,6 +139,7 @@ def test_a_server_that_kept_its_old_weights_is_caught_by_the_audit(servers, monk
     assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
 
 
+@pytest.mark.slow
 def test_a_stale_server_that_no_audit_looks_at_is_caught_by_the_mismatch(servers, tiny_qwen, tmp_path):
     """Above the first threshold the run says so, above the second it ends before it trains on such rollouts."""
     url = servers.fleet.members[0].client.url
