@@ -252,14 +252,15 @@ class _Builder:
         described = served_config(
             config.model.path,
             geometry,
-            dtype=config.model.dtype,
+            dtype=config.served_dtype,
+            fp8=servers.dtype == "fp8",
             max_positions=config.model.max_sequence_length,
             stop_token_id=self.renderer.stop_token_id,
         )
-        expected = Fingerprint.of(geometry, config.model.dtype)
+        expected = Fingerprint.of(geometry, config.served_dtype, described)
         fleet = Fleet(
             servers,
-            dtype=config.model.dtype,
+            dtype=config.served_dtype,
             max_sequence_length=config.model.max_sequence_length,
             stop_token_id=self.renderer.stop_token_id,
             directory=self.directory / "servers",
@@ -270,7 +271,7 @@ class _Builder:
         )
         publisher = build_publisher(
             servers,
-            PolicyShards(chunks_of(policy), geometry, self.groups),
+            PolicyShards(chunks_of(policy), geometry, self.groups, getattr(torch, config.served_dtype)),
             directory=Path(servers.weights_dir) if servers.weights_dir is not None else self.directory / "weights",
             config_json=described,
         )

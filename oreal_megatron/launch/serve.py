@@ -159,7 +159,7 @@ class NodeServers:
             model=self._model,
             weight_loader=LOADER,
             port=place.port,
-            dtype=self._config.model.dtype,
+            dtype=self._config.served_dtype,
             max_sequence_length=self._config.model.max_sequence_length,
         )
         try:
