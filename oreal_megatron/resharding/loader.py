@@ -76,10 +76,11 @@ class Held(Mapping[str, Tensor]):
     def arrived(self, rectangles: Iterable[Rectangle]) -> None:
         """These have been written: quantises what is complete."""
         for item in rectangles:
-            _num_arrived[item.target] += item.num_elements
+            if item.target in _waiting:
+                _num_arrived[item.target] += item.num_elements
         for name in [name for name, copy in _waiting.items() if _num_arrived[name] == copy.numel()]:
             quantise_into(self.parameters[name], self.parameters[scales_of(name)], _waiting.pop(name))
-            _num_arrived[name] = 0
+            del _num_arrived[name]
 
 
 _waiting: dict[str, Tensor] = {}
