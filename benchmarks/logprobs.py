@@ -1,11 +1,11 @@
 """Log-probabilities over a large vocabulary: ours against Megatron-Core's stock path, in time and in peak memory.
 
-Stock: all logits, then Megatron-Core's vocabulary-parallel cross-entropy. Ours: logits of a chunk of positions at a
-time, made again in the backward pass, and the entropies besides. Both forward and backward, from the same hidden
+Stock: all logits, then Megatron-Core's vocabulary-parallel cross-entropy. Ours: a tile of logits (positions x tokens)
+at a time, made again in the backward pass, and the entropies besides. Both forward and backward, from the same hidden
 states, fp32. Memory is what the process' resident set grows by, each way in a process of its own, the gradient of
 the output layer included.
 
-    python -m benchmarks.logprobs [--tokens 2048] [--hidden 512] [--chunk 192] [--pairs 3]
+    python -m benchmarks.logprobs [--tokens 2048] [--hidden 512] [--chunk 1024] [--pairs 3]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from benchmarks.pairs import compare
 from oreal_megatron.config import ParallelConfig
-from oreal_megatron.models.policy import token_logprobs
+from oreal_megatron.models.policy import CPU_TILE, token_logprobs
 from oreal_megatron.parallel.device import device_seam, peak_memory, reset_peak_memory
 from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--chunk", type=int, default=192)
+    parser.add_argument("--chunk", type=int, default=1024)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--memory-of", choices=("ours", "stock"), help="only print the growth in MiB, of one way")
     arguments = parser.parse_args()
@@ -59,7 +59,9 @@ def ways(arguments: argparse.Namespace, groups: ParallelGroups) -> tuple[Callabl
 
     def ours() -> None:
         hidden.grad = weight.grad = None
-        logprobs, _ = token_logprobs(hidden, weight, target, 0, arguments.chunk, groups.collection.tp)
+        logprobs, _ = token_logprobs(
+            hidden, weight, target, 0, chunk=arguments.chunk, size=CPU_TILE, group=groups.collection.tp
+        )
         logprobs.sum().backward()
 
     def stock() -> None:

@@ -44,7 +44,7 @@ from oreal_megatron.models.architecture import build_gpt
 from oreal_megatron.models.chunks import ModelChunks, chunks_of
 from oreal_megatron.models.decoding import CachedDecoder
 from oreal_megatron.models.optimizer import TrainedModel
-from oreal_megatron.models.policy import Policy
+from oreal_megatron.models.policy import CPU_TILE, Policy
 from oreal_megatron.models.residence import FrozenModel
 from oreal_megatron.models.token_reward import TokenRewardModel
 from oreal_megatron.parallel.device import device, device_seam
@@ -363,6 +363,7 @@ class _Builder:
         )
         for chunk in chunks_of(module):
             chunk.logprob_chunk_tokens = self.config.model.logprob_chunk_tokens
+            chunk.logprob_tile_size = CPU_TILE if device().type == "cpu" else None
             chunk.num_tokens = self.vocab_size
         return module.to(device())
 

@@ -98,7 +98,7 @@ def planner_of(
     from oreal_megatron.models.footprint import FootprintMeter
 
     geometry = _geometry(config)
-    meter = FootprintMeter(geometry, config.model)
+    meter = FootprintMeter(geometry, config.model, on_cpu=config.resources.device == "cpu")
     count = num_devices(config, devices)
     return lambda variant: make_plan(variant, geometry, meter, num_devices=count, measured=measured)
 

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from oreal_megatron.config import GeometryConfig, ModelConfig, ParallelConfig
 from oreal_megatron.models.architecture import DTYPES, build_gpt
 from oreal_megatron.models.chunks import chunks_of
-from oreal_megatron.models.policy import Policy
+from oreal_megatron.models.policy import CPU_TILE, Policy
 from oreal_megatron.models.token_reward import TokenRewardModel
 from oreal_megatron.parallel.device import device_seam
 from oreal_megatron.parallel.groups import ParallelGroups
@@ -41,6 +41,8 @@ class FootprintMeter:
 
     geometry: GeometryConfig
     model: ModelConfig
+    on_cpu: bool = False
+    """Whether the run will be, which makes log-probabilities by smaller tiles there."""
 
     def stages(self, layout: ParallelConfig, *, row_tokens: int) -> list[RankFootprint]:
         """One footprint a pipeline stage; the tensor, context and data ranks of a stage are alike.
@@ -52,6 +54,7 @@ class FootprintMeter:
         """
         # Neither the place of the weights nor the kernels make a difference here: equal questions are asked once.
         model = self.model.model_copy(update={"implementation": "local", "path": None, "tokenizer": ""})
+        tile = CPU_TILE if self.on_cpu else None
         layout_ends = {0, layout.pipeline - 1}
         measured: dict[int, RankFootprint] = {}
         with device_seam():
@@ -59,13 +62,13 @@ class FootprintMeter:
                 # Stages between the first and the last hold the same number of the same layers.
                 like = stage if stage in layout_ends else 1
                 if like not in measured:
-                    measured[like] = _stage(self.geometry, model, layout, like, row_tokens)
+                    measured[like] = _stage(self.geometry, model, layout, like, row_tokens, tile)
         return [measured[s if s in layout_ends else 1] for s in range(layout.pipeline)]
 
 
 @functools.cache
 def _stage(
-    geometry: GeometryConfig, model: ModelConfig, layout: ParallelConfig, stage: int, row_tokens: int
+    geometry: GeometryConfig, model: ModelConfig, layout: ParallelConfig, stage: int, row_tokens: int, tile: int | None
 ) -> RankFootprint:
     replica = layout.tensor * layout.context * layout.pipeline
     rank = stage * layout.tensor * layout.context
@@ -88,7 +91,8 @@ def _stage(
             module = chunks_of(_build(Policy, shallow, model, groups))[0]
             passages.append(_through_layers(module, sample, row_tokens // layout.context))
             if module.post_process and num_sampled == 2:
-                head = _through_head(module, model, sample, row_tokens // layout.context)
+                module.logprob_chunk_tokens, module.logprob_tile_size = model.logprob_chunk_tokens, tile
+                head = _through_head(module, sample, row_tokens // layout.context)
     one, two = passages
     gathered = _gathered_keys_and_values(geometry, model, layout, row_tokens)
     return RankFootprint(
@@ -144,9 +148,8 @@ def _decoded(module: GPTModel, hidden: Tensor, options: dict[str, Any]) -> Tenso
     return output[0] if isinstance(output, tuple) else output
 
 
-def _through_head(module: Policy, model: ModelConfig, layout: ParallelConfig, row_tokens: int) -> Passage:
+def _through_head(module: Policy, layout: ParallelConfig, row_tokens: int) -> Passage:
     """Log-probabilities of every position of a row, the most there can be."""
-    module.logprob_chunk_tokens = model.logprob_chunk_tokens
     rows = row_tokens // (layout.tensor if layout.sequence else 1)
     hidden = torch.empty(rows, 1, module.config.hidden_size, dtype=module.config.params_dtype)
     positions = torch.empty(row_tokens, dtype=torch.int64)

@@ -5,6 +5,7 @@ Shapes: T packed tokens, R of them before a response token, V vocabulary, V' = V
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,32 +19,61 @@ from torch import Tensor
 
 from oreal_megatron.data.packing import IGNORE
 
+CPU_TILE = 2**20
+"""Logits in a tile for a CPU (4 MiB in fp32): the passes over them then run in its cache, not in memory."""
 
-class _ChunkLogits:
-    """Memory for one chunk's logits, used by all: on a CPU fresh pages for each cost as much as the arithmetic."""
 
-    def __init__(self, weight_VH: Tensor, hidden_RH: Tensor, chunk: int):
-        rows = min(chunk, hidden_RH.size(0))
-        self._weight_VH = weight_VH
-        self._product = weight_VH.new_empty(rows, weight_VH.size(0))
-        is_fp32 = weight_VH.dtype == torch.float32
-        self._fp32 = self._product if is_fp32 else torch.empty_like(self._product, dtype=torch.float32)
+class _Tiles:
+    """Logits [C positions, B tokens of the vocabulary] at a time, in memory that all tiles share.
 
-    def of(self, hidden_CH: Tensor) -> Tensor:
-        """fp32 [C, V'], to be written to; those of the chunk before are gone."""
-        product = torch.mm(hidden_CH, self._weight_VH.t(), out=self._product[: hidden_CH.size(0)])
-        return product if self._fp32 is self._product else self._fp32[: hidden_CH.size(0)].copy_(product)
+    Fresh pages for each would cost a CPU as much as the arithmetic. The blocks of the vocabulary are the outer loop:
+    their rows of the weight stay in the cache for all positions.
+    """
 
-    def as_weights(self, logits_CV: Tensor) -> Tensor:
-        """What `of` gave, in the dtype of the weights."""
-        return logits_CV if self._fp32 is self._product else self._product[: logits_CV.size(0)].copy_(logits_CV)
+    def __init__(
+        self, hidden_RH: Tensor, weight_VH: Tensor, target_R: Tensor, first: int, chunk: int, size: int | None
+    ):
+        self._hidden_RH, self._weight_VH, self._target_R, self._first = hidden_RH, weight_VH, target_R, first
+        self._rows = max(1, min(chunk, hidden_RH.size(0)))
+        self._block = weight_VH.size(0) if size is None else min(weight_VH.size(0), max(1, size // self._rows))
+        self._product = weight_VH.new_empty(self._rows * self._block)
+        self._is_fp32 = weight_VH.dtype == torch.float32
+        self._fp32 = self._product if self._is_fp32 else torch.empty_like(self._product, dtype=torch.float32)
+
+    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor]]:
+        """(positions, tokens, fp32 logits [C, B] to be written to, column of each target [C, 1], which are in [C])."""
+        for low in range(0, self._weight_VH.size(0), self._block):
+            tokens = slice(low, min(low + self._block, self._weight_VH.size(0)))
+            weight_BH = self._weight_VH[tokens]
+            for start in range(0, self._hidden_RH.size(0), self._rows):
+                positions = slice(start, min(start + self._rows, self._hidden_RH.size(0)))
+                hidden_CH = self._hidden_RH[positions]
+                product = self._of_size(self._product, len(hidden_CH), len(weight_BH))
+                logits = torch.mm(hidden_CH, weight_BH.t(), out=product)
+                if not self._is_fp32:
+                    logits = self._of_size(self._fp32, len(hidden_CH), len(weight_BH)).copy_(product)
+                column = self._target_R[positions] - self._first - low
+                inside = (column >= 0) & (column < len(weight_BH))
+                yield positions, tokens, logits, column.where(inside, 0).unsqueeze(-1), inside
+
+    def spare(self) -> Tensor:
+        """fp32, as many numbers as a full tile has."""
+        return torch.empty_like(self._fp32)
+
+    def as_weights(self, logits_CB: Tensor) -> Tensor:
+        """The tile that the iteration gave, in the dtype of the weights."""
+        return logits_CB if self._is_fp32 else self._of_size(self._product, *logits_CB.shape).copy_(logits_CB)
+
+    @staticmethod
+    def _of_size(memory: Tensor, rows: int, columns: int) -> Tensor:
+        return memory[: rows * columns].view(rows, columns)
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Log-probability of each target and entropy of each distribution, `chunk` positions at a time.
+    """Log-probability of each target and entropy of each distribution, a tile of logits at a time.
 
-    Logits [chunk, V'] exist for one chunk only, in the forward and again in the backward pass, which
-    recomputes them and turns them into their own gradient in place. The entropy carries no gradient.
+    The forward pass keeps the running maximum, normaliser and first moment of each position. The backward pass makes
+    each tile again and turns it into its own gradient in place. The entropy carries no gradient.
     weight_VH: this rank's rows of the output layer, the first of them row `first` of the vocabulary.
     """
 
@@ -55,74 +85,93 @@ class _TokenLogprobs(torch.autograd.Function):
         target_R: Tensor,
         first: int,
         chunk: int,
+        size: int | None,
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor]:
-        logprobs, entropies, normalizers = [], [], []
-        chunk_logits = _ChunkLogits(weight_VH, hidden_RH, chunk)
-        weights_CV = torch.empty(min(chunk, len(hidden_RH)), len(weight_VH), device=weight_VH.device)
-        for hidden, target in zip(hidden_RH.split(chunk), target_R.split(chunk), strict=True):
-            logits = chunk_logits.of(hidden)
-            top = logits.amax(-1)
-            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-            local = target - first
-            mine = (local >= 0) & (local < weight_VH.size(0))
-            chosen = logits.gather(-1, local.where(mine, 0).unsqueeze(-1)).squeeze(-1).where(mine, 0.0)
-            logits -= top.unsqueeze(-1)
-            weights = torch.exp(logits, out=weights_CV[: len(logits)])
-            # One all-reduce for the three sums over the vocabulary.
-            sums = torch.stack([weights.sum(-1), torch.linalg.vecdot(weights, logits), chosen])
-            dist.all_reduce(sums, group=group)
-            total, moment, chosen = sums
-            log_total = total.log()
-            logprobs.append(chosen - top - log_total)
-            entropies.append(log_total - moment / total)
-            normalizers.append(top + log_total)
-        normalizer = torch.cat(normalizers)
+        lowest = torch.finfo(torch.float32).min / 2  # not -inf: 0 * inf is no number
+        top = torch.full(target_R.shape, lowest, device=hidden_RH.device)
+        # Over the vocabulary: sums of exp(logit - top), of that times (logit - top), and the target's logit.
+        sums_3R = torch.zeros(3, *target_R.shape, device=hidden_RH.device)
+        tiles = _Tiles(hidden_RH, weight_VH, target_R, first, chunk, size)
+        spare = tiles.spare()
+        for positions, _, logits, column, inside in tiles:
+            chosen = logits.gather(-1, column).squeeze(-1).where(inside, 0.0)
+            highest = torch.maximum(top[positions], logits.amax(-1))
+            _move_top(sums_3R[:, positions], top[positions], highest)
+            logits -= highest.unsqueeze(-1)
+            weights = torch.exp(logits, out=spare[: logits.numel()].view_as(logits))
+            sums_3R[:, positions] += torch.stack([weights.sum(-1), torch.linalg.vecdot(weights, logits), chosen])
+        highest = top.clone()
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+        _move_top(sums_3R, top, highest)
+        dist.all_reduce(sums_3R, group=group)
+        total, moment, chosen = sums_3R
+        normalizer = top + total.log()
         ctx.save_for_backward(hidden_RH, weight_VH, target_R, normalizer)
-        ctx.chunk, ctx.first = chunk, first
-        entropy = torch.cat(entropies)
+        ctx.tiling = first, chunk, size
+        entropy = total.log() - moment / total
         ctx.mark_non_differentiable(entropy)
-        return torch.cat(logprobs), entropy
+        return chosen - normalizer, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_R: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden_RH, weight_VH, target_R, normalizer_R = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden_RH)
+        grad_hidden = torch.zeros_like(hidden_RH, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32)
-        chunk_logits = _ChunkLogits(weight_VH, hidden_RH, ctx.chunk)
-        pieces = (hidden_RH, target_R, normalizer_R, grad_R, grad_hidden)
-        for hidden, target, normalizer, grad, out in zip(*(p.split(ctx.chunk) for p in pieces), strict=True):
+        tiles = _Tiles(hidden_RH, weight_VH, target_R, *ctx.tiling)
+        for positions, tokens, dlogits, column, inside in tiles:
             # Minus the gradient of each log-probability; the rows' own gradients go onto what has few columns.
-            dlogits = chunk_logits.of(hidden)
-            dlogits.sub_(normalizer.unsqueeze(-1)).exp_()
-            local = target - ctx.first
-            mine = (local >= 0) & (local < weight_VH.size(0))
-            dlogits.scatter_add_(-1, local.where(mine, 0).unsqueeze(-1), -mine.to(dlogits.dtype).unsqueeze(-1))
-            dlogits = chunk_logits.as_weights(dlogits)
-            by_row = -grad.unsqueeze(-1)
-            torch.mm(dlogits, weight_VH, out=out).mul_(by_row)
-            scaled = hidden * by_row.to(hidden.dtype)
-            if grad_weight.dtype == dlogits.dtype:
-                grad_weight.addmm_(dlogits.t(), scaled)
-            else:
-                grad_weight += dlogits.t() @ scaled
-        return grad_hidden, grad_weight.to(weight_VH.dtype), None, None, None, None
+            dlogits.sub_(normalizer_R[positions].unsqueeze(-1)).exp_()
+            dlogits.scatter_add_(-1, column, -inside.to(dlogits.dtype).unsqueeze(-1))
+            dlogits = tiles.as_weights(dlogits)
+            by_row = -grad_R[positions].unsqueeze(-1)
+            _add_product(grad_hidden[positions], dlogits, weight_VH[tokens])
+            _add_product(grad_weight[tokens], dlogits.t(), hidden_RH[positions] * by_row.to(hidden_RH.dtype))
+        grad_hidden.mul_(-grad_R.unsqueeze(-1))
+        return grad_hidden.to(hidden_RH.dtype), grad_weight.to(weight_VH.dtype), None, None, None, None, None
+
+
+def _move_top(sums_3R: Tensor, top_R: Tensor, highest_R: Tensor) -> None:
+    """Sums relative to `top` become those relative to `highest`, in place, and so does `top`."""
+    shift = top_R - highest_R
+    total, moment, _ = sums_3R
+    moment.addcmul_(total, shift).mul_(shift.exp())
+    total.mul_(shift.exp())
+    top_R.copy_(highest_R)
+
+
+def _add_product(sum_NM: Tensor, left_NK: Tensor, right_KM: Tensor) -> None:
+    """sum += left @ right, the sum in fp32 whatever the factors are."""
+    if sum_NM.dtype == left_NK.dtype:
+        sum_NM.addmm_(left_NK, right_KM)
+    else:
+        sum_NM += left_NK @ right_KM
 
 
 def token_logprobs(
-    hidden_RH: Tensor, weight_VH: Tensor, target_R: Tensor, first: int, chunk: int, group: dist.ProcessGroup
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    target_R: Tensor,
+    first: int,
+    *,
+    chunk: int,
+    size: int | None = None,
+    group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
     """(log-probability of each target, entropy of each distribution), fp32 [R] in nats; the latter without gradient.
 
     weight_VH: this tensor rank's rows of the output layer, the first of them row `first` of the vocabulary.
+    chunk, size: positions whose logits exist at once, and how many logits of them; None: all of the rank's vocabulary.
     """
-    return _TokenLogprobs.apply(hidden_RH, weight_VH, target_R, first, chunk, group)
+    return _TokenLogprobs.apply(hidden_RH, weight_VH, target_R, first, chunk, size, group)
 
 
 class Policy(GPTModel):
     """A GPTModel whose forward with `labels` gives log-probabilities and entropies of the labelled positions."""
 
     logprob_chunk_tokens: int = 1024
+    logprob_tile_size: int | None = None
+    """Logits that exist at once, of so many positions. None: all of the vocabulary's, as suits a GPU."""
     num_tokens: int | None = None
     """Rows of the vocabulary that are tokens; those behind them are padding, outside every distribution. None: all."""
 
@@ -153,7 +202,8 @@ class Policy(GPTModel):
             weight,
             target_R,
             first,
-            self.logprob_chunk_tokens,
-            self.pg_collection.tp,
+            chunk=self.logprob_chunk_tokens,
+            size=self.logprob_tile_size,
+            group=self.pg_collection.tp,
         )
         return torch.stack([logprobs_R, entropy_R], dim=-1)

@@ -1,4 +1,4 @@
-"""Chunked log-probabilities and their gradients against the plain computation; the reward model's head."""
+"""Log-probabilities by tiles and their gradients against the plain computation; the reward model's head."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tests.tiny_models import GEOMETRY, MODEL
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 100])
-def test_chunked_logprobs_and_gradients_equal_the_plain_ones(single_process, chunk):
+@pytest.mark.parametrize(("chunk", "size"), [(1, None), (4, 4), (4, 28), (100, None), (100, 77), (4, 1)])
+def test_logprobs_by_tiles_and_their_gradients_equal_the_plain_ones(single_process, chunk, size):
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(11, 8, generator=generator), torch.randn(30, 8, generator=generator)
     target, upstream = torch.randint(0, 30, (11,), generator=generator), torch.randn(11, generator=generator)
     mine = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     plain = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
 
-    logprobs, entropy = token_logprobs(*mine, target, 0, chunk, single_process.collection.tp)
+    logprobs, entropy = token_logprobs(*mine, target, 0, chunk=chunk, size=size, group=single_process.collection.tp)
     (logprobs * upstream).sum().backward()
     rows = (plain[0] @ plain[1].t()).log_softmax(-1)
     expected = rows.gather(1, target[:, None])[:, 0]
@@ -36,9 +36,21 @@ def test_chunked_logprobs_and_gradients_equal_the_plain_ones(single_process, chu
         torch.testing.assert_close(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("offset", [-1e4, 1e4])
+def test_logits_far_from_zero_lose_nothing(single_process, offset):
+    hidden, weight = torch.tensor([[1.0, offset]]), torch.tensor([[0.0, 1.0], [1.0, 1.0], [2.0, 1.0]])
+    logprobs, entropy = token_logprobs(
+        hidden, weight, torch.tensor([1]), 0, chunk=1, size=1, group=single_process.collection.tp
+    )
+    expected = torch.tensor([0.0, 1.0, 2.0]).log_softmax(-1)
+    torch.testing.assert_close(logprobs, expected[1:2], atol=2e-3, rtol=0)
+    torch.testing.assert_close(entropy, -(expected.exp() * expected).sum()[None], atol=2e-3, rtol=0)
+
+
 def test_no_labelled_position_gives_an_empty_result_and_a_zero_gradient(single_process):
     hidden, weight = torch.zeros(0, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
-    logprobs, _ = token_logprobs(hidden, weight, torch.zeros(0, dtype=torch.long), 0, 4, single_process.collection.tp)
+    none = torch.zeros(0, dtype=torch.long)
+    logprobs, _ = token_logprobs(hidden, weight, none, 0, chunk=4, group=single_process.collection.tp)
     logprobs.sum().backward()
     assert logprobs.shape == (0,) and weight.grad.abs().sum() == 0
 
