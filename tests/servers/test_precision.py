@@ -54,6 +54,7 @@ def differences(servers, completions, *, in_fp8):
     return torch.cat(found)
 
 
+@pytest.mark.slow
 def test_bfloat16_servers_of_a_trainer_in_fp32(single_process, source, tmp_path):
     require_sglang()
     opened = open_servers(single_process, source, tmp_path, dtype="bfloat16")
@@ -70,6 +71,7 @@ def test_bfloat16_servers_of_a_trainer_in_fp32(single_process, source, tmp_path)
         opened.engine.close()
 
 
+@pytest.mark.slow
 def test_fp8_servers_generate_with_what_was_audited(single_process, source, tmp_path, monkeypatch):
     """By both transports, twice each; a server that was started for other blocks is refused before it gets weights."""
     require_sglang()
