@@ -154,7 +154,8 @@ def test_fp8_changes_what_weights_take_and_how_long_products_last(apart, plan_32
     # Linear layers at 0.75 x 1979 instead of 989 TFLOP/s; attention and the output layer as before.
     for phase in ("score", "train policy", "train reward model"):
         assert 0.66 < fp8.seconds[phase] / plan_32b.seconds[phase] < 0.8
-    assert fp8.seconds["generate"] == plan_32b.seconds["generate"]
+    # FP8 copies of the weights leave a colocated server less room.
+    assert fp8.memory.kv_cache.tokens < plan_32b.memory.kv_cache.tokens
     kept = apart(plan_of, "experiment=oreal_32b", "fp8=blockwise", "fp8.policy.parameters=true")
     (parts,) = [p.parts for p in kept.memory.phases if (p.where, p.phase) == ("stage 1", "train policy")]
     assert parts["policy weights"] == pytest.approx(whole["train policy"]["policy weights"], rel=0.01)
