@@ -260,16 +260,17 @@ class _Builder:
         described = served_config(
             config.model.path,
             geometry,
-            dtype=config.model.dtype,
+            dtype=config.served_dtype,
+            fp8=servers.dtype == "fp8",
             max_positions=config.model.max_sequence_length,
             stop_token_id=self.renderer.stop_token_id,
         )
-        expected = Fingerprint.of(geometry, config.model.dtype)
+        expected = Fingerprint.of(geometry, config.served_dtype, described)
         launcher = Launcher(
             config=servers,
             model=start_directory(self.directory / "servers"),
             weight_loader=LOADER,
-            dtype=config.model.dtype,
+            dtype=config.served_dtype,
             max_sequence_length=config.model.max_sequence_length,
             logs=self.directory / "servers",
             first_device=first_server_device(servers),
@@ -283,7 +284,7 @@ class _Builder:
         fleet = Fleet(terms, stop_token_id=self.renderer.stop_token_id, config_json=described)
         publisher = build_publisher(
             servers,
-            PolicyShards(chunks_of(policy), geometry, self.groups),
+            PolicyShards(chunks_of(policy), geometry, self.groups, getattr(torch, config.served_dtype)),
             directory=Path(servers.weights_dir) if servers.weights_dir is not None else self.directory / "weights",
             config_json=described,
         )

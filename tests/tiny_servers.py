@@ -118,20 +118,23 @@ def open_servers(groups: Any, source: Path, directory: Path, **options: Any) -> 
     policy, geometry = as_policy(source, groups), geometry_of(source)
     said: list[str] = []
     servers = servers_config(**options)
+    dtype = "float32" if servers.dtype is None else "bfloat16"
     config = served_config(
-        str(source), geometry, dtype="float32", max_positions=MAX_SEQUENCE_LENGTH, stop_token_id=STOP
-    )
+        str(source), geometry, dtype=dtype, fp8=servers.dtype == "fp8", max_positions=MAX_SEQUENCE_LENGTH,
+        stop_token_id=STOP,
+    )  # fmt: skip
+    expected = Fingerprint.of(geometry, dtype, config)
     fleet = fleet_of(
         servers,
         directory,
         config,
-        dtype="float32",
+        dtype=dtype,
         max_sequence_length=MAX_SEQUENCE_LENGTH,
         stop_token_id=STOP,
         say=said.append,
-        check=lambda url, description: check_server(url, description, Fingerprint.of(geometry, "float32")),
+        check=lambda url, description: check_server(url, description, expected),
     )
-    shards = PolicyShards(chunks_of(policy), geometry, groups)
+    shards = PolicyShards(chunks_of(policy), geometry, groups, getattr(torch, dtype))
     engine = SGLangEngine(
         fleet,
         build_publisher(servers, shards, directory=directory / "weights", config_json=config),

@@ -27,9 +27,11 @@ from oreal_megatron.config.sections import (
     TokenWeightConfig,
     TrainConfig,
 )
+from oreal_megatron.config.serving import SERVED_BLOCK, served_shape_violations, serving_violations, unserved_shapes
 from oreal_megatron.config.violations import ConfigError, Violation
 
 __all__ = [
+    "SERVED_BLOCK",
     "AdamWConfig",
     "ArithmeticConfig",
     "BalanceBin",
@@ -54,4 +56,7 @@ __all__ = [
     "check_layout",
     "check_resume",
     "parse_config",
+    "served_shape_violations",
+    "serving_violations",
+    "unserved_shapes",
 ]

@@ -23,6 +23,7 @@ from oreal_megatron.config.sections import (
     SftConfig,
     TrackingConfig,
 )
+from oreal_megatron.config.serving import served_shape_violations, serving_violations
 from oreal_megatron.config.violations import ConfigError, Violation
 from oreal_megatron.gpu.recipes import CAPABILITIES, device_problem, recipes_for
 
@@ -199,6 +200,14 @@ def _check_served_heads(rollout: RolloutConfig, model: ModelConfig) -> Iterator[
             )
 
 
+@_check("rollout", "model", "resources")
+def _check_served_fp8(rollout: RolloutConfig, model: ModelConfig, resources: ResourcesConfig) -> Iterator[Violation]:
+    if (servers := rollout.sglang) is not None and servers.dtype == "fp8":
+        yield from serving_violations(servers, CAPABILITIES.get(resources.device))
+        if model.geometry is not None:
+            yield from served_shape_violations(servers, model.geometry)
+
+
 @_check("rollout", "parallel", "resources")
 def _check_resources(
     rollout: RolloutConfig, parallel: ParallelConfig, resources: ResourcesConfig
@@ -327,11 +336,11 @@ _OWN_ARGUMENTS = {
     "tp": "is rollout.sglang.tensor",
     "tp-size": "is rollout.sglang.tensor",
     "tensor-parallel-size": "is rollout.sglang.tensor",
-    "dtype": "is model.dtype",
+    "dtype": "is rollout.sglang.dtype",
     "context-length": "is model.max_sequence_length",
     "max-running-requests": "is rollout.sglang.max_concurrency",
     "skip-tokenizer-init": "is always set: token ids go in and out",
-    "quantization": "cannot be: SGLang 0.5.23 loads no new weights into layers that it has quantised itself",
+    "quantization": "is rollout.sglang.dtype: SGLang loads no new weights into layers that it has quantised itself",
 }
 
 

@@ -243,6 +243,9 @@ class SGLangConfig(Section):
     """On the trainer's devices, in turns with it, or on devices of their own."""
     memory_share: Annotated[float, Field(gt=0.0, lt=1.0)]
     """Of a device's memory, for the served weights and the KV cache together."""
+    dtype: Literal["bfloat16", "fp8"] | None
+    """Of the served weights; null: model.dtype. fp8: linear layers in e4m3, a power of two a block of 128 x 128, the
+    rest in bfloat16. Weights are cast when they are published, and audited as they are served."""
     device: Literal["cpu", "cuda"]
     """Of the servers; launched ones on `cpu` use the directory that `make sglang-deps` fills."""
     host: str
@@ -460,6 +463,12 @@ class TrainConfig(Section):
     sft: SftConfig | None
     evaluation: EvaluationConfig
     tracking: TrackingConfig
+
+    @property
+    def served_dtype(self) -> str:
+        """What servers compute in, and what weights travel in: of a server in FP8, what it leaves in bfloat16."""
+        servers = self.rollout.sglang
+        return self.model.dtype if servers is None or servers.dtype is None else "bfloat16"
 
     @property
     def num_asked_prompts(self) -> int:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from oreal_megatron.config import GeometryConfig
+from oreal_megatron.config import SERVED_BLOCK, GeometryConfig
 from oreal_megatron.convert.families import FAMILIES, family_of
 from oreal_megatron.convert.families.decoder import Family, Head
 from oreal_megatron.convert.rules import Table
@@ -142,18 +142,25 @@ def config_json(geometry: GeometryConfig, head: Head, *, dtype: str, max_positio
 
 
 def served_config(
-    path: str | None, geometry: GeometryConfig, *, dtype: str, max_positions: int, stop_token_id: int
+    path: str | None, geometry: GeometryConfig, *, dtype: str, fp8: bool, max_positions: int, stop_token_id: int
 ) -> dict[str, Any]:
     """config.json of a policy for a server: of model directory `path`, or of a geometry; one token ends a response.
 
-    geometry: with vocab_size.
+    geometry: with vocab_size. dtype: that the server computes in. fp8: it holds linear layers in blocks of e4m3.
     """
     if path is None:
         config = config_json(geometry, "causal", dtype=dtype, max_positions=max_positions)
     else:
         config = dict(read_model(Path(path)).config)
     key = "dtype" if "dtype" in config else "torch_dtype"
-    return {**config, key: dtype, "vocab_size": geometry.vocab_size, "eos_token_id": stop_token_id}
+    config |= {key: dtype, "vocab_size": geometry.vocab_size, "eos_token_id": stop_token_id}
+    if fp8:
+        config["quantization_config"] = {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [SERVED_BLOCK, SERVED_BLOCK],
+        }
+    return config
 
 
 def with_scalar_head(config: Mapping[str, Any]) -> dict[str, Any]:

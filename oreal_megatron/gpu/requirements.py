@@ -11,8 +11,11 @@ from oreal_megatron.config import (
     GeometryConfig,
     ModelConfig,
     ParallelConfig,
+    SGLangConfig,
     TrainConfig,
     Violation,
+    served_shape_violations,
+    serving_violations,
 )
 from oreal_megatron.gpu.probe import Machine, Topic, probe
 from oreal_megatron.gpu.recipes import RECIPES, device_problem, recipes_for
@@ -29,7 +32,8 @@ def check_machine(config: TrainConfig, geometry_of: Callable[[ModelConfig], Geom
     Raises:
         ConfigError: with everything that is asked for and cannot be had here, and how to have it.
     """
-    if not (topics := asked(config)):
+    topics = asked(config)
+    if not topics and _served_in_fp8(config) is None:
         return
     if violations := violations_of(config, geometry_of(config.model), probe(topics)):
         raise ConfigError(violations)
@@ -60,6 +64,11 @@ def violations_of(config: TrainConfig, geometry: GeometryConfig, machine: Machin
     for name, fp8 in config.fp8.models.items():
         found += _fp8_machine_violations(f"fp8.{name}", fp8, machine)
         found += _fp8_shape_violations(f"fp8.{name}", fp8, geometry, config.parallel)
+    if (servers := _served_in_fp8(config)) is not None:
+        found += served_shape_violations(servers, geometry)
+        if not servers.urls:  # they are launched here
+            for capability in sorted({capability for _, capability in machine.devices}):
+                found += serving_violations(servers, capability)
     if config.parallel.fused_weight_gradients and (problem := _apex_problem(machine)):
         remedy = (
             f"{problem}; build NVIDIA's from source (github.com/NVIDIA/apex, with --cuda_ext and fused weight "
@@ -67,6 +76,11 @@ def violations_of(config: TrainConfig, geometry: GeometryConfig, machine: Machin
         )
         found.append(Violation("parallel.fused_weight_gradients", True, remedy))
     return found
+
+
+def _served_in_fp8(config: TrainConfig) -> SGLangConfig | None:
+    servers = config.rollout.sglang
+    return servers if servers is not None and servers.dtype == "fp8" else None
 
 
 def transformer_engine_problem(machine: Machine) -> str | None:

@@ -17,6 +17,8 @@ class Device:
     """Bytes that the driver reports."""
     flops: float | None
     """bf16 multiply-adds counted twice, a second, dense; None: unknown."""
+    fp8_flops: float | None
+    """The same in FP8; None: it has none."""
     bandwidth: float | None
     """Of its memory, bytes a second."""
     link: float | None
@@ -32,14 +34,20 @@ class Device:
 # NVIDIA's data sheets of A100 80GB SXM and H100 SXM; links as in DGX A100 (200 Gb/s a GPU) and DGX H100 (400 Gb/s).
 _CUDA = {"overhead": 3 * GIB, "server_workspace": 3 * GIB, "server_asleep": 2 * GIB}
 _ACCELERATORS = {
-    "a100_80gb": Device(name="A100 80GB", memory=80 * GIB, flops=312e12, bandwidth=2.039e12, link=25e9, **_CUDA),
-    "h100_80gb": Device(name="H100 80GB", memory=81559 * 2**20, flops=989e12, bandwidth=3.35e12, link=50e9, **_CUDA),
+    "a100_80gb": Device(
+        name="A100 80GB", memory=80 * GIB, flops=312e12, bandwidth=2.039e12, link=25e9, fp8_flops=None, **_CUDA
+    ),
+    "h100_80gb": Device(
+        name="H100 80GB", memory=81559 * 2**20, flops=989e12, bandwidth=3.35e12, link=50e9, fp8_flops=1979e12, **_CUDA
+    ),
 }
 
 # Shares of the data sheet's figures that large runs reach. Training: 0.40, as published MFUs of dense models of this
 # size on both devices; a pass without gradients has no waiting optimizer; decoding reads weights and KV cache.
 TRAINING_SHARE = 0.40
 SCORING_SHARE = 0.45
+FP8_SHARE = 0.75
+"""Of these shares, for matrix products in FP8: their operands are rounded at the memory's speed. Assumed."""
 DECODING_SHARE = 0.60
 DECODING_LATENCY = 60e-6
 """Seconds a layer and token beside reading: two all-reduces within a node, and launches."""
@@ -63,6 +71,7 @@ def device_named(name: str, *, sharing: int) -> Device:
         name="CPU",
         memory=_machine_memory() // sharing,
         flops=None,
+        fp8_flops=None,
         bandwidth=None,
         link=None,
         overhead=0,

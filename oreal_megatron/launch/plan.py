@@ -120,6 +120,28 @@ class Sizes:
         """Bytes of a weight."""
         return 2 if self.config.model.dtype == "bfloat16" else 4
 
+    def weight_bytes(self, model: str) -> float:
+        """Bytes of one of `model`'s weights on a device, over all of its weights.
+
+        model: as in the section `fp8`. Transformer Engine keeps the FP8 weights of linear layers from one micro-batch
+        to the next, beside the bf16 ones, or instead of them (`parameters`); where it trains, also transposed. With
+        `parallel.offload` it makes them anew each time.
+        """
+        fp8 = self.config.fp8.models.get(model)
+        if fp8 is None or self.config.parallel.offload:
+            return self.element
+        in_fp8 = (1 if model == "reference" else 2) + (0 if fp8.parameters else self.element)
+        share = self.fp8_share(model)
+        return share * in_fp8 + (1 - share) * self.element
+
+    def fp8_share(self, model: str) -> float:
+        """Of `model`'s weights, those whose products are in FP8."""
+        fp8 = self.config.fp8.models.get(model)
+        if fp8 is None:
+            return 0.0
+        layers = max(self.geometry.num_layers - fp8.bf16_first_layers - fp8.bf16_last_layers, 0)
+        return layers * linear_parameters(self.geometry) / num_parameters(self.geometry)
+
     @property
     def optimizer_element(self) -> float:
         """Bytes of Adam's two moments, and of the fp32 weights where the trained ones are bf16, on one device."""
@@ -141,8 +163,7 @@ def memory_plan(sizes: Sizes, footprints: Sequence[RankFootprint], device: Devic
     config = sizes.config
     phases = [memory for footprint in footprints for memory in _trainer_phases(sizes, footprint, device)]
     kv_cache, server = _kv_cache(sizes, footprints, device, phases)
-    if server is not None:
-        phases = [*phases, server]
+    phases = [*phases, *server]
     per_node = min(config.resources.devices_per_node, sizes.num_devices)
     return MemoryPlan(
         device=device, phases=phases, kv_cache=kv_cache, host_bytes_per_node=per_node * _host_bytes(sizes, footprints)
@@ -153,8 +174,8 @@ def _trainer_phases(sizes: Sizes, footprint: RankFootprint, device: Device) -> l
     config, where = sizes.config, f"stage {footprint.stage}"
     trains_rm = config.objective.uses_reward_model
     policy = _trained("policy", footprint.policy_parameters, sizes)
-    reward_model = _trained("reward model", footprint.reward_model_parameters, sizes) if trains_rm else {}
-    reference = {"reference weights": footprint.policy_parameters * sizes.element}
+    reward_model = _trained("reward_model", footprint.reward_model_parameters, sizes) if trains_rm else {}
+    reference = {"reference weights": int(footprint.policy_parameters * sizes.weight_bytes("reference"))}
     policy_weights = {"policy weights": policy["policy weights"]}
     # Without offload everything is there all the time; with it, what the phase uses.
     everything = policy | reward_model | reference
@@ -180,17 +201,20 @@ def _trainer_phases(sizes: Sizes, footprint: RankFootprint, device: Device) -> l
     memory = _activations(sizes, footprint, with_head=True) | _update(sizes, footprint, device)
     phases.append(phase("train policy", policy, memory | asleep))
     if config.rollout.sglang is not None:
-        served = _served_weights(sizes, config.rollout.sglang) if _colocated(config) else 0
-        buckets = {"buckets": 2 * BUCKET, "served weights": served}
+        buckets = {"buckets": 2 * BUCKET}
+        if _colocated(config):
+            servers = config.rollout.sglang
+            buckets |= {"served weights": served_weights(sizes, servers)} | _arriving(sizes, servers)
         phases.append(phase("reshard", policy_weights, buckets | asleep))
     # A checkpoint is copied to host memory tensor by tensor; on a CPU that is no copy.
     phases.append(phase("save", policy | reward_model, asleep))
     return phases
 
 
-def _trained(name: str, parameters: int, sizes: Sizes) -> dict[str, int]:
+def _trained(model: str, parameters: int, sizes: Sizes) -> dict[str, int]:
+    name = model.replace("_", " ")
     return {
-        f"{name} weights": parameters * sizes.element,
+        f"{name} weights": int(parameters * sizes.weight_bytes(model)),
         f"{name} gradients": parameters * 4,
         f"{name} optimizer": int(parameters * sizes.optimizer_element),
     }
@@ -254,14 +278,23 @@ def _kv_split(sizes: Sizes, tensor: int) -> int:
     return min(tensor, sizes.geometry.num_query_groups)
 
 
-def _served_weights(sizes: Sizes, servers: SGLangConfig) -> int:
-    """Bytes of a server's weights on one of its devices; it serves bf16."""
-    return 2 * num_parameters(sizes.geometry) // servers.tensor
+def served_weights(sizes: Sizes, servers: SGLangConfig) -> int:
+    """Bytes of a server's weights on one of its devices: bf16, and in FP8 one a weight of linear layers."""
+    linear = sizes.geometry.num_layers * linear_parameters(sizes.geometry) if servers.dtype == "fp8" else 0
+    return (2 * num_parameters(sizes.geometry) - linear) // servers.tensor
+
+
+def _arriving(sizes: Sizes, servers: SGLangConfig) -> dict[str, int]:
+    """What a server holds in a publication besides: of FP8 weights copies in bf16, until they are whole."""
+    if servers.dtype != "fp8":
+        return {}
+    return {"weights that arrive": 2 * sizes.geometry.num_layers * linear_parameters(sizes.geometry) // servers.tensor}
 
 
 def _kv_cache(
     sizes: Sizes, footprints: Sequence[RankFootprint], device: Device, phases: Sequence[PhaseMemory]
-) -> tuple[KvCache, PhaseMemory | None]:
+) -> tuple[KvCache, Sequence[PhaseMemory]]:
+    """Also what a server has on its device in each phase, where the device is its own."""
     config, servers = sizes.config, sizes.config.rollout.sglang
     limit = config.model.max_sequence_length
     if servers is None:
@@ -273,8 +306,8 @@ def _kv_cache(
             tokens=batch * slots,
             sequences_at_limit=batch,
             bytes_per_token=sizes.kv_bytes_per_token // _kv_split(sizes, config.parallel.tensor),
-        ), None
-    weights = _served_weights(sizes, servers)
+        ), ()
+    weights = served_weights(sizes, servers)
     allowed, shared = int(servers.memory_share * device.memory), None
     if _colocated(config):
         resident = max(memory.total for memory in phases if memory.phase == "generate")
@@ -295,8 +328,11 @@ def _kv_cache(
         bytes_per_token=per_token,
         shared=shared,
     )
-    # The pool takes what it may: counted as used it would say nothing of a colocated device.
-    return kv_cache, None if _colocated(config) else PhaseMemory("server", "generate", parts)
+    if _colocated(config):
+        return kv_cache, ()  # the pool takes what it may: counted as used it would say nothing
+    arriving = _arriving(sizes, servers)
+    memories = [PhaseMemory("server", "generate", parts)]
+    return kv_cache, [*memories, PhaseMemory("server", "reshard", parts | arriving)] if arriving else memories
 
 
 def _host_bytes(sizes: Sizes, footprints: Sequence[RankFootprint]) -> int:
@@ -304,9 +340,11 @@ def _host_bytes(sizes: Sizes, footprints: Sequence[RankFootprint]) -> int:
     per_stage = []
     for footprint in footprints:
         trained = _trained("policy", footprint.policy_parameters, sizes)
+        parameters = footprint.policy_parameters
         if sizes.config.objective.uses_reward_model:
-            trained |= _trained("reward model", footprint.reward_model_parameters, sizes)
-        checkpoint = sum(size for name, size in trained.items() if "gradients" not in name)
+            trained |= _trained("reward_model", footprint.reward_model_parameters, sizes)
+            parameters += footprint.reward_model_parameters
+        checkpoint = int(parameters * (sizes.element + sizes.optimizer_element))
         away = sum(trained.values()) if sizes.config.parallel.offload else 0
         per_stage.append(checkpoint + away)
     return max(per_stage)
@@ -321,12 +359,18 @@ def rollouts_per_step(config: TrainConfig) -> int:
     return config.num_asked_prompts * config.rollout.samples_per_prompt
 
 
+def linear_parameters(g: GeometryConfig) -> int:
+    """Of one layer, the weights of its linear layers."""
+    head_dim = g.head_dim or g.hidden_size // g.num_attention_heads
+    attention = (2 * g.num_attention_heads + 2 * g.num_query_groups) * head_dim * g.hidden_size
+    return attention + 3 * g.hidden_size * g.ffn_hidden_size
+
+
 def num_parameters(g: GeometryConfig) -> int:
     """Of the unsplit model, for what is not counted on modules: servers, FLOPs, disk."""
     head_dim = g.head_dim or g.hidden_size // g.num_attention_heads
     heads = (g.num_attention_heads + 2 * g.num_query_groups) * head_dim
-    attention = heads * g.hidden_size + g.num_attention_heads * head_dim * g.hidden_size
-    layer = attention + heads * g.qkv_bias + 3 * g.hidden_size * g.ffn_hidden_size + 2 * g.hidden_size
+    layer = linear_parameters(g) + heads * g.qkv_bias + 2 * g.hidden_size
     vocabulary = (g.vocab_size or 0) * g.hidden_size
     return g.num_layers * layer + g.hidden_size + vocabulary * (1 if g.tied_embeddings else 2)
 

@@ -107,7 +107,7 @@ class NodeServers:
             config=self._servers,
             model=start_directory(Path(config.run.dir) / "servers"),
             weight_loader=LOADER,
-            dtype=config.model.dtype,
+            dtype=config.served_dtype,
             max_sequence_length=config.model.max_sequence_length,
             logs=logs,
         )

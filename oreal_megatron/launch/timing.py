@@ -12,7 +12,14 @@ from statistics import median
 from oreal_megatron.config import TrainConfig
 from oreal_megatron.launch import hardware
 from oreal_megatron.launch.hardware import Device
-from oreal_megatron.launch.plan import KvCache, Sizes, num_parameters, rollouts_per_step
+from oreal_megatron.launch.plan import (
+    KvCache,
+    Sizes,
+    linear_parameters,
+    num_parameters,
+    rollouts_per_step,
+    served_weights,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +87,13 @@ def phase_seconds(sizes: Sizes, device: Device, kv_cache: KvCache, work: Workloa
     config = sizes.config
     seconds = {"generate": _generate(sizes, device, kv_cache, work)}
     if config.objective.beta > 0:
-        seconds["score"] = _pass(sizes, device, work, passes=1.0, share=hardware.SCORING_SHARE)
+        seconds["score"] = _pass(sizes, device, work, "reference", passes=1.0, share=hardware.SCORING_SHARE)
     # Forward, twice that backward, and what is computed again.
     again = {"none": 0.0, "selective": 0.7, "full": 1.0}[config.parallel.recompute]
-    training = _pass(sizes, device, work, passes=3.0 + again, share=hardware.TRAINING_SHARE)
-    if config.objective.uses_reward_model:
-        seconds["train reward model"] = training
-    seconds["train policy"] = training
+    for model in ("reward_model", "policy") if config.objective.uses_reward_model else ("policy",):
+        seconds[f"train {model.replace('_', ' ')}"] = _pass(
+            sizes, device, work, model, passes=3.0 + again, share=hardware.TRAINING_SHARE
+        )
     if config.parallel.offload:
         seconds["offload"] = _offload(sizes)
     if (servers := config.rollout.sglang) is not None:
@@ -95,15 +102,26 @@ def phase_seconds(sizes: Sizes, device: Device, kv_cache: KvCache, work: Workloa
     return seconds
 
 
-def _pass(sizes: Sizes, device: Device, work: Workload, *, passes: float, share: float) -> float:
-    """Seconds of `passes` forward passes' worth of arithmetic over the trained sequences, bubbles included."""
-    assert device.flops is not None
+def _pass(sizes: Sizes, device: Device, work: Workload, model: str, *, passes: float, share: float) -> float:
+    """Seconds of `passes` forward passes' worth of arithmetic over the trained sequences, bubbles included.
+
+    model: as in the section `fp8`.
+    """
     parallel = sizes.config.parallel
     tokens = work.trained_sequences * work.mean_tokens
-    arithmetic = tokens * flops_per_token(sizes, work.mean_tokens) * passes / (sizes.num_devices * share * device.flops)
+    in_fp8 = 2 * sizes.fp8_share(model) * num_parameters(sizes.geometry)
+    per_token = _product_seconds(device, flops_per_token(sizes, work.mean_tokens), in_fp8, share)
+    arithmetic = tokens * per_token * passes / sizes.num_devices
     micro_batches = max(ceil(tokens / sizes.data / parallel.micro_batch_tokens), 1)
     bubble = (parallel.pipeline - 1) / (parallel.virtual_pipeline * micro_batches)
     return arithmetic * (1 + bubble)
+
+
+def _product_seconds(device: Device, flops: float, in_fp8: float, share: float) -> float:
+    """Of matrix products, of which so many FLOPs are in FP8, at `share` of the device's figures."""
+    assert device.flops is not None
+    fast = in_fp8 / (hardware.FP8_SHARE * device.fp8_flops) if device.fp8_flops else in_fp8 / device.flops
+    return (fast + (flops - in_fp8) / device.flops) / share
 
 
 def flops_per_token(sizes: Sizes, length: float) -> float:
@@ -116,25 +134,29 @@ def flops_per_token(sizes: Sizes, length: float) -> float:
 
 def _generate(sizes: Sizes, device: Device, kv_cache: KvCache, work: Workload) -> float:
     """Decoding, bound by reading weights and KV cache; the longest response bounds it from below."""
-    assert device.bandwidth is not None and device.flops is not None
+    assert device.bandwidth is not None
     servers = sizes.config.rollout.sglang
     tensor = servers.tensor if servers else sizes.config.parallel.tensor
-    weights = 2 * num_parameters(sizes.geometry) / tensor
+    weights = served_weights(sizes, servers) if servers else 2 * num_parameters(sizes.geometry) / tensor
+    fp8 = servers is not None and servers.dtype == "fp8"
+    in_fp8 = 2 * sizes.geometry.num_layers * linear_parameters(sizes.geometry) if fp8 else 0
     per_holder = work.rollouts / kv_cache.num_holders
     live = work.mean_prompt_tokens + work.mean_response_tokens / 2
     at_once = max(min(per_holder, kv_cache.tokens / work.mean_tokens), 1.0)
 
+    def product_seconds(length: float, share: float) -> float:
+        return _product_seconds(device, flops_per_token(sizes, length), in_fp8, share) / tensor
+
     def token_seconds(sequences: float, length: float) -> float:
         read = weights + sequences * length * kv_cache.bytes_per_token
-        computed = sequences * flops_per_token(sizes, length) / tensor / (hardware.SCORING_SHARE * device.flops)  # type: ignore[operator]
+        computed = sequences * product_seconds(length, hardware.SCORING_SHARE)
         reading = read / (hardware.DECODING_SHARE * device.bandwidth)  # type: ignore[operator]
         return max(reading, computed) + hardware.DECODING_LATENCY * sizes.geometry.num_layers
 
     bulk = per_holder / at_once * work.mean_response_tokens * token_seconds(at_once, live)
     tail = work.max_response_tokens * token_seconds(1.0, work.max_response_tokens / 2)
     prefill = per_holder / sizes.config.rollout.samples_per_prompt * work.mean_prompt_tokens
-    reading_prompts = prefill * flops_per_token(sizes, work.mean_prompt_tokens) / tensor / (0.45 * device.flops)
-    return max(bulk, tail) + reading_prompts
+    return max(bulk, tail) + prefill * product_seconds(work.mean_prompt_tokens, hardware.SCORING_SHARE)
 
 
 def _offload(sizes: Sizes) -> float:

@@ -82,7 +82,7 @@ def transformer_config(
         overlap_p2p_comm=layout.virtual_pipeline > 1,
         batch_p2p_comm=layout.virtual_pipeline == 1,
         **_recompute_fields(layout.recompute, transformer_engine),
-        **fp8_fields(fp8),
+        **fp8_fields(fp8, offload=layout.offload),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -115,7 +115,7 @@ def _recompute_fields(recompute: str, transformer_engine: bool) -> dict[str, Any
     return {}
 
 
-def fp8_fields(fp8: Fp8ModelConfig | None) -> dict[str, Any]:
+def fp8_fields(fp8: Fp8ModelConfig | None, *, offload: bool) -> dict[str, Any]:
     """The fields of TransformerConfig that ask for FP8."""
     if fp8 is None:
         return {}
@@ -131,6 +131,8 @@ def fp8_fields(fp8: Fp8ModelConfig | None) -> dict[str, Any]:
         # Delayed scaling agrees on largest values at the end of every pass. Data-parallel ranks make different numbers
         # of passes and would wait for each other for ever; tensor and context ranks share theirs.
         "tp_only_amax_red": True,
+        # Else FP8 copies of the weights stay from one micro-batch to the next, and nobody would park them.
+        "disable_parameter_transpose_cache": offload,
     }
 
 

@@ -93,6 +93,12 @@ class ParallelGroups:
         dist.all_reduce(total, group=self.collection.dp)
         return total
 
+    def max_over_world(self, values: torch.Tensor) -> torch.Tensor:
+        """The largest of every process's `values`, element by element."""
+        largest = values.to(device())
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest
+
     def gather_over_data(self, mine: list[T]) -> list[list[T]]:
         """Every data-parallel rank's list, in rank order, on every rank."""
         parts: list[Any] = [None] * self.data_size

@@ -107,7 +107,6 @@ class DirectTransport:
                 task = Receive(
                     meeting=self._meeting,
                     number=number * self._layout.tensor + rank,
-                    dtype=self._desk.dtype,
                     bucket_bytes=self._bucket_bytes,
                     backend=collective_backend(),
                     rectangles=plan.of_receiver(At(number, rank)) if with_plan else None,

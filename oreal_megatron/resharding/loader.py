@@ -13,7 +13,8 @@ import json
 import pickle
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -23,19 +24,69 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oreal_megatron.resharding.checksums import whole
+from oreal_megatron.resharding.fp8 import E4M3, quantise_into
 from oreal_megatron.resharding.plan import Rectangle
+from oreal_megatron.resharding.served import scales_of
 from oreal_megatron.resharding.transport import Meeting, Receiver, join, unpack
 
 _JOIN, _PART = b"join", b"part"
+_OF_KV_CACHE = (".k_scale", ".v_scale")
 
 
 class Task(Protocol):
     """What a worker shall do; one of those below."""
 
-    def carry_out(
-        self, parameters: Mapping[str, Tensor], buffers: Sequence[Tensor], store: dist.Store
-    ) -> Mapping[str, int] | None:
-        """parameters: the worker's. buffers: what came with the order. Returns what the report shall say."""
+    def carry_out(self, held: Held, buffers: Sequence[Tensor], store: dist.Store) -> Mapping[str, int] | None:
+        """held: by the worker. buffers: what came with the order. Returns what the report shall say."""
+
+
+class Held(Mapping[str, Tensor]):
+    """A worker's parameters, to write what arrives into; of those in FP8, copies in the dtype that travels.
+
+    Blocks are quantised when all of their weight is there. What waits for the rest of its weight is beside the
+    parameters; in a direct publication that may be all of them.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], dtype: torch.dtype):
+        """dtype: of what travels."""
+        self.parameters = parameters
+        self.dtype = dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        parameter = self.parameters[name]
+        if parameter.dtype != E4M3:
+            return parameter
+        if name not in _waiting:
+            _waiting[name] = torch.empty(parameter.shape, dtype=self.dtype, device=parameter.device)
+        return _waiting[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parameters)
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+    def blank(self) -> None:
+        """A server that starts without weights holds random numbers, in the padding too, which nobody sends."""
+        for parameter in self.parameters.values():
+            parameter.zero_()
+        _waiting.clear()
+        _num_arrived.clear()
+
+    def arrived(self, rectangles: Iterable[Rectangle]) -> None:
+        """These have been written: quantises what is complete."""
+        for item in rectangles:
+            if item.target in _waiting:
+                _num_arrived[item.target] += item.num_elements
+        for name in [name for name, copy in _waiting.items() if _num_arrived[name] == copy.numel()]:
+            quantise_into(self.parameters[name], self.parameters[scales_of(name)], _waiting.pop(name))
+            del _num_arrived[name]
+
+
+_waiting: dict[str, Tensor] = {}
+"""Copies of FP8 weights that have not arrived as a whole: the buckets of a publication may be orders of their own."""
+_num_arrived: Counter[str] = Counter()
+"""Elements, by weight."""
 
 
 @dataclass(frozen=True)
@@ -45,23 +96,22 @@ class Receive:
     meeting: Meeting
     number: int
     """The worker's, among all receivers."""
-    dtype: str
     bucket_bytes: int
     backend: str
     rectangles: Mapping[int, Sequence[Rectangle]] | None
     """By sender; None: as before in this meeting."""
 
-    def carry_out(
-        self, parameters: Mapping[str, Tensor], buffers: Sequence[Tensor], store: dist.Store
-    ) -> Mapping[str, int] | None:
+    def carry_out(self, held: Held, buffers: Sequence[Tensor], store: dist.Store) -> Mapping[str, int] | None:
         try:
-            self._receiver(parameters, store).receive(parameters)
+            receiver = self._receiver(held, store)
+            receiver.receive(held)
         except Exception:
             _joined.clear()  # senders that wait for this worker hear at once that it is gone
             raise
+        held.arrived(receiver.rectangles)
         return None
 
-    def _receiver(self, parameters: Mapping[str, Tensor], store: dist.Store) -> Receiver:
+    def _receiver(self, held: Held, store: dist.Store) -> Receiver:
         meeting = self.meeting
         if meeting.name not in _joined:
             if self.rectangles is None:
@@ -76,10 +126,10 @@ class Receive:
                 meeting.num_receivers,
                 self.rectangles,
                 meeting.num_senders,
-                dtype=getattr(torch, self.dtype),
+                dtype=held.dtype,
                 bucket_bytes=self.bucket_bytes,
             )
-            _blank(parameters)
+            held.blank()
         return _joined[meeting.name]
 
 
@@ -97,15 +147,14 @@ class Unpack:
     file: str | None
     """Where the bucket is mapped; None: it comes with the order."""
 
-    def carry_out(
-        self, parameters: Mapping[str, Tensor], buffers: Sequence[Tensor], store: dist.Store
-    ) -> Mapping[str, int] | None:
+    def carry_out(self, held: Held, buffers: Sequence[Tensor], store: dist.Store) -> Mapping[str, int] | None:
         if self.is_first:
-            _blank(parameters)
+            held.blank()
         if self.rectangles:
-            size, dtype = sum(item.num_elements for item in self.rectangles), next(iter(parameters.values())).dtype
-            bucket = buffers[0] if self.file is None else torch.from_file(self.file, True, size, dtype=dtype)
-            unpack(self.rectangles, bucket, parameters)
+            size = sum(item.num_elements for item in self.rectangles)
+            bucket = buffers[0] if self.file is None else torch.from_file(self.file, True, size, dtype=held.dtype)
+            unpack(self.rectangles, bucket, held)
+            held.arrived(self.rectangles)
         return None
 
 
@@ -113,10 +162,8 @@ class Unpack:
 class Audit:
     """Checksums of all that the worker holds."""
 
-    def carry_out(
-        self, parameters: Mapping[str, Tensor], buffers: Sequence[Tensor], store: dist.Store
-    ) -> Mapping[str, int] | None:
-        return {name: whole(parameter) for name, parameter in parameters.items()}
+    def carry_out(self, held: Held, buffers: Sequence[Tensor], store: dist.Store) -> Mapping[str, int] | None:
+        return {name: whole(parameter) for name, parameter in held.parameters.items()}
 
 
 @dataclass(frozen=True)
@@ -129,8 +176,9 @@ class Order:
     timeout_seconds: float
     report_key: str
     dtype: str
-    shapes: Mapping[str, tuple[int, ...]]
-    """What the trainer takes the worker's tensors for."""
+    """Of what travels."""
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    """What the trainer takes the worker's for: dtype and shape."""
     task: Receive | Unpack | Audit
 
     def encoded(self) -> Tensor:
@@ -195,11 +243,11 @@ def load(model: torch.nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) ->
     except Exception:
         traceback.print_exc()  # nobody to report to
         return
-    parameters = dict(model.named_parameters())
     try:
-        _check_shapes(parameters, order.shapes, order.dtype)
+        held = Held(_parameters(model), getattr(torch, order.dtype))
+        _check_tensors(held.parameters, order.tensors)
         with torch.no_grad():
-            checksums = order.task.carry_out(parameters, [buffer for _, buffer in buffers], store)
+            checksums = order.task.carry_out(held, [buffer for _, buffer in buffers], store)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # whoever reads the report may use a shared bucket anew
         report = WorkerReport(checksums=checksums, seconds=time.perf_counter() - begun)
@@ -211,19 +259,19 @@ def load(model: torch.nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) ->
         traceback.print_exc()
 
 
-def _blank(parameters: Mapping[str, Tensor]) -> None:
-    """A server that starts without weights holds random numbers, in the padding too, which nobody sends."""
-    for parameter in parameters.values():
-        parameter.zero_()
+def _parameters(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Without the scales of an FP8 KV cache, which are SGLang's own and no part of the weights."""
+    return {name: parameter for name, parameter in model.named_parameters() if not name.endswith(_OF_KV_CACHE)}
 
 
-def _check_shapes(parameters: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
+def _check_tensors(parameters: Mapping[str, Tensor], planned: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     """Raises ValueError, with every difference, where the server's tensors are not those that the plan fills."""
-    problems = [f"{name}: planned, and not in the server" for name in shapes.keys() - parameters.keys()]
-    problems += [f"{name}: in the server, and not planned" for name in parameters.keys() - shapes.keys()]
-    for name in shapes.keys() & parameters.keys():
+    problems = [f"{name}: planned, and not in the server" for name in planned.keys() - parameters.keys()]
+    problems += [f"{name}: in the server, and not planned" for name in parameters.keys() - planned.keys()]
+    for name in planned.keys() & parameters.keys():
+        dtype, shape = planned[name]
         found, kind = tuple(parameters[name].shape), str(parameters[name].dtype).removeprefix("torch.")
-        if (found, kind) != (tuple(shapes[name]), dtype):
-            problems.append(f"{name}: {kind} {list(found)} in the server, planned {dtype} {list(shapes[name])}")
+        if (kind, found) != (dtype, tuple(shape)):
+            problems.append(f"{name}: {kind} {list(found)} in the server, planned {dtype} {list(shape)}")
     if problems:
         raise ValueError("the server holds other tensors than the plan fills:\n  " + "\n  ".join(sorted(problems)))

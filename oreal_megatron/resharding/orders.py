@@ -46,8 +46,12 @@ class Desk:
         self.timeout_seconds = timeout_seconds
         self.tensor = layout.tensor
         self.dtype = str(shards.dtype).removeprefix("torch.")
-        self._shapes: list[Mapping[str, tuple[int, ...]]] = [
-            {tensor.name: tensor.shape for tensor in served_tensors(shards.table, shards.geometry, layout, rank)}
+        self._tensors: list[Mapping[str, tuple[str, tuple[int, ...]]]] = [
+            {
+                name: kind
+                for tensor in served_tensors(shards.table, shards.geometry, layout, rank)
+                for name, kind in tensor.held(self.dtype).items()
+            }
             for rank in range(layout.tensor)
         ]
         self.store: dist.TCPStore | None = None
@@ -71,7 +75,7 @@ class Desk:
             timeout_seconds=self.timeout_seconds,
             report_key=f"reports/{uuid.uuid4().hex}",
             dtype=self.dtype,
-            shapes=self._shapes[rank],
+            tensors=self._tensors[rank],
             task=task,
         )
         return Written(order.report_key, pickled([("order", order.encoded())]))

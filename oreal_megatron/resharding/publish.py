@@ -55,7 +55,9 @@ def build_publisher(
         ValueError: the model does not split over a server's ranks.
     """
     layout = EngineLayout(
-        tensor=servers.tensor, feed_forward_multiple=CPU_FEED_FORWARD_MULTIPLE if servers.device == "cpu" else 1
+        tensor=servers.tensor,
+        feed_forward_multiple=CPU_FEED_FORWARD_MULTIPLE if servers.device == "cpu" else 1,
+        fp8=servers.dtype == "fp8",
     )
     layout.check(shards.geometry)
     # Workers give up before the HTTP request that made them wait does, so that they can say why.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from oreal_megatron.config import GeometryConfig
+from oreal_megatron.config import SERVED_BLOCK, GeometryConfig, unserved_shapes
 from oreal_megatron.convert.rules import Box, Copy, Interval, Table
 
 _MERGED = {
@@ -24,6 +24,7 @@ LOADER = "oreal_megatron.resharding.loader.load"
 CPU_FEED_FORWARD_MULTIPLE = 32
 """Of SGLang's servers on CPU, and there alone (`DEFAULT_MOE_PADDING_SIZE`)."""
 
+_LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -37,6 +38,8 @@ class EngineLayout:
     """Rows that SGLang pads the vocabulary to a multiple of (`DEFAULT_VOCAB_PADDING_SIZE`)."""
     feed_forward_multiple: int = 1
     """Feed-forward columns that a rank's share is padded to a multiple of, with zeros; 1: it is not padded."""
+    fp8: bool = False
+    """The weights of linear layers are served in FP8."""
 
     def check(self, geometry: GeometryConfig) -> None:
         """Raises ValueError, with every reason, where an engine cannot serve a model of this geometry so."""
@@ -55,6 +58,8 @@ class EngineLayout:
             )
             if is_wrong
         ]
+        if self.fp8:
+            problems += unserved_shapes(geometry, self.tensor)
         if problems:
             raise ValueError("the model does not split: " + "; ".join(problems))
 
@@ -75,11 +80,29 @@ class ServedTensor:
     shape: tuple[int, ...]
     parts: tuple[Copy, ...]
     """The Hugging Face rectangles that make it up, by rows; rows of padding have none."""
+    is_fp8: bool = False
+    """It is served in e4m3, beside a tensor of scales."""
+
+    def held(self, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """What a server holds of it: name -> (dtype, shape). dtype: of what is not in FP8."""
+        if not self.is_fp8:
+            return {self.name: (dtype, self.shape)}
+        return {self.name: ("float8_e4m3fn", self.shape), scales_of(self.name): ("float32", self.num_blocks)}
+
+    @property
+    def num_blocks(self) -> tuple[int, ...]:
+        """The shape of its scales."""
+        return tuple(size // SERVED_BLOCK for size in self.shape)
 
     @property
     def num_elements(self) -> int:
         """Without padding."""
         return sum(part.box.num_elements for part in self.parts)
+
+
+def scales_of(name: str) -> str:
+    """SGLang's name for the scales of an FP8 weight: what e4m3 numbers are multiplied by."""
+    return f"{name}_scale_inv"
 
 
 def served_tensors(table: Table, geometry: GeometryConfig, layout: EngineLayout, rank: int) -> Iterator[ServedTensor]:
@@ -99,7 +122,8 @@ def served_tensors(table: Table, geometry: GeometryConfig, layout: EngineLayout,
             if box.num_elements:
                 parts.append(Copy(source, box, (rows, rows + box.shape[0])))
             rows += held.shape[0]
-        yield ServedTensor(name, (rows, *held.shape[1:]), tuple(parts))
+        is_fp8 = layout.fp8 and name.endswith(".weight") and name.split(".")[-2] in _LINEAR
+        yield ServedTensor(name, (rows, *held.shape[1:]), tuple(parts), is_fp8)
 
 
 def whole_tensors(table: Table) -> Iterator[ServedTensor]:

@@ -18,13 +18,21 @@ from oreal_megatron.resharding.plan import TrainerLayout
 class PolicyShards:
     """The policy, as every transport sees it."""
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], geometry: GeometryConfig, groups: ParallelGroups):
-        """chunks: this rank's GPTModels. geometry: with vocab_size, without padding. Every rank makes one."""
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        geometry: GeometryConfig,
+        groups: ParallelGroups,
+        dtype: torch.dtype | None = None,
+    ):
+        """chunks: this rank's GPTModels. geometry: with vocab_size, without padding. dtype: that they are published in;
+        None: their own. Every rank makes one."""
         self.chunks = chunks
         self.geometry = geometry
         self.groups = groups
         self.table = family_of(geometry).table(geometry, "causal")
-        self.dtype = next(chunks[0].parameters()).dtype
+        self.dtype = dtype or next(chunks[0].parameters()).dtype
+        """What travels, whatever the policy has."""
         self._parameters: dict[str, torch.nn.Parameter] = {}
         rows_a_rank = 1
         for chunk in chunks:
@@ -41,7 +49,7 @@ class PolicyShards:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """This rank's, by Megatron's name; a tied embedding has one name on every stage."""
+        """This rank's, in the policy's own dtype, by Megatron's name; a tied embedding has one name on every stage."""
         return {name: parameter.detach() for name, parameter in self._parameters.items()}
 
     @property

@@ -125,6 +125,11 @@ class Receiver:
         self._buckets = [(sender, run) for sender, _ in order for run in buckets(plan[sender], half)]
         self._buffers = _Buffers(run for _, run in self._buckets)
 
+    @property
+    def rectangles(self) -> Iterator[Rectangle]:
+        """All that this rank receives."""
+        return (item for _, run in self._buckets for item in run)
+
     def receive(self, parameters: Mapping[str, Tensor]) -> None:
         """Receives everything that the plan gives this rank, into `parameters` by SGLang's name."""
         coming: list[tuple[Any, Sequence[Rectangle], Tensor]] = []

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from oreal_megatron.config import GeometryConfig
-from oreal_megatron.convert.huggingface import geometry_of
+from oreal_megatron.convert.huggingface import geometry_of, read_model
 from oreal_megatron.rollout.client import ServerDescription
 
 _OLDEST_SGLANG = (0, 5, 23)
@@ -18,15 +18,18 @@ _OLDEST_SGLANG = (0, 5, 23)
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What weights and token ids depend on: sizes, biases, norms, vocabulary, rotary embedding, dtype."""
+    """What weights and token ids depend on: sizes, biases, norms, vocabulary, rotary embedding, dtype, FP8."""
 
     fields: Mapping[str, Any]
 
     @classmethod
-    def of(cls, geometry: GeometryConfig, dtype: str) -> Fingerprint:
-        """geometry: with vocab_size; its biases and norms tell the architecture."""
+    def of(cls, geometry: GeometryConfig, dtype: str, config_json: Mapping[str, Any]) -> Fingerprint:
+        """geometry: with vocab_size; its biases and norms tell the architecture. config_json: says how it is
+        quantised."""
         head_dim = geometry.head_dim or geometry.hidden_size // geometry.num_attention_heads
-        return cls({**geometry.model_dump(exclude={"init_std"}), "head_dim": head_dim, "dtype": dtype})
+        quantisation = config_json.get("quantization_config")
+        sizes = geometry.model_dump(exclude={"init_std"})
+        return cls({**sizes, "head_dim": head_dim, "dtype": dtype, "quantization_config": quantisation})
 
     def __str__(self) -> str:
         text = json.dumps(self.fields, sort_keys=True)
@@ -46,7 +49,7 @@ def check_server(url: str, description: ServerDescription, expected: Fingerprint
             f"{url} serves {description.model_path}, whose config.json cannot be read here, so it cannot be compared "
             "with the policy: start the server from a directory that both see"
         )
-    served = Fingerprint.of(geometry_of(path), description.dtype)
+    served = Fingerprint.of(geometry_of(path), description.dtype, read_model(path).config)
     if served.fields != expected.fields:
         differing = ", ".join(
             f"{name} {served.fields[name]!r} instead of {value!r}"

@@ -1,19 +1,22 @@
-"""Four trainer ranks publish to two servers of TP2, whose workers run the real loader without SGLang round it.
+"""Trainer ranks publish to servers whose workers run the real loader without SGLang round it.
 
-    python -m tests.distributed.publication_worker SOURCE LAYOUT    layout: degrees, as JSON
+    python -m tests.distributed.publication_worker SOURCE SETTING    SETTING: see below, as JSON
 
-Workers are processes that hold parameters as SGLang's do; a pipe stands for HTTP. Everything is forked from this
-process, which has imported everything. Exits with an error where a tensor differs.
+Workers are processes that hold parameters as SGLang's do; a pipe stands for HTTP. On a CPU everything is forked from
+this process, which has imported everything. Exits with an error where a tensor differs.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import sys
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -31,8 +34,8 @@ from oreal_megatron.convert.module import load_weights
 from oreal_megatron.models.architecture import build_gpt
 from oreal_megatron.models.chunks import chunks_of
 from oreal_megatron.models.policy import Policy
-from oreal_megatron.parallel.device import device_seam
-from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
+from oreal_megatron.parallel.device import device, device_seam
+from oreal_megatron.parallel.groups import parallel_groups
 from oreal_megatron.resharding import loader
 from oreal_megatron.resharding.audit import Auditor
 from oreal_megatron.resharding.direct import DirectTransport
@@ -43,31 +46,69 @@ from oreal_megatron.resharding.served import LOADER, EngineLayout, served_tensor
 from oreal_megatron.resharding.shards import PolicyShards
 from tests.unit.resharding.test_plan import served
 
-FORK = multiprocessing.get_context("fork")
-WORLD, NUM_SERVERS = 4, 2
-LAYOUT = EngineLayout(count=NUM_SERVERS, tensor=2, feed_forward_multiple=32)
-BUCKET_BYTES = 4096
+
+@dataclass(frozen=True)
+class Setting:
+    """Who publishes to whom, and how."""
+
+    layout: dict[str, int]
+    """Degrees of the trainer, which is in fp32."""
+    world: int = 4
+    served: str = "float32"
+    """What servers hold: float32, bfloat16 or fp8."""
+    num_servers: int = 2
+    server_ranks: int = 2
+    transports: Sequence[str] = ("direct", "ipc", "direct")
+    device: str = "cpu"
+    bucket_bytes: int = 4096
+
+    @property
+    def engines(self) -> EngineLayout:
+        return EngineLayout(
+            count=self.num_servers, tensor=self.server_ranks, feed_forward_multiple=32, fp8=self.served == "fp8"
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That travels."""
+        return torch.float32 if self.served == "float32" else torch.bfloat16
+
+    @property
+    def processes(self) -> Any:
+        """CUDA cannot be used in a fork of a process that has looked for it."""
+        return multiprocessing.get_context("fork" if self.device == "cpu" else "spawn")
 
 
 class Model:
     """What the loader needs of SGLang's model."""
 
-    def __init__(self, geometry: GeometryConfig, rank: int):
+    def __init__(self, geometry: GeometryConfig, setting: Setting, rank: int):
         table = family_of(geometry).table(geometry, "causal")
-        self.tensors = {t.name: torch.randn(t.shape) for t in served_tensors(table, geometry, LAYOUT, rank)}
+        self.tensors = {
+            name: torch.randn(shape).to(setting.device, getattr(torch, dtype))
+            for tensor in served_tensors(table, geometry, setting.engines, rank)
+            for name, (dtype, shape) in tensor.held(str(setting.dtype).removeprefix("torch.")).items()
+        }
 
     def named_parameters(self) -> Any:
         return self.tensors.items()
 
 
-def work(pipe: Connection, geometry: GeometryConfig, rank: int) -> None:
-    """A tensor-parallel worker: loads what it is sent, and shows what it holds when it is sent nothing."""
-    model = Model(geometry, rank)
+def work(pipe: Connection, geometry: GeometryConfig, setting: Setting, server: int, rank: int) -> None:
+    """A tensor-parallel worker: loads what it is sent; shows what it holds; doubles one number of a tensor."""
+    if setting.device != "cpu":
+        torch.cuda.set_device((server * setting.server_ranks + rank) % setting.world)
+    model = Model(geometry, setting, rank)
     while True:
         payload = pipe.recv_bytes()
-        if payload:
+        if payload == b"show":
+            pipe.send({name: tensor.float().cpu().numpy() for name, tensor in model.tensors.items()})
+        elif payload.startswith(b"tamper "):
+            model.tensors[payload.split()[1].decode()].view(-1)[-1] *= 2
+            pipe.send(None)
+        else:
             loader.load(model, pickle.loads(payload))  # type: ignore[arg-type]
-        pipe.send(None if payload else {name: tensor.numpy() for name, tensor in model.tensors.items()})
+            pipe.send(None)
 
 
 @dataclass
@@ -77,7 +118,7 @@ class Server:
     index: int
     name: str
     pipes: list[Connection]
-    processes: list[Any]
+    pids: list[int]
     pool: ThreadPoolExecutor
 
     def ask(self, payloads: list[bytes]) -> list[Any]:
@@ -93,23 +134,27 @@ class Server:
         return self.pool.submit(self.ask, payloads)
 
 
-def main(source: Path, layout: dict[str, int]) -> None:
+def main(source: Path, setting: Setting) -> None:
     torch.set_num_threads(1)
     geometry = geometry_of(source)
     servers = []
-    for number in range(NUM_SERVERS):
-        pipes, processes = [], []
-        for rank in range(LAYOUT.tensor):
-            ours, theirs = FORK.Pipe()
-            processes.append(FORK.Process(target=work, args=(theirs, geometry, rank), daemon=True))
-            processes[-1].start()
+    for number in range(setting.num_servers):
+        pipes, pids = [], []
+        for rank in range(setting.server_ranks):
+            ours, theirs = setting.processes.Pipe()
+            worker = setting.processes.Process(target=work, args=(theirs, geometry, setting, number, rank), daemon=True)
+            worker.start()
             theirs.close()
             pipes.append(ours)
-        servers.append((number, f"server {number}", pipes, processes))
+            pids.append(worker.pid)
+        servers.append((number, f"server {number}", pipes, pids))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [FORK.Process(target=publish, args=(r, port, source, layout, servers)) for r in range(WORLD)]
+    ranks = [
+        setting.processes.Process(target=publish, args=(rank, port, source, setting, servers))
+        for rank in range(setting.world)
+    ]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -117,11 +162,17 @@ def main(source: Path, layout: dict[str, int]) -> None:
     sys.exit(any(rank.exitcode for rank in ranks))
 
 
-def publish(rank: int, port: int, source: Path, layout: dict[str, int], opened: list[Any]) -> None:
-    where = {"RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def publish(rank: int, port: int, source: Path, setting: Setting, opened: list[Any]) -> None:
+    where = {
+        "RANK": rank,
+        "WORLD_SIZE": setting.world,
+        "LOCAL_RANK": rank,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ |= {name: str(value) for name, value in where.items()}
     geometry = geometry_of(source)
-    config = ParallelConfig(micro_batch_tokens=64, timeout_seconds=120, **layout)
+    config = ParallelConfig(micro_batch_tokens=64, timeout_seconds=120, **setting.layout)
     with device_seam(), parallel_groups(config, seed=0) as groups:
         model = ModelConfig(
             path=str(source), geometry=None, tokenizer="unused", implementation="local", dtype="float32",
@@ -131,33 +182,54 @@ def publish(rank: int, port: int, source: Path, layout: dict[str, int], opened: 
             Policy, geometry, model, groups,
             vocab_size=geometry.vocab_size, seed=0, tied_embeddings=geometry.tied_embeddings,
         )  # fmt: skip
-        chunks = chunks_of(policy)
+        chunks = [chunk.to(device()) for chunk in chunks_of(policy)]
         for chunk in chunks:
             load_weights(chunk, source, groups)
-        shards = PolicyShards(chunks, geometry, groups)
+        shards = PolicyShards(chunks, geometry, groups, setting.dtype)
         servers = [Server(*one, ThreadPoolExecutor(1)) for one in opened] if groups.is_main else []
-        carry_out(groups, shards, servers, source)
+        carry_out(setting, shards, servers, source)
 
 
-def carry_out(groups: ParallelGroups, shards: PolicyShards, servers: list[Any], source: Path) -> None:
-    desk = Desk(shards, LAYOUT, timeout_seconds=60)
-    auditor = Auditor(shards, LAYOUT, desk)
-    direct = Publisher(DirectTransport(shards, LAYOUT, desk, bucket_bytes=BUCKET_BYTES), auditor)
-    ipc = Publisher(IpcTransport(shards, LAYOUT, desk, bucket_bytes=BUCKET_BYTES), auditor)
-    for number, publisher in enumerate((direct, ipc, direct), start=1):
+def carry_out(setting: Setting, shards: PolicyShards, servers: list[Any], source: Path) -> None:
+    desk = Desk(shards, setting.engines, timeout_seconds=60)
+    auditor = Auditor(shards, setting.engines, desk)
+    kinds = {"direct": DirectTransport, "ipc": IpcTransport}
+    publishers = {
+        name: Publisher(kinds[name](shards, setting.engines, desk, bucket_bytes=setting.bucket_bytes), auditor)
+        for name in dict.fromkeys(setting.transports)
+    }
+    for number, transport in enumerate(setting.transports, start=1):
         double(shards)
-        delivery = publisher.deliver(servers)
+        delivery = publishers[transport].deliver(servers)
         assert not delivery.failures, delivery.failures
-        compare(servers, source, shards.geometry, factor=2**number)
+        compare(setting, servers, source, shards.geometry, factor=2**number)
+    if setting.served == "fp8":
+        find_another_scale(shards, servers, auditor)
+    if setting.num_servers > 1:
+        lose_one(setting, shards, servers, publishers["direct"], source)
+    for publisher in publishers.values():
+        publisher.close()
+
+
+def find_another_scale(shards: PolicyShards, servers: list[Any], auditor: Auditor) -> None:
+    """One block is as large again in one worker: the bytes that arrived are right, what it generates with is not."""
+    name = "model.layers.1.mlp.down_proj.weight_scale_inv"
+    if shards.groups.is_main:
+        servers[0].pipes[-1].send_bytes(f"tamper {name}".encode())
+        servers[0].pipes[-1].recv()
+    failures, _ = auditor.audit(servers)
+    assert list(failures) == ["server 0"] and name in failures["server 0"].reason, failures
+
+
+def lose_one(setting: Setting, shards: PolicyShards, servers: list[Any], direct: Publisher, source: Path) -> None:
     double(shards)
-    if groups.is_main:
-        servers[1].processes[0].kill()
+    if shards.groups.is_main:
+        os.kill(servers[1].pids[0], signal.SIGKILL)
     # All were one group: the living server has not the weights either, and takes them when it is sent to alone.
     failures = direct.deliver(servers).failures
     assert failures["server 1"].is_lost and not failures["server 0"].is_lost, failures
     assert not direct.deliver(servers[:1]).failures
-    compare(servers[:1], source, shards.geometry, factor=2**4)
-    direct.close()
+    compare(setting, servers[:1], source, shards.geometry, factor=2 ** (len(setting.transports) + 1))
 
 
 @torch.no_grad()
@@ -167,14 +239,29 @@ def double(shards: PolicyShards) -> None:
         tensor.mul_(2)
 
 
-def compare(servers: list[Any], source: Path, geometry: GeometryConfig, *, factor: int) -> None:
+def compare(setting: Setting, servers: list[Any], source: Path, geometry: GeometryConfig, *, factor: int) -> None:
     """Every worker holds its part of the source's weights times `factor`, and zeros in the padding."""
-    weights = {name: factor * tensor.numpy() for name, tensor in load_file(source / "model.safetensors").items()}
+    saved = load_file(source / "model.safetensors")
+    weights = {name: factor * tensor.to(setting.dtype).float().numpy() for name, tensor in saved.items()}
     for server in servers:
-        for rank, held in enumerate(server.ask([b""] * LAYOUT.tensor)):
-            for name, expected in served(weights, geometry, LAYOUT, rank).items():
-                np.testing.assert_array_equal(held[name], expected, err_msg=f"{server.name} rank {rank}: {name}")
+        for rank, held in enumerate(server.ask([b"show"] * setting.server_ranks)):
+            for name, plain in served(weights, geometry, setting.engines, rank).items():
+                expected = in_fp8(name, plain) if f"{name}_scale_inv" in held else {name: plain}
+                for part, values in expected.items():
+                    np.testing.assert_array_equal(held[part], values, err_msg=f"{server.name} rank {rank}: {part}")
+            assert (setting.served == "fp8") == any(name.endswith("_scale_inv") for name in held)
+
+
+def in_fp8(name: str, plain: Any) -> dict[str, Any]:
+    """A weight's e4m3 numbers and its scales, block by block."""
+    quantities, scales = np.empty_like(plain), np.empty([size // 128 for size in plain.shape], np.float32)
+    for row, column in np.ndindex(scales.shape):
+        block = slice(128 * row, 128 * row + 128), slice(128 * column, 128 * column + 128)
+        scale = 2.0 ** math.ceil(math.log2(np.abs(plain[block]).max() / 448))
+        quantities[block] = torch.from_numpy(plain[block] / scale).to(torch.float8_e4m3fn).float().numpy()
+        scales[row, column] = scale
+    return {name: quantities, f"{name}_scale_inv": scales}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    main(Path(sys.argv[1]), Setting(**json.loads(sys.argv[2])))

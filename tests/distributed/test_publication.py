@@ -31,7 +31,27 @@ LAYOUTS = {
 def test_direct_and_ipc_bring_every_rank_its_tensors(layout, family, tied, vocabulary, tmp_path):
     """With biases and padding on both sides; with tied embeddings, which two stages and both replicas hold."""
     source = save_tiny(tmp_path / "model", family, tied=tied, vocabulary=vocabulary)
-    command = [sys.executable, "-m", "tests.distributed.publication_worker", str(source), json.dumps(LAYOUTS[layout])]
+    assert_published(source, {"layout": LAYOUTS[layout]})
+
+
+@pytest.mark.parametrize(
+    ("layout", "served"),
+    [
+        ("TP4", "fp8"),
+        pytest.param("PP2xDP2", "fp8", marks=pytest.mark.slow),
+        pytest.param("TP2xPP2", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_a_trainer_in_fp32_publishes_what_servers_hold(layout, served, tmp_path):
+    """FP8 over four trainer ranks: a block of key rows is in halves on two of them, which must agree on its scale."""
+    shape = {"hidden_size": 128, "ffn": 512, "head_dim": 64, "num_groups": 4}
+    source = save_tiny(tmp_path / "model", "qwen3", tied=False, **shape)
+    assert_published(source, {"layout": LAYOUTS[layout], "served": served, "bucket_bytes": 2**16})
+
+
+def assert_published(source, setting):
+    """Also on devices, by tests/gpu."""
+    command = [sys.executable, "-m", "tests.distributed.publication_worker", str(source), json.dumps(setting)]
     outcome = subprocess.run(
         command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

@@ -10,6 +10,9 @@ import pytest
 
 from oreal_megatron.config import ConfigError, parse_config
 
+WIDE = "model.geometry.hidden_size=128 model.geometry.ffn_hidden_size=256 +model.geometry.head_dim=64"
+FP8_SERVERS = f"rollout=sglang rollout.sglang.dtype=fp8 {WIDE}"
+ARGUMENT = "rollout.sglang.arguments."
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
@@ -85,6 +88,22 @@ def test_all_violations_come_at_once(composed):
             "parallel.tensor",
             "must divide model.geometry.num_query_groups = 3",
         ),
+        (f"{FP8_SERVERS} rollout.sglang.device=cpu", "rollout.sglang.dtype", "kernels for it are for CUDA: null"),
+        (f"{FP8_SERVERS} resources=a100 resources.trainer_devices=1", "rollout.sglang.dtype", "from sm89 to sm90"),
+        (f"{FP8_SERVERS} rollout.sglang.transport=broadcast", "rollout.sglang.transport", "direct, or ipc"),
+        (f"{FP8_SERVERS} rollout.sglang.transport=disk", "rollout.sglang.transport", "direct, or ipc"),
+        (
+            f"{FP8_SERVERS} rollout.sglang.tensor=4",
+            "rollout.sglang.dtype",
+            "key-value heads x head_dim is 64 on each of 4 server ranks, FP8 is served in blocks of 128 x 128: null, "
+            "or another rollout.sglang.tensor",
+        ),
+        (
+            "rollout=sglang +rollout.sglang.arguments.quantization=fp8",
+            ARGUMENT + "quantization",
+            "sglang.dtype: SGLang",
+        ),
+        ("rollout=sglang +rollout.sglang.arguments.dtype=half", ARGUMENT + "dtype", "is rollout.sglang.dtype"),
         ("objective.selection=pair objective.keep_groups=all", "objective.selection", "keep_groups=mixed"),
         ("rollout.long_tail={oversample:1.5,until:useful,carry_updates:1}", "rollout.backend", "nothing of it can be"),
         ("objective=grpo objective.importance_limit=2.0", "objective.importance_limit", "ratio_reference to be `self`"),

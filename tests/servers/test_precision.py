@@ -1,0 +1,138 @@
+"""Servers that hold other numbers than an fp32 trainer: bfloat16, and FP8 in SGLang's own layers without its kernel."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from oreal_megatron.config import SGLangConfig
+from oreal_megatron.convert.rules import Box
+from oreal_megatron.resharding import fp8
+from oreal_megatron.rollout.fleet import NoServerError
+from oreal_megatron.rollout.server import launch_environment
+from tests.servers.conftest import DEFAULTS, open_servers, require_sglang
+from tests.servers.test_servers import GREEDY, PROMPTS, requests_of
+from tests.tiny_models import save_tiny
+
+pytestmark = [pytest.mark.servers, pytest.mark.timeout(1500)]
+
+# Every matrix in whole blocks of 128 x 128.
+SHAPE = {"hidden_size": 256, "ffn": 512, "head_dim": 64, "initializer_range": 0.08}
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("wide") / "qwen3", "qwen3", tied=False, **SHAPE)
+
+
+def differences(servers, completions, *, in_fp8):
+    """|log-probability of the server - of transformers in bf16|; in_fp8: with linear layers rounded as a server's."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(servers.written(), dtype=torch.bfloat16).eval()
+    for name, module in model.named_modules():
+        if in_fp8 and name.split(".")[-1] in LINEAR:
+            weight = module.weight.data
+            quantity, scales = (
+                torch.empty_like(weight, dtype=fp8.E4M3),
+                torch.empty([size // 128 for size in weight.shape]),
+            )
+            fp8.quantise_into(quantity, scales, weight)
+            whole = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+            weight.copy_(quantity.float() * whole)  # exact: four bits and a power of two
+    found = []
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        ids = torch.tensor([[*prompt, *completion.token_ids]])
+        with torch.no_grad():
+            expected = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+        chosen = expected.gather(-1, ids[0, len(prompt) :, None]).squeeze(-1)
+        found.append((torch.tensor(completion.logprobs) - chosen).abs())
+    return torch.cat(found)
+
+
+@pytest.mark.slow
+def test_bfloat16_servers_of_a_trainer_in_fp32(single_process, source, tmp_path):
+    require_sglang()
+    opened = open_servers(single_process, source, tmp_path, dtype="bfloat16")
+    try:
+        for version in range(2):
+            opened.perturb()
+            report = opened.engine.publish(version)
+            assert report["publication/failures"] == 0 and report["publication/servers"] == 1
+        assert report["publication/bytes"] == 2 * sum(p.numel() for p in opened.policy.parameters())
+        found = differences(opened, opened.generate(requests_of(PROMPTS), GREEDY), in_fp8=False)
+        print(f"bf16: mean {found.mean():.4f}, largest {found.max():.4f}")
+        assert found.mean() < 0.01
+    finally:
+        opened.engine.close()
+
+
+@pytest.mark.slow
+def test_fp8_servers_generate_with_what_was_audited(single_process, source, tmp_path, monkeypatch):
+    """By both transports, twice each; a server that was started for other blocks is refused before it gets weights."""
+    require_sglang()
+    monkeypatch.setenv("SGLANG_EXTERNAL_MODEL_PACKAGE", "tests.servers.fp8_without_cuda")
+    opened = open_servers(single_process, source, tmp_path, dtype="fp8")
+    attached = []
+    try:
+        opened.engine.publish(0)
+        url = opened.fleet.members[0].client.url
+        attached += [
+            open_servers(single_process, source, tmp_path / transport, dtype="fp8", urls=(url,), transport=transport)
+            for transport in ("direct", "ipc")
+        ]
+        for servers in attached:
+            for version in range(2):
+                servers.perturb()
+                report = servers.engine.publish(version)
+                assert report["publication/failures"] == 0 and report["publication/servers"] == 1
+            completions = servers.generate(requests_of(PROMPTS), GREEDY)
+            near, far = (differences(servers, completions, in_fp8=in_fp8) for in_fp8 in (True, False))
+            print(f"from what is in FP8: mean {near.mean():.4f}; from what it was made of: {far.mean():.4f}")
+            assert near.mean() < 0.01 and near.mean() < far.mean() / 3
+        plain = open_servers(single_process, source, tmp_path / "plain", dtype="bfloat16", urls=(url,))
+        attached.append(plain)
+        with pytest.raises(NoServerError, match=r"quantization_config \{.*\[128, 128\].*\} instead of None"):
+            plain.engine.publish(0)
+    finally:
+        for servers in (*attached, opened):
+            servers.engine.close()
+
+
+def test_weights_are_quantised_as_sglang_does_it(tmp_path):
+    """Bit for bit its `per_block_cast_to_fp8`, in a process of its own; and part by part what the whole gives."""
+    require_sglang()
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(384, 512, generator=generator)
+    weight *= torch.randn(384, 512, generator=generator).mul(4).exp()  # sizes over many powers of two
+    weight[:128, :128] = 0
+    weight[:128, 128:256] *= 1e-9 / weight[:128, 128:256].abs().max()
+    weight[:128, 256:384] = 448.0 * 2.0**-5  # a power of two brings it exactly to the end of the range
+    weight[:128, 384:] = 450.0
+    weight = weight.bfloat16()
+    torch.save(weight, tmp_path / "weight.pt")
+    program = (
+        "import sys, torch\n"
+        "from sglang.srt.layers.quantization.fp8_utils import per_block_cast_to_fp8\n"
+        "torch.save(per_block_cast_to_fp8(torch.load(sys.argv[1])), sys.argv[2])\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "weight.pt"), str(tmp_path / "theirs.pt")]
+    environment = launch_environment(SGLangConfig(**DEFAULTS))
+    outcome = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    quantity, scales = torch.load(tmp_path / "theirs.pt")
+
+    mine, my_scales = torch.empty_like(quantity), torch.empty_like(scales)
+    fp8.quantise_into(mine, my_scales, weight)
+    assert torch.equal(my_scales, scales)
+    assert torch.equal(mine.view(torch.uint8), quantity.view(torch.uint8))
+    for box in (Box((5, 200), (0, 512)), Box((120, 121), (100, 400)), Box((128, 256), (256, 384))):
+        part = weight[slice(*box.rows), slice(*box.columns)]
+        found, blocks = fp8.block_amax(part, box)
+        assert (fp8.scales_for(found) <= scales[blocks]).all()
+        expected = quantity[slice(*box.rows), slice(*box.columns)]
+        assert torch.equal(fp8.quantised(part, box, scales).float(), expected.float())
