@@ -19,7 +19,7 @@ from oreal_megatron.config import TrainConfig, parse_config
 from oreal_megatron.launch.hardware import FULL
 from oreal_megatron.launch.plan import PHASES
 
-ROW = 2048
+ROW = 1024
 MODEL = (
     "model.geometry.num_layers=8 model.geometry.hidden_size=512 model.geometry.ffn_hidden_size=1536 "
     "model.geometry.num_attention_heads=8 model.geometry.num_query_groups=4 model.geometry.vocab_size=16384 "
@@ -31,7 +31,7 @@ LAYOUTS: dict[str, tuple[int, str]] = {
     "one rank": (1, ""),
     "selective recompute": (1, "parallel.recompute=selective"),
     "full recompute": (1, "parallel.recompute=full"),
-    "rows of 1,024": (1, "parallel.micro_batch_tokens=1024 model.max_sequence_length=1024"),
+    "rows of 512": (1, "parallel.micro_batch_tokens=512 model.max_sequence_length=512"),
     "TP2": (2, "parallel.tensor=2"),
     "TP2, SP": (2, "parallel.tensor=2 parallel.sequence=true"),
     "PP2": (2, "parallel.pipeline=2"),

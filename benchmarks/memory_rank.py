@@ -1,6 +1,6 @@
 """One rank of benchmarks.memory: two steps' phases of a real trainer, and the peak of each above the imports.
 
-Updates of a policy, a reference and a reward model of 42M parameters each on packed rows of 2,048 tokens; generation on
+Updates of a policy, a reference and a reward model of 42M parameters each on packed rows of 1,024 tokens; generation on
 the policy; its weights sent to a process in the place of a server; a checkpoint.
 """
 
@@ -102,11 +102,11 @@ class Trainer:
         return build_gpt(cls, self.geometry, self.config.model, self.groups, seed=0, **size)
 
     def train(self, peaks: Peaks) -> None:
-        """Scores and both updates, on four of the longest rows a replica."""
+        """Scores and both updates, on two of the longest rows a replica, as many as are in flight."""
         config, groups, length = self.config, self.groups, self.config.model.max_sequence_length
         generator = torch.Generator().manual_seed(0)
         sequences = []
-        for index in range(4 * groups.data_size):
+        for index in range(2 * groups.data_size):
             ids = tuple(torch.randint(0, self.vocab_size, (length,), generator=generator).tolist())
             sequences.append(
                 PackedSequence(

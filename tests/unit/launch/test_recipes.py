@@ -127,6 +127,10 @@ def test_what_is_missing_and_what_is_wrong_are_named_together(tmp_path):
     assert "is not there" in found["model.path"] and "is not there" in found["data.train"]
     assert "shorter than cluster.time_limit" in found["cluster.signal_seconds"]
     assert "disaggregated" in found["rollout.sglang.placement"]
+    # So it is where the sections of the run disagree.
+    layout = refused("experiment=oreal_32b", "cluster=slurm", "parallel.tensor=3", "cluster.runs=/proc")
+    assert "40 attention heads do not split evenly over 3 ranks" in layout["parallel.tensor"]
+    assert "cluster.account" in layout and "cluster.data" in layout
     # Where a section is no section, nothing can be said of where the run would run; the site's own part still is.
     unknown = refused("experiment=oreal_32b", "cluster=slurm", "+parallel.tensors=8")
     assert "did you mean `tensor`" in unknown["parallel.tensors"] and "cluster.account" in unknown
