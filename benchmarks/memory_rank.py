@@ -98,7 +98,7 @@ class Trainer:
         self.reward_model = TrainedModel(reward_model, config.optimizer.reward_model, groups, num_updates=10)
 
     def _built(self, cls: Any) -> Any:
-        size = {"vocab_size": self.vocab_size, "tied_embeddings": False}
+        size: dict[str, Any] = {"vocab_size": self.vocab_size, "tied_embeddings": False}
         return build_gpt(cls, self.geometry, self.config.model, self.groups, seed=0, **size)
 
     def train(self, peaks: Peaks) -> None:
@@ -148,7 +148,7 @@ class Trainer:
         assert config.rollout.sglang is not None
         shards = PolicyShards(chunks_of(self.policy.module), self.geometry, self.groups)
         plan = plan_resharding(shards.table, shards.geometry, shards.trainer, EngineLayout())
-        options = {"dtype": shards.dtype, "bucket_bytes": config.rollout.sglang.bucket_mib * 2**20}
+        options: dict[str, Any] = {"dtype": shards.dtype, "bucket_bytes": config.rollout.sglang.bucket_mib * 2**20}
         store, server = None, None
         if self.groups.is_main:
             store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
