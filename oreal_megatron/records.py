@@ -201,6 +201,25 @@ class Passage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecodedBatch:
+    """The largest batch that is generated at once on the trainer's own model."""
+
+    num_sequences: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Bytes of generating such a batch on a stage, above the stage's parameters and buffers."""
+
+    cache: int
+    """Keys and values of all layers."""
+    running: int
+    """At most beside them: of the pass that reads the prompts, or of drawing a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RankFootprint:
     """What a rank of one pipeline stage holds and computes with."""
 
@@ -211,6 +230,8 @@ class RankFootprint:
     reward_model_parameters: int
     largest_parameter: int
     """Elements of the policy's largest one."""
+    gated_parameters: int
+    """Elements of the policy's that hold two matrices, gate and up, which a checkpoint has apart."""
     layer_kept: int
     """Bytes that a layer keeps of a micro-batch until its backward pass."""
     outside_kept: int
@@ -219,3 +240,5 @@ class RankFootprint:
     """Through two layers."""
     head: Passage
     """Through the policy's log-probabilities; nothing where the stage is not the last."""
+    decoding: Decoding | None
+    """None where servers generate."""

@@ -37,7 +37,8 @@ def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
         if all(name in sections for name in check.reads):
             violations += check.run(*(sections[name] for name in check.reads))
     if violations:
-        raise ConfigError(violations)
+        are_sound = sections.keys() == TrainConfig.model_fields.keys() == raw.keys()
+        raise ConfigError(violations, TrainConfig(**sections) if are_sound else None)
     return TrainConfig(**sections)
 
 

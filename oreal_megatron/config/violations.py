@@ -22,8 +22,10 @@ class Violation:
 class ConfigError(ValueError):
     """The configuration is wrong; the message lists every violation."""
 
-    def __init__(self, violations: list[Violation]):
+    def __init__(self, violations: list[Violation], config: Any = None):
+        """config: the TrainConfig, where each section is sound and only their agreement is not."""
         self.violations = violations
+        self.config = config
         lines = "\n".join(f"  {violation}" for violation in violations)
         super().__init__(f"{len(violations)} problem(s) in the configuration:\n{lines}")
 

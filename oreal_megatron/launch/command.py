@@ -96,9 +96,15 @@ def planner_of(
 ) -> Callable[[TrainConfig], Plan]:
     """Plans variants of a configuration that share its model."""
     from oreal_megatron.models.footprint import FootprintMeter
+    from oreal_megatron.rollout.embedded import sample
 
-    geometry = _geometry(config)
-    meter = FootprintMeter(geometry, config.model, on_cpu=config.resources.device == "cpu")
+    geometry, sampling = _geometry(config), config.rollout.sampling
+    meter = FootprintMeter(
+        geometry,
+        config.model,
+        lambda logits: sample(logits, logits.new_zeros(1), sampling),
+        on_cpu=config.resources.device == "cpu",
+    )
     count = num_devices(config, devices)
     return lambda variant: make_plan(variant, geometry, meter, num_devices=count, measured=measured)
 

@@ -8,11 +8,14 @@ from math import ceil
 
 from oreal_megatron.config import GeometryConfig, SGLangConfig, TrainConfig
 from oreal_megatron.launch.hardware import FULL, SURE, Device
-from oreal_megatron.records import RankFootprint
+from oreal_megatron.records import DecodedBatch, RankFootprint
 
 PHASES = ("generate", "score", "train reward model", "train policy", "reshard", "save")
-BUCKET = 512 * 2**20
-"""Bytes of a bucket of weights on their way to the servers; two are in flight."""
+_BUCKETS = {"direct": 1, "ipc": 3, "broadcast": 3, "disk": 0}
+"""Buckets that a rank has at once on their way to the servers, by transport: one in two halves, or two that travel and
+a third where other ranks' parts arrive."""
+_GRADIENT_BUCKET = 40_000_000
+"""Elements of Megatron-Core's gradient buckets where their reduction is overlapped; a million a data rank at least."""
 
 
 @dataclass(frozen=True)
@@ -143,12 +146,19 @@ class Sizes:
         return layers * linear_parameters(self.geometry) / num_parameters(self.geometry)
 
     @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights: those of data and of context parallelism."""
+        return self.data * self.config.parallel.context
+
+    @property
+    def optimizer_whole(self) -> int:
+        """Bytes of Adam's two moments, and of the fp32 weights where the trained ones are bf16."""
+        return 12 if self.config.model.dtype == "bfloat16" else 8
+
+    @property
     def optimizer_element(self) -> float:
-        """Bytes of Adam's two moments, and of the fp32 weights where the trained ones are bf16, on one device."""
-        whole = 12 if self.config.model.dtype == "bfloat16" else 8
-        # Context ranks hold the same weights: the distributed optimizer splits over them too.
-        ranks = self.data * self.config.parallel.context
-        return whole / ranks if self.config.parallel.distributed_optimizer else whole
+        """Those on one device."""
+        return self.optimizer_whole / (self.replicas if self.config.parallel.distributed_optimizer else 1)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -186,13 +196,11 @@ def _trainer_phases(sizes: Sizes, footprint: RankFootprint, device: Device) -> l
         overhead = {"framework": device.overhead} if device.overhead else {}
         return PhaseMemory(where, name, {k: v for k, v in {**resident, **more, **overhead}.items() if v})
 
-    embedded = config.rollout.backend == "embedded"
-    generating: dict[str, int] = {}
-    if embedded:
-        running = max(_prefill(sizes, footprint), _sampling_logits(sizes))
-        generating = {"KV cache": _embedded_kv(sizes, footprint), "activations": running}
     # Colocated servers fill what is left: their check is the room for the KV cache.
-    phases = [phase("generate", policy_weights if embedded else {}, generating)]
+    generating: dict[str, int] = {}
+    if (decoding := footprint.decoding) is not None:
+        generating = {"KV cache": decoding.cache, "activations": decoding.running}
+    phases = [phase("generate", policy_weights if generating else {}, generating)]
     scoring = {"activations": max(footprint.layers.scoring_peak, footprint.head.scoring_peak)}
     phases.append(phase("score", reference, scoring | asleep))
     if trains_rm:
@@ -200,15 +208,39 @@ def _trainer_phases(sizes: Sizes, footprint: RankFootprint, device: Device) -> l
         phases.append(phase("train reward model", reward_model, memory | asleep))
     memory = _activations(sizes, footprint, with_head=True) | _update(sizes, footprint, device)
     phases.append(phase("train policy", policy, memory | asleep))
-    if config.rollout.sglang is not None:
-        buckets = {"buckets": 2 * BUCKET}
+    if (servers := config.rollout.sglang) is not None:
+        # A rank sends no more than it has.
+        bucket = min(servers.bucket_mib * 2**20, footprint.policy_parameters * sizes.element)
+        buckets = {"buckets": _BUCKETS[servers.transport] * bucket}
         if _colocated(config):
-            servers = config.rollout.sglang
             buckets |= {"served weights": served_weights(sizes, servers)} | _arriving(sizes, servers)
         phases.append(phase("reshard", policy_weights, buckets | asleep))
-    # A checkpoint is copied to host memory tensor by tensor; on a CPU that is no copy.
-    phases.append(phase("save", policy | reward_model, asleep))
+    written = {name: size for name, size in (policy | reward_model).items() if "gradients" not in name}
+    phases.append(phase("save", written, _saving(sizes, footprint, device) | asleep))
     return phases
+
+
+def _saving(sizes: Sizes, footprint: RankFootprint, device: Device) -> dict[str, int]:
+    """On the device, beside what is saved. The distributed optimizer's pieces are gathered, a bucket at a time."""
+    of_models = [footprint.policy_parameters]
+    if sizes.config.objective.uses_reward_model:
+        of_models.append(footprint.reward_model_parameters)
+    split = sizes.config.parallel.distributed_optimizer
+    gathering = int(4 * _gathered_bucket(sizes, of_models[-1]) * (1 + 1 / sizes.replicas)) if split else 0
+    if device.flops is not None:
+        return {"gathered bucket": gathering}
+    # On a CPU that is host memory. What is part of a larger tensor is copied, by the rank that writes it.
+    gathered = sum(of_models) * sizes.optimizer_whole if split else 0
+    parts = sum(of_models) if split else len(of_models) * footprint.gated_parameters
+    copied = parts * (sizes.element + sizes.optimizer_whole) // sizes.replicas
+    return {"gathered states": gathered, "copies": max(gathering, copied)}
+
+
+def _gathered_bucket(sizes: Sizes, parameters: int) -> int:
+    """Elements: without overlapped reduction there is one bucket."""
+    if not sizes.config.parallel.overlap_grad_reduce:
+        return parameters
+    return min(parameters, max(_GRADIENT_BUCKET, 1_000_000 * sizes.replicas))
 
 
 def _trained(model: str, parameters: int, sizes: Sizes) -> dict[str, int]:
@@ -252,25 +284,13 @@ def _update(sizes: Sizes, footprint: RankFootprint, device: Device) -> dict[str,
     return {"update": int(footprint.policy_parameters * sizes.optimizer_element / 3)}
 
 
-def _embedded_kv(sizes: Sizes, footprint: RankFootprint) -> int:
-    rollout, prompt = sizes.config.rollout, sizes.config.prompt
-    slots = prompt.max_prompt_tokens + rollout.sampling.max_new_tokens
-    batch = min(rollout.batch_size, rollouts_per_step(sizes.config))
-    per_token = sizes.kv_bytes_per_token * footprint.num_layers // sizes.geometry.num_layers
-    return batch * slots * per_token // _kv_split(sizes, sizes.config.parallel.tensor)
-
-
-def _prefill(sizes: Sizes, footprint: RankFootprint) -> int:
-    """A batch's prompts through the layers, all different as in an evaluation."""
-    config = sizes.config
-    tokens = min(config.rollout.batch_size, rollouts_per_step(config)) * config.prompt.max_prompt_tokens
-    return footprint.layers.scoring_peak * tokens // row_tokens(config)
-
-
-def _sampling_logits(sizes: Sizes) -> int:
-    """fp32 logits, their softmax, and its ordering."""
-    batch = min(sizes.config.rollout.batch_size, rollouts_per_step(sizes.config))
-    return 3 * 4 * batch * (sizes.geometry.vocab_size or 0)
+def decoded_batch(config: TrainConfig) -> DecodedBatch:
+    """Of generation on the trainer's own model; prompts all different, as in an evaluation."""
+    return DecodedBatch(
+        num_sequences=min(config.rollout.batch_size, rollouts_per_step(config)),
+        prompt_tokens=config.prompt.max_prompt_tokens,
+        new_tokens=config.rollout.sampling.max_new_tokens,
+    )
 
 
 def _kv_split(sizes: Sizes, tensor: int) -> int:
@@ -298,13 +318,12 @@ def _kv_cache(
     config, servers = sizes.config, sizes.config.rollout.sglang
     limit = config.model.max_sequence_length
     if servers is None:
-        batch = min(config.rollout.batch_size, rollouts_per_step(config))
-        slots = config.prompt.max_prompt_tokens + config.rollout.sampling.max_new_tokens
+        batch = decoded_batch(config)
         return KvCache(
             where="trainer rank",
             num_holders=sizes.data,
-            tokens=batch * slots,
-            sequences_at_limit=batch,
+            tokens=batch.num_sequences * (batch.prompt_tokens + batch.new_tokens),
+            sequences_at_limit=batch.num_sequences,
             bytes_per_token=sizes.kv_bytes_per_token // _kv_split(sizes, config.parallel.tensor),
         ), ()
     weights = served_weights(sizes, servers)
@@ -336,7 +355,8 @@ def _kv_cache(
 
 
 def _host_bytes(sizes: Sizes, footprints: Sequence[RankFootprint]) -> int:
-    """A process's: its share of a checkpoint; with offload also what is off the device, at most all of it."""
+    """A process's: what it writes of a checkpoint, of the distributed optimizer all that the replicas hold together;
+    with offload also what is off the device, at most all of it."""
     per_stage = []
     for footprint in footprints:
         trained = _trained("policy", footprint.policy_parameters, sizes)
@@ -344,7 +364,7 @@ def _host_bytes(sizes: Sizes, footprints: Sequence[RankFootprint]) -> int:
         if sizes.config.objective.uses_reward_model:
             trained |= _trained("reward_model", footprint.reward_model_parameters, sizes)
             parameters += footprint.reward_model_parameters
-        checkpoint = int(parameters * (sizes.element + sizes.optimizer_element))
+        checkpoint = parameters * (sizes.element + sizes.optimizer_whole)
         away = sum(trained.values()) if sizes.config.parallel.offload else 0
         per_stage.append(checkpoint + away)
     return max(per_stage)

@@ -8,15 +8,15 @@ from typing import Protocol
 
 from oreal_megatron.config import ConfigError, GeometryConfig, ParallelConfig, TrainConfig, check_layout
 from oreal_megatron.launch.hardware import device_named
-from oreal_megatron.launch.plan import MemoryPlan, Sizes, memory_plan, row_tokens
+from oreal_megatron.launch.plan import MemoryPlan, Sizes, decoded_batch, memory_plan, row_tokens
 from oreal_megatron.launch.timing import Disk, Measured, Workload, assumed_workload, disk, phase_seconds
-from oreal_megatron.records import RankFootprint
+from oreal_megatron.records import DecodedBatch, RankFootprint
 
 
 class Meter(Protocol):
     """models.footprint.FootprintMeter, handed in: this package imports no torch."""
 
-    def stages(self, layout: ParallelConfig, *, row_tokens: int) -> list[RankFootprint]: ...
+    def stages(self, layout: ParallelConfig, *, row_tokens: int, batch: DecodedBatch | None) -> list[RankFootprint]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,8 @@ def make_plan(
     check_layout(geometry, config.parallel)
     sizes = Sizes(config, geometry, num_devices)
     device = device_named(config.resources.device, sharing=num_devices)
-    footprints = meter.stages(config.parallel, row_tokens=row_tokens(config))
+    batch = decoded_batch(config) if config.rollout.backend == "embedded" else None
+    footprints = meter.stages(config.parallel, row_tokens=row_tokens(config), batch=batch)
     memory = memory_plan(sizes, footprints, device)
     work = assumed_workload(config, measured.mean_response_tokens if measured else None)
     return Plan(

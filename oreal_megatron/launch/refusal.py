@@ -38,7 +38,11 @@ def checked(
             violations.extend(error.violations)
             return None
 
-    config = attempted(lambda: parse_config(resolved(filled)))
+    try:
+        config: TrainConfig | None = parse_config(resolved(filled))
+    except ConfigError as error:
+        violations.extend(error.violations)
+        config = error.config  # where its sections only disagree, the rest can be looked at all the same
     cluster = attempted(lambda: parse_cluster(site))
     nodes = None
     if config is not None and cluster is not None:

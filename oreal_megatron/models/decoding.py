@@ -43,23 +43,28 @@ class CachedDecoder:
         tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device())
         self.context = StaticInferenceContext(len(prompts), longest + max_new_tokens)
         self.slots = torch.arange(longest + max_new_tokens, device=device())
+        # On the host: asking the device once a token would make it wait.
+        self._is_padded = any(len(prompt) < longest for prompt in prompts)
+        if not self._is_padded:
+            return self._forward(tokens, None)
         real = self.slots[:longest] >= self.padding[:, None]
         square = torch.ones(longest, longest, dtype=torch.bool, device=device())
         # A padding position sees itself, since a softmax over nothing is not a number.
         mask = real[:, None, :] & square.tril() | square.tril().triu()
-        return self._forward(tokens, mask[:, None] if self.padding.any() else None)
+        return self._forward(tokens, mask[:, None])
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """Appends one token to every sequence. tokens: int64 [B]. Returns fp32 logits [B, V] of the next."""
         self.context.enable_decode_mode()
         length = self.context.sequence_len_offset + 1
-        mask = (self.slots[:length] >= self.padding[:, None])[:, None, None] if self.padding.any() else None
+        mask = (self.slots[:length] >= self.padding[:, None])[:, None, None] if self._is_padded else None
         return self._forward(tokens[:, None], mask)
 
     def keep(self, rows: Tensor) -> None:
         """Goes on with these rows of the batch, in this order; a row may occur several times. rows: int64 indices."""
         self.padding = self.padding[rows]
+        self._is_padded = bool(self.padding.any())
         cache = self.context.key_value_memory_dict
         for layer, memories in cache.items():
             cache[layer] = tuple(memory.index_select(1, rows) for memory in memories)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,13 @@ from torch.utils._pytree import tree_leaves
 from oreal_megatron.config import GeometryConfig, ModelConfig, ParallelConfig
 from oreal_megatron.models.architecture import DTYPES, build_gpt
 from oreal_megatron.models.chunks import chunks_of
+from oreal_megatron.models.decoding import CachedDecoder
 from oreal_megatron.models.policy import CPU_TILE, Policy
 from oreal_megatron.models.token_reward import TokenRewardModel
 from oreal_megatron.parallel.device import device_seam
 from oreal_megatron.parallel.groups import ParallelGroups
 from oreal_megatron.parallel.imagined import imagined_groups
-from oreal_megatron.records import Passage, RankFootprint
+from oreal_megatron.records import DecodedBatch, Decoding, Passage, RankFootprint
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,16 @@ class FootprintMeter:
 
     geometry: GeometryConfig
     model: ModelConfig
+    draw: Callable[[Tensor], object]
+    """Chooses the next token of a sequence from fp32 logits [1, V]: counted where the model itself generates."""
     on_cpu: bool = False
     """Whether the run will be, which makes log-probabilities by smaller tiles there."""
 
-    def stages(self, layout: ParallelConfig, *, row_tokens: int) -> list[RankFootprint]:
+    def stages(self, layout: ParallelConfig, *, row_tokens: int, batch: DecodedBatch | None) -> list[RankFootprint]:
         """One footprint a pipeline stage; the tensor, context and data ranks of a stage are alike.
 
-        row_tokens: of the packed row of a micro-batch, before context parallelism splits it.
+        row_tokens: of the packed row of a micro-batch, before context parallelism splits it. batch: of generation on
+        the model itself.
 
         Raises:
             ValueError: Megatron-Core refuses the layout.
@@ -62,8 +66,46 @@ class FootprintMeter:
                 # Stages between the first and the last hold the same number of the same layers.
                 like = stage if stage in layout_ends else 1
                 if like not in measured:
-                    measured[like] = _stage(self.geometry, model, layout, like, row_tokens, tile)
+                    footprint = _stage(self.geometry, model, layout, like, row_tokens, tile)
+                    if batch is not None:
+                        decoding = self._decoding(model, layout, footprint, batch)
+                        footprint = replace(footprint, decoding=decoding)
+                    measured[like] = footprint
         return [measured[s if s in layout_ends else 1] for s in range(layout.pipeline)]
+
+    def _decoding(
+        self, model: ModelConfig, layout: ParallelConfig, footprint: RankFootprint, batch: DecodedBatch
+    ) -> Decoding:
+        """Layers are alike here too: each keeps its cache, and one after the other runs."""
+        one, two = (_decoded_batch(self.geometry, model, layout, footprint.stage, batch, n) for n in (1, 2))
+        cache = two.cache - one.cache
+        logits = torch.zeros(1, self.geometry.vocab_size or 0)
+        with counted_storages() as drawing:
+            self.draw(logits)
+        drawn = batch.num_sequences * (logits.nbytes + drawing.peak)
+        return Decoding(footprint.num_layers * cache, max(two.cache + two.running - 2 * cache, drawn))
+
+
+@functools.cache
+def _decoded_batch(
+    geometry: GeometryConfig, model: ModelConfig, layout: ParallelConfig, stage: int, batch: DecodedBatch, layers: int
+) -> Decoding:
+    """Of a stage of so many layers: what is there after the first token, and what was besides at the peak."""
+    sample = layout.model_copy(update={"virtual_pipeline": 1, "context": 1})
+    shallow = geometry.model_copy(update={"num_layers": layers * layout.pipeline})
+    with (
+        imagined_groups(sample, rank=stage * layout.tensor, world=layout.tensor * layout.pipeline) as groups,
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        decoder = CachedDecoder(_build(Policy, shallow, model, groups), groups, geometry.vocab_size or 0)
+        # Prompts of different lengths are padded, and need a mask.
+        prompts = [(0,) * batch.prompt_tokens] * batch.num_sequences
+        prompts[-1] = prompts[-1][: max(batch.prompt_tokens - 1, 1)]
+        with counted_storages() as counter:
+            decoder.prefill(prompts, batch.new_tokens)
+            decoder.step(torch.zeros(batch.num_sequences, dtype=torch.int64))
+            kept = counter.now
+    return Decoding(kept, counter.peak - kept)
 
 
 @functools.cache
@@ -78,6 +120,7 @@ def _stage(
         num_layers = sum(len(chunk.decoder.layers) for chunk in chunks_of(policy))
         counted = {"policy_parameters": _count(policy), "reward_model_parameters": _count(reward_model)}
         largest = max(parameter.numel() for parameter in policy.parameters())
+        gated = sum(p.numel() for name, p in policy.named_parameters() if name.endswith("mlp.linear_fc1.weight"))
     # Layers are alike: what one and two of them keep says what any number does. A context rank's part of a row is
     # measured as a row of its own; the keys and values that it gathers from the others are added below.
     sample = layout.model_copy(update={"virtual_pipeline": 1, "context": 1})
@@ -100,10 +143,12 @@ def _stage(
         num_layers=num_layers,
         **counted,
         largest_parameter=largest,
+        gated_parameters=gated,
         layer_kept=two.kept - one.kept + (gathered if layout.recompute == "none" else 0),
         outside_kept=max(2 * one.kept - two.kept, 0),
         layers=Passage(two.kept, two.scoring_peak + gathered, two.training_peak + 2 * gathered),
         head=head,
+        decoding=None,
     )
 
 

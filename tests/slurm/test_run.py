@@ -85,6 +85,25 @@ def test_a_submission_that_cannot_work_is_refused(slurm, tmp_path):
         "this is 16 nodes; partition batch has 4",
     ):
         assert part in wrong.stderr
+    # A layout that does not divide, too many nodes, no account, a path that is not shared, FP8 on A100: all at once.
+    wrong = oreal_submit(
+        "experiment=oreal_32b_a100_disaggregated",
+        "cluster=single_machine_test",
+        "parallel.tensor=3",
+        "cluster.account=???",
+        "cluster.shared=[/proc]",
+        "fp8=blockwise",
+        tmp_path=tmp_path,
+    )
+    assert wrong.returncode == 1
+    for part in (
+        "parallel.tensor = 3: 40 attention heads do not split evenly over 3 ranks",
+        "this is 16 nodes; partition batch has 4",
+        "cluster.account = '???': must be given",
+        "is not on shared storage: /proc (cluster.shared)",
+        "fp8.policy.recipe = 'blockwise': blockwise needs sm90 or newer, this is sm80 (resources.device)",
+    ):
+        assert part in wrong.stderr
     partition = oreal_submit(*TINY, *SITE, "cluster.partition=nowhere", "--test-only", tmp_path=tmp_path)
     assert "cluster.partition = 'nowhere': there are batch, urgent" in partition.stderr
     cards = oreal_submit(*TINY, "cluster=single_machine_test", "resources.devices_per_node=16", tmp_path=tmp_path)

@@ -36,12 +36,12 @@ def meter(geometry: GeometryConfig = SMALL) -> FootprintMeter:
         dtype="float32",
         max_sequence_length=256,
     )
-    return FootprintMeter(geometry, model)
+    return FootprintMeter(geometry, model, draw=lambda logits: logits.argmax(-1))
 
 
 def stages(**options) -> list[RankFootprint]:
     layout = ParallelConfig(**{"tensor": 1, "pipeline": 1, "micro_batch_tokens": 256, **options})
-    return meter().stages(layout, row_tokens=256)
+    return meter().stages(layout, row_tokens=256, batch=None)
 
 
 def plan_of(*overrides: str) -> Plan:

@@ -137,10 +137,13 @@ def test_what_is_missing_and_what_is_wrong_are_named_together(tmp_path):
     assert "not on shared storage" in found["cluster.data"]
     assert "is not there" in found["model.path"] and "is not there" in found["data.train"]
     assert "shorter than cluster.time_limit" in found["cluster.signal_seconds"]
-    # Where the run itself is no run, nothing can be said of where it would run; the site's own part still is.
-    layout = refused("experiment=oreal_32b", "cluster=slurm", "parallel.tensor=3", "resources.trainer_devices=128")
+    # So it is where the sections of the run disagree.
+    layout = refused("experiment=oreal_32b", "cluster=slurm", "parallel.tensor=3", "cluster.runs=/proc")
     assert "40 attention heads do not split evenly over 3 ranks" in layout["parallel.tensor"]
-    assert "no multiple" in layout["resources.trainer_devices"] and "cluster.account" in layout
+    assert "cluster.account" in layout and "cluster.data" in layout
+    # Where a section is no section, nothing can be said of where the run would run; the site's own part still is.
+    unknown = refused("experiment=oreal_32b", "cluster=slurm", "+parallel.tensors=8")
+    assert "did you mean `tensor`" in unknown["parallel.tensors"] and "cluster.account" in unknown
 
 
 def test_a_machines_own_file_system_is_told_from_shared_storage():
