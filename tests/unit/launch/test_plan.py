@@ -234,7 +234,7 @@ def searched(*overrides: str) -> list[Plan]:
 @pytest.mark.slow
 def test_a_search_finds_layouts_that_fit_quickest_first(apart):
     plans = apart(searched, "experiment=oreal_7b", "resources.trainer_devices=8", "rollout.sglang.num_servers=4")
-    assert len(plans) > 5 and all(plan.memory.problems == [] for plan in plans)
+    assert len(plans) > 2 and all(plan.memory.problems == [] for plan in plans)
     seconds = [round(plan.step_seconds or 0.0) for plan in plans]
     assert seconds == sorted(seconds)
     assert len({plan.sizes.config.parallel for plan in plans}) == len(plans)

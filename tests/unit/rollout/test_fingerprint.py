@@ -34,6 +34,7 @@ def described(tmp_path):
             device="cuda",
             tensor=1,
             weight_loaders=(),
+            saves_memory=True,
         )
         return server, Fingerprint.of(geometry, "bfloat16", expected)
 
