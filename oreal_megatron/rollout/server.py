@@ -75,7 +75,7 @@ class Launcher:
         """
         place = index if place is None else place
         command = _command(self, port, device=self.first_device + place * self.config.tensor)
-        return ServerProcess(command, _environment(self.config), self.logs / f"server_{index}.log")
+        return ServerProcess(command, launch_environment(self.config), self.logs / f"server_{index}.log")
 
 
 @dataclass
@@ -133,7 +133,7 @@ def _command(launcher: Launcher, port: int, *, device: int) -> list[str]:
     return command
 
 
-def _environment(config: SGLangConfig) -> dict[str, str]:
+def launch_environment(config: SGLangConfig) -> dict[str, str]:
     """The environment of one server.
 
     Raises:

@@ -8,14 +8,14 @@ import sys
 import pytest
 import torch
 
-from oreal_megatron.config import SGLangConfig
 from oreal_megatron.convert.rules import Box
 from oreal_megatron.resharding import fp8
-from oreal_megatron.rollout.fleet import NoServerError
+from oreal_megatron.rollout.dispatch import NoServerError
 from oreal_megatron.rollout.server import launch_environment
-from tests.servers.conftest import DEFAULTS, open_servers, require_sglang
+from tests.servers.conftest import require_sglang
 from tests.servers.test_servers import GREEDY, PROMPTS, requests_of
 from tests.tiny_models import save_tiny
+from tests.tiny_servers import open_servers, servers_config
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(1500)]
 
@@ -121,7 +121,7 @@ def test_weights_are_quantised_as_sglang_does_it(tmp_path):
         "torch.save(per_block_cast_to_fp8(torch.load(sys.argv[1])), sys.argv[2])\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "weight.pt"), str(tmp_path / "theirs.pt")]
-    environment = launch_environment(SGLangConfig(**DEFAULTS))
+    environment = launch_environment(servers_config())
     outcome = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stderr[-2000:]
     quantity, scales = torch.load(tmp_path / "theirs.pt")
