@@ -69,7 +69,7 @@ def save_tiny(
     return directory
 
 
-def as_policy(directory: Path, groups: Any) -> Policy:
+def as_policy(directory: Path, groups: Any, *, max_sequence_length: int = 128) -> Policy:
     """The model of a Hugging Face directory in Megatron-Core."""
     geometry = geometry_of(directory)
     assert geometry.vocab_size is not None
@@ -79,7 +79,7 @@ def as_policy(directory: Path, groups: Any) -> Policy:
         tokenizer="unused",
         implementation="local",
         dtype="float32",
-        max_sequence_length=128,
+        max_sequence_length=max_sequence_length,
     )
     policy = build_gpt(
         Policy,

@@ -14,11 +14,9 @@ import torch
 
 from oreal_megatron.checkpoint.state import weights_only
 from oreal_megatron.checkpoint.store import CheckpointStore
-from oreal_megatron.config import AdamWConfig, ModelConfig, ParallelConfig, SamplingConfig
+from oreal_megatron.config import AdamWConfig, ParallelConfig, SamplingConfig
 from oreal_megatron.convert.huggingface import geometry_of
-from oreal_megatron.convert.module import load_weights
 from oreal_megatron.data.packing import PackedSequence, TokenBatch, pack
-from oreal_megatron.models.architecture import build_gpt
 from oreal_megatron.models.decoding import CachedDecoder
 from oreal_megatron.models.microbatches import score
 from oreal_megatron.models.optimizer import TrainedModel
@@ -27,6 +25,7 @@ from oreal_megatron.parallel.device import device_seam
 from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
 from oreal_megatron.rollout.embedded import EmbeddedEngine
 from oreal_megatron.rollout.engine import GenerationRequest
+from tests.tiny_models import as_policy
 
 ADAMW = AdamWConfig(
     lr=1e-4, min_lr=1e-5, warmup_steps=0, decay_steps=None, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, clip_grad=1.0
@@ -55,26 +54,8 @@ def main(directory: Path, tensor: int, pipeline: int) -> None:
 
 
 def load(path: Path, groups: ParallelGroups) -> Policy:
-    geometry = geometry_of(path)
-    model = ModelConfig(
-        path=str(path),
-        geometry=None,
-        tokenizer="unused",
-        implementation="local",
-        dtype="float32",
-        max_sequence_length=512,
-    )
-    policy: Any = build_gpt(
-        Policy,
-        geometry,
-        model,
-        groups,
-        vocab_size=geometry.vocab_size or 0,
-        seed=0,
-        tied_embeddings=geometry.tied_embeddings,
-    )
-    policy.num_tokens = geometry.vocab_size
-    load_weights(policy, path, groups)
+    policy = as_policy(path, groups, max_sequence_length=512)
+    policy.num_tokens = geometry_of(path).vocab_size
     return policy
 
 
