@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +16,18 @@ from oreal_megatron.checkpoint.state import load_weights_only, weights_only
 from oreal_megatron.checkpoint.store import INITIAL, CheckpointStore, damages_of, load_checkpoint
 from oreal_megatron.config import (
     AdamWConfig,
-    ConfigError,
     Fp8ModelConfig,
-    GeometryConfig,
-    ModelConfig,
     SftConfig,
     SGLangConfig,
     TrainConfig,
-    Violation,
     check_layout,
 )
-from oreal_megatron.convert.huggingface import geometry_of, served_config
+from oreal_megatron.convert.huggingface import served_config
 from oreal_megatron.convert.module import load_weights
 from oreal_megatron.data.arithmetic import Demonstration, generate_arithmetic
 from oreal_megatron.data.packing import Packer
 from oreal_megatron.data.prompting import PromptRenderer
-from oreal_megatron.data.prompts import balanced, read_demonstrations, read_estimated, read_prompts, write_estimated
+from oreal_megatron.data.prompts import balanced, read_demonstrations, read_prompts
 from oreal_megatron.data.stream import PromptStream
 from oreal_megatron.data.tokenizer import load_tokenizer
 from oreal_megatron.evaluation.benchmarks import Benchmark
@@ -48,6 +42,8 @@ from oreal_megatron.models.residence import FrozenModel
 from oreal_megatron.models.token_reward import TokenRewardModel
 from oreal_megatron.parallel.device import device, device_seam
 from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
+from oreal_megatron.pass_rates import with_pass_rates
+from oreal_megatron.preflight import check_startable, first_server_device, geometry_of_run
 from oreal_megatron.records import Prompt
 from oreal_megatron.resharding.publish import build_publisher
 from oreal_megatron.resharding.served import LOADER
@@ -58,7 +54,7 @@ from oreal_megatron.rollout.fingerprint import Fingerprint, check_server
 from oreal_megatron.rollout.fleet import Fleet
 from oreal_megatron.rollout.journal import RolloutJournal
 from oreal_megatron.rollout.member import Terms
-from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
+from oreal_megatron.rollout.sampler import Sampler
 from oreal_megatron.rollout.server import Launcher, start_directory
 from oreal_megatron.rollout.sglang import SGLangEngine
 from oreal_megatron.seeds import derive_seed
@@ -93,61 +89,6 @@ def opened_run(config: TrainConfig, stop: StopRequest) -> Iterator[Run]:
         tokenizer = load_tokenizer(config.model.tokenizer)
         journal = stack.enter_context(contextlib.closing(RolloutJournal(directory / "journal", groups)))
         yield _Builder(config, directory, groups, tracker, verifier, tokenizer, journal, stop, stack).run()
-
-
-def check_startable(config: TrainConfig, num_processes: int) -> None:
-    """Raises ConfigError where the configuration is for another number of processes, or another machine."""
-    violations = []
-    if (servers := config.rollout.sglang) is not None and not servers.urls and servers.device == "cuda":
-        first, devices = first_server_device(servers), config.resources.devices_per_node
-        if first + servers.num_servers * servers.tensor > devices:
-            remedy = (
-                f"servers of {servers.tensor} devices are launched on the main process's machine, which has {devices} "
-                f"from number {first} on: start them elsewhere and give rollout.sglang.urls"
-            )
-            violations.append(Violation("rollout.sglang.num_servers", servers.num_servers, remedy))
-    wanted = config.resources.trainer_devices
-    if wanted is not None and wanted != num_processes:
-        remedy = f"{num_processes} were started; start as many as this, or resources.trainer_devices={num_processes}"
-        violations.append(Violation("resources.trainer_devices", wanted, remedy))
-    if violations:
-        raise ConfigError(violations)
-
-
-def first_server_device(servers: SGLangConfig) -> int:
-    """The number, on this machine, of the first device of launched servers: on the trainer's, or behind them."""
-    return 0 if servers.shares_devices else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def geometry_of_run(model: ModelConfig) -> GeometryConfig:
-    """model.geometry, or that of model.path, which must then have the sizes that model.geometry names, if it does.
-
-    Raises:
-        ConfigError: with every size that differs.
-        ValueError: the directory cannot be read.
-    """
-    if model.path is None:
-        assert model.geometry is not None
-        return model.geometry
-    found = geometry_of(Path(model.path))
-    if (expected := model.geometry) is not None:
-        # Sizes are what plans are made of; the numerics (rotary base, epsilon) are the directory's own.
-        sizes = (
-            "num_layers",
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-            "num_query_groups",
-            "vocab_size",
-        )
-        violations = [
-            Violation(f"model.geometry.{name}", getattr(expected, name), f"{model.path} has {getattr(found, name)}")
-            for name in sizes
-            if getattr(expected, name) not in (None, getattr(found, name))
-        ]
-        if violations:
-            raise ConfigError(violations)
-    return found
 
 
 class _Builder:
@@ -210,7 +151,15 @@ class _Builder:
         )
         if config.data.pass_rate is not None:
             with engine.awake(contextlib.nullcontext):
-                train_prompts = self._with_pass_rates(train_prompts, sampler)
+                train_prompts = with_pass_rates(
+                    train_prompts,
+                    config,
+                    sampler,
+                    directory=self.directory,
+                    groups=self.groups,
+                    tracker=self.tracker,
+                    journal=self.journal,
+                )
         engine.rest()
         stream = PromptStream(
             balanced(train_prompts, config.data.difficulty_balance),
@@ -433,52 +382,3 @@ class _Builder:
             raise ValueError(f"model.reward_model: {error}") from error
         missing = load_weights_only("reward_model", module, {name: state[name] for name in names})
         assert not missing, missing
-
-    def _with_pass_rates(self, prompts: list[Prompt], sampler: Sampler) -> list[Prompt]:
-        """Prompts with the share of the initial policy's responses that are correct; kept in pass_rates.jsonl.
-
-        Raises:
-            Stopped: a stop was asked for; what was estimated is in the journal.
-            ValueError: pass_rates.jsonl is of other data.
-        """
-        estimation = self.config.data.pass_rate
-        assert estimation is not None
-        path = self.directory / "pass_rates.jsonl"
-        if self.groups.from_main(path.is_file()):
-            return read_estimated(path, source=prompts)
-        known = [prompt for prompt in prompts if prompt.pass_rate is not None]
-        unknown = [prompt for prompt in prompts if prompt.pass_rate is None]
-        if estimation.max_prompts is not None and len(unknown) > estimation.max_prompts:
-            unknown = random.Random(derive_seed(self.config.run.seed, "estimate")).sample(
-                unknown, estimation.max_prompts
-            )
-        estimated: list[Prompt] = []
-        chunk = max(self.config.rollout.batch_size // estimation.samples, 1) * self.groups.data_size
-        with self.tracker.progress("pass rates", len(unknown)) as bar:
-            for start in range(0, len(unknown), chunk):
-                purpose = f"pass_rates_{start // chunk:06d}"
-                estimated += self._estimate(unknown[start : start + chunk], sampler, estimation.samples, purpose)
-                correct = sum(prompt.pass_rate or 0.0 for prompt in estimated) / max(len(estimated), 1)
-                bar.advance(f"mean {correct:.2f}", by=len(unknown[start : start + chunk]))
-        if self.groups.is_main:
-            write_estimated(path, known + estimated, source=prompts)
-        self.groups.barrier()
-        self.journal.forget("pass_rates_*")
-        return known + estimated
-
-    def _estimate(self, prompts: list[Prompt], sampler: Sampler, num_samples: int, purpose: str) -> list[Prompt]:
-        """Prompts with a decided response, with their pass rate."""
-        config = self.config
-        groups = sampler.sample(
-            prompts,
-            purpose=purpose,
-            num_samples=num_samples,
-            sampling=config.rollout.sampling,
-            seed_of=rollout_seeds(config.run.seed, "pass_rate", 0),
-        ).groups
-        estimated = []
-        for prompt, group in zip(prompts, groups, strict=True):
-            decided = [graded.verdict == "CORRECT" for graded in group if graded.verdict != "UNDECIDED"]
-            if decided:
-                estimated.append(replace(prompt, pass_rate=sum(decided) / len(decided)))
-        return estimated

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from oreal_megatron.config import TrainConfig
 from oreal_megatron.files import append_line, open_log, whole_lines, write_atomically
-from oreal_megatron.records import EvaluationReport, StepReport
+from oreal_megatron.objective.groups import Selection
+from oreal_megatron.records import EvaluationReport, FinishReason, GradedRollout, StepReport
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -208,3 +210,23 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def rollout_metrics(groups: Sequence[Sequence[GradedRollout]], selection: Selection) -> dict[str, float]:
+    """What a step's responses were like, and how many of them train."""
+    rollouts = [graded.rollout for group in groups for graded in group]
+    stages = Counter(graded.grade.stage for group in groups for graded in group)
+    count = max(len(rollouts), 1)
+    return {
+        **{f"verifier/share_by_{stage}": number / count for stage, number in sorted(stages.items())},
+        "rollout/responses": float(len(rollouts)),
+        "rollout/response_tokens": sum(len(rollout.response_ids) for rollout in rollouts) / count,
+        "rollout/stopped": sum(rollout.finish_reason is FinishReason.STOP for rollout in rollouts) / count,
+        "reward/pass_rate": selection.pass_rate,
+        "reward/undecided": float(selection.num_undecided),
+        "data/groups": float(selection.num_groups),
+        "data/kept_groups": float(selection.num_kept_groups),
+        "data/all_correct_groups": float(selection.num_all_correct),
+        "data/all_incorrect_groups": float(selection.num_all_incorrect),
+        "data/trajectories": float(len(selection.trajectories)),
+    }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,21 +19,14 @@ from oreal_megatron.data.packing import PackedSequence, Packer, TokenBatch
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.data.stream import PromptStream
 from oreal_megatron.evaluation.benchmarks import Benchmark, area_under_curve, evaluate
-from oreal_megatron.metrics import Tracker
+from oreal_megatron.metrics import Tracker, rollout_metrics
 from oreal_megatron.models.optimizer import TrainedModel
 from oreal_megatron.models.residence import FrozenModel
 from oreal_megatron.objective.groups import Selection, is_useful, select_trajectories
 from oreal_megatron.objective.terms import TokenCounts
 from oreal_megatron.parallel.groups import ParallelGroups
 from oreal_megatron.phases import Clock
-from oreal_megatron.records import (
-    EvaluationReport,
-    FinishReason,
-    GradedRollout,
-    Prompt,
-    StepReport,
-    Trajectory,
-)
+from oreal_megatron.records import EvaluationReport, GradedRollout, Prompt, StepReport, Trajectory
 from oreal_megatron.rollout.engine import RolloutEngine
 from oreal_megatron.rollout.sampler import Enough, Sampled, Sampler, rollout_seeds
 from oreal_megatron.seeds import derive_seed
@@ -140,7 +132,7 @@ def train_step(run: Run) -> StepReport:
     )
     metrics = {**rollout_metrics(graded, selection), **sampled.metrics}
     if config.run.mode == "rollout" or not selection.trajectories:
-        skipped = "rollouts only" if config.run.mode == "rollout" else why_unusable(selection)
+        skipped = "rollouts only" if config.run.mode == "rollout" else selection.why_unusable
         save_trajectories(run, graded, selection)
         return StepReport(step=step, skipped=skipped, metrics=metrics, **costs(run, clock))
 
@@ -383,32 +375,6 @@ def restore(run: Run) -> bool:
         run.tracker.say(f"resumed from checkpoint {step_name(step)}")
     run.store.remember_best(run.progress.best)
     return step is not None
-
-
-def rollout_metrics(groups: Groups, selection: Selection) -> dict[str, float]:
-    rollouts = [graded.rollout for group in groups for graded in group]
-    stages = Counter(graded.grade.stage for group in groups for graded in group)
-    count = max(len(rollouts), 1)
-    return {
-        **{f"verifier/share_by_{stage}": number / count for stage, number in sorted(stages.items())},
-        "rollout/responses": float(len(rollouts)),
-        "rollout/response_tokens": sum(len(rollout.response_ids) for rollout in rollouts) / count,
-        "rollout/stopped": sum(rollout.finish_reason is FinishReason.STOP for rollout in rollouts) / count,
-        "reward/pass_rate": selection.pass_rate,
-        "reward/undecided": float(selection.num_undecided),
-        "data/groups": float(selection.num_groups),
-        "data/kept_groups": float(selection.num_kept_groups),
-        "data/all_correct_groups": float(selection.num_all_correct),
-        "data/all_incorrect_groups": float(selection.num_all_incorrect),
-        "data/trajectories": float(len(selection.trajectories)),
-    }
-
-
-def why_unusable(selection: Selection) -> str:
-    return (
-        f"no usable group among {selection.num_groups}: {selection.num_all_correct} all correct, "
-        f"{selection.num_all_incorrect} all incorrect, {selection.num_undecided} responses undecided"
-    )
 
 
 def step_auc(run: Run, scored: updates.ScoredSequences) -> float:

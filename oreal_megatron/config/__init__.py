@@ -4,8 +4,10 @@ Hydra composes conf/ and overrides; `parse_config` validates the result once and
 once, each with its key, its value and what would be right. Nothing below reads a DictConfig.
 """
 
-from oreal_megatron.config.checks import check_layout
+from oreal_megatron.config.fields import NonNegative, Positive, Section, Strings
+from oreal_megatron.config.layout import check_layout
 from oreal_megatron.config.parsing import check_resume, parse_config
+from oreal_megatron.config.rollout import SamplingConfig, SGLangConfig
 from oreal_megatron.config.sections import (
     AdamWConfig,
     ArithmeticConfig,
@@ -14,16 +16,10 @@ from oreal_megatron.config.sections import (
     Fp8ModelConfig,
     GeometryConfig,
     ModelConfig,
-    NonNegative,
     ObjectiveConfig,
     ParallelConfig,
-    Positive,
     PromptConfig,
-    SamplingConfig,
-    Section,
     SftConfig,
-    SGLangConfig,
-    Strings,
     TokenWeightConfig,
     TrainConfig,
 )

@@ -6,25 +6,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from oreal_megatron.config.layout import layout_violations
+from oreal_megatron.config.rollout import RolloutConfig
 from oreal_megatron.config.sections import (
     DataConfig,
     EvaluationConfig,
     Fp8Config,
     Fp8ModelConfig,
-    GeometryConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
     PromptConfig,
     ResourcesConfig,
-    RolloutConfig,
     RunConfig,
     SftConfig,
     TrackingConfig,
 )
 from oreal_megatron.config.serving import served_shape_violations, serving_violations
-from oreal_megatron.config.violations import ConfigError, Violation
+from oreal_megatron.config.violations import Violation
 from oreal_megatron.gpu.recipes import CAPABILITIES, device_problem, recipes_for
 
 
@@ -70,38 +70,7 @@ def _check_model(model: ModelConfig) -> Iterator[Violation]:
 @_check("model", "parallel")
 def _check_layout(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Violation]:
     if model.geometry is not None:
-        yield from _layout_violations(model.geometry, parallel)
-
-
-def check_layout(geometry: GeometryConfig, parallel: ParallelConfig) -> None:
-    """For a geometry that a model directory brought. Raises ConfigError where the layout does not divide it."""
-    if violations := list(_layout_violations(geometry, parallel)):
-        raise ConfigError(violations)
-
-
-def _layout_violations(g: GeometryConfig, parallel: ParallelConfig) -> Iterator[Violation]:
-    for key, size, split, by in (
-        ("parallel.tensor", g.num_attention_heads, parallel.tensor, "attention heads"),
-        ("parallel.tensor", g.ffn_hidden_size, parallel.tensor, "columns of ffn_hidden_size"),
-        ("parallel.pipeline", g.num_layers, parallel.pipeline, "layers"),
-    ):
-        if size % split:
-            yield Violation(key, split, f"{size} {by} do not split evenly over {split} ranks")
-    apart = g.num_query_groups % parallel.tensor and parallel.tensor % g.num_query_groups
-    if apart and g.num_attention_heads % parallel.tensor == 0:
-        yield Violation(
-            "parallel.tensor",
-            parallel.tensor,
-            f"must divide model.geometry.num_query_groups = {g.num_query_groups} or be a multiple of it",
-        )
-    runs = parallel.pipeline * parallel.virtual_pipeline
-    if parallel.virtual_pipeline > 1 and g.num_layers % runs:
-        yield Violation(
-            "parallel.virtual_pipeline",
-            parallel.virtual_pipeline,
-            f"{g.num_layers} layers do not split evenly into {parallel.pipeline} stages x "
-            f"{parallel.virtual_pipeline} runs = {runs}",
-        )
+        yield from layout_violations(model.geometry, parallel)
 
 
 @_check("parallel")

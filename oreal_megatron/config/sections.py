@@ -4,32 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import ceil
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
+from oreal_megatron.config.fields import (
+    AsTuple,
+    FloatPair,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    Share,
+    Strings,
+)
+from oreal_megatron.config.rollout import RolloutConfig, SamplingConfig
 from oreal_megatron.gpu.recipes import RecipeName
 from oreal_megatron.verifier.config import VerifierConfig
-
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
-FloatPair = Annotated[tuple[float, float], BeforeValidator(_as_tuple)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: no unknown keys, no coercion, immutable."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class GeometryConfig(Section):
@@ -128,7 +120,7 @@ class ArithmeticConfig(Section):
     num_heldout: Positive
     num_demonstrations: Positive
     """Solutions for the warm start; drawn apart from the other two sets."""
-    direct_shares: Annotated[tuple[Share, Share], BeforeValidator(_as_tuple)]
+    direct_shares: Annotated[tuple[Share, Share], AsTuple]
     """Share of the demonstrations that state the answer without working, which a small model rarely gets right: of
     those with min_terms, and of those with max_terms; between them on a line."""
     min_terms: Annotated[int, Field(ge=2, le=6)]
@@ -136,7 +128,7 @@ class ArithmeticConfig(Section):
     max_operand: Annotated[int, Field(ge=2, le=999)]
     max_factor: Annotated[int, Field(ge=2, le=99)]
     """Largest operand of a multiplication."""
-    operators: Annotated[tuple[Literal["+", "-", "*"], ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+    operators: Annotated[tuple[Literal["+", "-", "*"], ...], AsTuple, Field(min_length=1)]
 
 
 class PassRateConfig(Section):
@@ -165,7 +157,7 @@ class DataConfig(Section):
     named for these."""
     prompts_per_step: Positive
     pass_rate: PassRateConfig | None
-    difficulty_balance: Annotated[tuple[BalanceBin, ...], BeforeValidator(_as_tuple)]
+    difficulty_balance: Annotated[tuple[BalanceBin, ...], AsTuple]
     """Empty: every prompt once an epoch, whatever its pass rate."""
 
 
@@ -219,104 +211,6 @@ class ObjectiveConfig(Section):
     @property
     def uses_reward_model(self) -> bool:
         return self.token_weights.source == "reward_model"
-
-
-class SamplingConfig(Section):
-    """How responses are drawn."""
-
-    temperature: NonNegativeFloat
-    """0: greedy."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)]
-    max_new_tokens: Positive
-
-
-class SGLangConfig(Section):
-    """SGLang servers that generate rollouts: launched by the run on this machine, or attached to."""
-
-    urls: Strings
-    """Servers that run already, `http://host:port`; empty: launch them."""
-    num_servers: Positive
-    """Launched servers."""
-    tensor: Positive
-    """Tensor-parallel ranks of every server."""
-    placement: Literal["colocated", "disaggregated"]
-    """On the trainer's devices, in turns with it, or on devices of their own."""
-    memory_share: Annotated[float, Field(gt=0.0, lt=1.0)]
-    """Of a device's memory, for the served weights and the KV cache together."""
-    dtype: Literal["bfloat16", "fp8"] | None
-    """Of the served weights; null: model.dtype. fp8: linear layers in e4m3, a power of two a block of 128 x 128, the
-    rest in bfloat16. Weights are cast when they are published, and audited as they are served."""
-    device: Literal["cpu", "cuda"]
-    """Of the servers; launched ones on `cpu` use the directory that `make sglang-deps` fills."""
-    host: str
-    """Address that launched servers listen at."""
-    port: Annotated[int, Field(gt=0, le=65535)] | None
-    """Port of the first launched server, the others follow; null: free ones."""
-    max_concurrency: Positive
-    """Requests in flight at one server; the next is sent as soon as one is answered."""
-    transport: Literal["direct", "broadcast", "ipc", "disk"]
-    """How new weights reach the servers; direct: each rank is sent exactly its own bytes; broadcast: whole tensors to
-    every rank, in SGLang's own way; ipc: through memory of one machine; disk: a Hugging Face directory that they load,
-    on a file system they share."""
-    bucket_mib: Positive
-    """Of the buckets in which weights move; beside its weights a process has less than two, one that `ipc` or
-    `broadcast` collects for others up to three."""
-    weights_dir: str | None
-    """Where `disk` writes them, the latest version only; null: `weights` in run.dir."""
-    startup_seconds: PositiveFloat
-    """A server that does not answer so long after its start, or after contact was lost, is given up."""
-    health_seconds: PositiveFloat
-    """A server that gives no sign of life for so long while it has requests counts as lost; SGLang's own check takes
-    up to 20 seconds."""
-    control_seconds: PositiveFloat
-    """Pausing, loading weights, flushing: a step of a publication that takes longer means that the server is lost."""
-    max_restarts: NonNegative
-    """In a row, of one launched server, before it is given up."""
-    arguments: Mapping[str, str | int | float | bool]
-    """More options of `sglang.launch_server`, by name without dashes in front; true: a flag."""
-
-    @property
-    def shares_devices(self) -> bool:
-        return self.placement == "colocated"
-
-
-class MismatchConfig(Section):
-    """How far the policy's log-probabilities may be from the rollouts': a step's mean |difference|, in nats a token."""
-
-    warn: PositiveFloat
-    stop: PositiveFloat
-    """A step beyond it is not trained on; the run ends."""
-
-
-class LongTailConfig(Section):
-    """A step asks for more prompts than it needs, and goes on without the slowest responses."""
-
-    oversample: Annotated[float, Field(gt=1.0, allow_inf_nan=False)]
-    """Prompts that a step asks for, as a multiple of data.prompts_per_step."""
-    until: Literal["complete", "useful"]
-    """The step has enough once data.prompts_per_step groups are complete; or complete and of use to the objective
-    (objective.keep_groups). Prompts of the others come first in the next step."""
-    carry_updates: NonNegative
-    """Policy updates over which the tokens of a broken-off response are kept: it goes on from them, each token with
-    the log-probability that it was drawn with. 0: after an update it is generated anew."""
-
-
-class RolloutConfig(Section):
-    """Where and how rollouts are generated."""
-
-    backend: Literal["embedded", "sglang"]
-    """embedded: on the trainer's own model, in its processes; sglang: by servers."""
-    samples_per_prompt: Positive
-    """K."""
-    sampling: SamplingConfig
-    batch_size: Positive
-    """Sequences that one embedded batch generates at the same time; pass rates are estimated so many at a time."""
-    mismatch: MismatchConfig | None = None
-    """null: reported only."""
-    long_tail: LongTailConfig | None = None
-    """null: a step waits for all its responses. Needs `backend: sglang`."""
-    sglang: SGLangConfig | None = None
-    """Belongs to `backend: sglang`."""
 
 
 class AdamWConfig(Section):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from oreal_megatron.config.sections import GeometryConfig, SGLangConfig
+from oreal_megatron.config.rollout import SGLangConfig
+from oreal_megatron.config.sections import GeometryConfig
 from oreal_megatron.config.violations import Violation
 from oreal_megatron.gpu.recipes import Capability
 

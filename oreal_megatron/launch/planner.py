@@ -8,7 +8,8 @@ from typing import Protocol
 
 from oreal_megatron.config import ConfigError, GeometryConfig, ParallelConfig, TrainConfig, check_layout
 from oreal_megatron.launch.hardware import device_named
-from oreal_megatron.launch.plan import MemoryPlan, Sizes, decoded_batch, memory_plan, row_tokens
+from oreal_megatron.launch.plan import MemoryPlan, decoded_batch, memory_plan
+from oreal_megatron.launch.sizes import Sizes, row_tokens
 from oreal_megatron.launch.timing import Disk, Measured, Workload, assumed_workload, disk, phase_seconds
 from oreal_megatron.records import DecodedBatch, RankFootprint
 

@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from oreal_megatron.launch import hardware
-from oreal_megatron.launch.plan import PHASES, MemoryPlan, amount, micro_batches_in_flight, num_parameters
+from oreal_megatron.launch.plan import PHASES, MemoryPlan, amount, micro_batches_in_flight
 from oreal_megatron.launch.planner import Plan
+from oreal_megatron.launch.sizes import num_parameters
 from oreal_megatron.launch.timing import Measured
 
 _COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "red"}

@@ -12,14 +12,8 @@ from statistics import median
 from oreal_megatron.config import TrainConfig
 from oreal_megatron.launch import hardware
 from oreal_megatron.launch.hardware import Device
-from oreal_megatron.launch.plan import (
-    KvCache,
-    Sizes,
-    linear_parameters,
-    num_parameters,
-    rollouts_per_step,
-    served_weights,
-)
+from oreal_megatron.launch.plan import KvCache, served_weights
+from oreal_megatron.launch.sizes import Sizes, linear_parameters, num_parameters, rollouts_per_step
 
 
 @dataclass(frozen=True, kw_only=True)

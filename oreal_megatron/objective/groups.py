@@ -26,6 +26,13 @@ class Selection:
     pass_rate: float
     """Share CORRECT among the decided responses of the step; nan where none was decided."""
 
+    @property
+    def why_unusable(self) -> str:
+        return (
+            f"no usable group among {self.num_groups}: {self.num_all_correct} all correct, "
+            f"{self.num_all_incorrect} all incorrect, {self.num_undecided} responses undecided"
+        )
+
 
 def select_trajectories(
     groups: Sequence[Sequence[GradedRollout]],

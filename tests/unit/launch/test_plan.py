@@ -11,8 +11,8 @@ import torch
 from oreal_megatron.composition import composed, resolved, with_placeholders
 from oreal_megatron.config import ConfigError, GeometryConfig, ModelConfig, ParallelConfig, TrainConfig, parse_config
 from oreal_megatron.launch.command import num_devices, planner_of
-from oreal_megatron.launch.plan import num_parameters
 from oreal_megatron.launch.planner import Plan, first_change, search
+from oreal_megatron.launch.sizes import num_parameters
 from oreal_megatron.launch.timing import assumed_workload, read_measured
 from oreal_megatron.models.footprint import FootprintMeter
 from oreal_megatron.records import RankFootprint
