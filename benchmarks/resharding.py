@@ -10,9 +10,6 @@ audit under 0.5 s, extra memory of a process under two buckets.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
-import socket
 import statistics
 import tempfile
 from collections import defaultdict
@@ -38,9 +35,9 @@ from oreal_megatron.resharding.shards import PolicyShards
 from oreal_megatron.resharding.transport import rounds
 from oreal_megatron.rollout.fleet import Fleet
 from oreal_megatron.rollout.sglang import SGLangEngine
+from tests.ranks import run_ranks
 from tests.tiny_servers import fleet_of, servers_config
 
-FORK = multiprocessing.get_context("fork")
 WORLD, SERVER_RANKS = 4, 2
 PARTS = ("pause", "plan", "transfer", "load", "audit", "continue")
 VOCABULARY = 151936
@@ -80,23 +77,12 @@ def main() -> None:
     parser.add_argument("--transports", nargs="+", default=["direct", "broadcast", "disk", "ipc"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as name:
-        ranks = [FORK.Process(target=trainer, args=(r, port, arguments, Path(name))) for r in range(WORLD)]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join()
-    if any(rank.exitcode for rank in ranks):
-        raise SystemExit("a rank failed")
+        run_ranks(WORLD, trainer, arguments, Path(name))
     simulate()
 
 
-def trainer(rank: int, port: int, arguments: argparse.Namespace, directory: Path) -> None:
-    where = {"RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {key: str(value) for key, value in where.items()}
+def trainer(rank: int, arguments: argparse.Namespace, directory: Path) -> None:
     layout = ParallelConfig(tensor=2, pipeline=2, micro_batch_tokens=64, timeout_seconds=1200)
     geometry = QWEN_05B.model_copy(update={"num_layers": arguments.layers})
     with device_seam(), parallel_groups(layout, seed=0) as groups:

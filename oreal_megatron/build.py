@@ -118,7 +118,7 @@ class _Builder:
         self.stop = stop
         self.renderer = PromptRenderer(tokenizer, config.prompt)
         self.geometry = geometry_of_run(config.model)
-        check_layout(self.geometry, config.parallel)
+        check_layout(self.geometry, config.parallel, config.rollout.sglang)
         self.vocab_size = max(self.geometry.vocab_size or 0, len(tokenizer))
         self.packer = Packer.of_layout(groups, self.geometry, self.vocab_size, fp8=config.fp8)
         self.generated = (

@@ -11,7 +11,9 @@ from oreal_megatron.config import GeometryConfig, ModelConfig
 from oreal_megatron.convert.huggingface import geometry_of
 from oreal_megatron.convert.module import load_weights
 from oreal_megatron.models.architecture import build_gpt
+from oreal_megatron.models.chunks import chunks_of
 from oreal_megatron.models.policy import Policy
+from oreal_megatron.parallel.device import device
 
 GEOMETRY = GeometryConfig(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2)
 MODEL = ModelConfig(
@@ -69,8 +71,8 @@ def save_tiny(
     return directory
 
 
-def as_policy(directory: Path, groups: Any, *, max_sequence_length: int = 128) -> Policy:
-    """The model of a Hugging Face directory in Megatron-Core."""
+def policy_chunks(directory: Path, groups: Any, *, max_sequence_length: int = 128) -> list[Any]:
+    """The model of a Hugging Face directory in Megatron-Core: this rank's runs of layers."""
     geometry = geometry_of(directory)
     assert geometry.vocab_size is not None
     model = ModelConfig(
@@ -90,6 +92,14 @@ def as_policy(directory: Path, groups: Any, *, max_sequence_length: int = 128) -
         seed=0,
         tied_embeddings=geometry.tied_embeddings,
     )
+    chunks = [chunk.to(device()) for chunk in chunks_of(policy)]
+    for chunk in chunks:
+        load_weights(chunk, directory, groups)
+    return chunks
+
+
+def as_policy(directory: Path, groups: Any, *, max_sequence_length: int = 128) -> Policy:
+    """The one run of layers of a stage."""
+    (policy,) = policy_chunks(directory, groups, max_sequence_length=max_sequence_length)
     assert isinstance(policy, Policy)
-    load_weights(policy, directory, groups)
     return policy

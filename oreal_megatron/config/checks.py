@@ -23,7 +23,7 @@ from oreal_megatron.config.sections import (
     SftConfig,
     TrackingConfig,
 )
-from oreal_megatron.config.serving import served_shape_violations, serving_violations
+from oreal_megatron.config.serving import served_head_violations, served_shape_violations, serving_violations
 from oreal_megatron.config.violations import Violation
 from oreal_megatron.gpu.recipes import CAPABILITIES, device_problem, recipes_for
 
@@ -158,15 +158,8 @@ def _check_data(data: DataConfig) -> Iterator[Violation]:
 
 @_check("rollout", "model")
 def _check_served_heads(rollout: RolloutConfig, model: ModelConfig) -> Iterator[Violation]:
-    servers = rollout.sglang
-    if servers is not None and model.geometry is not None:
-        heads = model.geometry.num_attention_heads
-        if heads % servers.tensor:
-            yield Violation(
-                "rollout.sglang.tensor",
-                servers.tensor,
-                f"{heads} attention heads do not split evenly over {servers.tensor} devices",
-            )
+    if rollout.sglang is not None and model.geometry is not None:
+        yield from served_head_violations(rollout.sglang, model.geometry)
 
 
 @_check("rollout", "model", "resources")

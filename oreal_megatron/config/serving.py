@@ -1,4 +1,4 @@
-"""What servers in FP8 ask of a device, of a transport and of shapes."""
+"""What servers ask of a model's sizes, and in FP8 of a device and a transport."""
 
 from __future__ import annotations
 
@@ -34,6 +34,19 @@ def serving_violations(servers: SGLangConfig, capability: Capability | None) -> 
     if servers.transport not in ("direct", "ipc"):
         remedy = "has SGLang load the weights, which takes none in bfloat16 into FP8 layers: direct, or ipc"
         yield Violation("rollout.sglang.transport", servers.transport, remedy)
+
+
+def served_head_violations(servers: SGLangConfig, geometry: GeometryConfig) -> Iterator[Violation]:
+    """Heads that do not split over a server's ranks. SGLang copies key-value heads where there are more ranks than
+    these, but on a CPU it adds empty ones, with query heads to them, which no publication fills."""
+    heads, groups, tensor = geometry.num_attention_heads, geometry.num_query_groups, servers.tensor
+    if heads % tensor:
+        remedy = f"{heads} attention heads do not split evenly over {tensor} devices"
+        yield Violation("rollout.sglang.tensor", tensor, remedy)
+    elif groups % tensor and (tensor % groups or servers.device == "cpu"):
+        copies = "" if servers.device == "cpu" else " or be a multiple of it"
+        remedy = f"must divide model.geometry.num_query_groups = {groups}{copies}"
+        yield Violation("rollout.sglang.tensor", tensor, remedy)
 
 
 def served_shape_violations(servers: SGLangConfig, geometry: GeometryConfig) -> Iterator[Violation]:

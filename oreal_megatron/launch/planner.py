@@ -44,7 +44,7 @@ def make_plan(
         ConfigError: the layout does not divide the model, or the devices the replicas.
         ValueError: Megatron-Core refuses the layout.
     """
-    check_layout(geometry, config.parallel)
+    check_layout(geometry, config.parallel, config.rollout.sglang)
     sizes = Sizes(config, geometry, num_devices)
     device = device_named(config.resources.device, sharing=num_devices)
     batch = decoded_batch(config) if config.rollout.backend == "embedded" else None

@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,14 +26,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from oreal_megatron.config import GeometryConfig, ModelConfig, ParallelConfig
+from oreal_megatron.config import GeometryConfig, ParallelConfig
 from oreal_megatron.convert.families import family_of
 from oreal_megatron.convert.huggingface import geometry_of
-from oreal_megatron.convert.module import load_weights
-from oreal_megatron.models.architecture import build_gpt
-from oreal_megatron.models.chunks import chunks_of
-from oreal_megatron.models.policy import Policy
-from oreal_megatron.parallel.device import device, device_seam
+from oreal_megatron.parallel.device import device_seam
 from oreal_megatron.parallel.groups import parallel_groups
 from oreal_megatron.resharding import loader
 from oreal_megatron.resharding.audit import Auditor
@@ -44,6 +39,8 @@ from oreal_megatron.resharding.orders import Desk
 from oreal_megatron.resharding.publish import Publisher
 from oreal_megatron.resharding.served import LOADER, EngineLayout, served_tensors
 from oreal_megatron.resharding.shards import PolicyShards
+from tests.ranks import run_ranks
+from tests.tiny_models import policy_chunks
 from tests.unit.resharding.test_plan import served
 
 
@@ -148,44 +145,14 @@ def main(source: Path, setting: Setting) -> None:
             pipes.append(ours)
             pids.append(worker.pid)
         servers.append((number, f"server {number}", pipes, pids))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [
-        setting.processes.Process(target=publish, args=(rank, port, source, setting, servers))
-        for rank in range(setting.world)
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    sys.exit(any(rank.exitcode for rank in ranks))
+    run_ranks(setting.world, publish, source, setting, servers, processes=setting.processes)
 
 
-def publish(rank: int, port: int, source: Path, setting: Setting, opened: list[Any]) -> None:
-    where = {
-        "RANK": rank,
-        "WORLD_SIZE": setting.world,
-        "LOCAL_RANK": rank,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ |= {name: str(value) for name, value in where.items()}
+def publish(rank: int, source: Path, setting: Setting, opened: list[Any]) -> None:
     geometry = geometry_of(source)
     config = ParallelConfig(micro_batch_tokens=64, timeout_seconds=120, **setting.layout)
     with device_seam(), parallel_groups(config, seed=0) as groups:
-        model = ModelConfig(
-            path=str(source), geometry=None, tokenizer="unused", implementation="local", dtype="float32",
-            max_sequence_length=128,
-        )  # fmt: skip
-        policy = build_gpt(
-            Policy, geometry, model, groups,
-            vocab_size=geometry.vocab_size, seed=0, tied_embeddings=geometry.tied_embeddings,
-        )  # fmt: skip
-        chunks = [chunk.to(device()) for chunk in chunks_of(policy)]
-        for chunk in chunks:
-            load_weights(chunk, source, groups)
-        shards = PolicyShards(chunks, geometry, groups, setting.dtype)
+        shards = PolicyShards(policy_chunks(source, groups), geometry, groups, setting.dtype)
         servers = [Server(*one, ThreadPoolExecutor(1)) for one in opened] if groups.is_main else []
         carry_out(setting, shards, servers, source)
 

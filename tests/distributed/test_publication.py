@@ -34,6 +34,12 @@ def test_direct_and_ipc_bring_every_rank_its_tensors(layout, family, tied, vocab
     assert_published(source, {"layout": LAYOUTS[layout]})
 
 
+def test_a_key_value_head_that_two_ranks_of_a_server_hold(tmp_path):
+    """SGLang on a CPU has no copies (its config.json would be refused), on a GPU it has."""
+    source = save_tiny(tmp_path / "model", "qwen2", tied=False, num_groups=2, ffn=128)
+    assert_published(source, {"layout": LAYOUTS["TP2xPP2"], "num_servers": 1, "server_ranks": 4})
+
+
 @pytest.mark.parametrize(
     ("layout", "served"),
     [

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import pickle
-import socket
 import sys
 import tempfile
 import time
@@ -28,8 +26,8 @@ from oreal_megatron.parallel.device import device_seam
 from oreal_megatron.parallel.groups import parallel_groups
 from tests.parity.layouts import ONE_RANK, Case
 from tests.parity.oreal_step import NUM_STEPS, Outcome, differences, run_steps
+from tests.ranks import start_ranks
 
-FORK = multiprocessing.get_context("fork")
 SECONDS_A_CASE = 120
 
 
@@ -67,16 +65,8 @@ def on_processes(case: Case, objective: ObjectiveConfig, one: Outcome | None = N
 
     options: of `run_steps`.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pipes = [FORK.Pipe(duplex=False) for _ in range(case.world)]
-    ranks = [
-        FORK.Process(target=run_rank, args=(pipe, rank, port, case, objective, one, options))
-        for rank, (_, pipe) in enumerate(pipes)
-    ]
-    for rank in ranks:
-        rank.start()
+    pipes = [multiprocessing.Pipe(duplex=False) for _ in range(case.world)]
+    ranks = start_ranks(case.world, run_rank, [pipe for _, pipe in pipes], case, objective, one, options)
     deadline = time.monotonic() + SECONDS_A_CASE
     answers = [
         pickle.loads(pipe.recv_bytes())
@@ -91,22 +81,13 @@ def on_processes(case: Case, objective: ObjectiveConfig, one: Outcome | None = N
 
 
 def run_rank(
-    pipe: Any,
     rank: int,
-    port: int,
+    pipes: list[Any],
     case: Case,
     objective: ObjectiveConfig,
     one: Outcome | None,
     options: dict[str, Any],
 ) -> None:
-    where = {
-        "RANK": rank,
-        "WORLD_SIZE": case.world,
-        "LOCAL_RANK": rank,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ |= {name: str(value) for name, value in where.items()}
     answer: Any
     try:
         with device_seam(), parallel_groups(case.parallel, seed=0) as groups:
@@ -118,7 +99,7 @@ def run_rank(
     except Exception:
         answer = traceback.format_exc()
     # As bytes: a pipe of objects would send tensors as handles to this process' memory.
-    pipe.send_bytes(pickle.dumps(answer))
+    pipes[rank].send_bytes(pickle.dumps(answer))
 
 
 if __name__ == "__main__":

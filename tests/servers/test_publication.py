@@ -89,12 +89,11 @@ def test_every_transport_brings_the_weights_of_a_trainer_of_tp2_x_pp2(servers, t
     [
         *[(n, t, "qwen2", {"tied": False, "vocabulary": 121}) for n, t in ((1, 1), (2, 1), (1, 2))],
         *[(n, t, "llama", {"tied": True, "vocabulary": 120}) for n, t in ((1, 1), (2, 1), (1, 2))],
-        (1, 2, "qwen2", {"tied": False, "num_groups": 1}),
     ],
 )
 def test_every_transport_from_every_layout(num_servers, tensor, family, options, single_process, tmp_path):
-    """Biases and a vocabulary that both sides pad; tied embeddings, which two stages hold; a key-value head that two
-    ranks of a server hold. At TP2 SGLang pads the feed-forward layers on CPU."""
+    """Biases and a vocabulary that both sides pad; tied embeddings, which two stages hold. At TP2 SGLang pads the
+    feed-forward layers on CPU."""
     require_sglang()
     sources = [save_tiny(tmp_path / f"model{seed}", family, seed=seed, **options) for seed in (0, 1)]
     opened = open_servers(single_process, sources[0], tmp_path, num_servers=num_servers, tensor=tensor)

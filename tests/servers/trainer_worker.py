@@ -10,9 +10,6 @@ imported everything.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,9 +22,9 @@ from oreal_megatron.models.chunks import chunks_of
 from oreal_megatron.parallel.device import device_seam
 from oreal_megatron.parallel.groups import parallel_groups
 from oreal_megatron.rollout.engine import GenerationRequest
+from tests.ranks import run_ranks
 from tests.tiny_servers import open_servers
 
-FORK = multiprocessing.get_context("fork")
 PROMPTS = ((5, 6, 8, 9), (100, 101, 102), (17,), tuple(range(20, 60)))
 NUM_TOKENS = 24
 
@@ -37,27 +34,13 @@ def main(spec: dict[str, Any], output: Path) -> None:
     records: list[dict[str, Any]] = []
     for name, layout in spec["layouts"].items():
         world = layout.pop("world")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         part = output.with_suffix(f".{name}")
-        arguments = (port, world, layout, name, spec, len(records), part)
-        ranks = [FORK.Process(target=publish, args=(rank, *arguments)) for rank in range(world)]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join()
-        if any(rank.exitcode for rank in ranks):
-            sys.exit(f"{name}: a rank failed")
+        run_ranks(world, publish, layout, name, spec, len(records), part)
         records += json.loads(part.read_text())
     output.write_text(json.dumps(records))
 
 
-def publish(
-    rank: int, port: int, world: int, layout: dict[str, int], name: str, spec: dict[str, Any], first: int, output: Path
-) -> None:
-    where = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {key: str(value) for key, value in where.items()}
+def publish(rank: int, layout: dict[str, int], name: str, spec: dict[str, Any], first: int, output: Path) -> None:
     config = ParallelConfig(micro_batch_tokens=64, timeout_seconds=600, **layout)
     requests = [GenerationRequest(prompt_ids=ids, seed=0, max_new_tokens=NUM_TOKENS) for ids in PROMPTS]
     greedy = SamplingConfig(temperature=0.0, top_p=1.0, max_new_tokens=NUM_TOKENS)

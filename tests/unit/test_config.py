@@ -88,6 +88,11 @@ def test_all_violations_come_at_once(composed):
             "parallel.tensor",
             "must divide model.geometry.num_query_groups = 3",
         ),
+        (
+            "rollout=sglang_cpu rollout.sglang.tensor=4",
+            "rollout.sglang.tensor",
+            "must divide model.geometry.num_query_groups = 2",
+        ),
         (f"{FP8_SERVERS} rollout.sglang.device=cpu", "rollout.sglang.dtype", "kernels for it are for CUDA: null"),
         (f"{FP8_SERVERS} resources=a100 resources.trainer_devices=1", "rollout.sglang.dtype", "from sm89 to sm90"),
         (f"{FP8_SERVERS} rollout.sglang.transport=broadcast", "rollout.sglang.transport", "direct, or ipc"),

@@ -1,0 +1,101 @@
+"""A configuration in the numbers that plans are made of: parameters, bytes of each, tokens of a row, rollouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from oreal_megatron.config import GeometryConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Layout and precision in numbers."""
+
+    config: TrainConfig
+    geometry: GeometryConfig
+    num_devices: int
+    """Trainer processes."""
+
+    @property
+    def data(self) -> int:
+        p = self.config.parallel
+        return self.num_devices // (p.tensor * p.pipeline * p.context)
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight."""
+        return 2 if self.config.model.dtype == "bfloat16" else 4
+
+    def weight_bytes(self, model: str) -> float:
+        """Bytes of one of `model`'s weights on a device, over all of its weights.
+
+        model: as in the section `fp8`. Transformer Engine keeps the FP8 weights of linear layers from one micro-batch
+        to the next, beside the bf16 ones, or instead of them (`parameters`); where it trains, also transposed. With
+        `parallel.offload` it makes them anew each time.
+        """
+        fp8 = self.config.fp8.models.get(model)
+        if fp8 is None or self.config.parallel.offload:
+            return self.element
+        in_fp8 = (1 if model == "reference" else 2) + (0 if fp8.parameters else self.element)
+        share = self.fp8_share(model)
+        return share * in_fp8 + (1 - share) * self.element
+
+    def fp8_share(self, model: str) -> float:
+        """Of `model`'s weights, those whose products are in FP8."""
+        fp8 = self.config.fp8.models.get(model)
+        if fp8 is None:
+            return 0.0
+        layers = max(self.geometry.num_layers - fp8.bf16_first_layers - fp8.bf16_last_layers, 0)
+        return layers * linear_parameters(self.geometry) / num_parameters(self.geometry)
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights: those of data and of context parallelism."""
+        return self.data * self.config.parallel.context
+
+    @property
+    def optimizer_whole(self) -> int:
+        """Bytes of Adam's two moments, and of the fp32 weights where the trained ones are bf16."""
+        return 12 if self.config.model.dtype == "bfloat16" else 8
+
+    @property
+    def optimizer_element(self) -> float:
+        """Those on one device."""
+        return self.optimizer_whole / (self.replicas if self.config.parallel.distributed_optimizer else 1)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Keys and values of one token in all layers, unsplit."""
+        g = self.geometry
+        head_dim = g.head_dim or g.hidden_size // g.num_attention_heads
+        return 2 * g.num_layers * g.num_query_groups * head_dim * self.element
+
+
+def rollouts_per_step(config: TrainConfig) -> int:
+    """Under `rollout.long_tail` as many as are asked for, the most that there can be."""
+    return config.num_asked_prompts * config.rollout.samples_per_prompt
+
+
+def linear_parameters(g: GeometryConfig) -> int:
+    """Of one layer, the weights of its linear layers."""
+    head_dim = g.head_dim or g.hidden_size // g.num_attention_heads
+    attention = (2 * g.num_attention_heads + 2 * g.num_query_groups) * head_dim * g.hidden_size
+    return attention + 3 * g.hidden_size * g.ffn_hidden_size
+
+
+def num_parameters(g: GeometryConfig) -> int:
+    """Of the unsplit model, for what is not counted on modules: servers, FLOPs, disk."""
+    head_dim = g.head_dim or g.hidden_size // g.num_attention_heads
+    heads = (g.num_attention_heads + 2 * g.num_query_groups) * head_dim
+    layer = linear_parameters(g) + heads * g.qkv_bias + 2 * g.hidden_size
+    vocabulary = (g.vocab_size or 0) * g.hidden_size
+    return g.num_layers * layer + g.hidden_size + vocabulary * (1 if g.tied_embeddings else 2)
+
+
+def row_tokens(config: TrainConfig) -> int:
+    """Of the longest packed row: the token budget, or one sequence of the longest length, made to split evenly."""
+    p = config.parallel
+    multiple = 2 * p.context * (p.tensor if p.sequence else 1)
+    longest = max(p.micro_batch_tokens, config.model.max_sequence_length)
+    return ceil(longest / multiple) * multiple
