@@ -33,7 +33,7 @@ class Fleet:
         self._config_json = config_json
         self._token = uuid.uuid4().hex[:8]
         self._weights: Weights | None = None
-        self._supervisor: asyncio.Task[None] | None = None
+        self._supervisors: list[asyncio.Task[None]] = []
         self._is_first = True
         self._is_resting = False
         self._has_told = False
@@ -81,15 +81,16 @@ class Fleet:
             self.members = [
                 Member(i, f"http://{self._config.host}:{port}", "launched", self._terms) for i, port in enumerate(ports)
             ]
-        self._supervisor = asyncio.create_task(self._supervise())
+        self._supervisors = [asyncio.create_task(self._supervise(member)) for member in self.members]
 
-    async def _supervise(self) -> None:
-        """Starts launched servers anew when they end, whoever is using them."""
-        while True:
+    async def _supervise(self, member: Member) -> None:
+        """Has a lost server back, started anew if it is ours, whether or not anybody waits for it: in time for the next
+        weights."""
+        while member.given_up is None:
             await asyncio.sleep(POLL_SECONDS)
-            if not self._is_resting:  # else the devices are the trainer's
-                ended = [member for member in self.members if member.has_ended and not member.lock.locked()]
-                await asyncio.gather(*(member.reached() for member in ended))
+            # While they rest, the devices are the trainer's.
+            if member.is_down and not self._is_resting and not member.lock.locked():
+                await member.reached()
 
     async def _pause(self, member: Member) -> None:
         await member.lock.acquire()
@@ -259,7 +260,7 @@ class Fleet:
 
     async def close(self) -> None:
         """Ends launched servers; those that were running before us go on."""
-        if self._supervisor is not None:
-            self._supervisor.cancel()
+        for supervisor in self._supervisors:
+            supervisor.cancel()
         await asyncio.gather(*(member.end() for member in self.members))
         await asyncio.gather(*(member.client.close() for member in self.members))

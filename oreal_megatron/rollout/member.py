@@ -57,9 +57,9 @@ class Member:
         return self.kind == "launched"
 
     @property
-    def has_ended(self) -> bool:
-        """Whether a launched one does not run, or not any more."""
-        return self.is_launched and (self.process is None or self.process.exit_code is not None)
+    def is_down(self) -> bool:
+        """Not reached yet, lost, or a launched one that has ended since."""
+        return not self.is_up or (self.process is not None and self.process.exit_code is not None)
 
     def say(self, text: str) -> None:
         self._terms.say(f"[yellow]rollout server {self.index}: {text}[/]")

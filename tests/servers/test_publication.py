@@ -138,7 +138,6 @@ def test_a_server_that_kept_its_old_weights_is_caught_by_the_audit(servers, monk
     assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
 
 
-@pytest.mark.slow
 def test_a_stale_server_that_no_audit_looks_at_is_caught_by_the_mismatch(servers, tiny_qwen, tmp_path):
     """Above the first threshold the run says so, above the second it ends before it trains on such rollouts."""
     url = servers.fleet.members[0].client.url
@@ -178,8 +177,9 @@ def test_a_server_killed_mid_publication_stops_nobody_and_comes_back_in_sync(ser
     assert servers.fleet.members[0].is_up
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(
+    "transport", ["direct", *(pytest.param(name, marks=pytest.mark.slow) for name in TRANSPORTS[1:])]
+)
 def test_when_one_of_two_servers_is_killed_mid_publication_the_other_has_the_weights(
     transport, single_process, tiny_qwen, tmp_path, monkeypatch
 ):
