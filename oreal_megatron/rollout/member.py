@@ -142,7 +142,9 @@ class Member:
         while True:
             self._check_alive()
             try:
-                return await asyncio.wait_for(self.client.describe(), max(deadline - clock(), POLL_SECONDS))
+                # Python 3.11's wait_for loses a cancellation that comes together with the answer.
+                async with asyncio.timeout(max(deadline - clock(), POLL_SECONDS)):
+                    return await self.client.describe()
             except (ServerLost, TimeoutError) as error:
                 if clock() > deadline:
                     raise ServerLost(

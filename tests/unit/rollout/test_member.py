@@ -1,0 +1,41 @@
+"""A server that is waited for, by somebody who is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from oreal_megatron.rollout.client import ServerLost
+from oreal_megatron.rollout.member import Member, Terms
+from tests.tiny_servers import servers_config
+
+
+@pytest.mark.parametrize("steps", range(5))
+def test_who_waits_for_a_server_that_does_not_answer_can_always_be_stopped(steps):
+    """Also in the moment in which the server has refused. `steps`: of the event loop, from the refusal on."""
+
+    async def stopped() -> None:
+        asked, said = [], []
+        launcher = SimpleNamespace(weight_loader="loader")
+        terms = Terms(config=servers_config(), launcher=launcher, check=lambda url, found: None, say=said.append)
+        member = Member(0, "http://127.0.0.1:1", "attached", terms)
+
+        async def describe() -> None:
+            asked.append(asyncio.get_running_loop().create_future())
+            await asked[-1]
+
+        member.client.describe = describe
+        waiting = asyncio.create_task(member.reached())
+        while not asked:
+            await asyncio.sleep(0)
+        asked[0].set_exception(ServerLost("refused"))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        _, still = await asyncio.wait([waiting], timeout=2)
+        assert not still and waiting.cancelled() and len(asked) == 1
+        await member.client.close()
+
+    asyncio.run(stopped())
