@@ -157,9 +157,8 @@ class Judge:
 
         try:
             # The client's own limits are per read; a server that drips bytes must not outlast ours.
-            response = await asyncio.wait_for(
-                client.post(f"{url}/chat/completions", json=self._request(item)), self.config.timeout_seconds
-            )
+            async with asyncio.timeout(self.config.timeout_seconds):
+                response = await client.post(f"{url}/chat/completions", json=self._request(item))
         except (TimeoutError, httpx.TimeoutException):
             raise JudgeFailure(f"no reply within {self.config.timeout_seconds:g} s") from None
         except (httpx.HTTPError, OSError) as error:
