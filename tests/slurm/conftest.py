@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,9 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "slurm" / "test_cluster"
+
+
+FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
 def on_path() -> str:
@@ -28,7 +32,10 @@ class Slurm:
     environment: dict[str, str]
 
     def __call__(self, *command: str) -> str:
-        outcome = subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=60)
+        for _ in range(3):  # a busy controller may hang up on a command, which then dies of SIGPIPE
+            outcome = subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=60)
+            if outcome.returncode != -signal.SIGPIPE:
+                break
         assert outcome.returncode == 0, outcome.stderr
         return outcome.stdout.strip()
 
@@ -37,8 +44,8 @@ class Slurm:
         return dict(item.split("=", 1) for item in line.split() if "=" in item)
 
     def ended(self, number: str, timeout: float = 240) -> dict[str, str]:
-        """The job when it is over."""
-        self.until(lambda: self.job(number)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), timeout)
+        """The job when it is over, and not on its way to the queue again."""
+        self.until(lambda: self.job(number)["JobState"] in FINAL, timeout)
         return self.job(number)
 
     def until(self, done: Callable[[], bool], timeout: float = 240) -> None:

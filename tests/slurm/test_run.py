@@ -49,12 +49,15 @@ def test_a_run_stopped_by_a_signal_resumes_to_the_same_figures(slurm, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_time_limit_comes_and_the_run_goes_on_to_the_same_figures(slurm, tmp_path):
-    """SLURM's own signal: a minute before the end of a job of two minutes, in the middle of a longer run."""
+    """SLURM's own signal, a minute before the limit: which is brought near once the run is under way."""
     directory = tmp_path / "limited"
     longer = ("run.num_steps=150", "run.checkpoint_every=50", "evaluation.every=75")
-    job = submitted_run(directory, "cluster.time_limit=00:02:00", "cluster.signal_seconds=60", *longer)
+    job = submitted_run(directory, "cluster.time_limit=00:30:00", "cluster.signal_seconds=60", *longer)
+    slurm.until(lambda: has_steps(directory, 1), timeout=600)
+    hours, minutes, _ = map(int, slurm.job(job)["RunTime"].split(":"))
+    slurm("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
     slurm.until(lambda: slurm.job(job).get("Restarts") == "1", timeout=600)
-    assert has_steps(directory, 1) and not has_steps(directory, 150)
+    assert not has_steps(directory, 150)
     # The second job has all the time that it needs.
     slurm("scontrol", "update", f"JobId={job}", "TimeLimit=00:30:00")
     log = assert_resumed(slurm, job, directory, *longer, timeout=900)

@@ -33,4 +33,5 @@ def test_a_sweep_is_a_job_a_run(slurm, tmp_path):
     assert has_steps(first, 2) and has_steps(second, 2)
     assert metrics_of(first) != metrics_of(second)
     # The results are there a little before the jobs have ended.
-    slurm.until(lambda: slurm("scontrol", "--oneliner", "show", "job").count("JobState=COMPLETED") == 2)
+    (array,) = {path.name.split("_")[0] for path in (tmp_path / ".submitit").glob("[0-9]*")}
+    slurm.until(lambda: slurm("scontrol", "--oneliner", "show", "job", array).count("JobState=COMPLETED") == 2)
