@@ -65,7 +65,6 @@ def test_a_trainer_and_a_server_on_nodes_of_their_own(slurm, tmp_path):
     assert "http://node2:" in (directory / "slurm" / f"logs-{job}" / "servers_node_0.log").read_text()
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_without_a_server_until_that_is_back(slurm, tmp_path):
     directory = tmp_path / "lost"
     job = submitted_roles(directory, "rollout.sglang.num_servers=2", "run.num_steps=8")
