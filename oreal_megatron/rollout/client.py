@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -167,6 +168,11 @@ class ServerClient:
     async def flush(self) -> None:
         """Forgets the KV of every prefix: it belongs to old weights."""
         await self._ask("POST", "/flush_cache")
+
+    async def freeze_garbage_collection(self) -> None:
+        """What the server holds by now is never looked through again. It asks this of itself, before it listens."""
+        with contextlib.suppress(RequestRefused):
+            await self._ask("POST", "/freeze_gc")
 
     async def label_weights(self, label: str) -> None:
         await self._ask("POST", "/update_weight_version", {"new_version": label, "abort_all_requests": False})

@@ -102,6 +102,8 @@ class Member:
         if self.is_launched and self.process is None:
             self.process = self._terms.launcher.start(self.index, int(self.client.url.rsplit(":", 1)[1]))
         found = await self._described()
+        # On a CPU a flush collects garbage: half a second of it otherwise.
+        await self.client.freeze_garbage_collection()
         if not self.is_launched:
             self.label = found.weight_label
             return
