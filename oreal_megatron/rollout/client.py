@@ -170,7 +170,7 @@ class ServerClient:
         await self._ask("POST", "/flush_cache")
 
     async def freeze_garbage_collection(self) -> None:
-        """What the server holds by now is never looked through again. It asks itself to, but maybe before it listens."""
+        """What the server holds by now is never searched again. It asks itself to, but maybe before it listens."""
         with contextlib.suppress(RequestRefused):
             await self._ask("POST", "/freeze_gc")
 
