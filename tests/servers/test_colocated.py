@@ -63,7 +63,7 @@ def test_a_server_and_the_trainer_take_turns(servers, single_process, tiny_qwen,
         other.engine.publish(0)
         assert_as_transformers(generated(), tiny_qwen)
         # It holds KV memory only while it generates, and nothing once it has.
-        assert happened == ["/pause_generation", *TAKES_WEIGHTS, *GOES_ON, *GIVES_BACK]
+        assert happened == ["/freeze_gc", "/pause_generation", *TAKES_WEIGHTS, *GOES_ON, *GIVES_BACK]
 
         happened.clear()
         other.perturb()
