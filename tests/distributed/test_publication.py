@@ -35,7 +35,7 @@ def test_direct_and_ipc_bring_every_rank_its_tensors(layout, family, tied, vocab
 
 
 def test_a_key_value_head_that_two_ranks_of_a_server_hold(tmp_path):
-    """SGLang on a CPU has no copies (its config.json would be refused), on a GPU it has."""
+    """SGLang has such copies on a GPU; on a CPU it pads, which the configuration refuses."""
     source = save_tiny(tmp_path / "model", "qwen2", tied=False, num_groups=2, ffn=128)
     assert_published(source, {"layout": LAYOUTS["TP2xPP2"], "num_servers": 1, "server_ranks": 4})
 
