@@ -29,8 +29,8 @@ setup(
         "oreal_megatron": [
             "templates/*.html",
             "py.typed",
-            "rollout/cpu_shims/*.py",
-            "rollout/cpu_shims/sgl_kernel/*.py",
+            "servers/cpu_shims/*.py",
+            "servers/cpu_shims/sgl_kernel/*.py",
         ]
     },
     data_files=[*conf_files(), ("share/oreal_megatron/slurm", ["slurm/train.sbatch", "slurm/rank.sh"])],
@@ -79,11 +79,11 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "oreal-train = oreal_megatron.cli:train",
-            "oreal-report = oreal_megatron.cli:report",
-            "oreal-plan = oreal_megatron.launch.command:plan",
-            "oreal-submit = oreal_megatron.launch.command:submit",
-            "oreal-doctor = oreal_megatron.launch.command:doctor",
+            "oreal-train = oreal_megatron.cli.train:train",
+            "oreal-report = oreal_megatron.cli.report:report",
+            "oreal-plan = oreal_megatron.cli.plan:plan",
+            "oreal-submit = oreal_megatron.cli.submit:submit",
+            "oreal-doctor = oreal_megatron.cli.doctor:doctor",
             "oreal-verify = oreal_megatron.verifier.cli:main",
         ]
     },

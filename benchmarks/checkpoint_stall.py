@@ -18,9 +18,9 @@ from benchmarks.pairs import seconds
 from oreal_megatron.checkpoint.state import trained_state
 from oreal_megatron.checkpoint.store import CheckpointStore, step_name
 from oreal_megatron.config import ParallelConfig
+from oreal_megatron.distributed.cpu_backend import cpu_backend
+from oreal_megatron.distributed.groups import parallel_groups
 from oreal_megatron.models.policy import Policy
-from oreal_megatron.parallel.device import device_seam
-from oreal_megatron.parallel.groups import parallel_groups
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     layout = ParallelConfig(tensor=1, pipeline=1, micro_batch_tokens=1)
     with (
         tempfile.TemporaryDirectory(dir=arguments.directory) as directory,
-        device_seam(),
+        cpu_backend(),
         parallel_groups(layout, seed=0) as groups,
     ):
         model = trained(Policy, groups)

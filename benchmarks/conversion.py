@@ -80,8 +80,8 @@ def report(way: str, origin: Path, ratios: list[float], figures: list[tuple[floa
 def random_checkpoint(path: Path, num_layers: int) -> Path:
     import torch
 
-    from oreal_megatron.convert.huggingface import read_model
-    from oreal_megatron.convert.weights import plan_shards
+    from oreal_megatron.conversion.huggingface import read_model
+    from oreal_megatron.conversion.weights import plan_shards
 
     path.mkdir()
     (path / "config.json").write_text(json.dumps(SHAPE | {"num_hidden_layers": num_layers}))
@@ -123,8 +123,8 @@ def measured_conversion(way: str, source: Path, target: Path) -> dict[str, float
 
 
 def convert(way: str, source: str, target: str) -> None:
-    from oreal_megatron.convert import conversion
-    from oreal_megatron.convert.layout import Layout
+    from oreal_megatron.conversion import convert
+    from oreal_megatron.conversion.layout import Layout
 
     baseline = memory_in_use()
     peak = baseline
@@ -139,9 +139,9 @@ def convert(way: str, source: str, target: str) -> None:
     watcher.start()
     start = time.perf_counter()
     if way == "to_megatron":
-        conversion.to_megatron(Path(source), Path(target), Layout())
+        convert.to_megatron(Path(source), Path(target), Layout())
     else:
-        conversion.to_huggingface(Path(source), Path(target))
+        convert.to_huggingface(Path(source), Path(target))
     seconds = time.perf_counter() - start
     finished.set()
     watcher.join()

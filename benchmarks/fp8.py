@@ -25,24 +25,24 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from benchmarks.fp8_emulation import emulate_fp8
 from oreal_megatron.checkpoint.state import load_weights_only, weights_only
 from oreal_megatron.checkpoint.store import INITIAL, CheckpointStore
-from oreal_megatron.composition import composed, validated
+from oreal_megatron.compose import composed, validated
 from oreal_megatron.config import Fp8ModelConfig, GeometryConfig, ModelConfig, ParallelConfig
-from oreal_megatron.convert.huggingface import geometry_of
-from oreal_megatron.convert.module import load_weights
+from oreal_megatron.config.fp8_recipes import RecipeName
+from oreal_megatron.conversion.huggingface import geometry_of
+from oreal_megatron.conversion.module import load_weights
 from oreal_megatron.data.arithmetic import generate_arithmetic
 from oreal_megatron.data.packing import PackedSequence, pack
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.data.tokenizer import load_tokenizer
-from oreal_megatron.gpu.recipes import RecipeName
-from oreal_megatron.models.architecture import build_gpt
-from oreal_megatron.models.fp8_emulation import emulate_fp8
-from oreal_megatron.models.microbatches import packed_params
+from oreal_megatron.distributed.cpu_backend import cpu_backend, device
+from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
+from oreal_megatron.models.gpt import build_gpt
+from oreal_megatron.models.pipeline_schedule import packed_params
 from oreal_megatron.models.policy import Policy
-from oreal_megatron.parallel.device import device, device_seam
-from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
-from oreal_megatron.updates import rollout_mismatch
+from oreal_megatron.step import rollout_mismatch
 
 ROOT = Path(__file__).resolve().parent.parent
 # Solutions of the kind that rollouts are, for the model that has none of its own here.
@@ -155,7 +155,7 @@ def main() -> None:
     only = parser.parse_args().only
     with (
         tempfile.TemporaryDirectory() as scratch,
-        device_seam(),
+        cpu_backend(),
         parallel_groups(ParallelConfig(tensor=1, pipeline=1, micro_batch_tokens=1), seed=0) as groups,
     ):
         if only != "smollm2":
@@ -173,7 +173,7 @@ def arithmetic(scratch: Path, groups: ParallelGroups) -> Study:
     run = scratch / "arithmetic"
     settings = ("experiment=arithmetic", f"run.dir={run}", "run.num_steps=0", "evaluation=none", "data.pass_rate=null")
     quiet = ("data.difficulty_balance=[]", "tracking.console=quiet", "tracking.wandb=disabled")
-    subprocess.run([sys.executable, "-m", "oreal_megatron.cli", *settings, *quiet], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-m", "oreal_megatron.cli.train", *settings, *quiet], check=True, cwd=ROOT)
     return warm_started(run, settings, groups)
 
 

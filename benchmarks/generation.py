@@ -14,13 +14,13 @@ import torch
 from benchmarks.model import GEOMETRY, MODEL, VOCABULARY, built
 from benchmarks.pairs import compare
 from oreal_megatron.config import ParallelConfig, SamplingConfig
-from oreal_megatron.convert.module import load_weights
-from oreal_megatron.models.decoding import CachedDecoder
+from oreal_megatron.conversion.module import load_weights
+from oreal_megatron.distributed.cpu_backend import cpu_backend
+from oreal_megatron.distributed.groups import parallel_groups
+from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.models.policy import Policy
-from oreal_megatron.parallel.device import device_seam
-from oreal_megatron.parallel.groups import parallel_groups
 from oreal_megatron.rollout.embedded import EmbeddedEngine
-from oreal_megatron.rollout.engine import GenerationRequest
+from oreal_megatron.types import GenerationRequest
 
 BATCH, PROMPT_TOKENS, NEW_TOKENS = 64, 32, 128
 
@@ -49,7 +49,7 @@ def main() -> None:
     prompts = torch.randint(0, VOCABULARY, (BATCH, PROMPT_TOKENS))
     with (
         tempfile.TemporaryDirectory() as directory,
-        device_seam(),
+        cpu_backend(),
         parallel_groups(ParallelConfig(tensor=1, pipeline=1, micro_batch_tokens=1), seed=0) as groups,
     ):
         reference.save_pretrained(directory)

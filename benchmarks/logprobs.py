@@ -20,9 +20,9 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from benchmarks.pairs import compare
 from oreal_megatron.config import ParallelConfig
+from oreal_megatron.distributed.cpu_backend import cpu_backend, peak_memory, reset_peak_memory
+from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
 from oreal_megatron.models.policy import CPU_TILE, token_logprobs
-from oreal_megatron.parallel.device import device_seam, peak_memory, reset_peak_memory
-from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
 
 VOCABULARY = 151_936
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--memory-of", choices=("ours", "stock"), help="only print the growth in MiB, of one way")
     arguments = parser.parse_args()
-    with device_seam(), parallel_groups(ParallelConfig(tensor=1, pipeline=1, micro_batch_tokens=1), seed=0) as groups:
+    with cpu_backend(), parallel_groups(ParallelConfig(tensor=1, pipeline=1, micro_batch_tokens=1), seed=0) as groups:
         ours, stock = ways(arguments, groups)
         if arguments.memory_of:
             print(growth(ours if arguments.memory_of == "ours" else stock))

@@ -14,10 +14,10 @@ import os
 import subprocess
 import sys
 
-from oreal_megatron.composition import composed, resolved
+from oreal_megatron.compose import composed, resolved
 from oreal_megatron.config import TrainConfig, parse_config
-from oreal_megatron.launch.hardware import FULL
-from oreal_megatron.launch.plan import PHASES
+from oreal_megatron.planner.hardware import FULL
+from oreal_megatron.planner.memory import PHASES
 
 ROW = 1024
 MODEL = (
@@ -70,7 +70,7 @@ def configuration(name: str, *more: str) -> TrainConfig:
 
 def plan(name: str) -> dict[str, float]:
     """MiB by phase: the fullest stage."""
-    from oreal_megatron.launch.command import planner_of
+    from oreal_megatron.cli.planning import planner_of
 
     planned: dict[str, float] = {}
     for config in (configuration(name), configuration(name, *SERVERS)):

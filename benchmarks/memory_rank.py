@@ -21,37 +21,36 @@ import torch.distributed as dist
 from megatron.core import parallel_state  # noqa: F401,TID251  # an import of the baseline
 
 from benchmarks.memory import SERVERS, configuration
-from oreal_megatron import updates
 from oreal_megatron.checkpoint.state import trained_state
 from oreal_megatron.checkpoint.store import CheckpointStore
 from oreal_megatron.config import GeometryConfig, TrainConfig
 from oreal_megatron.data.packing import PackedSequence, Packer
-from oreal_megatron.models.architecture import build_gpt
-from oreal_megatron.models.chunks import chunks_of
-from oreal_megatron.models.decoding import CachedDecoder
-from oreal_megatron.models.optimizer import TrainedModel
+from oreal_megatron.distributed.cpu_backend import cpu_backend, peak_memory, reset_peak_memory
+from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
+from oreal_megatron.losses.policy_terms import TokenCounts
+from oreal_megatron.models.gpt import build_gpt
+from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.models.policy import CPU_TILE, Policy
-from oreal_megatron.models.token_reward import TokenRewardModel
-from oreal_megatron.objective.terms import TokenCounts
-from oreal_megatron.parallel.device import device_seam, peak_memory, reset_peak_memory
-from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
-from oreal_megatron.resharding.checksums import whole
-from oreal_megatron.resharding.plan import Receiver as At
-from oreal_megatron.resharding.plan import ReshardingPlan, plan_resharding
-from oreal_megatron.resharding.served import EngineLayout
-from oreal_megatron.resharding.shards import PolicyShards
-from oreal_megatron.resharding.transport import Meeting, Receiver, Sender, join
+from oreal_megatron.models.reward_model import TokenRewardModel
+from oreal_megatron.models.trained_model import TrainedModel
+from oreal_megatron.models.virtual_stages import chunks_of
 from oreal_megatron.rollout.embedded import EmbeddedEngine
-from oreal_megatron.rollout.engine import GenerationRequest
+from oreal_megatron.step import update_policy, update_reward_model, with_reference, with_token_weights
+from oreal_megatron.types import GenerationRequest
+from oreal_megatron.weight_sync.checksums import whole
+from oreal_megatron.weight_sync.p2p import Receiver, Rendezvous, Sender, join
+from oreal_megatron.weight_sync.planner import ReshardingPlan, ServerRank, plan_resharding
+from oreal_megatron.weight_sync.sglang_layout import SGLangLayout
+from oreal_megatron.weight_sync.source import PolicyShards
 
-AT = At(0, 0)
+AT = ServerRank(0, 0)
 
 
 def main() -> None:
     name = sys.argv[1]
     config = configuration(name)
     torch.set_num_threads(1)
-    with device_seam(), parallel_groups(config.parallel, seed=0) as groups:
+    with cpu_backend(), parallel_groups(config.parallel, seed=0) as groups:
         torch.ones(64, 64) @ torch.ones(64, 64)
         peaks = Peaks()
         run = Trainer(config, groups)
@@ -122,14 +121,12 @@ class Trainer:
         batches = Packer.of_layout(groups, self.geometry, self.vocab_size).batches(sequences)
         counts = TokenCounts(*(sum(len(s.response_ids) for s in sequences if s.correct is c) for c in (True, False)))
         with peaks.of("score"):
-            batches = updates.with_reference(self.reference, batches, groups)
+            batches = with_reference(self.reference, batches, groups)
         with peaks.of("train reward model"):
-            scored, _ = updates.update_reward_model(
-                self.reward_model, batches, config.objective, num_sequences=len(sequences)
-            )
-        batches = updates.with_token_weights(batches, scored, config.objective)
+            scored, _ = update_reward_model(self.reward_model, batches, config.objective, num_sequences=len(sequences))
+        batches = with_token_weights(batches, scored, config.objective)
         with peaks.of("train policy"):
-            updates.update_policy(self.policy, batches, config.objective, counts)
+            update_policy(self.policy, batches, config.objective, counts)
 
     def generate(self) -> None:
         """One batch of responses to prompts of the longest length but for one, so that they are padded."""
@@ -148,16 +145,16 @@ class Trainer:
         """The direct transport's sending side and the audit's sums. config: of the run with servers."""
         assert config.rollout.sglang is not None
         shards = PolicyShards(chunks_of(self.policy.module), self.geometry, self.groups)
-        plan = plan_resharding(shards.table, shards.geometry, shards.trainer, EngineLayout())
+        plan = plan_resharding(shards.table, shards.geometry, shards.trainer, SGLangLayout())
         options: dict[str, Any] = {"dtype": shards.dtype, "bucket_bytes": config.rollout.sglang.bucket_mib * 2**20}
         store, server = None, None
         if self.groups.is_main:
             store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            meeting = Meeting("127.0.0.1", store.port, uuid.uuid4().hex, plan.num_senders, 1, timeout_seconds=120)
-            server = multiprocessing.get_context("spawn").Process(target=receive, args=(meeting, plan, options))
+            rendezvous = Rendezvous("127.0.0.1", store.port, uuid.uuid4().hex, plan.num_senders, 1, timeout_seconds=120)
+            server = multiprocessing.get_context("spawn").Process(target=receive, args=(rendezvous, plan, options))
             server.start()
-        meeting = self.groups.from_main(meeting if self.groups.is_main else None)
-        group = join(meeting, self.groups.rank, "gloo")
+        rendezvous = self.groups.from_main(rendezvous if self.groups.is_main else None)
+        group = join(rendezvous, self.groups.rank, "gloo")
         mine = {0: plan.of_sender(self.groups.rank).get(AT, ())}
         with peaks.of("reshard"):
             Sender(group, self.groups.rank, plan.num_senders, mine, 1, **options).send(shards.tensors())
@@ -175,12 +172,12 @@ class Trainer:
             self.groups.barrier()
 
 
-def receive(meeting: Meeting, plan: ReshardingPlan, options: dict[str, Any]) -> None:
+def receive(rendezvous: Rendezvous, plan: ReshardingPlan, options: dict[str, Any]) -> None:
     """The server's process: one rank of it."""
     torch.set_num_threads(1)
-    group = join(meeting, meeting.num_senders, "gloo")
+    group = join(rendezvous, rendezvous.num_senders, "gloo")
     parameters = {t.name: torch.zeros(t.shape, dtype=options["dtype"]) for t in plan.targets[AT.rank]}
-    Receiver(group, 0, 1, plan.of_receiver(AT), meeting.num_senders, **options).receive(parameters)
+    Receiver(group, 0, 1, plan.of_receiver(AT), rendezvous.num_senders, **options).receive(parameters)
 
 
 if __name__ == "__main__":

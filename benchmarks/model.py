@@ -7,9 +7,9 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 
 from oreal_megatron.config import AdamWConfig, GeometryConfig, ModelConfig
-from oreal_megatron.models.architecture import build_gpt
-from oreal_megatron.models.optimizer import TrainedModel
-from oreal_megatron.parallel.groups import ParallelGroups
+from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.models.gpt import build_gpt
+from oreal_megatron.models.trained_model import TrainedModel
 
 VOCABULARY = 4096
 GEOMETRY = GeometryConfig(num_layers=6, hidden_size=256, ffn_hidden_size=704, num_attention_heads=8, num_query_groups=2)

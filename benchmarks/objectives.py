@@ -22,7 +22,7 @@ OBJECTIVES = (
 )  # fmt: skip
 # A process that has imported everything, to fork the runs from.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["oreal_megatron.build", "oreal_megatron.report"])
+FORKS.set_forkserver_preload(["oreal_megatron.builder", "oreal_megatron.report"])
 SCORE = "heldout/greedy_pass@1"
 COMMON = (
     "tracking.console=quiet", "tracking.wandb=disabled", "tracking.tensorboard=false", "tracking.report=false",
@@ -66,7 +66,7 @@ def run(objective: str, seed: int, directory: Path, overrides: list[str]) -> Non
 
 def train(arguments: list[str]) -> None:
     """`oreal-train`, in a forked process."""
-    from oreal_megatron import cli
+    from oreal_megatron.cli import train as cli
 
     sys.argv = ["oreal-train", *arguments]
     cli.train()

@@ -15,8 +15,8 @@ from benchmarks.pairs import compare
 from benchmarks.training_step import oreal_step, sequences
 from oreal_megatron.config import ParallelConfig
 from oreal_megatron.data.packing import Packer, Padding
-from oreal_megatron.parallel.device import device_seam
-from oreal_megatron.parallel.groups import parallel_groups
+from oreal_megatron.distributed.cpu_backend import cpu_backend
+from oreal_megatron.distributed.groups import parallel_groups
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=24)
     arguments = parser.parse_args()
     with (
-        device_seam(),
+        cpu_backend(),
         parallel_groups(ParallelConfig(tensor=1, pipeline=1, micro_batch_tokens=2048), seed=0) as groups,
     ):
         chosen = sequences(arguments.sequences)

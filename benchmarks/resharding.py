@@ -20,21 +20,21 @@ import psutil
 import torch
 
 from oreal_megatron.config import GeometryConfig, ModelConfig, ParallelConfig
-from oreal_megatron.convert.families import family_of
-from oreal_megatron.convert.huggingface import config_json
-from oreal_megatron.convert.layout import Layout
-from oreal_megatron.models.architecture import build_gpt
-from oreal_megatron.models.chunks import chunks_of
+from oreal_megatron.conversion.families import family_of
+from oreal_megatron.conversion.huggingface import config_json
+from oreal_megatron.conversion.layout import Layout
+from oreal_megatron.distributed.cpu_backend import cpu_backend, peak_memory, reset_peak_memory
+from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
+from oreal_megatron.models.gpt import build_gpt
 from oreal_megatron.models.policy import Policy
-from oreal_megatron.parallel.device import device_seam, peak_memory, reset_peak_memory
-from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
-from oreal_megatron.resharding.plan import Receiver, TrainerLayout, balance, plan_resharding
-from oreal_megatron.resharding.publish import build_publisher
-from oreal_megatron.resharding.served import EngineLayout
-from oreal_megatron.resharding.shards import PolicyShards
-from oreal_megatron.resharding.transport import rounds
-from oreal_megatron.rollout.fleet import Fleet
-from oreal_megatron.rollout.sglang import SGLangEngine
+from oreal_megatron.models.virtual_stages import chunks_of
+from oreal_megatron.rollout.sglang_engine import SGLangEngine
+from oreal_megatron.servers.pool import ServerPool
+from oreal_megatron.weight_sync.p2p import rounds
+from oreal_megatron.weight_sync.planner import ServerRank, TrainerLayout, balance, plan_resharding
+from oreal_megatron.weight_sync.publisher import build_publisher
+from oreal_megatron.weight_sync.sglang_layout import SGLangLayout
+from oreal_megatron.weight_sync.source import PolicyShards
 from tests.ranks import run_ranks
 from tests.tiny_servers import fleet_of, servers_config
 
@@ -85,7 +85,7 @@ def main() -> None:
 def trainer(rank: int, arguments: argparse.Namespace, directory: Path) -> None:
     layout = ParallelConfig(tensor=2, pipeline=2, micro_batch_tokens=64, timeout_seconds=1200)
     geometry = QWEN_05B.model_copy(update={"num_layers": arguments.layers})
-    with device_seam(), parallel_groups(layout, seed=0) as groups:
+    with cpu_backend(), parallel_groups(layout, seed=0) as groups:
         model = ModelConfig(
             path=None,
             geometry=geometry,
@@ -127,13 +127,13 @@ def measure(groups: ParallelGroups, shards: PolicyShards, arguments: argparse.Na
     finally:
         engine.close()
     if groups.is_main:
-        plan = plan_resharding(shards.table, shards.geometry, shards.trainer, EngineLayout(tensor=SERVER_RANKS))
+        plan = plan_resharding(shards.table, shards.geometry, shards.trainer, SGLangLayout(tensor=SERVER_RANKS))
         lower_bound = sum(tensor.num_elements for rank in plan.targets.values() for tensor in rank) * 2
         show(reports, lower_bound, arguments.bucket_mib)
 
 
 def taken(
-    engine: SGLangEngine, fleet: Fleet, publishers: dict[str, Any], groups: ParallelGroups, pairs: int
+    engine: SGLangEngine, fleet: ServerPool, publishers: dict[str, Any], groups: ParallelGroups, pairs: int
 ) -> dict[str, list[dict[str, float]]]:
     """By transport: what each publication reports, the first ones, which join groups, apart at index 0."""
     reports = defaultdict(list)
@@ -155,8 +155,8 @@ def taken(
     return reports
 
 
-def server_processes(fleet: Fleet) -> list[psutil.Process]:
-    process = fleet.members[0].process
+def server_processes(fleet: ServerPool) -> list[psutil.Process]:
+    process = fleet.servers[0].process
     assert process is not None
     return psutil.Process(process.pid).children(recursive=True)
 
@@ -207,9 +207,9 @@ def simulate() -> None:
     """The 32B setting: every pair's bytes at the speed of a link, in the order in which transport.py moves them."""
     table = family_of(QWEN_32B).table(QWEN_32B, "causal")
     trainers = TrainerLayout(Layout(tensor=8, pipeline=4), data=4)
-    layout = EngineLayout(count=8, tensor=8)
+    layout = SGLangLayout(count=8, tensor=8)
     plan = plan_resharding(table, QWEN_32B, trainers, layout)
-    receivers = [Receiver(e, r) for e in range(layout.count) for r in range(layout.tensor)]
+    receivers = [ServerRank(e, r) for e in range(layout.count) for r in range(layout.tensor)]
     sizes = {
         (sender, receivers.index(to)): 2 * sum(item.num_elements for item in items)
         for (sender, to), items in plan.sent.items()

@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 
 from benchmarks.pairs import compare
 from oreal_megatron.config import ParallelConfig, SamplingConfig
-from oreal_megatron.parallel.device import device_seam
-from oreal_megatron.parallel.groups import parallel_groups
-from oreal_megatron.rollout.engine import GenerationRequest
+from oreal_megatron.distributed.cpu_backend import cpu_backend
+from oreal_megatron.distributed.groups import parallel_groups
+from oreal_megatron.types import GenerationRequest
 from tests.tiny_models import save_tiny
 from tests.tiny_servers import STOP, open_servers
 
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="of every response, at most")
     arguments = parser.parse_args()
     layout = ParallelConfig(tensor=1, pipeline=1, micro_batch_tokens=512)
-    with tempfile.TemporaryDirectory() as name, device_seam(), parallel_groups(layout, seed=0) as groups:
+    with tempfile.TemporaryDirectory() as name, cpu_backend(), parallel_groups(layout, seed=0) as groups:
         directory = Path(name)
         model = save_tiny(directory / "model", "qwen2", tied=False)
         servers = open_servers(groups, model, directory, max_concurrency=CONCURRENCY)
@@ -68,7 +68,7 @@ def main() -> None:
         ]
         try:
             servers.engine.publish(0)
-            url = servers.fleet.members[0].client.url
+            url = servers.pool.servers[0].client.url
             num_tokens = sum(len(c.token_ids) for c in servers.generate(requests, sampling))
             ours, bare, ratio = compare(
                 lambda: servers.generate(requests, sampling),

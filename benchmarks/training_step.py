@@ -23,15 +23,15 @@ from torch import Tensor
 
 from benchmarks.model import GEOMETRY, VOCABULARY, built, trained
 from benchmarks.pairs import compare
-from oreal_megatron import updates
-from oreal_megatron.composition import composed, resolved
+from oreal_megatron.compose import composed, resolved
 from oreal_megatron.config import ObjectiveConfig, ParallelConfig, parse_config
 from oreal_megatron.data.packing import IGNORE, PackedSequence, Packer, TokenBatch
+from oreal_megatron.distributed.cpu_backend import cpu_backend
+from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
+from oreal_megatron.losses.policy_terms import TokenCounts
 from oreal_megatron.models.policy import Policy
-from oreal_megatron.models.token_reward import TokenRewardModel
-from oreal_megatron.objective.terms import TokenCounts
-from oreal_megatron.parallel.device import device_seam
-from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
+from oreal_megatron.models.reward_model import TokenRewardModel
+from oreal_megatron.step import update_policy, update_reward_model, with_reference, with_token_weights
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=24)
     arguments = parser.parse_args()
     layout = ParallelConfig(tensor=arguments.tensor, pipeline=arguments.pipeline, micro_batch_tokens=2048)
-    with device_seam(), parallel_groups(layout, seed=0) as groups:
+    with cpu_backend(), parallel_groups(layout, seed=0) as groups:
         chosen = sequences(arguments.sequences)
         batches = Packer.of_layout(groups, GEOMETRY, VOCABULARY).batches(chosen)
         ours, bare = oreal_step(batches, chosen, groups), bare_step(batches, chosen, groups)
@@ -61,9 +61,9 @@ def oreal_step(batches: list[TokenBatch], chosen: list[PackedSequence], groups: 
     counts = TokenCounts(*(sum(len(s.response_ids) for s in chosen if s.correct is c) for c in (True, False)))
 
     def step() -> None:
-        scored = updates.with_reference(reference, batches, groups)
-        scores, _ = updates.update_reward_model(reward_model, scored, objective, num_sequences=len(chosen))
-        updates.update_policy(policy, updates.with_token_weights(scored, scores, objective), objective, counts)
+        scored = with_reference(reference, batches, groups)
+        scores, _ = update_reward_model(reward_model, scored, objective, num_sequences=len(chosen))
+        update_policy(policy, with_token_weights(scored, scores, objective), objective, counts)
 
     return step
 

@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from oreal_megatron.records import Grade, Verdict  # noqa: E402
+from oreal_megatron.types import Grade, Verdict  # noqa: E402
 from oreal_megatron.verifier import VerifierConfig, build_verifier  # noqa: E402
 from oreal_megatron.verifier.cli import Row, grade_rows, read_rows  # noqa: E402
 
@@ -64,7 +64,7 @@ def run_ours(rows: list[Row], timeout: float) -> Result:
 
 
 def _request(gold: str, answer: str):  # type: ignore[no-untyped-def]
-    from oreal_megatron.records import GradeRequest
+    from oreal_megatron.types import GradeRequest
 
     return GradeRequest(question="", gold_answer=gold, response=answer, stopped=True)
 

@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from oreal_megatron.config import TrainConfig
 from oreal_megatron.files import append_line, open_log, whole_lines, write_atomically
-from oreal_megatron.objective.groups import Selection
-from oreal_megatron.records import EvaluationReport, FinishReason, GradedRollout, StepReport
+from oreal_megatron.losses.advantages import Selection
+from oreal_megatron.types import EvaluationReport, FinishReason, GradedRollout, StepReport
 
 METRICS_FILE = "metrics.jsonl"
 

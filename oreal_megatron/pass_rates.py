@@ -8,12 +8,12 @@ from pathlib import Path
 
 from oreal_megatron.config import TrainConfig
 from oreal_megatron.data.prompts import read_estimated, write_estimated
+from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.metrics import Tracker
-from oreal_megatron.parallel.groups import ParallelGroups
-from oreal_megatron.records import Prompt
 from oreal_megatron.rollout.journal import RolloutJournal
 from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
 from oreal_megatron.seeds import derive_seed
+from oreal_megatron.types import Prompt
 
 
 def with_pass_rates(
@@ -57,12 +57,12 @@ def with_pass_rates(
 
 
 def _estimated(
-    prompts: list[Prompt], config: TrainConfig, sampler: Sampler, num_samples: int, purpose: str
+    prompts: list[Prompt], config: TrainConfig, sampler: Sampler, num_samples: int, batch_name: str
 ) -> list[Prompt]:
     """Prompts with a decided response, with their pass rate."""
     graded_groups = sampler.sample(
         prompts,
-        purpose=purpose,
+        batch_name=batch_name,
         num_samples=num_samples,
         sampling=config.rollout.sampling,
         seed_of=rollout_seeds(config.run.seed, "pass_rate", 0),

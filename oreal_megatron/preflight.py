@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from oreal_megatron.config import ConfigError, GeometryConfig, ModelConfig, SGLangConfig, TrainConfig, Violation
-from oreal_megatron.convert.huggingface import geometry_of
+from oreal_megatron.conversion.huggingface import geometry_of
 
 
 def check_startable(config: TrainConfig, num_processes: int) -> None:

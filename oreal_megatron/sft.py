@@ -13,8 +13,8 @@ from oreal_megatron.config import SftConfig
 from oreal_megatron.data.arithmetic import Demonstration
 from oreal_megatron.data.packing import PackedSequence, Packer, TokenBatch
 from oreal_megatron.data.prompting import PromptRenderer
-from oreal_megatron.models.optimizer import TrainedModel
-from oreal_megatron.parallel.groups import ParallelGroups
+from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.models.trained_model import TrainedModel
 from oreal_megatron.seeds import derive_seed
 
 

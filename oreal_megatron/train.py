@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from oreal_megatron import updates
 from oreal_megatron.checkpoint.export import Exporter
 from oreal_megatron.checkpoint.state import load_trained, trained_state
 from oreal_megatron.checkpoint.store import Best, CheckpointStore, is_better, step_name
@@ -18,26 +17,36 @@ from oreal_megatron.config import SamplingConfig, TrainConfig
 from oreal_megatron.data.packing import PackedSequence, Packer, TokenBatch
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.data.stream import PromptStream
-from oreal_megatron.evaluation.benchmarks import Benchmark, area_under_curve, evaluate
+from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.distributed.step_timer import StepTimer
+from oreal_megatron.evaluation import Benchmark, area_under_curve, evaluate
+from oreal_megatron.losses.advantages import Selection, is_useful, select_trajectories
+from oreal_megatron.losses.policy_terms import TokenCounts
 from oreal_megatron.metrics import Tracker, rollout_metrics
-from oreal_megatron.models.optimizer import TrainedModel
-from oreal_megatron.models.residence import FrozenModel
-from oreal_megatron.objective.groups import Selection, is_useful, select_trajectories
-from oreal_megatron.objective.terms import TokenCounts
-from oreal_megatron.parallel.groups import ParallelGroups
-from oreal_megatron.phases import Clock
-from oreal_megatron.records import EvaluationReport, GradedRollout, Prompt, StepReport, Trajectory
+from oreal_megatron.models.offload import FrozenModel
+from oreal_megatron.models.trained_model import TrainedModel
 from oreal_megatron.rollout.engine import RolloutEngine
-from oreal_megatron.rollout.sampler import Enough, Sampled, Sampler, rollout_seeds
+from oreal_megatron.rollout.sampler import EarlyStop, Sampler, SampleResult, rollout_seeds
 from oreal_megatron.seeds import derive_seed
+from oreal_megatron.step import (
+    MismatchError,
+    NonFiniteLossError,
+    ScoredSequences,
+    score_sequences,
+    update_policy,
+    update_reward_model,
+    with_reference,
+    with_token_weights,
+)
 from oreal_megatron.stopping import Stopped, StopRequest
 from oreal_megatron.trajectories import read_groups, to_records
+from oreal_megatron.types import EvaluationReport, GradedRollout, Prompt, StepReport, Trajectory
 
 Groups = list[list[GradedRollout]]
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """How far the run is: what a checkpoint holds beside the models."""
 
     step: int = 0
@@ -72,7 +81,7 @@ class Run:
     benchmarks: Sequence[Benchmark]
     renderer: PromptRenderer
     stop: StopRequest
-    progress: Progress = field(default_factory=Progress)
+    progress: RunProgress = field(default_factory=RunProgress)
     global_rng: random.Random = field(default_factory=random.Random)
 
 
@@ -80,8 +89,8 @@ def train(run: Run) -> None:
     """Steps until the configured number is reached; evaluates and saves on the way.
 
     Raises:
-        updates.NonFiniteLossError: a loss is not a number; names step, terms and samples. Checkpoints stay.
-        updates.MismatchError: rollouts are not the policy's, beyond rollout.mismatch.stop.
+        NonFiniteLossError: a loss is not a number; names step, terms and samples. Checkpoints stay.
+        MismatchError: rollouts are not the policy's, beyond rollout.mismatch.stop.
         Stopped: a stop was asked for; everything until then is saved, and says so.
         OSError: the disk refused; the message says what is safe.
     """
@@ -89,7 +98,7 @@ def train(run: Run) -> None:
     is_resumed = restore(run)
     for model in (run.policy, run.reward_model, run.reference):
         if model is not None:
-            model.park()
+            model.offload()
     if is_resumed:
         with run.policy.on_device():
             run.engine.publish(run.progress.weight_version)
@@ -109,7 +118,7 @@ def train(run: Run) -> None:
         save(run, wait=True)
         run.store.finish(wait=True)
         raise Stopped(where_stopped(run)) from None
-    except updates.NonFiniteLossError:
+    except NonFiniteLossError:
         run.store.finish(wait=True)
         raise
     run.store.finish(wait=True)
@@ -123,7 +132,7 @@ def where_stopped(run: Run) -> str:
 
 def train_step(run: Run) -> StepReport:
     """Prompts -> rollouts -> graded groups -> trajectories -> reward model, policy -> published weights."""
-    config, step, clock = run.config, run.progress.step, Clock()
+    config, step, clock = run.config, run.progress.step, StepTimer()
     run.groups.seed_generators(derive_seed(config.run.seed, "generators", step))
     sampled = replayed(run) if config.run.mode == "replay" else rolled_out(run, clock)
     graded = sampled.groups
@@ -141,23 +150,23 @@ def train_step(run: Run) -> StepReport:
     try:
         if not frozen:
             with clock("score"), run.reference.on_device():
-                batches = updates.with_reference(run.reference.module, batches, run.groups)
+                batches = with_reference(run.reference.module, batches, run.groups)
         scored = None
         if run.reward_model is not None:
             with clock("reward_model"), run.reward_model.on_device():
-                scored, more = updates.update_reward_model(
+                scored, more = update_reward_model(
                     run.reward_model, batches, config.objective, num_sequences=len(selection.trajectories)
                 )
             metrics |= more | {"reward_model/auc": step_auc(run, scored)}
-        batches = updates.with_token_weights(batches, scored, config.objective)
+        batches = with_token_weights(batches, scored, config.objective)
         if not frozen:
             with clock("policy"), run.policy.on_device():
-                metrics |= updates.update_policy(
+                metrics |= update_policy(
                     run.policy, batches, config.objective, counts, max_mismatch=max_mismatch(config)
                 )
         elif config.objective.policy_schedule == "from_first_step":
             run.policy.advance_schedule()
-    except (updates.NonFiniteLossError, updates.MismatchError) as error:
+    except (NonFiniteLossError, MismatchError) as error:
         raise type(error)(f"step {step}: {error}") from error
     if not frozen:
         run.progress.weight_version += 1
@@ -169,24 +178,24 @@ def train_step(run: Run) -> StepReport:
     return StepReport(step=step, metrics=metrics | {"policy/frozen": float(frozen)}, **costs(run, clock))
 
 
-def costs(run: Run, clock: Clock) -> dict[str, Any]:
+def costs(run: Run, clock: StepTimer) -> dict[str, Any]:
     """A step's seconds and peaks of memory by phase."""
     return {"seconds": clock.seconds(), "peak_gib": clock.peak_gib(run.groups)}
 
 
-def rolled_out(run: Run, clock: Clock) -> Sampled:
+def rolled_out(run: Run, clock: StepTimer) -> SampleResult:
     """The step's prompts, answered and graded; those in the journal are not answered again."""
     config, position = run.config, run.stream.state_dict()
     try:
-        with run.engine.awake(run.policy.on_device):
+        with run.engine.generation_context(run.policy.on_device):
             sampled = run.sampler.sample(
                 run.stream.draw(),
-                purpose=step_name(run.progress.step),
+                batch_name=step_name(run.progress.step),
                 num_samples=config.rollout.samples_per_prompt,
                 sampling=config.rollout.sampling,
                 seed_of=rollout_seeds(config.run.seed, "train", run.progress.step),
                 clock=clock,
-                enough=enough_of(config, run.progress.step),
+                early_stop=early_stop_of(config, run.progress.step),
             )
     except Stopped:
         # Nothing has been trained on these prompts: the checkpoint that follows draws them again.
@@ -196,25 +205,25 @@ def rolled_out(run: Run, clock: Clock) -> Sampled:
     return sampled
 
 
-def enough_of(config: TrainConfig, step: int) -> Enough | None:
+def early_stop_of(config: TrainConfig, step: int) -> EarlyStop | None:
     tail = config.rollout.long_tail
     if tail is None:
         return None
-    return Enough(
+    return EarlyStop(
         num_groups=config.data.prompts_per_step,
         counts=lambda group: tail.until == "complete" or is_useful(group, config.objective),
         max_age=tail.carry_updates,
-        rest_is_for=step_name(step + 1),
+        next_batch=step_name(step + 1),
     )
 
 
-def replayed(run: Run) -> Sampled:
+def replayed(run: Run) -> SampleResult:
     """The step's graded rollouts of another run."""
     assert run.config.run.replay_dir is not None
     path = Path(run.config.run.replay_dir) / f"step_{run.progress.step:06d}.jsonl"
     if not path.is_file():
         raise ValueError(f"run.replay_dir: there is no {path}; lower run.num_steps to the steps that were saved")
-    return Sampled(groups=read_groups(path), unfinished=[], metrics={})
+    return SampleResult(groups=read_groups(path), unfinished=[], metrics={})
 
 
 def packed(run: Run, trajectories: Sequence[Trajectory]) -> tuple[TokenCounts, list[TokenBatch]]:
@@ -252,7 +261,7 @@ def evaluated(run: Run) -> EvaluationReport:
     start = time.perf_counter()
     step = run.progress.step
     metrics: dict[str, float] = {}
-    with run.engine.awake(run.policy.on_device):
+    with run.engine.generation_context(run.policy.on_device):
         results = [
             evaluate(benchmark, evaluation_generator(run), run.config.evaluation.sampling)
             for benchmark in run.benchmarks
@@ -278,7 +287,7 @@ def evaluation_generator(run: Run) -> Any:
     def generate(prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig) -> Groups:
         return run.sampler.sample(
             prompts,
-            purpose=f"evaluation_{run.progress.step:06d}",
+            batch_name=f"evaluation_{run.progress.step:06d}",
             num_samples=num_samples,
             sampling=sampling,
             seed_of=rollout_seeds(run.config.run.seed, "evaluation", 0),
@@ -305,7 +314,7 @@ def reward_model_scores(run: Run, groups: Groups) -> dict[str, float]:
     batches = run.packer.batches(sequences)
     alignment = run.config.objective.token_weights.alignment
     with run.reward_model.on_device():
-        scored = updates.score_sequences(run.reward_model.module, batches, alignment, run.groups)
+        scored = score_sequences(run.reward_model.module, batches, alignment, run.groups)
     ids = [id for batch in batches for id in batch.ids]
     pairs = run.groups.gather_over_data(list(zip(ids, scored.mean_scores, strict=True)))
     return dict(pair for part in pairs for pair in part)
@@ -343,7 +352,7 @@ def save(run: Run, *, wait: bool) -> None:
     if progress.step == 0 or run.store.has(name):
         run.store.remember_best(progress.best)
         return
-    run.engine.rest()
+    run.engine.offload()
     with contextlib.ExitStack() as there:
         there.enter_context(run.policy.on_device(states=True))
         state: dict[str, Any] = trained_state("policy", run.policy)
@@ -369,7 +378,7 @@ def restore(run: Run) -> bool:
         if run.reward_model is not None:
             load_trained("reward_model", run.reward_model, state)
         best = state["progress"].pop("best")
-        run.progress = Progress(**state["progress"], best=Best(**best) if best else None)
+        run.progress = RunProgress(**state["progress"], best=Best(**best) if best else None)
         run.stream.load_state_dict(state["stream"])
         run.global_rng.setstate(state["global_rng"])
         run.tracker.say(f"resumed from checkpoint {step_name(step)}")
@@ -377,7 +386,7 @@ def restore(run: Run) -> bool:
     return step is not None
 
 
-def step_auc(run: Run, scored: updates.ScoredSequences) -> float:
+def step_auc(run: Run, scored: ScoredSequences) -> float:
     """The reward model's AUC on the step's trajectories, which it has not trained on yet."""
     pairs = run.groups.gather_over_data(list(zip(scored.mean_scores, scored.outcomes, strict=True)))
     flat = [pair for part in pairs for pair in part]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from oreal_megatron.records import GradedRollout, Trajectory
+from oreal_megatron.types import GradedRollout, Trajectory
 
 
 def to_records(

@@ -44,11 +44,11 @@ def composed() -> Any:
 def single_process() -> Iterator[Any]:
     """ParallelGroups of one process, inside the device seam."""
     from oreal_megatron.config import ParallelConfig
-    from oreal_megatron.parallel.device import device_seam
-    from oreal_megatron.parallel.groups import parallel_groups
+    from oreal_megatron.distributed.cpu_backend import cpu_backend
+    from oreal_megatron.distributed.groups import parallel_groups
 
     config = ParallelConfig(tensor=1, pipeline=1, micro_batch_tokens=512)
-    with device_seam(), parallel_groups(config, seed=0) as groups:
+    with cpu_backend(), parallel_groups(config, seed=0) as groups:
         yield groups
 
 

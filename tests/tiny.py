@@ -46,7 +46,7 @@ Outcome = subprocess.CompletedProcess
 
 # A process that has imported everything already, to fork runs from: the imports take longer than a tiny run.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["oreal_megatron.build", "oreal_megatron.report"])
+FORKS.set_forkserver_preload(["oreal_megatron.builder", "oreal_megatron.report"])
 
 
 def invoke(*overrides: str, num_processes: int = 1, flags: tuple[str, ...] = (), timeout: float = 300) -> Outcome[str]:
@@ -61,7 +61,7 @@ def command_line(
     if num_processes > 1 or new_interpreter:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
         launcher = torchrun if num_processes > 1 else []
-        command = [sys.executable, *launcher, "-m", "oreal_megatron.cli", *arguments]
+        command = [sys.executable, *launcher, "-m", "oreal_megatron.cli.train", *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     with tempfile.TemporaryDirectory() as directory:
         out, err = Path(directory, "out"), Path(directory, "err")
@@ -79,7 +79,7 @@ def live(arguments: tuple[str, ...], out: str, err: str) -> None:
     for path, stream in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), stream)
     sys.argv = ["oreal-train", *arguments]
-    from oreal_megatron.cli import train
+    from oreal_megatron.cli.train import train
 
     train()
 

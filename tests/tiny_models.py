@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 
 from oreal_megatron.config import GeometryConfig, ModelConfig
-from oreal_megatron.convert.huggingface import geometry_of
-from oreal_megatron.convert.module import load_weights
-from oreal_megatron.models.architecture import build_gpt
-from oreal_megatron.models.chunks import chunks_of
+from oreal_megatron.conversion.huggingface import geometry_of
+from oreal_megatron.conversion.module import load_weights
+from oreal_megatron.distributed.cpu_backend import device
+from oreal_megatron.models.gpt import build_gpt
 from oreal_megatron.models.policy import Policy
-from oreal_megatron.parallel.device import device
+from oreal_megatron.models.virtual_stages import chunks_of
 
 GEOMETRY = GeometryConfig(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2)
 MODEL = ModelConfig(

@@ -10,20 +10,20 @@ from typing import Any
 
 import torch
 
-from oreal_megatron.composition import composed, validated
+from oreal_megatron.compose import composed, validated
 from oreal_megatron.config import SGLangConfig
-from oreal_megatron.convert.huggingface import geometry_of, served_config
-from oreal_megatron.models.chunks import chunks_of
-from oreal_megatron.resharding.disk import DiskTransport
-from oreal_megatron.resharding.publish import build_publisher
-from oreal_megatron.resharding.served import LOADER
-from oreal_megatron.resharding.shards import PolicyShards
-from oreal_megatron.rollout.client import ServerDescription
-from oreal_megatron.rollout.fingerprint import Fingerprint, check_server
-from oreal_megatron.rollout.fleet import Fleet
-from oreal_megatron.rollout.member import Terms
-from oreal_megatron.rollout.server import Launcher, start_directory
-from oreal_megatron.rollout.sglang import SGLangEngine
+from oreal_megatron.conversion.huggingface import geometry_of, served_config
+from oreal_megatron.models.virtual_stages import chunks_of
+from oreal_megatron.rollout.sglang_engine import SGLangEngine
+from oreal_megatron.servers.client import ServerDescription
+from oreal_megatron.servers.fingerprint import Fingerprint, check_server
+from oreal_megatron.servers.pool import ServerPool
+from oreal_megatron.servers.server import ServerSettings
+from oreal_megatron.servers.server_process import Launcher, start_directory
+from oreal_megatron.weight_sync.disk import DiskTransport
+from oreal_megatron.weight_sync.publisher import build_publisher
+from oreal_megatron.weight_sync.sglang_layout import LOADER
+from oreal_megatron.weight_sync.source import PolicyShards
 from tests.tiny_models import as_policy
 
 STOP = 7
@@ -59,7 +59,7 @@ def fleet_of(
     stop_token_id: int,
     say: Callable[[str], None],
     check: Callable[[str, ServerDescription], None] = lambda url, description: None,
-) -> Fleet:
+) -> ServerPool:
     """directory: a run's."""
     launcher = Launcher(
         config=servers,
@@ -69,8 +69,8 @@ def fleet_of(
         max_sequence_length=max_sequence_length,
         logs=directory / "servers",
     )
-    terms = Terms(config=servers, launcher=launcher, check=check, say=say)
-    return Fleet(terms, stop_token_id=stop_token_id, config_json=config_json)
+    settings = ServerSettings(config=servers, launcher=launcher, check=check, say=say)
+    return ServerPool(settings, stop_token_id=stop_token_id, config_json=config_json)
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Servers:
     """An engine, the policy that it publishes, and what it said."""
 
     engine: Any
-    fleet: Any
+    pool: Any
     policy: Any
     shards: Any
     config_json: dict[str, Any]
@@ -124,7 +124,7 @@ def open_servers(groups: Any, source: Path, directory: Path, **options: Any) -> 
         stop_token_id=STOP,
     )  # fmt: skip
     expected = Fingerprint.of(geometry, dtype, config)
-    fleet = fleet_of(
+    pool = fleet_of(
         servers,
         directory,
         config,
@@ -136,11 +136,11 @@ def open_servers(groups: Any, source: Path, directory: Path, **options: Any) -> 
     )
     shards = PolicyShards(chunks_of(policy), geometry, groups, getattr(torch, dtype))
     engine = SGLangEngine(
-        fleet,
+        pool,
         build_publisher(servers, shards, directory=directory / "weights", config_json=config),
         groups,
         vocab_size=geometry.vocab_size or 0,
         timeout_seconds=600,
         shares_devices=servers.shares_devices,
     )
-    return Servers(engine, fleet, policy, shards, config, directory, said)
+    return Servers(engine, pool, policy, shards, config, directory, said)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from oreal_megatron.convert.command import progress_bar, run
+from oreal_megatron.cli.conversion_tools import progress_bar, run
 
 
 def main() -> None:
@@ -40,10 +40,10 @@ def main() -> None:
         parser.error("give an output directory, or --plan")
 
     # Only now: --help should not wait for torch.
-    from oreal_megatron.convert.conversion import BLOCK_BYTES, to_megatron
-    from oreal_megatron.convert.huggingface import read_model
-    from oreal_megatron.convert.layout import Layout
-    from oreal_megatron.convert.plan import plan
+    from oreal_megatron.conversion.convert import BLOCK_BYTES, to_megatron
+    from oreal_megatron.conversion.huggingface import read_model
+    from oreal_megatron.conversion.layout import Layout
+    from oreal_megatron.conversion.report import plan
 
     layout = Layout(
         arguments.tensor_parallel,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from oreal_megatron.convert.command import progress_bar, run
+from oreal_megatron.cli.conversion_tools import progress_bar, run
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     # Only now: --help should not wait for torch.
-    from oreal_megatron.convert.conversion import Export
+    from oreal_megatron.conversion.convert import Export
 
     export = Export.plan(
         arguments.source,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from oreal_megatron.convert.command import progress_bar, run
+from oreal_megatron.cli.conversion_tools import progress_bar, run
 
 
 def main() -> int:
@@ -25,11 +25,11 @@ def main() -> int:
     arguments = parser.parse_args()
 
     # Only now: --help should not wait for torch.
-    from oreal_megatron.convert.conversion import compare
-    from oreal_megatron.convert.huggingface import read_model
-    from oreal_megatron.convert.layout import Layout
-    from oreal_megatron.convert.plan import plan
-    from oreal_megatron.convert.weights import HuggingFaceWeights
+    from oreal_megatron.conversion.convert import compare
+    from oreal_megatron.conversion.huggingface import read_model
+    from oreal_megatron.conversion.layout import Layout
+    from oreal_megatron.conversion.report import plan
+    from oreal_megatron.conversion.weights import HuggingFaceWeights
 
     planned = plan(read_model(arguments.huggingface), Layout())
     if arguments.megatron is None:

@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from oreal_megatron.checkpoint.store import INITIAL, CheckpointStore, step_name
 from oreal_megatron.config import GeometryConfig, ModelConfig
-from oreal_megatron.convert.conversion import WEIGHTS, Export
-from oreal_megatron.convert.families.decoder import Head
-from oreal_megatron.convert.huggingface import config_json, read_model
-from oreal_megatron.convert.output import copy_beside
+from oreal_megatron.conversion.convert import WEIGHTS, Export
+from oreal_megatron.conversion.families.decoder import Head
+from oreal_megatron.conversion.huggingface import config_json, read_model
+from oreal_megatron.conversion.output import copy_beside
+from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.files import write_atomically
-from oreal_megatron.parallel.groups import ParallelGroups
 
 _HEADS: dict[str, Head] = {"policy": "causal", "reward_model": "scalar"}
 

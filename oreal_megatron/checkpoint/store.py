@@ -23,9 +23,9 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from oreal_megatron.checkpoint.manifest import damages, read_manifest
-from oreal_megatron.checkpoint.writing import CheckpointWriter
+from oreal_megatron.checkpoint.writer import CheckpointWriter
+from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.files import sync_directory, write_atomically
-from oreal_megatron.parallel.groups import ParallelGroups
 
 _STEP = re.compile(r"step_(\d{6})")
 INITIAL = "initial"

@@ -4,8 +4,15 @@ Hydra composes conf/ and overrides; `parse_config` validates the result once and
 once, each with its key, its value and what would be right. Nothing below reads a DictConfig.
 """
 
+from oreal_megatron.config.divisibility import (
+    SERVED_BLOCK,
+    check_layout,
+    served_shape_violations,
+    serving_violations,
+    unserved_shapes,
+)
+from oreal_megatron.config.errors import ConfigError, Violation
 from oreal_megatron.config.fields import NonNegative, Positive, Section, Strings
-from oreal_megatron.config.layout import check_layout
 from oreal_megatron.config.parsing import check_resume, parse_config
 from oreal_megatron.config.rollout import SamplingConfig, SGLangConfig
 from oreal_megatron.config.sections import (
@@ -23,8 +30,6 @@ from oreal_megatron.config.sections import (
     TokenWeightConfig,
     TrainConfig,
 )
-from oreal_megatron.config.serving import SERVED_BLOCK, served_shape_violations, serving_violations, unserved_shapes
-from oreal_megatron.config.violations import ConfigError, Violation
 
 __all__ = [
     "SERVED_BLOCK",

@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from oreal_megatron.config.checks import _CHECKS
+from oreal_megatron.config.cross_checks import _CHECKS
+from oreal_megatron.config.errors import ConfigError, Violation
 from oreal_megatron.config.sections import TrainConfig
-from oreal_megatron.config.violations import ConfigError, Violation
 
 
 def parse_config(raw: Mapping[str, Any]) -> TrainConfig:

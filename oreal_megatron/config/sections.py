@@ -19,8 +19,8 @@ from oreal_megatron.config.fields import (
     Share,
     Strings,
 )
+from oreal_megatron.config.fp8_recipes import RecipeName
 from oreal_megatron.config.rollout import RolloutConfig, SamplingConfig
-from oreal_megatron.gpu.recipes import RecipeName
 from oreal_megatron.verifier.config import VerifierConfig
 
 
@@ -337,7 +337,7 @@ class RunConfig(Section):
     threads: Positive | None
     """CPU threads of a process; null: torch's choice."""
     dry_run: bool = False
-    """Two steps of this experiment with everything small: model, lengths, data, layout (launch/dry_run.py says how)."""
+    """Two steps of this experiment with everything small: model, lengths, data, layout (dry_run.py says how)."""
 
 
 class TrainConfig(Section):

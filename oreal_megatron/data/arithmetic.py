@@ -6,8 +6,8 @@ import random
 from dataclasses import dataclass
 
 from oreal_megatron.config import ArithmeticConfig
-from oreal_megatron.records import Prompt
 from oreal_megatron.seeds import derive_seed
+from oreal_megatron.types import Prompt
 
 
 @dataclass(frozen=True)

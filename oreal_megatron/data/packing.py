@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from oreal_megatron.config import Fp8Config, GeometryConfig
-from oreal_megatron.gpu.recipes import RECIPES
-from oreal_megatron.parallel.device import device
-from oreal_megatron.parallel.groups import ParallelGroups
-from oreal_megatron.records import Trajectory
+from oreal_megatron.config.fp8_recipes import RECIPES
+from oreal_megatron.distributed.cpu_backend import device
+from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.types import Trajectory
 
 IGNORE = -1
 """Label of a position that does not predict a response token."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from oreal_megatron.config import PromptConfig
-from oreal_megatron.records import Prompt
+from oreal_megatron.types import Prompt
 
 
 class PromptRenderer:

@@ -12,7 +12,7 @@ from typing import Any
 from oreal_megatron.config import BalanceBin
 from oreal_megatron.data.arithmetic import Demonstration
 from oreal_megatron.files import write_atomically
-from oreal_megatron.records import Prompt
+from oreal_megatron.types import Prompt
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from oreal_megatron.data.prompts import fingerprint
-from oreal_megatron.records import Prompt
 from oreal_megatron.seeds import derive_seed
+from oreal_megatron.types import Prompt
 
 
 class PromptStream:

@@ -9,7 +9,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from oreal_megatron.parallel.groups import ParallelGroups
+from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.seeds import derive_seed
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")

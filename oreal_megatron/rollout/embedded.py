@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from oreal_megatron.config import SamplingConfig
-from oreal_megatron.records import FinishReason, WeightSpan
-from oreal_megatron.rollout.engine import Completion, GenerationRequest
+from oreal_megatron.types import Completion, FinishReason, GenerationRequest, WeightSpan
 
 # Finished sequences leave the batch when so many have: each removal copies the KV cache of the others.
 _COMPACT_BELOW = 0.75
@@ -64,7 +63,7 @@ class EmbeddedEngine:
         is_enough: Callable[[], bool] | None = None,
     ) -> Iterator[tuple[int, list[Completion]]]:
         """See RolloutEngine. A batch decodes as one and ends as one: there is nothing to break off."""
-        assert is_enough is None and not any(request.begun for unit in units for request in unit)
+        assert is_enough is None and not any(request.partial for unit in units for request in unit)
         for index, requests in enumerate(units):
             yield index, self._generate_batch(requests, sampling)
 
@@ -72,11 +71,13 @@ class EmbeddedEngine:
         self.weight_version = weight_version
         return {}
 
-    def awake(self, policy_on_device: Callable[[], AbstractContextManager[None]]) -> AbstractContextManager[None]:
+    def generation_context(
+        self, policy_on_device: Callable[[], AbstractContextManager[None]]
+    ) -> AbstractContextManager[None]:
         """See RolloutEngine."""
         return policy_on_device()
 
-    def rest(self) -> None:
+    def offload(self) -> None:
         """Nothing: it has no memory of its own between calls."""
 
     def close(self) -> None:

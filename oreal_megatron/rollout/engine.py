@@ -4,52 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from oreal_megatron.config import SamplingConfig
-from oreal_megatron.records import FinishReason, WeightSpan
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """One generated response, or its beginning."""
-
-    token_ids: tuple[int, ...]
-    """The stop token included where there is one."""
-    logprobs: tuple[float, ...]
-    """Nats: log softmax(logits / temperature) of each token, before top-p; at temperature 0, of the plain logits."""
-    finish_reason: FinishReason | None
-    """None: it was broken off, and can go on from there."""
-    weight_spans: tuple[WeightSpan, ...]
-    """Which weights generated which tokens."""
-
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "weight_spans": [dict(vars(span)) for span in self.weight_spans]}
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Completion:
-        """The inverse of `to_json`. Raises KeyError, TypeError or ValueError."""
-        reason = record["finish_reason"]
-        return cls(
-            token_ids=tuple(record["token_ids"]),
-            logprobs=tuple(record["logprobs"]),
-            finish_reason=None if reason is None else FinishReason(reason),
-            weight_spans=tuple(WeightSpan(**span) for span in record["weight_spans"]),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
-    """One response to generate."""
-
-    prompt_ids: tuple[int, ...]
-    seed: int
-    """Fixes the response's randomness, whatever it is batched with."""
-    max_new_tokens: int
-    """Of the whole response."""
-    begun: Completion | None = None
-    """What an earlier step has of the response, which goes on from there; a finished one is the answer."""
+from oreal_megatron.types import Completion, GenerationRequest
 
 
 class RolloutEngine(Protocol):
@@ -83,7 +41,9 @@ class RolloutEngine(Protocol):
         Every rank calls it. Returns what a step's report shall say of it.
         """
 
-    def awake(self, policy_on_device: Callable[[], AbstractContextManager[None]]) -> AbstractContextManager[None]:
+    def generation_context(
+        self, policy_on_device: Callable[[], AbstractContextManager[None]]
+    ) -> AbstractContextManager[None]:
         """What `generate` is called in, by every rank.
 
         policy_on_device: brings the policy's weights, which are those of the last `publish`, to the devices. An engine
@@ -91,7 +51,7 @@ class RolloutEngine(Protocol):
         devices has them there while it takes them, and gives everything back in the end.
         """
 
-    def rest(self) -> None:
+    def offload(self) -> None:
         """Gives the trainer's devices back, where a `publish` has taken them. Every rank calls it."""
 
     def close(self) -> None:

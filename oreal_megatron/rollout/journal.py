@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import IO
 
 from oreal_megatron.config import SamplingConfig
+from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.files import append_line, open_log, whole_lines, write_atomically
-from oreal_megatron.parallel.groups import ParallelGroups
-from oreal_megatron.records import GradedRollout, Prompt
-from oreal_megatron.rollout.engine import Completion, GenerationRequest
+from oreal_megatron.types import Completion, GenerationRequest, GradedRollout, Prompt
 
 _OF_STEP = re.compile(r"[a-z]+_(\d{6})\.(replica_\d+|begun)\.jsonl")
 
-Begun = Mapping[tuple[str, int], Completion]
+PartialResponses = Mapping[tuple[str, int], Completion]
 """Responses that are finished or broken off, of groups that are not complete; by prompt id and sample index."""
 
 
@@ -35,7 +34,7 @@ class RolloutJournal:
         self._groups = groups
         self._open: tuple[str, IO[bytes]] | None = None
 
-    def read(self, purpose: str) -> dict[str, list[GradedRollout]]:
+    def read(self, batch_name: str) -> dict[str, list[GradedRollout]]:
         """The units journalled for `purpose` (`step_000003`) by key; empty on all ranks but the main one.
 
         A line that is no such record (the end of a killed process, or a damaged disk) counts as not journalled.
@@ -43,7 +42,7 @@ class RolloutJournal:
         units: dict[str, list[GradedRollout]] = {}
         if not self._groups.is_main:
             return units
-        for path in sorted(self.directory.glob(f"{purpose}.replica_*.jsonl")):
+        for path in sorted(self.directory.glob(f"{batch_name}.replica_*.jsonl")):
             for line in whole_lines(path):
                 try:
                     record = json.loads(line)
@@ -52,20 +51,20 @@ class RolloutJournal:
                     continue
         return units
 
-    def append(self, purpose: str, unit: str, rollouts: Sequence[GradedRollout]) -> None:
+    def append(self, batch_name: str, unit: str, rollouts: Sequence[GradedRollout]) -> None:
         """Journals one unit of this replica; on return it is on the disk. For the replica's leading process.
 
         Raises:
             OSError: the disk refused; the unit counts as not journalled.
         """
-        if self._open is None or self._open[0] != purpose:
+        if self._open is None or self._open[0] != batch_name:
             self.close()
-            path = self.directory / f"{purpose}.replica_{self._groups.data_rank}.jsonl"
-            self._open = purpose, open_log(path)
+            path = self.directory / f"{batch_name}.replica_{self._groups.data_rank}.jsonl"
+            self._open = batch_name, open_log(path)
         record = {"unit": unit, "rollouts": [graded.to_json() for graded in rollouts]}
         append_line(self._open[1], json.dumps(record))
 
-    def begin(self, purpose: str, begun: Begun) -> None:
+    def keep_partial(self, batch_name: str, partial: PartialResponses) -> None:
         """Keeps what `purpose` is to begin with, in the place of what was kept for it before. For the main process.
 
         Raises:
@@ -73,14 +72,14 @@ class RolloutJournal:
         """
         lines = [
             json.dumps({"prompt": prompt, "sample": sample, "completion": completion.to_json()})
-            for (prompt, sample), completion in begun.items()
+            for (prompt, sample), completion in partial.items()
         ]
-        write_atomically(self.directory / f"{purpose}.begun.jsonl", "".join(line + "\n" for line in lines))
+        write_atomically(self.directory / f"{batch_name}.begun.jsonl", "".join(line + "\n" for line in lines))
 
-    def begun(self, purpose: str) -> dict[tuple[str, int], Completion]:
+    def partial(self, batch_name: str) -> dict[tuple[str, int], Completion]:
         """What was kept for `purpose`; a damaged line counts as not kept. Empty on all ranks but the main one."""
         kept: dict[tuple[str, int], Completion] = {}
-        for line in whole_lines(self.directory / f"{purpose}.begun.jsonl") if self._groups.is_main else ():
+        for line in whole_lines(self.directory / f"{batch_name}.begun.jsonl") if self._groups.is_main else ():
             try:
                 record = json.loads(line)
                 kept[record["prompt"], record["sample"]] = Completion.from_json(record["completion"])
@@ -95,11 +94,11 @@ class RolloutJournal:
                 if (match := _OF_STEP.fullmatch(path.name)) and int(match[1]) < before_step:
                     path.unlink()
 
-    def forget(self, purpose: str) -> None:
+    def forget(self, batch_name: str) -> None:
         """Removes what was journalled for `purpose`, whose outcome is safe elsewhere."""
         self.close()
         if self._groups.is_main:
-            for path in self.directory.glob(f"{purpose}.replica_*.jsonl"):
+            for path in self.directory.glob(f"{batch_name}.replica_*.jsonl"):
                 path.unlink()
 
     def close(self) -> None:
@@ -123,6 +122,6 @@ def unit_key(
             (prompt.id, prompt.question, prompt.gold_answer, request.prompt_ids, request.seed, request.max_new_tokens)
             for prompt, request in zip(prompts, requests, strict=True)
         ],
-        [request.begun.to_json() for request in requests if request.begun is not None],
+        [request.partial.to_json() for request in requests if request.partial is not None],
     ]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()

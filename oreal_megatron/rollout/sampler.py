@@ -10,19 +10,28 @@ from dataclasses import dataclass
 
 from oreal_megatron.config import SamplingConfig
 from oreal_megatron.data.prompting import PromptRenderer
-from oreal_megatron.parallel.groups import ParallelGroups
-from oreal_megatron.records import FinishReason, Grade, GradedRollout, GradeRequest, Prompt, Rollout
-from oreal_megatron.rollout.engine import Completion, GenerationRequest, RolloutEngine
-from oreal_megatron.rollout.journal import Begun, RolloutJournal, unit_key
+from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.rollout.engine import RolloutEngine
+from oreal_megatron.rollout.journal import PartialResponses, RolloutJournal, unit_key
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.stopping import Stopped, StopRequest
+from oreal_megatron.types import (
+    Completion,
+    FinishReason,
+    GenerationRequest,
+    Grade,
+    GradedRollout,
+    GradeRequest,
+    Prompt,
+    Rollout,
+)
 
 Grader = Callable[[Sequence[GradeRequest]], list[Grade]]
-Clock = Callable[[str], AbstractContextManager[None]]
+StepTimer = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Enough:
+class EarlyStop:
     """When a step has enough rollouts, and what becomes of the rest."""
 
     num_groups: int
@@ -30,12 +39,12 @@ class Enough:
     """Whether a complete group is one of them."""
     max_age: int
     """Policy updates that the weights of a token may be behind when its response goes on."""
-    rest_is_for: str
+    next_batch: str
     """The purpose that goes on with what is broken off."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampled:
+class SampleResult:
     """Groups that are complete, and prompts whose groups are not, both in the order of the prompts."""
 
     groups: list[list[GradedRollout]]
@@ -73,13 +82,13 @@ class Sampler:
         self,
         prompts: Sequence[Prompt],
         *,
-        purpose: str,
+        batch_name: str,
         num_samples: int,
         sampling: SamplingConfig,
         seed_of: Callable[[Prompt, int], int],
-        clock: Clock = lambda phase: contextlib.nullcontext(),
-        enough: Enough | None = None,
-    ) -> Sampled:
+        clock: StepTimer = lambda phase: contextlib.nullcontext(),
+        early_stop: EarlyStop | None = None,
+    ) -> SampleResult:
         """A group of `num_samples` graded rollouts a prompt, on every rank.
 
         purpose: names the journal's files, `step_000003`. seed_of: (prompt, sample index) -> seed; see `rollout_seeds`.
@@ -91,23 +100,23 @@ class Sampler:
             ValueError: a prompt leaves no room for a response.
             OSError: the journal cannot be written.
         """
-        begun, figures = ({}, {}) if enough is None else self._begun(purpose, enough.max_age)
+        partial, figures = ({}, {}) if early_stop is None else self._partial(batch_name, early_stop.max_age)
         asked = [(prompt, index) for prompt in prompts for index in range(num_samples)]
         requests = [
-            self._request(prompt, seed_of(prompt, index), sampling, begun.get((prompt.id, index)))
+            self._request(prompt, seed_of(prompt, index), sampling, partial.get((prompt.id, index)))
             for prompt, index in asked
         ]
-        call = _Call(self._engine, purpose, asked, requests, sampling)
-        tally = None if enough is None else _Tally(self._groups, enough)
+        call = _SampleCall(self._engine, batch_name, asked, requests, sampling)
+        tally = None if early_stop is None else _Tally(self._groups, early_stop)
         todo, finished = self._todo(call, tally)
         broken_off = self._generate(call, todo, finished, tally, clock)
         parts = [part[0] for part in self._groups.gather_over_world([(finished, broken_off)])]
         by_prompt = call.by_prompt({index: unit for units, _ in parts for index, unit in units.items()})
         groups = [by_prompt[prompt.id] for prompt in prompts if prompt.id in by_prompt]
-        if enough is not None:
+        if early_stop is not None:
             rest = {at: completion for _, some in parts for at, completion in some.items()}
             if todo:  # else a killed process has kept it already
-                self._keep(rest, enough.rest_is_for)
+                self._keep(rest, early_stop.next_batch)
             figures |= {
                 "rollout/asked_groups": float(len(prompts)),
                 "rollout/unfinished_groups": float(len(prompts) - len(groups)),
@@ -115,28 +124,30 @@ class Sampler:
                 **_ages(groups, self._engine.weight_version),
             }
         unfinished = [prompt for prompt in prompts if prompt.id not in by_prompt]
-        return Sampled(groups=groups, unfinished=unfinished, metrics=figures)
+        return SampleResult(groups=groups, unfinished=unfinished, metrics=figures)
 
-    def _begun(self, purpose: str, max_age: int) -> tuple[Begun, dict[str, float]]:
+    def _partial(self, batch_name: str, max_age: int) -> tuple[PartialResponses, dict[str, float]]:
         """What earlier steps have of this one's responses, and figures; what is too old is left out."""
-        kept = self._groups.from_main(self.journal.begun(purpose))
+        kept = self._groups.from_main(self.journal.partial(batch_name))
         oldest = self._engine.weight_version - max_age
-        begun = {at: c for at, c in kept.items() if c.weight_spans[0].version >= oldest}
-        num_tokens = sum(len(c.token_ids) for c in begun.values())
-        return begun, {
-            "rollout/carried_responses": float(len(begun)),
+        partial = {at: c for at, c in kept.items() if c.weight_spans[0].version >= oldest}
+        num_tokens = sum(len(c.token_ids) for c in partial.values())
+        return partial, {
+            "rollout/carried_responses": float(len(partial)),
             "rollout/carried_tokens": float(num_tokens),
             "rollout/discarded_tokens": float(sum(len(c.token_ids) for c in kept.values()) - num_tokens),
         }
 
-    def _keep(self, rest: Begun, purpose: str) -> None:
+    def _keep(self, rest: PartialResponses, batch_name: str) -> None:
         with self._groups.together():
             if self._groups.is_main:
-                self.journal.begin(purpose, {at: completion for at, completion in rest.items() if completion.token_ids})
+                self.journal.keep_partial(
+                    batch_name, {at: completion for at, completion in rest.items() if completion.token_ids}
+                )
 
-    def _todo(self, call: _Call, tally: _Tally | None) -> tuple[list[int], dict[int, list[GradedRollout]]]:
+    def _todo(self, call: _SampleCall, tally: _Tally | None) -> tuple[list[int], dict[int, list[GradedRollout]]]:
         """Units to generate, the same on every rank; and those that are journalled, on the main one."""
-        journalled = self.journal.read(call.purpose)
+        journalled = self.journal.read(call.batch_name)
         finished = {index: journalled[key] for index, key in enumerate(call.keys) if key in journalled}
         if tally is not None:
             tally.add(finished.values())
@@ -146,11 +157,11 @@ class Sampler:
 
     def _generate(
         self,
-        call: _Call,
+        call: _SampleCall,
         todo: Sequence[int],
         finished: dict[int, list[GradedRollout]],
         tally: _Tally | None,
-        clock: Clock,
+        clock: StepTimer,
     ) -> dict[tuple[str, int], Completion]:
         """Adds this replica's units to `finished`, on its leading rank; returns the responses of those that are not."""
         mine = todo[self._groups.data_rank :: self._groups.data_size]
@@ -171,7 +182,7 @@ class Sampler:
             if self._groups.leads_replica:
                 with clock("verify"):
                     finished[index] = self._graded(rollouts)
-                self.journal.append(call.purpose, call.keys[index], finished[index])
+                self.journal.append(call.batch_name, call.keys[index], finished[index])
                 if tally is not None:
                     tally.add([finished[index]])
         if self._groups.any_rank(self._stop.is_made):
@@ -179,7 +190,7 @@ class Sampler:
         return broken_off
 
     def _request(
-        self, prompt: Prompt, seed: int, sampling: SamplingConfig, begun: Completion | None
+        self, prompt: Prompt, seed: int, sampling: SamplingConfig, partial: Completion | None
     ) -> GenerationRequest:
         prompt_ids = self._renderer.token_ids(prompt)
         room = self._max_sequence_length - len(prompt_ids)
@@ -189,7 +200,7 @@ class Sampler:
                 f"model.max_sequence_length = {self._max_sequence_length}"
             )
         limit = min(room, sampling.max_new_tokens)
-        return GenerationRequest(prompt_ids=prompt_ids, seed=seed, max_new_tokens=limit, begun=begun)
+        return GenerationRequest(prompt_ids=prompt_ids, seed=seed, max_new_tokens=limit, partial=partial)
 
     def _rollout(
         self, prompt: Prompt, sample_index: int, request: GenerationRequest, completion: Completion
@@ -221,19 +232,19 @@ class Sampler:
         return [GradedRollout(rollout=rollout, grade=grade) for rollout, grade in zip(rollouts, grades, strict=True)]
 
 
-class _Call:
+class _SampleCall:
     """What one call asks the engine for."""
 
     def __init__(
         self,
         engine: RolloutEngine,
-        purpose: str,
+        batch_name: str,
         asked: Sequence[tuple[Prompt, int]],
         requests: Sequence[GenerationRequest],
         sampling: SamplingConfig,
     ):
         """asked: prompt and sample index of every request."""
-        self.purpose, self.asked, self.requests, self.sampling = purpose, asked, requests, sampling
+        self.batch_name, self.asked, self.requests, self.sampling = batch_name, asked, requests, sampling
         self.units = engine.units(requests)
         self.keys = [
             unit_key([asked[i][0] for i in unit], [requests[i] for i in unit], sampling, engine.weight_version)
@@ -255,8 +266,8 @@ class _Call:
 class _Tally:
     """How many groups of use all replicas have between them."""
 
-    def __init__(self, groups: ParallelGroups, enough: Enough):
-        self._groups, self._enough = groups, enough
+    def __init__(self, groups: ParallelGroups, early_stop: EarlyStop):
+        self._groups, self._enough = groups, early_stop
         self._name = f"enough/{groups.from_main(uuid.uuid4().hex)}"
 
     def add(self, units: Iterable[Sequence[GradedRollout]]) -> None:
@@ -282,6 +293,6 @@ def _ages(groups: Sequence[Sequence[GradedRollout]], version: int) -> dict[str, 
     return {"rollout/older_tokens": older / max(num_tokens, 1), "rollout/oldest_updates": float(version - oldest)}
 
 
-def rollout_seeds(run_seed: int, purpose: str, step: int) -> Callable[[Prompt, int], int]:
+def rollout_seeds(run_seed: int, batch_name: str, step: int) -> Callable[[Prompt, int], int]:
     """Seeds that depend on (run seed, purpose, step, prompt, sample) and on nothing else."""
-    return lambda prompt, index: derive_seed(run_seed, purpose, step, prompt.id, index)
+    return lambda prompt, index: derive_seed(run_seed, batch_name, step, prompt.id, index)

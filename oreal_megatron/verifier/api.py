@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from oreal_megatron.records import Grade, GradeRequest, Verdict
+from oreal_megatron.types import Grade, GradeRequest, Verdict
 from oreal_megatron.verifier.cache import VerdictCache, cache_key
 from oreal_megatron.verifier.config import JudgeMode, VerifierConfig
 from oreal_megatron.verifier.extract import Extraction, extract
-from oreal_megatron.verifier.judge import Judge, JudgeItem
+from oreal_megatron.verifier.judge.judge import Judge, JudgeItem
 from oreal_megatron.verifier.metrics import VerifierMetrics
 from oreal_megatron.verifier.outcome import RULES, Outcome
-from oreal_megatron.verifier.pool import Job, WorkerPool
 from oreal_megatron.verifier.rules import NeedsSympy, RationalLeaves, compare_final
+from oreal_megatron.verifier.workers.pool import Job, WorkerPool
 
 
 class Verifier(Protocol):

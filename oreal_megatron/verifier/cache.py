@@ -14,7 +14,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from oreal_megatron.records import Verdict
+from oreal_megatron.types import Verdict
 from oreal_megatron.verifier.outcome import Outcome
 
 _BUSY_SECONDS = 5.0

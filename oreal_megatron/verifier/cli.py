@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import yaml
 from pydantic import ValidationError
 
-from oreal_megatron.records import Grade, GradeRequest, Verdict
+from oreal_megatron.types import Grade, GradeRequest, Verdict
 from oreal_megatron.verifier.api import StagedVerifier, build_verifier
 from oreal_megatron.verifier.config import VerifierConfig
 

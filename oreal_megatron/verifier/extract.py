@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from oreal_megatron.verifier.normalize import matching_brace
+from oreal_megatron.verifier.latex.normalize import matching_brace
 
 MAX_BOX_CHARS = 8_192
 """A longer box is no final answer."""

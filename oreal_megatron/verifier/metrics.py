@@ -6,7 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 
-from oreal_megatron.records import Grade, Verdict
+from oreal_megatron.types import Grade, Verdict
 
 
 class VerifierMetrics:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from oreal_megatron.records import Verdict
+from oreal_megatron.types import Verdict
 
 RULES, GUARD = "rules", "guard"
 """Stages of the comparison. What a guard rejects is final: no judge may bring it back."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from oreal_megatron.records import Verdict
-from oreal_megatron.verifier.compare import Comparison, Leaves
-from oreal_megatron.verifier.guards import Refused, check_answer, is_hedged, looks_like_code
-from oreal_megatron.verifier.normalize import normalize, text_key
+from oreal_megatron.types import Verdict
+from oreal_megatron.verifier.equality.compare import AnswerComparison, Leaves
+from oreal_megatron.verifier.input_limits import Refused, check_answer, is_hedged, looks_like_code
+from oreal_megatron.verifier.latex.normalize import normalize, text_key
+from oreal_megatron.verifier.latex.notation import without_excluded_points
+from oreal_megatron.verifier.latex.rational import parse_rational
+from oreal_megatron.verifier.latex.structure import parse
 from oreal_megatron.verifier.outcome import Outcome, different, equal, rejected, unknown
-from oreal_megatron.verifier.phrasing import without_excluded_points
-from oreal_megatron.verifier.rational import parse_rational
-from oreal_megatron.verifier.structure import parse
 
 MAX_ANSWER_CHARS = 8_192
 MAX_FAST_CHARS = 400
@@ -133,9 +133,9 @@ def compare_answers(gold: str, answer: str, leaves: Leaves) -> Outcome:
     outcome = _refused(gold_text, answer_text) or _choice_outcome(gold_text, answer_text)
     if outcome is not None:
         return outcome
-    outcome = Comparison(leaves).compare(parse(name_parameter(gold_text)), parse(name_parameter(answer_text)))
+    outcome = AnswerComparison(leaves).compare(parse(name_parameter(gold_text)), parse(name_parameter(answer_text)))
     if outcome.verdict is Verdict.INCORRECT and (bare := without_excluded_points(answer_text)) != answer_text:
-        outcome = Comparison(leaves).compare(parse(without_excluded_points(gold_text)), parse(bare))
+        outcome = AnswerComparison(leaves).compare(parse(without_excluded_points(gold_text)), parse(bare))
     if outcome.verdict is Verdict.INCORRECT and _is_sentence(gold_text):
         return unknown("the gold answer is a sentence, which rules cannot compare")
     return outcome
@@ -168,4 +168,4 @@ def _agrees(gold: str, box: str, leaves: Leaves) -> bool:
         return True
     parts = getattr(parse(normalize(gold)), "parts", ())
     node = parse(normalize(box))
-    return any(Comparison(leaves).compare(part, node).verdict is Verdict.CORRECT for part in parts)
+    return any(AnswerComparison(leaves).compare(part, node).verdict is Verdict.CORRECT for part in parts)

@@ -20,15 +20,15 @@ from torch import Tensor
 from oreal_megatron.checkpoint.state import weights_only
 from oreal_megatron.checkpoint.store import CheckpointStore
 from oreal_megatron.config import ModelConfig, ParallelConfig
-from oreal_megatron.convert.huggingface import read_model
-from oreal_megatron.convert.module import load_weights
+from oreal_megatron.conversion.huggingface import read_model
+from oreal_megatron.conversion.module import load_weights
 from oreal_megatron.data.packing import PackedSequence, TokenBatch, pack
-from oreal_megatron.models.architecture import build_gpt
-from oreal_megatron.models.chunks import chunks_of
-from oreal_megatron.models.microbatches import score
-from oreal_megatron.models.token_reward import TokenRewardModel
-from oreal_megatron.parallel.device import device_seam
-from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
+from oreal_megatron.distributed.cpu_backend import cpu_backend
+from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
+from oreal_megatron.models.gpt import build_gpt
+from oreal_megatron.models.pipeline_schedule import score
+from oreal_megatron.models.reward_model import TokenRewardModel
+from oreal_megatron.models.virtual_stages import chunks_of
 
 
 class Logits(GPTModel):
@@ -42,7 +42,7 @@ def main(directory: Path) -> None:
     torch.set_num_threads(1)
     layout = ParallelConfig.model_validate_json((directory / "layout.json").read_text())
     results = {}
-    with device_seam(), parallel_groups(layout, seed=0) as groups:
+    with cpu_backend(), parallel_groups(layout, seed=0) as groups:
         for case in sorted(path for path in directory.iterdir() if path.is_dir()):
             results[case.name] = run_case(case, groups)
         if groups.is_main:

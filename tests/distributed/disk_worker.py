@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from oreal_megatron.config import ParallelConfig
-from oreal_megatron.convert.huggingface import geometry_of
-from oreal_megatron.parallel.device import device_seam
-from oreal_megatron.parallel.groups import parallel_groups
-from oreal_megatron.resharding.disk import DiskTransport
-from oreal_megatron.resharding.shards import PolicyShards
+from oreal_megatron.conversion.huggingface import geometry_of
+from oreal_megatron.distributed.cpu_backend import cpu_backend
+from oreal_megatron.distributed.groups import parallel_groups
+from oreal_megatron.weight_sync.disk import DiskTransport
+from oreal_megatron.weight_sync.source import PolicyShards
 from tests.ranks import run_ranks
 from tests.tiny_models import policy_chunks
 
@@ -32,7 +32,7 @@ def main(source: Path, output: Path, layouts: dict[str, dict[str, int]]) -> None
 def publish(rank: int, source: Path, output: Path, layout: dict[str, int]) -> None:
     geometry = geometry_of(source)
     config = ParallelConfig(micro_batch_tokens=64, timeout_seconds=120, **layout)
-    with device_seam(), parallel_groups(config, seed=0) as groups:
+    with cpu_backend(), parallel_groups(config, seed=0) as groups:
         chunks = policy_chunks(source, groups)
         described = json.loads((source / "config.json").read_text())
         transport = DiskTransport(PolicyShards(chunks, geometry, groups), output, config_json=described)

@@ -2,9 +2,10 @@
 
 import os
 
-from oreal_megatron import cli, updates
+from oreal_megatron import train
+from oreal_megatron.cli import train as cli
 
-update_reward_model = updates.update_reward_model
+update_reward_model = train.update_reward_model
 calls = 0
 
 
@@ -17,5 +18,5 @@ def failing(*arguments, **options):
 
 
 if __name__ == "__main__":
-    updates.update_reward_model = failing
+    train.update_reward_model = failing
     cli.train()

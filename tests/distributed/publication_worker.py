@@ -27,21 +27,21 @@ import torch
 from safetensors.torch import load_file
 
 from oreal_megatron.config import GeometryConfig, ParallelConfig
-from oreal_megatron.convert.families import family_of
-from oreal_megatron.convert.huggingface import geometry_of
-from oreal_megatron.parallel.device import device_seam
-from oreal_megatron.parallel.groups import parallel_groups
-from oreal_megatron.resharding import loader
-from oreal_megatron.resharding.audit import Auditor
-from oreal_megatron.resharding.direct import DirectTransport
-from oreal_megatron.resharding.ipc import IpcTransport
-from oreal_megatron.resharding.orders import Desk
-from oreal_megatron.resharding.publish import Publisher
-from oreal_megatron.resharding.served import LOADER, EngineLayout, served_tensors
-from oreal_megatron.resharding.shards import PolicyShards
+from oreal_megatron.conversion.families import family_of
+from oreal_megatron.conversion.huggingface import geometry_of
+from oreal_megatron.distributed.cpu_backend import cpu_backend
+from oreal_megatron.distributed.groups import parallel_groups
+from oreal_megatron.weight_sync import worker
+from oreal_megatron.weight_sync.audit import Auditor
+from oreal_megatron.weight_sync.commands import CommandChannel
+from oreal_megatron.weight_sync.direct import DirectTransport
+from oreal_megatron.weight_sync.ipc import IpcTransport
+from oreal_megatron.weight_sync.publisher import Publisher
+from oreal_megatron.weight_sync.sglang_layout import LOADER, SGLangLayout, served_tensors
+from oreal_megatron.weight_sync.source import PolicyShards
 from tests.ranks import run_ranks
 from tests.tiny_models import policy_chunks
-from tests.unit.resharding.test_plan import served
+from tests.unit.weight_sync.test_planner import served
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Setting:
     bucket_bytes: int = 4096
 
     @property
-    def engines(self) -> EngineLayout:
-        return EngineLayout(
+    def engines(self) -> SGLangLayout:
+        return SGLangLayout(
             count=self.num_servers, tensor=self.server_ranks, feed_forward_multiple=32, fp8=self.served == "fp8"
         )
 
@@ -104,7 +104,7 @@ def work(pipe: Connection, geometry: GeometryConfig, setting: Setting, server: i
             model.tensors[payload.split()[1].decode()].view(-1)[-1] *= 2
             pipe.send(None)
         else:
-            loader.load(model, pickle.loads(payload))  # type: ignore[arg-type]
+            worker.load(model, pickle.loads(payload))  # type: ignore[arg-type]
             pipe.send(None)
 
 
@@ -126,7 +126,7 @@ class Server:
         except (EOFError, OSError) as error:
             raise ConnectionError(f"{self.name}: {type(error).__name__}") from error
 
-    def load_tensors(self, payloads: list[bytes], load_format: str) -> Future[Any]:
+    def update_weights_from_tensor(self, payloads: list[bytes], load_format: str) -> Future[Any]:
         assert load_format == LOADER
         return self.pool.submit(self.ask, payloads)
 
@@ -151,18 +151,18 @@ def main(source: Path, setting: Setting) -> None:
 def publish(rank: int, source: Path, setting: Setting, opened: list[Any]) -> None:
     geometry = geometry_of(source)
     config = ParallelConfig(micro_batch_tokens=64, timeout_seconds=120, **setting.layout)
-    with device_seam(), parallel_groups(config, seed=0) as groups:
+    with cpu_backend(), parallel_groups(config, seed=0) as groups:
         shards = PolicyShards(policy_chunks(source, groups), geometry, groups, setting.dtype)
         servers = [Server(*one, ThreadPoolExecutor(1)) for one in opened] if groups.is_main else []
         carry_out(setting, shards, servers, source)
 
 
 def carry_out(setting: Setting, shards: PolicyShards, servers: list[Any], source: Path) -> None:
-    desk = Desk(shards, setting.engines, timeout_seconds=60)
-    auditor = Auditor(shards, setting.engines, desk)
+    channel = CommandChannel(shards, setting.engines, timeout_seconds=60)
+    auditor = Auditor(shards, setting.engines, channel)
     kinds = {"direct": DirectTransport, "ipc": IpcTransport}
     publishers = {
-        name: Publisher(kinds[name](shards, setting.engines, desk, bucket_bytes=setting.bucket_bytes), auditor)
+        name: Publisher(kinds[name](shards, setting.engines, channel, bucket_bytes=setting.bucket_bytes), auditor)
         for name in dict.fromkeys(setting.transports)
     }
     for number, transport in enumerate(setting.transports, start=1):

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.lives import content_of, together
+from tests.run_processes import content_of, together
 from tests.tiny import metrics_of
 
 pytestmark = pytest.mark.distributed

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from oreal_megatron.config import ParallelConfig
-from oreal_megatron.convert.conversion import to_huggingface, to_megatron
-from oreal_megatron.convert.huggingface import read_model
-from oreal_megatron.convert.layout import Layout
+from oreal_megatron.conversion.convert import to_huggingface, to_megatron
+from oreal_megatron.conversion.huggingface import read_model
+from oreal_megatron.conversion.layout import Layout
 from tests.conftest import ROOT
 from tests.tiny_models import FAMILIES, save_tiny
-from tests.unit.convert.test_round_trip import assert_same_bits
+from tests.unit.conversion.test_round_trip import assert_same_bits
 
 pytestmark = pytest.mark.distributed
 

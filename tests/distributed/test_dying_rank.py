@@ -48,7 +48,7 @@ def test_the_error_of_the_rank_that_failed_is_the_only_one(warm):
 def test_a_rank_that_is_killed_or_hangs_ends_the_job(warm, number):
     directory = warm()
     limit = "parallel.timeout_seconds=20"
-    job = start("oreal_megatron.cli", directory, "parallel.tensor=2", "run.num_steps=1000", limit)
+    job = start("oreal_megatron.cli.train", directory, "parallel.tensor=2", "run.num_steps=1000", limit)
     while not (directory / "metrics.jsonl").exists():
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.2)

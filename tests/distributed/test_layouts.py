@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.lives import together
+from tests.run_processes import together
 from tests.tiny import metrics_of
 
 pytestmark = pytest.mark.distributed

@@ -15,16 +15,16 @@ import torch
 from oreal_megatron.checkpoint.state import weights_only
 from oreal_megatron.checkpoint.store import CheckpointStore
 from oreal_megatron.config import AdamWConfig, ParallelConfig, SamplingConfig
-from oreal_megatron.convert.huggingface import geometry_of
+from oreal_megatron.conversion.huggingface import geometry_of
 from oreal_megatron.data.packing import PackedSequence, TokenBatch, pack
-from oreal_megatron.models.decoding import CachedDecoder
-from oreal_megatron.models.microbatches import score
-from oreal_megatron.models.optimizer import TrainedModel
+from oreal_megatron.distributed.cpu_backend import cpu_backend
+from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
+from oreal_megatron.models.kv_decoder import CachedDecoder
+from oreal_megatron.models.pipeline_schedule import score
 from oreal_megatron.models.policy import Policy
-from oreal_megatron.parallel.device import device_seam
-from oreal_megatron.parallel.groups import ParallelGroups, parallel_groups
+from oreal_megatron.models.trained_model import TrainedModel
 from oreal_megatron.rollout.embedded import EmbeddedEngine
-from oreal_megatron.rollout.engine import GenerationRequest
+from oreal_megatron.types import GenerationRequest
 from tests.tiny_models import as_policy
 
 ADAMW = AdamWConfig(
@@ -35,7 +35,7 @@ ADAMW = AdamWConfig(
 def main(directory: Path, tensor: int, pipeline: int) -> None:
     torch.set_num_threads(1)
     layout = ParallelConfig(tensor=tensor, pipeline=pipeline, micro_batch_tokens=512)
-    with device_seam(), parallel_groups(layout, seed=0) as groups:
+    with cpu_backend(), parallel_groups(layout, seed=0) as groups:
         policy = load(directory / "hf", groups)
         asked = json.loads((directory / "prompts.json").read_text())
         result = {"answers": answers(policy, asked, groups)}

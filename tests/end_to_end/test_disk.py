@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lives import Life, content_of
+from tests.run_processes import RunProcess, content_of
 from tests.tiny import metrics_of
 
 pytestmark = pytest.mark.end_to_end
@@ -41,11 +41,11 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(small_disk, warm, fini
     (directory / "checkpoints").mkdir(parents=True)
     subprocess.run(["cp", "-r", finished / "checkpoints/initial", directory / "checkpoints"], check=True)
     schedules = ("optimizer.policy.decay_steps=4", "optimizer.reward_model.decay_steps=4", "tracking.report=false")
-    assert Life(directory, *schedules, "run.num_steps=2").wait() == 0
+    assert RunProcess(directory, *schedules, "run.num_steps=2").wait() == 0
     good = content_of(directory / "checkpoints/step_000002")
 
     filler = fill(small_disk, leave=400_000)  # rollouts and metrics fit, a checkpoint of 0.8 MB does not
-    full = Life(directory, *schedules)
+    full = RunProcess(directory, *schedules)
     assert full.wait() == 1
     assert "checkpoint step_000004 cannot be written" in full.said(), full.said()
     assert "No space left on device" in full.said() and "Traceback" not in full.said(), full.said()
@@ -59,15 +59,15 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(small_disk, warm, fini
 
     filler.unlink()
     fill(small_disk, leave=0)  # not even a line of the journal
-    fuller = Life(directory, *schedules)
+    fuller = RunProcess(directory, *schedules)
     assert fuller.wait() == 1
     assert "No space left on device" in fuller.said() and "Traceback" not in fuller.said(), fuller.said()
     assert content_of(directory / "checkpoints/step_000002") == good
 
     (small_disk / "filler").unlink()
-    assert Life(directory, *schedules).wait() == 0
+    assert RunProcess(directory, *schedules).wait() == 0
     whole = warm("whole")
-    assert Life(whole, *schedules).wait() == 0
+    assert RunProcess(whole, *schedules).wait() == 0
     assert metrics_of(directory) == metrics_of(whole)
     assert content_of(directory / "checkpoints/step_000004") == content_of(whole / "checkpoints/step_000004")
 
@@ -75,7 +75,7 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(small_disk, warm, fini
 @pytest.mark.parametrize("mode", ["true", "false"], ids=["async", "sync"])
 def test_a_file_that_may_not_grow_stops_the_run(warm, mode):
     directory = warm()
-    life = Life(directory, f"run.async_checkpoints={mode}", max_file_bytes=400_000)
+    life = RunProcess(directory, f"run.async_checkpoints={mode}", max_file_bytes=400_000)
     assert life.wait() == 1
     assert "cannot be written" in life.said() and "Traceback" not in life.said(), life.said()
     assert "File too large" in life.said(), life.said()
@@ -84,10 +84,10 @@ def test_a_file_that_may_not_grow_stops_the_run(warm, mode):
 
 def test_a_truncated_checkpoint_is_named_and_the_one_before_goes_on(finished, warm):
     directory = warm()
-    assert Life(directory).wait() == 0
+    assert RunProcess(directory).wait() == 0
     damaged = directory / "checkpoints/step_000004/__0_0.distcp"
     os.truncate(damaged, damaged.stat().st_size // 2)
-    again = Life(directory)
+    again = RunProcess(directory)
     assert again.wait() == 0, again.said()
     assert "checkpoint step_000004 is damaged: __0_0.distcp has" in again.said()
     assert "resumed from checkpoint step_000002" in again.said()
@@ -100,15 +100,15 @@ def test_pass_rates_belong_to_the_data_that_they_were_estimated_from(warm, tmp_p
     prompts.write_text("\n".join(lines) + "\n")
     directory = warm()
     arguments = (f"data.train={prompts}", "data.pass_rate={samples: 4, max_prompts: null}", "run.num_steps=1")
-    assert Life(directory, *arguments).wait() == 0
+    assert RunProcess(directory, *arguments).wait() == 0
     rates = (directory / "pass_rates.jsonl").read_text()
     assert len(rates.splitlines()) == 12
     prompts.write_text("\n".join(lines[1:]) + "\n")
-    changed = Life(directory, *arguments)
+    changed = RunProcess(directory, *arguments)
     assert changed.wait() == 1
     assert f"{directory}/pass_rates.jsonl:1: was estimated from other data" in changed.said()
     prompts.write_text("\n".join(lines) + "\n")
-    assert Life(directory, *arguments).wait() == 0
+    assert RunProcess(directory, *arguments).wait() == 0
     assert (directory / "pass_rates.jsonl").read_text() == rates
 
 
@@ -117,9 +117,9 @@ def test_a_checkpoint_takes_no_other_prompts(warm, tmp_path):
     lines = [json.dumps({"question": f"Compute {i}+1.", "gold_answer": str(i + 1)}) for i in range(12)]
     prompts.write_text("\n".join(lines) + "\n")
     directory = warm()
-    assert Life(directory, f"data.train={prompts}", "run.num_steps=1").wait() == 0
+    assert RunProcess(directory, f"data.train={prompts}", "run.num_steps=1").wait() == 0
     prompts.write_text("\n".join([lines[0].replace('"1"', '"2"'), *lines[1:]]) + "\n")
-    changed = Life(directory, f"data.train={prompts}", "run.num_steps=1")
+    changed = RunProcess(directory, f"data.train={prompts}", "run.num_steps=1")
     assert changed.wait() == 1
     assert "the checkpoint's prompt stream is of other data (12 prompts with fingerprint" in changed.said()
 
@@ -127,7 +127,7 @@ def test_a_checkpoint_takes_no_other_prompts(warm, tmp_path):
 def test_a_reward_model_starts_from_another_runs_checkpoint(finished, warm, single_process):
     directory = warm()
     source = finished / "checkpoints/step_000004"
-    life = Life(directory, f"model.reward_model={source}", "run.num_steps=1", "optimizer.reward_model.lr=1e-30",
+    life = RunProcess(directory, f"model.reward_model={source}", "run.num_steps=1", "optimizer.reward_model.lr=1e-30",
                 "optimizer.reward_model.min_lr=0.0", "optimizer.reward_model.weight_decay=0.0")  # fmt: skip
     assert life.wait() == 0, life.said()
     start, end = content_of(source), content_of(directory / "checkpoints/step_000001")
@@ -137,6 +137,6 @@ def test_a_reward_model_starts_from_another_runs_checkpoint(finished, warm, sing
         (finished / "checkpoints/initial", "does not fit this run's model"),
         (finished / "nowhere", "there is no checkpoint directory"),
     ):
-        refused = Life(warm(wrong.name + "_"), f"model.reward_model={wrong}")
+        refused = RunProcess(warm(wrong.name + "_"), f"model.reward_model={wrong}")
         assert refused.wait() == 1
         assert "error: model.reward_model: " in refused.said() and message in refused.said()

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.lives import Life, content_of, journalled, trajectories_of
+from tests.run_processes import RunProcess, content_of, journalled, trajectories_of
 from tests.tiny import TINY, metrics_of
 
 pytestmark = pytest.mark.end_to_end
@@ -30,7 +30,7 @@ def live_with_kills(directory: Path, overrides: tuple[str, ...], kinds: list[str
     rng = random.Random(seed)
     made = []
     for kind in kinds:
-        life = Life(directory, *overrides)
+        life = RunProcess(directory, *overrides)
         if kind == "rollout":
             # In the middle of a step's rollouts, or close behind them.
             goal = len(journalled(directory)) + rng.randint(1, 7)
@@ -47,7 +47,7 @@ def live_with_kills(directory: Path, overrides: tuple[str, ...], kinds: list[str
             break
         life.kill(with_children=rng.random() < 0.5)
         made.append(kind)
-    last = Life(directory, *overrides)
+    last = RunProcess(directory, *overrides)
     assert last.wait() == 0, last.said()
     return made
 
@@ -80,7 +80,7 @@ def assert_same_run(killed: Path, whole: Path, num_steps: int) -> None:
 def check(warm, kinds: list[str], num_steps: int, seed: int, *overrides: str) -> None:
     overrides = (*UNITS, f"run.num_steps={num_steps}", *overrides)
     whole, killed = warm("whole"), warm("killed")
-    uninterrupted = Life(whole, *overrides)
+    uninterrupted = RunProcess(whole, *overrides)
     made = live_with_kills(killed, overrides, kinds, seed)
     assert uninterrupted.wait() == 0, uninterrupted.said()
     assert made == kinds, f"the run was over after {made}"
@@ -107,7 +107,7 @@ def whole(finished, tmp_path_factory) -> Path:
     """What the runs that a signal stops would have been."""
     directory = tmp_path_factory.mktemp("whole") / "run"
     shutil.copytree(finished / "checkpoints/initial", directory / "checkpoints/initial")
-    life = Life(directory, *STOPPED)
+    life = RunProcess(directory, *STOPPED)
     assert life.wait() == 0, life.said()
     return directory
 
@@ -115,14 +115,14 @@ def whole(finished, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_saves_and_stops_within_a_step_and_loses_nothing(warm, whole, single_process, number):
     directory = warm()
-    life = Life(directory, *STOPPED)
+    life = RunProcess(directory, *STOPPED)
     goal = 9  # in the third step's rollouts, without a checkpoint so far
     assert life.wait_until(lambda: sum(1 for _ in steps_of(directory)) >= goal)
     life.signal(number)
     assert life.wait() == 75, life.said()
     assert f"{number.name}: stopping" in life.said() and "stopped after 2 steps: checkpoint step_000002" in life.said()
     assert [r["step"] for r in metrics_of(directory) if r["kind"] == "step"] == [0, 1]
-    again = Life(directory, *STOPPED)
+    again = RunProcess(directory, *STOPPED)
     assert again.wait() == 0 and "resumed from checkpoint step_000002" in again.said()
     assert metrics_of(directory) == metrics_of(whole)
     mine, expected = (content_of(d / "checkpoints/step_000004") for d in (directory, whole))
@@ -162,7 +162,7 @@ def test_two_processes_stop_together_and_outlive_a_kill(warm, single_process):
 
 def start_two(directory, overrides):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "oreal_megatron.cli", *TINY, f"run.dir={directory}", *overrides]
+    command += ["-m", "oreal_megatron.cli.train", *TINY, f"run.dir={directory}", *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 

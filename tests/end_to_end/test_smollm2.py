@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from oreal_megatron.convert.conversion import to_huggingface
+from oreal_megatron.conversion.convert import to_huggingface
 from tests.conftest import ROOT
 
 pytestmark = [

@@ -29,7 +29,7 @@ def test_a_run_leaves_what_a_person_looks_for(finished):
 def test_the_best_checkpoint_is_a_hugging_face_directory(finished):
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
-    from oreal_megatron.convert.conversion import compare
+    from oreal_megatron.conversion.convert import compare
 
     best = json.loads((finished / "checkpoints" / "best.json").read_text())["checkpoint"]
     exported = finished / "huggingface" / "best"

@@ -9,19 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.fp8_emulation import emulate_fp8
 from oreal_megatron.checkpoint.state import load_trained, trained_state
 from oreal_megatron.checkpoint.store import CheckpointStore
 from oreal_megatron.config import AdamWConfig, Fp8ModelConfig
-from oreal_megatron.convert.huggingface import geometry_of
-from oreal_megatron.convert.naming import checkpoint_name
+from oreal_megatron.config.fp8_recipes import RECIPES, device_problem
+from oreal_megatron.conversion.huggingface import geometry_of
+from oreal_megatron.conversion.naming import checkpoint_name
 from oreal_megatron.data.packing import PackedSequence, Padding, pack
-from oreal_megatron.gpu.probe import probe
-from oreal_megatron.gpu.recipes import RECIPES, device_problem
-from oreal_megatron.models.fp8_emulation import emulate_fp8
-from oreal_megatron.models.optimizer import TrainedModel
-from oreal_megatron.parallel.device import device
+from oreal_megatron.distributed.cpu_backend import device
+from oreal_megatron.machine.probe import probe
+from oreal_megatron.models.trained_model import TrainedModel
 from tests.tiny_models import save_tiny
-from tests.unit.gpu.tiny_policy import tiny_policy
+from tests.unit.machine.tiny_policy import tiny_policy
 
 ADAMW = AdamWConfig(
     lr=1e-3, min_lr=1e-3, warmup_steps=0, decay_steps=10, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-4, clip_grad=1.0

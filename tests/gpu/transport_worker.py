@@ -10,13 +10,12 @@ import torch
 import torch.distributed as dist
 
 from oreal_megatron.config import GeometryConfig
-from oreal_megatron.convert.families import family_of
-from oreal_megatron.convert.layout import Layout
-from oreal_megatron.resharding.plan import Receiver as At
-from oreal_megatron.resharding.plan import TrainerLayout, plan_resharding
-from oreal_megatron.resharding.served import EngineLayout
-from oreal_megatron.resharding.transport import Meeting, Receiver, Sender, join
-from tests.unit.resharding.test_plan import huggingface_weights, served, trainer_shards
+from oreal_megatron.conversion.families import family_of
+from oreal_megatron.conversion.layout import Layout
+from oreal_megatron.weight_sync.p2p import Receiver, Rendezvous, Sender, join
+from oreal_megatron.weight_sync.planner import ServerRank, TrainerLayout, plan_resharding
+from oreal_megatron.weight_sync.sglang_layout import SGLangLayout
+from tests.unit.weight_sync.test_planner import huggingface_weights, served, trainer_shards
 
 GEOMETRY = GeometryConfig(
     num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2, vocab_size=100
@@ -33,21 +32,21 @@ def main(backend: str, dtype: torch.dtype) -> None:
     box = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None]
     ports = [box[0].port if box[0] else 0]
     dist.broadcast_object_list(ports, src=0)
-    meeting = Meeting("127.0.0.1", ports[0], "test", num_senders=1, num_receivers=1, timeout_seconds=60)
+    rendezvous = Rendezvous("127.0.0.1", ports[0], "test", num_senders=1, num_receivers=1, timeout_seconds=60)
 
-    table, trainer, engines = family_of(GEOMETRY).table(GEOMETRY, "causal"), TrainerLayout(Layout()), EngineLayout(1, 1)
+    table, trainer, engines = family_of(GEOMETRY).table(GEOMETRY, "causal"), TrainerLayout(Layout()), SGLangLayout(1, 1)
     plan = plan_resharding(table, GEOMETRY, trainer, engines)
     # bfloat16 holds whole numbers up to 256 exactly.
     weights = {name: values % 251 for name, values in huggingface_weights(table).items()}
-    group = join(meeting, rank, backend)
+    group = join(rendezvous, rank, backend)
     options = {"dtype": dtype, "bucket_bytes": BUCKET_BYTES}
     if rank == 0:
         shards = trainer_shards(table, GEOMETRY, trainer, weights)[0]
-        sender = Sender(group, 0, 1, {0: plan.of_sender(0)[At(0, 0)]}, 1, **options)
+        sender = Sender(group, 0, 1, {0: plan.of_sender(0)[ServerRank(0, 0)]}, 1, **options)
         sender.send({name: torch.from_numpy(s).to(device, dtype) for name, s in shards.items()})
     else:
         parameters = {t.name: torch.zeros(t.shape, dtype=dtype, device=device) for t in plan.targets[0]}
-        receiver = Receiver(group, 0, 1, plan.of_receiver(At(0, 0)), 1, **options)
+        receiver = Receiver(group, 0, 1, plan.of_receiver(ServerRank(0, 0)), 1, **options)
         receiver.receive(parameters)
         for name, values in served(weights, GEOMETRY, engines, 0).items():
             np.testing.assert_array_equal(parameters[name].float().cpu().numpy(), values, err_msg=name)

@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oreal_megatron import updates
 from oreal_megatron.checkpoint.state import load_trained, trained_state
 from oreal_megatron.checkpoint.store import CheckpointStore, step_name
 from oreal_megatron.config import AdamWConfig, GeometryConfig, ModelConfig, ObjectiveConfig
 from oreal_megatron.data.packing import PackedSequence, Packer
-from oreal_megatron.models.architecture import build_gpt
-from oreal_megatron.models.chunks import chunks_of
-from oreal_megatron.models.decoding import CachedDecoder
+from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.losses.policy_terms import TokenCounts
+from oreal_megatron.models.gpt import build_gpt
 from oreal_megatron.models.initialization import name_in_network, part_of
-from oreal_megatron.models.optimizer import TrainedModel, UpdateReport
+from oreal_megatron.models.kv_decoder import CachedDecoder
+from oreal_megatron.models.offload import FrozenModel
 from oreal_megatron.models.policy import Policy
-from oreal_megatron.models.residence import FrozenModel
-from oreal_megatron.models.token_reward import TokenRewardModel
-from oreal_megatron.objective.terms import TokenCounts
-from oreal_megatron.parallel.groups import ParallelGroups
+from oreal_megatron.models.reward_model import TokenRewardModel
+from oreal_megatron.models.trained_model import TrainedModel, UpdateReport
+from oreal_megatron.models.virtual_stages import chunks_of
+from oreal_megatron.step import update_policy, update_reward_model, with_reference, with_token_weights
 
 VOCABULARY = 105  # odd: every tensor split has rows of padding
 NUM_STEPS = 2
@@ -105,19 +105,19 @@ def run_steps(
     if store and steps.start:
         restore(store, trained, steps.start)
     for parked in (policy, reward_model, reference):
-        parked.park()
+        parked.offload()
     chosen = sequences(num_sequences)
     counts = TokenCounts(*(sum(len(s.response_ids) for s in chosen if s.correct is c) for c in (True, False)))
     outcome = Outcome()
     for _ in steps:
         batches = Packer.of_layout(groups, GEOMETRY, VOCABULARY).batches(chosen)
         with reference.on_device():
-            batches = updates.with_reference(reference.module, batches, groups)
+            batches = with_reference(reference.module, batches, groups)
         with reward_model.on_device():
-            scored, metrics = updates.update_reward_model(reward_model, batches, objective, num_sequences=len(chosen))
-        batches = updates.with_token_weights(batches, scored, objective)
+            scored, metrics = update_reward_model(reward_model, batches, objective, num_sequences=len(chosen))
+        batches = with_token_weights(batches, scored, objective)
         with policy.on_device():
-            metrics |= updates.update_policy(policy, batches, objective, counts)
+            metrics |= update_policy(policy, batches, objective, counts)
         outcome.metrics.append(metrics)
         if not groups.layout.distributed_optimizer:
             outcome.gradients.append(

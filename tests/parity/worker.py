@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from oreal_megatron.config import ObjectiveConfig
-from oreal_megatron.parallel.device import device_seam
-from oreal_megatron.parallel.groups import parallel_groups
+from oreal_megatron.distributed.cpu_backend import cpu_backend
+from oreal_megatron.distributed.groups import parallel_groups
 from tests.parity.layouts import ONE_RANK, Case
 from tests.parity.oreal_step import NUM_STEPS, Outcome, differences, run_steps
 from tests.ranks import start_ranks
@@ -90,7 +90,7 @@ def run_rank(
 ) -> None:
     answer: Any
     try:
-        with device_seam(), parallel_groups(case.parallel, seed=0) as groups:
+        with cpu_backend(), parallel_groups(case.parallel, seed=0) as groups:
             outcome, parameters = run_steps(
                 groups, objective, tied=case.tied, num_sequences=case.num_sequences, **options
             )

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from oreal_megatron.build import opened_run
-from oreal_megatron.composition import composed, validated
-from oreal_megatron.resharding.delivery import Delivery
-from oreal_megatron.rollout.sglang import SGLangEngine
+from oreal_megatron.builder import opened_run
+from oreal_megatron.compose import composed, validated
+from oreal_megatron.rollout.sglang_engine import SGLangEngine
+from oreal_megatron.step import MismatchError
 from oreal_megatron.stopping import StopRequest
 from oreal_megatron.train import Run, train_step
-from oreal_megatron.updates import MismatchError
+from oreal_megatron.weight_sync.types import TransferResult
 from tests.tiny_servers import MAX_SEQUENCE_LENGTH
 
 DIFFERENCE = "policy/rollout_logprob_difference"
@@ -89,7 +89,7 @@ def main(url: str, model: str, directory: str) -> dict[str, Any]:
 def plant(engine: SGLangEngine) -> None:
     """From now on nothing is sent, and nothing compared: the server gets new labels alone."""
     publisher: Any = engine._publisher
-    publisher._transport.send = lambda servers: Delivery()
+    publisher._transport.send = lambda servers: TransferResult()
     publisher._auditor.audit = lambda servers: ({}, 0.0)
 
 

@@ -9,8 +9,8 @@ import contextlib
 
 import pytest
 
-from oreal_megatron.rollout.client import ServerClient
-from oreal_megatron.rollout.dispatch import NoServerError
+from oreal_megatron.servers.client import ServerClient
+from oreal_megatron.servers.router import NoServerError
 from tests.servers.test_servers import GREEDY, PROMPTS, assert_as_transformers, requests_of
 from tests.tiny_servers import open_servers
 
@@ -22,7 +22,7 @@ GIVES_BACK = ["/pause_generation", "/update_weight_version asleep", "/release_me
 
 
 def open_colocated(servers, groups, source, directory):
-    url = servers.fleet.members[0].client.url
+    url = servers.pool.servers[0].client.url
     return open_servers(groups, source, directory, urls=(url,), placement="colocated", transport="ipc")
 
 
@@ -54,11 +54,11 @@ def test_a_server_and_the_trainer_take_turns(servers, single_process, tiny_qwen,
         happened.append("policy goes")
 
     def generated():
-        with other.engine.awake(policy_on_device):
+        with other.engine.generation_context(policy_on_device):
             return other.generate(requests_of(PROMPTS), GREEDY)
 
     other = open_colocated(servers, single_process, tiny_qwen, tmp_path)
-    pid = servers.fleet.members[0].process.pid
+    pid = servers.pool.servers[0].process.pid
     try:
         other.engine.publish(0)
         assert_as_transformers(generated(), tiny_qwen)
@@ -68,7 +68,7 @@ def test_a_server_and_the_trainer_take_turns(servers, single_process, tiny_qwen,
         happened.clear()
         other.perturb()
         other.engine.publish(1)
-        other.engine.rest()  # for a checkpoint
+        other.engine.offload()  # for a checkpoint
         assert happened == [
             "/resume_memory_occupation weights",
             *TAKES_WEIGHTS,
@@ -91,10 +91,10 @@ def test_a_server_and_the_trainer_take_turns(servers, single_process, tiny_qwen,
     finally:
         # Whoever comes next finds a server that answers.
         other.engine.publish(2)
-        other.engine._on_main(other.fleet.wake)
+        other.engine._on_main(other.pool.onload)
         other.engine.close()
-    assert servers.fleet.members[0].process.pid == pid
-    assert servers.fleet.members[0].process.exit_code is None
+    assert servers.pool.servers[0].process.pid == pid
+    assert servers.pool.servers[0].process.exit_code is None
 
 
 def test_a_server_that_nobody_woke_is_refused(servers, single_process, tiny_qwen, tmp_path):
@@ -102,11 +102,11 @@ def test_a_server_that_nobody_woke_is_refused(servers, single_process, tiny_qwen
     second = open_colocated(servers, single_process, tiny_qwen, tmp_path / "second")
     try:
         first.engine.publish(0)
-        first.engine.rest()
+        first.engine.offload()
         with pytest.raises(NoServerError, match="has given its memory back to a run that did not wake it any more"):
             second.engine.publish(0)
     finally:
         first.engine.publish(1)
-        first.engine._on_main(first.fleet.wake)
+        first.engine._on_main(first.pool.onload)
         first.engine.close()
         second.engine.close()

@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
-from oreal_megatron.convert.rules import Box
-from oreal_megatron.resharding import fp8
-from oreal_megatron.rollout.dispatch import NoServerError
-from oreal_megatron.rollout.server import launch_environment
+from oreal_megatron.conversion.rules import Box
+from oreal_megatron.servers.router import NoServerError
+from oreal_megatron.servers.server_process import launch_environment
+from oreal_megatron.weight_sync import fp8_blocks
 from tests.servers.conftest import require_sglang
 from tests.servers.test_servers import GREEDY, PROMPTS, requests_of
 from tests.tiny_models import save_tiny
@@ -38,10 +38,10 @@ def in_transformers(servers, completions, *, in_fp8=False, computing=torch.float
         if in_fp8 and name.split(".")[-1] in LINEAR:
             weight = module.weight.data
             quantity, scales = (
-                torch.empty_like(weight, dtype=fp8.E4M3),
+                torch.empty_like(weight, dtype=fp8_blocks.E4M3),
                 torch.empty([size // 128 for size in weight.shape]),
             )
-            fp8.quantise_into(quantity, scales, weight)
+            fp8_blocks.quantise_into(quantity, scales, weight)
             whole = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
             weight.copy_(quantity.float() * whole)  # exact: four bits and a power of two
     model.to(computing)
@@ -91,7 +91,7 @@ def test_fp8_servers_generate_with_what_was_audited(single_process, source, tmp_
     attached = []
     try:
         opened.engine.publish(0)
-        url = opened.fleet.members[0].client.url
+        url = opened.pool.servers[0].client.url
         attached += [
             open_servers(single_process, source, tmp_path / transport, dtype="fp8", urls=(url,), transport=transport)
             for transport in ("direct", "ipc")
@@ -135,12 +135,12 @@ def test_weights_are_quantised_as_sglang_does_it(tmp_path):
     quantity, scales = torch.load(tmp_path / "theirs.pt")
 
     mine, my_scales = torch.empty_like(quantity), torch.empty_like(scales)
-    fp8.quantise_into(mine, my_scales, weight)
+    fp8_blocks.quantise_into(mine, my_scales, weight)
     assert torch.equal(my_scales, scales)
     assert torch.equal(mine.view(torch.uint8), quantity.view(torch.uint8))
     for box in (Box((5, 200), (0, 512)), Box((120, 121), (100, 400)), Box((128, 256), (256, 384))):
         part = weight[slice(*box.rows), slice(*box.columns)]
-        found, blocks = fp8.block_amax(part, box)
-        assert (fp8.scales_for(found) <= scales[blocks]).all()
+        found, blocks = fp8_blocks.block_amax(part, box)
+        assert (fp8_blocks.scales_for(found) <= scales[blocks]).all()
         expected = quantity[slice(*box.rows), slice(*box.columns)]
-        assert torch.equal(fp8.quantised(part, box, scales).float(), expected.float())
+        assert torch.equal(fp8_blocks.quantised(part, box, scales).float(), expected.float())

@@ -13,9 +13,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-import oreal_megatron.resharding.transport as moving
-from oreal_megatron.rollout.dispatch import NoServerError
-from oreal_megatron.rollout.sglang import PausedServer
+import oreal_megatron.weight_sync.p2p as moving
+from oreal_megatron.rollout.sglang_engine import PausedServer
+from oreal_megatron.servers.router import NoServerError
 from tests.servers.conftest import require_sglang
 from tests.servers.test_servers import GREEDY, PROMPTS, assert_as_transformers, requests_of
 from tests.servers.trainer_worker import NUM_TOKENS
@@ -77,7 +77,7 @@ def assert_published(record):
 def test_every_transport_brings_the_weights_of_a_trainer_of_tp2_x_pp2(servers, tiny_qwen, tmp_path):
     other = save_tiny(tmp_path / "other", "qwen2", tied=False, ffn=80, seed=1)
     layout = {"TP2xPP2": dict(LAYOUTS["TP2xPP2"])}
-    records = publish_from(layout, [servers.fleet.members[0].client.url], 1, [tiny_qwen, other], tmp_path / "run")
+    records = publish_from(layout, [servers.pool.servers[0].client.url], 1, [tiny_qwen, other], tmp_path / "run")
     whole = sum(p.numel() * 4 for p in servers.policy.parameters())
     assert [record["report"]["publication/bytes"] for record in records] == [whole] * len(TRANSPORTS)
 
@@ -99,7 +99,7 @@ def test_every_transport_from_every_layout(num_servers, tensor, family, options,
     opened = open_servers(single_process, sources[0], tmp_path, num_servers=num_servers, tensor=tensor)
     try:
         opened.engine.publish(0)
-        urls = [member.client.url for member in opened.fleet.members]
+        urls = [server.client.url for server in opened.pool.servers]
         layouts = {name: dict(layout) for name, layout in LAYOUTS.items()}
         records = publish_from(layouts, urls, tensor, sources, tmp_path / "run")
     finally:
@@ -127,12 +127,12 @@ def test_a_bucket_that_arrives_corrupted_is_caught_and_sent_again(servers, monke
 
 def test_a_server_that_kept_its_old_weights_is_caught_by_the_audit(servers, monkeypatch):
     """A transport that says it has sent, and has not: nobody else would notice."""
-    from oreal_megatron.resharding.delivery import Delivery
+    from oreal_megatron.weight_sync.types import TransferResult
 
     transport = servers.engine._publisher._transport
     servers.perturb()
     with monkeypatch.context() as once:
-        once.setattr(transport, "send", lambda paused: once.undo() or Delivery())
+        once.setattr(transport, "send", lambda paused: once.undo() or TransferResult())
         report = servers.engine.publish(servers.engine.weight_version + 1)
     assert report["publication/failures"] == 1 and report["publication/servers"] == 1
     assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
@@ -140,7 +140,7 @@ def test_a_server_that_kept_its_old_weights_is_caught_by_the_audit(servers, monk
 
 def test_a_stale_server_that_no_audit_looks_at_is_caught_by_the_mismatch(servers, tiny_qwen, tmp_path):
     """Above the first threshold the run says so, above the second it ends before it trains on such rollouts."""
-    url = servers.fleet.members[0].client.url
+    url = servers.pool.servers[0].client.url
     command = [sys.executable, "-m", "tests.servers.stale_worker", url, str(tiny_qwen), str(tmp_path / "run")]
     outcome = subprocess.run(
         [*command, str(tmp_path / "output.json")],
@@ -156,10 +156,10 @@ def test_a_stale_server_that_no_audit_looks_at_is_caught_by_the_mismatch(servers
 
 
 def test_a_server_without_the_weight_loader_is_refused_with_the_option(servers, single_process, tiny_qwen, tmp_path):
-    url = servers.fleet.members[0].client.url
+    url = servers.pool.servers[0].client.url
     other = open_servers(single_process, tiny_qwen, tmp_path, urls=(url,))
-    other.fleet._terms = replace(
-        other.fleet._terms, launcher=replace(other.fleet._terms.launcher, weight_loader="other.load")
+    other.pool._settings = replace(
+        other.pool._settings, launcher=replace(other.pool._settings.launcher, weight_loader="other.load")
     )
     with pytest.raises(NoServerError, match=r"was started without --custom-weight-loader other\.load"):
         other.engine.publish(0)
@@ -172,9 +172,9 @@ def test_a_server_without_the_weight_loader_is_refused_with_the_option(servers, 
 
 def test_a_server_killed_mid_publication_stops_nobody_and_comes_back_in_sync(servers, monkeypatch):
     """Killed when the trainer begins to send to it. The publication ends; the next prompts wait for the new server."""
-    kill_mid_publication(servers, monkeypatch, servers.fleet.members[0])
+    kill_mid_publication(servers, monkeypatch, servers.pool.servers[0])
     assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
-    assert servers.fleet.members[0].is_up
+    assert servers.pool.servers[0].is_up
 
 
 @pytest.mark.parametrize(
@@ -187,11 +187,11 @@ def test_when_one_of_two_servers_is_killed_mid_publication_the_other_has_the_wei
     opened = open_servers(single_process, tiny_qwen, tmp_path, num_servers=2, transport=transport)
     try:
         opened.engine.publish(0)
-        report = kill_mid_publication(opened, monkeypatch, opened.fleet.members[1])
+        report = kill_mid_publication(opened, monkeypatch, opened.pool.servers[1])
         assert report["publication/servers"] == 1
         assert_as_transformers(opened.generate(requests_of(PROMPTS), GREEDY), opened.written())
         deadline = time.monotonic() + 900
-        while not opened.fleet.members[1].is_up:
+        while not opened.pool.servers[1].is_up:
             assert time.monotonic() < deadline
             time.sleep(0.5)
         opened.perturb()
@@ -200,12 +200,12 @@ def test_when_one_of_two_servers_is_killed_mid_publication_the_other_has_the_wei
         opened.engine.close()
 
 
-def kill_mid_publication(servers, monkeypatch, member):
+def kill_mid_publication(servers, monkeypatch, server):
     """Publishes, and kills `member` when it has been asked to load, and has not loaded yet."""
-    pid = member.process.pid
+    pid = server.process.pid
     with monkeypatch.context() as patch:
         for name in ("load_tensors", "load_directory", "load_from_group"):
-            patch.setattr(PausedServer, name, killing(getattr(PausedServer, name), member.client.url, pid, patch))
+            patch.setattr(PausedServer, name, killing(getattr(PausedServer, name), server.client.url, pid, patch))
         servers.perturb()
         start = time.monotonic()
         report = servers.engine.publish(servers.engine.weight_version + 1)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lives import journalled
+from tests.run_processes import journalled
 from tests.servers.conftest import require_sglang
 from tests.servers.test_servers import is_running, wait_until
 from tests.tiny import TINY, metrics_of
@@ -49,7 +49,7 @@ def _sglang():
 
 def start(directory: Path, log: Path) -> subprocess.Popen[bytes]:
     """The run, in a session of its own."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "oreal_megatron.cli"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "oreal_megatron.cli.train"]
     with log.open("ab") as stream:
         return subprocess.Popen(
             [sys.executable, *torchrun, *TINY, *OPTIONS, f"run.dir={directory}"],

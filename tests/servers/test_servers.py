@@ -16,10 +16,9 @@ import pytest
 import torch
 
 from oreal_megatron.config import SamplingConfig
-from oreal_megatron.records import FinishReason, WeightSpan
-from oreal_megatron.rollout.dispatch import NoServerError
-from oreal_megatron.rollout.engine import GenerationRequest
-from oreal_megatron.rollout.server import ServerStartError
+from oreal_megatron.servers.router import NoServerError
+from oreal_megatron.servers.server_process import ServerStartError
+from oreal_megatron.types import FinishReason, GenerationRequest, WeightSpan
 from tests.tiny_models import save_tiny
 from tests.tiny_servers import STOP, open_servers
 
@@ -63,11 +62,11 @@ def assert_as_transformers(completions, directory):
 def test_greedy_tokens_are_those_of_the_published_weights(servers):
     before, version = servers.generate(requests_of(PROMPTS), GREEDY), servers.engine.weight_version
     assert_as_transformers(before, servers.written())
-    pid = servers.fleet.members[0].process.pid
+    pid = servers.pool.servers[0].process.pid
     servers.perturb()
     report = servers.engine.publish(version + 1)
     after = servers.generate(requests_of(PROMPTS), GREEDY)
-    assert servers.fleet.members[0].process.pid == pid  # the same server took them
+    assert servers.pool.servers[0].process.pid == pid  # the same server took them
     for number, completions in ((version, before), (version + 1, after)):
         assert all(c.weight_spans == (WeightSpan(version=number, start=0, end=len(c.token_ids)),) for c in completions)
     assert [c.token_ids for c in before] != [c.token_ids for c in after]
@@ -78,18 +77,18 @@ def test_greedy_tokens_are_those_of_the_published_weights(servers):
 
 def test_a_server_with_other_weights_gets_none_of_the_prompts_before_ours(servers, tiny_qwen):
     """Somebody loads the first weights into it."""
-    servers.engine._loop.run(_plant(servers.fleet.members[0].client, tiny_qwen)).result(120)
+    servers.engine._loop.run(_plant(servers.pool.servers[0].client, tiny_qwen)).result(120)
     assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
 
 
 async def _plant(client, directory):
-    await client.load_directory(directory)
+    await client.update_weights_from_disk(directory)
     await client.flush()
-    await client.label_weights("stale")
+    await client.update_weight_version("stale")
 
 
 def test_two_runs_at_one_server_each_get_their_own_weights(servers, single_process, tiny_qwen, tmp_path):
-    other = open_servers(single_process, tiny_qwen, tmp_path, urls=(servers.fleet.members[0].client.url,))
+    other = open_servers(single_process, tiny_qwen, tmp_path, urls=(servers.pool.servers[0].client.url,))
     try:
         other.engine.publish(5)
         assert_as_transformers(other.generate(requests_of(PROMPTS), GREEDY), tiny_qwen)
@@ -97,7 +96,7 @@ def test_two_runs_at_one_server_each_get_their_own_weights(servers, single_proce
         assert_as_transformers(ours, servers.written())
     finally:
         other.engine.close()
-    assert servers.fleet.members[0].process.exit_code is None  # a server that we attached to is not ours to end
+    assert servers.pool.servers[0].process.exit_code is None  # a server that we attached to is not ours to end
 
 
 def test_a_response_that_is_broken_off_goes_on_with_other_weights(servers):
@@ -108,16 +107,16 @@ def test_a_response_that_is_broken_off_goes_on_with_other_weights(servers):
         for i, prompt in enumerate(prompts)
     ]
     first = servers.generate(asked, GREEDY, num_enough=2)
-    begun = [completion for completion in first if completion.finish_reason is None and completion.token_ids]
-    assert begun and all(len(c.token_ids) == len(c.logprobs) < 230 and STOP not in c.token_ids for c in begun)
+    partial = [completion for completion in first if completion.finish_reason is None and completion.token_ids]
+    assert partial and all(len(c.token_ids) == len(c.logprobs) < 230 and STOP not in c.token_ids for c in partial)
     version = servers.engine.weight_version
     models = {version: model_of(servers.written())}
     servers.perturb()
     servers.engine.publish(version + 1)
     models[version + 1] = model_of(servers.written())
-    second = servers.generate([replace(r, begun=c) for r, c in zip(asked, first, strict=True)], GREEDY)
+    second = servers.generate([replace(r, partial=c) for r, c in zip(asked, first, strict=True)], GREEDY)
     for prompt, part, whole in zip(prompts, first, second, strict=True):
-        if part not in begun:
+        if part not in partial:
             assert whole == part or not part.token_ids  # what was finished is the answer
             continue
         cut, end = len(part.token_ids), len(whole.token_ids)
@@ -156,7 +155,7 @@ def test_a_token_id_outside_the_vocabulary_never_reaches_a_server(servers):
 
 def test_another_model_behind_a_url_is_refused_with_both_fingerprints(servers, single_process, tmp_path):
     larger = save_tiny(tmp_path / "larger", "qwen2", tied=False, ffn=80, num_layers=3)
-    other = open_servers(single_process, larger, tmp_path, urls=(servers.fleet.members[0].client.url,))
+    other = open_servers(single_process, larger, tmp_path, urls=(servers.pool.servers[0].client.url,))
     with pytest.raises(NoServerError, match=r"fingerprint \w{12}, the policy \w{12}; num_layers 2 instead of 3"):
         other.engine.publish(0)
     other.engine.close()
@@ -183,7 +182,7 @@ def test_a_taken_port_is_named(single_process, tiny_qwen, tmp_path):
 def test_a_server_ends_when_the_process_that_started_it_is_killed(tmp_path):
     """With another command in the place of SGLang."""
     script = (
-        "import time; from pathlib import Path; from oreal_megatron.rollout.server import ServerProcess\n"
+        "import time; from pathlib import Path; from oreal_megatron.servers.server_process import ServerProcess\n"
         f"server = ServerProcess(['sleep', '600'], {{'PATH': '/usr/bin:/bin'}}, Path({str(tmp_path / 'log')!r}))\n"
         "print(server.pid, flush=True); time.sleep(600)"
     )
@@ -206,8 +205,8 @@ def test_a_server_that_freezes_mid_generation_costs_no_response_and_comes_back_i
 
 
 def kill_mid_generation(servers, how):
-    member, retries = servers.fleet.members[0], servers.fleet.num_retries
-    pid = member.process.pid
+    server, retries = servers.pool.servers[0], servers.pool.num_retries
+    pid = server.process.pid
 
     def strike():
         time.sleep(1.0)
@@ -219,7 +218,7 @@ def kill_mid_generation(servers, how):
     completions = servers.generate(requests_of(prompts, 200), SAMPLED)
     striking.join()
     assert len(completions) == 64 and all(c.token_ids and len(c.token_ids) == len(c.logprobs) for c in completions)
-    assert servers.fleet.num_retries > retries and member.process.pid != pid
+    assert servers.pool.num_retries > retries and server.process.pid != pid
     assert any("lost" in line for line in servers.said)
     assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
     wait_until(lambda: not is_running(pid))

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from oreal_megatron.config import ParallelConfig, SamplingConfig
-from oreal_megatron.convert.module import load_weights
-from oreal_megatron.models.chunks import chunks_of
-from oreal_megatron.parallel.device import device_seam
-from oreal_megatron.parallel.groups import parallel_groups
-from oreal_megatron.rollout.engine import GenerationRequest
+from oreal_megatron.conversion.module import load_weights
+from oreal_megatron.distributed.cpu_backend import cpu_backend
+from oreal_megatron.distributed.groups import parallel_groups
+from oreal_megatron.models.virtual_stages import chunks_of
+from oreal_megatron.types import GenerationRequest
 from tests.ranks import run_ranks
 from tests.tiny_servers import open_servers
 
@@ -47,7 +47,7 @@ def publish(rank: int, layout: dict[str, int], name: str, spec: dict[str, Any], 
     sources = [Path(source) for source in spec["sources"]]
     directory = Path(spec["directory"]) / name
     records = []
-    with device_seam(), parallel_groups(config, seed=0) as groups:
+    with cpu_backend(), parallel_groups(config, seed=0) as groups:
         for number, transport in enumerate(spec["transports"], start=first):
             servers = open_servers(
                 groups, sources[0], directory / transport, urls=spec["urls"], tensor=spec["tensor"], transport=transport

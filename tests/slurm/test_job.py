@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from oreal_megatron.composition import composed, resolved
+from oreal_megatron.compose import composed, resolved
 from oreal_megatron.config import parse_config
 from oreal_megatron.files import write_atomically
-from oreal_megatron.launch.cluster import ClusterConfig, parse_cluster
-from oreal_megatron.launch.submit import Allocation, rendered, submitted
+from oreal_megatron.slurm.cluster import ClusterConfig, parse_cluster
+from oreal_megatron.slurm.sbatch import Allocation, rendered, submitted
 
 pytestmark = pytest.mark.slurm
 

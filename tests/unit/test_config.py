@@ -145,5 +145,5 @@ def test_the_configuration_reference_is_current():
 
 
 def test_configuration_imports_no_torch():
-    code = "import sys, oreal_megatron.config, oreal_megatron.records; sys.exit('torch' in sys.modules)"
+    code = "import sys, oreal_megatron.config, oreal_megatron.types; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from oreal_megatron.config import SamplingConfig
-from oreal_megatron.evaluation.benchmarks import Benchmark, area_under_curve, evaluate
-from oreal_megatron.records import FinishReason, Grade, GradedRollout, Prompt, Rollout, Verdict
+from oreal_megatron.evaluation import Benchmark, area_under_curve, evaluate
+from oreal_megatron.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, Verdict
 
 C, W, U = Verdict.CORRECT, Verdict.INCORRECT, Verdict.UNDECIDED
 

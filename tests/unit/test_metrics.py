@@ -8,7 +8,7 @@ import pytest
 
 from oreal_megatron.config import parse_config
 from oreal_megatron.metrics import Tracker, read_metrics
-from oreal_megatron.records import EvaluationReport, StepReport
+from oreal_megatron.types import EvaluationReport, StepReport
 
 QUIET = ("tracking.console=quiet", "tracking.wandb=disabled", "tracking.tensorboard=false")
 

@@ -13,7 +13,7 @@ from oreal_megatron.config import ArithmeticConfig, BalanceBin
 from oreal_megatron.data.arithmetic import generate_arithmetic, worked_solution
 from oreal_megatron.data.prompts import balanced, read_demonstrations, read_estimated, read_prompts, write_estimated
 from oreal_megatron.data.stream import PromptStream
-from oreal_megatron.records import Prompt
+from oreal_megatron.types import Prompt
 
 RELEASED = [
     BalanceBin(low=0.0, high=0.2, repeat=6),

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from oreal_megatron.config import SamplingConfig
-from oreal_megatron.convert.huggingface import geometry_of
+from oreal_megatron.conversion.huggingface import geometry_of
 from oreal_megatron.data.packing import PackedSequence, pack
-from oreal_megatron.models.decoding import CachedDecoder
-from oreal_megatron.models.microbatches import score
-from oreal_megatron.records import FinishReason
+from oreal_megatron.models.kv_decoder import CachedDecoder
+from oreal_megatron.models.pipeline_schedule import score
 from oreal_megatron.rollout.embedded import EmbeddedEngine
-from oreal_megatron.rollout.engine import GenerationRequest
+from oreal_megatron.types import FinishReason, GenerationRequest
 
 CPU = torch.device("cpu")
 STOP = 7

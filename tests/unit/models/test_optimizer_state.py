@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from oreal_megatron import updates
 from oreal_megatron.checkpoint.state import load_trained, trained_state
 from oreal_megatron.checkpoint.store import CheckpointStore
 from oreal_megatron.config import parse_config
 from oreal_megatron.data.packing import pack
-from oreal_megatron.models.architecture import build_gpt
-from oreal_megatron.models.optimizer import TrainedModel
-from oreal_megatron.models.token_reward import TokenRewardModel
-from tests.unit.test_updates import ADAMW, CPU, GEOMETRY, MODEL, sequences
+from oreal_megatron.models.gpt import build_gpt
+from oreal_megatron.models.reward_model import TokenRewardModel
+from oreal_megatron.models.trained_model import TrainedModel
+from oreal_megatron.step import update_reward_model
+from tests.unit.test_step import ADAMW, CPU, GEOMETRY, MODEL, sequences
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_a_resumed_model_makes_the_same_update(
         return TrainedModel(module, ADAMW, groups, num_updates=10)
 
     def update(model: TrainedModel) -> dict[str, float]:
-        return updates.update_reward_model(model, [pack(sequences()[:3], CPU)], objective, num_sequences=3)[1]
+        return update_reward_model(model, [pack(sequences()[:3], CPU)], objective, num_sequences=3)[1]
 
     going_on = trained(seed=0)
     for _ in range(num_updates):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from oreal_megatron.data.packing import PackedSequence, pack
-from oreal_megatron.models.architecture import build_gpt
-from oreal_megatron.models.microbatches import score
+from oreal_megatron.models.gpt import build_gpt
+from oreal_megatron.models.pipeline_schedule import score
 from oreal_megatron.models.policy import Policy, token_logprobs
-from oreal_megatron.models.token_reward import TokenRewardModel
+from oreal_megatron.models.reward_model import TokenRewardModel
 from tests.tiny_models import GEOMETRY, MODEL
 
 CPU = torch.device("cpu")

@@ -8,11 +8,10 @@ from dataclasses import replace
 import pytest
 
 from oreal_megatron.config import SamplingConfig
-from oreal_megatron.records import FinishReason, Grade, Prompt, Verdict, WeightSpan
-from oreal_megatron.rollout.engine import Completion
 from oreal_megatron.rollout.journal import RolloutJournal
 from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
 from oreal_megatron.stopping import Stopped, StopRequest
+from oreal_megatron.types import Completion, FinishReason, Grade, Prompt, Verdict, WeightSpan
 
 SAMPLING = SamplingConfig(temperature=1.0, top_p=0.9, max_new_tokens=4)
 PROMPTS = [Prompt(id=str(i), question=f"{i}?", gold_answer=str(i)) for i in range(5)]
@@ -64,14 +63,14 @@ def grade(requests):
 def run(tmp_path, single_process):
     """Samples 2 x 5 rollouts (4 units) with an engine, in a new process' journal of the same directory."""
 
-    def sample(engine, prompts=PROMPTS, stop=None, purpose="step_000003"):
+    def sample(engine, prompts=PROMPTS, stop=None, batch_name="step_000003"):
         journal = RolloutJournal(tmp_path / "journal", single_process)
         sampler = Sampler(
             engine, Renderer(), grade, journal, single_process, stop or StopRequest(), max_sequence_length=64
         )
         try:
             return sampler.sample(
-                prompts, purpose=purpose, num_samples=2, sampling=SAMPLING, seed_of=rollout_seeds(0, "train", 3)
+                prompts, batch_name=batch_name, num_samples=2, sampling=SAMPLING, seed_of=rollout_seeds(0, "train", 3)
             ).groups
         finally:
             journal.close()
@@ -80,7 +79,7 @@ def run(tmp_path, single_process):
 
 
 def test_only_what_is_missing_is_generated_and_the_rollouts_are_the_same(run, tmp_path):
-    whole = run(Engine(), purpose="step_000009")
+    whole = run(Engine(), batch_name="step_000009")
     killed = Engine(fails_after=3)
     with pytest.raises(KeyboardInterrupt):
         run(killed)
@@ -142,9 +141,9 @@ def test_logprobs_come_back_to_the_last_bit(run):
 
 def test_earlier_steps_are_dropped(run, tmp_path, single_process):
     for step in (3, 4, 5):
-        run(Engine(), purpose=f"step_{step:06d}")
-    run(Engine(), purpose="evaluation_000004")
-    run(Engine(), purpose="pass_rates_000000")
+        run(Engine(), batch_name=f"step_{step:06d}")
+    run(Engine(), batch_name="evaluation_000004")
+    run(Engine(), batch_name="pass_rates_000000")
     journal = RolloutJournal(tmp_path / "journal", single_process)
     journal.drop(before_step=5)
     names = {path.name for path in (tmp_path / "journal").iterdir()}

@@ -10,12 +10,11 @@ import pytest
 
 from oreal_megatron.config import SamplingConfig
 from oreal_megatron.data.stream import PromptStream
-from oreal_megatron.records import FinishReason, Prompt, WeightSpan
-from oreal_megatron.rollout.engine import Completion
 from oreal_megatron.rollout.journal import RolloutJournal
-from oreal_megatron.rollout.sampler import Enough, Sampler, rollout_seeds
-from oreal_megatron.rollout.work import NOTHING
+from oreal_megatron.rollout.sampler import EarlyStop, Sampler, rollout_seeds
+from oreal_megatron.servers.request_queue import NOTHING
 from oreal_megatron.stopping import StopRequest
+from oreal_megatron.types import Completion, FinishReason, Prompt, WeightSpan
 from tests.unit.rollout.test_journal import Renderer, grade
 
 LENGTH = 6
@@ -41,16 +40,16 @@ class Engine:
             yield index, [self._completion(request, 3 if broken_off else LENGTH) for request in requests]
 
     def _completion(self, request, num_tokens):
-        begun = request.begun or NOTHING
-        if begun.finish_reason is not None:
-            return begun
-        start, end = len(begun.token_ids), min(len(begun.token_ids) + num_tokens, LENGTH)
+        partial = request.partial or NOTHING
+        if partial.finish_reason is not None:
+            return partial
+        start, end = len(partial.token_ids), min(len(partial.token_ids) + num_tokens, LENGTH)
         self.num_tokens += end - start
         return Completion(
-            token_ids=begun.token_ids + (self.weight_version,) * (end - start),
-            logprobs=begun.logprobs + (-0.5,) * (end - start),
+            token_ids=partial.token_ids + (self.weight_version,) * (end - start),
+            logprobs=partial.logprobs + (-0.5,) * (end - start),
             finish_reason=FinishReason.STOP if end == LENGTH else None,
-            weight_spans=(*begun.weight_spans, WeightSpan(version=self.weight_version, start=start, end=end)),
+            weight_spans=(*partial.weight_spans, WeightSpan(version=self.weight_version, start=start, end=end)),
         )
 
 
@@ -64,12 +63,12 @@ def run(tmp_path, single_process):
         try:
             return sampler.sample(
                 prompts,
-                purpose=f"step_{step:06d}",
+                batch_name=f"step_{step:06d}",
                 num_samples=2,
                 sampling=SamplingConfig(temperature=1.0, top_p=0.9, max_new_tokens=LENGTH),
                 seed_of=rollout_seeds(0, "train", step),
-                enough=Enough(
-                    num_groups=num_groups, counts=counts, max_age=max_age, rest_is_for=f"step_{step + 1:06d}"
+                early_stop=EarlyStop(
+                    num_groups=num_groups, counts=counts, max_age=max_age, next_batch=f"step_{step + 1:06d}"
                 ),
             )
         finally:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from oreal_megatron.records import Grade, GradeRequest, Verdict
+from oreal_megatron.types import Grade, GradeRequest, Verdict
 from oreal_megatron.verifier import StagedVerifier
 from oreal_megatron.verifier.cli import grade_rows, read_rows
 

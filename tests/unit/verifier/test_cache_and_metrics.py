@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from oreal_megatron.records import Grade, GradeRequest, Verdict
+from oreal_megatron.types import Grade, GradeRequest, Verdict
 from oreal_megatron.verifier import JudgeConfig, VerifierConfig, build_verifier
 from oreal_megatron.verifier.cache import VerdictCache, cache_key
 from oreal_megatron.verifier.metrics import VerifierMetrics
@@ -71,7 +71,7 @@ def test_a_broken_cache_does_not_stop_grading(tmp_path: Path, content: bytes | N
 
 _WRITER = """
 import sys
-from oreal_megatron.records import Verdict
+from oreal_megatron.types import Verdict
 from oreal_megatron.verifier.cache import VerdictCache, cache_key
 from oreal_megatron.verifier.outcome import Outcome
 path, first = sys.argv[1], int(sys.argv[2])

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from oreal_megatron.records import GradeRequest, Verdict
+from oreal_megatron.types import GradeRequest, Verdict
 from oreal_megatron.verifier import StagedVerifier, VerifierConfig
 from oreal_megatron.verifier.extract import extract, final_part
 

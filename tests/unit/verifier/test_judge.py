@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from oreal_megatron.records import Grade, GradeRequest, Verdict
+from oreal_megatron.types import Grade, GradeRequest, Verdict
 from oreal_megatron.verifier import JudgeConfig, VerifierConfig, build_verifier
-from oreal_megatron.verifier.breaker import Endpoints
-from oreal_megatron.verifier.judge import JudgeFailure, JudgeItem, build_messages, parse_reply
+from oreal_megatron.verifier.judge.endpoints import Endpoints
+from oreal_megatron.verifier.judge.judge import JudgeFailure, JudgeItem, build_messages, parse_reply
 
 from .judge_server import Behaviour, JudgeServer, completion, says, slowly
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from oreal_megatron.records import Verdict
+from oreal_megatron.types import Verdict
 from oreal_megatron.verifier import StagedVerifier, VerifierConfig, build_verifier
 
 from .labelled import grade_file, score

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from oreal_megatron.records import Verdict
+from oreal_megatron.types import Verdict
 from oreal_megatron.verifier import VerifierConfig, build_verifier
-from oreal_megatron.verifier.pool import WorkerPool
+from oreal_megatron.verifier.workers.pool import WorkerPool
 
 from .labelled import pair
 
@@ -111,7 +111,7 @@ def test_kill_of_the_parent_leaves_no_process(tmp_path: Path) -> None:
         textwrap.dedent(
             """
             import os, signal, sys, time
-            from oreal_megatron.verifier.pool import WorkerPool
+            from oreal_megatron.verifier.workers.pool import WorkerPool
             pool = WorkerPool(num_workers=2, timeout_seconds=60.0, memory_limit_mb=512)
             job = ("\\\\sqrt{2}", ("2^{1/2}",), ())
             pool.compare([job, job])
@@ -149,7 +149,7 @@ def test_workers_are_no_forks_of_this_process() -> None:
         pool.compare([SURD])
         for process in processes_of(pool):
             command = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
-            assert b"oreal_megatron.verifier.worker" in command
+            assert b"oreal_megatron.verifier.workers.worker" in command
             assert len(list(Path(f"/proc/{process}/task").iterdir())) == 1
     finally:
         pool.close()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from oreal_megatron.records import GradeRequest, Verdict
+from oreal_megatron.types import GradeRequest, Verdict
 from oreal_megatron.verifier import JudgeConfig, VerifierConfig, build_verifier
 
 from .judge_server import JudgeServer, completion

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from oreal_megatron.records import GradeRequest, Verdict
+from oreal_megatron.types import GradeRequest, Verdict
 from oreal_megatron.verifier import StagedVerifier, VerifierConfig, build_verifier
 from oreal_megatron.verifier.extract import extract
 from oreal_megatron.verifier.rules import NeedsSympy, RationalLeaves, compare_final

@@ -1,0 +1,86 @@
+"""`oreal-submit`: plans a run, renders its batch script and submits it to SLURM."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from oreal_megatron.cli.errors import reporting
+from oreal_megatron.cli.planning import num_devices, planned_config, planner_of, suggest
+from oreal_megatron.compose import composed
+from oreal_megatron.dry_run import is_dry_run, layout_mapping, shrunk
+from oreal_megatron.files import write_atomically
+from oreal_megatron.planner.tables import show_plan
+from oreal_megatron.slurm.checks import checked
+from oreal_megatron.slurm.sbatch import allocation, rendered, submitted, tested
+
+
+def submit() -> None:
+    """`oreal-submit`: plans, renders, shows, submits."""
+    parser = argparse.ArgumentParser(
+        prog="oreal-submit",
+        description="Submits a run to SLURM: plans it first and refuses what cannot fit, writes the batch script into "
+        "run.dir, shows it, submits it, and says how to follow it.",
+        epilog="example: oreal-submit experiment=oreal_32b cluster=mine --test-only",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for oreal-train")
+    parser.add_argument("--nodes", type=int, help="spread the trainer over so many nodes; default: as few as hold it")
+    parser.add_argument("--server-nodes", type=int, help="spread the rollout servers over so many; default: likewise")
+    parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each after the one before it")
+    parser.add_argument("--test-only", action="store_true", help="ask SLURM when it would start, and submit nothing")
+    parser.add_argument("--force", action="store_true", help="submit what the planner says cannot fit")
+    arguments = parser.parse_intermixed_args()
+    console = Console(highlight=False, soft_wrap=True)
+    reporting(lambda: _submit(console, arguments))
+
+
+def _submit(console: Console, arguments: argparse.Namespace) -> int:
+    raw = composed(arguments.overrides)
+    if is_dry_run(raw):
+        for key, (before, small) in layout_mapping(raw).items():
+            console.print(f"dry run: {key} {before} becomes {small}")
+        raw = shrunk(raw)
+    config, cluster, nodes = checked(
+        raw,
+        lambda config, cluster: allocation(
+            config,
+            num_devices(config, None),
+            arguments.nodes,
+            server_nodes=arguments.server_nodes,
+            judge_nodes=cluster.judge_nodes,
+        ),
+    )
+    replan = planner_of(config)
+    with console.status("planning"):
+        planned = replan(config)
+    show_plan(console, planned)
+    if config.run.dry_run:
+        whole = planned_config([*arguments.overrides, "run.dry_run=false"], console)
+        console.print(
+            f"with its own layout, every stage built without memory: {planner_of(whole)(whole).memory.verdict}"
+        )
+    status = suggest(console, planned, replan)
+    if status and not arguments.force:
+        console.print("not submitted (--force submits it all the same)")
+        return status
+    directory = Path(config.run.dir).resolve() / "slurm"
+    script = directory / "job.sbatch"
+    overrides = [*arguments.overrides, f"run.dir={Path(config.run.dir).resolve()}"]
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(script, rendered(config, cluster, nodes, overrides, script))
+    console.print(f"\n[bold]{script}[/]")
+    console.print(script.read_text(), markup=False)
+    console.print(tested(script))
+    if arguments.test_only:
+        return 0
+    job = None
+    for _ in range(arguments.chain):
+        job = submitted(script, after=job)
+        console.print(f"[bold]submitted job {job}[/]")
+    console.print(
+        f"follow it:  tail -F {directory}/job-{job}.log {directory}/logs-{job}/trainer_rank_0.log\n"
+        f"stop it:    scancel --batch --signal=TERM {job}   (saves and queues again)   scancel {job}   (ends it)"
+    )
+    return 0

@@ -1,0 +1,24 @@
+"""The model families: one short file each, listed here. docs/conversion.md shows how to add one."""
+
+from __future__ import annotations
+
+from oreal_megatron.config import GeometryConfig
+from oreal_megatron.conversion.families import llama, qwen2, qwen3
+from oreal_megatron.conversion.families.decoder import Family
+
+FAMILIES: tuple[Family, ...] = (qwen2.FAMILY, qwen3.FAMILY, llama.FAMILY)
+
+
+def family_of(geometry: GeometryConfig) -> Family:
+    """The family whose decoder has this geometry's biases and norms.
+
+    Raises:
+        ValueError: none has.
+    """
+    for family in FAMILIES:
+        if (family.qkv_bias, family.qk_norm) == (geometry.qkv_bias, geometry.qk_norm):
+            return family
+    raise ValueError(
+        f"no Hugging Face family has qkv_bias = {geometry.qkv_bias} and qk_norm = {geometry.qk_norm}: change one, or "
+        "do without exports (run.export=none)"
+    )

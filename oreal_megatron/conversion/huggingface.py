@@ -1,0 +1,170 @@
+"""A Hugging Face model directory: what config.json says, and config.json for a geometry."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from oreal_megatron.config import SERVED_BLOCK, GeometryConfig
+from oreal_megatron.conversion.families import FAMILIES, family_of
+from oreal_megatron.conversion.families.decoder import Family, Head
+from oreal_megatron.conversion.rules import Table
+
+# Megatron-Core has these constants of Llama 3.1's rotary scaling built in.
+_LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    """What config.json says of a model."""
+
+    path: Path
+    """The directory, or the config.json alone where there are no weights."""
+    family: Family
+    head: Head
+    geometry: GeometryConfig
+    config: Mapping[str, Any]
+
+    @cached_property
+    def table(self) -> Table:
+        return self.family.table(self.geometry, self.head)
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights, as config.json has it: float32, bfloat16, float16."""
+        return str(self.config.get("dtype", self.config.get("torch_dtype", "float32")))
+
+
+def read_model(path: Path) -> HuggingFaceModel:
+    """Reads a model directory's config.json, or a config.json.
+
+    Raises:
+        ValueError: there is none, or the model is not supported; names the file, the key and what is supported.
+    """
+    file = path / "config.json" if path.is_dir() or path.suffix != ".json" else path
+    if not file.is_file():
+        raise ValueError(f"{path}: there is no config.json in it")
+    try:
+        config = json.loads(file.read_text())
+        family, head = _family(file, config)
+        geometry = _geometry(file, config, family)
+    except KeyError as error:
+        raise ValueError(f"{file}: key {error} is missing") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    return HuggingFaceModel(path, family, head, geometry, config)
+
+
+def geometry_of(path: Path) -> GeometryConfig:
+    """The geometry of a language model's directory, as `model.path` names it.
+
+    Raises:
+        ValueError: as `read_model`, or the directory holds a reward model.
+    """
+    model = read_model(path)
+    if model.head != "causal":
+        raise ValueError(
+            f"model.path = {path}: a reward model ({model.family.architectures[model.head]}), not a policy"
+        )
+    return model.geometry
+
+
+def _family(file: Path, config: Mapping[str, Any]) -> tuple[Family, Head]:
+    architecture = (config.get("architectures") or ["?"])[0]
+    known = {name: (family, head) for family in FAMILIES for head, name in family.architectures.items()}
+    if architecture not in known:
+        raise ValueError(f"{file}: {architecture} is not supported; supported: {', '.join(known)}")
+    family, head = known[architecture]
+    for key, value in family.only.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{file}: {key} = {config[key]!r} is not supported for {architecture}, only {value!r}")
+    # A sequence classifier has two labels unless told otherwise.
+    if head == "scalar" and (labels := config.get("num_labels") or len(config.get("id2label", "ab"))) != 1:
+        raise ValueError(f"{file}: {labels} labels; a reward model has one: id2label with one entry")
+    return family, head
+
+
+def _geometry(file: Path, config: Mapping[str, Any], family: Family) -> GeometryConfig:
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    scaled = kind == "llama3" and all(rope.get(key) == value for key, value in _LLAMA3_SCALING.items())
+    if kind != "default" and not scaled:
+        raise ValueError(
+            f"{file}: rotary embeddings {rope} are not supported; supported: the default, and llama3 with "
+            f"{_LLAMA3_SCALING}"
+        )
+    heads = config["num_attention_heads"]
+    return GeometryConfig(
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim"),
+        vocab_size=config["vocab_size"],
+        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        rope_scaling_factor=float(rope["factor"]) if scaled else None,
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+def config_json(geometry: GeometryConfig, head: Head, *, dtype: str, max_positions: int) -> dict[str, Any]:
+    """config.json of a model that came from no directory, in the form of published models (transformers 4 and 5)."""
+    family = family_of(geometry)
+    config: dict[str, Any] = {
+        "architectures": [family.architectures[head]],
+        "model_type": family.name,
+        "hidden_act": "silu",
+        "hidden_size": geometry.hidden_size,
+        "initializer_range": geometry.init_std,
+        "intermediate_size": geometry.ffn_hidden_size,
+        "max_position_embeddings": max_positions,
+        "num_attention_heads": geometry.num_attention_heads,
+        "num_hidden_layers": geometry.num_layers,
+        "num_key_value_heads": geometry.num_query_groups,
+        "head_dim": geometry.head_dim or geometry.hidden_size // geometry.num_attention_heads,
+        "rms_norm_eps": geometry.norm_eps,
+        "rope_theta": geometry.rope_theta,
+        "tie_word_embeddings": geometry.tied_embeddings,
+        "torch_dtype": dtype,
+        "vocab_size": geometry.vocab_size,
+    }
+    if geometry.rope_scaling_factor is not None:
+        config["rope_scaling"] = {"rope_type": "llama3", "factor": geometry.rope_scaling_factor, **_LLAMA3_SCALING}
+    return config if head == "causal" else with_scalar_head(config)
+
+
+def served_config(
+    path: str | None, geometry: GeometryConfig, *, dtype: str, fp8: bool, max_positions: int, stop_token_id: int
+) -> dict[str, Any]:
+    """config.json of a policy for a server: of model directory `path`, or of a geometry; one token ends a response.
+
+    geometry: with vocab_size. dtype: that the server computes in. fp8: it holds linear layers in blocks of e4m3.
+    """
+    if path is None:
+        config = config_json(geometry, "causal", dtype=dtype, max_positions=max_positions)
+    else:
+        config = dict(read_model(Path(path)).config)
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    config |= {key: dtype, "vocab_size": geometry.vocab_size, "eos_token_id": stop_token_id}
+    if fp8:
+        config["quantization_config"] = {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [SERVED_BLOCK, SERVED_BLOCK],
+        }
+    return config
+
+
+def with_scalar_head(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a reward model on the decoder of `config`."""
+    family = next(f for f in FAMILIES if f.name == config["model_type"])
+    labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+    return {**config, "architectures": [family.architectures["scalar"]], **labels}

@@ -1,0 +1,320 @@
+"""The algebra of a conversion table: which rows of which Hugging Face tensors make up a Megatron tensor.
+
+Renaming, fusing queries, keys and values by group, stacking gate and up, padding the vocabulary: all of them move
+whole rows (dimension 0). So a Megatron tensor is a sequence of runs of rows, tensor parallelism and copies are
+intersections of intervals, and the inverse is the same table read from the other side. Names, shapes and slices only:
+no torch, no files, no process groups.
+
+Dimensions by name: hidden, ffn, queries (heads x head_dim), keys (groups x head_dim), head_dim, vocabulary,
+score (1).
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from oreal_megatron.config import GeometryConfig
+
+Interval = tuple[int, int]
+"""[start, stop)."""
+
+
+class Split(enum.Enum):
+    """What a tensor-parallel rank holds of a Megatron tensor."""
+
+    NONE = "all of it"
+    ROWS = "a run of rows"
+    COLUMNS = "a run of columns"
+    HALVES = "a run of rows of each half"
+
+
+@dataclass(frozen=True)
+class RowRun:
+    """Rows [start, stop) of one Hugging Face tensor."""
+
+    tensor: str
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of a tensor: rows, and columns where it is a matrix."""
+
+    rows: Interval
+    columns: Interval | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        sides = (self.rows,) if self.columns is None else (self.rows, self.columns)
+        return tuple(stop - start for start, stop in sides)
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A rectangle of tensor `source` that lands at rows `at` of a buffer with the rectangle's columns."""
+
+    source: str
+    box: Box
+    at: Interval
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One Megatron tensor over all ranks: its name, its shape without padding, how it splits, what it is made of."""
+
+    name: str
+    layer: int | None
+    """Global layer number from 0; None outside the layers."""
+    shape: tuple[int, ...]
+    split: Split
+    runs: tuple[RowRun, ...]
+    is_vocabulary: bool = False
+    """Whether rows of zeros may follow the last one."""
+
+    @property
+    def num_columns(self) -> int | None:
+        return self.shape[1] if len(self.shape) > 1 else None
+
+    def whole(self, num_rows: int | None = None) -> Box:
+        """All of the tensor; num_rows: with padding."""
+        columns = self.num_columns
+        return Box((0, num_rows or self.shape[0]), None if columns is None else (0, columns))
+
+    def boxes(self, size: int, rank: int, num_rows: int | None = None) -> tuple[Box, ...]:
+        """What rank `rank` of `size` tensor ranks holds, in the order in which it lies there; num_rows: with padding.
+
+        Raises:
+            ValueError: the tensor does not split over so many ranks.
+        """
+        whole = self.whole(num_rows)
+        rows = whole.rows[1]
+        if self.split is Split.NONE:
+            return (whole,)
+        if self.split is Split.COLUMNS:
+            assert whole.columns is not None
+            return (Box(whole.rows, self._part(whole.columns[1], size, rank, "columns")),)
+        if self.split is Split.ROWS:
+            return (Box(self._part(rows, size, rank, "rows"), whole.columns),)
+        start, stop = self._part(rows // 2, size, rank, "rows of each half")
+        return tuple(Box((start + half, stop + half), whole.columns) for half in (0, rows // 2))
+
+    def _part(self, length: int, size: int, rank: int, what: str) -> Interval:
+        if length % size:
+            raise ValueError(f"{self.name}: {length} {what} do not split over {size} tensor-parallel ranks")
+        return rank * (length // size), (rank + 1) * (length // size)
+
+    def sources(self, box: Box) -> Iterator[Copy]:
+        """The Hugging Face rectangles that fill `box`; rows of padding have none."""
+        first = 0
+        for run in self.runs:
+            if (common := overlap((first, first + len(run)), box.rows)) is not None:
+                shift = run.start - first
+                source = Box((common[0] + shift, common[1] + shift), box.columns)
+                yield Copy(run.tensor, source, (common[0] - box.rows[0], common[1] - box.rows[0]))
+            first += len(run)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows [start, stop) of a Hugging Face tensor are rows [first, ...) of Megatron tensor `entry`."""
+
+    start: int
+    stop: int
+    entry: str
+    first: int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One Hugging Face tensor: its shape, and where its rows are in Megatron's tensors, in order."""
+
+    name: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    def sources(self, box: Box) -> Iterator[Copy]:
+        """The Megatron rectangles that fill `box` of this tensor: the inverse of `Entry.sources`."""
+        for piece in self.pieces:
+            if (common := overlap((piece.start, piece.stop), box.rows)) is not None:
+                shift = piece.first - piece.start
+                source = Box((common[0] + shift, common[1] + shift), box.columns)
+                yield Copy(piece.entry, source, (common[0] - box.rows[0], common[1] - box.rows[0]))
+
+
+def overlap(a: Interval, b: Interval) -> Interval | None:
+    start, stop = max(a[0], b[0]), min(a[1], b[1])
+    return (start, stop) if start < stop else None
+
+
+@dataclass(frozen=True)
+class Table:
+    """All tensors of one model, from both sides."""
+
+    entries: Mapping[str, Entry]
+    """By Megatron's name, in the order of a forward pass."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Second Hugging Face names of tied tensors: a source may hold them if they are equal; they are not written."""
+    module_aliases: Mapping[str, str] = field(default_factory=dict)
+    """Second Megatron names of tied tensors, which the last pipeline stage has parameters for."""
+    origins: Mapping[str, Origin] = field(init=False)
+    """By Hugging Face's name, in the order of a forward pass."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "origins", _inverse(self.entries.values()))
+
+
+def _inverse(entries: Iterable[Entry]) -> dict[str, Origin]:
+    """The Hugging Face side. Raises ValueError where rows are missing or occur twice."""
+    pieces: dict[str, list[Piece]] = defaultdict(list)
+    columns: dict[str, tuple[int, ...]] = {}
+    for entry in entries:
+        first = 0
+        for run in entry.runs:
+            pieces[run.tensor].append(Piece(run.start, run.stop, entry.name, first))
+            columns[run.tensor] = entry.shape[1:]
+            first += len(run)
+        if first != entry.shape[0]:
+            raise ValueError(f"{entry.name} has {entry.shape[0]} rows, its rules give {first}")
+    origins = {}
+    for name, parts in pieces.items():
+        parts.sort(key=lambda piece: piece.start)
+        end = 0
+        for piece in parts:
+            if piece.start != end:
+                where = f"rows {min(end, piece.start)} to {max(end, piece.start)}"
+                raise ValueError(f"{name}: the rules use {where} {'never' if end < piece.start else 'twice'}")
+            end = piece.stop
+        origins[name] = Origin(name, (end, *columns[name]), tuple(parts))
+    return origins
+
+
+class Rule(Protocol):
+    """One line of a family's table. `{layer}` in names stands for the number of a layer."""
+
+    @property
+    def megatron(self) -> str: ...
+
+    def entry(self, sizes: Mapping[str, int], layer: int | None) -> Entry:
+        """The tensor that the rule describes, for the sizes of one model."""
+        ...
+
+
+@dataclass(frozen=True)
+class Same:
+    """The same tensor under another name."""
+
+    megatron: str
+    huggingface: str
+    shape: Sequence[str]
+    split: Split = Split.NONE
+
+    def entry(self, sizes: Mapping[str, int], layer: int | None) -> Entry:
+        shape = tuple(sizes[dimension] for dimension in self.shape)
+        run = RowRun(self.huggingface.format(layer=layer), 0, shape[0])
+        return Entry(self.megatron.format(layer=layer), layer, shape, self.split, (run,))
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """One row a token, padded with rows of zeros; `tied_to`: with tied embeddings it is that tensor once more."""
+
+    megatron: str
+    huggingface: str
+    tied_to: Vocabulary | None = None
+
+    def entry(self, sizes: Mapping[str, int], layer: int | None) -> Entry:
+        shape = (sizes["vocabulary"], sizes["hidden"])
+        run = RowRun(self.huggingface, 0, shape[0])
+        return Entry(self.megatron, layer, shape, Split.ROWS, (run,), is_vocabulary=True)
+
+
+@dataclass(frozen=True)
+class GroupedQKV:
+    """Queries, keys and values in one tensor, group by group: the queries of a group, its key, its value."""
+
+    megatron: str
+    query: str
+    key: str
+    value: str
+    columns: Sequence[str] = ("hidden",)
+    """Empty for a bias."""
+
+    def entry(self, sizes: Mapping[str, int], layer: int | None) -> Entry:
+        one = sizes["head_dim"]
+        num_groups = sizes["keys"] // one
+        queries = sizes["queries"] // num_groups
+        q, k, v = (name.format(layer=layer) for name in (self.query, self.key, self.value))
+        runs = [
+            run
+            for group in range(num_groups)
+            for run in (
+                RowRun(q, group * queries, (group + 1) * queries),
+                RowRun(k, group * one, (group + 1) * one),
+                RowRun(v, group * one, (group + 1) * one),
+            )
+        ]
+        shape = (sizes["queries"] + 2 * sizes["keys"], *(sizes[dimension] for dimension in self.columns))
+        return Entry(self.megatron.format(layer=layer), layer, shape, Split.ROWS, tuple(runs))
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The gate's rows, then the up projection's."""
+
+    megatron: str
+    gate: str
+    up: str
+
+    def entry(self, sizes: Mapping[str, int], layer: int | None) -> Entry:
+        runs = tuple(RowRun(name.format(layer=layer), 0, sizes["ffn"]) for name in (self.gate, self.up))
+        shape = (2 * sizes["ffn"], sizes["hidden"])
+        return Entry(self.megatron.format(layer=layer), layer, shape, Split.HALVES, runs)
+
+
+def sizes_of(geometry: GeometryConfig) -> dict[str, int]:
+    """The dimensions' values in one model."""
+    if geometry.vocab_size is None:
+        raise ValueError("a conversion needs the number of rows of the embedding: geometry.vocab_size")
+    head_dim = geometry.head_dim or geometry.hidden_size // geometry.num_attention_heads
+    return {
+        "hidden": geometry.hidden_size,
+        "ffn": geometry.ffn_hidden_size,
+        "queries": geometry.num_attention_heads * head_dim,
+        "keys": geometry.num_query_groups * head_dim,
+        "head_dim": head_dim,
+        "vocabulary": geometry.vocab_size,
+        "score": 1,
+    }
+
+
+def build_table(rules: Iterable[Rule], geometry: GeometryConfig) -> Table:
+    """A family's rules for one geometry.
+
+    Raises:
+        ValueError: rules that leave out a row or use it twice.
+    """
+    sizes = sizes_of(geometry)
+    entries: list[Entry] = []
+    aliases, module_aliases = {}, {}
+    for is_layer, run in itertools.groupby(rules, lambda rule: "{layer}" in rule.megatron):
+        for layer, rule in itertools.product(range(geometry.num_layers) if is_layer else (None,), list(run)):
+            if isinstance(rule, Vocabulary) and rule.tied_to is not None and geometry.tied_embeddings:
+                aliases[rule.huggingface] = rule.tied_to.huggingface
+                module_aliases[rule.megatron] = rule.tied_to.megatron
+            else:
+                entries.append(rule.entry(sizes, layer))
+    return Table({entry.name: entry for entry in entries}, aliases, module_aliases)

@@ -1,0 +1,252 @@
+"""Process groups of one model layout, made once and passed to whoever needs them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from oreal_megatron.config import ConfigError, ParallelConfig, Violation
+from oreal_megatron.distributed.cpu_backend import collective_backend, device
+from oreal_megatron.distributed.first_failure import lost_peer
+from oreal_megatron.stopping import Stopped
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """Where this process stands: the layout, Megatron's groups, and sizes and ranks by name."""
+
+    layout: ParallelConfig
+    collection: ProcessGroupCollection
+    tensor_size: int
+    tensor_rank: int
+    pipeline_size: int
+    pipeline_rank: int
+    context_size: int
+    context_rank: int
+    data_size: int
+    data_rank: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def rank(self) -> int:
+        """Of this process in the job."""
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the job."""
+        return dist.get_world_size()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes files and talks to the user."""
+        return dist.get_rank() == 0
+
+    @property
+    def leads_replica(self) -> bool:
+        """Whether this process speaks for its model replica: the first of its tensor and context ranks and stages."""
+        return self.tensor_rank == 0 and self.pipeline_rank == 0 and self.context_rank == 0
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Tokens that the length of every packed sequence must be a multiple of: two pieces a context rank."""
+        return 2 * self.context_size if self.context_size > 1 else 1
+
+    def row_multiple(self, rank_tokens: int = 1) -> int:
+        """Tokens that the length of a packed row must be a multiple of, for its split over context and tensor ranks.
+
+        rank_tokens: what the part of a context rank must be a multiple of, as FP8 matrix products ask.
+        """
+        if rank_tokens > 1:
+            # With and without sequence parallelism alike: scales of whole tensors then do not depend on it.
+            return math.lcm(rank_tokens * self.context_size, 2 * self.context_size * self.tensor_size)
+        by_tensor = self.context_size * self.tensor_size if self.layout.sequence else 1
+        return math.lcm(self.sequence_multiple, by_tensor)
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """The interleaved schedule takes micro-batches in groups of as many as there are stages."""
+        return self.pipeline_size if self.layout.virtual_pipeline > 1 else 1
+
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over data-parallel ranks, in fp64 so that its order does not show."""
+        total = values.to(device(), torch.float64)
+        dist.all_reduce(total, group=self.collection.dp)
+        return total
+
+    def max_over_world(self, values: torch.Tensor) -> torch.Tensor:
+        """The largest of every process's `values`, element by element."""
+        largest = values.to(device())
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest
+
+    def gather_over_data(self, mine: list[T]) -> list[list[T]]:
+        """Every data-parallel rank's list, in rank order, on every rank."""
+        parts: list[Any] = [None] * self.data_size
+        dist.all_gather_object(parts, mine, group=self.collection.dp)
+        return parts
+
+    def gather_over_world(self, mine: list[T]) -> list[list[T]]:
+        """Every process's list, in rank order, on every process."""
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+        return parts
+
+    def from_last_stage(self, value: T | None) -> T:
+        """The last pipeline stage's `value`, on every stage."""
+        if self.pipeline_size == 1:
+            return value  # type: ignore[return-value]
+        box = [value]
+        last = dist.get_global_rank(self.collection.pp, self.pipeline_size - 1)
+        dist.broadcast_object_list(box, src=last, group=self.collection.pp)
+        return box[0]  # type: ignore[return-value]
+
+    def from_main(self, value: T | None) -> T:
+        """Global rank 0's `value`, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[return-value]
+
+    def from_replica_leader(self, value: T | None) -> T:
+        """The `value` of the process that leads this model replica, on every process of the replica."""
+        box = [value]
+        for group in (self.collection.mp, self.collection.cp):
+            if dist.get_world_size(group) > 1:
+                dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
+        return box[0]  # type: ignore[return-value]
+
+    def any_rank(self, mine: bool) -> bool:
+        """Whether `mine` is true on any process of the job; the same answer everywhere."""
+        return self._any(mine, [None])
+
+    def any_of_replica(self, mine: bool) -> bool:
+        """Whether `mine` is true on any process of this model replica; the same answer on all of them."""
+        return self._any(mine, [self.collection.mp, self.collection.cp])
+
+    def _any(self, mine: bool, groups: Sequence[dist.ProcessGroup | None]) -> bool:
+        flag = torch.tensor([int(mine)], device=device())
+        for group in groups:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+        return bool(flag.item())
+
+    def seed_generators(self, seed: int) -> None:
+        """Seeds torch's generators and Megatron's, of which every tensor rank and stage has its own.
+
+        Called at the start of every step with the step's own seed: a resumed run then needs no saved generator state,
+        on any layout.
+        """
+        tensor_parallel.model_parallel_cuda_manual_seed(seed % 2**31 + 100 * self.pipeline_rank, force_reset_rng=True)
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def count(self, name: str, more: int = 0) -> int:
+        """Adds to a count that all processes of the job share, and returns it; nobody waits for anybody."""
+        # The store that the processes met at. There is no public way to it, and no collective that is not one.
+        return int(dist.distributed_c10d._get_default_store().add(f"count/{name}", more))
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Leaves the block when every process has, with an error on all where one had one (OSError or ValueError)."""
+        failed: OSError | ValueError | None = None
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            failed = error
+        others = [text for part in self.gather_over_world([str(failed)] if failed else []) for text in part]
+        if failed:
+            raise failed
+        if others:
+            raise OSError(others[0])
+
+
+@contextlib.contextmanager
+def parallel_groups(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGroups]:
+    """Joins the job's processes (torchrun's environment, or one process alone) and splits them by `config`.
+
+    Raises:
+        ConfigError: the number of processes is no multiple of tensor x pipeline x context.
+        LostPeer: what went wrong inside began on another rank.
+    """
+    check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
+    timeout = timedelta(seconds=config.timeout_seconds)
+    alone = "MASTER_ADDR" not in os.environ
+    store, rank, world = (dist.HashStore(), 0, 1) if alone else next(dist.rendezvous("env://", timeout=timeout))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group(collective_backend(), store=store, rank=rank, world_size=world, timeout=timeout)
+    failed = False
+    try:
+        # The groups made here have a timeout of their own, a timedelta's minutes.
+        yield split_processes(config, seed=seed, distributed_timeout_minutes=config.timeout_seconds / 60)
+    except Stopped:
+        raise
+    except Exception as error:
+        failed = True
+        # Before the groups go, which the others notice.
+        if (lost := lost_peer(error, store, rank)) is not None:
+            raise lost from error
+        raise
+    finally:
+        parallel_state.destroy_model_parallel()
+        # NCCL would wait for collectives that never end.
+        if not (failed and torch.cuda.is_available()):
+            dist.destroy_process_group()
+
+
+def split_processes(config: ParallelConfig, *, seed: int, **options: Any) -> ParallelGroups:
+    """Splits the default process group's processes, until `parallel_state.destroy_model_parallel`.
+
+    options: more of Megatron-Core's `initialize_model_parallel`.
+    """
+    parallel_state.initialize_model_parallel(
+        config.tensor,
+        config.pipeline,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+        context_parallel_size=config.context,
+        **options,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return ParallelGroups(
+        layout=config,
+        collection=ProcessGroupCollection.use_mpu_process_groups(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+    )
+
+
+def check_world(config: ParallelConfig, world: int) -> None:
+    """Raises ConfigError where `world` processes do not split into whole model replicas."""
+    replica = config.tensor * config.pipeline * config.context
+    if world % replica:
+        layout = f"tensor {config.tensor} x pipeline {config.pipeline} x context {config.context} = {replica}"
+        remedy = (
+            f"{world} process(es) do not split into replicas of {replica}; start a multiple of {replica} "
+            "(torchrun --nproc-per-node)"
+        )
+        raise ConfigError([Violation("parallel", layout, remedy)])

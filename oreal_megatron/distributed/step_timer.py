@@ -1,0 +1,37 @@
+"""What a step's phases cost: wall seconds and the peak of memory, phase by phase."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from oreal_megatron.distributed.cpu_backend import peak_memory, reset_peak_memory
+from oreal_megatron.distributed.groups import ParallelGroups
+
+
+class StepTimer:
+    """Runs from its making. `with clock("score"):` is a phase; the same name again adds to it. Phases don't nest."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+        self._peaks: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        reset_peak_memory()
+        yield
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+        if (peak := peak_memory()) is not None:
+            self._peaks[phase] = max(peak, self._peaks.get(phase, 0))
+
+    def seconds(self) -> dict[str, float]:
+        """Wall seconds by phase, and in all."""
+        return {**self._seconds, "total": time.perf_counter() - self._start}
+
+    def peak_gib(self, groups: ParallelGroups) -> dict[str, float]:
+        """GiB at each phase's highest, on the process that needed most."""
+        gathered = [dict(part) for part in groups.gather_over_world(list(self._peaks.items()))]
+        return {phase: max(peaks.get(phase, 0) for peaks in gathered) / 2**30 for phase in self._peaks}

@@ -1,0 +1,117 @@
+"""Any experiment as two steps of itself that run anywhere: everything that takes time or memory made small.
+
+What stays is what a first submission trips over: objective, schedules, the kind of layout, checkpoints, tracking.
+Every parallel dimension above 1 becomes 2, data parallelism takes what is left of at most 8 processes. Where the
+experiment has SGLang servers there are at most 2, on CPU, placed as it places them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+MAX_PROCESSES = 8
+MAX_SERVERS = 2
+# What stands in for model, FP8, data, prompt and warm start: the arithmetic demo's files of conf/.
+_STAND_INS = {"model": "arithmetic_small", "fp8": "none", "data": "arithmetic", "prompt": "chat", "sft": "arithmetic"}
+_SMALL = {
+    "run.num_steps": 2,
+    "run.checkpoint_every": 1,
+    "data.prompts_per_step": 8,
+    "data.pass_rate": None,
+    "data.difficulty_balance": [],
+    "data.arithmetic.num_train": 64,
+    "data.arithmetic.num_heldout": 16,
+    "data.arithmetic.num_demonstrations": 128,
+    # Answers are given at once, out of few that there are: guesses are right often enough for groups to be of use.
+    "data.arithmetic.direct_shares": [1.0, 1.0],
+    "data.arithmetic.min_terms": 2,
+    "data.arithmetic.max_terms": 4,
+    "data.arithmetic.max_operand": 4,
+    "data.arithmetic.operators": ["+"],
+    "rollout.samples_per_prompt": 4,
+    "rollout.batch_size": 32,
+    "rollout.sampling.max_new_tokens": 24,
+    "sft.steps": 40,
+    "sft.optimizer.lr": 1.0e-2,
+    "evaluation.every": 1,
+    "evaluation.benchmarks": {"arithmetic": {"path": None, "samples": 0, "limit": 8}},
+    "parallel.micro_batch_tokens": 256,
+    "parallel.fused_weight_gradients": False,
+    "tracking.wandb": "disabled",
+}
+_SMALL_SERVERS: dict[str, Any] = {
+    "device": "cpu",
+    "max_concurrency": 16,
+    "memory_share": 0.5,
+    "arguments": {"max-total-tokens": 8192, "disable-overlap-schedule": True},
+}
+
+
+def is_dry_run(config: DictConfig) -> bool:
+    return bool(OmegaConf.select(config, "run.dry_run", default=False))
+
+
+def shrunk(config: DictConfig) -> DictConfig:
+    """The experiment as a dry run; site values that nothing reads any more need not be there."""
+    small: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
+    OmegaConf.set_struct(small, False)
+    for group, option in _STAND_INS.items():
+        small[group] = OmegaConf.create(_option(group, option))
+    for key, value in _SMALL.items():
+        OmegaConf.update(small, key, value, merge=False)
+    for key, (_, value) in layout_mapping(config).items():
+        OmegaConf.update(small, key, value)
+    if config.rollout.backend == "sglang":
+        for key, value in _SMALL_SERVERS.items():
+            OmegaConf.update(small, f"rollout.sglang.{key}", value, merge=False)
+    layers = 2 * small.parallel.pipeline * small.parallel.virtual_pipeline
+    OmegaConf.update(small, "model.geometry.num_layers", layers)
+    if small.objective.actor_freeze_steps:
+        # One step with a frozen policy, one without.
+        small.objective.actor_freeze_steps = 1
+    resources = {"device": "cpu", "devices_per_node": MAX_PROCESSES, "trainer_devices": num_processes(config)}
+    small.resources = OmegaConf.create(resources)
+    # The directory is named after the run wherever the experiment does so.
+    small.run.name = f"dry_run_{config.run.name}"
+    return small
+
+
+def layout_mapping(config: DictConfig) -> dict[str, tuple[Any, Any]]:
+    """What becomes of the layout: key -> (as configured, in the dry run); only keys that change."""
+    parallel: Any = OmegaConf.to_container(config.parallel, resolve=True)
+    mapping, processes = {}, 1
+    for name in ("tensor", "pipeline", "context", "virtual_pipeline"):
+        value = parallel.get(name, 1)
+        reduced = min(value, 2)
+        if name != "virtual_pipeline":
+            processes *= reduced
+        if reduced != value:
+            mapping[f"parallel.{name}"] = (value, reduced)
+    assert processes <= MAX_PROCESSES
+    if config.rollout.backend == "sglang":
+        servers: Any = OmegaConf.to_container(config.rollout.sglang, resolve=True)
+        for name, most in (("num_servers", MAX_SERVERS), ("tensor", 2)):
+            if servers[name] > most:
+                mapping[f"rollout.sglang.{name}"] = (servers[name], most)
+    return mapping
+
+
+def num_processes(config: DictConfig) -> int:
+    """One replica of the reduced layout, or two of them where the experiment has several and 8 processes are enough."""
+    parallel: Any = OmegaConf.to_container(config.parallel, resolve=True)
+    replica, whole = 1, 1
+    for name in ("tensor", "pipeline", "context"):
+        replica *= min(parallel.get(name, 1), 2)
+        whole *= parallel.get(name, 1)
+    trainers = OmegaConf.select(config, "resources.trainer_devices") or whole
+    return 2 * replica if trainers > whole and 2 * replica <= MAX_PROCESSES else replica
+
+
+def _option(group: str, option: str) -> Any:
+    from oreal_megatron.compose import config_directory
+
+    return yaml.safe_load((Path(config_directory()) / group / f"{option}.yaml").read_text())

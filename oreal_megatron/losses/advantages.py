@@ -1,0 +1,140 @@
+"""From graded rollouts to the trajectories that train: group statistics, shaped rewards, selection. No torch."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from oreal_megatron.config import ObjectiveConfig
+from oreal_megatron.seeds import derive_seed
+from oreal_megatron.types import GradedRollout, Trajectory, Verdict
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a step trains on, and what became of the rest."""
+
+    trajectories: tuple[Trajectory, ...]
+    num_groups: int
+    num_kept_groups: int
+    num_all_correct: int
+    num_all_incorrect: int
+    num_undecided: int
+    """Responses left out of their group, of the baseline and of every denominator."""
+    pass_rate: float
+    """Share CORRECT among the decided responses of the step; nan where none was decided."""
+
+    @property
+    def why_unusable(self) -> str:
+        return (
+            f"no usable group among {self.num_groups}: {self.num_all_correct} all correct, "
+            f"{self.num_all_incorrect} all incorrect, {self.num_undecided} responses undecided"
+        )
+
+
+def select_trajectories(
+    groups: Sequence[Sequence[GradedRollout]],
+    config: ObjectiveConfig,
+    *,
+    seed: int,
+    step: int,
+    global_rng: random.Random,
+) -> Selection:
+    """Shapes the rewards of every group and chooses the responses that train.
+
+    `seed` and `step` fix the pairs under `pair_choice: seeded`, the same on every rank and every re-run;
+    `global_rng` is what `pair_choice: global_rng` (the release's way) draws from instead.
+    """
+    trajectories: list[Trajectory] = []
+    kept = all_correct = all_incorrect = undecided = num_decided = num_correct = 0
+    for group in groups:
+        decided = _decided(group, config)
+        outcomes = [correct for _, correct in decided]
+        undecided += len(group) - len(decided)
+        num_decided += len(decided)
+        num_correct += sum(outcomes)
+        all_correct += bool(outcomes) and all(outcomes)
+        all_incorrect += bool(outcomes) and not any(outcomes)
+        if not _is_kept(outcomes, config):
+            continue
+        kept += 1
+        advantages = shaped_rewards(outcomes, config)
+        candidates = [
+            Trajectory(rollout=graded.rollout, correct=correct, advantage=advantage)
+            for (graded, correct), advantage in zip(decided, advantages, strict=True)
+        ]
+        if config.pair_choice == "global_rng":
+            rng = global_rng
+        else:
+            rng = random.Random(derive_seed(seed, step, "pair", candidates[0].rollout.prompt.id))
+        trajectories += _chosen(candidates, config, rng)
+    return Selection(
+        trajectories=tuple(trajectories),
+        num_groups=len(groups),
+        num_kept_groups=kept,
+        num_all_correct=all_correct,
+        num_all_incorrect=all_incorrect,
+        num_undecided=undecided,
+        pass_rate=num_correct / num_decided if num_decided else math.nan,
+    )
+
+
+def is_useful(group: Sequence[GradedRollout], config: ObjectiveConfig) -> bool:
+    """Whether a step trains on some of the group."""
+    return _is_kept([correct for _, correct in _decided(group, config)], config)
+
+
+def shaped_rewards(outcomes: Sequence[bool], config: ObjectiveConfig) -> list[float]:
+    """The advantage A_i of each decided response of one group.
+
+    rloo   r_i - mean of the others' r
+    grpo   (r_i - mean) / (population std + eps)
+    paper  +1 for correct, -(1 - p) for incorrect, p the share of correct ones: R* = (1 - p) R under eq. (6), R = -1
+    raw    r_i;  positive_one, negative_one: +1, -1 for all
+    """
+    n = len(outcomes)
+    low, high = config.reward_values
+    rewards = [high if correct else low for correct in outcomes]
+    total = math.fsum(rewards)
+    if config.shaping == "rloo":
+        return [reward - (total - reward) / (n - 1) for reward in rewards] if n > 1 else [0.0]
+    if config.shaping == "grpo":
+        mean = total / n
+        std = math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / n)
+        return [(reward - mean) / (std + config.grpo_epsilon) if std > 0 else 0.0 for reward in rewards]
+    if config.shaping == "paper":
+        p = sum(outcomes) / n
+        return [1.0 if correct else -(1.0 - p) for correct in outcomes]
+    if config.shaping == "raw":
+        return rewards
+    return [1.0 if config.shaping == "positive_one" else -1.0] * n
+
+
+def _decided(group: Sequence[GradedRollout], config: ObjectiveConfig) -> list[tuple[GradedRollout, bool]]:
+    return [
+        (graded, graded.verdict is Verdict.CORRECT)
+        for graded in group
+        if graded.verdict is not Verdict.UNDECIDED or config.undecided_as_incorrect
+    ]
+
+
+def _is_kept(outcomes: Sequence[bool], config: ObjectiveConfig) -> bool:
+    if not outcomes or (config.shaping == "rloo" and len(outcomes) < 2):
+        return False
+    some_correct, some_incorrect = any(outcomes), not all(outcomes)
+    return {
+        "mixed": some_correct and some_incorrect,
+        "all": True,
+        "any_correct": some_correct,
+        "any_incorrect": some_incorrect,
+    }[config.keep_groups]
+
+
+def _chosen(candidates: list[Trajectory], config: ObjectiveConfig, rng: random.Random) -> list[Trajectory]:
+    correct = [trajectory for trajectory in candidates if trajectory.correct]
+    incorrect = [trajectory for trajectory in candidates if not trajectory.correct]
+    if config.selection == "pair":
+        return [rng.choice(correct), rng.choice(incorrect)]
+    return {"all": candidates, "correct": correct, "incorrect": incorrect}[config.selection]

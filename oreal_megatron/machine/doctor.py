@@ -1,0 +1,90 @@
+"""What this machine has, what an experiment needs, and the command that mends the difference."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from oreal_megatron.config import TrainConfig
+from oreal_megatron.machine.probe import Part, probe
+from oreal_megatron.machine.requirements import asked, install_line, violations_of
+
+_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a run may need."""
+
+    name: str
+    found: str | None
+    """Version or figure; None: not there."""
+    needed: bool
+    remedy: str
+    """The command or the change that mends it, where it is needed and not there."""
+
+    @property
+    def is_problem(self) -> bool:
+        return self.needed and self.found is None
+
+
+def examine(config: TrainConfig) -> list[Finding]:
+    """Everything that this experiment could need, in the order in which it is installed; then what it asks in vain."""
+    machine = probe()
+    on_gpu = config.resources.device != "cpu"
+    wanted = {"a100_80gb": "A100", "h100_80gb": "H100"}.get(config.resources.device, "")
+    cards = _answer(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"])
+    fitting = [line for line in (cards or "").splitlines() if wanted in line]
+    seen = f"{len(fitting)} x {fitting[0]}" if fitting else None
+    enough = len(fitting) >= config.resources.devices_per_node
+    slurm = _answer(["sinfo", "--version"])
+    needs = asked(config)
+    servers = config.rollout.backend == "sglang"
+    cuda = machine.cuda if machine.has_cuda else None
+    findings = [
+        Finding("Python", sys.version.split()[0], True, ""),
+        Finding(
+            "GPUs",
+            seen if enough or not on_gpu else None,
+            on_gpu,
+            f"resources.devices_per_node is {config.resources.devices_per_node} x {wanted}, found: "
+            f"{cards or 'no nvidia-smi'}; run this on a compute node (srun), or override resources",
+        ),
+        Finding("torch", machine.torch.found, True, _because(machine.torch, "make setup")),
+        Finding("CUDA in torch", cuda, on_gpu, "pip install a torch wheel for CUDA; see nvidia-smi's version"),
+        Finding("NCCL", machine.nccl.found if cuda else None, on_gpu, "comes with a torch wheel for CUDA"),
+        Finding("megatron-core", machine.megatron.found, True, _because(machine.megatron, "make setup")),
+        Finding(
+            "Transformer Engine",
+            machine.transformer_engine.found,
+            "transformer_engine" in needs,
+            _because(machine.transformer_engine, f"{install_line(machine)}, or model.implementation=local"),
+        ),
+        Finding(
+            "apex (NVIDIA's)",
+            machine.apex.found,
+            "apex" in needs,
+            _because(machine.apex, "optional: fused weight gradients; in NGC containers"),
+        ),
+        Finding("SGLang", machine.sglang.found, servers, "pip install '.[sglang]', or rollout=embedded"),
+        Finding("SLURM", slurm, False, "needed for oreal-submit: a login node of the cluster"),
+    ]
+    if (geometry := config.model.geometry) is not None:
+        for violation in violations_of(config, geometry, machine):
+            findings.append(Finding(violation.key, None, True, f"{violation.value}: {violation.remedy}"))
+    return findings
+
+
+def _because(part: Part, remedy: str) -> str:
+    return f"{remedy} ({part.problem})" if part.problem else remedy
+
+
+def _answer(command: Sequence[str]) -> str | None:
+    try:
+        outcome = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = outcome.stdout.strip()
+    return lines if outcome.returncode == 0 and lines else None

@@ -1,0 +1,199 @@
+"""A trained model: Megatron-Core's DDP, optimizer and schedule of one model, and its update."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+
+from oreal_megatron.config import AdamWConfig
+from oreal_megatron.data.packing import TokenBatch
+from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.models.offload import HostOffload
+from oreal_megatron.models.optimizer_state import load_optimizer_state, sharded_optimizer_state
+from oreal_megatron.models.pipeline_schedule import LossFunction, forward_backward, sum_gradients
+from oreal_megatron.models.virtual_stages import ModelChunks, chunks_of
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """One optimizer update."""
+
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    lr: float
+
+
+class TrainedModel:
+    """A model with everything that its training has: gradient buffers, AdamW, schedule, count of updates."""
+
+    def __init__(self, module: GPTModel | ModelChunks, adamw: AdamWConfig, groups: ParallelGroups, *, num_updates: int):
+        """num_updates: updates that the run expects, the length of the schedule where `decay_steps` is null."""
+        config = module.config
+        layout = groups.layout
+        self.module = module
+        self.groups = groups
+        self.chunks = [
+            DistributedDataParallel(
+                config,
+                DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True,
+                    use_distributed_optimizer=layout.distributed_optimizer,
+                    # Weights are gathered at once after an update, since they are published then: there is no next
+                    # forward pass to hide that behind.
+                    overlap_grad_reduce=layout.overlap_grad_reduce,
+                    fp8_param_gather=config.fp8_param,
+                ),
+                chunk,
+                # Only the first chunk's reduction waits for the end of the backward pass.
+                disable_bucketing=index > 0,
+                pg_collection=groups.collection,
+            )
+            for index, chunk in enumerate(chunks_of(module))
+        ]
+        config.finalize_model_grads_func = sum_gradients
+        if layout.overlap_grad_reduce:
+            several = len(self.chunks) > 1
+            config.no_sync_func = [chunk.no_sync for chunk in self.chunks] if several else self.chunks[0].no_sync
+            config.grad_sync_func = [chunk.start_grad_sync for chunk in self.chunks] if several else None
+        self.optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=adamw.lr,
+                min_lr=adamw.min_lr,
+                weight_decay=adamw.weight_decay,
+                adam_beta1=adamw.betas[0],
+                adam_beta2=adamw.betas[1],
+                adam_eps=adamw.eps,
+                clip_grad=adamw.clip_grad,
+                bf16=config.bf16,
+                params_dtype=config.params_dtype,
+                use_distributed_optimizer=layout.distributed_optimizer,
+                fp8_recipe=config.fp8_recipe if config.fp8 else None,
+            ),
+            self.chunks,
+        )
+        self.clip_grad = adamw.clip_grad
+        self._start_adam()
+        self.weights = HostOffload(module.parameters, enabled=layout.offload)
+        self.states = HostOffload(self._optimizer_tensors, enabled=layout.offload)
+        config.grad_scale_func = self.optimizer.scale_loss
+        self.schedule = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=adamw.lr,
+            min_lr=adamw.min_lr,
+            lr_warmup_steps=adamw.warmup_steps,
+            lr_decay_steps=max(adamw.decay_steps or num_updates, adamw.warmup_steps + 1),
+            lr_decay_style="cosine",
+            start_wd=adamw.weight_decay,
+            end_wd=adamw.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+            # A resumed run has the checkpoint's position on the schedule that its own configuration describes.
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
+        )
+
+    def _start_adam(self) -> None:
+        """Gives AdamW its zero state now, so that a checkpoint holds the same tensors before any update.
+
+        Megatron-Core's own initialisation, made for fused optimizers, leaves out the step that torch's reads.
+        """
+        for part in self._parts():
+            adamw = part.optimizer
+            if not isinstance(adamw, torch.optim.AdamW):
+                part.init_state_fn(adamw, part.config)
+                continue
+            for parameter in (p for group in adamw.param_groups for p in group["params"]):
+                adamw.state[parameter] = {
+                    "step": torch.zeros(()),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+    def optimizer_state(self, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+        """For a checkpoint. model: the sharded state of the module."""
+        return sharded_optimizer_state(self._parts(), model, is_loading=is_loading)
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Takes what was loaded for `optimizer_state`."""
+        load_optimizer_state(self._parts(), state)
+
+    def _optimizer_tensors(self) -> list[Tensor]:
+        """Moments and fp32 weights, of the latter those that are not the model's own."""
+        inner = [part.optimizer for part in self._parts()]
+        own = {parameter.untyped_storage().data_ptr() for parameter in self.module.parameters()}
+        held = [p for adamw in inner for group in adamw.param_groups for p in group["params"]]
+        held += [t for adamw in inner for state in adamw.state.values() for t in state.values()]
+        return [t for t in held if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in own]
+
+    @contextlib.contextmanager
+    def on_device(self, *, states: bool = False) -> Iterator[None]:
+        """The weights are on the device inside, the gradients from the first backward pass inside on.
+
+        states: the optimizer's too, as a checkpoint needs them; an update brings them by itself.
+        """
+        with self.weights.on_device(), self.states.on_device() if states else contextlib.nullcontext():
+            try:
+                yield
+            finally:
+                self._free_gradients()
+
+    def offload(self) -> None:
+        """Everything off the device, where the layout asks for that."""
+        self._free_gradients()
+        self.states.offload()
+        self.weights.offload()
+
+    def _free_gradients(self) -> None:
+        self.optimizer.zero_grad()
+        if self.groups.layout.offload:
+            for chunk in self.chunks:
+                chunk.offload_grad_buffers()
+
+    def _parts(self) -> list[Any]:
+        """Megatron's optimizers, each round one of torch's or Transformer Engine's."""
+        return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
+
+    def forward_backward(self, batches: Sequence[TokenBatch], loss: LossFunction) -> list[Any]:
+        """Gradients of `loss` over all micro-batches of all ranks; what `loss` handed back on this rank."""
+        # An update leaves every .grad an alias of the gradient buffer: the next first micro-batch would count twice.
+        self.optimizer.zero_grad()
+        for chunk in self.chunks:
+            chunk.restore_grad_buffers()
+        return forward_backward(self.chunks, batches, loss, self.groups)
+
+    def advance_schedule(self) -> None:
+        """One step of the schedule; update u (from 1) trains with the rate of position u."""
+        self.schedule.step(1)
+
+    def update(self) -> UpdateReport:
+        """Advances the schedule, clips, steps, and reports.
+
+        Raises:
+            FloatingPointError: the gradient norm is not finite; nothing was changed.
+        """
+        with self.states.on_device():
+            self.optimizer.prepare_grads()
+            norm = float(self.optimizer.get_grad_norm())
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"the gradient norm is {norm}")
+            self.advance_schedule()
+            # The rest of the optimizer's own step(), which would take the norm anew.
+            for part in self._parts():
+                if self.clip_grad > 0 and (parameters := part.get_parameters()):
+                    clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=norm)
+            self.optimizer.step_with_ready_grads()
+        return UpdateReport(grad_norm=norm, lr=float(self.optimizer.param_groups[0]["lr"]))

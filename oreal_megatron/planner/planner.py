@@ -1,0 +1,147 @@
+"""From a configuration to a plan: does it fit, how long is a step, what would be the first thing to change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from oreal_megatron.config import ConfigError, GeometryConfig, ParallelConfig, TrainConfig, check_layout
+from oreal_megatron.planner.footprints import DecodedBatch, RankFootprint
+from oreal_megatron.planner.hardware import device_named
+from oreal_megatron.planner.memory import MemoryPlan, decoded_batch, memory_plan
+from oreal_megatron.planner.sizes import Sizes, row_tokens
+from oreal_megatron.planner.step_time import Disk, Measured, Workload, assumed_workload, disk, phase_seconds
+
+
+class Meter(Protocol):
+    """models.footprint.FootprintMeter, handed in: this package imports no torch."""
+
+    def stages(self, layout: ParallelConfig, *, row_tokens: int, batch: DecodedBatch | None) -> list[RankFootprint]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    sizes: Sizes
+    footprints: Sequence[RankFootprint]
+    memory: MemoryPlan
+    work: Workload
+    seconds: Mapping[str, float] | None
+    """By phase, from the device's figures; None where they are not known."""
+    disk: Disk
+
+    @property
+    def step_seconds(self) -> float | None:
+        return None if self.seconds is None else sum(self.seconds.values())
+
+
+def make_plan(
+    config: TrainConfig, geometry: GeometryConfig, meter: Meter, *, num_devices: int, measured: Measured | None = None
+) -> Plan:
+    """num_devices: trainer processes.
+
+    Raises:
+        ConfigError: the layout does not divide the model, or the devices the replicas.
+        ValueError: Megatron-Core refuses the layout.
+    """
+    check_layout(geometry, config.parallel, config.rollout.sglang)
+    sizes = Sizes(config, geometry, num_devices)
+    device = device_named(config.resources.device, sharing=num_devices)
+    batch = decoded_batch(config) if config.rollout.backend == "embedded" else None
+    footprints = meter.stages(config.parallel, row_tokens=row_tokens(config), batch=batch)
+    memory = memory_plan(sizes, footprints, device)
+    work = assumed_workload(config, measured.mean_response_tokens if measured else None)
+    return Plan(
+        sizes=sizes,
+        footprints=footprints,
+        memory=memory,
+        work=work,
+        seconds=phase_seconds(sizes, device, memory.kv_cache, work),
+        disk=disk(sizes, work),
+    )
+
+
+def first_change(plan: Plan, replan: Callable[[TrainConfig], Plan]) -> tuple[str, Plan] | None:
+    """The first of the usual changes, cheapest first, with which it fits: overrides, and the plan with them."""
+    parallel = plan.sizes.config.parallel
+    for changes in _changes(parallel, plan.sizes.geometry):
+        config = plan.sizes.config.model_copy(update={"parallel": parallel.model_copy(update=changes)})
+        replica = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
+        if plan.sizes.num_devices % replica:
+            continue
+        try:
+            changed = replan(config)
+        except (ConfigError, ValueError):
+            continue
+        if not changed.memory.problems:
+            return " ".join(f"parallel.{key}={str(value).lower()}" for key, value in changes.items()), changed
+    return None
+
+
+def _changes(p: ParallelConfig, geometry: GeometryConfig) -> Iterator[dict[str, object]]:
+    """From what costs nothing to what costs most; each on top of the free ones before it."""
+    free: dict[str, object] = {}
+    if not p.distributed_optimizer:
+        free["distributed_optimizer"] = True
+        yield dict(free)
+    if not p.sequence and p.tensor > 1:
+        free["sequence"] = True
+        yield dict(free)
+    if p.recompute == "none":
+        yield {**free, "recompute": "selective"}
+    if p.recompute != "full":
+        free["recompute"] = "full"
+        yield dict(free)
+    if not p.offload:
+        yield {**free, "offload": True}
+    for tensor in (2 * p.tensor, 4 * p.tensor, 8 * p.tensor):
+        if tensor <= 8 and geometry.num_attention_heads % tensor == 0:
+            yield {**free, "tensor": tensor, "sequence": True}
+    for pipeline in (2 * p.pipeline, 4 * p.pipeline):
+        yield {**free, "pipeline": pipeline}
+        yield {**free, "pipeline": pipeline, "offload": True}
+    yield {**free, "context": 2 * p.context, "offload": True}
+
+
+def search(
+    config: TrainConfig, replan: Callable[[TrainConfig], Plan], num_devices: int, advance: Callable[[int, int], None]
+) -> list[Plan]:
+    """Plans of other layouts on the same devices that fit, quickest step first.
+
+    advance: told how many of how many layouts have been looked at.
+    """
+    candidates = list(_layouts(config, num_devices))
+    found = []
+    for index, parallel in enumerate(candidates):
+        advance(index, len(candidates))
+        try:
+            plan = replan(config.model_copy(update={"parallel": parallel}))
+        except (ConfigError, ValueError):
+            continue
+        if not plan.memory.problems:
+            found.append(plan)
+    # As quick: the one with more room.
+    return sorted(found, key=lambda plan: (round(plan.step_seconds or 0.0), plan.memory.share))
+
+
+def _layouts(config: TrainConfig, num_devices: int) -> Iterator[ParallelConfig]:
+    p = config.parallel
+    most = min(8, config.resources.devices_per_node)
+    for tensor in (t for t in (1, 2, 4, 8) if t <= most):
+        for pipeline in (1, 2, 4, 8):
+            for context in (1, 2):
+                replica = tensor * pipeline * context
+                if num_devices % replica:
+                    continue
+                for recompute in ("none", "selective", "full"):
+                    yield p.model_copy(
+                        update={
+                            "tensor": tensor,
+                            "pipeline": pipeline,
+                            "context": context,
+                            "virtual_pipeline": 1,
+                            "sequence": tensor > 1,
+                            "distributed_optimizer": num_devices > replica,
+                            "recompute": recompute,
+                        }
+                    )

@@ -1,0 +1,192 @@
+"""Seconds of each phase of a step, from the device's figures or from a run's own metrics; bytes on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from statistics import median
+
+from oreal_megatron.config import TrainConfig
+from oreal_megatron.planner import hardware
+from oreal_megatron.planner.hardware import Device
+from oreal_megatron.planner.memory import KvCache, served_weights
+from oreal_megatron.planner.sizes import Sizes, linear_parameters, num_parameters, rollouts_per_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Tokens of a step."""
+
+    rollouts: int
+    mean_prompt_tokens: float
+    mean_response_tokens: float
+    max_response_tokens: int
+    trained_sequences: int
+    source: str
+    """Where the lengths come from."""
+
+    @property
+    def mean_tokens(self) -> float:
+        return self.mean_prompt_tokens + self.mean_response_tokens
+
+
+def assumed_workload(config: TrainConfig, mean_response_tokens: float | None = None) -> Workload:
+    """mean_response_tokens: None: half of the limit. Every group is taken to be of use, the most there can be."""
+    limit = config.rollout.sampling.max_new_tokens
+    per_group = 2 if config.objective.selection == "pair" else config.rollout.samples_per_prompt
+    return Workload(
+        rollouts=rollouts_per_step(config),
+        mean_prompt_tokens=min(config.prompt.max_prompt_tokens, 256),
+        mean_response_tokens=mean_response_tokens or limit / 2,
+        max_response_tokens=limit,
+        trained_sequences=config.data.prompts_per_step * per_group,
+        source="assumed: half of rollout.sampling.max_new_tokens" if mean_response_tokens is None else "given",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Medians of a run's metrics.jsonl."""
+
+    seconds: Mapping[str, float]
+    """By the trainer's phases: generate, verify, score, train, publish, total."""
+    mean_response_tokens: float
+    num_steps: int
+
+
+def read_measured(directory: Path) -> Measured:
+    """Raises ValueError where the directory holds no finished step."""
+    path = directory / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"--measured {directory}: there is no metrics.jsonl in it; give a run's directory")
+    records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    steps = [r for r in records if r["kind"] == "step" and not r["skipped"]]
+    if not steps:
+        raise ValueError(f"--measured {directory}: no step of this run has trained anything yet")
+    names = dict.fromkeys(name for step in steps for name in step["seconds"])
+    return Measured(
+        seconds={name: median(s["seconds"][name] for s in steps if name in s["seconds"]) for name in names},
+        mean_response_tokens=median(s["metrics"]["rollout/response_tokens"] for s in steps),
+        num_steps=len(steps),
+    )
+
+
+def phase_seconds(sizes: Sizes, device: Device, kv_cache: KvCache, work: Workload) -> dict[str, float] | None:
+    """None for a device whose figures are not known. Reward model and reference as large as the policy."""
+    if device.flops is None or device.bandwidth is None or device.link is None:
+        return None
+    config = sizes.config
+    seconds = {"generate": _generate(sizes, device, kv_cache, work)}
+    if config.objective.beta > 0:
+        seconds["score"] = _pass(sizes, device, work, "reference", passes=1.0, share=hardware.SCORING_SHARE)
+    # Forward, twice that backward, and what is computed again.
+    again = {"none": 0.0, "selective": 0.7, "full": 1.0}[config.parallel.recompute]
+    for model in ("reward_model", "policy") if config.objective.uses_reward_model else ("policy",):
+        seconds[f"train {model.replace('_', ' ')}"] = _pass(
+            sizes, device, work, model, passes=3.0 + again, share=hardware.TRAINING_SHARE
+        )
+    if config.parallel.offload:
+        seconds["offload"] = _offload(sizes)
+    if (servers := config.rollout.sglang) is not None:
+        received = 2 * num_parameters(sizes.geometry) / servers.tensor
+        seconds["reshard"] = received / (hardware.LINK_SHARE * device.link) + hardware.RESHARD_PAUSE
+    return seconds
+
+
+def _pass(sizes: Sizes, device: Device, work: Workload, model: str, *, passes: float, share: float) -> float:
+    """Seconds of `passes` forward passes' worth of arithmetic over the trained sequences, bubbles included.
+
+    model: as in the section `fp8`.
+    """
+    parallel = sizes.config.parallel
+    tokens = work.trained_sequences * work.mean_tokens
+    in_fp8 = 2 * sizes.fp8_share(model) * num_parameters(sizes.geometry)
+    per_token = _product_seconds(device, flops_per_token(sizes, work.mean_tokens), in_fp8, share)
+    arithmetic = tokens * per_token * passes / sizes.num_devices
+    micro_batches = max(ceil(tokens / sizes.data / parallel.micro_batch_tokens), 1)
+    bubble = (parallel.pipeline - 1) / (parallel.virtual_pipeline * micro_batches)
+    return arithmetic * (1 + bubble)
+
+
+def _product_seconds(device: Device, flops: float, in_fp8: float, share: float) -> float:
+    """Of matrix products, of which so many FLOPs are in FP8, at `share` of the device's figures."""
+    assert device.flops is not None
+    fast = in_fp8 / (hardware.FP8_SHARE * device.fp8_flops) if device.fp8_flops else in_fp8 / device.flops
+    return (fast + (flops - in_fp8) / device.flops) / share
+
+
+def flops_per_token(sizes: Sizes, length: float) -> float:
+    """Forward: two a weight, embedding apart, and attention's, on average over a causal sequence of `length`."""
+    g = sizes.geometry
+    head_dim = g.head_dim or g.hidden_size // g.num_attention_heads
+    weights = num_parameters(g) - (0 if g.tied_embeddings else (g.vocab_size or 0) * g.hidden_size)
+    return 2 * weights + 2 * g.num_layers * g.num_attention_heads * head_dim * length
+
+
+def _generate(sizes: Sizes, device: Device, kv_cache: KvCache, work: Workload) -> float:
+    """Decoding, bound by reading weights and KV cache; the longest response bounds it from below."""
+    assert device.bandwidth is not None
+    servers = sizes.config.rollout.sglang
+    tensor = servers.tensor if servers else sizes.config.parallel.tensor
+    weights = served_weights(sizes, servers) if servers else 2 * num_parameters(sizes.geometry) / tensor
+    fp8 = servers is not None and servers.dtype == "fp8"
+    in_fp8 = 2 * sizes.geometry.num_layers * linear_parameters(sizes.geometry) if fp8 else 0
+    per_holder = work.rollouts / kv_cache.num_holders
+    live = work.mean_prompt_tokens + work.mean_response_tokens / 2
+    at_once = max(min(per_holder, kv_cache.tokens / work.mean_tokens), 1.0)
+
+    def product_seconds(length: float, share: float) -> float:
+        return _product_seconds(device, flops_per_token(sizes, length), in_fp8, share) / tensor
+
+    def token_seconds(sequences: float, length: float) -> float:
+        read = weights + sequences * length * kv_cache.bytes_per_token
+        computed = sequences * product_seconds(length, hardware.SCORING_SHARE)
+        reading = read / (hardware.DECODING_SHARE * device.bandwidth)  # type: ignore[operator]
+        return max(reading, computed) + hardware.DECODING_LATENCY * sizes.geometry.num_layers
+
+    bulk = per_holder / at_once * work.mean_response_tokens * token_seconds(at_once, live)
+    tail = work.max_response_tokens * token_seconds(1.0, work.max_response_tokens / 2)
+    prefill = per_holder / sizes.config.rollout.samples_per_prompt * work.mean_prompt_tokens
+    return max(bulk, tail) + prefill * product_seconds(work.mean_prompt_tokens, hardware.SCORING_SHARE)
+
+
+def _offload(sizes: Sizes) -> float:
+    """Both trained models and the reference go over PCIe (25 GB/s) once each way a step."""
+    parallel = sizes.config.parallel
+    parameters = num_parameters(sizes.geometry) / (parallel.tensor * parallel.pipeline)
+    trained = 2 if sizes.config.objective.uses_reward_model else 1
+    return 2 * parameters * (trained * (sizes.element + sizes.optimizer_element) + sizes.element) / 25e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disk:
+    """Bytes in run.dir, and of an export."""
+
+    checkpoint: int
+    checkpoints: int
+    """As many as are kept, the best one, the one that is being written, and the initial policy."""
+    rollouts: int
+    export: int
+    seconds_to_save: float
+
+
+def disk(sizes: Sizes, work: Workload) -> Disk:
+    config = sizes.config
+    parameters = num_parameters(sizes.geometry)
+    trained = 2 if config.objective.uses_reward_model else 1
+    state = sizes.element + (12 if config.model.dtype == "bfloat16" else 8)
+    checkpoint = parameters * state * trained
+    initial = parameters * sizes.element
+    nodes = ceil(sizes.num_devices / config.resources.devices_per_node)
+    # Token ids and log-probabilities as JSON: about 30 bytes a token, and the text.
+    per_step = work.rollouts * (work.mean_tokens * 30 + work.mean_response_tokens * 4)
+    return Disk(
+        checkpoint=checkpoint,
+        checkpoints=checkpoint * (config.run.keep_checkpoints + 2) + initial,
+        rollouts=int(config.run.num_steps * per_step) if config.tracking.trajectories else 0,
+        export=2 * parameters,
+        seconds_to_save=checkpoint / (nodes * hardware.STORAGE_PER_NODE),
+    )

@@ -1,0 +1,145 @@
+"""A plan as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from oreal_megatron.planner import hardware
+from oreal_megatron.planner.memory import PHASES, MemoryPlan, amount, micro_batches_in_flight
+from oreal_megatron.planner.planner import Plan
+from oreal_megatron.planner.sizes import num_parameters
+from oreal_megatron.planner.step_time import Measured
+
+_COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
+
+
+def show_plan(console: Console, plan: Plan, measured: Measured | None = None) -> None:
+    _show_layout(console, plan)
+    _show_memory(console, plan.memory)
+    _show_generation(console, plan)
+    _show_seconds(console, plan, measured)
+    _show_disk(console, plan)
+    memory = plan.memory
+    colour = _COLOURS[memory.verdict]
+    console.print(
+        f"\n[bold {colour}]{memory.verdict}[/]: {memory.share:.0%} of {memory.device.name}'s memory at most "
+        f"({memory.worst.where}, {memory.worst.phase})"
+    )
+    for problem in memory.problems:
+        console.print(f"  [red]{problem}[/]")
+
+
+def layout_text(plan: Plan) -> str:
+    p = plan.sizes.config.parallel
+    parts = [f"TP{p.tensor}", f"PP{p.pipeline}"]
+    parts += [f"VPP{p.virtual_pipeline}"] if p.virtual_pipeline > 1 else []
+    parts += [f"CP{p.context}"] if p.context > 1 else []
+    parts += [f"DP{plan.sizes.data}", f"recompute {p.recompute}"]
+    parts += [
+        text
+        for text, there in (
+            ("sequence parallel", p.sequence),
+            ("distributed optimizer", p.distributed_optimizer),
+            ("offload", p.offload),
+        )
+        if there
+    ]
+    return ", ".join(parts)
+
+
+def _show_layout(console: Console, plan: Plan) -> None:
+    config, sizes = plan.sizes.config, plan.sizes
+    servers = config.rollout.sglang
+    console.print(f"[bold]{config.run.name}[/]: {sizes.num_devices} trainer processes on {plan.memory.device.name}")
+    console.print(f"  layout    {layout_text(plan)}")
+    if servers is not None:
+        console.print(f"  servers   {servers.num_servers} x TP{servers.tensor}, {servers.placement}")
+    counts = ", ".join(
+        f"stage {f.stage}: {f.num_layers} layers, {f.policy_parameters / 1e6:,.1f}M" for f in plan.footprints
+    )
+    console.print(f"  model     {num_parameters(sizes.geometry) / 1e9:.2f}B parameters; a rank's, counted: {counts}")
+    in_flight = ", ".join(f"{micro_batches_in_flight(sizes, f.stage):g}" for f in plan.footprints)
+    console.print(f"  in flight {in_flight} micro-batches")
+
+
+def _show_memory(console: Console, memory: MemoryPlan) -> None:
+    unit, size_of_unit = ("GiB", 2**30) if memory.worst.total >= 2**30 else ("MiB", 2**20)
+    table = Table(title=f"{unit} of a device by phase: the fullest stage", title_justify="left")
+    for column in ("phase", "where", "total", "of it"):
+        table.add_column(column, justify="right" if column == "total" else "left")
+    for phase in PHASES:
+        there = [m for m in memory.phases if m.phase == phase]
+        for fullest in _fullest_by_kind(there):
+            largest = sorted(fullest.parts.items(), key=lambda item: -item[1])
+            of_it = ", ".join(
+                f"{name} {size / size_of_unit:.1f}" for name, size in largest if size >= 0.01 * fullest.total
+            )
+            table.add_row(phase, fullest.where, f"{fullest.total / size_of_unit:.1f}", of_it)
+    console.print(table)
+    console.print(f"host memory of a node: {amount(memory.host_bytes_per_node)} at most while a checkpoint is written")
+
+
+def _fullest_by_kind(phases: Sequence) -> list:  # type: ignore[type-arg]
+    trainers = [m for m in phases if m.where != "server"]
+    servers = [m for m in phases if m.where == "server"]
+    return [max(group, key=lambda m: m.total) for group in (trainers, servers) if group]
+
+
+def _show_generation(console: Console, plan: Plan) -> None:
+    kv, limit = plan.memory.kv_cache, plan.sizes.config.model.max_sequence_length
+    console.print(
+        f"KV cache: {kv.num_holders} x {kv.where}, {kv.tokens:,} tokens each at {kv.bytes_per_token / 1024:.0f} KiB a "
+        f"token and device; {kv.sequences_at_limit} sequences of {limit:,} tokens at once, about "
+        f"{int(kv.tokens / plan.work.mean_tokens)} of the mean length; "
+        f"{plan.work.rollouts / kv.num_holders:.0f} rollouts each a step"
+    )
+
+
+def _show_seconds(console: Console, plan: Plan, measured: Measured | None) -> None:
+    work = plan.work
+    console.print(
+        f"a step: {work.rollouts} rollouts of {work.mean_response_tokens:,.0f} tokens on average ({work.source}), "
+        f"{work.trained_sequences} trained at most"
+    )
+    if plan.seconds is not None:
+        table = Table(title="seconds of a step from the device's figures", title_justify="left")
+        table.add_column("phase")
+        table.add_column("s", justify="right")
+        for name, value in plan.seconds.items():
+            table.add_row(name, f"{value:,.1f}")
+        table.add_row("in all", f"{plan.step_seconds:,.0f}")
+        console.print(table)
+        device = plan.memory.device
+        console.print(
+            f"counted on: {hardware.TRAINING_SHARE:.0%} of {device.flops / 1e12:,.0f} TFLOP/s in training, "  # type: ignore[operator]
+            f"{hardware.DECODING_SHARE:.0%} of {device.bandwidth / 1e12:.2f} TB/s in decoding, "  # type: ignore[operator]
+            f"{hardware.LINK_SHARE:.0%} of {device.link * 8 / 1e9:.0f} Gb/s a link"  # type: ignore[operator]
+        )
+    elif measured is None:
+        console.print("seconds: nothing is known of this device's speed; give a run of it with --measured")
+    if measured is not None:
+        medians = ", ".join(f"{name} {value:.1f}" for name, value in measured.seconds.items())
+        console.print(f"measured, median of {measured.num_steps} steps: {medians}")
+
+
+def _show_disk(console: Console, plan: Plan) -> None:
+    d, run = plan.disk, plan.sizes.config.run
+    console.print(
+        f"disk: {amount(d.checkpoint)} a checkpoint ({d.seconds_to_save:.0f} s to write at "
+        f"{hardware.STORAGE_PER_NODE / 1e9:.0f} GB/s a node), {amount(d.checkpoints)} with run.keep_checkpoints="
+        f"{run.keep_checkpoints}, the best and one being written; trajectories {amount(d.rollouts)}; an export to "
+        f"Hugging Face {amount(d.export)}"
+    )
+
+
+def show_search(console: Console, plans: Sequence[Plan], limit: int = 10) -> None:
+    table = Table(title=f"{len(plans)} layouts fit; the quickest", title_justify="left")
+    for column in ("layout", "memory", "step s"):
+        table.add_column(column, justify="left" if column == "layout" else "right")
+    for plan in plans[:limit]:
+        seconds = "" if plan.step_seconds is None else f"{plan.step_seconds:,.0f}"
+        table.add_row(layout_text(plan), f"{plan.memory.share:.0%}", seconds)
+    console.print(table)

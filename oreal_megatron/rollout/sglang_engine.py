@@ -1,0 +1,375 @@
+"""A RolloutEngine on SGLang servers."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from oreal_megatron.config import SamplingConfig
+from oreal_megatron.distributed.cpu_backend import free_cached_memory
+from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.servers.client import ServerClient
+from oreal_megatron.servers.pool import ServerPool
+from oreal_megatron.servers.router import NoServerError, WeightVersion
+from oreal_megatron.servers.server import SGLangServer
+from oreal_megatron.types import Completion, GenerationRequest
+
+T = TypeVar("T")
+
+
+class TransferFailure(Protocol):
+    """Why a server does not have the weights."""
+
+    @property
+    def reason(self) -> str: ...
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the server itself is gone; otherwise sending again may help."""
+
+
+class TransferResult(Protocol):
+    """What came of sending weights to servers."""
+
+    @property
+    def failures(self) -> Mapping[str, TransferFailure]:
+        """By server; the others have the weights, audited."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    @property
+    def seconds(self) -> Mapping[str, float]: ...
+
+
+class WeightPublisher(Protocol):
+    """Gets the policy's weights to servers and audits them. Every rank calls every method, together with the others."""
+
+    def prepare(self, weight_version: int) -> None:
+        """What can be done while servers still generate."""
+
+    def deliver(self, servers: Sequence[PausedServer]) -> TransferResult:
+        """The policy's present weights to `servers`, which are read on the main rank only."""
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class PausedServer:
+    """A server that waits for weights, to be used from any thread: work is done on the event loop."""
+
+    client: ServerClient
+    index: int
+    """Among all servers of the run."""
+    run: Callable[[Coroutine[Any, Any, None]], concurrent.futures.Future[None]]
+
+    @property
+    def name(self) -> str:
+        return self.client.url
+
+    def update_weights_from_tensor(
+        self, payloads: Sequence[bytes], load_format: str
+    ) -> concurrent.futures.Future[None]:
+        return self.run(self.client.update_weights_from_tensor(payloads, load_format))
+
+    def update_weights_from_disk(self, directory: Path) -> concurrent.futures.Future[None]:
+        return self.run(self.client.update_weights_from_disk(directory))
+
+    def init_weights_update_group(self, group: Mapping[str, Any]) -> concurrent.futures.Future[None]:
+        return self.run(self.client.init_weights_update_group(group))
+
+    def update_weights_from_distributed(self, tensors: Mapping[str, Any]) -> concurrent.futures.Future[None]:
+        return self.run(self.client.update_weights_from_distributed(tensors))
+
+    def destroy_weights_update_group(self, name: str) -> concurrent.futures.Future[None]:
+        return self.run(self.client.destroy_weights_update_group(name))
+
+
+class SGLangEngine:
+    """See RolloutEngine. Servers start, or are attached to, at the first `publish`.
+
+    The main process owns the servers: it starts, publishes to and restarts them. The leading process of every model
+    replica asks them for its own responses.
+    """
+
+    def __init__(
+        self,
+        pool: ServerPool,
+        publisher: WeightPublisher,
+        groups: ParallelGroups,
+        *,
+        vocab_size: int,
+        timeout_seconds: float,
+        shares_devices: bool = False,
+    ):
+        """vocab_size: token ids of prompts must be below it. timeout_seconds: of the groups' collectives.
+        shares_devices: servers take turns with the trainer on its devices.
+        """
+        self.weight_version = 0
+        self._shares_devices = shares_devices
+        self._is_offloaded = False
+        self._pool = pool
+        self._publisher = publisher
+        self._groups = groups
+        self._vocab_size = vocab_size
+        self._heartbeat_seconds = timeout_seconds / 4
+        self._loop = _LoopThread() if groups.leads_replica else None
+
+    def units(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
+        """See RolloutEngine: the responses to one prompt."""
+        by_prompt: dict[tuple[int, ...], list[int]] = {}
+        for index, request in enumerate(requests):
+            by_prompt.setdefault(request.prompt_ids, []).append(index)
+        return list(by_prompt.values())
+
+    def generate(
+        self,
+        units: Sequence[Sequence[GenerationRequest]],
+        sampling: SamplingConfig,
+        is_enough: Callable[[], bool] | None = None,
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """See RolloutEngine.
+
+        Raises:
+            ValueError: a prompt has a token id that the model has no embedding for (it would end the server), or the
+                servers refuse it.
+            NoServerError: no server is left.
+        """
+        self._check_vocabulary(units)
+        finished: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
+        generation = None
+        if self._loop is not None:
+            generation = self._loop.run(self._generate(units, sampling, is_enough, finished))
+        try:
+            while True:
+                outcome = self._together(finished if generation is not None else None)
+                if outcome.no_current_weights:
+                    self._resend_weights()
+                elif outcome.value is None:
+                    return
+                else:
+                    yield outcome.value
+        finally:
+            if generation is not None and self._loop is not None:
+                generation.cancel()
+
+    async def _generate(
+        self,
+        units: Sequence[Sequence[GenerationRequest]],
+        sampling: SamplingConfig,
+        is_enough: Callable[[], bool] | None,
+        finished: queue.SimpleQueue[_Outcome],
+    ) -> None:
+        """Puts every unit into `finished` when it is; then an outcome without a value, or the error."""
+        unit_of = [(position, place) for position, unit in enumerate(units) for place in range(len(unit))]
+        parts: list[list[Completion | None]] = [[None] * len(unit) for unit in units]
+
+        def completed(index: int, completion: Completion) -> None:
+            position, place = unit_of[index]
+            parts[position][place] = completion
+            if None not in parts[position]:
+                finished.put(_Outcome(value=(position, parts[position])))
+
+        self._pool.on_no_current_weights = lambda: finished.put(_Outcome(no_current_weights=True))
+        try:
+            requests = [request for unit in units for request in unit]
+            await self._pool.generate(requests, sampling, completed, is_enough)
+            finished.put(_Outcome())
+        except Exception as error:
+            finished.put(_Outcome(error=error))
+
+    def _check_vocabulary(self, units: Sequence[Sequence[GenerationRequest]]) -> None:
+        for request in (request for unit in units for request in unit):
+            unknown = [token for token in request.prompt_ids if not 0 <= token < self._vocab_size]
+            if unknown:
+                raise ValueError(
+                    f"a prompt has token id {unknown[0]}, the model's vocabulary ends at {self._vocab_size - 1}: "
+                    "model.tokenizer and model.path do not belong together"
+                )
+
+    def publish(self, weight_version: int) -> dict[str, float]:
+        """See RolloutEngine. A server that is being restarted has the weights later: see `_feed`.
+
+        Raises:
+            NoServerError: no server is left; of the first ones, a server does not answer, cannot start, is another
+                model's or does not take the weights.
+        """
+        self._publisher.prepare(weight_version)
+        return self._deliver(weight_version, wait=False)
+
+    @contextlib.contextmanager
+    def generation_context(self, policy_on_device: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """See RolloutEngine.
+
+        Raises:
+            NoServerError: see `publish`.
+        """
+        if not self._shares_devices:
+            with policy_on_device():
+                yield
+            return
+        if self._is_offloaded:
+            with policy_on_device():
+                self.publish(self.weight_version)
+        self._leave_devices()
+        self._on_main(self._pool.onload)
+        yield
+        self.offload()
+
+    def offload(self) -> None:
+        """See RolloutEngine.
+
+        Raises:
+            NoServerError: no server is left.
+        """
+        if self._shares_devices and not self._is_offloaded:
+            self._on_main(self._pool.offload)
+            self._is_offloaded = True
+
+    def _leave_devices(self) -> None:
+        """What this process holds of its device and does not use goes back, on all ranks, before servers take it."""
+        free_cached_memory()
+        self._groups.barrier()
+
+    def _resend_weights(self) -> None:
+        """No server has the weights and one waits for them: it was restarted, or somebody has changed its weights."""
+        # The other replicas may have finished; nobody knows when all ranks meet.
+        reason = "several data-parallel replicas" if self._groups.data_size > 1 else None
+        if self._shares_devices:
+            reason = "a trainer whose devices are the servers' now"
+        if reason is not None:
+            raise NoServerError(
+                f"no rollout server has the current weights any more, and {reason} cannot send them in the middle of a "
+                "step: start the run again, finished rollouts are in the journal; more servers make this rarer"
+            )
+        self._deliver(self.weight_version, wait=True)
+
+    def _deliver(self, weight_version: int, *, wait: bool) -> dict[str, float]:
+        """Pause, send, audit, flush, label, continue; a server that failed while it lives is sent to once more."""
+        weights = WeightVersion(version=weight_version, label=self._pool.label(weight_version))
+        clock = _Stopwatch()
+        if self._shares_devices:
+            self._leave_devices()
+            self._is_offloaded = False
+        servers: list[SGLangServer] = self._on_main(lambda: self._pool.open(weights, wait=wait)) or []
+        report = {"publication/pause_seconds": clock.lap(), "publication/bytes": 0.0, "publication/failures": 0.0}
+        for is_last in (False, True):
+            paused = [PausedServer(m.client, m.index, self._loop.run) for m in servers if self._loop]
+            delivery = self._publisher.deliver(paused)
+            report["publication/bytes"] += delivery.num_bytes
+            report["publication/failures"] += len(delivery.failures)
+            for part, seconds in delivery.seconds.items():
+                key = f"publication/{part}_seconds"
+                report[key] = report.get(key, 0.0) + seconds
+            again = {name for name, failure in delivery.failures.items() if not (failure.is_lost or is_last)}
+            reasons = {name: failure.reason for name, failure in delivery.failures.items()}
+            done = [server for server in servers if server.client.url not in again]
+            clock.lap()
+            self._on_main(lambda done=done, reasons=reasons: self._pool.finish_update(done, reasons))
+            if not again:
+                break
+            servers = [server for server in servers if server.client.url in again]
+        report["publication/continue_seconds"] = clock.lap()
+        in_sync = sum(server.label == weights.label for server in self._pool.servers)
+        urls = [server.client.url for server in self._pool.servers]
+        label, urls, in_sync = self._groups.from_main((weights.label, urls, in_sync))
+        if self._loop is not None and not self._groups.is_main:
+            self._loop.run(self._pool.follow(weight_version, label, urls)).result()
+        self.weight_version = weight_version
+        return report | {"publication/servers": float(in_sync)}
+
+    def _on_main(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
+        """Has the main process's event loop do it, while the others wait; its result, there only."""
+        outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
+        results: list[T] = []
+
+        async def do() -> None:
+            try:
+                results.append(await work())
+                outcomes.put(_Outcome())
+            except Exception as error:
+                outcomes.put(_Outcome(error=error))
+
+        if self._groups.is_main:
+            assert self._loop is not None
+            self._loop.run(do())
+        self._together(outcomes if self._groups.is_main else None, of_main=True)
+        return results[0] if results else None
+
+    def _together(self, outcomes: queue.SimpleQueue[_Outcome] | None, *, of_main: bool = False) -> _Outcome:
+        """The next outcome that the leading process has (`outcomes` is given there), or its error, on every rank of the
+        replica; of_main: that the main process has, on every rank.
+
+        The others wait in short broadcasts, so that no collective outlives its timeout however long the work takes.
+        """
+        broadcast = self._groups.from_main if of_main else self._groups.from_replica_leader
+        while True:
+            outcome: _Outcome | None = None
+            if outcomes is not None:
+                with contextlib.suppress(queue.Empty):
+                    outcome = outcomes.get(timeout=self._heartbeat_seconds)
+            outcome = broadcast(outcome)
+            if outcome is not None and outcome.error is not None:
+                raise outcome.error
+            if outcome is not None:
+                return outcome
+
+    def close(self) -> None:
+        if self._loop is not None:
+            self._loop.run(_cancel_others()).result()  # or it starts what is ended now anew
+            self._loop.run(self._pool.close()).result()
+            self._loop.stop()
+            self._loop = None
+        self._publisher.close()
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    value: Any = None
+    error: Exception | None = None
+    no_current_weights: bool = False
+    """No server has the current weights."""
+
+
+class _Stopwatch:
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last call."""
+        self._last, before = time.perf_counter(), self._last
+        return self._last - before
+
+
+async def _cancel_others() -> None:
+    """Ends everything else that runs on this loop."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
+class _LoopThread:
+    """An event loop in a thread that lives until `stop`; launched servers end with this thread."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-servers", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

@@ -1,0 +1,27 @@
+"""Runs a command that ends when its parent does.
+
+    python -m oreal_megatron.servers.die_with_parent PARENT_PID COMMAND...
+
+A trainer that is killed can end nothing any more; so the kernel is asked to (prctl(2), PR_SET_PDEATHSIG, which an exec
+keeps). SGLang's own worker processes ask the same for their parent.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    parent = int(sys.argv[1])
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) was refused")
+    if os.getppid() != parent:  # it ended before we asked
+        sys.exit(1)
+    os.execvp(sys.argv[2], sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Requests on their way to completions: which wait, which are at a server, which are done."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from oreal_megatron.config import SamplingConfig
+from oreal_megatron.servers.client import Generated, ServerClient
+from oreal_megatron.types import Completion, FinishReason, GenerationRequest, WeightSpan
+
+# A request that has cost so many servers their connection is the likely reason.
+_MAX_ATTEMPTS = 4
+
+NOTHING = Completion(token_ids=(), logprobs=(), finish_reason=None, weight_spans=())
+"""A response before its first token."""
+
+
+class LostTooOftenError(RuntimeError):
+    """A request loses one server after the other."""
+
+
+class RequestQueue:
+    """What one call has asked for; `completed` is told index and completion of every request, once."""
+
+    def __init__(
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: SamplingConfig,
+        completed: Callable[[int, Completion], None],
+    ):
+        self.requests = requests
+        self.sampling = sampling
+        self.pending: asyncio.Queue[int] = asyncio.Queue()
+        self.at_servers: dict[str, ServerClient] = {}
+        """Request ids under way, and who was asked."""
+        self.finished = asyncio.Event()
+        self.is_ending = False
+        """Whether the rest is done as far as it has come."""
+        self._completed = completed
+        self._is_done = [False] * len(requests)
+        self._attempts = [0] * len(requests)
+        self._num_left = len(requests)
+        for index, request in enumerate(requests):
+            if request.partial is not None and request.partial.finish_reason is not None:
+                self.complete(index, request.partial)
+            else:
+                self.pending.put_nowait(index)
+        if not requests:
+            self.finished.set()
+
+    def complete(self, index: int, completion: Completion) -> None:
+        assert not self._is_done[index]
+        self._is_done[index] = True
+        self._completed(index, completion)
+        self._num_left -= 1
+        if self._num_left == 0:
+            self.finished.set()
+
+    def put_back(self, index: int, error: Exception) -> None:
+        """Raises LostTooOftenError where a request keeps losing servers."""
+        if self.is_ending:
+            self._break_off(index)
+            return
+        self._attempts[index] += 1
+        if self._attempts[index] >= _MAX_ATTEMPTS:
+            raise LostTooOftenError(
+                f"a prompt of {len(self.requests[index].prompt_ids)} tokens was lost {_MAX_ATTEMPTS} times "
+                f"(token ids {list(self.requests[index].prompt_ids[:20])}...), the last time by: {error}"
+            ) from error
+        self.pending.put_nowait(index)
+
+    def end(self) -> None:
+        """Asks for nothing more; what is at servers is done once they answer."""
+        self.is_ending = True
+        while not self.pending.empty():
+            self._break_off(self.pending.get_nowait())
+
+    def _break_off(self, index: int) -> None:
+        self.complete(index, self.requests[index].partial or NOTHING)
+
+    def input_ids(self, index: int) -> tuple[int, ...]:
+        """What the server reads: the prompt, and what there is of the response already."""
+        request = self.requests[index]
+        return request.prompt_ids + (request.partial or NOTHING).token_ids
+
+    def options(self, index: int, stop_token_id: int) -> dict[str, Any]:
+        """SGLang's sampling parameters of a request."""
+        request = self.requests[index]
+        return {
+            "temperature": self.sampling.temperature,
+            "top_p": self.sampling.top_p,
+            # Said, since a server may have other defaults from a generation_config.json.
+            "top_k": -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "max_new_tokens": request.max_new_tokens - len((request.partial or NOTHING).token_ids),
+            "stop_token_ids": [stop_token_id],
+            "sampling_seed": request.seed,
+        }
+
+    def completion(self, index: int, generated: Generated, *, version: int, stop_token_id: int) -> Completion:
+        """The response with what `generated` adds to it. version: of the weights that generated that."""
+        request = self.requests[index]
+        partial = request.partial or NOTHING
+        tokens = partial.token_ids + generated.token_ids
+        if tokens[-1:] == (stop_token_id,):  # an abort may come with the last token
+            reason: FinishReason | None = FinishReason.STOP
+        elif len(tokens) >= request.max_new_tokens or generated.finish["type"] == "length":
+            reason = FinishReason.LENGTH
+        else:
+            reason = None
+        return Completion(
+            token_ids=tokens,
+            logprobs=partial.logprobs + generated.logprobs,
+            finish_reason=reason,
+            weight_spans=_extended(partial.weight_spans, version, len(tokens)),
+        )
+
+
+def _extended(spans: tuple[WeightSpan, ...], version: int, end: int) -> tuple[WeightSpan, ...]:
+    start = spans[-1].end if spans else 0
+    if start == end:
+        return spans
+    if spans and spans[-1].version == version:
+        spans, start = spans[:-1], spans[-1].start
+    return (*spans, WeightSpan(version=version, start=start, end=end))

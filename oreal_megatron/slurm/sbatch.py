@@ -1,0 +1,192 @@
+"""A run as a SLURM job: the script, and its submission."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+from oreal_megatron.config import ConfigError, TrainConfig, Violation
+from oreal_megatron.slurm.cluster import ClusterConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """Nodes of a job, by role: the trainer's first, then the servers' unless they share them, then the judges'."""
+
+    trainer_nodes: int
+    processes_per_node: int
+    num_servers: int = 0
+    server_nodes: int = 0
+    servers_share: bool = False
+    """Whether the servers are on the trainer's nodes."""
+    judge_nodes: int = 0
+
+    @property
+    def num_nodes(self) -> int:
+        return self.trainer_nodes + (0 if self.servers_share else self.server_nodes) + self.judge_nodes
+
+
+def allocation(
+    config: TrainConfig,
+    num_trainers: int,
+    nodes: int | None = None,
+    *,
+    server_nodes: int | None = None,
+    judge_nodes: int = 0,
+) -> Allocation:
+    """nodes, server_nodes: spread trainer and servers over so many; None: as few as hold them.
+
+    Raises:
+        ConfigError: a role's processes do not spread evenly, with all that is wrong.
+    """
+    per_node, servers = config.resources.devices_per_node, config.rollout.sglang
+    violations = []
+    trainer_nodes = nodes or ceil(num_trainers / per_node)
+    if num_trainers % trainer_nodes or num_trainers // trainer_nodes > per_node:
+        remedy = f"they do not spread evenly over {trainer_nodes} nodes of {per_node} devices (--nodes)"
+        violations.append(Violation("resources.trainer_devices", num_trainers, remedy))
+    share, num_servers = False, 0
+    # Servers that run already are attached to; others are the job's.
+    if servers is not None and not servers.urls:
+        num_servers, share = servers.num_servers, servers.placement == "colocated"
+        server_nodes = server_nodes or (trainer_nodes if share else ceil(num_servers * servers.tensor / per_node))
+        server_nodes = min(server_nodes, num_servers)
+        if ceil(num_servers / server_nodes) * servers.tensor > per_node:
+            remedy = (
+                f"{num_servers} servers of {servers.tensor} devices do not fit on {server_nodes} nodes of "
+                f"{per_node} devices (--server-nodes)"
+            )
+            violations.append(Violation("rollout.sglang.num_servers", num_servers, remedy))
+    if violations:
+        raise ConfigError(violations)
+    return Allocation(
+        trainer_nodes=trainer_nodes,
+        processes_per_node=num_trainers // trainer_nodes,
+        num_servers=num_servers,
+        server_nodes=(server_nodes or 0) if num_servers else 0,
+        servers_share=share,
+        judge_nodes=judge_nodes,
+    )
+
+
+def nodes_of_another_kind(cluster: ClusterConfig, nodes: Allocation) -> int:
+    """How many make the second component of a heterogeneous job: the servers', or none."""
+    differ = cluster.server_partition is not None or cluster.server_constraint is not None
+    return nodes.server_nodes if differ and not nodes.servers_share else 0
+
+
+def slurm_directory() -> Path:
+    """slurm/ beside the package in a checkout, or where an installed wheel puts it."""
+    checkout = Path(__file__).resolve().parents[2] / "slurm"
+    return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "oreal_megatron" / "slurm"
+
+
+def rendered(
+    config: TrainConfig, cluster: ClusterConfig, nodes: Allocation, overrides: Sequence[str], script: Path
+) -> str:
+    """The batch script: slurm/train.sbatch with this job's header and settings. script: where it will lie."""
+    text = (slurm_directory() / "train.sbatch").read_text()
+    body = text[text.index("# === run ===\n") :].replace('arguments=("$@")', f"arguments=({shlex.join(overrides)})")
+    header = "\n".join(f"#SBATCH {option}" for option in _header(config, cluster, nodes, script.parent))
+    settings = "\n".join(_settings(cluster, nodes, script))
+    return (
+        f"#!/bin/bash\n# {config.run.name}: rendered by oreal-submit from slurm/train.sbatch\n# === header ===\n"
+        f"{header}\n# === settings ===\n{settings}\n{body}"
+    )
+
+
+def _header(config: TrainConfig, cluster: ClusterConfig, nodes: Allocation, logs: Path) -> Iterator[str]:
+    apart = nodes_of_another_kind(cluster, nodes)
+    yield f"--job-name={config.run.name}"
+    yield f"--signal=B:USR1@{cluster.signal_seconds}"
+    yield "--requeue"
+    yield "--open-mode=append"
+    yield f"--output={logs}/job-%j.log"
+    yield from _component(config, cluster, nodes.num_nodes - apart)
+    if apart:
+        yield "hetjob"
+        partition = cluster.server_partition or cluster.partition
+        servers = cluster.model_copy(update={"partition": partition, "constraint": cluster.server_constraint})
+        yield from _component(config, servers, apart)
+
+
+def _component(config: TrainConfig, cluster: ClusterConfig, num_nodes: int) -> Iterator[str]:
+    """Nodes of one kind."""
+    yield f"--partition={cluster.partition}"
+    for name in ("account", "qos", "constraint", "reservation"):
+        if (value := getattr(cluster, name)) is not None:
+            yield f"--{name}={value}"
+    yield f"--nodes={num_nodes}"
+    yield "--ntasks-per-node=1"
+    yield f"--cpus-per-task={cluster.cpus_per_node}"
+    yield f"--mem={cluster.memory_per_node}"
+    if cluster.gpu_request == "gres":
+        yield f"--gres=gpu:{config.resources.devices_per_node}"
+    elif cluster.gpu_request == "gpus-per-node":
+        yield f"--gpus-per-node={config.resources.devices_per_node}"
+    yield f"--time={cluster.time_limit}"
+    if cluster.exclude:
+        yield f"--exclude={','.join(cluster.exclude)}"
+
+
+def _settings(cluster: ClusterConfig, nodes: Allocation, script: Path) -> Iterator[str]:
+    yield from cluster.setup
+    yield from (f"module load {shlex.quote(module)}" for module in cluster.modules)
+    python = Path(cluster.venv) / "bin" if cluster.venv else Path(sys.executable).parent
+    if cluster.container is None:
+        yield f"export PATH={shlex.quote(str(python))}:$PATH"
+    else:
+        mounts = ",".join(cluster.mounts)
+        image = f"--container-image={cluster.container} --container-mounts={mounts}"
+        yield f"export OREAL_CONTAINER={shlex.quote(image)}"
+    if cluster.interface is not None:
+        yield f"export GLOO_SOCKET_IFNAME={cluster.interface} NCCL_SOCKET_IFNAME={cluster.interface}"
+    yield from (f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items())
+    yield f"export OREAL_SLURM={shlex.quote(str(slurm_directory()))}"
+    yield f"export OREAL_SCRIPT={shlex.quote(str(script))}"
+    yield f"export OREAL_LOGS={shlex.quote(str(script.parent))}/logs-$SLURM_JOB_ID"
+    yield f"export OREAL_TRAINER_NODES={nodes.trainer_nodes} OREAL_PROCESSES_PER_NODE={nodes.processes_per_node}"
+    if nodes.num_servers:
+        yield f"export OREAL_NUM_SERVERS={nodes.num_servers} OREAL_SERVER_NODES={nodes.server_nodes}"
+        yield f"export OREAL_SERVERS_SHARE={int(nodes.servers_share)}"
+    if nodes.judge_nodes:
+        yield f"export OREAL_JUDGE_NODES={nodes.judge_nodes}"
+        yield f"export OREAL_JUDGE_COMMAND={shlex.quote(str(cluster.judge_command))}"
+    yield f"export OREAL_MAX_REQUEUES={cluster.max_requeues}"
+    if cluster.node_check is not None:
+        yield f"export OREAL_CHECK={shlex.quote(cluster.node_check)}"
+
+
+def submitted(script: Path, *, after: str | None = None) -> str:
+    """The new job's number. after: start when that job has ended, however it ended.
+
+    Raises:
+        ValueError: SLURM refuses the job; with its words.
+    """
+    command = ["sbatch", "--parsable"]
+    if after is not None:
+        command += [f"--dependency=afterany:{after}", "--kill-on-invalid-dep=yes"]
+    return _sbatch([*command, str(script)]).split(";")[0]
+
+
+def tested(script: Path) -> str:
+    """When and where the job would start, in SLURM's words. Raises ValueError where it never could."""
+    return _sbatch(["sbatch", "--test-only", str(script)])
+
+
+def _sbatch(command: list[str]) -> str:
+    try:
+        outcome = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise ValueError("there is no sbatch here: submit on a login node of the cluster") from error
+    words = (outcome.stdout + outcome.stderr).strip()
+    if outcome.returncode:
+        message = re.sub(r"^(sbatch|allocation failure|error): *", "", words)
+        raise ValueError(f"SLURM refuses {command[-1]}: {message}")
+    return words

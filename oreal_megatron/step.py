@@ -1,0 +1,239 @@
+"""What one step computes on its three models: scores, token weights, and the two updates.
+
+Every list has one entry a micro-batch of this rank, [R] of its response tokens in packed order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from oreal_megatron.config import ObjectiveConfig
+from oreal_megatron.data.packing import TokenBatch
+from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.losses.policy_terms import TokenCounts, policy_terms, reward_model_term
+from oreal_megatron.losses.token_weights import token_weights
+from oreal_megatron.models.pipeline_schedule import score
+from oreal_megatron.models.trained_model import TrainedModel, UpdateReport
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss, a term or a gradient is not a finite number; the model that it belongs to was not updated."""
+
+
+@dataclass(frozen=True)
+class ScoredSequences:
+    """The reward model's view of the sequences of this rank, before its update."""
+
+    scores: list[Tensor]
+    """fp32 [R] a micro-batch, aligned to the response tokens."""
+    mean_scores: list[float]
+    """One a sequence: the logit of its outcome."""
+    outcomes: list[bool]
+
+
+class MismatchError(ArithmeticError):
+    """The rollouts' log-probabilities are not this policy's: other weights, or another model; no update was made."""
+
+
+def with_reference(
+    reference: torch.nn.Module, batches: Sequence[TokenBatch], groups: ParallelGroups
+) -> list[TokenBatch]:
+    """The micro-batches with the reference's log-probabilities."""
+    logprobs = score(reference, batches, lambda output, batch: output[batch.predicting, 0].clone(), groups)
+    return [replace(batch, reference_logprobs=values) for batch, values in zip(batches, logprobs, strict=True)]
+
+
+def with_token_weights(
+    batches: Sequence[TokenBatch], scored: ScoredSequences | None, config: ObjectiveConfig
+) -> list[TokenBatch]:
+    """The micro-batches with token weights from the reward model's scores; of ones where there is none."""
+    weighted = []
+    for index, batch in enumerate(batches):
+        scores_R = torch.zeros_like(batch.rollout_logprobs) if scored is None else scored.scores[index]
+        parts = [
+            token_weights(part, correct=correct, config=config.token_weights)
+            for part, correct in zip(batch.split_by_sequence(scores_R), batch.correct.tolist(), strict=True)
+        ]
+        weighted.append(replace(batch, token_weights=torch.cat([scores_R.new_zeros(0), *parts])))
+    return weighted
+
+
+def score_sequences(
+    model: torch.nn.Module, batches: Sequence[TokenBatch], alignment: str, groups: ParallelGroups
+) -> ScoredSequences:
+    """The reward model's scores without an update, for evaluation."""
+    return _scored(score(model, batches, lambda out, batch: _aligned(out, batch, alignment).clone(), groups), batches)
+
+
+def update_reward_model(
+    reward_model: TrainedModel, batches: Sequence[TokenBatch], config: ObjectiveConfig, *, num_sequences: int
+) -> tuple[ScoredSequences, dict[str, float]]:
+    """One update by eq. (12). Returns the scores from before it, which the token weights are made of.
+
+    num_sequences: of the whole step, over all ranks.
+    """
+    groups = reward_model.groups
+
+    def loss(output: Tensor, batch: TokenBatch) -> tuple[Tensor, tuple[Tensor, float]]:
+        scores_R = _aligned(output, batch, config.token_weights.alignment)
+        term = reward_model_term(_sequence_means(scores_R, batch), batch.correct) / num_sequences
+        # A micro-batch without sequences still takes part in the backward pass, with a gradient of zero.
+        return term + 0.0 * output.sum(), (scores_R.detach().clone(), term.item())
+
+    results = reward_model.forward_backward(batches, loss)
+    scores, losses = [scores for scores, _ in results], [value for _, value in results]
+    _check_finite({"reward_model": losses}, batches, groups)
+    report = _update(reward_model, "reward model", batches)
+    return _scored(scores, batches), {
+        "loss/reward_model": groups.sum_over_data(torch.tensor(math.fsum(losses))).item(),
+        "reward_model/grad_norm": report.grad_norm,
+        "reward_model/lr": report.lr,
+    }
+
+
+def update_policy(
+    policy: TrainedModel,
+    batches: Sequence[TokenBatch],
+    config: ObjectiveConfig,
+    counts: TokenCounts,
+    *,
+    max_mismatch: float | None = None,
+) -> dict[str, float]:
+    """One update by eq. (11) or a baseline's objective. Returns `section/name` metrics over all ranks.
+
+    max_mismatch: largest mean |difference| in nats from the rollouts' log-probabilities that is trained on.
+
+    Raises:
+        NonFiniteLossError, MismatchError: on every rank, before the update.
+    """
+
+    def loss(output: Tensor, batch: TokenBatch) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor]]:
+        assert batch.reference_logprobs is not None and batch.token_weights is not None
+        logprobs_R, entropy_R = output[batch.predicting].unbind(-1)
+        terms = policy_terms(
+            config,
+            logprobs_R=logprobs_R,
+            reference_logprobs_R=batch.reference_logprobs,
+            rollout_logprobs_R=batch.rollout_logprobs,
+            weights_R=batch.token_weights,
+            advantages_R=batch.per_token(batch.advantages),
+            correct_R=batch.per_token(batch.correct),
+        )
+        seen_R = logprobs_R.detach()
+        sums = {
+            "positive": terms.positive,
+            "negative": terms.negative,
+            "kl": terms.kl,
+            "kl_k1": (seen_R - batch.reference_logprobs).sum(),
+            "entropy": entropy_R.sum(),
+            "token_weight": batch.token_weights.sum(),
+        }
+        detached = {name: value.detach() for name, value in sums.items()}
+        return terms.loss(counts, config) + 0.0 * output.sum(), (detached, seen_R - batch.rollout_logprobs)
+
+    results = policy.forward_backward(batches, loss)
+    names = list(results[0][0])
+    local = torch.stack([torch.stack([sums[name] for name in names]) for sums, _ in results]).double()
+    _check_finite(dict(zip(names, local.t().tolist(), strict=True)), batches, policy.groups)
+    # Older weights differ by what was learnt since: no mismatch.
+    differences = [difference_R[~batch.is_older] for batch, (_, difference_R) in zip(batches, results, strict=True)]
+    mismatch = rollout_mismatch(differences, policy.groups)
+    if max_mismatch is not None and mismatch.get("rollout_logprob_difference", 0.0) > max_mismatch:
+        raise MismatchError(
+            f"the policy's log-probabilities differ from the rollouts' by {mismatch['rollout_logprob_difference']:.3g} "
+            f"nats in the mean, more than rollout.mismatch.stop = {max_mismatch:g} (99th percentile "
+            f"{mismatch['rollout_logprob_difference_p99']:.3g}); no update was made"
+        )
+    if config.importance_limit is not None:
+        mismatch |= _importance([difference_R for _, difference_R in results], config.importance_limit, policy.groups)
+    report = _update(policy, "policy", batches)
+    total = dict(zip(names, policy.groups.sum_over_data(local.sum(0)).tolist(), strict=True))
+    positive = total["positive"] / counts.of_positive(config)
+    negative = total["negative"] / counts.of_negative(config)
+    mean = {name: total[name] / max(counts.all, 1) for name in names if name not in ("positive", "negative")}
+    return {
+        "loss/positive": positive,
+        "loss/negative": negative,
+        "loss/kl": mean.pop("kl"),
+        "loss/policy": positive + config.eta * negative + config.beta * total["kl"] / max(counts.all, 1),
+        **{f"policy/{name}": value for name, value in (mean | mismatch).items()},
+        "policy/grad_norm": report.grad_norm,
+        "policy/lr": report.lr,
+    }
+
+
+def rollout_mismatch(differences: Sequence[Tensor], groups: ParallelGroups) -> dict[str, float]:
+    """How far the policy is from what generated the tokens: on-policy, by rounding and an engine's kernels only.
+
+    differences: fp32 [R] a micro-batch of this rank, log pi - log pi_rollout of tokens that pi_rollout drew, in nats.
+    Returns the mean, 99th percentile and maximum of the absolute difference; the k3 estimate of KL(rollout || policy);
+    and the effective sample size of the importance weights pi / pi_rollout as a share of the tokens, in (0, 1].
+    """
+    mine = torch.cat([torch.zeros(0), *(difference.detach().float().cpu() for difference in differences)])
+    all_R = torch.cat([part for parts in groups.gather_over_data([mine]) for part in parts]).double()
+    if not len(all_R):
+        return {}
+    weights_R = all_R.exp()
+    return {
+        "rollout_logprob_difference": all_R.abs().mean().item(),
+        # The smallest value that 99% of the tokens do not exceed; torch.quantile refuses more than 16M elements.
+        "rollout_logprob_difference_p99": all_R.abs().kthvalue(math.ceil(0.99 * len(all_R))).values.item(),
+        "rollout_logprob_difference_max": all_R.abs().max().item(),
+        "rollout_kl_k3": (weights_R - 1 - all_R).mean().item(),
+        "rollout_effective_samples": (weights_R.sum() ** 2 / (len(all_R) * (weights_R**2).sum())).item(),
+    }
+
+
+def _importance(differences: Sequence[Tensor], limit: float, groups: ParallelGroups) -> dict[str, float]:
+    """Mean of the truncated importance weights, and the share of the tokens whose weight is truncated."""
+    ratios = [difference.double().exp() for difference in differences]
+    local = [[r.clamp(max=limit).sum().item(), (r > limit).sum().item(), len(r)] for r in ratios]
+    total, truncated, count = groups.sum_over_data(torch.tensor(local).sum(0)).tolist()
+    return {"importance_weight": total / max(count, 1), "importance_truncated": truncated / max(count, 1)}
+
+
+def _aligned(output: Tensor, batch: TokenBatch, alignment: str) -> Tensor:
+    """[R] from the reward model's [1, T, 1]: the state before each response token, or the one after it."""
+    return output[0, batch.predicting + (1 if alignment == "inclusive" else 0), 0]
+
+
+def _sequence_means(scores_R: Tensor, batch: TokenBatch) -> Tensor:
+    """[N]: the mean score of each sequence."""
+    parts = [part.mean() for part in batch.split_by_sequence(scores_R)]
+    return torch.stack(parts) if parts else scores_R.new_zeros(0)
+
+
+def _scored(scores: list[Tensor], batches: Sequence[TokenBatch]) -> ScoredSequences:
+    means = [_sequence_means(scores_R, batch) for scores_R, batch in zip(scores, batches, strict=True)]
+    return ScoredSequences(
+        scores=scores,
+        mean_scores=[value for mean_N in means for value in mean_N.tolist()],
+        outcomes=[value for batch in batches for value in batch.correct.tolist()],
+    )
+
+
+def _update(model: TrainedModel, name: str, batches: Sequence[TokenBatch]) -> UpdateReport:
+    try:
+        return model.update()
+    except FloatingPointError as error:
+        ids = ", ".join(id for batch in batches for id in batch.ids)
+        raise NonFiniteLossError(f"{name}: {error}, no update was made; trained were {ids}") from error
+
+
+def _check_finite(values: dict[str, list[float]], batches: Sequence[TokenBatch], groups: ParallelGroups) -> None:
+    """Raises on every rank alike where any micro-batch of any rank has a term that is not finite."""
+    bad = [
+        (name, value, batches[index].ids)
+        for name, per_batch in values.items()
+        for index, value in enumerate(per_batch)
+        if not math.isfinite(value)
+    ]
+    found = [item for part in groups.gather_over_data(bad) for item in part]
+    if found:
+        lines = "\n".join(f"  {name} = {value} in a micro-batch of {', '.join(ids)}" for name, value, ids in found)
+        raise NonFiniteLossError(f"terms that are not finite numbers:\n{lines}")

@@ -1,0 +1,135 @@
+"""Weights by way of a file system: every rank writes its own part of a Hugging Face directory, nothing is gathered.
+
+A pipeline stage has one safetensors file, which its tensor ranks map and fill side by side; they are on one node, as
+tensor parallelism wants it. Directories are caches for servers: nothing resumes from them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oreal_megatron.conversion.module import held_parameters
+from oreal_megatron.conversion.rules import Box
+from oreal_megatron.conversion.weights import INDEX, NewShard
+from oreal_megatron.files import write_atomically
+from oreal_megatron.weight_sync.source import PolicyShards
+from oreal_megatron.weight_sync.types import PausedServer, TransferFailure, TransferResult, failure_of_answer
+
+_NAME = "version_{:06d}"
+
+
+class DiskTransport:
+    """See Transport: a directory a version, the last two kept, on a file system that servers and trainer share."""
+
+    def __init__(self, shards: PolicyShards, directory: Path, *, config_json: Mapping[str, Any]):
+        """config_json: of the model."""
+        self._shards = shards
+        self._groups = shards.groups
+        self._directory = directory
+        self._config_json = dict(config_json)
+        by_stage: dict[int, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
+        for name, origin in shards.table.origins.items():
+            entry = shards.table.entries[origin.pieces[0].entry]
+            stage, _ = shards.trainer.model.stage_of(entry, shards.geometry.num_layers)
+            by_stage.setdefault(stage, {})[name] = (origin.shape, shards.dtype)
+        self._files = {
+            stage: NewShard(f"model-{stage + 1:05d}-of-{len(by_stage):05d}.safetensors", tensors)
+            for stage, tensors in by_stage.items()
+        }
+        self._current: Path | None = None
+        self._write_seconds = 0.0
+
+    def prepare(self, weight_version: int) -> None:
+        """See Transport: writes the directory."""
+        start = time.perf_counter()
+        target = (self._directory / _NAME.format(weight_version)).absolute()
+        if self._groups.is_main:
+            for old in self._directory.glob("version_*"):
+                if old.absolute() != self._current or old.absolute() == target:
+                    shutil.rmtree(old)
+            target.mkdir(parents=True)
+        self._groups.barrier()
+        shard = self._files[self._groups.pipeline_rank]
+        is_writer = self._groups.data_rank == 0 and self._groups.context_rank == 0  # all replicas hold the same
+        if is_writer and self._groups.tensor_rank == 0:
+            with open(target / shard.file, "wb") as stream:
+                stream.write(shard.header())
+                stream.truncate(len(shard.header()) + shard.num_bytes)
+        self._groups.barrier()
+        if is_writer:
+            self._fill(target / shard.file, shard)
+        self._groups.barrier()
+        if self._groups.is_main:
+            weight_map = {name: shard.file for shard in self._files.values() for name in shard.tensors}
+            total = sum(shard.num_bytes for shard in self._files.values())
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_atomically(target / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+            write_atomically(target / "config.json", json.dumps(self._config_json, indent=2) + "\n")
+        self._current = target
+        self._write_seconds = time.perf_counter() - start
+
+    def send(self, servers: Sequence[PausedServer]) -> TransferResult:
+        """See Transport: every server loads the directory. `transfer` is what it took to write it."""
+        start = time.perf_counter()
+        failures: dict[str, TransferFailure] = {}
+        if self._groups.is_main:
+            assert self._current is not None, "prepare comes first"
+            loading = {server.name: server.update_weights_from_disk(self._current) for server in servers}
+            for name, answer in loading.items():
+                if (failure := failure_of_answer(answer)) is not None:
+                    failures[name] = failure
+        failures = self._groups.from_main(failures)
+        return TransferResult(
+            failures=failures,
+            num_bytes=self._shards.num_bytes,
+            seconds={"transfer": self._write_seconds, "load": time.perf_counter() - start},
+        )
+
+    def close(self) -> None:
+        """Directories stay."""
+
+    @torch.no_grad()
+    def _fill(self, path: Path, shard: NewShard) -> None:
+        views = _mapped(path, shard)
+        for part, tensor, box in self._parts():
+            view = views[tensor][slice(*box.rows)]
+            (view if box.columns is None else view[:, slice(*box.columns)]).copy_(part)
+        del views
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # other machines see it
+        finally:
+            os.close(descriptor)
+
+    def _parts(self) -> Iterator[tuple[Tensor, str, Box]]:
+        """What this rank has to write: its rows, and the rectangle of the Hugging Face tensor that they are."""
+        for chunk in self._shards.chunks:
+            for held in held_parameters(chunk, self._shards.table, self._groups):
+                if held.name in self._shards.table.module_aliases:
+                    continue  # the last stage's copy of a tied embedding
+                if self._groups.tensor_rank > 0 and held.boxes == (held.entry.whole(held.num_rows),):
+                    continue  # the same on every tensor rank
+                for part, box in held.parts():
+                    for copy in held.entry.sources(box):
+                        yield part[slice(*copy.at)], copy.source, copy.box
+
+
+def _mapped(path: Path, shard: NewShard) -> dict[str, Tensor]:
+    """The file's tensors, mapped: what is written to them is in the file."""
+    start = len(shard.header())
+    whole = torch.from_file(str(path), shared=True, size=start + shard.num_bytes, dtype=torch.uint8)
+    views = {}
+    for name, (shape, dtype) in shard.tensors.items():
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        views[name] = whole[start : start + num_bytes].view(dtype).view(shape)
+        start += num_bytes
+    return views

@@ -1,0 +1,76 @@
+"""A publication: new weights to paused servers by one of several transports, then the audit, which is the same for all.
+
+Who pauses servers before, and flushes, labels and continues them after, is servers/pool.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from oreal_megatron.config import SGLangConfig
+from oreal_megatron.weight_sync.audit import Auditor
+from oreal_megatron.weight_sync.broadcast import BroadcastTransport
+from oreal_megatron.weight_sync.commands import CommandChannel
+from oreal_megatron.weight_sync.direct import DirectTransport
+from oreal_megatron.weight_sync.disk import DiskTransport
+from oreal_megatron.weight_sync.ipc import IpcTransport
+from oreal_megatron.weight_sync.sglang_layout import CPU_FEED_FORWARD_MULTIPLE, SGLangLayout
+from oreal_megatron.weight_sync.source import PolicyShards
+from oreal_megatron.weight_sync.types import PausedServer, TransferResult, Transport
+
+
+class Publisher:
+    """A rollout.sglang.WeightPublisher."""
+
+    def __init__(self, transport: Transport, auditor: Auditor):
+        self._transport = transport
+        self._auditor = auditor
+
+    def prepare(self, weight_version: int) -> None:
+        """See Transport."""
+        self._transport.prepare(weight_version)
+
+    def deliver(self, servers: Sequence[PausedServer]) -> TransferResult:
+        """Sends to all `servers` (read on the main rank only), and audits those that say that they have the weights."""
+        sent = self._transport.send(servers)
+        failures, seconds = self._auditor.audit([server for server in servers if server.name not in sent.failures])
+        return replace(sent, failures={**sent.failures, **failures}, seconds={**sent.seconds, "audit": seconds})
+
+    def close(self) -> None:
+        self._transport.close()
+        self._auditor.close()
+
+
+def build_publisher(
+    servers: SGLangConfig, shards: PolicyShards, *, directory: Path, config_json: Mapping[str, Any]
+) -> Publisher:
+    """The configured transport with its audit. Every rank calls it.
+
+    directory, config_json: for `disk`.
+
+    Raises:
+        ValueError: the model does not split over a server's ranks.
+    """
+    layout = SGLangLayout(
+        tensor=servers.tensor,
+        feed_forward_multiple=CPU_FEED_FORWARD_MULTIPLE if servers.device == "cpu" else 1,
+        fp8=servers.dtype == "fp8",
+    )
+    layout.check(shards.geometry)
+    # Workers give up before the HTTP request that made them wait does, so that they can say why.
+    channel = CommandChannel(shards, layout, timeout_seconds=servers.control_seconds / 2)
+    bucket_bytes = servers.bucket_mib * 2**20
+    transport: Transport
+    match servers.transport:
+        case "direct":
+            transport = DirectTransport(shards, layout, channel, bucket_bytes=bucket_bytes)
+        case "broadcast":
+            transport = BroadcastTransport(shards, channel, bucket_bytes=bucket_bytes)
+        case "ipc":
+            transport = IpcTransport(shards, layout, channel, bucket_bytes=bucket_bytes)
+        case "disk":
+            transport = DiskTransport(shards, directory, config_json=config_json)
+    return Publisher(transport, Auditor(shards, layout, channel))

@@ -1,0 +1,151 @@
+"""Every experiment as it is: composes, validates, plans, and shrinks to a dry run that a few processes hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from oreal_megatron.cli.planning import num_devices, planner_of
+from oreal_megatron.compose import composed, config_directory, missing_keys, resolved, validated, with_placeholders
+from oreal_megatron.config import ConfigError, TrainConfig, parse_config
+from oreal_megatron.data.arithmetic import generate_arithmetic
+from oreal_megatron.dry_run import MAX_PROCESSES, MAX_SERVERS, num_processes, shrunk
+from oreal_megatron.planner.planner import Plan
+from oreal_megatron.slurm.checks import checked
+from oreal_megatron.slurm.cluster import LOCAL_FILE_SYSTEMS, file_system
+from oreal_megatron.slurm.sbatch import allocation
+
+EXPERIMENTS = sorted(path.stem for path in (Path(config_directory()) / "experiment").glob("*.yaml"))
+RECIPES = [name for name in EXPERIMENTS if name.startswith("oreal_")]
+
+
+def recipe(name: str, *overrides: str) -> TrainConfig:
+    config = composed([f"experiment={name}", *overrides])
+    with_placeholders(config)
+    return parse_config(resolved(config))
+
+
+def planned_recipe(name: str) -> Plan:
+    config = recipe(name)
+    return planner_of(config)(config)
+
+
+def test_the_recipes_are_there():
+    bases = ("oreal_7b", "oreal_7b_no_rm", "oreal_r1_distill_qwen_7b", "oreal_32b")
+    variants = ("", "_a100", "_disaggregated", "_a100_disaggregated")
+    assert sorted(base + variant for base in bases for variant in variants) == RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_what_its_name_says(name):
+    config = recipe(name)
+    servers = config.rollout.sglang
+    assert servers is not None and config.model.geometry is not None
+    assert config.resources.device == ("a100_80gb" if "a100" in name else "h100_80gb")
+    assert servers.placement == ("disaggregated" if "disaggregated" in name else "colocated")
+    assert config.model.geometry.num_layers == (64 if "32b" in name else 28)
+    assert config.objective.uses_reward_model == ("no_rm" not in name)
+    # Released: 64 prompts x 16 at 16k tokens, 90 steps; 32 GPUs for 7B, 128 for 32B, servers included.
+    assert config.data.prompts_per_step * config.rollout.samples_per_prompt == 1024
+    assert (config.model.max_sequence_length, config.run.num_steps) == (16384, 90)
+    nodes = allocation(config, num_devices(config, None))
+    assert nodes.num_nodes * config.resources.devices_per_node == (128 if "32b" in name else 32)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_fits(apart, name):
+    plan = apart(planned_recipe, name)
+    assert plan.memory.problems == []
+    assert plan.memory.verdict == "fits"
+    # Every server holds several longest sequences at once, or generation would be a queue.
+    assert plan.memory.kv_cache.sequences_at_limit >= 8
+    assert plan.step_seconds is not None and 30 < plan.step_seconds < 600
+
+
+def refusal_of_a_greedy_server(name: str) -> list[str]:
+    config = recipe(name, "rollout.sglang.memory_share=0.7")
+    return planner_of(config)(config).memory.problems
+
+
+def test_servers_that_leave_the_trainer_no_room_are_refused_with_a_share_that_does(apart):
+    (problem,) = apart(refusal_of_a_greedy_server, "oreal_7b")
+    share = float(problem.rsplit("rollout.sglang.memory_share=", 1)[1])
+    assert "servers take 70% of a device" in problem and 0.42 <= share < 0.5
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_shrinks_to_a_dry_run(name):
+    config = composed([f"experiment={name}", "run.dry_run=true"])
+    small = validated(shrunk(config))
+    layout = small.parallel
+    assert small.run.num_steps == 2 and small.run.name == f"dry_run_{name}" and name in small.run.dir
+    assert (small.rollout.backend, small.model.path) == (config.rollout.backend, None)
+    if (servers := small.rollout.sglang) is not None:
+        assert servers.device == "cpu" and servers.placement == config.rollout.sglang.placement
+        assert servers.num_servers == min(config.rollout.sglang.num_servers, MAX_SERVERS)
+        assert servers.tensor == min(config.rollout.sglang.tensor, 2)
+    assert small.data.arithmetic is not None
+    assert len(generate_arithmetic(small.data.arithmetic, seed=0).train) == 64
+    assert num_processes(config) % (layout.tensor * layout.pipeline * layout.context) == 0
+    assert num_processes(config) <= MAX_PROCESSES
+    whole = OmegaConf.to_container(config.parallel)
+    for key in ("tensor", "pipeline", "context"):
+        assert getattr(layout, key) == min(whole.get(key, 1), 2)
+    for key in ("sequence", "recompute", "distributed_optimizer"):
+        assert getattr(layout, key) == whole.get(key, getattr(layout, key)), key
+
+
+def test_the_dry_run_of_32b_keeps_its_kinds_of_parallelism():
+    config = composed(["experiment=oreal_32b", "run.dry_run=true"])
+    layout = validated(shrunk(config)).parallel
+    assert (layout.tensor, layout.pipeline, num_processes(config)) == (2, 2, 8)
+
+
+def test_only_the_site_is_missing_from_a_recipe():
+    raw = OmegaConf.to_container(composed(["experiment=oreal_32b"]), resolve=False)
+    assert missing_keys(raw) == ["cluster.data", "cluster.models"]
+
+
+def refused(*overrides: str) -> dict[str, str]:
+    """Key -> remedy of everything that a submission is refused for."""
+    with pytest.raises(ConfigError) as caught:
+        checked(composed(list(overrides)), lambda config, cluster: allocation(config, num_devices(config, None)))
+    return {violation.key: violation.remedy for violation in caught.value.violations}
+
+
+def test_everything_that_a_submission_lacks_is_named_at_once():
+    found = refused("experiment=oreal_32b_disaggregated", "cluster=slurm")
+    assert sorted(found) == [f"cluster.{name}" for name in ("account", "data", "models", "partition", "runs", "venv")]
+
+
+def test_what_is_missing_and_what_is_wrong_are_named_together(tmp_path):
+    """A layout that does not divide, a path that other nodes do not see, a missing account, and more of the kind."""
+    found = refused(
+        "experiment=oreal_32b",
+        "cluster=slurm",
+        "cluster.partition=batch",
+        "cluster.venv=null",
+        f"cluster.runs={tmp_path}",
+        f"cluster.models={tmp_path}",
+        "cluster.data=/elsewhere",
+        f"cluster.shared=[{tmp_path}]",
+        "cluster.time_limit='00:10:00'",
+    )
+    assert "cluster.account" in found
+    assert "not on shared storage" in found["cluster.data"]
+    assert "is not there" in found["model.path"] and "is not there" in found["data.train"]
+    assert "shorter than cluster.time_limit" in found["cluster.signal_seconds"]
+    # So it is where the sections of the run disagree.
+    layout = refused("experiment=oreal_32b", "cluster=slurm", "parallel.tensor=3", "cluster.runs=/proc")
+    assert "40 attention heads do not split evenly over 3 ranks" in layout["parallel.tensor"]
+    assert "cluster.account" in layout and "cluster.data" in layout
+    # Where a section is no section, nothing can be said of where the run would run; the site's own part still is.
+    unknown = refused("experiment=oreal_32b", "cluster=slurm", "+parallel.tensors=8")
+    assert "did you mean `tensor`" in unknown["parallel.tensors"] and "cluster.account" in unknown
+
+
+def test_a_machines_own_file_system_is_told_from_shared_storage():
+    assert file_system(Path("/dev/shm/somewhere")) == "tmpfs"
+    assert file_system(Path("/proc/1")) not in LOCAL_FILE_SYSTEMS

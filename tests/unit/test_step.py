@@ -1,0 +1,189 @@
+"""Scores to token weights, alignment, and what an update reports."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from oreal_megatron.config import AdamWConfig, parse_config
+from oreal_megatron.data.packing import PackedSequence, Padding, micro_batches, pack
+from oreal_megatron.losses.policy_terms import TokenCounts
+from oreal_megatron.models.gpt import build_gpt
+from oreal_megatron.models.policy import Policy
+from oreal_megatron.models.reward_model import TokenRewardModel
+from oreal_megatron.models.trained_model import TrainedModel
+from oreal_megatron.step import (
+    MismatchError,
+    NonFiniteLossError,
+    _aligned,
+    rollout_mismatch,
+    update_policy,
+    update_reward_model,
+    with_reference,
+    with_token_weights,
+)
+from tests.tiny_models import GEOMETRY, MODEL
+
+CPU = torch.device("cpu")
+ADAMW = AdamWConfig(
+    lr=1e-3, min_lr=1e-4, warmup_steps=2, decay_steps=10, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-4,
+    clip_grad=1.0,
+)  # fmt: skip
+
+
+def trained(cls, groups, adamw=ADAMW) -> TrainedModel:
+    module = build_gpt(cls, GEOMETRY, MODEL, groups, vocab_size=105, seed=0, tied_embeddings=False)
+    return TrainedModel(module, adamw, groups, num_updates=10)
+
+
+def sequences() -> list[PackedSequence]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        PackedSequence(
+            id=str(i),
+            prompt_ids=tuple(torch.randint(0, 105, (3,), generator=generator).tolist()),
+            response_ids=tuple(torch.randint(0, 105, (2 + i,), generator=generator).tolist()),
+            correct=i % 2 == 0,
+            advantage=1.0 if i % 2 == 0 else -0.5,
+            rollout_logprobs=(-1.0,) * (2 + i),
+        )
+        for i in range(7)
+    ]
+
+
+def test_alignment_reads_the_state_before_or_after_a_token():
+    batch = pack([PackedSequence(id="a", prompt_ids=(1, 2), response_ids=(3, 4), rollout_logprobs=(0.0, 0.0))], CPU)
+    output = torch.arange(4.0).view(1, 4, 1)  # the state after tokens 1, 2, 3, 4
+    assert _aligned(output, batch, "predictor").tolist() == [1.0, 2.0]
+    assert _aligned(output, batch, "inclusive").tolist() == [2.0, 3.0]
+
+
+@pytest.mark.parametrize("padding", [Padding(), Padding(sequence=16, row=16)], ids=["packed", "padded"])
+@pytest.mark.parametrize("num_batches", [1, 2, 7])
+def test_splitting_into_micro_batches_changes_no_update(composed, single_process, num_batches, padding):
+    config = parse_config(composed("objective=oreal", "objective.beta=0.1")).objective
+
+    def updated(split):
+        policy, reward_model = trained(Policy, single_process), trained(TokenRewardModel, single_process)
+        torch.nn.init.normal_(reward_model.module.output_layer.weight, generator=torch.Generator().manual_seed(1))
+        batches = with_reference(trained(Policy, single_process).module, split, single_process)
+        scored, metrics = update_reward_model(reward_model, batches, config, num_sequences=7)
+        batches = with_token_weights(batches, scored, config)
+        counts = TokenCounts(correct=2 + 4 + 6 + 8, incorrect=3 + 5 + 7)
+        metrics |= update_policy(policy, batches, config, counts)
+        weights = [p.detach() for model in (policy, reward_model) for p in model.module.parameters()]
+        return metrics, weights
+
+    whole = updated([pack(sequences(), CPU)])
+    split = updated([pack(sequences()[index::num_batches], CPU, padding) for index in range(num_batches)])
+    assert split[0] == pytest.approx(whole[0], rel=1e-5, abs=1e-7)
+    assert whole[0]["policy/token_weight"] > 0.01
+    for a, b in zip(split[1], whole[1], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_the_schedule_warms_up_then_decays(single_process):
+    model = trained(Policy, single_process)
+    rates = []
+    for _ in range(10):
+        model.advance_schedule()
+        rates.append(model.optimizer.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(5e-4) and rates[1] == pytest.approx(1e-3)
+    cosine = 1e-4 + 0.5 * 9e-4 * (1 + math.cos(math.pi * 4 / 8))
+    assert rates[5] == pytest.approx(cosine) and rates[9] == pytest.approx(1e-4)
+
+
+def test_every_update_sees_its_own_gradient_alone(composed, single_process):
+    config = parse_config(composed("objective=oreal_no_rm")).objective
+    still = ADAMW.model_copy(update={"lr": 1e-30, "min_lr": 0.0})  # weights stay as they are
+    policy = trained(Policy, single_process, still)
+    batches = with_token_weights(micro_batches(sequences(), 24, CPU), None, config)
+    batches = with_reference(policy.module, batches, single_process)
+    counts = TokenCounts(correct=20, incorrect=15)
+    norms = [update_policy(policy, batches, config, counts)["policy/grad_norm"] for _ in range(3)]
+    assert len(batches) > 1 and norms == pytest.approx([norms[0]] * 3, rel=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(composed, single_process):
+    config = parse_config(composed("objective=oreal_no_rm")).objective
+    policy = trained(Policy, single_process)
+    before = [p.detach().clone() for p in policy.module.parameters()]
+    batches = with_token_weights(micro_batches(sequences(), 1000, CPU), None, config)
+    batches = with_reference(policy.module, batches, single_process)
+    batches[0].advantages[0] = math.nan
+    with pytest.raises(NonFiniteLossError, match=r"positive = nan in a micro-batch of .*6.*0"):
+        update_policy(policy, batches, config, TokenCounts(correct=20, incorrect=15))
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.module.parameters(), strict=True))
+
+
+def test_mismatch_of_known_differences(single_process):
+    """Two micro-batches, 200 tokens: 196 exact, two off by ln 2 and two by -ln 2."""
+    ln2 = math.log(2.0)
+    differences = [torch.tensor([0.0] * 96 + [ln2, -ln2]), torch.tensor([ln2, -ln2] + [0.0] * 100)]
+    found = rollout_mismatch(differences, single_process)
+    weights = [1.0] * 196 + [2.0, 0.5] * 2
+    assert found == pytest.approx(
+        {
+            "rollout_logprob_difference": 4 * ln2 / 200,
+            "rollout_logprob_difference_p99": ln2,
+            "rollout_logprob_difference_max": ln2,
+            "rollout_kl_k3": 2 * ((2 - 1 - ln2) + (0.5 - 1 + ln2)) / 200,
+            "rollout_effective_samples": sum(weights) ** 2 / (200 * sum(w * w for w in weights)),
+        }
+    )
+
+
+def test_rollouts_of_another_model_are_not_trained_on(composed, single_process):
+    config = parse_config(composed("objective=oreal_no_rm")).objective
+    policy = trained(Policy, single_process)
+    before = [p.detach().clone() for p in policy.module.parameters()]
+    batches = with_token_weights(micro_batches(sequences(), 1000, CPU), None, config)
+    batches = with_reference(policy.module, batches, single_process)
+    with pytest.raises(MismatchError, match=r"more than rollout.mismatch.stop = 0.5 \(99th percentile"):
+        update_policy(policy, batches, config, TokenCounts(correct=20, incorrect=15), max_mismatch=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.module.parameters(), strict=True))
+
+
+def test_tokens_of_older_weights_are_no_mismatch_and_count_in_the_importance(composed, single_process):
+    """The first two of four tokens are older, drawn with a quarter and with twice of today's probability."""
+    config = parse_config(composed("objective=oreal_no_rm", "objective.importance_limit=2.0")).objective
+    sequence = PackedSequence(id="a", prompt_ids=(1, 2), response_ids=(3, 4, 5, 6), advantage=1.0)
+    own = with_reference(trained(Policy, single_process).module, [pack([sequence], CPU)], single_process)[0]
+    drawn = own.reference_logprobs - torch.tensor([4.0, 0.5, 1.0, 1.0]).log()
+
+    def update(num_older_tokens):
+        carried = replace(sequence, rollout_logprobs=tuple(drawn.tolist()), num_older_tokens=num_older_tokens)
+        batch = replace(pack([carried], CPU), reference_logprobs=own.reference_logprobs)
+        batches = with_token_weights([batch], None, config)
+        counts = TokenCounts(correct=4, incorrect=0)
+        return update_policy(trained(Policy, single_process), batches, config, counts, max_mismatch=0.01)
+
+    metrics = update(2)
+    assert metrics["policy/rollout_logprob_difference_max"] < 1e-5
+    assert metrics["policy/importance_weight"] == pytest.approx((2.0 + 0.5 + 1.0 + 1.0) / 4)
+    assert metrics["policy/importance_truncated"] == 0.25
+    with pytest.raises(MismatchError):
+        update(0)
+
+
+def test_a_parked_model_holds_no_memory_and_trains_as_if_it_had_stayed(composed, single_process):
+    config = parse_config(composed("objective=oreal_no_rm")).objective
+    layout = single_process.layout.model_copy(update={"offload": True})
+    moving, staying = trained(Policy, replace(single_process, layout=layout)), trained(Policy, single_process)
+    for policy in (moving, staying):
+        for _ in range(2):
+            policy.offload()
+            with policy.on_device():
+                batches = with_token_weights(micro_batches(sequences(), 24, CPU), None, config)
+                batches = with_reference(policy.module, batches, single_process)
+                update_policy(policy, batches, config, TokenCounts(correct=20, incorrect=15))
+    assert moving.weights.bytes_on_device == moving.states.bytes_on_device == 0
+    assert all(chunk.buffers[0].grad_data.untyped_storage().nbytes() == 0 for chunk in moving.chunks)
+    assert staying.weights.bytes_on_device > 10_000 and staying.states.bytes_on_device > 20_000
+    with moving.on_device(states=True):
+        assert moving.weights.bytes_on_device == staying.weights.bytes_on_device
+        for a, b in zip(moving.module.parameters(), staying.module.parameters(), strict=True):
+            assert torch.equal(a, b)
