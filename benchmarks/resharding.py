@@ -109,9 +109,7 @@ def measure(groups: ParallelGroups, shards: PolicyShards, arguments: argparse.Na
         **config_json(shards.geometry, "causal", dtype="bfloat16", max_positions=128),
         "eos_token_id": 0,
     }
-    fleet = fleet_of(
-        servers, directory, described, dtype="bfloat16", max_sequence_length=128, stop_token_id=0, say=print
-    )
+    fleet = fleet_of(servers, directory, described, dtype="bfloat16", max_sequence_length=128, stop_token_id=0)
     publishers = {
         name: build_publisher(
             servers.model_copy(update={"transport": name}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from oreal_megatron.data.tokenizer import load_tokenizer
 from oreal_megatron.distributed.cpu_backend import cpu_backend, device
 from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
 from oreal_megatron.evaluation import Benchmark
+from oreal_megatron.log import run_logging
 from oreal_megatron.machine.requirements import check_machine
 from oreal_megatron.metrics import Tracker
 from oreal_megatron.models.gpt import build_gpt
@@ -63,6 +65,8 @@ from oreal_megatron.weight_sync.publisher import build_publisher
 from oreal_megatron.weight_sync.sglang_layout import LOADER
 from oreal_megatron.weight_sync.source import PolicyShards
 
+logger = logging.getLogger(__name__)
+
 
 @contextlib.contextmanager
 def opened_run(config: TrainConfig, stop: StopRequest) -> Iterator[Run]:
@@ -81,9 +85,15 @@ def opened_run(config: TrainConfig, stop: StopRequest) -> Iterator[Run]:
         stack.enter_context(cpu_backend())
         groups = stack.enter_context(parallel_groups(config.parallel, seed=config.run.seed))
         tracker = stack.enter_context(contextlib.closing(Tracker(config, directory, is_main=groups.is_main)))
-        tracker.say(
-            f"[bold]{config.run.name}[/]: {config.run.num_steps} steps of "
-            f"{config.objective.preset}, seed {config.run.seed}, in {directory}"
+        console = tracker.console if groups.is_main else None
+        stack.enter_context(run_logging(directory, rank=groups.rank, level=config.tracking.log_level, console=console))
+        logger.info(
+            "%s: %d steps of %s, seed %d, in %s",
+            config.run.name,
+            config.run.num_steps,
+            config.objective.preset,
+            config.run.seed,
+            directory,
         )
         verifier = stack.enter_context(contextlib.closing(build_verifier(config.verifier)))
         tokenizer = load_tokenizer(config.model.tokenizer)
@@ -128,7 +138,6 @@ class _Builder:
             directory / "checkpoints",
             groups,
             keep=config.run.keep_checkpoints,
-            say=tracker.say,
             on_saved=lambda oldest: journal.drop(before_step=oldest),
         )
 
@@ -228,7 +237,6 @@ class _Builder:
             config=servers,
             launcher=launcher,
             check=lambda url, description: check_server(url, description, expected),
-            say=self.tracker.say,
         )
         pool = ServerPool(settings, stop_token_id=self.renderer.stop_token_id, config_json=described)
         publisher = build_publisher(
@@ -258,9 +266,13 @@ class _Builder:
             prompts = self.generated.train if name == "train" else self.generated.heldout
         fitting, overlong = self.renderer.without_overlong(prompts)
         if overlong:
-            self.tracker.say(
-                f"[yellow]{name}: {len(overlong)} of {len(prompts)} prompts left out, longer than "
-                f"prompt.max_prompt_tokens = {self.config.prompt.max_prompt_tokens} (first: {overlong[0].id})[/]"
+            logger.warning(
+                "%s: %d of %d prompts left out, longer than prompt.max_prompt_tokens = %d (first: %s)",
+                name,
+                len(overlong),
+                len(prompts),
+                self.config.prompt.max_prompt_tokens,
+                overlong[0].id,
             )
         if not fitting:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import uuid
 from collections import Counter
@@ -18,6 +19,8 @@ from oreal_megatron.config import TrainConfig
 from oreal_megatron.files import append_line, open_log, whole_lines, write_atomically
 from oreal_megatron.losses.advantages import Selection
 from oreal_megatron.types import EvaluationReport, FinishReason, GradedRollout, StepReport
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -42,8 +45,8 @@ class Tracker:
         self._is_main = is_main
         quiet = config.tracking.console == "quiet" or not is_main
         # A log file gets plain lines; a terminal, or console=rich, the progress bar.
-        self._console = Console(quiet=quiet, highlight=False, soft_wrap=True, stderr=False)
-        self._fancy = config.tracking.console == "rich" and self._console.is_terminal and not quiet
+        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True, stderr=False)
+        self._fancy = config.tracking.console == "rich" and self.console.is_terminal and not quiet
         self._file: IO[bytes] | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -71,7 +74,7 @@ class Tracker:
         try:
             import wandb
         except ImportError:
-            self.say("[yellow]wandb is not installed: tracking.wandb is off (pip install wandb)[/]")
+            logger.warning("wandb is not installed, so tracking.wandb is off: pip install wandb")
             return None
         run = self._config.run
         return wandb.init(
@@ -92,15 +95,11 @@ class Tracker:
             write_atomically(path, uuid.uuid4().hex[:16])
         return path.read_text()
 
-    def say(self, text: str) -> None:
-        """A line for the person who watches."""
-        self._console.print(text)
-
     @contextlib.contextmanager
     def progress(self, title: str, total: int, completed: int = 0) -> Iterator[ProgressBar]:
         """A progress bar with a free text behind it; a line now and then where there is no terminal."""
         if not self._fancy:
-            yield ProgressBar(None, None, title, total, self, completed)
+            yield ProgressBar(None, None, title, total, completed)
             return
         columns = (
             TextColumn("[bold]{task.description}"),
@@ -110,9 +109,9 @@ class Tracker:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        with Progress(*columns, console=self._console) as progress:
+        with Progress(*columns, console=self.console) as progress:
             task = progress.add_task(title, total=total, completed=completed, note="")
-            yield ProgressBar(progress, task, title, total, self, completed)
+            yield ProgressBar(progress, task, title, total, completed)
 
     def step(self, report: StepReport) -> str:
         """Logs a step; returns its figures as one line."""
@@ -135,7 +134,7 @@ class Tracker:
         self._write(report.to_json())
         self._log({f"evaluation/{name}": value for name, value in report.metrics.items()}, report.step)
         figures = "  ".join(f"{name} {value:.3f}" for name, value in report.metrics.items())
-        self.say(f"[bold cyan]evaluation after {report.step} steps[/]  {figures}")
+        logger.info("evaluation after %d steps  %s", report.step, figures)
 
     def trajectories(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         """Writes one JSON object a line to `name`.jsonl below the run's directory."""
@@ -168,8 +167,8 @@ class Tracker:
 class ProgressBar:
     """One running bar, or its plain counterpart."""
 
-    def __init__(self, progress: Progress | None, task: Any, title: str, total: int, tracker: Tracker, done: int):
-        self._progress, self._task, self._title, self._total, self._tracker = progress, task, title, total, tracker
+    def __init__(self, progress: Progress | None, task: Any, title: str, total: int, done: int):
+        self._progress, self._task, self._title, self._total = progress, task, title, total
         self._done = done
 
     def advance(self, note: str = "", *, by: int = 1, always: bool = False) -> None:
@@ -178,7 +177,7 @@ class ProgressBar:
         if self._progress is not None:
             self._progress.update(self._task, advance=by, note=note)
         elif always or before * 10 // self._total != self._done * 10 // self._total:
-            self._tracker.say(f"{self._title} {self._done}/{self._total}  {note}")
+            logger.info("%s %d/%d  %s", self._title, self._done, self._total, note)
 
 
 def read_metrics(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,8 @@ from oreal_megatron.trajectories import read_groups, to_records
 from oreal_megatron.types import EvaluationReport, GradedRollout, Prompt, StepReport, Trajectory
 
 Groups = list[list[GradedRollout]]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -330,9 +333,12 @@ def warn_of_mismatch(run: Run, metrics: Mapping[str, float]) -> None:
     limits = run.config.rollout.mismatch
     difference = metrics.get("policy/rollout_logprob_difference", 0.0)
     if limits is not None and run.config.run.mode != "replay" and difference > limits.warn:
-        run.tracker.say(
-            f"[yellow]step {run.progress.step}: the policy's log-probabilities differ from the rollouts' by "
-            f"{difference:.3g} nats in the mean (rollout.mismatch.warn = {limits.warn:g})[/]"
+        logger.warning(
+            "step %d: the policy's log-probabilities differ from the rollouts' by %.3g nats in the mean "
+            "(rollout.mismatch.warn = %g)",
+            run.progress.step,
+            difference,
+            limits.warn,
         )
 
 
@@ -381,7 +387,7 @@ def restore(run: Run) -> bool:
         run.progress = RunProgress(**state["progress"], best=Best(**best) if best else None)
         run.stream.load_state_dict(state["stream"])
         run.global_rng.setstate(state["global_rng"])
-        run.tracker.say(f"resumed from checkpoint {step_name(step)}")
+        logger.info("resumed from checkpoint %s", step_name(step))
     run.store.remember_best(run.progress.best)
     return step is not None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch
 from oreal_megatron.compose import composed, validated
 from oreal_megatron.config import SGLangConfig
 from oreal_megatron.conversion.huggingface import geometry_of, served_config
+from oreal_megatron.log import PACKAGE
 from oreal_megatron.models.virtual_stages import chunks_of
 from oreal_megatron.rollout.sglang_engine import SGLangEngine
 from oreal_megatron.servers.client import ServerDescription
@@ -57,7 +59,6 @@ def fleet_of(
     dtype: str,
     max_sequence_length: int,
     stop_token_id: int,
-    say: Callable[[str], None],
     check: Callable[[str, ServerDescription], None] = lambda url, description: None,
 ) -> ServerPool:
     """directory: a run's."""
@@ -69,8 +70,19 @@ def fleet_of(
         max_sequence_length=max_sequence_length,
         logs=directory / "servers",
     )
-    settings = ServerSettings(config=servers, launcher=launcher, check=check, say=say)
+    settings = ServerSettings(config=servers, launcher=launcher, check=check)
     return ServerPool(settings, stop_token_id=stop_token_id, config_json=config_json)
+
+
+class ListHandler(logging.Handler):
+    """Appends every message to a list."""
+
+    def __init__(self, messages: list[str]):
+        super().__init__()
+        self._messages = messages
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._messages.append(record.getMessage())
 
 
 @dataclass
@@ -117,6 +129,7 @@ def open_servers(groups: Any, source: Path, directory: Path, **options: Any) -> 
     """An engine with the Megatron policy of a Hugging Face directory; nothing is published yet. options: as above."""
     policy, geometry = as_policy(source, groups), geometry_of(source)
     said: list[str] = []
+    logging.getLogger(PACKAGE).addHandler(ListHandler(said))
     servers = servers_config(**options)
     dtype = "float32" if servers.dtype is None else "bfloat16"
     config = served_config(
@@ -131,7 +144,6 @@ def open_servers(groups: Any, source: Path, directory: Path, **options: Any) -> 
         dtype=dtype,
         max_sequence_length=MAX_SEQUENCE_LENGTH,
         stop_token_id=STOP,
-        say=said.append,
         check=lambda url, description: check_server(url, description, expected),
     )
     shards = PolicyShards(chunks_of(policy), geometry, groups, getattr(torch, dtype))

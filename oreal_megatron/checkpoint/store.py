@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import re
@@ -26,6 +27,8 @@ from oreal_megatron.checkpoint.manifest import damages, read_manifest
 from oreal_megatron.checkpoint.writer import CheckpointWriter
 from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.files import sync_directory, write_atomically
+
+logger = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step_(\d{6})")
 INITIAL = "initial"
@@ -54,19 +57,17 @@ class CheckpointStore:
         groups: ParallelGroups,
         *,
         keep: int,
-        say: Callable[[str], None] = lambda text: None,
         on_saved: Callable[[int], None] = lambda oldest_step: None,
     ):
         """Removes what a killed process left half-written.
 
         keep: the newest so many steps stay, and the best one as of each of them; the initial policy always.
-        say: takes lines for the person who watches. on_saved: called when a step's checkpoint has become whole, with
+        on_saved: called when a step's checkpoint has become whole, with
         the oldest step of the newest so many.
         """
         self.directory = directory
         self._groups = groups
         self._keep = keep
-        self._say = say
         self._on_saved = on_saved
         self._writer = CheckpointWriter(groups)
         self._verified: set[str] = set()
@@ -162,7 +163,7 @@ class CheckpointStore:
                     f"checkpoint {self.directory / name} is damaged ({'; '.join(found)}), and there is none before it; "
                     "restore it from a copy, or remove it to start from the initial policy"
                 )
-            self._say(f"[red]checkpoint {name} is damaged: {'; '.join(found)}; set aside as {name}.damaged[/]")
+            logger.error("checkpoint %s is damaged: %s; set aside as %s.damaged", name, "; ".join(found), name)
             if self._groups.is_main:
                 shutil.rmtree(self.directory / f"{name}.damaged", ignore_errors=True)
                 os.replace(self.directory / name, self.directory / f"{name}.damaged")
@@ -200,7 +201,7 @@ class CheckpointStore:
 
     def _clean(self) -> None:
         for path in sorted(self.directory.glob("*.partial-*")):
-            self._say(f"[yellow]checkpoint {path.name} was never finished: removed[/]")
+            logger.warning("checkpoint %s was never finished: removed", path.name)
             shutil.rmtree(path, ignore_errors=True)
         for path in self.directory.glob("*.removed"):
             shutil.rmtree(path, ignore_errors=True)

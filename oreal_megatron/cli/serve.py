@@ -11,8 +11,10 @@ its devices, none is started while these are the trainer's.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
+import socket
 import threading
 from pathlib import Path
 
@@ -33,6 +35,10 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=os.environ.get("SLURM_STEP_NUM_NODES", 1), help="that serve")
     parser.add_argument("--host", default=os.environ.get("SLURMD_NODENAME", "127.0.0.1"), help="address to listen at")
     arguments = parser.parse_intermixed_args()
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s {socket.gethostname()} %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     reporting(lambda: _serve(arguments))
 
 

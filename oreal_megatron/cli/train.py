@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 
 import hydra
@@ -16,7 +15,10 @@ from oreal_megatron.compose import config_directory, validated
 from oreal_megatron.config import ConfigError, TrainConfig, check_resume
 from oreal_megatron.dry_run import is_dry_run, shrunk
 from oreal_megatron.files import write_atomically
+from oreal_megatron.log import quiet_libraries
 from oreal_megatron.stopping import EXIT_STOPPED, LostPeer, Stopped, StopRequest
+
+logger = logging.getLogger("oreal_megatron.cli.train")  # also where this module is run as __main__
 
 
 @hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")
@@ -28,7 +30,7 @@ def _train(composed: DictConfig) -> None:
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
     try:
         config = validated(shrunk(composed) if is_dry_run(composed) else composed)
-        _quieten()
+        quiet_libraries()
         run_training(config)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
@@ -64,15 +66,7 @@ def run_training(config: TrainConfig) -> None:
             write_atomically(saved, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         train(run)
         if config.tracking.report and run.groups.is_main:
-            run.tracker.say(f"report: {write_report(directory)}")
-
-
-def _quieten() -> None:
-    """What Megatron-Core says of missing GPU packages at import is known, a line a request says nothing."""
-    warnings.filterwarnings("ignore", module=r"megatron\..*")
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|ShardedTensor).*")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+            logger.info("report: %s", write_report(directory))
 
 
 def train() -> None:

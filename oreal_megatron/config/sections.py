@@ -302,6 +302,9 @@ class EvaluationConfig(Section):
 
 class TrackingConfig(Section):
     console: Literal["rich", "plain", "quiet"]
+    """rich: a progress bar on a terminal; plain: lines only; quiet: nothing."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+    """Lowest level that is shown on the console and written to logs/rank_NNNN.log below run.dir."""
     tensorboard: bool
     wandb: Literal["disabled", "offline", "online"]
     wandb_project: str

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from oreal_megatron.servers.client import Generated, RequestRefused, ServerLost
 from oreal_megatron.servers.request_queue import LostTooOftenError, RequestQueue
 from oreal_megatron.servers.server import POLL_SECONDS, SGLangServer
 from oreal_megatron.types import Completion
+
+logger = logging.getLogger(__name__)
 
 # Between two looks at whether a step has enough, and between two aborts of what is under way still.
 _ENOUGH_SECONDS = 0.1
@@ -116,7 +119,7 @@ class Router:
                 await server.lost(_first(group))
             except* _Stale as group:
                 server.label = None
-                server.say(str(_first(group)))
+                logger.warning("rollout server %d: %s", server.index, _first(group))
 
     async def _bring_up(self, server: SGLangServer) -> None:
         """Until the member has the current weights, or is given up."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +11,8 @@ from typing import Literal
 from oreal_megatron.config import SGLangConfig
 from oreal_megatron.servers.client import ServerClient, ServerDescription, ServerLost
 from oreal_megatron.servers.server_process import OFFLOADED, Launcher, Restarts, ServerProcess, ServerStartError
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 
@@ -22,7 +25,6 @@ class ServerSettings:
     launcher: Launcher
     check: Callable[[str, ServerDescription], None]
     """Told url and description; raises ValueError where a server is not what the run needs."""
-    say: Callable[[str], None]
 
 
 class SGLangServer:
@@ -62,9 +64,6 @@ class SGLangServer:
     def is_down(self) -> bool:
         """Not reached yet, lost, or a launched one that has ended since."""
         return not self.is_up or (self.process is not None and self.process.exit_code is not None)
-
-    def say(self, text: str) -> None:
-        self._settings.say(f"[yellow]rollout server {self.index}: {text}[/]")
 
     def forget(self) -> None:
         """For a followed one whose weights have changed: what it has, and whether it can be used, is to be seen."""
@@ -178,7 +177,7 @@ class SGLangServer:
         For who holds the lock.
         """
         self.label, self.is_up, self.released_tags = None, False, frozenset()
-        self.say(f"lost: {error}")
+        logger.warning("rollout server %d lost: %s", self.index, error)
         if self.is_launched:
             await self.end()
             if not self.restarts.another():
@@ -192,7 +191,7 @@ class SGLangServer:
 
     def mark_failed(self, why: str) -> None:
         self.failed, self.label, self.is_up = why, None, False
-        self._settings.say(f"[red]rollout server {self.index} given up: {why}[/]")
+        logger.error("rollout server %d failed: %s", self.index, why)
 
     async def end(self) -> None:
         """Ends a launched one, and what it has started."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import socket
-import sys
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -23,6 +22,8 @@ from oreal_megatron.servers.server_process import (
     start_directory,
 )
 from oreal_megatron.weight_sync.sglang_layout import LOADER
+
+logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 
@@ -80,7 +81,7 @@ class NodeServers:
         for place in self._places:
             url = f"http://{self._servers.host}:{place.port}"
             write_atomically(directory / f"server_{place.index:04d}.url", url + "\n")
-            _say(f"server {place.index} at {url}")
+            logger.info("server %d at %s", place.index, url)
 
     def run(self) -> int:
         """Until the end is asked for; the exit status: 1 where no server is left."""
@@ -101,13 +102,15 @@ class NodeServers:
         if place.is_given_up or (place.process is not None and place.process.exit_code is None):
             return
         if place.process is not None:
-            _say(f"server {place.index} ended with status {place.process.exit_code}:\n{place.process.log_tail()}")
+            logger.warning(
+                "server %d ended with status %d:\n%s", place.index, place.process.exit_code, place.process.log_tail()
+            )
             place.process.stop()
             place.process = None
             if time.monotonic() - place.started > self._servers.startup_seconds:
                 place.restarts.reset()
             if not place.restarts.another():
-                _say(f"server {place.index} is given up: it ended {place.restarts.in_a_row} times in a row")
+                logger.error("server %d failed: it ended %d times in a row", place.index, place.restarts.in_a_row)
                 place.is_given_up = True
                 return
         model = self._launcher.model
@@ -121,8 +124,4 @@ class NodeServers:
         except ServerStartError as error:
             raise ValueError(str(error)) from error
         place.started = time.monotonic()
-        _say(f"server {place.index} starts; log: {place.process.log}")
-
-
-def _say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {socket.gethostname()} {text}", file=sys.stderr, flush=True)
+        logger.info("server %d starts; log: %s", place.index, place.process.log)

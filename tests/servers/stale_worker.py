@@ -8,6 +8,7 @@ that step has left the policy as it was.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from oreal_megatron.step import MismatchError
 from oreal_megatron.stopping import StopRequest
 from oreal_megatron.train import Run, train_step
 from oreal_megatron.weight_sync.types import TransferResult
-from tests.tiny_servers import MAX_SEQUENCE_LENGTH
+from tests.tiny_servers import MAX_SEQUENCE_LENGTH, ListHandler
 
 DIFFERENCE = "policy/rollout_logprob_difference"
 
@@ -58,7 +59,7 @@ def main(url: str, model: str, directory: str) -> dict[str, Any]:
     )
     said: list[str] = []
     with opened_run(config, StopRequest()) as run:
-        run.tracker.say = said.append  # type: ignore[method-assign]
+        logging.getLogger("oreal_megatron").addHandler(ListHandler(said))
         healthy = stepped(run)
         assert isinstance(run.engine, SGLangEngine)
         plant(run.engine)

@@ -204,7 +204,11 @@ def kill_mid_publication(servers, monkeypatch, server):
     """Publishes, and kills `member` when it has been asked to load, and has not loaded yet."""
     pid = server.process.pid
     with monkeypatch.context() as patch:
-        for name in ("load_tensors", "load_directory", "load_from_group"):
+        for name in (
+            "update_weights_from_tensor",
+            "update_weights_from_disk",
+            "update_weights_from_distributed",
+        ):
             patch.setattr(PausedServer, name, killing(getattr(PausedServer, name), server.client.url, pid, patch))
         servers.perturb()
         start = time.monotonic()

@@ -103,18 +103,19 @@ def flip(path: Path) -> None:
         ("manifest.json", truncate, "manifest.json is missing or cannot be read"),
     ],
 )
-def test_damage_is_named_and_the_checkpoint_before_is_used(store, tmp_path, single_process, name, harm, message):
+def test_damage_is_named_and_the_checkpoint_before_is_used(
+    store, tmp_path, single_process, name, harm, message, caplog
+):
     store.save(step_name(1), state(1.0), best=Best(step=1, score=0.5))
     store.save(step_name(2), state(2.0), best=Best(step=2, score=0.6))
     harm(store.directory / step_name(2) / name)
-    said: list[str] = []
-    again = new_store(tmp_path, single_process, say=said.append)
+    again = new_store(tmp_path, single_process)
     with pytest.raises(ValueError, match=f"step_000002 is damaged: {message}"):
         again.load(step_name(2), state())
     assert again.newest_whole() == 1
     assert again.load(step_name(1), state())["plain"] == {"value": 1.0}
-    assert len(said) == 1 and "checkpoint step_000002 is damaged" in said[0]
-    assert "set aside as step_000002.damaged" in said[0]
+    (line,) = caplog.messages
+    assert "checkpoint step_000002 is damaged" in line and "set aside as step_000002.damaged" in line
     again.save(step_name(2), state(2.0))  # the run comes by again
     assert again.steps == [1, 2] and step_name(2) + ".damaged" not in names(again)
 
@@ -126,15 +127,15 @@ def test_damage_to_all_checkpoints_is_an_error_that_says_what_to_do(store, tmp_p
         new_store(tmp_path, single_process).newest_whole()
 
 
-def test_what_killed_saves_and_removals_leave_is_cleared_and_named(store, tmp_path, single_process):
+def test_what_killed_saves_and_removals_leave_is_cleared_and_named(store, tmp_path, single_process, caplog):
     store.save(step_name(1), state())
     (store.directory / "step_000002.partial-0123abcd").mkdir()
     (store.directory / "step_000002.partial-0123abcd" / "common.pt").write_text("half")
     (store.directory / "step_000000.removed").mkdir()
-    said: list[str] = []
-    again = new_store(tmp_path, single_process, say=said.append)
+    again = new_store(tmp_path, single_process)
     assert names(again) == {step_name(1)}
-    assert len(said) == 1 and "step_000002.partial-0123abcd was never finished: removed" in said[0]
+    (line,) = caplog.messages
+    assert "step_000002.partial-0123abcd was never finished: removed" in line
     assert again.newest_whole() == 1
 
 

@@ -17,11 +17,9 @@ def test_who_waits_for_a_server_that_does_not_answer_can_always_be_stopped(steps
     """Also in the moment in which the server has refused. `steps`: of the event loop, from the refusal on."""
 
     async def stopped() -> None:
-        asked, said = [], []
+        asked = []
         launcher = SimpleNamespace(weight_loader="loader")
-        settings = ServerSettings(
-            config=servers_config(), launcher=launcher, check=lambda url, found: None, say=said.append
-        )
+        settings = ServerSettings(config=servers_config(), launcher=launcher, check=lambda url, found: None)
         server = SGLangServer(0, "http://127.0.0.1:1", "attached", settings)
 
         async def describe() -> None:
