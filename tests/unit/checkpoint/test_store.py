@@ -114,7 +114,7 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(
         again.load(step_name(2), state())
     assert again.newest_whole() == 1
     assert again.load(step_name(1), state())["plain"] == {"value": 1.0}
-    (line,) = caplog.messages
+    (line,) = [message for message in caplog.messages if message.startswith("checkpoint")]
     assert "checkpoint step_000002 is damaged" in line and "set aside as step_000002.damaged" in line
     again.save(step_name(2), state(2.0))  # the run comes by again
     assert again.steps == [1, 2] and step_name(2) + ".damaged" not in names(again)
@@ -134,7 +134,7 @@ def test_what_killed_saves_and_removals_leave_is_cleared_and_named(store, tmp_pa
     (store.directory / "step_000000.removed").mkdir()
     again = new_store(tmp_path, single_process)
     assert names(again) == {step_name(1)}
-    (line,) = caplog.messages
+    (line,) = [message for message in caplog.messages if message.startswith("checkpoint")]
     assert "step_000002.partial-0123abcd was never finished: removed" in line
     assert again.newest_whole() == 1
 
