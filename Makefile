@@ -1,6 +1,6 @@
-# make demo    sets up .venv and runs OREAL on arithmetic, with a report at the end
-# make test    sets up .venv and runs everything that CI runs
-# make help    the rest
+# make demo    sets up .venv and trains on arithmetic with OREAL, with a report at the end
+# make test    sets up .venv and runs what CI runs
+# make help    lists the other targets
 
 SHELL := /bin/bash
 PYTHON ?= python3.11
@@ -11,13 +11,13 @@ READY := $(VENV)/.ready
 GPU_PYTHON ?= python
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup sglang-deps slurm-deps demo test test-fast test-slow lint test-gpu bench bench-rollout \
+.PHONY: help setup sglang-deps slurm-deps demo test test-fast test-slow lint docs test-gpu bench bench-rollout \
 	bench-memory bench-reshard bench-verifier bench-conversion bench-objectives bench-fp8 clean
 
-help: ## this list
+help: ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-setup: $(READY) ## the environment in .venv
+setup: $(READY) ## create the environment in .venv
 
 $(READY): setup.py requirements/cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,35 +30,38 @@ $(VENV)/sglang/.ready: requirements/sglang_cpu.txt | setup
 	$(BIN)/pip install --quiet --no-deps --target $(VENV)/sglang --requirement requirements/sglang_cpu.txt
 	@touch $@
 
-sglang-deps: $(VENV)/sglang/.ready ## SGLang for CPU, in a directory that only server processes see
+sglang-deps: $(VENV)/sglang/.ready ## install SGLang for CPU into a directory that only server processes see
 
-demo: setup ## OREAL on arithmetic: warm start, 50 steps, three evaluations, report.html
+demo: setup ## train on arithmetic: warm start, 50 steps, three evaluations, report.html (4 minutes)
 	$(BIN)/oreal-train experiment=arithmetic
 
-slurm-deps: ## the SLURM daemons and shellcheck that tests/slurm needs (Debian, as root)
+slurm-deps: ## install shellcheck and the SLURM daemons that tests/slurm needs (Debian, as root)
 	apt-get update --quiet
 	DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends slurmctld slurmd slurm-client munge shellcheck
 
-lint: setup ## ruff, import contracts, types; shellcheck where it is installed
+lint: setup docs ## run ruff, import contracts, types and documentation links; shellcheck if it is installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 	! command -v shellcheck >/dev/null || shellcheck .ci/run slurm/*.sbatch slurm/*.sh slurm/test_cluster/*.sh
 
-test: lint sglang-deps ## all that CI runs
+docs: setup ## build the documentation into site/; a broken link or anchor is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+test: lint sglang-deps ## run what CI runs: lint and all tests that are not slow and need no GPU
 	$(BIN)/pytest -m 'not slow and not gpu'
 
-test-fast: setup ## unit tests only
+test-fast: setup ## run the unit tests
 	$(BIN)/pytest tests/unit -m 'not slow and not gpu'
 
-test-slow: setup ## the long proofs
+test-slow: setup ## run the long tests
 	$(BIN)/pytest -m 'slow and not gpu'
 
-test-gpu: ## on a machine with GPUs, in an environment with a CUDA torch (GPU_PYTHON): what only these can show
+test-gpu: ## run the tests that need GPUs, in an environment with a CUDA torch (GPU_PYTHON)
 	$(GPU_PYTHON) -m pytest tests/gpu -m gpu
 
-bench: setup ## generation and a training step against their peers, the stall of a checkpoint
+bench: setup ## compare generation, a training step, packing, log-probabilities and checkpoints with their peers
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.training_step
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 -m benchmarks.training_step --tensor 2 --pipeline 2
@@ -66,26 +69,26 @@ bench: setup ## generation and a training step against their peers, the stall of
 	$(BIN)/python -m benchmarks.logprobs
 	$(BIN)/python -m benchmarks.checkpoint_stall
 
-bench-rollout: sglang-deps ## our rollout client against a bare load generator
+bench-rollout: sglang-deps ## compare the rollout client with a bare load generator
 	$(BIN)/python -m benchmarks.rollout_client
 
-bench-reshard: sglang-deps ## publishing a 0.5B model to a server: direct against broadcast, IPC and disk; 32B simulated
+bench-reshard: sglang-deps ## publish a 0.5B model to a server by every transport; simulate 32B
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.resharding
 
-bench-memory: setup ## the planner's memory against measured peaks in eleven layouts
+bench-memory: setup ## compare the planner's memory with measured peaks in eleven layouts
 	$(BIN)/python -m benchmarks.memory
 
-bench-verifier: setup ## the verifier beside math-verify on the labelled cases, and its throughput
+bench-verifier: setup ## compare the verifier with math-verify on the labelled cases: accuracy and throughput
 	$(BIN)/python -m benchmarks.verifier
 
-bench-conversion: setup ## converting 3 GB both ways against copying the same files: speed and memory
+bench-conversion: setup ## compare converting 3 GB both ways with copying the same files: speed and memory
 	$(BIN)/python -m benchmarks.conversion
 
-bench-objectives: setup ## all objectives from one start, three seeds (half an hour)
+bench-objectives: setup ## train all objectives from the same start, three seeds (half an hour)
 	$(BIN)/python -m benchmarks.objectives
 
-bench-fp8: setup ## what FP8 does to log-probabilities and gradients, emulated, by recipe and layers (a quarter of an hour)
+bench-fp8: setup ## measure emulated FP8's effect on log-probabilities and gradients (a quarter of an hour)
 	$(BIN)/python -m benchmarks.fp8
 
-clean: ## the environment and caches, not the runs
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
+clean: ## remove the environment, the site and caches, not the runs
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 SWEEPS = ["hydra-submitit-launcher>=1.2,<2", "submitit>=1.5"]
+DOCS = ["mkdocs==1.6.*", "mkdocs-material==9.8.*"]
 
 
 def conf_files() -> list[tuple[str, list[str]]]:
@@ -23,6 +24,8 @@ setup(
     description="Outcome-reward reinforcement learning (OREAL) on Megatron-Core",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["oreal_megatron", "oreal_megatron.*"]),
     package_data={
@@ -62,7 +65,9 @@ setup(
         "te": ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
         "sweeps": SWEEPS,
         "gguf": ["gguf>=0.18", "accelerate>=1.10"],
+        "docs": DOCS,
         "dev": [
+            *DOCS,
             "einops>=0.8",  # mbridge imports it, and does not ask for it
             *SWEEPS,
             "hypothesis>=6.130",
@@ -70,6 +75,7 @@ setup(
             "math-verify==0.9.0",
             "mbridge==0.15.1",  # an oracle of the conversion, in tests only
             "mypy>=1.18",
+            "pre-commit>=4",
             "pytest>=8.4",
             "pytest-timeout>=2.4",
             "ruff>=0.14",
