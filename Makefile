@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 2
 	bench-memory bench-reshard bench-verifier bench-conversion bench-objectives bench-fp8 clean
 
 help: ## print this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 setup: $(READY) ## create the environment in .venv
 
