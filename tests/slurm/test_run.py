@@ -90,7 +90,8 @@ def test_a_submission_that_cannot_work_is_refused(slurm, tmp_path):
         assert part in wrong.stderr
     # A layout that does not divide, too many nodes, no account, a path that is not shared, FP8 on A100: all at once.
     wrong = oreal_submit(
-        "experiment=oreal_32b_a100_disaggregated",
+        "experiment=oreal_32b_disaggregated",
+        "resources=a100",
         "cluster=single_machine_test",
         "parallel.tensor=3",
         "cluster.account=???",
