@@ -152,7 +152,7 @@ def _fp8_shape_violations(
 
 def rank_dimensions(geometry: GeometryConfig, tensor: int) -> dict[str, int]:
     """Every dimension of the matrices of a layer, as a tensor rank holds them."""
-    head_dim = geometry.head_dim or geometry.hidden_size // geometry.num_attention_heads
+    head_dim = geometry.attention_head_dim
     queries = geometry.num_attention_heads * head_dim
     keys = geometry.num_query_groups * head_dim
     return {

@@ -209,7 +209,7 @@ def micro_batches_in_flight(sizes: Sizes, stage: int) -> float:
 
 
 def _update(sizes: Sizes, footprint: RankFootprint, device: Device) -> dict[str, int]:
-    """torch's AdamW works on temporaries: of the largest parameter on a CPU, of all at once on CUDA.
+    """Torch's AdamW works on temporaries: of the largest parameter on a CPU, of all at once on CUDA.
 
     Transformer Engine's fused Adam has none.
     """
@@ -292,7 +292,8 @@ def _kv_cache(
 
 def _host_bytes(sizes: Sizes, footprints: Sequence[RankFootprint]) -> int:
     """A process's: what it writes of a checkpoint, of the distributed optimizer all that the replicas hold together;
-    with offload also what is off the device, at most all of it."""
+    with offload also what is off the device, at most all of it.
+    """
     per_stage = []
     for footprint in footprints:
         trained = _trained("policy", footprint.policy_parameters, sizes)

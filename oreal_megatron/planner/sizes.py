@@ -68,7 +68,7 @@ class Sizes:
     def kv_bytes_per_token(self) -> int:
         """Keys and values of one token in all layers, unsplit."""
         g = self.geometry
-        head_dim = g.head_dim or g.hidden_size // g.num_attention_heads
+        head_dim = g.attention_head_dim
         return 2 * g.num_layers * g.num_query_groups * head_dim * self.element
 
 
@@ -79,14 +79,14 @@ def rollouts_per_step(config: TrainConfig) -> int:
 
 def linear_parameters(g: GeometryConfig) -> int:
     """Of one layer, the weights of its linear layers."""
-    head_dim = g.head_dim or g.hidden_size // g.num_attention_heads
+    head_dim = g.attention_head_dim
     attention = (2 * g.num_attention_heads + 2 * g.num_query_groups) * head_dim * g.hidden_size
     return attention + 3 * g.hidden_size * g.ffn_hidden_size
 
 
 def num_parameters(g: GeometryConfig) -> int:
     """Of the unsplit model, for what is not counted on modules: servers, FLOPs, disk."""
-    head_dim = g.head_dim or g.hidden_size // g.num_attention_heads
+    head_dim = g.attention_head_dim
     heads = (g.num_attention_heads + 2 * g.num_query_groups) * head_dim
     layer = linear_parameters(g) + heads * g.qkv_bias + 2 * g.hidden_size
     vocabulary = (g.vocab_size or 0) * g.hidden_size

@@ -121,7 +121,7 @@ def _product_seconds(device: Device, flops: float, in_fp8: float, share: float) 
 def flops_per_token(sizes: Sizes, length: float) -> float:
     """Forward: two a weight, embedding apart, and attention's, on average over a causal sequence of `length`."""
     g = sizes.geometry
-    head_dim = g.head_dim or g.hidden_size // g.num_attention_heads
+    head_dim = g.attention_head_dim
     weights = num_parameters(g) - (0 if g.tied_embeddings else (g.vocab_size or 0) * g.hidden_size)
     return 2 * weights + 2 * g.num_layers * g.num_attention_heads * head_dim * length
 

@@ -194,7 +194,7 @@ def test_devices_that_do_not_make_replicas_are_an_error():
 
 
 def test_the_planner_says_what_it_is_in_words_and_status():
-    command = [sys.executable, "-c", "from oreal_megatron.cli.plan import plan; plan()"]
+    command = [sys.executable, "-m", "oreal_megatron.cli.plan"]
     fits = subprocess.run([*command, "experiment=oreal_7b"], capture_output=True, text=True)
     assert fits.returncode == 0, fits.stderr
     assert "fits" in fits.stdout and "KV cache: 16 x server" in fits.stdout
@@ -250,5 +250,5 @@ def test_a_runs_own_figures_take_the_place_of_assumed_ones(finished, tmp_path):
 
 
 def test_launching_imports_no_torch():
-    code = "import sys; from oreal_megatron.cli import doctor, plan, submit; sys.exit('torch' in sys.modules)"
+    code = "import sys; from oreal_megatron.cli import convert, doctor, plan, submit, verify; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
