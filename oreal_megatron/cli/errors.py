@@ -1,4 +1,4 @@
-"""How commands end: with a status, and with one message on stderr where something went wrong."""
+"""Ends of commands: a status, and one message on stderr where something went wrong."""
 
 from __future__ import annotations
 

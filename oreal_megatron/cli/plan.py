@@ -14,7 +14,7 @@ from oreal_megatron.cli.errors import run_command
 from oreal_megatron.cli.planning import num_devices, planned_config, planner_of, suggest
 from oreal_megatron.planner.planner import search
 from oreal_megatron.planner.step_time import read_measured
-from oreal_megatron.planner.tables import show_plan, show_search
+from oreal_megatron.planner.tables import print_plan, print_search
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -45,11 +45,11 @@ def _plan(console: Console, arguments: argparse.Namespace) -> int:
                 num_devices(config, arguments.devices),
                 lambda done, total: status.update(f"planning layout {done + 1} of {total}"),
             )
-        show_search(console, plans)
+        print_search(console, plans)
         return 0 if plans else 1
     with console.status("planning"):
         planned = replan(config)
-    show_plan(console, planned, measured)
+    print_plan(console, planned, measured)
     return suggest(console, planned, replan)
 
 

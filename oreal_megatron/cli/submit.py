@@ -15,7 +15,7 @@ from oreal_megatron.cli.planning import num_devices, planned_config, planner_of,
 from oreal_megatron.compose import composed
 from oreal_megatron.dry_run import is_dry_run, layout_mapping, shrunk
 from oreal_megatron.files import write_atomically
-from oreal_megatron.planner.tables import show_plan
+from oreal_megatron.planner.tables import print_plan
 from oreal_megatron.slurm.checks import checked
 from oreal_megatron.slurm.sbatch import allocation, rendered, submitted, tested
 
@@ -59,7 +59,7 @@ def _submit(console: Console, arguments: argparse.Namespace) -> int:
     replan = planner_of(config)
     with console.status("planning"):
         planned = replan(config)
-    show_plan(console, planned)
+    print_plan(console, planned)
     if config.run.dry_run:
         whole = planned_config([*arguments.overrides, "run.dry_run=false"], console)
         console.print(f"the experiment with its own layout: {planner_of(whole)(whole).memory.verdict}")

@@ -15,7 +15,7 @@ class Violation:
     value: Any
     """Value that was given."""
     remedy: str
-    """What is wrong with the value, and what to set."""
+    """Sentences that say what is wrong with the value and what to set."""
 
     def __str__(self) -> str:
         shown = repr(self.value)

@@ -13,7 +13,7 @@ class TokenWeightConfig(Section):
     """Token weights from the reward model's scores: eq. (10) and its variants."""
 
     source: Literal["reward_model", "ones"]
-    """Where token weights come from. reward_model: its scores; ones: every token has weight 1, and there is no reward
+    """Source of token weights. reward_model: its scores; ones: every token has weight 1, and there is no reward
     model."""
     alignment: Literal["predictor", "inclusive"]
     """Position whose score weighs token t. predictor: the position that predicts t; inclusive: t's own."""

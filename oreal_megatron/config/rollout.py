@@ -33,7 +33,7 @@ OPTIONS_SET_BY_RUN = {
 
 
 class SamplingConfig(Section):
-    """How responses are drawn."""
+    """Sampling of responses."""
 
     temperature: NonNegativeFloat
     """Sampling temperature. 0: greedy."""
@@ -68,7 +68,7 @@ class SGLangConfig(Section):
     max_concurrency: Positive
     """Largest number of requests in flight at one server."""
     transport: Literal["direct", "broadcast", "ipc", "disk"]
-    """How new weights reach the servers. direct: each server rank receives exactly its own bytes; broadcast: every
+    """Way of new weights to the servers. direct: each server rank receives exactly its own bytes; broadcast: every
     server rank receives whole tensors, through SGLang's own endpoint; ipc: through memory of one machine; disk: through
     a Hugging Face directory on a shared file system, which the servers load."""
     bucket_mib: Positive
@@ -123,11 +123,11 @@ class RolloutConfig(Section):
     """Generation of rollouts."""
 
     backend: Literal["embedded", "sglang"]
-    """Where rollouts are generated. embedded: on the trainer's own model, in its processes; sglang: by servers."""
+    """Place of generation. embedded: on the trainer's own model, in its processes; sglang: by servers."""
     samples_per_prompt: Positive
     """Number K of responses for each prompt."""
     sampling: SamplingConfig
-    """How responses are drawn."""
+    """Sampling of responses."""
     batch_size: Positive
     """Number of sequences that the embedded backend generates at the same time. Pass rates are estimated in batches of
     this size too."""

@@ -126,7 +126,7 @@ class Fp8Config(Section):
 
 
 class PromptConfig(Section):
-    """How a question becomes the token ids of a prompt, through the model's chat template."""
+    """Rendering of a question as the token ids of a prompt, through the model's chat template."""
 
     system: str | None
     """System message. null: none."""
@@ -233,7 +233,7 @@ class OptimizerConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How models are split over processes. The processes that remain are data-parallel replicas."""
+    """Split of models over processes. The processes that remain are data-parallel replicas."""
 
     tensor: Positive
     """Ranks that share every matrix."""
@@ -288,7 +288,7 @@ class SftConfig(Section):
 
 
 class BenchmarkConfig(Section):
-    """One evaluation set, NAME."""
+    """Evaluation set NAME."""
 
     path: str | None
     """JSONL file with question and gold_answer. null: the held-out problems of data.arithmetic."""
@@ -311,7 +311,7 @@ class EvaluationConfig(Section):
 
 
 class TrackingConfig(Section):
-    """What a run shows and records."""
+    """Output and records of a run."""
 
     console: Literal["rich", "plain", "quiet"]
     """Output on the console. rich: a progress bar on a terminal; plain: lines only; quiet: nothing."""

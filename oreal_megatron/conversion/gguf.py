@@ -41,7 +41,7 @@ def from_gguf(source: Path, output: Path) -> int:
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     # transformers remembers the quantised source and refuses to save the weights in another type.
     del model.config.quantization_config
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     return sum(parameter.numel() for parameter in model.parameters())
