@@ -1,5 +1,6 @@
-"""Packaging. Version ranges are those that were tried; docs/reproducibility.md says with what."""
+"""Packaging. docs/reproducibility.md names the versions that the project was tested with."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -9,8 +10,13 @@ SWEEPS = ["hydra-submitit-launcher>=1.2,<2", "submitit>=1.5"]
 DOCS = ["mkdocs==1.6.*", "mkdocs-material==9.8.*"]
 
 
+def version() -> str:
+    """Returns __version__ of the package, which cannot be imported before its requirements are installed."""
+    return str(re.search(r'__version__ = "(.+)"', (HERE / "oreal_megatron" / "__init__.py").read_text()).group(1))
+
+
 def conf_files() -> list[tuple[str, list[str]]]:
-    """conf/ for installed wheels, below share/oreal_megatron; a checkout uses its own."""
+    """Returns the files of conf/, which a wheel installs below share/oreal_megatron."""
     directories = sorted({path.parent for path in (HERE / "conf").rglob("*.yaml")})
     return [
         (f"share/oreal_megatron/{d.relative_to(HERE)}", [str(p.relative_to(HERE)) for p in sorted(d.glob("*.yaml"))])
@@ -20,7 +26,7 @@ def conf_files() -> list[tuple[str, list[str]]]:
 
 setup(
     name="oreal_megatron",
-    version="0.1.0",
+    version=version(),
     description="Outcome-reward reinforcement learning (OREAL) on Megatron-Core",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
@@ -60,7 +66,7 @@ setup(
         "wandb>=0.21",
     ],
     extras_require={
-        # GPU machines only. Neither has been run by us on a GPU.
+        # GPU machines only. Neither has been tested on a GPU yet.
         "sglang": ["sglang==0.5.23"],
         "te": ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
         "sweeps": SWEEPS,
@@ -68,29 +74,25 @@ setup(
         "docs": DOCS,
         "dev": [
             *DOCS,
-            "einops>=0.8",  # mbridge imports it, and does not ask for it
+            "einops>=0.8",  # mbridge imports it without requiring it
             *SWEEPS,
             "hypothesis>=6.130",
             "import-linter>=2.3",
             "math-verify==0.9.0",
-            "mbridge==0.15.1",  # an oracle of the conversion, in tests only
+            "mbridge==0.15.1",  # reference implementation of the conversion, for tests
             "mypy>=1.18",
             "pre-commit>=4",
             "pytest>=8.4",
             "pytest-timeout>=2.4",
             "ruff>=0.14",
-            "torchao==0.18.*",  # an oracle of the FP8 emulation, in tests only
+            "torchao==0.18.*",  # reference implementation of FP8, for tests
             "types-PyYAML",
         ],
     },
     entry_points={
         "console_scripts": [
-            "oreal-train = oreal_megatron.cli.train:train",
-            "oreal-report = oreal_megatron.cli.report:report",
-            "oreal-plan = oreal_megatron.cli.plan:plan",
-            "oreal-submit = oreal_megatron.cli.submit:submit",
-            "oreal-doctor = oreal_megatron.cli.doctor:doctor",
-            "oreal-verify = oreal_megatron.verifier.cli:main",
+            f"oreal-{name} = oreal_megatron.cli.{name}:main"
+            for name in ("train", "report", "plan", "submit", "doctor", "convert", "verify")
         ]
     },
 )

@@ -69,7 +69,7 @@ def train(arguments: list[str]) -> None:
     from oreal_megatron.cli import train as cli
 
     sys.argv = ["oreal-train", *arguments]
-    cli.train()
+    cli.main()
 
 
 def done(directory: Path, overrides: list[str]) -> bool:

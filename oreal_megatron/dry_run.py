@@ -1,8 +1,8 @@
-"""Any experiment as two steps of itself that run anywhere: everything that takes time or memory made small.
+"""Dry run: two steps of an experiment on CPU, with small model, lengths, data and layout.
 
-What stays is what a first submission trips over: objective, schedules, the kind of layout, checkpoints, tracking.
-Every parallel dimension above 1 becomes 2, data parallelism takes what is left of at most 8 processes. Where the
-experiment has SGLang servers there are at most 2, on CPU, placed as it places them.
+Objective, schedules, kinds of parallelism, checkpoints and tracking stay as in the experiment. Every parallel dimension
+above 1 becomes 2, and data parallelism uses the rest of at most 8 processes. SGLang servers become at most 2, on CPU,
+with the experiment's placement.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 MAX_PROCESSES = 8
 MAX_SERVERS = 2
-# What stands in for model, FP8, data, prompt and warm start: the arithmetic demo's files of conf/.
+# Options of conf/ that replace the experiment's: those of the arithmetic demo.
 _STAND_INS = {"model": "arithmetic_small", "fp8": "none", "data": "arithmetic", "prompt": "chat", "sft": "arithmetic"}
 _SMALL = {
     "run.num_steps": 2,
@@ -26,7 +26,7 @@ _SMALL = {
     "data.arithmetic.num_train": 64,
     "data.arithmetic.num_heldout": 16,
     "data.arithmetic.num_demonstrations": 128,
-    # Answers are given at once, out of few that there are: guesses are right often enough for groups to be of use.
+    # Demonstrations without working and few possible answers: guesses are often right, so groups are useful.
     "data.arithmetic.direct_shares": [1.0, 1.0],
     "data.arithmetic.min_terms": 2,
     "data.arithmetic.max_terms": 4,
@@ -52,11 +52,12 @@ _SMALL_SERVERS: dict[str, Any] = {
 
 
 def is_dry_run(config: DictConfig) -> bool:
+    """Returns whether a composed configuration asks for a dry run."""
     return bool(OmegaConf.select(config, "run.dry_run", default=False))
 
 
 def shrunk(config: DictConfig) -> DictConfig:
-    """The experiment as a dry run; site values that nothing reads any more need not be there."""
+    """Returns the experiment as a dry run, which reads no values of a site but the run's directory."""
     small: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
     OmegaConf.set_struct(small, False)
     for group, option in _STAND_INS.items():
@@ -71,17 +72,17 @@ def shrunk(config: DictConfig) -> DictConfig:
     layers = 2 * small.parallel.pipeline * small.parallel.virtual_pipeline
     OmegaConf.update(small, "model.geometry.num_layers", layers)
     if small.objective.actor_freeze_steps:
-        # One step with a frozen policy, one without.
+        # One step with a frozen policy, and one in which it trains.
         small.objective.actor_freeze_steps = 1
     resources = {"device": "cpu", "devices_per_node": MAX_PROCESSES, "trainer_devices": num_processes(config)}
     small.resources = OmegaConf.create(resources)
-    # The directory is named after the run wherever the experiment does so.
+    # run.dir contains run.name in most experiments, and then changes with it.
     small.run.name = f"dry_run_{config.run.name}"
     return small
 
 
 def layout_mapping(config: DictConfig) -> dict[str, tuple[Any, Any]]:
-    """What becomes of the layout: key -> (as configured, in the dry run); only keys that change."""
+    """Returns the changes of the layout: key -> (value of the experiment, value of the dry run)."""
     parallel: Any = OmegaConf.to_container(config.parallel, resolve=True)
     mapping, processes = {}, 1
     for name in ("tensor", "pipeline", "context", "virtual_pipeline"):
@@ -101,7 +102,7 @@ def layout_mapping(config: DictConfig) -> dict[str, tuple[Any, Any]]:
 
 
 def num_processes(config: DictConfig) -> int:
-    """One replica of the reduced layout, or two of them where the experiment has several and 8 processes are enough."""
+    """Returns the trainer processes of a dry run: one replica of its layout, or two if the experiment has several."""
     parallel: Any = OmegaConf.to_container(config.parallel, resolve=True)
     replica, whole = 1, 1
     for name in ("tensor", "pipeline", "context"):

@@ -79,9 +79,9 @@ def live(arguments: tuple[str, ...], out: str, err: str) -> None:
     for path, stream in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), stream)
     sys.argv = ["oreal-train", *arguments]
-    from oreal_megatron.cli.train import train
+    from oreal_megatron.cli.train import main
 
-    train()
+    main()
 
 
 def metrics_of(directory: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Grade a JSONL file of answers: `python tools/verify_answers.py IN.jsonl --output OUT.jsonl`; `--help` says more."""
+"""Grades a JSONL file of answers, as `oreal-verify` does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from oreal_megatron.verifier.cli import main
+from oreal_megatron.cli.verify import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

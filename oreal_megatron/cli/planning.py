@@ -1,4 +1,4 @@
-"""What `oreal-plan`, `oreal-submit` and `oreal-doctor` share: a configuration without site values, and its planner."""
+"""Configuration without site values and its planner, for `oreal-plan`, `oreal-submit` and `oreal-doctor`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from oreal_megatron.planner.step_time import Measured
 
 
 def suggest(console: Console, planned: Plan, replan: Callable[[TrainConfig], Plan]) -> int:
-    """Says what to change where it does not fit; the exit status."""
+    """Prints the first change that makes the plan fit. Returns the exit status: 0 where it fits as it is."""
     if not planned.memory.problems:
         return 0
-    with console.status("looking for what to change"):
+    with console.status("searching for a change that makes it fit"):
         change = first_change(planned, replan)
     if change is None:
-        console.print("no single usual change makes it fit: give it more devices, or look with oreal-plan --search")
+        console.print("No single usual change makes it fit. Use more devices, or try oreal-plan --search.")
     else:
         overrides, changed = change
         seconds = "" if changed.step_seconds is None else f", {changed.step_seconds:,.0f} s a step"
@@ -30,18 +30,23 @@ def suggest(console: Console, planned: Plan, replan: Callable[[TrainConfig], Pla
 
 
 def planned_config(overrides: list[str], console: Console) -> TrainConfig:
-    """The configuration with placeholders for what only the site knows, which no plan depends on."""
+    """Returns the configuration with placeholders for values of the site, which no plan depends on.
+
+    Raises:
+        ConfigError: with all violations.
+    """
     raw = composed(overrides)
     if is_dry_run(raw):
         raw = shrunk(raw)
     missing = with_placeholders(raw)
     own = [key for key in missing if not key.startswith("cluster.")]
     if own:
-        console.print(f"[yellow]not given yet: {', '.join(own)}[/]")
+        console.print(f"[yellow]without values yet: {', '.join(own)}[/]")
     return parse_config(resolved(raw))
 
 
 def num_devices(config: TrainConfig, given: int | None) -> int:
+    """Returns the number of trainer processes: as given, as configured, or one model replica."""
     p = config.parallel
     return given or config.resources.trainer_devices or p.tensor * p.pipeline * p.context
 
@@ -49,19 +54,19 @@ def num_devices(config: TrainConfig, given: int | None) -> int:
 def planner_of(
     config: TrainConfig, *, devices: int | None = None, measured: Measured | None = None
 ) -> Callable[[TrainConfig], Plan]:
-    """Plans variants of a configuration that share its model."""
+    """Returns a function that plans variants of a configuration with the same model."""
     from oreal_megatron.models.memory_profile import MemoryProfiler
     from oreal_megatron.rollout.embedded import sample
 
     geometry, sampling = _geometry(config), config.rollout.sampling
-    meter = MemoryProfiler(
+    profiler = MemoryProfiler(
         geometry,
         config.model,
         lambda logits: sample(logits, logits.new_zeros(1), sampling),
         on_cpu=config.resources.device == "cpu",
     )
     count = num_devices(config, devices)
-    return lambda variant: make_plan(variant, geometry, meter, num_devices=count, measured=measured)
+    return lambda variant: make_plan(variant, geometry, profiler, num_devices=count, measured=measured)
 
 
 def _geometry(config: TrainConfig) -> GeometryConfig:

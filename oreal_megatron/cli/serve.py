@@ -1,11 +1,11 @@
-"""The rollout servers of one node of a job.
+"""Runs the rollout servers of one node of a SLURM job.
 
     python -m oreal_megatron.cli.serve --announce DIR experiment=...
 
-The batch script starts it once on every node that serves; it starts the node's servers, writes each one's URL into DIR,
-starts a server anew that ends, and ends them all with itself. The trainer attaches to the URLs. Servers start with
-random weights, from the config.json that the trainer writes into run.dir, and wait for it to publish. Where they share
-its devices, none is started while these are the trainer's.
+The batch script starts this on every server node. It launches the node's servers, writes their URLs into DIR, restarts
+servers that end, and stops them when it is stopped. The trainer attaches to the URLs. Servers start with random weights
+from the config.json that the trainer writes into run.dir, and wait for its first publication. Colocated servers are not
+started while the trainer uses the devices.
 """
 
 from __future__ import annotations
@@ -16,30 +16,39 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from oreal_megatron.cli.errors import reporting
+from oreal_megatron.cli.arguments import add_overrides, command_parser
+from oreal_megatron.cli.errors import run_command
 from oreal_megatron.compose import composed, validated
 from oreal_megatron.dry_run import is_dry_run, shrunk
 from oreal_megatron.slurm.node_servers import NodeServers, servers_of_node
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m oreal_megatron.cli.serve",
-        description="Runs the rollout servers of one node until it is asked to end.",
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs the servers until SIGTERM or SIGINT. Exit status 1: every server failed."""
+    parser = command_parser(
+        "python -m oreal_megatron.cli.serve",
+        "Runs the rollout servers of one node until it is stopped.",
+        example="python -m oreal_megatron.cli.serve --announce urls experiment=arithmetic_sglang",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for oreal-train")
-    parser.add_argument("--announce", type=Path, required=True, metavar="DIR", help="where the URLs go, one file each")
-    parser.add_argument("--node", type=int, default=os.environ.get("SLURM_NODEID", 0), help="which of the nodes")
-    parser.add_argument("--nodes", type=int, default=os.environ.get("SLURM_STEP_NUM_NODES", 1), help="that serve")
+    add_overrides(parser)
+    parser.add_argument(
+        "--announce", type=Path, required=True, metavar="DIR", help="directory for the URLs, a file each"
+    )
+    parser.add_argument("--node", type=int, default=os.environ.get("SLURM_NODEID", 0), help="number of this node")
+    parser.add_argument(
+        "--nodes", type=int, default=os.environ.get("SLURM_STEP_NUM_NODES", 1), help="number of server nodes"
+    )
     parser.add_argument("--host", default=os.environ.get("SLURMD_NODENAME", "127.0.0.1"), help="address to listen at")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s {socket.gethostname()} %(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    reporting(lambda: _serve(arguments))
+    run_command(lambda: _serve(arguments))
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -47,7 +56,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     config = validated(shrunk(raw) if is_dry_run(raw) else raw)
     servers = config.rollout.sglang
     if servers is None:
-        raise ValueError("rollout.sglang: this run has no servers")
+        raise ValueError("rollout.sglang is null: this run has no servers. Choose an experiment with servers.")
     ending = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ending.set())

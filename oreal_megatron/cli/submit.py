@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 
-from oreal_megatron.cli.errors import reporting
+from oreal_megatron.cli.arguments import add_overrides, command_parser, positive
+from oreal_megatron.cli.errors import run_command
 from oreal_megatron.cli.planning import num_devices, planned_config, planner_of, suggest
 from oreal_megatron.compose import composed
 from oreal_megatron.dry_run import is_dry_run, layout_mapping, shrunk
 from oreal_megatron.files import write_atomically
-from oreal_megatron.planner.tables import show_plan
+from oreal_megatron.planner.tables import print_plan
 from oreal_megatron.slurm.checks import checked
 from oreal_megatron.slurm.sbatch import allocation, rendered, submitted, tested
 
 
-def submit() -> None:
-    """`oreal-submit`: plans, renders, shows, submits."""
-    parser = argparse.ArgumentParser(
-        prog="oreal-submit",
-        description="Submits a run to SLURM: plans it first and refuses what cannot fit, writes the batch script into "
-        "run.dir, shows it, submits it, and says how to follow it.",
-        epilog="example: oreal-submit experiment=oreal_32b cluster=mine --test-only",
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs `oreal-submit`. Exit status 1: the run does not fit, or SLURM or the checks refuse it."""
+    parser = command_parser(
+        "oreal-submit",
+        "Submits a run to SLURM. Plans it first and refuses a run that cannot fit, writes the batch script into\n"
+        "run.dir, shows it, submits it, and prints the commands that follow it.",
+        example="oreal-submit experiment=oreal_32b cluster=mine --test-only",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for oreal-train")
-    parser.add_argument("--nodes", type=int, help="spread the trainer over so many nodes; default: as few as hold it")
-    parser.add_argument("--server-nodes", type=int, help="spread the rollout servers over so many; default: likewise")
-    parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each after the one before it")
-    parser.add_argument("--test-only", action="store_true", help="ask SLURM when it would start, and submit nothing")
-    parser.add_argument("--force", action="store_true", help="submit what the planner says cannot fit")
-    arguments = parser.parse_intermixed_args()
-    console = Console(highlight=False, soft_wrap=True)
-    reporting(lambda: _submit(console, arguments))
+    add_overrides(parser)
+    parser.add_argument("--nodes", type=positive, help="nodes of the trainer; default: as few as hold it")
+    parser.add_argument(
+        "--server-nodes", type=positive, help="nodes of the rollout servers; default: as few as hold them"
+    )
+    parser.add_argument("--chain", type=positive, default=1, metavar="N", help="submit N jobs, each after the last")
+    parser.add_argument("--test-only", action="store_true", help="ask SLURM for the start time and submit nothing")
+    parser.add_argument("--force", action="store_true", help="submit even if the plan does not fit")
+    arguments = parser.parse_intermixed_args(argv)
+    run_command(lambda: _submit(Console(highlight=False, soft_wrap=True), arguments))
 
 
 def _submit(console: Console, arguments: argparse.Namespace) -> int:
@@ -55,15 +59,13 @@ def _submit(console: Console, arguments: argparse.Namespace) -> int:
     replan = planner_of(config)
     with console.status("planning"):
         planned = replan(config)
-    show_plan(console, planned)
+    print_plan(console, planned)
     if config.run.dry_run:
         whole = planned_config([*arguments.overrides, "run.dry_run=false"], console)
-        console.print(
-            f"with its own layout, every stage built without memory: {planner_of(whole)(whole).memory.verdict}"
-        )
+        console.print(f"the experiment with its own layout: {planner_of(whole)(whole).memory.verdict}")
     status = suggest(console, planned, replan)
     if status and not arguments.force:
-        console.print("not submitted (--force submits it all the same)")
+        console.print("not submitted (--force submits it nevertheless)")
         return status
     directory = Path(config.run.dir).resolve() / "slurm"
     script = directory / "job.sbatch"
@@ -84,3 +86,7 @@ def _submit(console: Console, arguments: argparse.Namespace) -> int:
         f"stop it:    scancel --batch --signal=TERM {job}   (saves and queues again)   scancel {job}   (ends it)"
     )
     return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Console entry points: Hydra composes, the schema validates, `build` wires, `train` runs."""
+"""`oreal-train`: Hydra composes the configuration, the schema validates it, the builder builds, `train` trains."""
 
 from __future__ import annotations
 
@@ -6,48 +6,52 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 import yaml
 from omegaconf import DictConfig
 
-from oreal_megatron.compose import config_directory, validated
-from oreal_megatron.config import ConfigError, TrainConfig, check_resume
+from oreal_megatron.cli.errors import run_command
+from oreal_megatron.compose import COMPOSITION_ERRORS, composition_error, config_directory, validated
+from oreal_megatron.config import TrainConfig, check_resume
 from oreal_megatron.dry_run import is_dry_run, shrunk
 from oreal_megatron.files import write_atomically
 from oreal_megatron.log import quiet_libraries
-from oreal_megatron.stopping import EXIT_STOPPED, LostPeer, Stopped, StopRequest
+from oreal_megatron.stopping import StopRequest
 
-logger = logging.getLogger("oreal_megatron.cli.train")  # also where this module is run as __main__
+logger = logging.getLogger("oreal_megatron.cli.train")  # the same name where this module runs as __main__
+
+
+def main() -> NoReturn:
+    """Runs `oreal-train`: one OREAL run, or a sweep of runs."""
+    run_command(_compose_and_train, continues=True)
+
+
+def _compose_and_train() -> None:
+    # Hydra then raises its errors instead of printing them.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        _train()
+    except COMPOSITION_ERRORS as error:
+        overrides = [argument for argument in sys.argv[1:] if "=" in argument]
+        raise composition_error(error, overrides) from error
 
 
 @hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")
 def _train(composed: DictConfig) -> None:
     if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
-        # A sweep's job (conf/hydra/launcher/slurm.yaml): its processes learn their ranks here.
+        # A sweep's job (conf/hydra/launcher/slurm.yaml): its processes get their ranks here.
         from submitit.helpers import TorchDistributedEnvironment
 
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-    try:
-        config = validated(shrunk(composed) if is_dry_run(composed) else composed)
-        quiet_libraries()
-        run_training(config)
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(EXIT_STOPPED)
-    except ConfigError as error:
-        # Every rank has the same configuration: one of them says what is wrong with it.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except LostPeer as lost:
-        print(lost, file=sys.stderr)
-        sys.exit(1)
-    except (ValueError, ArithmeticError, OSError) as error:
-        if os.environ.get("OREAL_TRACEBACK") == "1":
-            raise
-        print(f"error: {error}\n(OREAL_TRACEBACK=1 shows where)", file=sys.stderr)
-        sys.exit(1)
+    run_command(lambda: _run(composed), continues=True)
+
+
+def _run(composed: DictConfig) -> None:
+    config = validated(shrunk(composed) if is_dry_run(composed) else composed)
+    quiet_libraries()
+    run_training(config)
 
 
 def run_training(config: TrainConfig) -> None:
@@ -69,10 +73,5 @@ def run_training(config: TrainConfig) -> None:
             logger.info("report: %s", write_report(directory))
 
 
-def train() -> None:
-    """`oreal-train`: one OREAL run."""
-    _train()
-
-
 if __name__ == "__main__":
-    train()
+    main()

@@ -1,7 +1,7 @@
-"""The schema of a run: strict, frozen, without torch.
+"""Schema of a run's configuration: strict, frozen, without torch.
 
-Hydra composes conf/ and overrides; `parse_config` validates the result once and reports every violation at
-once, each with its key, its value and what would be right. Nothing below reads a DictConfig.
+Hydra composes conf/ and overrides. `parse_config` validates the result once and reports all violations together, each
+with key, value and remedy. No other package reads a DictConfig.
 """
 
 from oreal_megatron.config.divisibility import (
@@ -13,7 +13,8 @@ from oreal_megatron.config.divisibility import (
 )
 from oreal_megatron.config.errors import ConfigError, Violation
 from oreal_megatron.config.fields import NonNegative, Positive, Section, Strings
-from oreal_megatron.config.parsing import check_resume, parse_config
+from oreal_megatron.config.objective import ObjectiveConfig, TokenWeightConfig
+from oreal_megatron.config.parsing import check_resume, fields_at, parse_config, unknown_key
 from oreal_megatron.config.rollout import SamplingConfig, SGLangConfig
 from oreal_megatron.config.sections import (
     AdamWConfig,
@@ -23,11 +24,9 @@ from oreal_megatron.config.sections import (
     Fp8ModelConfig,
     GeometryConfig,
     ModelConfig,
-    ObjectiveConfig,
     ParallelConfig,
     PromptConfig,
     SftConfig,
-    TokenWeightConfig,
     TrainConfig,
 )
 
@@ -56,8 +55,10 @@ __all__ = [
     "Violation",
     "check_layout",
     "check_resume",
+    "fields_at",
     "parse_config",
     "served_shape_violations",
     "serving_violations",
+    "unknown_key",
     "unserved_shapes",
 ]

@@ -1,4 +1,4 @@
-"""Which sizes of a model must divide by what: by the trainer's layout, by a server's ranks, by blocks of FP8."""
+"""Divisibility of a model's sizes: by the trainer's layout, by a server's ranks, by blocks of FP8."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ from oreal_megatron.config.fp8_recipes import Capability
 from oreal_megatron.config.rollout import SGLangConfig
 from oreal_megatron.config.sections import GeometryConfig, ParallelConfig
 
+SERVED_BLOCK = 128
+"""Rows and columns of a served weight that share a scale."""
+
 
 def check_layout(geometry: GeometryConfig, parallel: ParallelConfig, servers: SGLangConfig | None) -> None:
-    """For a geometry that a model directory brought. Raises ConfigError where trainer or servers do not divide it."""
+    """Checks the geometry of a model directory, which is known only after the configuration was validated.
+
+    Raises:
+        ConfigError: the trainer's layout or the servers' does not divide the model.
+    """
     violations = list(layout_violations(geometry, parallel))
     if servers is not None:
         violations += served_head_violations(servers, geometry)
@@ -20,79 +27,86 @@ def check_layout(geometry: GeometryConfig, parallel: ParallelConfig, servers: SG
 
 
 def layout_violations(g: GeometryConfig, parallel: ParallelConfig) -> Iterator[Violation]:
-    for key, size, split, by in (
+    """Yields a violation for every size of the model that the trainer's layout does not divide."""
+    for key, size, split, name in (
         ("parallel.tensor", g.num_attention_heads, parallel.tensor, "attention heads"),
         ("parallel.tensor", g.ffn_hidden_size, parallel.tensor, "columns of ffn_hidden_size"),
         ("parallel.pipeline", g.num_layers, parallel.pipeline, "layers"),
     ):
         if size % split:
-            yield Violation(key, split, f"{size} {by} do not split evenly over {split} ranks")
-    apart = g.num_query_groups % parallel.tensor and parallel.tensor % g.num_query_groups
-    if apart and g.num_attention_heads % parallel.tensor == 0:
-        yield Violation(
-            "parallel.tensor",
-            parallel.tensor,
-            f"must divide model.geometry.num_query_groups = {g.num_query_groups} or be a multiple of it",
-        )
+            remedy = f"{size} {name} do not split evenly over {split} ranks. Set {key} to a divisor of {size}."
+            yield Violation(key, split, remedy)
+    if g.num_attention_heads % parallel.tensor == 0 and not divides_groups(g, parallel.tensor):
+        remedy = f"Set it to a divisor or a multiple of model.geometry.num_query_groups={g.num_query_groups}."
+        yield Violation("parallel.tensor", parallel.tensor, remedy)
     runs = parallel.pipeline * parallel.virtual_pipeline
     if parallel.virtual_pipeline > 1 and g.num_layers % runs:
         yield Violation(
             "parallel.virtual_pipeline",
             parallel.virtual_pipeline,
-            f"{g.num_layers} layers do not split evenly into {parallel.pipeline} stages x "
-            f"{parallel.virtual_pipeline} runs = {runs}",
+            f"{g.num_layers} layers do not split evenly into {parallel.pipeline} stages x {parallel.virtual_pipeline} "
+            f"runs = {runs}. Set it so that the product divides {g.num_layers}.",
         )
 
 
-SERVED_BLOCK = 128
-"""Rows and columns of a served weight that share a scale."""
-
-_KEY = "rollout.sglang.dtype"
+def divides_groups(geometry: GeometryConfig, tensor: int) -> bool:
+    """Returns whether key-value heads split over `tensor` ranks, or each is copied to equally many of them."""
+    return geometry.num_query_groups % tensor == 0 or tensor % geometry.num_query_groups == 0
 
 
 def serving_problem(capability: Capability) -> str | None:
-    """Why SGLang 0.5.23 on a device of this capability holds no FP8 weights that a publication can fill.
+    """Returns why SGLang on a device of this capability holds no FP8 weights that a publication can fill.
 
-    From its source: below sm89 it puts them in the order of Marlin's kernels, from sm100 on it packs their scales.
+    Source: SGLang 0.5.23. Below sm89 it reorders them for Marlin's kernels, from sm100 on it packs their scales.
     """
     if (8, 9) <= capability < (10, 0):
         return None
-    return f"SGLang keeps FP8 weights as they are published from sm89 to sm90, this is sm{capability[0]}{capability[1]}"
+    found = f"sm{capability[0]}{capability[1]}"
+    return f"SGLang keeps FP8 weights as they are published from sm89 to sm90, and the device is {found}"
 
 
 def serving_violations(servers: SGLangConfig, capability: Capability | None) -> Iterator[Violation]:
-    """capability: of the devices that are meant; None: not known."""
+    """Yields a violation for every reason why these servers cannot serve FP8 weights.
+
+    capability: compute capability of their devices; None if unknown.
+    """
+    change = "Set rollout.sglang.dtype=null"
     if servers.device == "cpu":
-        yield Violation(_KEY, "fp8", "SGLang's kernels for it are for CUDA: null, or rollout.sglang.device=cuda")
+        remedy = f"SGLang has FP8 kernels for CUDA only. {change}, or rollout.sglang.device=cuda."
+        yield Violation("rollout.sglang.dtype", "fp8", remedy)
     if capability is not None and (problem := serving_problem(capability)):
-        yield Violation(_KEY, "fp8", f"{problem}: null")
+        yield Violation("rollout.sglang.dtype", "fp8", f"{problem}. {change}.")
     if servers.transport not in ("direct", "ipc"):
-        remedy = "has SGLang load the weights, which takes none in bfloat16 into FP8 layers: direct, or ipc"
+        remedy = "SGLang itself loads no bfloat16 weights into FP8 layers. Set rollout.sglang.transport=direct or ipc."
         yield Violation("rollout.sglang.transport", servers.transport, remedy)
 
 
 def served_head_violations(servers: SGLangConfig, geometry: GeometryConfig) -> Iterator[Violation]:
-    """Heads that do not split over a server's ranks. SGLang copies key-value heads where there are more ranks than
-    these, but on a CPU it adds empty ones, with query heads to them, which no publication fills."""
+    """Yields a violation where a server's ranks do not divide the attention heads.
+
+    With more ranks than key-value heads SGLang copies these heads on CUDA. On CPU it adds empty ones, with query heads
+    for them, which no publication fills.
+    """
     heads, groups, tensor = geometry.num_attention_heads, geometry.num_query_groups, servers.tensor
     if heads % tensor:
-        remedy = f"{heads} attention heads do not split evenly over {tensor} devices"
+        remedy = f"{heads} attention heads do not split evenly over {tensor} devices. Set it to a divisor of {heads}."
         yield Violation("rollout.sglang.tensor", tensor, remedy)
-    elif groups % tensor and (tensor % groups or servers.device == "cpu"):
-        copies = "" if servers.device == "cpu" else " or be a multiple of it"
-        remedy = f"must divide model.geometry.num_query_groups = {groups}{copies}"
+    elif not divides_groups(geometry, tensor) or (groups % tensor and servers.device == "cpu"):
+        multiple = "" if servers.device == "cpu" else " or a multiple"
+        remedy = f"Set it to a divisor{multiple} of model.geometry.num_query_groups={groups}."
         yield Violation("rollout.sglang.tensor", tensor, remedy)
 
 
 def served_shape_violations(servers: SGLangConfig, geometry: GeometryConfig) -> Iterator[Violation]:
-    """Every size that does not divide into whole blocks."""
+    """Yields a violation for every size of a server rank's weights that FP8 blocks do not divide."""
     for problem in unserved_shapes(geometry, servers.tensor):
-        yield Violation(_KEY, "fp8", f"{problem}: null, or another rollout.sglang.tensor")
+        remedy = f"{problem}. Set rollout.sglang.dtype=null, or another rollout.sglang.tensor."
+        yield Violation("rollout.sglang.dtype", "fp8", remedy)
 
 
 def unserved_shapes(geometry: GeometryConfig, tensor: int) -> list[str]:
-    """What of a server rank's weights does not divide into whole blocks, each with its size."""
-    head_dim = geometry.head_dim or geometry.hidden_size // geometry.num_attention_heads
+    """Returns a phrase for every size of a server rank's weights that FP8 blocks do not divide."""
+    head_dim = geometry.attention_head_dim
     sizes = {
         "hidden_size": geometry.hidden_size,
         "ffn_hidden_size": geometry.ffn_hidden_size / tensor,
@@ -102,7 +116,7 @@ def unserved_shapes(geometry: GeometryConfig, tensor: int) -> list[str]:
     }
     split = f" on each of {tensor} server ranks" if tensor > 1 else ""
     return [
-        f"{what} is {size:g}{split}, FP8 is served in blocks of {SERVED_BLOCK} x {SERVED_BLOCK}"
-        for what, size in sizes.items()
+        f"{name} is {size:g}{split}, FP8 is served in blocks of {SERVED_BLOCK} x {SERVED_BLOCK}"
+        for name, size in sizes.items()
         if size % SERVED_BLOCK
     ]

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, as a person reads it."""
+"""Violations of a configuration, and the error that lists them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Violation:
-    """One thing that is wrong: where, what was given, what would be right."""
+    """A problem of the configuration."""
 
     key: str
+    """Key with the wrong value, such as `parallel.tensor`."""
     value: Any
+    """Value that was given."""
     remedy: str
+    """Sentences that say what is wrong with the value and what to set."""
 
     def __str__(self) -> str:
         shown = repr(self.value)
@@ -23,11 +26,14 @@ class ConfigError(ValueError):
     """The configuration is wrong; the message lists every violation."""
 
     def __init__(self, violations: list[Violation], config: Any = None):
-        """config: the TrainConfig, where each section is sound and only their agreement is not."""
+        """Makes the error of all violations.
+
+        config: the TrainConfig, where every section is valid by itself and only checks across sections failed.
+        """
         self.violations = violations
         self.config = config
         lines = "\n".join(f"  {violation}" for violation in violations)
         super().__init__(f"{len(violations)} problem(s) in the configuration:\n{lines}")
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[list[Violation]]]:
-        return ConfigError, (self.violations,)  # from one process to another
+        return ConfigError, (self.violations,)  # for pickling between processes

@@ -1,4 +1,4 @@
-"""What sections of the configuration are made of: their base, and types with ranges."""
+"""Base class of the configuration's sections, and types with ranges for their fields."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def _as_tuple(value: Any) -> Any:
 
 
 AsTuple = BeforeValidator(_as_tuple)
-"""YAML has lists, a frozen section has tuples."""
+"""Turns a list of YAML into the tuple that a frozen section needs."""
 Strings = Annotated[tuple[str, ...], AsTuple]
 FloatPair = Annotated[tuple[float, float], AsTuple]
 
 
 class Section(BaseModel):
-    """A part of the configuration: no unknown keys, no coercion, immutable."""
+    """Base of the configuration's sections: no unknown keys, no coercion, immutable."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)

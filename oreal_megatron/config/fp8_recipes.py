@@ -1,6 +1,6 @@
-"""FP8 recipes: what each needs of a device, of CUDA and of shapes. Data only; everything that asks reads it here.
+"""FP8 recipes: requirements of each on device, CUDA version and matrix shapes. Data only.
 
-From the sources of Transformer Engine 2.9 to 2.11 and Megatron-Core 0.16.1.
+Source: Transformer Engine 2.9 to 2.11 and Megatron-Core 0.16.1.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ Capability = tuple[int, int]
 
 @dataclass(frozen=True)
 class Recipe:
-    """One FP8 recipe."""
+    """Requirements of an FP8 recipe."""
 
     capability: Capability
     """Lowest compute capability."""
     below: Capability | None
-    """First compute capability without kernels again; None: none known."""
+    """First newer compute capability without kernels. None: all newer ones have kernels."""
     cuda: tuple[int, int]
     """Lowest CUDA version."""
     multiple: int
-    """Both dimensions of every matrix, as a tensor rank holds it, must be a multiple of this. Without blocks,
-    Transformer Engine asks for 8 and, of the last one, 16; gradients read the same matrices the other way round, so
-    every dimension is the last one once."""
+    """Number that divides both dimensions of every matrix, as a tensor rank holds it. Recipes without blocks need 16 in
+    the last dimension and 8 in the other; gradients read the matrices transposed, so every dimension needs 16."""
     tokens: int
-    """The tokens that a rank puts through a matrix product must be a multiple of this."""
+    """Number that divides the tokens of a rank's matrix product."""
 
 
 RECIPES: dict[RecipeName, Recipe] = {
@@ -38,19 +37,20 @@ RECIPES: dict[RecipeName, Recipe] = {
 }
 
 CAPABILITIES: dict[str, Capability] = {"a100_80gb": (8, 0), "h100_80gb": (9, 0)}
-"""Of the devices that `resources.device` names."""
+"""Compute capability of each device that `resources.device` names."""
 
 
 def device_problem(name: RecipeName, capability: Capability) -> str | None:
-    """Why a device of this capability cannot run the recipe."""
+    """Returns why a device of this capability cannot run the recipe; None where it can."""
     recipe = RECIPES[name]
     found = f"sm{capability[0]}{capability[1]}"
     if capability < recipe.capability:
-        return f"{name} needs sm{recipe.capability[0]}{recipe.capability[1]} or newer, this is {found}"
+        return f"{name} needs sm{recipe.capability[0]}{recipe.capability[1]} or newer, the device is {found}"
     if recipe.below is not None and capability >= recipe.below:
-        return f"{name} has no kernels from sm{recipe.below[0]}{recipe.below[1]} on, this is {found}"
+        return f"{name} has no kernels from sm{recipe.below[0]}{recipe.below[1]} on, the device is {found}"
     return None
 
 
 def recipes_for(capability: Capability) -> list[RecipeName]:
+    """Returns the recipes that a device of this capability can run."""
     return [name for name in RECIPES if device_problem(name, capability) is None]

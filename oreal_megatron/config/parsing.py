@@ -1,9 +1,10 @@
-"""From plain data to a configuration, or to everything that is wrong with it."""
+"""Validation of plain data as a configuration, and of a configuration against the run that it resumes."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -17,14 +18,14 @@ def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
     """Validates a composed configuration.
 
     Raises:
-        ConfigError: with all violations at once: of every section's schema, and of the checks across
-            sections wherever the sections that they read are sound.
+        ConfigError: with all violations: of every section's schema, and of the checks across sections whose sections
+            are valid.
     """
     violations: list[Violation] = []
     sections: dict[str, Any] = {}
     for name, info in TrainConfig.model_fields.items():
         if name not in raw:
-            violations.append(Violation(name, None, "section is missing"))
+            violations.append(Violation(name, None, f"The section is missing. Choose an option of the group {name}."))
             continue
         try:
             adapter: TypeAdapter[Any] = TypeAdapter(info.annotation)  # type: ignore[arg-type]
@@ -32,19 +33,19 @@ def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
         except ValidationError as error:
             violations += [_from_pydantic(name, raw[name], info.annotation, item) for item in error.errors()]
     for name in raw.keys() - TrainConfig.model_fields.keys():
-        violations.append(Violation(name, raw[name], _unknown_key(name, TrainConfig.model_fields)))
+        violations.append(Violation(name, raw[name], unknown_key(name, TrainConfig.model_fields)))
     for check in _CHECKS:
         if all(name in sections for name in check.reads):
             violations += check.run(*(sections[name] for name in check.reads))
     if violations:
-        are_sound = sections.keys() == TrainConfig.model_fields.keys() == raw.keys()
-        raise ConfigError(violations, TrainConfig(**sections) if are_sound else None)
+        are_valid = sections.keys() == TrainConfig.model_fields.keys() == raw.keys()
+        raise ConfigError(violations, TrainConfig(**sections) if are_valid else None)
     return TrainConfig(**sections)
 
 
-# What may change when a run goes on in its directory: how far, how fast and how visibly, not what it computes.
+# Keys that may change when a run resumes: length, speed and visibility of the run, not what it computes.
 _MAY_CHANGE = (
-    "run.dir",  # a directory may move
+    "run.dir",  # the directory may have been moved
     "run.num_steps",
     "run.checkpoint_every",
     "run.keep_checkpoints",
@@ -59,18 +60,16 @@ _MAY_CHANGE = (
 
 
 def check_resume(saved: Mapping[str, Any], config: TrainConfig, directory: str) -> None:
-    """Refuses to go on in a directory whose run was configured otherwise.
+    """Checks that a configuration computes the same as the run that it resumes.
 
-    saved: the directory's config.yaml as plain data.
+    saved: the run's config.yaml as plain data.
 
     Raises:
         ConfigError: with every key that differs and may not.
     """
     before, now = _flat(saved), _flat(config.model_dump(mode="json"))
     violations = [
-        Violation(
-            key, now.get(key), f"was {before.get(key)!r} in {directory}; resume with that, or use another run.dir"
-        )
+        Violation(key, now.get(key), f"The run in {directory} has {before.get(key)!r}. Set that, or another run.dir.")
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
     ]
@@ -93,25 +92,29 @@ def _from_pydantic(section: str, raw: Any, annotation: Any, error: Any) -> Viola
     key = ".".join([section, *map(str, path)])
     value = None if error["type"] == "missing" else error["input"]
     if error["type"] == "extra_forbidden":
-        return Violation(key, value, _unknown_key(str(path[-1]), _fields_at(annotation, path[:-1])))
+        return Violation(key, value, unknown_key(str(path[-1]), fields_at(path[:-1], annotation)))
     if error["type"] == "missing":
-        return Violation(key, value, "is required; set it (null where it does not apply)")
-    return Violation(key, value, error["msg"][0].lower() + error["msg"][1:])
+        return Violation(key, value, "The key is missing. Set it, to null where it does not apply.")
+    return Violation(key, value, f"{error['msg'].removeprefix('Value error, ').rstrip('.')}.")
 
 
-def _fields_at(annotation: Any, path: list[Any]) -> Mapping[str, Any]:
-    """The fields of the section that `path` leads to, for a suggestion; empty where it can't be told."""
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+def fields_at(path: Sequence[Any], annotation: Any = TrainConfig) -> Mapping[str, Any]:
+    """Returns the fields of the section that `path` leads to from `annotation`; empty where it leads to no section."""
+    inner = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Mapping:
+        return fields_at(path[1:], inner[1]) if path else {}
+    model = next((c for c in (annotation, *inner) if isinstance(c, type) and issubclass(c, BaseModel)), None)
     if model is None:
         return {}
     if not path:
         return model.model_fields
     info = model.model_fields.get(str(path[0]))
-    return _fields_at(info.annotation, path[1:]) if info else {}
+    return fields_at(path[1:], info.annotation) if info else {}
 
 
-def _unknown_key(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    suggestion = f"; did you mean `{close[0]}`?" if close else f"; known keys: {', '.join(known)}" if known else ""
-    return f"unknown key{suggestion}"
+def unknown_key(name: str, known: Iterable[str]) -> str:
+    """Returns the remedy for a key that does not exist: the nearest of the known keys, or all of them."""
+    known = sorted(known)
+    if close := difflib.get_close_matches(name, known, n=1):
+        return f"There is no such key. Did you mean `{close[0]}`?"
+    return f"There is no such key. Known keys: {', '.join(known)}." if known else "There is no such key."

@@ -9,60 +9,85 @@ from pydantic import Field
 
 from oreal_megatron.config.fields import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, Strings
 
+OPTIONS_SET_BY_RUN = {
+    "model-path": "from the policy's configuration",
+    "load-format": "because publications bring the weights",
+    "custom-weight-loader": "because publications load and audit weights through it",
+    "weight-version": "in every publication",
+    "enable-memory-saver": "from rollout.sglang.placement",
+    "base-gpu-id": "from rollout.sglang.placement",
+    "host": "from rollout.sglang.host",
+    "port": "from rollout.sglang.port",
+    "device": "from rollout.sglang.device",
+    "mem-fraction-static": "from rollout.sglang.memory_share",
+    "tp": "from rollout.sglang.tensor",
+    "tp-size": "from rollout.sglang.tensor",
+    "tensor-parallel-size": "from rollout.sglang.tensor",
+    "dtype": "from rollout.sglang.dtype",
+    "context-length": "from model.max_sequence_length",
+    "max-running-requests": "from rollout.sglang.max_concurrency",
+    "skip-tokenizer-init": "always, because requests and responses are token ids",
+    "quantization": "from rollout.sglang.dtype, because SGLang loads no new weights into layers that it quantised",
+}
+"""Options of sglang.launch_server that a run sets itself -> from what. rollout.sglang.arguments may not name them."""
+
 
 class SamplingConfig(Section):
-    """How responses are drawn."""
+    """Sampling of responses."""
 
     temperature: NonNegativeFloat
-    """0: greedy."""
+    """Sampling temperature. 0: greedy."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)]
+    """Probability mass of the nucleus that tokens are drawn from. 1: all tokens."""
     max_new_tokens: Positive
+    """Longest response, in tokens."""
 
 
 class SGLangConfig(Section):
-    """SGLang servers that generate rollouts: launched by the run on this machine, or attached to."""
+    """SGLang servers that generate rollouts. null: none; needed by `backend: sglang`."""
 
     urls: Strings
-    """Servers that run already, `http://host:port`; empty: launch them."""
+    """URLs of running servers to attach to, `http://host:port`. Empty: launch the servers on this machine."""
     num_servers: Positive
-    """Launched servers."""
+    """Number of servers to launch."""
     tensor: Positive
-    """Tensor-parallel ranks of every server."""
+    """Tensor-parallel ranks of each server."""
     placement: Literal["colocated", "disaggregated"]
-    """On the trainer's devices, in turns with it, or on devices of their own."""
+    """Devices of the servers. colocated: the trainer's, in turns with it; disaggregated: their own."""
     memory_share: Annotated[float, Field(gt=0.0, lt=1.0)]
-    """Of a device's memory, for the served weights and the KV cache together."""
+    """Share of a device's memory for served weights and KV cache together."""
     dtype: Literal["bfloat16", "fp8"] | None
-    """Of the served weights; null: model.dtype. fp8: linear layers in e4m3, a power of two a block of 128 x 128, the
-    rest in bfloat16. Weights are cast when they are published, and audited as they are served."""
+    """Data type of the served weights. null: model.dtype; fp8: linear layers in e4m3 with one power of two for each
+    block of 128 x 128, all else in bfloat16. Weights are converted when they are published, and audited as served."""
     device: Literal["cpu", "cuda"]
-    """Of the servers; launched ones on `cpu` use the directory that `make sglang-deps` fills."""
+    """Kind of device of the servers. Launched servers on `cpu` use the SGLang that `make sglang-deps` installs."""
     host: str
-    """Address that launched servers listen at."""
+    """Address at which launched servers listen."""
     port: Annotated[int, Field(gt=0, le=65535)] | None
-    """Port of the first launched server, the others follow; null: free ones."""
+    """Port of the first launched server; the others get the ports after it. null: free ports."""
     max_concurrency: Positive
-    """Requests in flight at one server; the next is sent as soon as one is answered."""
+    """Largest number of requests in flight at one server."""
     transport: Literal["direct", "broadcast", "ipc", "disk"]
-    """How new weights reach the servers; direct: each rank is sent exactly its own bytes; broadcast: whole tensors to
-    every rank, in SGLang's own way; ipc: through memory of one machine; disk: a Hugging Face directory that they load,
-    on a file system they share."""
+    """Way of new weights to the servers. direct: each server rank receives exactly its own bytes; broadcast: every
+    server rank receives whole tensors, through SGLang's own endpoint; ipc: through memory of one machine; disk: through
+    a Hugging Face directory on a shared file system, which the servers load."""
     bucket_mib: Positive
-    """Of the buckets in which weights move; beside its weights a process has less than two, one that `ipc` or
-    `broadcast` collects for others up to three."""
+    """Size of the buckets in which weights move, in MiB. A process needs memory for two buckets, and for three where
+    `ipc` or `broadcast` collect a bucket for other ranks."""
     weights_dir: str | None
-    """Where `disk` writes them, the latest version only; null: `weights` in run.dir."""
+    """Directory that `transport: disk` writes the latest weights to. null: weights/ in run.dir."""
     startup_seconds: PositiveFloat
-    """A server that does not answer so long after its start, or after contact was lost, is given up."""
+    """Seconds that a server may take to answer after its start or after lost contact, before it counts as failed."""
     health_seconds: PositiveFloat
-    """A server that gives no sign of life for so long while it has requests counts as lost; SGLang's own check takes
+    """Seconds without a sign of life after which a server with requests counts as lost. SGLang's own health check takes
     up to 20 seconds."""
     control_seconds: PositiveFloat
-    """Pausing, loading weights, flushing: a step of a publication that takes longer means that the server is lost."""
+    """Seconds that one step of a publication (pause, load, flush) may take before the server counts as lost. Must be
+    below parallel.timeout_seconds."""
     max_restarts: NonNegative
-    """In a row, of one launched server, before it is given up."""
+    """Number of restarts in a row of a launched server, after which it counts as failed."""
     arguments: Mapping[str, str | int | float | bool]
-    """More options of `sglang.launch_server`, by name without dashes in front; true: a flag."""
+    """Further options of `sglang.launch_server`, by name without leading dashes. true: a flag without value."""
 
     @property
     def shares_devices(self) -> bool:
@@ -70,39 +95,45 @@ class SGLangConfig(Section):
 
 
 class MismatchConfig(Section):
-    """How far the policy's log-probabilities may be from the rollouts': a step's mean |difference|, in nats a token."""
+    """Limits of the mean |log pi - log pi_rollout| of a step, in nats per token. null: only report it."""
 
     warn: PositiveFloat
+    """Value above which the step logs a warning."""
     stop: PositiveFloat
-    """A step beyond it is not trained on; the run ends."""
+    """Value above which the step does not train and the run ends."""
 
 
 class LongTailConfig(Section):
-    """A step asks for more prompts than it needs, and goes on without the slowest responses."""
+    """Early stop of generation: a step asks for more prompts than it needs and goes on without the slowest responses.
+
+    null: a step waits for all responses.
+    """
 
     oversample: Annotated[float, Field(gt=1.0, allow_inf_nan=False)]
     """Prompts that a step asks for, as a multiple of data.prompts_per_step."""
     until: Literal["complete", "useful"]
-    """The step has enough once data.prompts_per_step groups are complete; or complete and of use to the objective
-    (objective.keep_groups). Prompts of the others come first in the next step."""
+    """Groups that count towards data.prompts_per_step. complete: groups with all responses; useful: complete groups
+    that objective.keep_groups keeps. Prompts of unfinished groups come first in the next step."""
     carry_updates: NonNegative
-    """Policy updates over which the tokens of a broken-off response are kept: it goes on from them, each token with
-    the log-probability that it was drawn with. 0: after an update it is generated anew."""
+    """Number of policy updates for which tokens of an interrupted response are kept. The response continues from them,
+    and each token keeps the log-probability that it was drawn with. 0: it is generated again after an update."""
 
 
 class RolloutConfig(Section):
-    """Where and how rollouts are generated."""
+    """Generation of rollouts."""
 
     backend: Literal["embedded", "sglang"]
-    """embedded: on the trainer's own model, in its processes; sglang: by servers."""
+    """Place of generation. embedded: on the trainer's own model, in its processes; sglang: by servers."""
     samples_per_prompt: Positive
-    """K."""
+    """Number K of responses for each prompt."""
     sampling: SamplingConfig
+    """Sampling of responses."""
     batch_size: Positive
-    """Sequences that one embedded batch generates at the same time; pass rates are estimated so many at a time."""
+    """Number of sequences that the embedded backend generates at the same time. Pass rates are estimated in batches of
+    this size too."""
     mismatch: MismatchConfig | None = None
-    """null: reported only."""
+    """Limits of the difference between policy and rollouts. null: only report it."""
     long_tail: LongTailConfig | None = None
-    """null: a step waits for all its responses. Needs `backend: sglang`."""
+    """Early stop of generation. Needs `backend: sglang`. null: a step waits for all responses."""
     sglang: SGLangConfig | None = None
-    """Belongs to `backend: sglang`."""
+    """Settings of the servers. Needed by `backend: sglang`; null for `backend: embedded`."""

@@ -1,4 +1,4 @@
-"""The sections of a run's configuration: what each key is, and which values it may have."""
+"""Sections of the configuration, key by key: type, allowed values and description."""
 
 from __future__ import annotations
 
@@ -20,331 +20,349 @@ from oreal_megatron.config.fields import (
     Strings,
 )
 from oreal_megatron.config.fp8_recipes import RecipeName
+from oreal_megatron.config.objective import ObjectiveConfig
 from oreal_megatron.config.rollout import RolloutConfig, SamplingConfig
 from oreal_megatron.verifier.config import VerifierConfig
 
 
 class GeometryConfig(Section):
-    """Shape of a decoder-only transformer (RMSNorm, SwiGLU, RoPE, grouped-query attention)."""
+    """Shape of a decoder-only transformer with RMSNorm, SwiGLU, rotary embeddings and grouped-query attention."""
 
     num_layers: Positive
+    """Number of transformer layers."""
     hidden_size: Positive
+    """Width of the residual stream."""
     ffn_hidden_size: Positive
+    """Width of the feed-forward layers, of the gate and of the up projection each."""
     num_attention_heads: Positive
+    """Number of query heads."""
     num_query_groups: Positive
+    """Number of key-value heads. Must divide num_attention_heads."""
     head_dim: Positive | None = None
-    """None: hidden_size / num_attention_heads."""
+    """Dimension of one attention head. null: hidden_size / num_attention_heads."""
     vocab_size: Positive | None = None
-    """Rows of the embedding before padding; None: as many as the tokenizer has."""
+    """Rows of the embedding, before padding for tensor parallelism. null: the tokenizer's number of tokens."""
     rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary embeddings' frequencies."""
     rope_scaling_factor: PositiveFloat | None = None
-    """Factor of Llama 3.1's scaling of the rotary embedding; null: none."""
+    """Factor of Llama 3.1's scaling of the rotary embeddings. null: no scaling."""
     norm_eps: PositiveFloat = 1e-6
+    """Epsilon of RMSNorm."""
     qkv_bias: bool = True
+    """Biases on the query, key and value projections, as in Qwen2."""
     qk_norm: bool = False
     """RMSNorm on the queries and keys of each head, as in Qwen3."""
     tied_embeddings: bool = False
+    """Use the embedding as the output layer too."""
     init_std: PositiveFloat = 0.02
+    """Standard deviation of random initial weights. Unused where weights are loaded."""
+
+    @property
+    def attention_head_dim(self) -> int:
+        """Dimension of one attention head: head_dim, or hidden_size / num_attention_heads where it is null."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 class ModelConfig(Section):
-    """Where policy, reference and reward model come from."""
+    """The model that policy, reference and reward model start from."""
 
     path: str | None
-    """A Hugging Face model directory (config.json, tokenizer, safetensors), or null to start from random weights."""
+    """Hugging Face model directory with config.json, tokenizer and safetensors. null: random weights with the shape of
+    model.geometry."""
     geometry: GeometryConfig | None
-    """Shape of a model that starts from random weights; with `path`, what its config.json must agree with, or null."""
+    """Shape of a model with random weights. With model.path, the shape that its config.json must have; null: accept
+    any."""
     tokenizer: str
-    """`arithmetic` for the built-in one, or a Hugging Face directory."""
+    """Hugging Face directory of the tokenizer, or `arithmetic` for the built-in tokenizer of data=arithmetic."""
     implementation: Literal["local", "transformer_engine"]
-    """Megatron-Core's own layers, or Transformer Engine's, which need CUDA."""
+    """Layers of the model. local: Megatron-Core's own, on any device; transformer_engine: Transformer Engine's, which
+    need CUDA and are needed for FP8."""
     dtype: Literal["float32", "bfloat16"]
-    """Of weights and compute; bfloat16 keeps fp32 master weights, gradients and optimizer states."""
+    """Data type of weights and computation. With bfloat16, gradients, optimizer states and master weights stay in
+    float32."""
     max_sequence_length: Positive
-    """Prompt and response together, in tokens."""
+    """Longest prompt and response together, in tokens."""
     reward_model: str | None = None
-    """Whose reward model this run's starts from: a checkpoint directory of another run (its weights only); null: the
+    """Checkpoint directory of another run, whose reward model's weights this run's reward model starts from. null: the
     initial policy with a scalar head of zeros."""
     logprob_chunk_tokens: Positive = 1024
-    """Positions whose logits exist at the same time."""
+    """Number of positions whose logits are in memory at the same time. Fewer take less memory and more time."""
 
 
 class Fp8ModelConfig(Section):
-    """FP8 matrix products in one model's layers; embedding, output layer, attention and norms stay in model.dtype."""
+    """FP8 matrix products in one model's layers. Embedding, output layer, attention and norms stay in model.dtype."""
 
     recipe: RecipeName
-    """What shares a scale, and where it comes from: delayed (a tensor; earlier passes), tensorwise (a tensor; itself),
-    blockwise (1 x 128 or 128 x 128), mxfp8 (1 x 32, powers of two)."""
+    """Elements that share a scale, and the source of the scale. delayed: a tensor, from earlier passes; tensorwise: a
+    tensor, from itself; blockwise: blocks of 1 x 128 or 128 x 128; mxfp8: blocks of 32, powers of two."""
     format: Literal["e4m3", "hybrid"]
-    """Of gradients; weights and activations are e4m3. hybrid: e5m2."""
+    """Format of gradients. e4m3, or hybrid: e5m2. Weights and activations are e4m3."""
     bf16_first_layers: NonNegative
-    """Layers at the start that stay in bf16."""
+    """Number of layers at the start of the model that stay in bf16."""
     bf16_last_layers: NonNegative
-    """Layers at the end that stay in bf16."""
+    """Number of layers at the end of the model that stay in bf16."""
     amax_history: Positive | None
-    """Passes whose largest value makes a scale, of `delayed`; null: of the others."""
+    """Number of earlier passes whose largest value sets the scale of recipe `delayed`. null for all other recipes."""
     parameters: bool
-    """Weights are kept in FP8, and gathered so by the distributed optimizer; fp32 master weights stay."""
+    """Keep the weights themselves in FP8; the distributed optimizer then also gathers them in FP8. The float32 master
+    weights stay."""
 
 
 class Fp8Config(Section):
-    """Which models compute in FP8; null: none in this model. The warm start always runs in model.dtype."""
+    """FP8 settings of each model. The warm start always computes in model.dtype."""
 
     policy: Fp8ModelConfig | None
+    """FP8 in the policy. null: none."""
     reward_model: Fp8ModelConfig | None
+    """FP8 in the reward model. null: none."""
     reference: Fp8ModelConfig | None
+    """FP8 in the reference model. null: none."""
 
     @property
     def models(self) -> dict[str, Fp8ModelConfig]:
-        """Those in FP8, by name."""
+        """Settings of the models that compute in FP8, by model name."""
         named = {"policy": self.policy, "reward_model": self.reward_model, "reference": self.reference}
         return {name: model for name, model in named.items() if model is not None}
 
 
 class PromptConfig(Section):
-    """How a question becomes the token ids of a prompt."""
+    """Rendering of a question as the token ids of a prompt, through the model's chat template."""
 
     system: str | None
+    """System message. null: none."""
     user: str
-    """The user's message; `{question}` is replaced."""
+    """User message. `{question}` in it is replaced by the question."""
     stop_token: str
+    """Token that ends a response, as text."""
     thinking_end_marks: Strings
-    """What follows the last of these marks is the final answer."""
+    """Marks that end the reasoning of a response. The text after the last mark is the final answer."""
     max_prompt_tokens: Positive
+    """Longest prompt, in tokens. Longer prompts are left out."""
 
 
 class ArithmeticConfig(Section):
     """Generated arithmetic problems with worked solutions."""
 
     num_train: Positive
+    """Number of training problems."""
     num_heldout: Positive
+    """Number of problems for evaluation."""
     num_demonstrations: Positive
-    """Solutions for the warm start; drawn apart from the other two sets."""
+    """Number of worked solutions for the warm start, drawn separately from the two problem sets."""
     direct_shares: Annotated[tuple[Share, Share], AsTuple]
-    """Share of the demonstrations that state the answer without working, which a small model rarely gets right: of
-    those with min_terms, and of those with max_terms; between them on a line."""
+    """Shares of the demonstrations that state the answer without working: at min_terms, and at max_terms. Between the
+    two the share changes linearly."""
     min_terms: Annotated[int, Field(ge=2, le=6)]
+    """Fewest terms of a problem."""
     max_terms: Annotated[int, Field(ge=2, le=6)]
+    """Most terms of a problem."""
     max_operand: Annotated[int, Field(ge=2, le=999)]
+    """Largest operand of an addition or subtraction."""
     max_factor: Annotated[int, Field(ge=2, le=99)]
     """Largest operand of a multiplication."""
     operators: Annotated[tuple[Literal["+", "-", "*"], ...], AsTuple, Field(min_length=1)]
+    """Operators that problems use."""
 
 
 class PassRateConfig(Section):
-    """Estimation of each prompt's pass rate with the initial policy, where the data lack it."""
+    """Estimation of pass rates with the initial policy, for prompts whose data have none."""
 
     samples: Positive
+    """Responses drawn for each prompt."""
     max_prompts: Positive | None
-    """Estimate (and keep) no more than these, drawn by the run's seed; null: all."""
+    """Number of prompts that are estimated and kept, drawn by run.seed. null: all."""
 
 
 class BalanceBin(Section):
-    """Prompts with low <= pass_rate < high occur `repeat` times an epoch."""
+    """Repetition of prompts with low <= pass rate < high."""
 
     low: Share
+    """Lowest pass rate of the bin."""
     high: Annotated[float, Field(ge=0.0)]
+    """Pass rate at which the bin ends; prompts at it are not in the bin."""
     repeat: NonNegative
+    """Number of times that each prompt of the bin occurs in an epoch. 0: never."""
 
 
 class DataConfig(Section):
-    """The prompt stream."""
+    """The stream of training prompts."""
 
     train: str | None
-    """JSONL with question, gold_answer and, optionally, pass_rate and id; null: generated arithmetic."""
+    """JSONL file with question, gold_answer and, optionally, pass_rate and id. null: generated arithmetic."""
     arithmetic: ArithmeticConfig | None
-    """What is generated: the prompts where `train` is null, held-out problems and demonstrations where no file is
-    named for these."""
+    """Generated arithmetic: the prompts where data.train is null, and the held-out problems and demonstrations where no
+    file is named for them. null: nothing is generated."""
     prompts_per_step: Positive
+    """Number of prompts in a step."""
     pass_rate: PassRateConfig | None
+    """Estimation of missing pass rates before the first step. null: none; data.difficulty_balance then needs pass rates
+    in the file."""
     difficulty_balance: Annotated[tuple[BalanceBin, ...], AsTuple]
-    """Empty: every prompt once an epoch, whatever its pass rate."""
-
-
-class TokenWeightConfig(Section):
-    """Token weights from the reward model's scores, eq. (10) and its variants."""
-
-    source: Literal["reward_model", "ones"]
-    alignment: Literal["predictor", "inclusive"]
-    """Which position's score stands for token t: the one that predicts it, or its own."""
-    positive_threshold: Annotated[float, Field(ge=0.0, lt=1.0)]
-    negative_threshold: Annotated[float, Field(ge=0.0, lt=1.0)]
-    top_share: Annotated[float, Field(gt=0.0, le=1.0)] | None
-    """Keep this share of each response's positions, min-max rescaled; null: the threshold form."""
-
-
-class ObjectiveConfig(Section):
-    """What is optimised; presets in conf/objective."""
-
-    preset: str
-    """Name, for people and reports."""
-    reward_values: FloatPair
-    """Reward of an incorrect and of a correct response."""
-    shaping: Literal["rloo", "grpo", "paper", "raw", "positive_one", "negative_one"]
-    grpo_epsilon: NonNegativeFloat
-    keep_groups: Literal["mixed", "all", "any_correct", "any_incorrect"]
-    selection: Literal["pair", "all", "correct", "incorrect"]
-    token_weights: TokenWeightConfig
-    positive_term: Literal["logprob", "ratio"]
-    negative_term: Literal["logprob", "ratio"]
-    ratio_reference: Literal["self", "rollout"]
-    """What a ratio divides by: the policy itself (value 1, gradient of log pi), or the rollout's log-probabilities."""
-    clip: Annotated[float, Field(gt=0.0, lt=1.0)] | None
-    """PPO clip range of the ratio; needs `ratio_reference: rollout`."""
-    importance_limit: PositiveFloat | None
-    """Weigh the policy terms token by token with pi / pi_rollout, pi the policy as it is when the step's training
-    starts, truncated here; null: do not. Needs `ratio_reference: self`, since the other has this ratio already."""
-    denominators: Literal["by_outcome", "all_trained"]
-    """Tokens that the policy terms are divided by: of the same outcome (eq. 11), or of all that is trained."""
-    eta: NonNegativeFloat
-    """Weight of the negative term."""
-    kl_type: Literal["k3", "k1", "mse"]
-    beta: NonNegativeFloat
-    kl_on_correct: bool
-    actor_freeze_steps: NonNegative
-    """Steps with a usable group during which only the reward model learns."""
-    undecided_as_incorrect: bool
-    pair_choice: Literal["seeded", "global_rng"]
-    sampler: Literal["exact", "release"]
-    policy_schedule: Literal["from_first_update", "from_first_step"]
-
-    @property
-    def uses_reward_model(self) -> bool:
-        return self.token_weights.source == "reward_model"
+    """Bins of pass rates and how often their prompts occur in an epoch. Prompts outside all bins are dropped. Empty:
+    every prompt occurs once."""
 
 
 class AdamWConfig(Section):
-    """AdamW, gradient clipping and a warm-up-cosine schedule for one model."""
+    """AdamW, gradient clipping, and a learning rate with linear warm-up and cosine decay, for one model."""
 
     lr: PositiveFloat
+    """Largest learning rate, reached at the end of the warm-up."""
     min_lr: NonNegativeFloat
+    """Learning rate at the end of the decay."""
     warmup_steps: NonNegative
+    """Number of updates in which the learning rate rises to lr."""
     decay_steps: Positive | None
-    """Updates after which lr has reached min_lr; null: as many as the run has."""
+    """Number of updates after which the learning rate is min_lr. null: as many as the run has."""
     weight_decay: NonNegativeFloat
+    """Decoupled weight decay."""
     betas: FloatPair
+    """Exponential decay rates of Adam's two moments."""
     eps: PositiveFloat
+    """Number added to Adam's denominator."""
     clip_grad: PositiveFloat
+    """Largest norm of the gradient; a larger gradient is scaled down to it."""
 
 
 class OptimizerConfig(Section):
+    """Optimizers of the trained models."""
+
     policy: AdamWConfig
+    """Optimizer of the policy."""
     reward_model: AdamWConfig
+    """Optimizer of the reward model."""
 
 
 class ParallelConfig(Section):
-    """How models are split; data parallelism takes the processes that are left."""
+    """Split of models over processes. The processes that remain are data-parallel replicas."""
 
     tensor: Positive
     """Ranks that share every matrix."""
     pipeline: Positive
-    """Stages, each a run of layers."""
+    """Pipeline stages; each holds a share of the layers."""
     virtual_pipeline: Positive = 1
-    """Runs of layers that a stage holds under the interleaved schedule; 1: plain 1F1B."""
+    """Runs of layers that each stage holds under the interleaved schedule. 1: the plain 1F1B schedule."""
     context: Positive = 1
     """Ranks that share every sequence."""
     sequence: bool = False
-    """Sequence parallelism: norms and residuals split over the tensor ranks by tokens."""
+    """Sequence parallelism: split tokens of norms and residuals over the tensor ranks. Needs parallel.tensor > 1."""
     micro_batch_tokens: Positive
-    """Packed tokens of a micro-batch; a longer sequence gets one of its own."""
+    """Packed tokens of a micro-batch. A longer sequence is a micro-batch of its own."""
     distributed_optimizer: bool = False
-    """Optimizer states and fp32 weights split over data-parallel ranks."""
+    """Split optimizer states and float32 weights over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients bucket by bucket behind the last backward pass."""
+    """Reduce gradients bucket by bucket during the last backward pass. false: all at its end."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward pass: none, those of MLP and unfused attention, or whole layers."""
+    """Activations that are computed again in the backward pass to save memory. selective: those of the feed-forward
+    layers and of unfused attention; full: those of whole layers."""
     fused_weight_gradients: bool = False
-    """Matrix products add weight gradients to the fp32 buffer themselves; needs NVIDIA's apex."""
+    """Add weight gradients to the float32 buffer within the matrix products. Needs NVIDIA's apex."""
     offload: bool = False
-    """Weights, gradients and optimizer states are on the device in the phases that use them, in host memory else."""
+    """Keep weights, gradients and optimizer states in host memory between the phases that use them."""
     timeout_seconds: Positive = 600
-    """A collective that waits longer than this ends the job."""
+    """Seconds after which a waiting collective ends the job."""
 
 
 class ResourcesConfig(Section):
-    """What a run is meant for: `oreal-plan` and `oreal-submit` count on it, and the trainer checks its processes."""
+    """Devices that a run is meant for. oreal-plan and oreal-submit count on them; oreal-train checks them."""
 
     device: Literal["cpu", "a100_80gb", "h100_80gb"]
+    """Kind of device."""
     devices_per_node: Positive
+    """Devices of a node."""
     trainer_devices: Positive | None
-    """One trainer process each; servers on devices of their own come on top. null: as many as are started."""
+    """Number of trainer processes, one for each device. Servers on their own devices are not counted. null: as many as
+    are started."""
 
 
 class SftConfig(Section):
-    """Supervised warm start on worked solutions, before the first step."""
+    """Supervised warm start on worked solutions, before the first step. null: none."""
 
     steps: Positive
+    """Number of updates."""
     batch_size: Positive
-    """Demonstrations an update."""
+    """Demonstrations in an update."""
     demonstrations: str | None
-    """JSONL with question and response; null: those of the generated arithmetic."""
+    """JSONL file with question and response. null: the worked solutions of data.arithmetic."""
     optimizer: AdamWConfig
+    """Optimizer of the warm start."""
 
 
 class BenchmarkConfig(Section):
-    """One evaluation set."""
+    """Evaluation set NAME."""
 
     path: str | None
-    """JSONL with question and gold_answer; null: the held-out generated problems."""
+    """JSONL file with question and gold_answer. null: the held-out problems of data.arithmetic."""
     samples: NonNegative
-    """k of avg@k and pass@k, beside greedy pass@1; 0: greedy only."""
+    """Number k of samples for each question, for avg@k and pass@k. Greedy pass@1 is always measured. 0: only greedy."""
     limit: Positive | None
-    """Only the first so many problems."""
+    """Number of problems, from the start of the file, that are used. null: all."""
 
 
 class EvaluationConfig(Section):
+    """Evaluation of the policy on benchmarks."""
+
     benchmarks: Mapping[str, BenchmarkConfig]
+    """Evaluation sets by name."""
     every: NonNegative
-    """Steps between evaluations; before the first and after the last step always; 0: only these."""
+    """Steps between evaluations. The policy is always evaluated before the first and after the last step. 0: only
+    then."""
     sampling: SamplingConfig
-    """For the samples of avg@k; greedy shares its token limit."""
+    """Sampling for avg@k and pass@k. Greedy answers have the same token limit."""
 
 
 class TrackingConfig(Section):
+    """Output and records of a run."""
+
     console: Literal["rich", "plain", "quiet"]
-    """rich: a progress bar on a terminal; plain: lines only; quiet: nothing."""
+    """Output on the console. rich: a progress bar on a terminal; plain: lines only; quiet: nothing."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"]
-    """Lowest level that is shown on the console and written to logs/rank_NNNN.log below run.dir."""
+    """Lowest level of messages on the console and in logs/rank_NNNN.log below run.dir."""
     tensorboard: bool
+    """Write metrics for TensorBoard to run.dir."""
     wandb: Literal["disabled", "offline", "online"]
+    """Mode of Weights & Biases. offline: write to run.dir, for `wandb sync`."""
     wandb_project: str
+    """Project in Weights & Biases."""
     trajectories: bool
-    """Write every step's graded rollouts to trajectories/."""
+    """Write every step's graded rollouts to trajectories/ below run.dir."""
     report: bool
-    """Write report.html at the end."""
+    """Write report.html to run.dir at the end of the run."""
 
 
 class RunConfig(Section):
-    """One run."""
+    """The run: its directory, its length, its checkpoints."""
 
     name: str
-    """Of the run in wandb and in the report."""
+    """Name of the run in wandb, in the report and in SLURM."""
     dir: str
-    """Everything that the run writes; the same directory resumes."""
+    """Directory that the run writes to. A run that is started again in the same directory continues from its newest
+    checkpoint."""
     seed: NonNegative
-    """Every source of randomness derives its own seed from this one."""
+    """Seed that every other seed of the run is derived from."""
     num_steps: NonNegative
+    """Number of steps. 0: only prepare and evaluate the initial policy."""
     mode: Literal["train", "rollout", "replay"]
-    """train: the whole loop; rollout: generate, verify and save only; replay: train from saved trajectories."""
+    """Parts of a step that run. train: all; rollout: generate, verify and save trajectories; replay: train on saved
+    trajectories."""
     replay_dir: str | None
-    """A run's trajectories/ directory, for mode=replay."""
+    """The trajectories/ directory of another run, for `mode: replay`. null for all other modes."""
     checkpoint_every: NonNegative
-    """0: only at the end."""
+    """Steps between checkpoints. 0: only at the end."""
     keep_checkpoints: Positive
-    """The newest so many; the best one by evaluation is kept besides."""
+    """Number of recent checkpoints to keep, besides the best by evaluation."""
     export: Literal["none", "best", "every"]
-    """Checkpoints to have in huggingface/, for transformers and servers: the best one by evaluation (the newest where
-    nothing is evaluated), or every one that is kept."""
+    """Checkpoints that are also written in Hugging Face format, to huggingface/ below run.dir. best: the best by
+    evaluation, or the newest without evaluation; every: all checkpoints that are kept."""
     async_checkpoints: bool
-    """Write checkpoints behind the next steps, from a copy of the state; the last one is always waited for."""
+    """Write checkpoints in the background, from a copy of the state. The last checkpoint is always waited for."""
     threads: Positive | None
-    """CPU threads of a process; null: torch's choice."""
+    """CPU threads of a process. null: torch's default."""
     dry_run: bool = False
-    """Two steps of this experiment with everything small: model, lengths, data, layout (dry_run.py says how)."""
+    """Run two steps of this experiment with small model, lengths, data and layout, on CPU (docs/slurm.md)."""
 
 
 class TrainConfig(Section):
-    """One run."""
+    """Configuration of a run."""
 
     run: RunConfig
     model: ModelConfig
@@ -363,12 +381,12 @@ class TrainConfig(Section):
 
     @property
     def served_dtype(self) -> str:
-        """What servers compute in, and what weights travel in: of a server in FP8, what it leaves in bfloat16."""
+        """Data type in which servers compute and weights travel; bfloat16 for servers with FP8 weights."""
         servers = self.rollout.sglang
         return self.model.dtype if servers is None or servers.dtype is None else "bfloat16"
 
     @property
     def num_asked_prompts(self) -> int:
-        """Prompts that a step asks for."""
+        """Number of prompts that a step generates responses for, rollout.long_tail.oversample included."""
         tail = self.rollout.long_tail
         return self.data.prompts_per_step if tail is None else ceil(self.data.prompts_per_step * tail.oversample)

@@ -1,1 +1,1 @@
-"""What a GPU can do and what a machine has: FP8 recipes, a probe, the check of one against the other. No torch."""
+"""Probe of a machine, and checks of a run's requirements against it. Imports no torch."""

@@ -1,4 +1,4 @@
-"""What this machine has, what an experiment needs, and the command that mends the difference."""
+"""Findings about this machine: what it has, what an experiment needs, and how to install what is missing."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ _SECONDS = 60
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a run may need."""
+    """A piece of software or hardware that a run may need."""
 
     name: str
     found: str | None
-    """Version or figure; None: not there."""
+    """Version or description; None if it is missing."""
     needed: bool
+    """Whether the experiment needs it."""
     remedy: str
-    """The command or the change that mends it, where it is needed and not there."""
+    """Command or change of configuration for a machine without it."""
 
     @property
     def is_problem(self) -> bool:
+        """Whether it is needed and missing."""
         return self.needed and self.found is None
 
 
 def examine(config: TrainConfig) -> list[Finding]:
-    """Everything that this experiment could need, in the order in which it is installed; then what it asks in vain."""
+    """Returns findings in the order of installation, then settings of the experiment that this machine cannot run."""
     machine = probe()
     on_gpu = config.resources.device != "cpu"
     wanted = {"a100_80gb": "A100", "h100_80gb": "H100"}.get(config.resources.device, "")
@@ -50,7 +52,7 @@ def examine(config: TrainConfig) -> list[Finding]:
             seen if enough or not on_gpu else None,
             on_gpu,
             f"resources.devices_per_node is {config.resources.devices_per_node} x {wanted}, found: "
-            f"{cards or 'no nvidia-smi'}; run this on a compute node (srun), or override resources",
+            f"{cards or 'no nvidia-smi'}. Run this on a compute node (srun), or override resources.",
         ),
         Finding("torch", machine.torch.found, True, _because(machine.torch, "make setup")),
         Finding("CUDA in torch", cuda, on_gpu, "pip install a torch wheel for CUDA; see nvidia-smi's version"),
@@ -66,7 +68,7 @@ def examine(config: TrainConfig) -> list[Finding]:
             "apex (NVIDIA's)",
             machine.apex.found,
             "apex" in needs,
-            _because(machine.apex, "optional: fused weight gradients; in NGC containers"),
+            _because(machine.apex, "for parallel.fused_weight_gradients; NGC containers have it"),
         ),
         Finding("SGLang", machine.sglang.found, servers, "pip install '.[sglang]', or rollout=embedded"),
         Finding("SLURM", slurm, False, "needed for oreal-submit: a login node of the cluster"),

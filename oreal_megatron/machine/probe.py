@@ -1,4 +1,4 @@
-"""What this machine has, asked of processes that cannot take the run down."""
+"""Probe of this machine's software and devices, in processes of their own, whose crashes do not end the run."""
 
 from __future__ import annotations
 
@@ -18,40 +18,43 @@ _SECONDS = 180
 
 @dataclass(frozen=True)
 class Part:
-    """One thing that may be there: its version or description, or why it is not."""
+    """A piece of software: its version or description, or why it cannot be used."""
 
     found: str | None
+    """Version or description; None if it cannot be used."""
     problem: str = ""
+    """Reason why it cannot be used."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What was found. Topics that were not asked about are absent."""
+    """Results of a probe. Parts that were not probed say so as their problem."""
 
     torch: Part
     cuda: str | None
-    """Version that torch was built for; None: built without."""
+    """CUDA version that torch was built for; None if it was built without CUDA."""
     devices: tuple[tuple[str, Capability], ...]
-    """Name and compute capability of each that this process may use."""
-    nccl: Part = Part(None, "not asked")
-    megatron: Part = Part(None, "not asked")
-    transformer_engine: Part = Part(None, "not asked")
-    apex: Part = Part(None, "not asked")
-    sglang: Part = Part(None, "not asked")
+    """Name and compute capability of each device that this process may use."""
+    nccl: Part = Part(None, "not probed")
+    megatron: Part = Part(None, "not probed")
+    transformer_engine: Part = Part(None, "not probed")
+    apex: Part = Part(None, "not probed")
+    sglang: Part = Part(None, "not probed")
 
     @property
     def has_cuda(self) -> bool:
+        """Whether torch is built for CUDA and sees a device."""
         return self.cuda is not None and bool(self.devices)
 
     @property
     def cuda_version(self) -> tuple[int, int]:
-        """(0, 0): none."""
+        """CUDA version as numbers; (0, 0) without CUDA."""
         major, minor = (*(self.cuda or "0.0").split("."), "0")[:2]
         return int(major), int(minor)
 
 
 def probe(topics: Iterable[Topic] = ("nccl", "megatron", "transformer_engine", "apex", "sglang")) -> Machine:
-    """Asks about torch and `topics`. A few seconds each: everything is imported anew."""
+    """Probes torch and `topics`. Each takes a few seconds, because it is imported in a new process."""
     answers = _answers(["torch", *topics])
     torch = answers.pop("torch")
     details: dict[str, Any] = torch.get("found") or {}
@@ -64,7 +67,10 @@ def probe(topics: Iterable[Topic] = ("nccl", "megatron", "transformer_engine", "
 
 
 def _answers(topics: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Topic -> {"found": ...} or {"problem": ...}; a topic that ends its process is left behind, the others go on."""
+    """Returns topic -> {"found": ...} or {"problem": ...}.
+
+    A topic that ends its process gets a problem, and a new process probes the remaining topics.
+    """
     answers: dict[str, dict[str, Any]] = {}
     while missing := [topic for topic in topics if topic not in answers]:
         lines, end = _run([sys.executable, "-m", "oreal_megatron.machine.probing", *missing])
@@ -73,12 +79,12 @@ def _answers(topics: Sequence[str]) -> dict[str, dict[str, Any]]:
             if tab and topic in missing:
                 answers[topic] = json.loads(answer)
         if left := [topic for topic in missing if topic not in answers]:
-            answers[left[0]] = {"problem": f"looking at it {end}"}
+            answers[left[0]] = {"problem": f"the process that probed it {end}"}
     return answers
 
 
 def _run(command: Sequence[str]) -> tuple[list[str], str]:
-    """Lines of its output, and how it ended."""
+    """Returns the lines of the command's output, and how it ended."""
     quiet = os.environ | {"PYTHONWARNINGS": "ignore"}
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=quiet

@@ -1,1 +1,1 @@
-"""Before a run: what it will need, how it is submitted, what is missing. No torch at import."""
+"""Estimates of a run before it is started: memory, step time, disk. Imports no torch."""

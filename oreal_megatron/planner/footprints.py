@@ -1,4 +1,4 @@
-"""What one rank holds and computes with: records that models/memory_profile.py measures and the planner adds up."""
+"""Bytes of one rank, as models/memory_profile.py measures them and the planner adds them up."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """Bytes of one micro-batch's way through a part of a stage, above the stage's parameters and buffers."""
+    """Bytes that one micro-batch needs in a part of a stage, besides the stage's parameters and buffers."""
 
     kept: int
-    """Between its forward and its backward pass."""
+    """Bytes kept between the forward and the backward pass."""
     scoring_peak: int
-    """At most, in a forward pass without gradients."""
+    """Most bytes in a forward pass without gradients."""
     training_peak: int
-    """At most, in its forward and backward pass, with what it keeps."""
+    """Most bytes in the forward and backward pass, `kept` included."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedBatch:
-    """The largest batch that is generated at once on the trainer's own model."""
+    """Largest batch that is generated at once on the trainer's own model."""
 
     num_sequences: int
     prompt_tokens: int
@@ -28,34 +28,35 @@ class DecodedBatch:
 
 @dataclass(frozen=True)
 class DecodingBytes:
-    """Bytes of generating such a batch on a stage, above the stage's parameters and buffers."""
+    """Bytes that a stage needs to generate a batch, besides its parameters and buffers."""
 
     cache: int
-    """Keys and values of all layers."""
+    """Bytes of keys and values of the stage's layers."""
     running: int
-    """At most beside them: of the pass that reads the prompts, or of drawing a token."""
+    """Most other bytes: of the pass that reads the prompts, or of drawing a token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankFootprint:
-    """What a rank of one pipeline stage holds and computes with."""
+    """Sizes and bytes of a rank of one pipeline stage."""
 
     stage: int
     num_layers: int
     policy_parameters: int
-    """Elements of this rank; the reference's are as many."""
+    """Elements of the policy on this rank. The reference model has as many."""
     reward_model_parameters: int
     largest_parameter: int
-    """Elements of the policy's largest one."""
+    """Elements of the policy's largest parameter on this rank."""
     gated_parameters: int
-    """Elements of the policy's that hold two matrices, gate and up, which a checkpoint has apart."""
+    """Elements of the policy's parameters that hold gate and up projection together. A checkpoint stores the two
+    separately."""
     layer_kept: int
-    """Bytes that a layer keeps of a micro-batch until its backward pass."""
+    """Bytes of a micro-batch that one layer keeps until its backward pass."""
     outside_kept: int
-    """Bytes that the stage keeps of it beside its layers."""
+    """Bytes of a micro-batch that the stage keeps outside its layers."""
     layers: ActivationBytes
-    """Through two layers."""
+    """Bytes of a micro-batch in two layers."""
     head: ActivationBytes
-    """Through the policy's log-probabilities; nothing where the stage is not the last."""
+    """Bytes of a micro-batch in the policy's log-probabilities; 0 for all stages but the last."""
     decoding: DecodingBytes | None
-    """None where servers generate."""
+    """Bytes of generation; None where servers generate."""

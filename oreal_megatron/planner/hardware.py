@@ -1,4 +1,4 @@
-"""Figures of devices, and what share of them is counted on. Every figure of the planner that is not counted is here."""
+"""Figures of devices, and the shares of them that plans count on: all figures of the planner that are not measured."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """One accelerator."""
+    """Figures of an accelerator."""
 
     name: str
     memory: int
-    """Bytes that the driver reports."""
+    """Bytes of memory that the driver reports."""
     flops: float | None
-    """bf16 multiply-adds counted twice, a second, dense; None: unknown."""
+    """Dense bf16 FLOP/s, a multiply-add counted as two; None if unknown."""
     fp8_flops: float | None
-    """The same in FP8; None: it has none."""
+    """Dense FP8 FLOP/s; None if the device has no FP8."""
     bandwidth: float | None
-    """Of its memory, bytes a second."""
+    """Memory bandwidth in bytes per second; None if unknown."""
     link: float | None
-    """To other nodes, bytes a second and device, one way."""
+    """Bandwidth to other nodes in bytes per second, of one device, one way; None if unknown."""
     overhead: int
-    """Bytes of the framework: CUDA context, NCCL's buffers, cuBLAS workspaces."""
+    """Bytes of CUDA context, NCCL buffers and cuBLAS workspaces."""
     server_workspace: int
-    """Bytes that a server needs beside weights and KV cache: activations of a prefill chunk, CUDA graphs."""
-    server_asleep: int
-    """Bytes that a colocated server keeps while the trainer works: its CUDA context and graphs."""
+    """Bytes that a server needs besides weights and KV cache: activations of a prefill chunk, CUDA graphs."""
+    server_offloaded: int
+    """Bytes that an offloaded colocated server keeps while the trainer works: its CUDA context and graphs."""
 
 
-# NVIDIA's data sheets of A100 80GB SXM and H100 SXM; links as in DGX A100 (200 Gb/s a GPU) and DGX H100 (400 Gb/s).
-_CUDA = {"overhead": 3 * GIB, "server_workspace": 3 * GIB, "server_asleep": 2 * GIB}
+# Source: NVIDIA's data sheets of A100 80GB SXM and H100 SXM; links as in DGX A100 (200 Gb/s for each GPU) and DGX H100
+# (400 Gb/s).
+_CUDA = {"overhead": 3 * GIB, "server_workspace": 3 * GIB, "server_offloaded": 2 * GIB}
 _ACCELERATORS = {
     "a100_80gb": Device(
         name="A100 80GB", memory=80 * GIB, flops=312e12, bandwidth=2.039e12, link=25e9, fp8_flops=None, **_CUDA
@@ -42,29 +43,30 @@ _ACCELERATORS = {
     ),
 }
 
-# Shares of the data sheet's figures that large runs reach. Training: 0.40, as published MFUs of dense models of this
-# size on both devices; a pass without gradients has no waiting optimizer; decoding reads weights and KV cache.
+# Shares of the data sheet's figures that large runs reach. In training, 0.40 is the published MFU of dense models of
+# this size on both devices. A pass without gradients does not wait for the optimizer. Decoding reads weights and KV
+# cache.
 TRAINING_SHARE = 0.40
 SCORING_SHARE = 0.45
 FP8_SHARE = 0.75
-"""Of these shares, for matrix products in FP8: their operands are rounded at the memory's speed. Assumed."""
+"""Factor on these shares for FP8 matrix products, whose operands are rounded at memory speed. Assumed."""
 DECODING_SHARE = 0.60
 DECODING_LATENCY = 60e-6
-"""Seconds a layer and token beside reading: two all-reduces within a node, and launches."""
+"""Seconds for each layer and token besides reading: two all-reduces within a node, and kernel launches."""
 LINK_SHARE = 0.70
 RESHARD_PAUSE = 2.0
-"""Seconds to pause, flush, audit and continue all servers."""
+"""Seconds to pause, flush, audit and resume all servers."""
 STORAGE_PER_NODE = 2e9
-"""Bytes a second that a node writes to shared storage."""
+"""Bytes per second that a node writes to shared storage."""
 
 SURE = 0.80
-"""An estimate below this share never ran out of memory in 454 measured runs (arXiv 2411.06465)."""
+"""Share of memory below which no estimate ran out of memory in 454 measured runs (arXiv 2411.06465)."""
 FULL = 0.92
-"""Above it a plan is refused: fragmentation takes the rest."""
+"""Share of memory above which a plan does not fit, because fragmentation takes the rest."""
 
 
 def device_named(name: str, *, sharing: int) -> Device:
-    """The device of `resources.device`; of a CPU, each of `sharing` processes has its share of the memory."""
+    """Returns the device that `resources.device` names. On a CPU, `sharing` processes share the machine's memory."""
     if name in _ACCELERATORS:
         return _ACCELERATORS[name]
     return Device(
@@ -76,7 +78,7 @@ def device_named(name: str, *, sharing: int) -> Device:
         link=None,
         overhead=0,
         server_workspace=0,
-        server_asleep=0,
+        server_offloaded=0,
     )
 
 

@@ -1,4 +1,4 @@
-"""Memory of every rank in every phase, from counted footprints: does this configuration fit, and by how much?"""
+"""Memory of every rank in every phase of a step, from measured footprints."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from oreal_megatron.planner.sizes import Sizes, linear_parameters, num_parameter
 
 PHASES = ("generate", "score", "train reward model", "train policy", "reshard", "save")
 _BUCKETS = {"direct": 1, "ipc": 3, "broadcast": 3, "disk": 0}
-"""Buckets that a rank has at once on their way to the servers, by transport: one in two halves, or two that travel and
-a third where other ranks' parts arrive."""
+"""Buckets in a rank's memory during a publication, by transport: one in two halves, or two in flight and a third that
+collects other ranks' parts."""
 _GRADIENT_BUCKET = 40_000_000
-"""Elements of Megatron-Core's gradient buckets where their reduction is overlapped; a million a data rank at least."""
+"""Elements of Megatron-Core's gradient buckets with overlapped reduction, and at least a million for each data rank."""
 
 
 @dataclass(frozen=True)
 class PhaseMemory:
-    """Bytes on one device in one phase, by what they are for."""
+    """Bytes on one device in one phase, by use."""
 
     where: str
-    """`stage 0`, ..., or `server`."""
+    """Owner of the bytes: `stage 0`, `stage 1`, ..., or `server`."""
     phase: str
     parts: Mapping[str, int]
 
@@ -37,9 +37,9 @@ class SharedDevice:
     """Shares of a device's memory while colocated servers generate."""
 
     taken: float
-    """By a server's weights and KV cache."""
+    """Share for a server's weights and KV cache."""
     left: float
-    """By what the trainer keeps there, and the server's workspace."""
+    """Share that the trainer and the server's workspace leave for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,48 +47,52 @@ class KvCache:
     """Room for sequences that are being generated."""
 
     where: str
-    """Whose: `server` or `trainer rank`."""
+    """Owner of the cache: `server` or `trainer rank`."""
     num_holders: int
-    """Servers, or trainer replicas."""
+    """Number of servers, or of trainer replicas."""
     tokens: int
-    """Of one holder."""
+    """Tokens that one holder has room for."""
     sequences_at_limit: int
-    """Of the longest length that fit at the same time."""
+    """Number of sequences of the longest length that fit at the same time."""
     bytes_per_token: int
-    """On one device."""
+    """Bytes of one token on one device."""
     shared: SharedDevice | None = None
-    """Of colocated servers on devices with a memory of their own."""
+    """Shares of the device, for colocated servers on CUDA; None otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
+    """Memory of a run: every rank in every phase, the KV cache, and host memory."""
+
     device: Device
     phases: Sequence[PhaseMemory]
     kv_cache: KvCache
     host_bytes_per_node: int
-    """Host memory: what is offloaded, and the copy that a checkpoint is written from."""
+    """Bytes of host memory for offloaded states and for the copy that a checkpoint is written from."""
 
     @property
     def worst(self) -> PhaseMemory:
+        """Device and phase with the most bytes."""
         return max(self.phases, key=lambda phase: phase.total)
 
     @property
     def share(self) -> float:
+        """Share of the device's memory that is used at most."""
         return self.worst.total / self.device.memory
 
     @property
     def problems(self) -> list[str]:
-        """Why it cannot run; empty where it fits."""
+        """Reasons why the run does not fit; empty where it fits."""
         found = []
         if self.share > FULL:
             found.append(
                 f"{self.worst.where} needs {amount(self.worst.total)} to {self.worst.phase}, "
-                f"{self.device.name} has {amount(self.device.memory)}, of which {FULL:.0%} can be counted on"
+                f"{self.device.name} has {amount(self.device.memory)}, of which a plan may use {FULL:.0%}"
             )
         if (shared := self.kv_cache.shared) is not None and shared.taken > shared.left:
             found.append(
                 f"servers take {shared.taken:.0%} of a device on which the trainer leaves {shared.left:.0%} while they "
-                f"generate: rollout.sglang.memory_share={max(int(100 * shared.left), 1) / 100}"
+                f"generate. Set rollout.sglang.memory_share={max(int(100 * shared.left), 1) / 100}."
             )
         if self.kv_cache.sequences_at_limit < 1:
             found.append(
@@ -105,7 +109,10 @@ class MemoryPlan:
 
 
 def memory_plan(sizes: Sizes, footprints: Sequence[RankFootprint], device: Device) -> MemoryPlan:
-    """footprints: one a pipeline stage."""
+    """Returns the memory of a run.
+
+    footprints: one for each pipeline stage.
+    """
     config = sizes.config
     phases = [memory for footprint in footprints for memory in _trainer_phases(sizes, footprint, device)]
     kv_cache, server = _kv_cache(sizes, footprints, device, phases)
@@ -123,41 +130,43 @@ def _trainer_phases(sizes: Sizes, footprint: RankFootprint, device: Device) -> l
     reward_model = _trained("reward_model", footprint.reward_model_parameters, sizes) if trains_rm else {}
     reference = {"reference weights": int(footprint.policy_parameters * sizes.weight_bytes("reference"))}
     policy_weights = {"policy weights": policy["policy weights"]}
-    # Without offload everything is there all the time; with it, what the phase uses.
+    # Without offload all of it is on the device all the time; with offload only what the phase uses.
     everything = policy | reward_model | reference
-    asleep = {"servers asleep": device.server_asleep} if _colocated(config) else {}
+    offloaded = {"offloaded servers": device.server_offloaded} if _colocated(config) else {}
 
     def phase(name: str, used: Mapping[str, int], more: Mapping[str, int]) -> PhaseMemory:
         resident = used if config.parallel.offload else everything
         overhead = {"framework": device.overhead} if device.overhead else {}
         return PhaseMemory(where, name, {k: v for k, v in {**resident, **more, **overhead}.items() if v})
 
-    # Colocated servers fill what is left: their check is the room for the KV cache.
+    # Colocated servers fill the rest of the device: whether they fit is checked by the room for their KV cache.
     generating: dict[str, int] = {}
     if (decoding := footprint.decoding) is not None:
         generating = {"KV cache": decoding.cache, "activations": decoding.running}
     phases = [phase("generate", policy_weights if generating else {}, generating)]
     scoring = {"activations": max(footprint.layers.scoring_peak, footprint.head.scoring_peak)}
-    phases.append(phase("score", reference, scoring | asleep))
+    phases.append(phase("score", reference, scoring | offloaded))
     if trains_rm:
         memory = _activations(sizes, footprint, with_head=False) | _update(sizes, footprint, device)
-        phases.append(phase("train reward model", reward_model, memory | asleep))
+        phases.append(phase("train reward model", reward_model, memory | offloaded))
     memory = _activations(sizes, footprint, with_head=True) | _update(sizes, footprint, device)
-    phases.append(phase("train policy", policy, memory | asleep))
+    phases.append(phase("train policy", policy, memory | offloaded))
     if (servers := config.rollout.sglang) is not None:
-        # A rank sends no more than it has.
         bucket = min(servers.bucket_mib * 2**20, footprint.policy_parameters * sizes.element)
         buckets = {"buckets": _BUCKETS[servers.transport] * bucket}
         if _colocated(config):
             buckets |= {"served weights": served_weights(sizes, servers)} | _arriving(sizes, servers)
-        phases.append(phase("reshard", policy_weights, buckets | asleep))
+        phases.append(phase("reshard", policy_weights, buckets | offloaded))
     written = {name: size for name, size in (policy | reward_model).items() if "gradients" not in name}
-    phases.append(phase("save", written, _saving(sizes, footprint, device) | asleep))
+    phases.append(phase("save", written, _saving(sizes, footprint, device) | offloaded))
     return phases
 
 
 def _saving(sizes: Sizes, footprint: RankFootprint, device: Device) -> dict[str, int]:
-    """On the device, beside what is saved. The distributed optimizer's pieces are gathered, a bucket at a time."""
+    """Returns the bytes on the device while states are saved, besides the states.
+
+    Shards of the distributed optimizer are gathered, one bucket at a time.
+    """
     of_models = [footprint.policy_parameters]
     if sizes.config.objective.uses_reward_model:
         of_models.append(footprint.reward_model_parameters)
@@ -165,7 +174,7 @@ def _saving(sizes: Sizes, footprint: RankFootprint, device: Device) -> dict[str,
     gathering = int(4 * _gathered_bucket(sizes, of_models[-1]) * (1 + 1 / sizes.replicas)) if split else 0
     if device.flops is not None:
         return {"gathered bucket": gathering}
-    # On a CPU that is host memory. What is part of a larger tensor is copied, by the rank that writes it.
+    # On a CPU the device is host memory. Parts of larger tensors are copied by the rank that writes them.
     gathered = sum(of_models) * sizes.optimizer_whole if split else 0
     parts = sum(of_models) if split else len(of_models) * footprint.gated_parameters
     copied = parts * (sizes.element + sizes.optimizer_whole) // sizes.replicas
@@ -173,7 +182,7 @@ def _saving(sizes: Sizes, footprint: RankFootprint, device: Device) -> dict[str,
 
 
 def _gathered_bucket(sizes: Sizes, parameters: int) -> int:
-    """Elements: without overlapped reduction there is one bucket."""
+    """Returns the elements of a gradient bucket. Without overlapped reduction there is one bucket."""
     if not sizes.config.parallel.overlap_grad_reduce:
         return parameters
     return min(parameters, max(_GRADIENT_BUCKET, 1_000_000 * sizes.replicas))
@@ -189,7 +198,7 @@ def _trained(model: str, parameters: int, sizes: Sizes) -> dict[str, int]:
 
 
 def _activations(sizes: Sizes, footprint: RankFootprint, *, with_head: bool) -> dict[str, int]:
-    """What the micro-batches in flight keep, and what the pass that is running needs besides."""
+    """Returns the bytes that micro-batches in flight keep, and the further bytes of the running pass."""
     kept = footprint.layer_kept * footprint.num_layers + footprint.outside_kept
     in_flight = micro_batches_in_flight(sizes, footprint.stage)
     running = footprint.layers.training_peak - footprint.layers.kept
@@ -200,7 +209,10 @@ def _activations(sizes: Sizes, footprint: RankFootprint, *, with_head: bool) -> 
 
 
 def micro_batches_in_flight(sizes: Sizes, stage: int) -> float:
-    """Of the 1F1B schedule, or of the interleaved one, as if there were micro-batches enough."""
+    """Returns the micro-batches that a stage keeps activations of, under the 1F1B or the interleaved schedule.
+
+    Assumes that a step has at least as many micro-batches.
+    """
     p = sizes.config.parallel
     if p.virtual_pipeline == 1:
         return p.pipeline - stage
@@ -209,9 +221,10 @@ def micro_batches_in_flight(sizes: Sizes, stage: int) -> float:
 
 
 def _update(sizes: Sizes, footprint: RankFootprint, device: Device) -> dict[str, int]:
-    """torch's AdamW works on temporaries: of the largest parameter on a CPU, of all at once on CUDA.
+    """Returns the bytes of an optimizer update's temporaries.
 
-    Transformer Engine's fused Adam has none.
+    torch's AdamW has them for the largest parameter on a CPU, and for all parameters at once on CUDA. Transformer
+    Engine's fused Adam has none.
     """
     if sizes.config.model.implementation == "transformer_engine":
         return {}
@@ -221,7 +234,7 @@ def _update(sizes: Sizes, footprint: RankFootprint, device: Device) -> dict[str,
 
 
 def decoded_batch(config: TrainConfig) -> DecodedBatch:
-    """Of generation on the trainer's own model; prompts all different, as in an evaluation."""
+    """Returns the largest batch that the trainer's own model generates, with all prompts different."""
     return DecodedBatch(
         num_sequences=min(config.rollout.batch_size, rollouts_per_step(config)),
         prompt_tokens=config.prompt.max_prompt_tokens,
@@ -230,27 +243,27 @@ def decoded_batch(config: TrainConfig) -> DecodedBatch:
 
 
 def _kv_split(sizes: Sizes, tensor: int) -> int:
-    """Ways that the KV heads are split over tensor ranks; with more ranks than heads they are repeated."""
+    """Returns over how many tensor ranks the key-value heads are split. Further ranks hold copies."""
     return min(tensor, sizes.geometry.num_query_groups)
 
 
 def served_weights(sizes: Sizes, servers: SGLangConfig) -> int:
-    """Bytes of a server's weights on one of its devices: bf16, and in FP8 one a weight of linear layers."""
+    """Returns the bytes of a server's weights on one of its devices: 2 for each, or 1 in linear layers in FP8."""
     linear = sizes.geometry.num_layers * linear_parameters(sizes.geometry) if servers.dtype == "fp8" else 0
     return (2 * num_parameters(sizes.geometry) - linear) // servers.tensor
 
 
 def _arriving(sizes: Sizes, servers: SGLangConfig) -> dict[str, int]:
-    """What a server holds in a publication besides: of FP8 weights copies in bf16, until they are whole."""
+    """Returns the further bytes of a server in a publication: bf16 copies of FP8 weights until they are complete."""
     if servers.dtype != "fp8":
         return {}
-    return {"weights that arrive": 2 * sizes.geometry.num_layers * linear_parameters(sizes.geometry) // servers.tensor}
+    return {"arriving weights": 2 * sizes.geometry.num_layers * linear_parameters(sizes.geometry) // servers.tensor}
 
 
 def _kv_cache(
     sizes: Sizes, footprints: Sequence[RankFootprint], device: Device, phases: Sequence[PhaseMemory]
 ) -> tuple[KvCache, Sequence[PhaseMemory]]:
-    """Also what a server has on its device in each phase, where the device is its own."""
+    """Returns the KV cache, and the memory of a server's device by phase where servers have their own devices."""
     config, servers = sizes.config, sizes.config.rollout.sglang
     limit = config.model.max_sequence_length
     if servers is None:
@@ -284,15 +297,17 @@ def _kv_cache(
         shared=shared,
     )
     if _colocated(config):
-        return kv_cache, ()  # the pool takes what it may: counted as used it would say nothing
+        return kv_cache, ()  # the KV cache fills the device, so its use says nothing
     arriving = _arriving(sizes, servers)
     memories = [PhaseMemory("server", "generate", parts)]
     return kv_cache, [*memories, PhaseMemory("server", "reshard", parts | arriving)] if arriving else memories
 
 
 def _host_bytes(sizes: Sizes, footprints: Sequence[RankFootprint]) -> int:
-    """A process's: what it writes of a checkpoint, of the distributed optimizer all that the replicas hold together;
-    with offload also what is off the device, at most all of it."""
+    """Returns the most host memory of one process: its part of a checkpoint and, with offload, all offloaded states.
+
+    With the distributed optimizer one process writes the states of all replicas.
+    """
     per_stage = []
     for footprint in footprints:
         trained = _trained("policy", footprint.policy_parameters, sizes)
@@ -301,8 +316,8 @@ def _host_bytes(sizes: Sizes, footprints: Sequence[RankFootprint]) -> int:
             trained |= _trained("reward_model", footprint.reward_model_parameters, sizes)
             parameters += footprint.reward_model_parameters
         checkpoint = parameters * (sizes.element + sizes.optimizer_whole)
-        away = sum(trained.values()) if sizes.config.parallel.offload else 0
-        per_stage.append(checkpoint + away)
+        offloaded = sum(trained.values()) if sizes.config.parallel.offload else 0
+        per_stage.append(checkpoint + offloaded)
     return max(per_stage)
 
 
@@ -311,4 +326,5 @@ def _colocated(config: TrainConfig) -> bool:
 
 
 def amount(size: float) -> str:
+    """Returns a number of bytes as text, in GiB or MiB."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

@@ -1,4 +1,4 @@
-"""From a configuration to a plan: does it fit, how long is a step, what would be the first thing to change."""
+"""Plans of a configuration: memory, step time, disk, and the first change that makes a run fit."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from oreal_megatron.planner.sizes import Sizes, row_tokens
 from oreal_megatron.planner.step_time import Disk, Measured, Workload, assumed_workload, disk, phase_seconds
 
 
-class Meter(Protocol):
-    """models.footprint.FootprintMeter, handed in: this package imports no torch."""
+class Profiler(Protocol):
+    """Interface of models.memory_profile.MemoryProfiler, which is an argument because this package imports no torch."""
 
-    def stages(self, layout: ParallelConfig, *, row_tokens: int, batch: DecodedBatch | None) -> list[RankFootprint]: ...
+    def stages(self, layout: ParallelConfig, *, row_tokens: int, batch: DecodedBatch | None) -> list[RankFootprint]:
+        """Returns the footprint of a rank of each pipeline stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
+    """Estimates of a run with one layout."""
+
     sizes: Sizes
     footprints: Sequence[RankFootprint]
     memory: MemoryPlan
     work: Workload
     seconds: Mapping[str, float] | None
-    """By phase, from the device's figures; None where they are not known."""
+    """Seconds of a step by phase, from the device's figures; None if these are unknown."""
     disk: Disk
 
     @property
@@ -36,19 +39,27 @@ class Plan:
 
 
 def make_plan(
-    config: TrainConfig, geometry: GeometryConfig, meter: Meter, *, num_devices: int, measured: Measured | None = None
+    config: TrainConfig,
+    geometry: GeometryConfig,
+    profiler: Profiler,
+    *,
+    num_devices: int,
+    measured: Measured | None = None,
 ) -> Plan:
-    """num_devices: trainer processes.
+    """Plans a configuration.
+
+    num_devices: number of trainer processes.
+    measured: metrics of a run, whose response lengths replace the assumed ones.
 
     Raises:
-        ConfigError: the layout does not divide the model, or the devices the replicas.
-        ValueError: Megatron-Core refuses the layout.
+        ConfigError: the layout does not divide the model.
+        ValueError: Megatron-Core does not support the layout.
     """
     check_layout(geometry, config.parallel, config.rollout.sglang)
     sizes = Sizes(config, geometry, num_devices)
     device = device_named(config.resources.device, sharing=num_devices)
     batch = decoded_batch(config) if config.rollout.backend == "embedded" else None
-    footprints = meter.stages(config.parallel, row_tokens=row_tokens(config), batch=batch)
+    footprints = profiler.stages(config.parallel, row_tokens=row_tokens(config), batch=batch)
     memory = memory_plan(sizes, footprints, device)
     work = assumed_workload(config, measured.mean_response_tokens if measured else None)
     return Plan(
@@ -62,7 +73,7 @@ def make_plan(
 
 
 def first_change(plan: Plan, replan: Callable[[TrainConfig], Plan]) -> tuple[str, Plan] | None:
-    """The first of the usual changes, cheapest first, with which it fits: overrides, and the plan with them."""
+    """Returns the cheapest usual change that makes the run fit, as overrides with their plan; None if there is none."""
     parallel = plan.sizes.config.parallel
     for changes in _changes(parallel, plan.sizes.geometry):
         config = plan.sizes.config.model_copy(update={"parallel": parallel.model_copy(update=changes)})
@@ -79,7 +90,7 @@ def first_change(plan: Plan, replan: Callable[[TrainConfig], Plan]) -> tuple[str
 
 
 def _changes(p: ParallelConfig, geometry: GeometryConfig) -> Iterator[dict[str, object]]:
-    """From what costs nothing to what costs most; each on top of the free ones before it."""
+    """Yields changes of the layout from the cheapest to the costliest, each with the free changes before it."""
     free: dict[str, object] = {}
     if not p.distributed_optimizer:
         free["distributed_optimizer"] = True
@@ -106,9 +117,9 @@ def _changes(p: ParallelConfig, geometry: GeometryConfig) -> Iterator[dict[str, 
 def search(
     config: TrainConfig, replan: Callable[[TrainConfig], Plan], num_devices: int, advance: Callable[[int, int], None]
 ) -> list[Plan]:
-    """Plans of other layouts on the same devices that fit, quickest step first.
+    """Returns the plans of all layouts that fit on the same devices, fastest step first.
 
-    advance: told how many of how many layouts have been looked at.
+    advance: called with the number of layouts planned so far and the number of all layouts.
     """
     candidates = list(_layouts(config, num_devices))
     found = []
@@ -120,7 +131,7 @@ def search(
             continue
         if not plan.memory.problems:
             found.append(plan)
-    # As quick: the one with more room.
+    # Among equally fast plans, those with more free memory come first.
     return sorted(found, key=lambda plan: (round(plan.step_seconds or 0.0), plan.memory.share))
 
 

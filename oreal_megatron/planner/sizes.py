@@ -1,4 +1,4 @@
-"""A configuration in the numbers that plans are made of: parameters, bytes of each, tokens of a row, rollouts."""
+"""Sizes that plans are made of: parameters, their bytes, tokens of a row, rollouts of a step."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from oreal_megatron.config import GeometryConfig, TrainConfig
 
 @dataclass(frozen=True)
 class Sizes:
-    """Layout and precision in numbers."""
+    """Layout and precision of a configuration in numbers."""
 
     config: TrainConfig
     geometry: GeometryConfig
     num_devices: int
-    """Trainer processes."""
+    """Number of trainer processes."""
 
     @property
     def data(self) -> int:
+        """Data-parallel replicas."""
         p = self.config.parallel
         return self.num_devices // (p.tensor * p.pipeline * p.context)
 
@@ -28,11 +29,11 @@ class Sizes:
         return 2 if self.config.model.dtype == "bfloat16" else 4
 
     def weight_bytes(self, model: str) -> float:
-        """Bytes of one of `model`'s weights on a device, over all of its weights.
+        """Returns the mean bytes of a weight of `model` on a device.
 
-        model: as in the section `fp8`. Transformer Engine keeps the FP8 weights of linear layers from one micro-batch
-        to the next, beside the bf16 ones, or instead of them (`parameters`); where it trains, also transposed. With
-        `parallel.offload` it makes them anew each time.
+        model: name in the section `fp8`. Transformer Engine keeps FP8 copies of linear layers' weights between
+        micro-batches, besides the bf16 weights or instead of them (`parameters`), and transposed copies too for a model
+        that trains. With `parallel.offload` it makes the copies again each time.
         """
         fp8 = self.config.fp8.models.get(model)
         if fp8 is None or self.config.parallel.offload:
@@ -42,7 +43,7 @@ class Sizes:
         return share * in_fp8 + (1 - share) * self.element
 
     def fp8_share(self, model: str) -> float:
-        """Of `model`'s weights, those whose products are in FP8."""
+        """Returns the share of `model`'s weights whose matrix products are in FP8."""
         fp8 = self.config.fp8.models.get(model)
         if fp8 is None:
             return 0.0
@@ -51,42 +52,42 @@ class Sizes:
 
     @property
     def replicas(self) -> int:
-        """Ranks that hold the same weights: those of data and of context parallelism."""
+        """Ranks that hold the same weights, over data and context parallelism."""
         return self.data * self.config.parallel.context
 
     @property
     def optimizer_whole(self) -> int:
-        """Bytes of Adam's two moments, and of the fp32 weights where the trained ones are bf16."""
+        """Bytes of a weight's optimizer state: Adam's two moments, and an fp32 weight where the trained one is bf16."""
         return 12 if self.config.model.dtype == "bfloat16" else 8
 
     @property
     def optimizer_element(self) -> float:
-        """Those on one device."""
+        """Bytes of optimizer state for a weight on one device."""
         return self.optimizer_whole / (self.replicas if self.config.parallel.distributed_optimizer else 1)
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Keys and values of one token in all layers, unsplit."""
+        """Bytes of keys and values of one token in all layers, unsplit."""
         g = self.geometry
-        head_dim = g.head_dim or g.hidden_size // g.num_attention_heads
+        head_dim = g.attention_head_dim
         return 2 * g.num_layers * g.num_query_groups * head_dim * self.element
 
 
 def rollouts_per_step(config: TrainConfig) -> int:
-    """Under `rollout.long_tail` as many as are asked for, the most that there can be."""
+    """Returns the most rollouts that a step generates, rollout.long_tail.oversample included."""
     return config.num_asked_prompts * config.rollout.samples_per_prompt
 
 
 def linear_parameters(g: GeometryConfig) -> int:
-    """Of one layer, the weights of its linear layers."""
-    head_dim = g.head_dim or g.hidden_size // g.num_attention_heads
+    """Returns the number of weights in the linear layers of one transformer layer."""
+    head_dim = g.attention_head_dim
     attention = (2 * g.num_attention_heads + 2 * g.num_query_groups) * head_dim * g.hidden_size
     return attention + 3 * g.hidden_size * g.ffn_hidden_size
 
 
 def num_parameters(g: GeometryConfig) -> int:
-    """Of the unsplit model, for what is not counted on modules: servers, FLOPs, disk."""
-    head_dim = g.head_dim or g.hidden_size // g.num_attention_heads
+    """Returns the number of parameters of the unsplit model, for estimates without modules: servers, FLOPs, disk."""
+    head_dim = g.attention_head_dim
     heads = (g.num_attention_heads + 2 * g.num_query_groups) * head_dim
     layer = linear_parameters(g) + heads * g.qkv_bias + 2 * g.hidden_size
     vocabulary = (g.vocab_size or 0) * g.hidden_size
@@ -94,7 +95,7 @@ def num_parameters(g: GeometryConfig) -> int:
 
 
 def row_tokens(config: TrainConfig) -> int:
-    """Of the longest packed row: the token budget, or one sequence of the longest length, made to split evenly."""
+    """Returns the tokens of the longest packed row: micro_batch_tokens or the longest sequence, rounded up to split."""
     p = config.parallel
     multiple = 2 * p.context * (p.tensor if p.sequence else 1)
     longest = max(p.micro_batch_tokens, config.model.max_sequence_length)

@@ -1,4 +1,4 @@
-"""Seconds of each phase of a step, from the device's figures or from a run's own metrics; bytes on disk."""
+"""Seconds of each phase of a step, from the device's figures or a run's metrics, and bytes on disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from oreal_megatron.planner.sizes import Sizes, linear_parameters, num_parameter
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Tokens of a step."""
+    """Numbers of rollouts and tokens of a step."""
 
     rollouts: int
     mean_prompt_tokens: float
@@ -26,7 +26,7 @@ class Workload:
     max_response_tokens: int
     trained_sequences: int
     source: str
-    """Where the lengths come from."""
+    """Source of the lengths, as text."""
 
     @property
     def mean_tokens(self) -> float:
@@ -34,7 +34,10 @@ class Workload:
 
 
 def assumed_workload(config: TrainConfig, mean_response_tokens: float | None = None) -> Workload:
-    """mean_response_tokens: None: half of the limit. Every group is taken to be of use, the most there can be."""
+    """Returns the work of a step if every group is useful, which is the most work.
+
+    mean_response_tokens: None: half of rollout.sampling.max_new_tokens.
+    """
     limit = config.rollout.sampling.max_new_tokens
     per_group = 2 if config.objective.selection == "pair" else config.rollout.samples_per_prompt
     return Workload(
@@ -52,20 +55,24 @@ class Measured:
     """Medians of a run's metrics.jsonl."""
 
     seconds: Mapping[str, float]
-    """By the trainer's phases: generate, verify, score, train, publish, total."""
+    """Seconds of a step by the trainer's phases: generate, verify, score, train, publish, total."""
     mean_response_tokens: float
     num_steps: int
 
 
 def read_measured(directory: Path) -> Measured:
-    """Raises ValueError where the directory holds no finished step."""
+    """Reads the medians of a run.
+
+    Raises:
+        ValueError: the directory has no finished step.
+    """
     path = directory / "metrics.jsonl"
     if not path.is_file():
-        raise ValueError(f"--measured {directory}: there is no metrics.jsonl in it; give a run's directory")
+        raise ValueError(f"--measured {directory}: it has no metrics.jsonl. Name the directory of a run.")
     records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     steps = [r for r in records if r["kind"] == "step" and not r["skipped"]]
     if not steps:
-        raise ValueError(f"--measured {directory}: no step of this run has trained anything yet")
+        raise ValueError(f"--measured {directory}: no step has trained yet. Wait for one, or leave out --measured.")
     names = dict.fromkeys(name for step in steps for name in step["seconds"])
     return Measured(
         seconds={name: median(s["seconds"][name] for s in steps if name in s["seconds"]) for name in names},
@@ -75,14 +82,17 @@ def read_measured(directory: Path) -> Measured:
 
 
 def phase_seconds(sizes: Sizes, device: Device, kv_cache: KvCache, work: Workload) -> dict[str, float] | None:
-    """None for a device whose figures are not known. Reward model and reference as large as the policy."""
+    """Returns the seconds of a step by phase; None if the device's figures are unknown.
+
+    Assumes that reward model and reference model are as large as the policy.
+    """
     if device.flops is None or device.bandwidth is None or device.link is None:
         return None
     config = sizes.config
     seconds = {"generate": _generate(sizes, device, kv_cache, work)}
     if config.objective.beta > 0:
         seconds["score"] = _pass(sizes, device, work, "reference", passes=1.0, share=hardware.SCORING_SHARE)
-    # Forward, twice that backward, and what is computed again.
+    # Forward passes' worth: one forward, two backward, and the recomputed part.
     again = {"none": 0.0, "selective": 0.7, "full": 1.0}[config.parallel.recompute]
     for model in ("reward_model", "policy") if config.objective.uses_reward_model else ("policy",):
         seconds[f"train {model.replace('_', ' ')}"] = _pass(
@@ -97,9 +107,9 @@ def phase_seconds(sizes: Sizes, device: Device, kv_cache: KvCache, work: Workloa
 
 
 def _pass(sizes: Sizes, device: Device, work: Workload, model: str, *, passes: float, share: float) -> float:
-    """Seconds of `passes` forward passes' worth of arithmetic over the trained sequences, bubbles included.
+    """Returns the seconds of `passes` forward passes over the trained sequences, pipeline bubbles included.
 
-    model: as in the section `fp8`.
+    model: name in the section `fp8`.
     """
     parallel = sizes.config.parallel
     tokens = work.trained_sequences * work.mean_tokens
@@ -112,22 +122,31 @@ def _pass(sizes: Sizes, device: Device, work: Workload, model: str, *, passes: f
 
 
 def _product_seconds(device: Device, flops: float, in_fp8: float, share: float) -> float:
-    """Of matrix products, of which so many FLOPs are in FP8, at `share` of the device's figures."""
+    """Returns the seconds of matrix products at `share` of the device's figures.
+
+    in_fp8: number of the `flops` that are in FP8.
+    """
     assert device.flops is not None
     fast = in_fp8 / (hardware.FP8_SHARE * device.fp8_flops) if device.fp8_flops else in_fp8 / device.flops
     return (fast + (flops - in_fp8) / device.flops) / share
 
 
 def flops_per_token(sizes: Sizes, length: float) -> float:
-    """Forward: two a weight, embedding apart, and attention's, on average over a causal sequence of `length`."""
+    """Returns the FLOPs of a forward pass for one token, as the mean over a causal sequence of `length` tokens.
+
+    Two for each weight except the embedding's, and those of attention.
+    """
     g = sizes.geometry
-    head_dim = g.head_dim or g.hidden_size // g.num_attention_heads
+    head_dim = g.attention_head_dim
     weights = num_parameters(g) - (0 if g.tied_embeddings else (g.vocab_size or 0) * g.hidden_size)
     return 2 * weights + 2 * g.num_layers * g.num_attention_heads * head_dim * length
 
 
 def _generate(sizes: Sizes, device: Device, kv_cache: KvCache, work: Workload) -> float:
-    """Decoding, bound by reading weights and KV cache; the longest response bounds it from below."""
+    """Returns the seconds of generation.
+
+    Decoding is limited by reading weights and KV cache, and takes at least as long as the longest response.
+    """
     assert device.bandwidth is not None
     servers = sizes.config.rollout.sglang
     tensor = servers.tensor if servers else sizes.config.parallel.tensor
@@ -154,7 +173,7 @@ def _generate(sizes: Sizes, device: Device, kv_cache: KvCache, work: Workload) -
 
 
 def _offload(sizes: Sizes) -> float:
-    """Both trained models and the reference go over PCIe (25 GB/s) once each way a step."""
+    """Returns the seconds in which trained models and reference model cross PCIe (25 GB/s) once each way."""
     parallel = sizes.config.parallel
     parameters = num_parameters(sizes.geometry) / (parallel.tensor * parallel.pipeline)
     trained = 2 if sizes.config.objective.uses_reward_model else 1
@@ -163,17 +182,18 @@ def _offload(sizes: Sizes) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Disk:
-    """Bytes in run.dir, and of an export."""
+    """Bytes in run.dir and of an export, and seconds to save."""
 
     checkpoint: int
     checkpoints: int
-    """As many as are kept, the best one, the one that is being written, and the initial policy."""
+    """Bytes of all checkpoints: those kept, the best, the one being written, and the initial policy."""
     rollouts: int
     export: int
     seconds_to_save: float
 
 
 def disk(sizes: Sizes, work: Workload) -> Disk:
+    """Returns the bytes that a run writes."""
     config = sizes.config
     parameters = num_parameters(sizes.geometry)
     trained = 2 if config.objective.uses_reward_model else 1
@@ -181,7 +201,7 @@ def disk(sizes: Sizes, work: Workload) -> Disk:
     checkpoint = parameters * state * trained
     initial = parameters * sizes.element
     nodes = ceil(sizes.num_devices / config.resources.devices_per_node)
-    # Token ids and log-probabilities as JSON: about 30 bytes a token, and the text.
+    # JSON has about 30 bytes for the id and the log-probability of a token, and 4 for its text.
     per_step = work.rollouts * (work.mean_tokens * 30 + work.mean_response_tokens * 4)
     return Disk(
         checkpoint=checkpoint,

@@ -1,4 +1,4 @@
-"""A plan as tables."""
+"""Plans as tables on a console."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from oreal_megatron.planner.step_time import Measured
 _COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
 
 
-def show_plan(console: Console, plan: Plan, measured: Measured | None = None) -> None:
-    _show_layout(console, plan)
-    _show_memory(console, plan.memory)
-    _show_generation(console, plan)
-    _show_seconds(console, plan, measured)
-    _show_disk(console, plan)
+def print_plan(console: Console, plan: Plan, measured: Measured | None = None) -> None:
+    """Prints all estimates of a plan, and whether the run fits."""
+    _print_layout(console, plan)
+    _print_memory(console, plan.memory)
+    _print_generation(console, plan)
+    _print_seconds(console, plan, measured)
+    _print_disk(console, plan)
     memory = plan.memory
     colour = _COLOURS[memory.verdict]
     console.print(
@@ -33,6 +34,7 @@ def show_plan(console: Console, plan: Plan, measured: Measured | None = None) ->
 
 
 def layout_text(plan: Plan) -> str:
+    """Returns the layout in one line, such as `TP8, PP2, DP8, recompute full`."""
     p = plan.sizes.config.parallel
     parts = [f"TP{p.tensor}", f"PP{p.pipeline}"]
     parts += [f"VPP{p.virtual_pipeline}"] if p.virtual_pipeline > 1 else []
@@ -40,17 +42,17 @@ def layout_text(plan: Plan) -> str:
     parts += [f"DP{plan.sizes.data}", f"recompute {p.recompute}"]
     parts += [
         text
-        for text, there in (
+        for text, is_on in (
             ("sequence parallel", p.sequence),
             ("distributed optimizer", p.distributed_optimizer),
             ("offload", p.offload),
         )
-        if there
+        if is_on
     ]
     return ", ".join(parts)
 
 
-def _show_layout(console: Console, plan: Plan) -> None:
+def _print_layout(console: Console, plan: Plan) -> None:
     config, sizes = plan.sizes.config, plan.sizes
     servers = config.rollout.sglang
     console.print(f"[bold]{config.run.name}[/]: {sizes.num_devices} trainer processes on {plan.memory.device.name}")
@@ -60,26 +62,25 @@ def _show_layout(console: Console, plan: Plan) -> None:
     counts = ", ".join(
         f"stage {f.stage}: {f.num_layers} layers, {f.policy_parameters / 1e6:,.1f}M" for f in plan.footprints
     )
-    console.print(f"  model     {num_parameters(sizes.geometry) / 1e9:.2f}B parameters; a rank's, counted: {counts}")
+    console.print(f"  model     {num_parameters(sizes.geometry) / 1e9:.2f}B parameters; on a rank: {counts}")
     in_flight = ", ".join(f"{micro_batches_in_flight(sizes, f.stage):g}" for f in plan.footprints)
     console.print(f"  in flight {in_flight} micro-batches")
 
 
-def _show_memory(console: Console, memory: MemoryPlan) -> None:
+def _print_memory(console: Console, memory: MemoryPlan) -> None:
     unit, size_of_unit = ("GiB", 2**30) if memory.worst.total >= 2**30 else ("MiB", 2**20)
-    table = Table(title=f"{unit} of a device by phase: the fullest stage", title_justify="left")
-    for column in ("phase", "where", "total", "of it"):
+    table = Table(title=f"{unit} of a device by phase, on the fullest stage", title_justify="left")
+    for column in ("phase", "where", "total", "parts"):
         table.add_column(column, justify="right" if column == "total" else "left")
     for phase in PHASES:
-        there = [m for m in memory.phases if m.phase == phase]
-        for fullest in _fullest_by_kind(there):
+        for fullest in _fullest_by_kind([m for m in memory.phases if m.phase == phase]):
             largest = sorted(fullest.parts.items(), key=lambda item: -item[1])
-            of_it = ", ".join(
+            parts = ", ".join(
                 f"{name} {size / size_of_unit:.1f}" for name, size in largest if size >= 0.01 * fullest.total
             )
-            table.add_row(phase, fullest.where, f"{fullest.total / size_of_unit:.1f}", of_it)
+            table.add_row(phase, fullest.where, f"{fullest.total / size_of_unit:.1f}", parts)
     console.print(table)
-    console.print(f"host memory of a node: {amount(memory.host_bytes_per_node)} at most while a checkpoint is written")
+    console.print(f"host memory of a node: at most {amount(memory.host_bytes_per_node)}, while a checkpoint is written")
 
 
 def _fullest_by_kind(phases: Sequence) -> list:  # type: ignore[type-arg]
@@ -88,17 +89,17 @@ def _fullest_by_kind(phases: Sequence) -> list:  # type: ignore[type-arg]
     return [max(group, key=lambda m: m.total) for group in (trainers, servers) if group]
 
 
-def _show_generation(console: Console, plan: Plan) -> None:
+def _print_generation(console: Console, plan: Plan) -> None:
     kv, limit = plan.memory.kv_cache, plan.sizes.config.model.max_sequence_length
     console.print(
-        f"KV cache: {kv.num_holders} x {kv.where}, {kv.tokens:,} tokens each at {kv.bytes_per_token / 1024:.0f} KiB a "
-        f"token and device; {kv.sequences_at_limit} sequences of {limit:,} tokens at once, about "
+        f"KV cache: {kv.num_holders} x {kv.where}, {kv.tokens:,} tokens each at {kv.bytes_per_token / 1024:.0f} KiB "
+        f"per token and device; {kv.sequences_at_limit} sequences of {limit:,} tokens at once, about "
         f"{int(kv.tokens / plan.work.mean_tokens)} of the mean length; "
-        f"{plan.work.rollouts / kv.num_holders:.0f} rollouts each a step"
+        f"{plan.work.rollouts / kv.num_holders:.0f} rollouts each in a step"
     )
 
 
-def _show_seconds(console: Console, plan: Plan, measured: Measured | None) -> None:
+def _print_seconds(console: Console, plan: Plan, measured: Measured | None) -> None:
     work = plan.work
     console.print(
         f"a step: {work.rollouts} rollouts of {work.mean_response_tokens:,.0f} tokens on average ({work.source}), "
@@ -110,33 +111,34 @@ def _show_seconds(console: Console, plan: Plan, measured: Measured | None) -> No
         table.add_column("s", justify="right")
         for name, value in plan.seconds.items():
             table.add_row(name, f"{value:,.1f}")
-        table.add_row("in all", f"{plan.step_seconds:,.0f}")
+        table.add_row("total", f"{plan.step_seconds:,.0f}")
         console.print(table)
         device = plan.memory.device
         console.print(
-            f"counted on: {hardware.TRAINING_SHARE:.0%} of {device.flops / 1e12:,.0f} TFLOP/s in training, "  # type: ignore[operator]
+            f"assumed: {hardware.TRAINING_SHARE:.0%} of {device.flops / 1e12:,.0f} TFLOP/s in training, "  # type: ignore[operator]
             f"{hardware.DECODING_SHARE:.0%} of {device.bandwidth / 1e12:.2f} TB/s in decoding, "  # type: ignore[operator]
-            f"{hardware.LINK_SHARE:.0%} of {device.link * 8 / 1e9:.0f} Gb/s a link"  # type: ignore[operator]
+            f"{hardware.LINK_SHARE:.0%} of {device.link * 8 / 1e9:.0f} Gb/s of a link"  # type: ignore[operator]
         )
     elif measured is None:
-        console.print("seconds: nothing is known of this device's speed; give a run of it with --measured")
+        console.print("seconds: the speed of this device is unknown. Name a run on it with --measured.")
     if measured is not None:
         medians = ", ".join(f"{name} {value:.1f}" for name, value in measured.seconds.items())
-        console.print(f"measured, median of {measured.num_steps} steps: {medians}")
+        console.print(f"measured, medians of {measured.num_steps} steps: {medians}")
 
 
-def _show_disk(console: Console, plan: Plan) -> None:
+def _print_disk(console: Console, plan: Plan) -> None:
     d, run = plan.disk, plan.sizes.config.run
     console.print(
-        f"disk: {amount(d.checkpoint)} a checkpoint ({d.seconds_to_save:.0f} s to write at "
-        f"{hardware.STORAGE_PER_NODE / 1e9:.0f} GB/s a node), {amount(d.checkpoints)} with run.keep_checkpoints="
-        f"{run.keep_checkpoints}, the best and one being written; trajectories {amount(d.rollouts)}; an export to "
+        f"disk: {amount(d.checkpoint)} for a checkpoint ({d.seconds_to_save:.0f} s to write at "
+        f"{hardware.STORAGE_PER_NODE / 1e9:.0f} GB/s per node), {amount(d.checkpoints)} with run.keep_checkpoints="
+        f"{run.keep_checkpoints}, the best and the one being written; trajectories {amount(d.rollouts)}; an export to "
         f"Hugging Face {amount(d.export)}"
     )
 
 
-def show_search(console: Console, plans: Sequence[Plan], limit: int = 10) -> None:
-    table = Table(title=f"{len(plans)} layouts fit; the quickest", title_justify="left")
+def print_search(console: Console, plans: Sequence[Plan], limit: int = 10) -> None:
+    """Prints the first `limit` plans of a search."""
+    table = Table(title=f"{len(plans)} layouts fit; the fastest", title_justify="left")
     for column in ("layout", "memory", "step s"):
         table.add_column(column, justify="left" if column == "layout" else "right")
     for plan in plans[:limit]:

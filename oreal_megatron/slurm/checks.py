@@ -1,4 +1,4 @@
-"""Everything that is wrong with a submission, at once: what is missing, the run, the site, the two together."""
+"""Checks of a submission: missing values, the run, the site, and both together."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ T = TypeVar("T")
 def checked(
     raw: DictConfig, allocate: Callable[[TrainConfig, ClusterConfig], Allocation]
 ) -> tuple[TrainConfig, ClusterConfig, Allocation]:
-    """raw: as composed; a dry run is shrunk already.
+    """Returns the validated run, site and allocation.
+
+    raw: the composed configuration, shrunk already for a dry run.
+    allocate: returns the nodes of the job.
 
     Raises:
-        ConfigError: with all that can be told, each with its key and what would be right.
+        ConfigError: with all violations.
     """
     plain: Any = OmegaConf.to_container(raw, resolve=False)
     missing = {*missing_keys(plain), *(f"{SITE}.{k}" for k, v in plain[SITE].items() if v == "???")}
@@ -42,16 +45,17 @@ def checked(
         config: TrainConfig | None = parse_config(resolved(filled))
     except ConfigError as error:
         violations.extend(error.violations)
-        config = error.config  # where its sections only disagree, the rest can be looked at all the same
+        config = error.config  # complete where only checks across sections failed
     cluster = attempted(lambda: parse_cluster(site))
     nodes = None
     if config is not None and cluster is not None:
         nodes = attempted(partial(allocate, config, cluster))
         num_nodes = nodes.num_nodes - nodes_of_another_kind(cluster, nodes) if nodes else 1
         violations += site_violations(cluster, config, num_nodes=num_nodes)
-    # What is wrong with a placeholder is that it is one.
+    # A placeholder stands for a missing value, which has its own violation.
     violations = [v for v in violations if v.key not in missing and not str(v.value).startswith(PLACEHOLDERS)]
-    lacking = [Violation(key, "???", "must be given: in conf/cluster, or here") for key in sorted(missing)]
+    remedy = "It has no value. Set it in the file of conf/cluster, or as an override."
+    lacking = [Violation(key, "???", remedy) for key in sorted(missing)]
     if lacking or violations:
         raise ConfigError(lacking + violations)
     assert config is not None and cluster is not None and nodes is not None

@@ -1,4 +1,4 @@
-"""A SLURM site: its schema, and what can be told before submission."""
+"""A SLURM site: its schema, and checks of it before submission."""
 
 from __future__ import annotations
 
@@ -14,66 +14,78 @@ from oreal_megatron.config import ConfigError, NonNegative, Positive, Section, S
 
 
 class ClusterConfig(Section):
-    """What a site asks for, and where things are there (conf/cluster)."""
+    """Values of a site: directories, batch options, environment (conf/cluster)."""
 
     models: str
-    """Directory of the Hugging Face directories that recipes name."""
+    """Directory of the Hugging Face directories that the oreal_* experiments name."""
     data: str
     """Directory of prompt and benchmark files."""
     runs: str
     """Directory of runs, on storage that every node sees."""
     shared: Strings
-    """Roots of shared storage: what a job reads and writes must lie below one of them. Empty: file systems that are
-    known to be a machine's own are refused for jobs of several nodes."""
+    """Roots of shared storage. Paths that a job reads and writes must be below them. Empty: jobs of several nodes
+    refuse paths on file systems that are local to a machine."""
     account: str | None
+    """Account, as for sbatch. null: the default account."""
     partition: str
+    """Partition, as for sbatch."""
     qos: str | None
+    """Quality of service, as for sbatch. null: none."""
     constraint: str | None
+    """Constraint on nodes, as for sbatch. null: none."""
     reservation: str | None
+    """Reservation, as for sbatch. null: none."""
     server_partition: str | None
-    """Of servers on nodes of their own, where these are another kind of nodes: the job is heterogeneous then."""
+    """Partition of disaggregated servers, if they need another kind of nodes. The job is then heterogeneous. null: the
+    same partition."""
     server_constraint: str | None
-    """Likewise."""
+    """Constraint on the nodes of disaggregated servers, which also makes the job heterogeneous. null: none."""
     time_limit: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$")]
-    """[days-]hours:minutes:seconds of one job; the run goes on in the next."""
+    """Time limit of one job, as [days-]hours:minutes:seconds. The run continues in the next job."""
     signal_seconds: Positive
-    """Before the time limit, when the trainer is asked to save and stop."""
+    """Seconds before the time limit at which the trainer is asked to save and stop."""
     max_requeues: NonNegative
-    """Of one job by itself, after time limits and preemptions."""
+    """Number of times that a job requeues itself after time limits and preemptions."""
     exclude: Strings
-    """Nodes that are known to be bad."""
+    """Nodes not to use."""
     gpu_request: Literal["gpus-per-node", "gres", "none"]
+    """Option that asks for GPUs. none: jobs get whole nodes."""
     cpus_per_node: Positive
+    """CPUs of a node that a job uses."""
     memory_per_node: str
-    """As for sbatch --mem; 0: all of a node's."""
+    """Memory of a node, as for sbatch --mem. 0: all of it."""
     modules: Strings
-    """Loaded before everything else."""
+    """Environment modules to load at the start of a job."""
     venv: str | None
-    """Virtual environment of the project that every node sees; null: that of the submission."""
+    """Virtual environment of the project on shared storage. null: the environment that submits the job."""
     container: str | None
-    """Image for srun --container-image (pyxis)."""
+    """Image for srun --container-image (pyxis). null: no container."""
     mounts: Strings
     """Directories for --container-mounts."""
     interface: str | None
-    """Network interface of gloo and NCCL; null: their choice."""
+    """Network interface of gloo and NCCL. null: they choose."""
     environment: Mapping[str, str]
-    """Variables of every process."""
+    """Environment variables of every process."""
     setup: Strings
-    """Shell lines that run before the job's own."""
+    """Shell lines that run at the start of a job."""
     node_check: str | None
-    """Shell command that must succeed on every node before the run starts; a node where it fails is left out."""
+    """Shell command that checks a node before the run starts. A node where it fails is excluded. null: no check."""
     judge_nodes: NonNegative
-    """Nodes that run `judge_command`, for verifier=rules_and_judge."""
+    """Number of nodes that run `judge_command`, for verifier=rules_and_judge."""
     judge_command: str | None
-    """Shell command that serves the judge at $JUDGE_PORT behind an OpenAI-compatible API; verifier.judge.endpoints are
-    then those of the job."""
+    """Shell command that serves the judge at $JUDGE_PORT behind an OpenAI-compatible API. The job sets
+    verifier.judge.endpoints. null: no judge."""
 
 
 def parse_cluster(raw: Mapping[str, Any]) -> ClusterConfig:
-    """Raises ConfigError with all violations; `cluster=none` has none of the keys."""
+    """Validates the values of a site.
+
+    Raises:
+        ConfigError: with all violations. `cluster=none` has no keys of a site.
+    """
     if "partition" not in raw:
         raise ConfigError(
-            [Violation("cluster", "none", "choose a site: cluster=NAME of conf/cluster (conf/cluster/slurm.yaml)")]
+            [Violation("cluster", "none", "There is no site. Copy conf/cluster/slurm.yaml, and set cluster=NAME.")]
         )
     try:
         return ClusterConfig.model_validate({k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
@@ -83,7 +95,7 @@ def parse_cluster(raw: Mapping[str, Any]) -> ClusterConfig:
                 Violation(
                     ".".join(["cluster", *map(str, item["loc"])]),
                     None if item["type"] == "missing" else item["input"],
-                    item["msg"][0].lower() + item["msg"][1:],
+                    f"{item['msg']}.",
                 )
                 for item in error.errors()
             ]
@@ -91,19 +103,24 @@ def parse_cluster(raw: Mapping[str, Any]) -> ClusterConfig:
 
 
 def site_violations(cluster: ClusterConfig, config: TrainConfig, *, num_nodes: int) -> Iterator[Violation]:
-    """What would fail after hours in a queue and can be told now. num_nodes: in cluster.partition."""
+    """Yields every violation of the site's rules that would otherwise show after hours in a queue.
+
+    num_nodes: number of nodes in cluster.partition.
+    """
     yield from _path_violations(cluster, config, num_nodes)
     if cluster.signal_seconds >= seconds_of(cluster.time_limit):
-        remedy = f"must be shorter than cluster.time_limit = {cluster.time_limit}, before which it comes"
+        remedy = f"It counts back from the time limit. Set it below cluster.time_limit={cluster.time_limit}."
         yield Violation("cluster.signal_seconds", cluster.signal_seconds, remedy)
     if cluster.container is not None and cluster.venv is not None:
-        yield Violation("cluster.venv", cluster.venv, "null with a container, which brings its own environment")
+        yield Violation("cluster.venv", cluster.venv, "A container has its own environment. Set cluster.venv=null.")
     if cluster.venv is not None and not (Path(cluster.venv) / "bin" / "oreal-train").exists():
-        yield Violation("cluster.venv", cluster.venv, "there is no bin/oreal-train in it")
+        yield Violation("cluster.venv", cluster.venv, "It has no bin/oreal-train. Name the project's environment.")
     if (cluster.judge_nodes > 0) != (cluster.judge_command is not None):
-        yield Violation("cluster.judge_command", cluster.judge_command, "belongs to cluster.judge_nodes > 0")
+        remedy = "It needs judge nodes, and they need it. Set both, or cluster.judge_nodes=0 and null here."
+        yield Violation("cluster.judge_command", cluster.judge_command, remedy)
     if cluster.judge_nodes and config.verifier.judge.mode == "off":
-        yield Violation("cluster.judge_nodes", cluster.judge_nodes, "0 without a judge, or verifier=rules_and_judge")
+        remedy = "The run has no judge. Set cluster.judge_nodes=0, or verifier=rules_and_judge."
+        yield Violation("cluster.judge_nodes", cluster.judge_nodes, remedy)
     yield from _partition_violations(cluster, config, num_nodes)
 
 
@@ -115,12 +132,15 @@ def _path_violations(cluster: ClusterConfig, config: TrainConfig, num_nodes: int
     roots = [Path(root).resolve() for root in cluster.shared]
     for key, path in paths.items():
         if roots and not any(Path(path).resolve().is_relative_to(root) for root in roots):
-            yield Violation(key, path, f"is not on shared storage: {', '.join(cluster.shared)} (cluster.shared)")
+            yield Violation(
+                key, path, f"It is not on shared storage. Set it to a path below {' or '.join(cluster.shared)}."
+            )
         elif not roots and num_nodes > 1 and (kind := file_system(Path(path))) in LOCAL_FILE_SYSTEMS:
             remedy = (
-                f"lies on a file system of this machine ({kind}): name shared storage, or, where all nodes see it, "
+                f"It is on a local file system of this machine ({kind}). Set it to a path on shared storage, or add "
+                "its root to cluster.shared if all nodes see it."
             )
-            yield Violation(key, path, remedy + "its root in cluster.shared")
+            yield Violation(key, path, remedy)
     if config.run.dry_run:
         return
     files = {
@@ -132,15 +152,15 @@ def _path_violations(cluster: ClusterConfig, config: TrainConfig, num_nodes: int
     }
     for key, file in files.items():
         if file is not None and not Path(file).exists():
-            yield Violation(key, file, "is not there")
+            yield Violation(key, file, "It does not exist. Set it to an existing path.")
 
 
-# What each machine has for itself. Not an NFS, Lustre, GPFS, BeeGFS, Ceph or FUSE mount.
+# File systems that are local to a machine, unlike NFS, Lustre, GPFS, BeeGFS, Ceph and FUSE mounts.
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlay", "ext3", "ext4", "xfs", "btrfs", "zfs")
 
 
 def file_system(path: Path) -> str:
-    """Kind of the mounted file system that `path` is or would be on; empty where the system does not tell."""
+    """Returns the kind of the file system that `path` is or would be on; empty if unknown."""
     resolved, found, depth = path.resolve(), "", -1
     try:
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
@@ -149,20 +169,20 @@ def file_system(path: Path) -> str:
     for line in lines:
         before, _, after = line.partition(" - ")
         mount = Path(before.split()[4].replace("\\040", " "))
-        if resolved.is_relative_to(mount) and len(mount.parts) >= depth:  # a later mount hides an earlier one
+        if resolved.is_relative_to(mount) and len(mount.parts) >= depth:  # a later mount hides an earlier mount
             found, depth = after.split()[0], len(mount.parts)
     return found
 
 
 def seconds_of(time_limit: str) -> int:
-    """Of [days-]hours:minutes:seconds."""
+    """Returns the seconds of a [days-]hours:minutes:seconds."""
     days, _, clock = time_limit.rpartition("-")
     hours, minutes, seconds = map(int, clock.split(":"))
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _partition_violations(cluster: ClusterConfig, config: TrainConfig, num_nodes: int) -> Iterator[Violation]:
-    """Of what sinfo says, where there is a SLURM."""
+    """Yields every violation of the limits that sinfo shows; none where there is no SLURM."""
     try:
         output = subprocess.run(
             ["sinfo", "--noheader", "--format=%R|%D|%G|%c|%l"], capture_output=True, text=True, timeout=30
@@ -177,7 +197,9 @@ def _partition_violations(cluster: ClusterConfig, config: TrainConfig, num_nodes
         return
     for key in ("partition", "server_partition"):
         if (name := getattr(cluster, key)) is not None and name not in partitions:
-            yield Violation(f"cluster.{key}", name, f"there are {', '.join(sorted(partitions))}")
+            yield Violation(
+                f"cluster.{key}", name, f"There is no such partition. Set it to {' or '.join(sorted(partitions))}."
+            )
     if cluster.partition not in partitions:
         return
     rows = partitions[cluster.partition]
@@ -186,7 +208,7 @@ def _partition_violations(cluster: ClusterConfig, config: TrainConfig, num_nodes
         yield Violation(
             "resources.trainer_devices",
             config.resources.trainer_devices,
-            f"with its servers this is {num_nodes} nodes; partition {cluster.partition} has {nodes}",
+            f"The job has {num_nodes} nodes, partition {cluster.partition} has {nodes}. Use fewer devices.",
         )
     if cluster.gpu_request != "none":
         most = max((int(n) for _, gres, *_ in rows for n in re.findall(r"gpu[^,]*?:(\d+)", gres)), default=0)
@@ -194,12 +216,13 @@ def _partition_violations(cluster: ClusterConfig, config: TrainConfig, num_nodes
             yield Violation(
                 "resources.devices_per_node",
                 config.resources.devices_per_node,
-                f"nodes of {cluster.partition} have {most} GPUs; cluster.gpu_request: none asks for none",
+                f"Nodes of {cluster.partition} have {most} GPUs. Set it to {most}, or cluster.gpu_request=none.",
             )
     cpus = max(int(cpus.rstrip("+")) for _, _, cpus, _ in rows)
     if cluster.cpus_per_node > cpus:
-        yield Violation("cluster.cpus_per_node", cluster.cpus_per_node, f"nodes of {cluster.partition} have {cpus}")
+        remedy = f"Nodes of {cluster.partition} have {cpus} CPUs. Set it to at most {cpus}."
+        yield Violation("cluster.cpus_per_node", cluster.cpus_per_node, remedy)
     limit = rows[0][3]
     if re.fullmatch(r"(\d+-)?\d+:\d+:\d+", limit) and seconds_of(cluster.time_limit) > seconds_of(limit):
-        remedy = f"{cluster.partition} allows {limit}; the run goes on in the next job"
+        remedy = f"Partition {cluster.partition} allows {limit}. Set it to that; the run continues in the next job."
         yield Violation("cluster.time_limit", cluster.time_limit, remedy)

@@ -29,27 +29,35 @@ _POLL_SECONDS = 0.5
 
 
 def servers_of_node(num_servers: int, node: int, num_nodes: int) -> range:
-    """Indices of the servers on node `node` of `num_nodes`."""
+    """Returns the indices of the servers on node `node` of `num_nodes`."""
     per_node = ceil(num_servers / num_nodes)
     return range(min(node * per_node, num_servers), min((node + 1) * per_node, num_servers))
 
 
 @dataclass
-class _Place:
-    """One server, running or not."""
+class _Server:
+    """A server of this node, running or not."""
 
     number: int
-    """On this node."""
+    """Number of the server among those of this node."""
     index: int
+    """Number of the server among those of the run."""
     port: int
     restarts: Restarts
     process: ServerProcess | None = None
+    """Child process; None before the first start and between two starts."""
     started: float = 0.0
-    is_given_up: bool = False
+    """Time of the last start, of time.monotonic()."""
+    has_failed: bool = False
+    """Whether it ended too often to be started again."""
 
 
 class NodeServers:
-    """The servers of this node."""
+    """Runs the servers of one node until it is asked to end.
+
+    Servers are announced before they run. A server that ends is restarted, up to rollout.sglang.max_restarts times in a
+    row.
+    """
 
     def __init__(
         self,
@@ -61,67 +69,67 @@ class NodeServers:
         logs: Path,
         ending: threading.Event,
     ):
-        self._servers = servers.model_copy(update={"host": host})
+        self._config = servers.model_copy(update={"host": host})
         self._ending = ending
         self._launcher = Launcher(
-            config=self._servers,
+            config=self._config,
             model=start_directory(Path(config.run.dir) / "servers"),
             weight_loader=LOADER,
             dtype=config.served_dtype,
             max_sequence_length=config.model.max_sequence_length,
             logs=logs,
         )
-        self._places = [
-            _Place(number, index, choose_port(self._servers, number), Restarts(servers.max_restarts))
+        self._servers = [
+            _Server(number, index, choose_port(self._config, number), Restarts(servers.max_restarts))
             for number, index in enumerate(indices)
         ]
 
     def announce(self, directory: Path) -> None:
-        """Says where the servers will be, before they are."""
-        for place in self._places:
-            url = f"http://{self._servers.host}:{place.port}"
-            write_atomically(directory / f"server_{place.index:04d}.url", url + "\n")
-            logger.info("server %d at %s", place.index, url)
+        """Writes the URL of every server into a file of `directory`, before the servers run."""
+        for server in self._servers:
+            url = f"http://{self._config.host}:{server.port}"
+            write_atomically(directory / f"server_{server.index:04d}.url", url + "\n")
+            logger.info("server %d at %s", server.index, url)
 
     def run(self) -> int:
-        """Until the end is asked for; the exit status: 1 where no server is left."""
+        """Runs the servers until the end is asked for. Returns the exit status: 1 if every server has failed."""
         try:
             while not self._ending.wait(_POLL_SECONDS):
-                for place in self._places:
-                    self._look_after(place)
-                if all(place.is_given_up for place in self._places):
+                for server in self._servers:
+                    self._keep_running(server)
+                if all(server.has_failed for server in self._servers):
                     return 1
             return 0
         finally:
-            for place in self._places:
-                if place.process is not None:
-                    place.process.stop()
+            for server in self._servers:
+                if server.process is not None:
+                    server.process.stop()
 
-    def _look_after(self, place: _Place) -> None:
-        """Starts the server where it is not running, as often as it may."""
-        if place.is_given_up or (place.process is not None and place.process.exit_code is None):
+    def _keep_running(self, server: _Server) -> None:
+        """Starts the server if it is not running and may be started."""
+        if server.has_failed or (server.process is not None and server.process.exit_code is None):
             return
-        if place.process is not None:
+        if server.process is not None:
             logger.warning(
-                "server %d ended with status %d:\n%s", place.index, place.process.exit_code, place.process.log_tail()
+                "server %d ended with status %d:\n%s", server.index, server.process.exit_code, server.process.log_tail()
             )
-            place.process.stop()
-            place.process = None
-            if time.monotonic() - place.started > self._servers.startup_seconds:
-                place.restarts.reset()
-            if not place.restarts.another():
-                logger.error("server %d failed: it ended %d times in a row", place.index, place.restarts.in_a_row)
-                place.is_given_up = True
+            server.process.stop()
+            server.process = None
+            if time.monotonic() - server.started > self._config.startup_seconds:
+                server.restarts.reset()
+            if not server.restarts.another():
+                logger.error("server %d failed: it ended %d times in a row", server.index, server.restarts.in_a_row)
+                server.has_failed = True
                 return
         model = self._launcher.model
-        may_start = not (self._servers.shares_devices and offloaded_mark(model).exists())
+        may_start = not (self._config.shares_devices and offloaded_mark(model).exists())
         if may_start and (model / "config.json").is_file():
-            self._start(place)
+            self._start(server)
 
-    def _start(self, place: _Place) -> None:
+    def _start(self, server: _Server) -> None:
         try:
-            place.process = self._launcher.start(place.index, place.port, place=place.number)
+            server.process = self._launcher.start(server.index, server.port, place=server.number)
         except ServerStartError as error:
             raise ValueError(str(error)) from error
-        place.started = time.monotonic()
-        logger.info("server %d starts; log: %s", place.index, place.process.log)
+        server.started = time.monotonic()
+        logger.info("server %d starts; log: %s", server.index, server.process.log)

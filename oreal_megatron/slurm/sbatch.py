@@ -1,4 +1,4 @@
-"""A run as a SLURM job: the script, and its submission."""
+"""Batch script of a run, and its submission to SLURM."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ class Allocation:
     num_servers: int = 0
     server_nodes: int = 0
     servers_share: bool = False
-    """Whether the servers are on the trainer's nodes."""
+    """Servers are on the trainer's nodes."""
     judge_nodes: int = 0
 
     @property
     def num_nodes(self) -> int:
+        """Nodes of all roles together."""
         return self.trainer_nodes + (0 if self.servers_share else self.server_nodes) + self.judge_nodes
 
 
@@ -40,19 +41,21 @@ def allocation(
     server_nodes: int | None = None,
     judge_nodes: int = 0,
 ) -> Allocation:
-    """nodes, server_nodes: spread trainer and servers over so many; None: as few as hold them.
+    """Returns the nodes of a job.
+
+    nodes, server_nodes: number of nodes for trainer and servers; None: as few as hold them.
 
     Raises:
-        ConfigError: a role's processes do not spread evenly, with all that is wrong.
+        ConfigError: the processes of a role do not spread evenly over its nodes.
     """
     per_node, servers = config.resources.devices_per_node, config.rollout.sglang
     violations = []
     trainer_nodes = nodes or ceil(num_trainers / per_node)
     if num_trainers % trainer_nodes or num_trainers // trainer_nodes > per_node:
-        remedy = f"they do not spread evenly over {trainer_nodes} nodes of {per_node} devices (--nodes)"
+        remedy = f"They do not spread evenly over {trainer_nodes} nodes of {per_node} devices. Set --nodes."
         violations.append(Violation("resources.trainer_devices", num_trainers, remedy))
     share, num_servers = False, 0
-    # Servers that run already are attached to; others are the job's.
+    # The job starts no servers where the run attaches to running ones.
     if servers is not None and not servers.urls:
         num_servers, share = servers.num_servers, servers.placement == "colocated"
         server_nodes = server_nodes or (trainer_nodes if share else ceil(num_servers * servers.tensor / per_node))
@@ -60,7 +63,7 @@ def allocation(
         if ceil(num_servers / server_nodes) * servers.tensor > per_node:
             remedy = (
                 f"{num_servers} servers of {servers.tensor} devices do not fit on {server_nodes} nodes of "
-                f"{per_node} devices (--server-nodes)"
+                f"{per_node} devices. Set --server-nodes."
             )
             violations.append(Violation("rollout.sglang.num_servers", num_servers, remedy))
     if violations:
@@ -76,13 +79,13 @@ def allocation(
 
 
 def nodes_of_another_kind(cluster: ClusterConfig, nodes: Allocation) -> int:
-    """How many make the second component of a heterogeneous job: the servers', or none."""
+    """Returns the number of server nodes in a second component of the job; 0 where the job has one component."""
     differ = cluster.server_partition is not None or cluster.server_constraint is not None
     return nodes.server_nodes if differ and not nodes.servers_share else 0
 
 
 def slurm_directory() -> Path:
-    """slurm/ beside the package in a checkout, or where an installed wheel puts it."""
+    """Returns slurm/ of the checkout, or of the installed wheel where there is no checkout."""
     checkout = Path(__file__).resolve().parents[2] / "slurm"
     return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "oreal_megatron" / "slurm"
 
@@ -90,7 +93,10 @@ def slurm_directory() -> Path:
 def rendered(
     config: TrainConfig, cluster: ClusterConfig, nodes: Allocation, overrides: Sequence[str], script: Path
 ) -> str:
-    """The batch script: slurm/train.sbatch with this job's header and settings. script: where it will lie."""
+    """Returns the batch script: slurm/train.sbatch with this job's header and settings.
+
+    script: path that the caller writes it to.
+    """
     text = (slurm_directory() / "train.sbatch").read_text()
     body = text[text.index("# === run ===\n") :].replace('arguments=("$@")', f"arguments=({shlex.join(overrides)})")
     header = "\n".join(f"#SBATCH {option}" for option in _header(config, cluster, nodes, script.parent))
@@ -117,7 +123,7 @@ def _header(config: TrainConfig, cluster: ClusterConfig, nodes: Allocation, logs
 
 
 def _component(config: TrainConfig, cluster: ClusterConfig, num_nodes: int) -> Iterator[str]:
-    """Nodes of one kind."""
+    """Yields the options of a component with nodes of one kind."""
     yield f"--partition={cluster.partition}"
     for name in ("account", "qos", "constraint", "reservation"):
         if (value := getattr(cluster, name)) is not None:
@@ -164,10 +170,12 @@ def _settings(cluster: ClusterConfig, nodes: Allocation, script: Path) -> Iterat
 
 
 def submitted(script: Path, *, after: str | None = None) -> str:
-    """The new job's number. after: start when that job has ended, however it ended.
+    """Submits the script and returns the new job's number.
+
+    after: number of a job that must end first, with any status; None: start at once.
 
     Raises:
-        ValueError: SLURM refuses the job; with its words.
+        ValueError: SLURM refuses the job.
     """
     command = ["sbatch", "--parsable"]
     if after is not None:
@@ -176,7 +184,11 @@ def submitted(script: Path, *, after: str | None = None) -> str:
 
 
 def tested(script: Path) -> str:
-    """When and where the job would start, in SLURM's words. Raises ValueError where it never could."""
+    """Returns when and where the job would start, in SLURM's words.
+
+    Raises:
+        ValueError: SLURM would refuse the job.
+    """
     return _sbatch(["sbatch", "--test-only", str(script)])
 
 
@@ -184,7 +196,7 @@ def _sbatch(command: list[str]) -> str:
     try:
         outcome = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise ValueError("there is no sbatch here: submit on a login node of the cluster") from error
+        raise ValueError("sbatch is not installed here. Submit on a login node of the cluster.") from error
     words = (outcome.stdout + outcome.stderr).strip()
     if outcome.returncode:
         message = re.sub(r"^(sbatch|allocation failure|error): *", "", words)

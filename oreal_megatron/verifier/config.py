@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class JudgeMode(StrEnum):
@@ -16,17 +16,32 @@ class JudgeMode(StrEnum):
     RECHECK_NEGATIVES = "recheck_negatives"
 
 
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_mode(value: Any) -> JudgeMode:
+    if value not in tuple(JudgeMode):
+        raise ValueError(f"set it to {', '.join(repr(str(mode)) for mode in JudgeMode)}")
+    return JudgeMode(value)
+
+
+# YAML has lists and strings, where the frozen and strict sections have tuples and modes.
+Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Mode = Annotated[JudgeMode, BeforeValidator(_as_mode)]
+
+
 class JudgeConfig(BaseModel):
     """The second stage: a model behind an OpenAI-compatible API says whether two answers agree."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    mode: JudgeMode = Field(
+    mode: Mode = Field(
         default=JudgeMode.OFF,
         description="off: rules only. undecided: what the rules could not decide. "
         "recheck_negatives: also what the rules' comparison called INCORRECT, as in the authors' release.",
     )
-    endpoints: tuple[str, ...] = Field(
+    endpoints: Strings = Field(
         default=(),
         description="Base URLs of the servers, such as http://node1:30000/v1; used in turn, the broken ones left out.",
     )
@@ -68,7 +83,7 @@ class JudgeConfig(BaseModel):
 class VerifierConfig(BaseModel):
     """How responses are graded."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     num_workers: int = Field(
         default=4, ge=1, description="Processes that compare symbolic answers; started when the first one is needed."
@@ -81,7 +96,7 @@ class VerifierConfig(BaseModel):
     memory_limit_mb: int = Field(
         default=1024, ge=256, description="Address space of one worker process; beyond it the answer is UNDECIDED."
     )
-    thinking_end_marks: tuple[str, ...] = Field(
+    thinking_end_marks: Strings = Field(
         default=("</think>", "**Final Answer**", "<conclude>"),
         description="Only what follows the last of these counts; a response with none of them counts as a whole.",
     )

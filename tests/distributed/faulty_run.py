@@ -19,4 +19,4 @@ def failing(*arguments, **options):
 
 if __name__ == "__main__":
     train.update_reward_model = failing
-    cli.train()
+    cli.main()

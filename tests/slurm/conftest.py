@@ -74,7 +74,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 def oreal_submit(*arguments: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     """`oreal-submit`, whose jobs find `oreal-train` beside this Python."""
     return subprocess.run(
-        [sys.executable, "-c", "from oreal_megatron.cli.submit import submit; submit()", *arguments],
+        [sys.executable, "-m", "oreal_megatron.cli.submit", *arguments],
         capture_output=True,
         text=True,
         cwd=tmp_path,

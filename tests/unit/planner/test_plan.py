@@ -1,4 +1,4 @@
-"""The planner: counts are those of the modules that a run builds, memory moves as the layout says, refusals say why."""
+"""The planner: counts are those of the modules that a run builds, memory moves as the layout says, reasons name figures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL = GeometryConfig(
 )
 
 
-def meter(geometry: GeometryConfig = SMALL) -> MemoryProfiler:
+def profiler(geometry: GeometryConfig = SMALL) -> MemoryProfiler:
     model = ModelConfig(
         path=None,
         geometry=geometry,
@@ -41,7 +41,7 @@ def meter(geometry: GeometryConfig = SMALL) -> MemoryProfiler:
 
 def stages(**options) -> list[RankFootprint]:
     layout = ParallelConfig(**{"tensor": 1, "pipeline": 1, "micro_batch_tokens": 256, **options})
-    return meter().stages(layout, row_tokens=256, batch=None)
+    return profiler().stages(layout, row_tokens=256, batch=None)
 
 
 def plan_of(*overrides: str) -> Plan:
@@ -89,7 +89,7 @@ def test_stages_hold_the_whole_model(apart, options):
     assert found[-1].policy_parameters - found[-1].reward_model_parameters == vocabulary - head
 
 
-def test_what_a_layer_keeps_is_what_autograd_saves(apart, single_process):
+def test_footprint_keeps_what_autograd_saves(apart, single_process):
     """Against a real forward pass: bytes of the distinct tensors that its graph holds."""
     from oreal_megatron.data.packing import PackedSequence, pack
     from oreal_megatron.models.gpt import build_gpt
@@ -100,7 +100,7 @@ def test_what_a_layer_keeps_is_what_autograd_saves(apart, single_process):
     for num_layers in (1, 2):
         geometry = SMALL.model_copy(update={"num_layers": num_layers})
         module = build_gpt(
-            Policy, geometry, meter().model, single_process, vocab_size=1003, seed=0, tied_embeddings=False
+            Policy, geometry, profiler().model, single_process, vocab_size=1003, seed=0, tied_embeddings=False
         )
         weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
         held: dict[int, int] = {}
@@ -120,7 +120,7 @@ def test_what_a_layer_keeps_is_what_autograd_saves(apart, single_process):
     assert apart(stages)[0].layer_kept == pytest.approx(real, rel=0.1)
 
 
-def test_memory_moves_as_the_layout_says(apart):
+def test_memory_follows_the_layout(apart):
     plain, selective, full = (apart(stages, recompute=recompute)[0] for recompute in ("none", "selective", "full"))
     # Full recompute keeps a layer's input alone.
     assert full.layer_kept == 256 * SMALL.hidden_size * 4
@@ -130,7 +130,7 @@ def test_memory_moves_as_the_layout_says(apart):
     assert apart(stages, context=2)[0].layer_kept < plain.layer_kept
 
 
-def test_the_distributed_optimizer_and_offload_take_their_share(apart, plan_32b):
+def test_distributed_optimizer_and_offload_save_memory(apart, plan_32b):
     whole = apart(plan_of, "experiment=oreal_32b", "parallel.distributed_optimizer=false")
     split = plan_32b
     parts = {p.phase: p.parts for p in split.memory.phases if p.where == "stage 0"}
@@ -143,7 +143,7 @@ def test_the_distributed_optimizer_and_offload_take_their_share(apart, plan_32b)
     assert away.memory.worst.total < split.memory.worst.total
 
 
-def test_fp8_changes_what_weights_take_and_how_long_products_last(apart, plan_32b):
+def test_fp8_changes_weight_bytes_and_product_seconds(apart, plan_32b):
     """Linear layers are 95% of the 32B model; policy and reward model also keep them transposed."""
     fp8 = apart(plan_of, "experiment=oreal_32b", "fp8=blockwise")
     whole, quick = ({p.phase: p.parts for p in plan.memory.phases if p.where == "stage 1"} for plan in (plan_32b, fp8))
@@ -161,7 +161,7 @@ def test_fp8_changes_what_weights_take_and_how_long_products_last(apart, plan_32
     assert parts["policy weights"] == pytest.approx(whole["train policy"]["policy weights"], rel=0.01)
 
 
-def test_servers_in_fp8_have_more_room_for_sequences_and_need_some_to_publish(apart):
+def test_fp8_servers_have_more_room_and_need_some_to_publish(apart):
     asked = ("experiment=oreal_32b", "rollout=sglang_disaggregated", "rollout.sglang.num_servers=4")
     plain, fp8 = (
         apart(plan_of, *asked, "rollout.sglang.tensor=8", f"rollout.sglang.dtype={dtype}") for dtype in ("null", "fp8")
@@ -170,11 +170,11 @@ def test_servers_in_fp8_have_more_room_for_sequences_and_need_some_to_publish(ap
     generating, publishing = [p.parts for p in fp8.memory.phases if p.where == "server"]
     assert generating["served weights"] == pytest.approx(before["served weights"] * (1 - 0.952 / 2), rel=0.01)
     assert fp8.memory.kv_cache.tokens > plain.memory.kv_cache.tokens
-    assert publishing["weights that arrive"] == pytest.approx(before["served weights"] * 0.952, rel=0.01)
+    assert publishing["arriving weights"] == pytest.approx(before["served weights"] * 0.952, rel=0.01)
     assert fp8.seconds["generate"] < plain.seconds["generate"]
 
 
-def test_what_does_not_fit_is_refused_with_the_first_change(apart):
+def test_plan_that_does_not_fit_names_the_first_change(apart):
     plan, change = apart(
         plan_and_first_change,
         "experiment=oreal_32b",
@@ -189,12 +189,12 @@ def test_what_does_not_fit_is_refused_with_the_first_change(apart):
 
 
 def test_devices_that_do_not_make_replicas_are_an_error():
-    with pytest.raises(ConfigError, match=r"is no multiple of a model replica's 16"):
+    with pytest.raises(ConfigError, match=r"resources.trainer_devices = 120"):
         configuration("experiment=oreal_32b", "resources.trainer_devices=120")
 
 
-def test_the_planner_says_what_it_is_in_words_and_status():
-    command = [sys.executable, "-c", "from oreal_megatron.cli.plan import plan; plan()"]
+def test_plan_command_prints_words_and_status():
+    command = [sys.executable, "-m", "oreal_megatron.cli.plan"]
     fits = subprocess.run([*command, "experiment=oreal_7b"], capture_output=True, text=True)
     assert fits.returncode == 0, fits.stderr
     assert "fits" in fits.stdout and "KV cache: 16 x server" in fits.stdout
@@ -209,7 +209,7 @@ def test_the_planner_says_what_it_is_in_words_and_status():
     assert wrong.returncode == 1 and "oreal_33b" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
-def test_a_published_step_is_met_within_a_third(apart):
+def test_step_time_is_within_a_third_of_a_published_one(apart):
     """NeMo-RL v0.5: GRPO of Qwen3-32B, 2,048 rollouts of 3,250 tokens, 376 s on 32 H100."""
     plan = apart(
         plan_of,
@@ -232,7 +232,7 @@ def searched(*overrides: str) -> list[Plan]:
 
 
 @pytest.mark.slow
-def test_a_search_finds_layouts_that_fit_quickest_first(apart):
+def test_search_finds_layouts_that_fit_fastest_first(apart):
     plans = apart(searched, "experiment=oreal_7b", "resources.trainer_devices=8", "rollout.sglang.num_servers=4")
     assert len(plans) > 2 and all(plan.memory.problems == [] for plan in plans)
     seconds = [round(plan.step_seconds or 0.0) for plan in plans]
@@ -240,15 +240,15 @@ def test_a_search_finds_layouts_that_fit_quickest_first(apart):
     assert len({plan.sizes.config.parallel for plan in plans}) == len(plans)
 
 
-def test_a_runs_own_figures_take_the_place_of_assumed_ones(finished, tmp_path):
+def test_measured_figures_replace_assumed_ones(finished, tmp_path):
     measured = read_measured(finished)
     assert measured.num_steps >= 1 and {"generate", "total"} <= measured.seconds.keys()
     config = configuration("experiment=arithmetic")
     assert assumed_workload(config, measured.mean_response_tokens).mean_response_tokens == measured.mean_response_tokens
-    with pytest.raises(ValueError, match=r"there is no metrics\.jsonl"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl"):
         read_measured(tmp_path)
 
 
-def test_launching_imports_no_torch():
-    code = "import sys; from oreal_megatron.cli import doctor, plan, submit; sys.exit('torch' in sys.modules)"
+def test_commands_import_no_torch():
+    code = "import sys; from oreal_megatron.cli import convert, doctor, plan, submit, verify; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

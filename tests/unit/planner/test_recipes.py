@@ -27,23 +27,23 @@ def recipe(name: str, *overrides: str) -> TrainConfig:
     return parse_config(resolved(config))
 
 
-def planned_recipe(name: str) -> Plan:
-    config = recipe(name)
+def planned_recipe(*overrides: str) -> Plan:
+    config = recipe(*overrides)
     return planner_of(config)(config)
 
 
-def test_the_recipes_are_there():
+def test_recipes_are_complete():
     bases = ("oreal_7b", "oreal_7b_no_rm", "oreal_r1_distill_qwen_7b", "oreal_32b")
-    variants = ("", "_a100", "_disaggregated", "_a100_disaggregated")
-    assert sorted(base + variant for base in bases for variant in variants) == RECIPES
+    assert sorted(base + variant for base in bases for variant in ("", "_disaggregated")) == RECIPES
 
 
+@pytest.mark.parametrize("device", ["h100", "a100"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_what_its_name_says(name):
-    config = recipe(name)
+def test_recipe_is_what_its_name_says(name, device):
+    config = recipe(name, f"resources={device}")
     servers = config.rollout.sglang
     assert servers is not None and config.model.geometry is not None
-    assert config.resources.device == ("a100_80gb" if "a100" in name else "h100_80gb")
+    assert config.resources.device == f"{device}_80gb"
     assert servers.placement == ("disaggregated" if "disaggregated" in name else "colocated")
     assert config.model.geometry.num_layers == (64 if "32b" in name else 28)
     assert config.objective.uses_reward_model == ("no_rm" not in name)
@@ -54,9 +54,10 @@ def test_a_recipe_is_what_its_name_says(name):
     assert nodes.num_nodes * config.resources.devices_per_node == (128 if "32b" in name else 32)
 
 
+@pytest.mark.parametrize("device", ["h100", "a100"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_fits(apart, name):
-    plan = apart(planned_recipe, name)
+def test_recipe_fits(apart, name, device):
+    plan = apart(planned_recipe, name, f"resources={device}")
     assert plan.memory.problems == []
     assert plan.memory.verdict == "fits"
     # Every server holds several longest sequences at once, or generation would be a queue.
@@ -64,19 +65,19 @@ def test_a_recipe_fits(apart, name):
     assert plan.step_seconds is not None and 30 < plan.step_seconds < 600
 
 
-def refusal_of_a_greedy_server(name: str) -> list[str]:
+def problems_of_a_greedy_server(name: str) -> list[str]:
     config = recipe(name, "rollout.sglang.memory_share=0.7")
     return planner_of(config)(config).memory.problems
 
 
-def test_servers_that_leave_the_trainer_no_room_are_refused_with_a_share_that_does(apart):
-    (problem,) = apart(refusal_of_a_greedy_server, "oreal_7b")
-    share = float(problem.rsplit("rollout.sglang.memory_share=", 1)[1])
+def test_server_that_leaves_no_room_gets_a_share_that_does(apart):
+    (problem,) = apart(problems_of_a_greedy_server, "oreal_7b")
+    share = float(problem.rsplit("rollout.sglang.memory_share=", 1)[1].rstrip("."))
     assert "servers take 70% of a device" in problem and 0.42 <= share < 0.5
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_shrinks_to_a_dry_run(name):
+def test_experiment_shrinks_to_a_dry_run(name):
     config = composed([f"experiment={name}", "run.dry_run=true"])
     small = validated(shrunk(config))
     layout = small.parallel
@@ -97,30 +98,30 @@ def test_an_experiment_shrinks_to_a_dry_run(name):
         assert getattr(layout, key) == whole.get(key, getattr(layout, key)), key
 
 
-def test_the_dry_run_of_32b_keeps_its_kinds_of_parallelism():
+def test_dry_run_of_32b_keeps_its_kinds_of_parallelism():
     config = composed(["experiment=oreal_32b", "run.dry_run=true"])
     layout = validated(shrunk(config)).parallel
     assert (layout.tensor, layout.pipeline, num_processes(config)) == (2, 2, 8)
 
 
-def test_only_the_site_is_missing_from_a_recipe():
+def test_recipe_lacks_only_the_site():
     raw = OmegaConf.to_container(composed(["experiment=oreal_32b"]), resolve=False)
     assert missing_keys(raw) == ["cluster.data", "cluster.models"]
 
 
 def refused(*overrides: str) -> dict[str, str]:
-    """Key -> remedy of everything that a submission is refused for."""
+    """Key -> remedy of every violation of a submission."""
     with pytest.raises(ConfigError) as caught:
         checked(composed(list(overrides)), lambda config, cluster: allocation(config, num_devices(config, None)))
     return {violation.key: violation.remedy for violation in caught.value.violations}
 
 
-def test_everything_that_a_submission_lacks_is_named_at_once():
+def test_submission_names_all_missing_values():
     found = refused("experiment=oreal_32b_disaggregated", "cluster=slurm")
     assert sorted(found) == [f"cluster.{name}" for name in ("account", "data", "models", "partition", "runs", "venv")]
 
 
-def test_what_is_missing_and_what_is_wrong_are_named_together(tmp_path):
+def test_submission_names_missing_and_wrong_values_together(tmp_path):
     """A layout that does not divide, a path that other nodes do not see, a missing account, and more of the kind."""
     found = refused(
         "experiment=oreal_32b",
@@ -133,19 +134,15 @@ def test_what_is_missing_and_what_is_wrong_are_named_together(tmp_path):
         f"cluster.shared=[{tmp_path}]",
         "cluster.time_limit='00:10:00'",
     )
-    assert "cluster.account" in found
-    assert "not on shared storage" in found["cluster.data"]
-    assert "is not there" in found["model.path"] and "is not there" in found["data.train"]
-    assert "shorter than cluster.time_limit" in found["cluster.signal_seconds"]
-    # So it is where the sections of the run disagree.
+    assert {"cluster.account", "cluster.data", "model.path", "data.train", "cluster.signal_seconds"} <= found.keys()
+    # The site is checked too where checks across the run's sections fail.
     layout = refused("experiment=oreal_32b", "cluster=slurm", "parallel.tensor=3", "cluster.runs=/proc")
-    assert "40 attention heads do not split evenly over 3 ranks" in layout["parallel.tensor"]
-    assert "cluster.account" in layout and "cluster.data" in layout
-    # Where a section is no section, nothing can be said of where the run would run; the site's own part still is.
+    assert {"parallel.tensor", "cluster.account", "cluster.data"} <= layout.keys()
+    # Where a section is not valid, the run has no allocation, but the site's own values are still checked.
     unknown = refused("experiment=oreal_32b", "cluster=slurm", "+parallel.tensors=8")
-    assert "did you mean `tensor`" in unknown["parallel.tensors"] and "cluster.account" in unknown
+    assert {"parallel.tensors", "cluster.account"} <= unknown.keys()
 
 
-def test_a_machines_own_file_system_is_told_from_shared_storage():
+def test_file_system_of_a_machine_is_not_shared_storage():
     assert file_system(Path("/dev/shm/somewhere")) == "tmpfs"
     assert file_system(Path("/proc/1")) not in LOCAL_FILE_SYSTEMS

@@ -1,0 +1,32 @@
+"""Argument parsers of the commands."""
+
+from __future__ import annotations
+
+import argparse
+
+from oreal_megatron import __version__
+
+
+def command_parser(name: str, description: str, *, example: str) -> argparse.ArgumentParser:
+    """Returns a parser with --help, which ends with the example, and --version."""
+    parser = argparse.ArgumentParser(
+        prog=name,
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"oreal_megatron {__version__}")
+    return parser
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Adds the overrides of the configuration as positional arguments, `overrides`."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, as for oreal-train")
+
+
+def positive(text: str) -> int:
+    """Returns the number that an argument names, or refuses the argument if it is below 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return value

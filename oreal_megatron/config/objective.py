@@ -1,0 +1,90 @@
+"""The section `objective`: which responses train, with what advantage, token weights and loss."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from oreal_megatron.config.fields import FloatPair, NonNegative, NonNegativeFloat, PositiveFloat, Section
+
+
+class TokenWeightConfig(Section):
+    """Token weights from the reward model's scores: eq. (10) and its variants."""
+
+    source: Literal["reward_model", "ones"]
+    """Source of token weights. reward_model: its scores; ones: every token has weight 1, and there is no reward
+    model."""
+    alignment: Literal["predictor", "inclusive"]
+    """Position whose score weighs token t. predictor: the position that predicts t; inclusive: t's own."""
+    positive_threshold: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Confidence c up to which a token of a correct response has weight 0, with c the sigmoid of the mean score of the
+    tokens so far."""
+    negative_threshold: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """The same threshold on 1 - c, for incorrect responses."""
+    top_share: Annotated[float, Field(gt=0.0, le=1.0)] | None
+    """Share of each response's tokens that keep a weight, those of highest confidence, min-max rescaled. null: the
+    thresholds decide."""
+
+
+class ObjectiveConfig(Section):
+    """The objective of a step. conf/objective has presets."""
+
+    preset: str
+    """Name of the objective in logs and reports."""
+    reward_values: FloatPair
+    """Rewards of an incorrect and of a correct response."""
+    shaping: Literal["rloo", "grpo", "paper", "raw", "positive_one", "negative_one"]
+    """Advantage of a response. rloo: reward minus the mean reward of the group's other responses; grpo: reward minus
+    the group's mean, divided by its standard deviation; paper: 1 for correct and -(1 - pass rate) for incorrect
+    responses; raw: the reward; positive_one, negative_one: 1 or -1 for all."""
+    grpo_epsilon: NonNegativeFloat
+    """Number added to the standard deviation under `shaping: grpo`."""
+    keep_groups: Literal["mixed", "all", "any_correct", "any_incorrect"]
+    """Groups that train. mixed: with correct and incorrect responses; any_correct, any_incorrect: with at least one."""
+    selection: Literal["pair", "all", "correct", "incorrect"]
+    """Responses of a kept group that train. pair: one correct and one incorrect response, drawn at random."""
+    token_weights: TokenWeightConfig
+    """Weights of the tokens in the policy terms."""
+    positive_term: Literal["logprob", "ratio"]
+    """Loss of a correct response's token, A the response's advantage. logprob: -A * weight * log pi; ratio:
+    -A * weight * ratio (see ratio_reference)."""
+    negative_term: Literal["logprob", "ratio"]
+    """Loss of an incorrect response's token, likewise."""
+    ratio_reference: Literal["self", "rollout"]
+    """Denominator of a ratio. self: the policy itself, so the value is 1 and the gradient that of log pi; rollout: the
+    log-probabilities that the response was drawn with."""
+    clip: Annotated[float, Field(gt=0.0, lt=1.0)] | None
+    """PPO clip range of the ratio. Needs `ratio_reference: rollout`. null: no clipping."""
+    importance_limit: PositiveFloat | None
+    """Upper limit of token-level importance weights pi / pi_rollout in the policy terms, with pi at the start of the
+    step's training. Needs `ratio_reference: self`. null: no importance weights."""
+    denominators: Literal["by_outcome", "all_trained"]
+    """Token count that a policy term is divided by. by_outcome: trained tokens of the same outcome (eq. 11);
+    all_trained: all trained tokens."""
+    eta: NonNegativeFloat
+    """Weight of the negative term."""
+    kl_type: Literal["k3", "k1", "mse"]
+    """Estimator of KL(policy || reference), from d = log pi - log pi_reference. k3: exp(-d) + d - 1; k1: d; mse:
+    d^2 / 2."""
+    beta: NonNegativeFloat
+    """Weight of the KL term. 0: no KL term."""
+    kl_on_correct: bool
+    """Apply the KL term to correct responses too. false: to incorrect responses only."""
+    actor_freeze_steps: NonNegative
+    """Number of steps with a usable group, from the start, in which only the reward model trains."""
+    undecided_as_incorrect: bool
+    """Treat responses that the verifier leaves UNDECIDED as incorrect. false: leave them out of their group."""
+    pair_choice: Literal["seeded", "global_rng"]
+    """Random generator of `selection: pair`. seeded: from run.seed, step and prompt; global_rng: one generator for the
+    run, as in the authors' release."""
+    sampler: Literal["exact", "release"]
+    """Use of the selected responses. exact: each trains once; release: counts are rounded up and some train twice, as
+    in the authors' release (docs/algorithm.md)."""
+    policy_schedule: Literal["from_first_update", "from_first_step"]
+    """Start of the policy's learning rate schedule. from_first_step also counts the steps in which the policy is
+    frozen."""
+
+    @property
+    def uses_reward_model(self) -> bool:
+        return self.token_weights.source == "reward_model"
