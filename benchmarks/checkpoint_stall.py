@@ -13,14 +13,13 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from benchmarks.model import trained
+from benchmarks.model import policy_of, trained
 from benchmarks.pairs import seconds
 from oreal_megatron.checkpoint.state import trained_state
 from oreal_megatron.checkpoint.store import CheckpointStore, step_name
 from oreal_megatron.config import ParallelConfig
 from oreal_megatron.distributed.cpu_backend import cpu_backend
 from oreal_megatron.distributed.groups import parallel_groups
-from oreal_megatron.models.policy import Policy
 
 
 def main() -> None:
@@ -34,7 +33,7 @@ def main() -> None:
         cpu_backend(),
         parallel_groups(layout, seed=0) as groups,
     ):
-        model = trained(Policy, groups)
+        model = trained(policy_of(groups), groups)
         store = CheckpointStore(Path(directory), groups, keep=1)
         steps = itertools.count()
 

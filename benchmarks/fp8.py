@@ -39,9 +39,8 @@ from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.data.tokenizer import load_tokenizer
 from oreal_megatron.distributed.cpu_backend import cpu_backend, device
 from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
-from oreal_megatron.models.gpt import build_gpt
 from oreal_megatron.models.pipeline_schedule import packed_params
-from oreal_megatron.models.policy import Policy
+from oreal_megatron.models.policy import Policy, build_policy
 from oreal_megatron.step import rollout_mismatch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -229,10 +228,7 @@ def policy_of(geometry: GeometryConfig, dtype: str, groups: ParallelGroups) -> P
         max_sequence_length=4096,
     )  # fmt: skip
     assert geometry.vocab_size is not None
-    policy = build_gpt(
-        Policy, geometry, model, groups, vocab_size=geometry.vocab_size, seed=None,
-        tied_embeddings=geometry.tied_embeddings,
-    )  # fmt: skip
+    policy = build_policy(geometry, model, groups, vocab_size=geometry.vocab_size, seed=None)
     assert isinstance(policy, Policy)
     return policy
 

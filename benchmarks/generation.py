@@ -11,14 +11,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.model import GEOMETRY, MODEL, VOCABULARY, built
+from benchmarks.model import GEOMETRY, MODEL, VOCABULARY, policy_of
 from benchmarks.pairs import compare
 from oreal_megatron.config import ParallelConfig, SamplingConfig
 from oreal_megatron.conversion.module import load_weights
 from oreal_megatron.distributed.cpu_backend import cpu_backend
 from oreal_megatron.distributed.groups import parallel_groups
 from oreal_megatron.models.kv_decoder import CachedDecoder
-from oreal_megatron.models.policy import Policy
 from oreal_megatron.rollout.embedded import EmbeddedEngine
 from oreal_megatron.types import GenerationRequest
 
@@ -53,7 +52,7 @@ def main() -> None:
         parallel_groups(ParallelConfig(tensor=1, pipeline=1, micro_batch_tokens=1), seed=0) as groups,
     ):
         reference.save_pretrained(directory)
-        policy = built(Policy, groups)
+        policy = policy_of(groups)
         load_weights(policy, Path(directory), groups)
         # A stop token that no vocabulary has: every response takes all of its tokens, on both sides.
         engine = EmbeddedEngine(lambda: CachedDecoder(policy, groups, VOCABULARY), stop_token_id=-1, batch_size=BATCH)

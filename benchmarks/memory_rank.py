@@ -28,10 +28,9 @@ from oreal_megatron.data.packing import PackedSequence, Packer
 from oreal_megatron.distributed.cpu_backend import cpu_backend, peak_memory, reset_peak_memory
 from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
 from oreal_megatron.losses.policy_terms import TokenCounts
-from oreal_megatron.models.gpt import build_gpt
 from oreal_megatron.models.kv_decoder import CachedDecoder
-from oreal_megatron.models.policy import CPU_TILE, Policy
-from oreal_megatron.models.reward_model import TokenRewardModel
+from oreal_megatron.models.policy import build_policy
+from oreal_megatron.models.reward_model import build_reward_model
 from oreal_megatron.models.trained_model import TrainedModel
 from oreal_megatron.models.virtual_stages import chunks_of
 from oreal_megatron.rollout.embedded import EmbeddedEngine
@@ -88,18 +87,12 @@ class Trainer:
         assert geometry is not None and geometry.vocab_size is not None
         self.geometry: GeometryConfig = geometry
         self.vocab_size: int = geometry.vocab_size
-        modules = [self._built(Policy), self._built(Policy)]
-        for module in modules:
-            module.logprob_chunk_tokens = config.model.logprob_chunk_tokens
-            module.logprob_tile_size = CPU_TILE
-        policy, self.reference = modules
+        policy, self.reference = (
+            build_policy(geometry, config.model, groups, vocab_size=self.vocab_size, seed=0) for _ in range(2)
+        )
         self.policy = TrainedModel(policy, config.optimizer.policy, groups, num_updates=10)
-        reward_model = self._built(TokenRewardModel)
+        reward_model = build_reward_model(geometry, config.model, groups, vocab_size=self.vocab_size, seed=0)
         self.reward_model = TrainedModel(reward_model, config.optimizer.reward_model, groups, num_updates=10)
-
-    def _built(self, cls: Any) -> Any:
-        size: dict[str, Any] = {"vocab_size": self.vocab_size, "tied_embeddings": False}
-        return build_gpt(cls, self.geometry, self.config.model, self.groups, seed=0, **size)
 
     def train(self, peaks: Peaks) -> None:
         """Scores and both updates, on two of the longest rows a replica, as many as are in flight."""

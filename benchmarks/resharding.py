@@ -25,8 +25,7 @@ from oreal_megatron.conversion.huggingface import config_json
 from oreal_megatron.conversion.layout import Layout
 from oreal_megatron.distributed.cpu_backend import cpu_backend, peak_memory, reset_peak_memory
 from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
-from oreal_megatron.models.gpt import build_gpt
-from oreal_megatron.models.policy import Policy
+from oreal_megatron.models.policy import build_policy
 from oreal_megatron.models.virtual_stages import chunks_of
 from oreal_megatron.rollout.sglang_engine import SGLangEngine
 from oreal_megatron.servers.pool import ServerPool
@@ -94,7 +93,7 @@ def trainer(rank: int, arguments: argparse.Namespace, directory: Path) -> None:
             dtype="bfloat16",
             max_sequence_length=128,
         )
-        policy = build_gpt(Policy, geometry, model, groups, vocab_size=VOCABULARY, seed=0, tied_embeddings=True)
+        policy = build_policy(geometry, model, groups, vocab_size=VOCABULARY, seed=0)
         measure(groups, PolicyShards(chunks_of(policy), geometry, groups), arguments, directory)
 
 

@@ -16,12 +16,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from benchmarks.model import GEOMETRY, VOCABULARY, built, trained
+from benchmarks.model import GEOMETRY, VOCABULARY, bare_model_of, policy_of, reward_model_of, trained
 from benchmarks.pairs import compare
 from oreal_megatron.compose import composed, resolved
 from oreal_megatron.config import ObjectiveConfig, ParallelConfig, parse_config
@@ -29,8 +28,6 @@ from oreal_megatron.data.packing import IGNORE, PackedSequence, Packer, TokenBat
 from oreal_megatron.distributed.cpu_backend import cpu_backend
 from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
 from oreal_megatron.losses.policy_terms import TokenCounts
-from oreal_megatron.models.policy import Policy
-from oreal_megatron.models.reward_model import TokenRewardModel
 from oreal_megatron.step import update_policy, update_reward_model, with_reference, with_token_weights
 
 
@@ -56,8 +53,8 @@ def main() -> None:
 
 def oreal_step(batches: list[TokenBatch], chosen: list[PackedSequence], groups: ParallelGroups) -> Callable[[], None]:
     objective = oreal_objective()
-    policy, reward_model = trained(Policy, groups), trained(TokenRewardModel, groups)
-    reference = built(Policy, groups)
+    policy, reward_model = trained(policy_of(groups), groups), trained(reward_model_of(groups), groups)
+    reference = policy_of(groups)
     counts = TokenCounts(*(sum(len(s.response_ids) for s in chosen if s.correct is c) for c in (True, False)))
 
     def step() -> None:
@@ -69,8 +66,8 @@ def oreal_step(batches: list[TokenBatch], chosen: list[PackedSequence], groups: 
 
 
 def bare_step(batches: list[TokenBatch], chosen: list[PackedSequence], groups: ParallelGroups) -> Callable[[], None]:
-    policy, reward_model = trained(GPTModel, groups), trained(TokenRewardModel, groups)
-    reference = built(GPTModel, groups)
+    policy, reward_model = trained(bare_model_of(groups), groups), trained(reward_model_of(groups), groups)
+    reference = bare_model_of(groups)
     # The stock loss has no ignored labels, and takes them all: of every token, as ours for the response's only.
     labelled = [replace(batch, labels=batch.labels.clamp(min=0)) for batch in batches]
     masks = {id(batch): old.labels[0] != IGNORE for batch, old in zip(labelled, batches, strict=True)}

@@ -37,11 +37,10 @@ from oreal_megatron.evaluation import Benchmark
 from oreal_megatron.log import run_logging
 from oreal_megatron.machine.requirements import check_machine
 from oreal_megatron.metrics import Tracker
-from oreal_megatron.models.gpt import build_gpt
 from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.models.offload import FrozenModel
-from oreal_megatron.models.policy import CPU_TILE, Policy
-from oreal_megatron.models.reward_model import TokenRewardModel
+from oreal_megatron.models.policy import Policy, build_policy
+from oreal_megatron.models.reward_model import TokenRewardModel, build_reward_model
 from oreal_megatron.models.trained_model import TrainedModel
 from oreal_megatron.models.virtual_stages import ModelChunks, chunks_of
 from oreal_megatron.pass_rates import with_pass_rates
@@ -326,20 +325,9 @@ class _Builder:
         self.tracker.trajectories("warm_start", [{"step": i, "nll": loss} for i, loss in enumerate(losses)])
 
     def _policy_module(self, fp8: Fp8ModelConfig | None = None, *, seed: int | None = None) -> Policy | ModelChunks:
-        module = build_gpt(
-            Policy,
-            self.geometry,
-            self.config.model,
-            self.groups,
-            vocab_size=self.vocab_size,
-            seed=seed,
-            tied_embeddings=self.geometry.tied_embeddings,
-            fp8=fp8,
+        module = build_policy(
+            self.geometry, self.config.model, self.groups, vocab_size=self.vocab_size, seed=seed, fp8=fp8
         )
-        for chunk in chunks_of(module):
-            chunk.logprob_chunk_tokens = self.config.model.logprob_chunk_tokens
-            chunk.logprob_tile_size = CPU_TILE if device().type == "cpu" else None
-            chunk.num_tokens = self.vocab_size
         return module.to(device())
 
     def _exporter(self) -> Exporter:
@@ -360,14 +348,12 @@ class _Builder:
 
     def _reward_model(self) -> TrainedModel:
         """The initial policy with a scalar head of zeros in the place of its output layer, or another run's."""
-        module = build_gpt(
-            TokenRewardModel,
+        module = build_reward_model(
             self.geometry,
             self.config.model,
             self.groups,
             vocab_size=self.vocab_size,
             seed=None,
-            tied_embeddings=False,
             fp8=self.config.fp8.reward_model,
         ).to(device())
         if self.config.model.reward_model is not None and not self.store.steps:  # else the run's own checkpoint has it

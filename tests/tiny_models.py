@@ -11,8 +11,7 @@ from oreal_megatron.config import GeometryConfig, ModelConfig
 from oreal_megatron.conversion.huggingface import geometry_of
 from oreal_megatron.conversion.module import load_weights
 from oreal_megatron.distributed.cpu_backend import device
-from oreal_megatron.models.gpt import build_gpt
-from oreal_megatron.models.policy import Policy
+from oreal_megatron.models.policy import Policy, build_policy
 from oreal_megatron.models.virtual_stages import chunks_of
 
 GEOMETRY = GeometryConfig(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2)
@@ -72,7 +71,7 @@ def save_tiny(
 
 
 def policy_chunks(directory: Path, groups: Any, *, max_sequence_length: int = 128) -> list[Any]:
-    """The model of a Hugging Face directory in Megatron-Core: this rank's runs of layers."""
+    """The model of a Hugging Face directory in Megatron-Core: this rank's model chunks."""
     geometry = geometry_of(directory)
     assert geometry.vocab_size is not None
     model = ModelConfig(
@@ -83,15 +82,7 @@ def policy_chunks(directory: Path, groups: Any, *, max_sequence_length: int = 12
         dtype="float32",
         max_sequence_length=max_sequence_length,
     )
-    policy = build_gpt(
-        Policy,
-        geometry,
-        model,
-        groups,
-        vocab_size=geometry.vocab_size,
-        seed=0,
-        tied_embeddings=geometry.tied_embeddings,
-    )
+    policy = build_policy(geometry, model, groups, vocab_size=geometry.vocab_size, seed=0)
     chunks = [chunk.to(device()) for chunk in chunks_of(policy)]
     for chunk in chunks:
         load_weights(chunk, directory, groups)
@@ -99,7 +90,7 @@ def policy_chunks(directory: Path, groups: Any, *, max_sequence_length: int = 12
 
 
 def as_policy(directory: Path, groups: Any, *, max_sequence_length: int = 128) -> Policy:
-    """The one run of layers of a stage."""
+    """The model of a Hugging Face directory where a stage is one model chunk."""
     (policy,) = policy_chunks(directory, groups, max_sequence_length=max_sequence_length)
     assert isinstance(policy, Policy)
     return policy

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,8 @@ from oreal_megatron.models.sdpa_attention import SdpaCoreAttention
 from oreal_megatron.models.virtual_stages import ModelChunks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+M = TypeVar("M", bound=GPTModel)
 
 
 class LocalRMSNorm(torch.nn.RMSNorm):
@@ -190,7 +193,7 @@ def padded_vocab_size(vocab_size: int, groups: ParallelGroups) -> int:
 
 
 def build_gpt(
-    cls: type[GPTModel],
+    make: Callable[..., M],
     geometry: GeometryConfig,
     model: ModelConfig,
     groups: ParallelGroups,
@@ -199,14 +202,23 @@ def build_gpt(
     seed: int | None,
     tied_embeddings: bool,
     fp8: Fp8ModelConfig | None = None,
-) -> GPTModel | ModelChunks:
-    """This rank's part of a decoder with weights drawn from `seed`, the same in every layout; None: as they come."""
+) -> M | ModelChunks:
+    """Builds this rank's part of a decoder, with weights drawn from `seed` alone, whatever the layout.
+
+    Args:
+        make: a subclass of GPTModel, with `functools.partial` around it where it has arguments of its own.
+        vocab_size: tokens of the vocabulary, without rows of padding.
+        seed: None leaves the weights uninitialized, for a caller that loads them.
+
+    Raises:
+        RuntimeError: a layer is not what `model` and `fp8` ask for (see `check_layers`).
+    """
     config = transformer_config(geometry, model, groups, fp8)
     num_chunks = groups.layout.virtual_pipeline
 
-    def part(chunk: int | None) -> GPTModel:
+    def chunk_of(chunk: int | None) -> M:
         first, last = chunk in (None, 0), chunk in (None, num_chunks - 1)
-        module = cls(
+        module = make(
             config=config,
             transformer_layer_spec=layer_spec(config, model.implementation, chunk),
             vocab_size=padded_vocab_size(vocab_size, groups),
@@ -229,4 +241,4 @@ def build_gpt(
             draw_weights(module, vocab_size=vocab_size, std=geometry.init_std, seed=seed, groups=groups)
         return module
 
-    return part(None) if num_chunks == 1 else ModelChunks([part(chunk) for chunk in range(num_chunks)])
+    return chunk_of(None) if num_chunks == 1 else ModelChunks([chunk_of(chunk) for chunk in range(num_chunks)])

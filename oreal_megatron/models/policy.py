@@ -5,6 +5,7 @@ Shapes: T packed tokens, R of them before a response token, V vocabulary, V' = V
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,12 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from oreal_megatron.config import Fp8ModelConfig, GeometryConfig, ModelConfig
 from oreal_megatron.data.packing import IGNORE
+from oreal_megatron.distributed.cpu_backend import device
+from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.models.gpt import build_gpt
+from oreal_megatron.models.virtual_stages import ModelChunks
 
 CPU_TILE = 2**20
 """Logits in a tile for a CPU (4 MiB in fp32): the passes over them then run in its cache, not in memory."""
@@ -35,7 +41,8 @@ class _Tiles:
     ):
         self._hidden_RH, self._weight_VH, self._target_R, self._first = hidden_RH, weight_VH, target_R, first
         self._rows = max(1, min(chunk, hidden_RH.size(0)))
-        self._block = weight_VH.size(0) if size is None else min(weight_VH.size(0), max(1, size // self._rows))
+        num_rows = max(1, weight_VH.size(0))  # a rank may hold nothing but rows of padding
+        self._block = num_rows if size is None else min(num_rows, max(1, size // self._rows))
         self._product = weight_VH.new_empty(self._rows * self._block)
         self._is_fp32 = weight_VH.dtype == torch.float32
         self._fp32 = self._product if self._is_fp32 else torch.empty_like(self._product, dtype=torch.float32)
@@ -169,11 +176,21 @@ def token_logprobs(
 class Policy(GPTModel):
     """A GPTModel whose forward with `labels` gives log-probabilities and entropies of the labelled positions."""
 
-    logprob_chunk_tokens: int = 1024
-    logprob_tile_size: int | None = None
-    """Logits that exist at once, of so many positions. None: all of the vocabulary's, as suits a GPU."""
-    num_tokens: int | None = None
-    """Rows of the vocabulary that are tokens; those behind them are padding, outside every distribution. None: all."""
+    def __init__(self, *, num_tokens: int, logprob_chunk_tokens: int, logprob_tile_size: int | None, **gpt: Any):
+        """Builds the model.
+
+        Args:
+            num_tokens: rows of the vocabulary that are tokens; the rows after them are padding and have no part in
+                any distribution.
+            logprob_chunk_tokens: positions whose logits exist at the same time.
+            logprob_tile_size: logits that exist at the same time; None: all of the rank's vocabulary for each of
+                these positions, which suits a GPU.
+            gpt: the arguments of GPTModel.
+        """
+        super().__init__(**gpt)
+        self.num_tokens = num_tokens
+        self.logprob_chunk_tokens = logprob_chunk_tokens
+        self.logprob_tile_size = logprob_tile_size
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
         """With labels [1, T] (IGNORE where none): fp32 [T, 2] of log-probability and entropy in nats, 0 elsewhere."""
@@ -195,8 +212,10 @@ class Policy(GPTModel):
             else self.output_layer.weight
         )
         first = self.pg_collection.tp.rank() * weight.size(0)
-        if self.num_tokens is not None:
-            weight = weight[: self.num_tokens - first]
+        # Only the last ranks have rows of padding, and of a tiny vocabulary nothing else. The others' weight is not
+        # sliced: the gradient of a slice is a copy of the whole.
+        if self.num_tokens - first < weight.size(0):
+            weight = weight[: max(self.num_tokens - first, 0)]
         logprobs_R, entropy_R = token_logprobs(
             hidden_TH.index_select(0, predicting_R),
             weight,
@@ -207,3 +226,36 @@ class Policy(GPTModel):
             group=self.pg_collection.tp,
         )
         return torch.stack([logprobs_R, entropy_R], dim=-1)
+
+
+def build_policy(
+    geometry: GeometryConfig,
+    model: ModelConfig,
+    groups: ParallelGroups,
+    *,
+    vocab_size: int,
+    seed: int | None,
+    fp8: Fp8ModelConfig | None = None,
+    on_cpu: bool | None = None,
+) -> Policy | ModelChunks:
+    """Builds this rank's part of a policy. See `build_gpt` for the arguments and errors.
+
+    on_cpu: whether the policy will compute on a CPU; None: on the device of this process.
+    """
+    on_cpu = device().type == "cpu" if on_cpu is None else on_cpu
+    make = functools.partial(
+        Policy,
+        num_tokens=vocab_size,
+        logprob_chunk_tokens=model.logprob_chunk_tokens,
+        logprob_tile_size=CPU_TILE if on_cpu else None,
+    )
+    return build_gpt(
+        make,
+        geometry,
+        model,
+        groups,
+        vocab_size=vocab_size,
+        seed=seed,
+        tied_embeddings=geometry.tied_embeddings,
+        fp8=fp8,
+    )

@@ -11,6 +11,11 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from oreal_megatron.config import Fp8ModelConfig, GeometryConfig, ModelConfig
+from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.models.gpt import build_gpt
+from oreal_megatron.models.virtual_stages import ModelChunks
+
 
 class ScalarHead(torch.nn.Linear):
     """A linear map to one fp32 score, replicated over tensor ranks; weight and bias start at zero."""
@@ -49,3 +54,18 @@ class TokenRewardModel(GPTModel):
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Labels, which a packed batch carries for the policy, are left unread: with them GPTModel takes a loss."""
         return super().forward(*args, **kwargs)
+
+
+def build_reward_model(
+    geometry: GeometryConfig,
+    model: ModelConfig,
+    groups: ParallelGroups,
+    *,
+    vocab_size: int,
+    seed: int | None,
+    fp8: Fp8ModelConfig | None = None,
+) -> TokenRewardModel | ModelChunks:
+    """Builds this rank's part of a reward model. See `build_gpt` for the arguments and errors."""
+    return build_gpt(
+        TokenRewardModel, geometry, model, groups, vocab_size=vocab_size, seed=seed, tied_embeddings=False, fp8=fp8
+    )

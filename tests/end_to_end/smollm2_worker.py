@@ -15,7 +15,6 @@ import torch
 from oreal_megatron.checkpoint.state import weights_only
 from oreal_megatron.checkpoint.store import CheckpointStore
 from oreal_megatron.config import AdamWConfig, ParallelConfig, SamplingConfig
-from oreal_megatron.conversion.huggingface import geometry_of
 from oreal_megatron.data.packing import PackedSequence, TokenBatch, pack
 from oreal_megatron.distributed.cpu_backend import cpu_backend
 from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
@@ -54,9 +53,7 @@ def main(directory: Path, tensor: int, pipeline: int) -> None:
 
 
 def load(path: Path, groups: ParallelGroups) -> Policy:
-    policy = as_policy(path, groups, max_sequence_length=512)
-    policy.num_tokens = geometry_of(path).vocab_size
-    return policy
+    return as_policy(path, groups, max_sequence_length=512)
 
 
 def answers(policy: Policy, asked: dict[str, Any], groups: ParallelGroups) -> list[dict[str, Any]]:

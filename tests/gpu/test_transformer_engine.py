@@ -21,7 +21,7 @@ from oreal_megatron.distributed.cpu_backend import device
 from oreal_megatron.machine.probe import probe
 from oreal_megatron.models.trained_model import TrainedModel
 from tests.tiny_models import save_tiny
-from tests.unit.machine.tiny_policy import tiny_policy
+from tests.unit.transformer_engine.tiny_policy import tiny_policy
 
 ADAMW = AdamWConfig(
     lr=1e-3, min_lr=1e-3, warmup_steps=0, decay_steps=10, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-4, clip_grad=1.0

@@ -15,12 +15,11 @@ from oreal_megatron.config import AdamWConfig, GeometryConfig, ModelConfig, Obje
 from oreal_megatron.data.packing import PackedSequence, Packer
 from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.losses.policy_terms import TokenCounts
-from oreal_megatron.models.gpt import build_gpt
 from oreal_megatron.models.initialization import name_in_network, part_of
 from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.models.offload import FrozenModel
-from oreal_megatron.models.policy import Policy
-from oreal_megatron.models.reward_model import TokenRewardModel
+from oreal_megatron.models.policy import build_policy
+from oreal_megatron.models.reward_model import build_reward_model
 from oreal_megatron.models.trained_model import TrainedModel, UpdateReport
 from oreal_megatron.models.virtual_stages import chunks_of
 from oreal_megatron.step import update_policy, update_reward_model, with_reference, with_token_weights
@@ -87,25 +86,17 @@ def run_steps(
     checkpoints: where the first step's checkpoint is, or goes to.
     """
 
-    def built(cls: Any, seed: int, tied: bool) -> Any:
-        module = build_gpt(cls, GEOMETRY, MODEL, groups, vocab_size=VOCABULARY, seed=seed, tied_embeddings=tied)
-        for chunk in chunks_of(module):
-            chunk.num_tokens, chunk.logprob_chunk_tokens = VOCABULARY, MODEL.logprob_chunk_tokens
-            if cls is TokenRewardModel and chunk.post_process:
-                # A head of zeros gives token weights of zeros.
-                head = torch.randn(1, GEOMETRY.hidden_size, generator=torch.Generator().manual_seed(3))
-                chunk.output_layer.weight.data.copy_(head)
-        return module
-
-    policy = Recorded(built(Policy, 0, tied), ADAMW, groups, num_updates=10)
-    reward_model = Recorded(built(TokenRewardModel, 0, False), ADAMW, groups, num_updates=10)
-    reference = FrozenModel(built(Policy, 1, tied), offload=groups.layout.offload)
+    geometry = GEOMETRY.model_copy(update={"tied_embeddings": tied})
+    modules = [build_policy(geometry, MODEL, groups, vocab_size=VOCABULARY, seed=seed) for seed in (0, 1)]
+    policy = Recorded(modules[0], ADAMW, groups, num_updates=10)
+    reward_model = Recorded(scoring_reward_model(groups), ADAMW, groups, num_updates=10)
+    reference = FrozenModel(modules[1], offload=groups.layout.offload)
     trained = {"policy": policy, "reward_model": reward_model}
     store = CheckpointStore(checkpoints, groups, keep=1) if checkpoints else None
     if store and steps.start:
         restore(store, trained, steps.start)
-    for parked in (policy, reward_model, reference):
-        parked.offload()
+    for model in (policy, reward_model, reference):
+        model.offload()
     chosen = sequences(num_sequences)
     counts = TokenCounts(*(sum(len(s.response_ids) for s in chosen if s.correct is c) for c in (True, False)))
     outcome = Outcome()
@@ -136,6 +127,16 @@ def run_steps(
         outcome.weights = {name: parameter.detach().clone() for name, (_, parameter) in parameters.items()}
         outcome.generation = continuations(policy.module, groups)
     return outcome, parameters
+
+
+def scoring_reward_model(groups: ParallelGroups) -> Any:
+    """Builds a reward model with a random head: a head of zeros would give token weights of zeros."""
+    module = build_reward_model(GEOMETRY, MODEL, groups, vocab_size=VOCABULARY, seed=0)
+    for chunk in chunks_of(module):
+        if chunk.post_process:
+            head = torch.randn(1, GEOMETRY.hidden_size, generator=torch.Generator().manual_seed(3))
+            chunk.output_layer.weight.data.copy_(head)
+    return module
 
 
 def restore(store: CheckpointStore, trained: dict[str, Recorded], step: int) -> None:

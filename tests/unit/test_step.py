@@ -11,9 +11,8 @@ import torch
 from oreal_megatron.config import AdamWConfig, parse_config
 from oreal_megatron.data.packing import PackedSequence, Padding, micro_batches, pack
 from oreal_megatron.losses.policy_terms import TokenCounts
-from oreal_megatron.models.gpt import build_gpt
-from oreal_megatron.models.policy import Policy
-from oreal_megatron.models.reward_model import TokenRewardModel
+from oreal_megatron.models.policy import build_policy
+from oreal_megatron.models.reward_model import build_reward_model
 from oreal_megatron.models.trained_model import TrainedModel
 from oreal_megatron.step import (
     MismatchError,
@@ -34,8 +33,8 @@ ADAMW = AdamWConfig(
 )  # fmt: skip
 
 
-def trained(cls, groups, adamw=ADAMW) -> TrainedModel:
-    module = build_gpt(cls, GEOMETRY, MODEL, groups, vocab_size=105, seed=0, tied_embeddings=False)
+def trained(build, groups, adamw=ADAMW) -> TrainedModel:
+    module = build(GEOMETRY, MODEL, groups, vocab_size=105, seed=0)
     return TrainedModel(module, adamw, groups, num_updates=10)
 
 
@@ -67,9 +66,9 @@ def test_splitting_into_micro_batches_changes_no_update(composed, single_process
     config = parse_config(composed("objective=oreal", "objective.beta=0.1")).objective
 
     def updated(split):
-        policy, reward_model = trained(Policy, single_process), trained(TokenRewardModel, single_process)
+        policy, reward_model = trained(build_policy, single_process), trained(build_reward_model, single_process)
         torch.nn.init.normal_(reward_model.module.output_layer.weight, generator=torch.Generator().manual_seed(1))
-        batches = with_reference(trained(Policy, single_process).module, split, single_process)
+        batches = with_reference(trained(build_policy, single_process).module, split, single_process)
         scored, metrics = update_reward_model(reward_model, batches, config, num_sequences=7)
         batches = with_token_weights(batches, scored, config)
         counts = TokenCounts(correct=2 + 4 + 6 + 8, incorrect=3 + 5 + 7)
@@ -86,7 +85,7 @@ def test_splitting_into_micro_batches_changes_no_update(composed, single_process
 
 
 def test_the_schedule_warms_up_then_decays(single_process):
-    model = trained(Policy, single_process)
+    model = trained(build_policy, single_process)
     rates = []
     for _ in range(10):
         model.advance_schedule()
@@ -99,7 +98,7 @@ def test_the_schedule_warms_up_then_decays(single_process):
 def test_every_update_sees_its_own_gradient_alone(composed, single_process):
     config = parse_config(composed("objective=oreal_no_rm")).objective
     still = ADAMW.model_copy(update={"lr": 1e-30, "min_lr": 0.0})  # weights stay as they are
-    policy = trained(Policy, single_process, still)
+    policy = trained(build_policy, single_process, still)
     batches = with_token_weights(micro_batches(sequences(), 24, CPU), None, config)
     batches = with_reference(policy.module, batches, single_process)
     counts = TokenCounts(correct=20, incorrect=15)
@@ -109,7 +108,7 @@ def test_every_update_sees_its_own_gradient_alone(composed, single_process):
 
 def test_a_gradient_that_is_not_finite_changes_nothing(composed, single_process):
     config = parse_config(composed("objective=oreal_no_rm")).objective
-    policy = trained(Policy, single_process)
+    policy = trained(build_policy, single_process)
     before = [p.detach().clone() for p in policy.module.parameters()]
     batches = with_token_weights(micro_batches(sequences(), 1000, CPU), None, config)
     batches = with_reference(policy.module, batches, single_process)
@@ -138,7 +137,7 @@ def test_mismatch_of_known_differences(single_process):
 
 def test_rollouts_of_another_model_are_not_trained_on(composed, single_process):
     config = parse_config(composed("objective=oreal_no_rm")).objective
-    policy = trained(Policy, single_process)
+    policy = trained(build_policy, single_process)
     before = [p.detach().clone() for p in policy.module.parameters()]
     batches = with_token_weights(micro_batches(sequences(), 1000, CPU), None, config)
     batches = with_reference(policy.module, batches, single_process)
@@ -151,7 +150,7 @@ def test_tokens_of_older_weights_are_no_mismatch_and_count_in_the_importance(com
     """The first two of four tokens are older, drawn with a quarter and with twice of today's probability."""
     config = parse_config(composed("objective=oreal_no_rm", "objective.importance_limit=2.0")).objective
     sequence = PackedSequence(id="a", prompt_ids=(1, 2), response_ids=(3, 4, 5, 6), advantage=1.0)
-    own = with_reference(trained(Policy, single_process).module, [pack([sequence], CPU)], single_process)[0]
+    own = with_reference(trained(build_policy, single_process).module, [pack([sequence], CPU)], single_process)[0]
     drawn = own.reference_logprobs - torch.tensor([4.0, 0.5, 1.0, 1.0]).log()
 
     def update(num_older_tokens):
@@ -159,7 +158,7 @@ def test_tokens_of_older_weights_are_no_mismatch_and_count_in_the_importance(com
         batch = replace(pack([carried], CPU), reference_logprobs=own.reference_logprobs)
         batches = with_token_weights([batch], None, config)
         counts = TokenCounts(correct=4, incorrect=0)
-        return update_policy(trained(Policy, single_process), batches, config, counts, max_mismatch=0.01)
+        return update_policy(trained(build_policy, single_process), batches, config, counts, max_mismatch=0.01)
 
     metrics = update(2)
     assert metrics["policy/rollout_logprob_difference_max"] < 1e-5
@@ -172,7 +171,10 @@ def test_tokens_of_older_weights_are_no_mismatch_and_count_in_the_importance(com
 def test_a_parked_model_holds_no_memory_and_trains_as_if_it_had_stayed(composed, single_process):
     config = parse_config(composed("objective=oreal_no_rm")).objective
     layout = single_process.layout.model_copy(update={"offload": True})
-    moving, staying = trained(Policy, replace(single_process, layout=layout)), trained(Policy, single_process)
+    moving, staying = (
+        trained(build_policy, replace(single_process, layout=layout)),
+        trained(build_policy, single_process),
+    )
     for policy in (moving, staying):
         for _ in range(2):
             policy.offload()

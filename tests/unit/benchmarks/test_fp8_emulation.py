@@ -133,7 +133,7 @@ def test_a_model_in_fp8_is_near_itself_and_layers_in_bf16_are_itself(name, singl
     from benchmarks.fp8 import Study, drift
     from oreal_megatron.conversion.huggingface import geometry_of
     from tests.tiny_models import save_tiny
-    from tests.unit.machine.tiny_policy import SEQUENCES, tiny_policy
+    from tests.unit.transformer_engine.tiny_policy import SEQUENCES, tiny_policy
 
     source = save_tiny(tmp_path / "hf", "qwen2", tied=True, num_layers=4)
 
@@ -152,7 +152,7 @@ def test_a_model_in_fp8_is_near_itself_and_layers_in_bf16_are_itself(name, singl
 def test_one_tensor_rank_only(single_process, tmp_path):
     from oreal_megatron.conversion.huggingface import geometry_of
     from tests.tiny_models import save_tiny
-    from tests.unit.machine.tiny_policy import tiny_policy
+    from tests.unit.transformer_engine.tiny_policy import tiny_policy
 
     source = save_tiny(tmp_path / "hf", "llama", tied=False)
     policy = tiny_policy(geometry_of(source), single_process, "local")

@@ -11,8 +11,7 @@ from oreal_megatron.checkpoint.state import load_trained, trained_state
 from oreal_megatron.checkpoint.store import CheckpointStore
 from oreal_megatron.config import parse_config
 from oreal_megatron.data.packing import pack
-from oreal_megatron.models.gpt import build_gpt
-from oreal_megatron.models.reward_model import TokenRewardModel
+from oreal_megatron.models.reward_model import build_reward_model
 from oreal_megatron.models.trained_model import TrainedModel
 from oreal_megatron.step import update_reward_model
 from tests.unit.test_step import ADAMW, CPU, GEOMETRY, MODEL, sequences
@@ -33,7 +32,7 @@ def test_a_resumed_model_makes_the_same_update(
 
     def trained(seed: int) -> TrainedModel:
         model = MODEL.model_copy(update={"dtype": dtype})
-        module = build_gpt(TokenRewardModel, GEOMETRY, model, groups, vocab_size=105, seed=seed, tied_embeddings=False)
+        module = build_reward_model(GEOMETRY, model, groups, vocab_size=105, seed=seed)
         return TrainedModel(module, ADAMW, groups, num_updates=10)
 
     def update(model: TrainedModel) -> dict[str, float]:

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from oreal_megatron.data.packing import PackedSequence, pack
-from oreal_megatron.models.gpt import build_gpt
 from oreal_megatron.models.pipeline_schedule import score
-from oreal_megatron.models.policy import Policy, token_logprobs
-from oreal_megatron.models.reward_model import TokenRewardModel
+from oreal_megatron.models.policy import build_policy, token_logprobs
+from oreal_megatron.models.reward_model import build_reward_model
 from tests.tiny_models import GEOMETRY, MODEL
 
 CPU = torch.device("cpu")
@@ -56,7 +55,7 @@ def test_no_labelled_position_gives_an_empty_result_and_a_zero_gradient(single_p
 
 
 def test_a_fresh_reward_model_scores_zero_everywhere_and_can_learn(single_process):
-    model = build_gpt(TokenRewardModel, GEOMETRY, MODEL, single_process, vocab_size=105, seed=0, tied_embeddings=False)
+    model = build_reward_model(GEOMETRY, MODEL, single_process, vocab_size=105, seed=0)
     batch = pack([PackedSequence(id="a", prompt_ids=(1, 2, 3), response_ids=(4, 5))], CPU)
     (scores,) = score(model, [batch], lambda output, _: output.clone(), single_process)
     assert scores.shape == (1, 5, 1) and scores.dtype == torch.float32 and scores.abs().sum() == 0
@@ -67,7 +66,7 @@ def test_a_fresh_reward_model_scores_zero_everywhere_and_can_learn(single_proces
 
 
 def test_a_score_sees_no_later_token_and_no_other_sequence(single_process):
-    model = build_gpt(TokenRewardModel, GEOMETRY, MODEL, single_process, vocab_size=105, seed=0, tied_embeddings=False)
+    model = build_reward_model(GEOMETRY, MODEL, single_process, vocab_size=105, seed=0)
     torch.nn.init.normal_(model.output_layer.weight)
 
     def scores_of(*sequences):
@@ -84,9 +83,7 @@ def test_a_score_sees_no_later_token_and_no_other_sequence(single_process):
 def test_weights_depend_on_the_seed_alone(single_process):
     def weights(seed):
         torch.manual_seed(torch.seed())
-        model = build_gpt(
-            TokenRewardModel, GEOMETRY, MODEL, single_process, vocab_size=105, seed=seed, tied_embeddings=False
-        )
+        model = build_reward_model(GEOMETRY, MODEL, single_process, vocab_size=105, seed=seed)
         return model.embedding.word_embeddings.weight.detach()
 
     assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
@@ -95,7 +92,7 @@ def test_weights_depend_on_the_seed_alone(single_process):
 def test_weights_from_scratch_are_drawn_by_name(single_process):
     def policy(layers: int) -> dict[str, torch.Tensor]:
         geometry = GEOMETRY.model_copy(update={"num_layers": layers})
-        model = build_gpt(Policy, geometry, MODEL, single_process, vocab_size=105, seed=0, tied_embeddings=False)
+        model = build_policy(geometry, MODEL, single_process, vocab_size=105, seed=0)
         return dict(model.named_parameters())
 
     two, four = policy(2), policy(4)

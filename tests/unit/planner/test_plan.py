@@ -92,16 +92,13 @@ def test_stages_hold_the_whole_model(apart, options):
 def test_footprint_keeps_what_autograd_saves(apart, single_process):
     """Against a real forward pass: bytes of the distinct tensors that its graph holds."""
     from oreal_megatron.data.packing import PackedSequence, pack
-    from oreal_megatron.models.gpt import build_gpt
     from oreal_megatron.models.pipeline_schedule import _forward_step
-    from oreal_megatron.models.policy import Policy
+    from oreal_megatron.models.policy import build_policy
 
     kept = []
     for num_layers in (1, 2):
         geometry = SMALL.model_copy(update={"num_layers": num_layers})
-        module = build_gpt(
-            Policy, geometry, profiler().model, single_process, vocab_size=1003, seed=0, tied_embeddings=False
-        )
+        module = build_policy(geometry, profiler().model, single_process, vocab_size=1003, seed=0)
         weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
         held: dict[int, int] = {}
 

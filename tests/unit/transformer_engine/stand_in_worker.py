@@ -1,4 +1,4 @@
-"""The Transformer Engine path with its layers stood in for: built, filled, trained, saved, loaded. See test_spec.py."""
+"""Takes a model with stood-in Transformer Engine layers from building to a loaded checkpoint; see test_layer_spec.py."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
 from oreal_megatron.models.gpt import check_layers
 from oreal_megatron.models.pipeline_schedule import score
 from oreal_megatron.models.trained_model import TrainedModel
-from tests.unit.machine.tiny_policy import CPU, SEQUENCES, tiny_policy
+from tests.unit.transformer_engine.tiny_policy import CPU, SEQUENCES, tiny_policy
 
 TENSORWISE = Fp8ModelConfig(
     recipe="tensorwise", format="hybrid", bf16_first_layers=0, bf16_last_layers=1, amax_history=None, parameters=False

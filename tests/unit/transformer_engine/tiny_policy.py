@@ -11,8 +11,7 @@ from oreal_megatron.config import Fp8ModelConfig, GeometryConfig, ModelConfig
 from oreal_megatron.conversion.module import load_weights
 from oreal_megatron.data.packing import PackedSequence
 from oreal_megatron.distributed.groups import ParallelGroups
-from oreal_megatron.models.gpt import build_gpt
-from oreal_megatron.models.policy import Policy
+from oreal_megatron.models.policy import Policy, build_policy
 
 CPU = torch.device("cpu")
 SEQUENCES = [
@@ -34,10 +33,8 @@ def tiny_policy(
         max_sequence_length=64,
     )  # fmt: skip
     assert geometry.vocab_size is not None
-    tied = geometry.tied_embeddings
-    policy = build_gpt(
-        Policy, geometry, model, groups, vocab_size=geometry.vocab_size, seed=None, tied_embeddings=tied, fp8=fp8
-    )
+    policy = build_policy(geometry, model, groups, vocab_size=geometry.vocab_size, seed=None, fp8=fp8)
+    assert isinstance(policy, Policy)
     if load is not None:
         load_weights(policy, load, groups)
-    return policy  # type: ignore[return-value]
+    return policy

@@ -27,7 +27,7 @@ from oreal_megatron.models.gpt import check_layers
 from oreal_megatron.models.pipeline_schedule import score
 from tests.conftest import ROOT
 from tests.tiny_models import save_tiny
-from tests.unit.machine.tiny_policy import CPU, SEQUENCES, tiny_policy
+from tests.unit.transformer_engine.tiny_policy import CPU, SEQUENCES, tiny_policy
 
 
 @pytest.mark.skipif(HAVE_TE, reason="what is refused without Transformer Engine, and it is there")
@@ -53,7 +53,7 @@ def test_checkpoints_of_either_implementation_are_the_others(tmp_path, single_pr
     (logprobs,) = score(local, [pack(SEQUENCES, CPU)], lambda out, batch: out[batch.predicting].clone(), single_process)
     torch.save(logprobs, tmp_path / "logprobs.pt")
 
-    worker = [sys.executable, "-m", "tests.unit.machine.stand_in_worker", str(tmp_path)]
+    worker = [sys.executable, "-m", "tests.unit.transformer_engine.stand_in_worker", str(tmp_path)]
     path = f"{ROOT}/tests/transformer_engine_stand_in:{ROOT}"
     outcome = subprocess.run(
         worker, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
