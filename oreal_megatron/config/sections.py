@@ -46,6 +46,11 @@ class GeometryConfig(Section):
     tied_embeddings: bool = False
     init_std: PositiveFloat = 0.02
 
+    @property
+    def attention_head_dim(self) -> int:
+        """Dimension of one attention head: head_dim, or hidden_size / num_attention_heads where it is null."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
 
 class ModelConfig(Section):
     """Where policy, reference and reward model come from."""
