@@ -160,7 +160,7 @@ def server_processes(fleet: ServerPool) -> list[psutil.Process]:
 
 
 def started(workers: list[psutil.Process]) -> list[int]:
-    """The resident sets of this process and of `workers`, from which their peaks are measured anew."""
+    """The resident sets of this process and of `workers`, from which their next peaks are measured."""
     reset_peak_memory()
     for worker in workers:
         Path(f"/proc/{worker.pid}/clear_refs").write_text("5")

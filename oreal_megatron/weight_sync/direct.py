@@ -17,7 +17,7 @@ from oreal_megatron.weight_sync.p2p import Rendezvous, Sender, join
 from oreal_megatron.weight_sync.planner import Assignment, ReshardingPlan, ops_by_receiver, ops_by_sender
 from oreal_megatron.weight_sync.source import PolicyShards
 from oreal_megatron.weight_sync.types import PausedServer, TransferFailure, TransferResult
-from oreal_megatron.weight_sync.worker import Receive, arrival_key, start
+from oreal_megatron.weight_sync.worker import Receive, answer_arrivals, arrival_key
 
 _POLL_SECONDS = 0.02
 
@@ -137,7 +137,7 @@ class DirectTransport:
             missing = [key for key in missing if not self._channel.store.check([key])]
             if missing:
                 wait(answers, timeout=_POLL_SECONDS, return_when="FIRST_COMPLETED")
-        start(self._channel.store, rendezvous, joining=not missing)
+        answer_arrivals(self._channel.store, rendezvous, joining=not missing)
         return not missing
 
     def _send_shards(self) -> str | None:

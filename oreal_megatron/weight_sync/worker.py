@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import pickle
 import time
 import traceback
@@ -28,6 +29,8 @@ from oreal_megatron.weight_sync.fp8_blocks import E4M3, quantise_into
 from oreal_megatron.weight_sync.p2p import Receiver, Rendezvous, join, unpack
 from oreal_megatron.weight_sync.planner import TransferOp, num_elements
 from oreal_megatron.weight_sync.sglang_layout import scales_of
+
+logger = logging.getLogger(__name__)
 
 _JOIN, _CANCEL = b"join", b"cancel"
 _KV_CACHE_SCALES = (".k_scale", ".v_scale")
@@ -239,7 +242,7 @@ def load(model: torch.nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) ->
             command.host, command.port, is_master=False, timeout=timedelta(seconds=command.timeout_seconds)
         )
     except Exception:
-        traceback.print_exc()  # into the server's log: there is no store to report to
+        logger.exception("A command could not be decoded, or its store could not be reached.")
         return
     try:
         parameters = _parameters(model)
@@ -254,7 +257,7 @@ def load(model: torch.nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) ->
     try:
         store.set(command.report_key, report.encoded())
     except RuntimeError:
-        traceback.print_exc()
+        logger.exception("The result of a command could not be reported to %s:%d.", command.host, command.port)
 
 
 def arrival_key(rendezvous: Rendezvous, number: int) -> str:
@@ -266,7 +269,7 @@ def _start_key(rendezvous: Rendezvous) -> str:
     return f"{rendezvous.name}/start"
 
 
-def start(store: dist.Store, rendezvous: Rendezvous, *, joining: bool) -> None:
+def answer_arrivals(store: dist.Store, rendezvous: Rendezvous, *, joining: bool) -> None:
     """Has all receivers that have arrived join the group, or cancels the rendezvous."""
     store.set(_start_key(rendezvous), (_JOIN if joining else _CANCEL).decode())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,19 @@ from oreal_megatron.weight_sync.types import PausedServer, TransferFailure, fail
 class Client:
     """The part of ServerClient that the tests call."""
 
-    url = "http://server"
-
-    def __init__(self, error: Exception | None = None):
+    def __init__(self, error: Exception | None = None, url: str = "http://server"):
         self.error = error
+        self.url = url
         self.directories: list[Path] = []
 
     async def update_weights_from_disk(self, directory: Path) -> None:
         if self.error is not None:
             raise self.error
         self.directories.append(directory)
+
+    async def update_weights_from_tensor(self, payloads: Sequence[bytes], load_format: str) -> None:
+        if self.error is not None:
+            raise self.error
 
 
 def run(coroutine: Any) -> Future[None]:
