@@ -38,11 +38,9 @@ from oreal_megatron.step import update_policy, update_reward_model, with_referen
 from oreal_megatron.types import GenerationRequest
 from oreal_megatron.weight_sync.checksums import whole
 from oreal_megatron.weight_sync.p2p import Receiver, Rendezvous, Sender, join
-from oreal_megatron.weight_sync.planner import ReshardingPlan, ServerRank, plan_resharding
+from oreal_megatron.weight_sync.planner import ReshardingPlan, ops_by_receiver, ops_by_sender, plan_resharding
 from oreal_megatron.weight_sync.sglang_layout import SGLangLayout
 from oreal_megatron.weight_sync.source import PolicyShards
-
-AT = ServerRank(0, 0)
 
 
 def main() -> None:
@@ -138,7 +136,7 @@ class Trainer:
         """The direct transport's sending side and the audit's sums. config: of the run with servers."""
         assert config.rollout.sglang is not None
         shards = PolicyShards(chunks_of(self.policy.module), self.geometry, self.groups)
-        plan = plan_resharding(shards.table, shards.geometry, shards.trainer, SGLangLayout())
+        plan = plan_resharding(shards.table, shards.geometry, shards.layout, SGLangLayout())
         options: dict[str, Any] = {"dtype": shards.dtype, "bucket_bytes": config.rollout.sglang.bucket_mib * 2**20}
         store, server = None, None
         if self.groups.is_main:
@@ -148,9 +146,9 @@ class Trainer:
             server.start()
         rendezvous = self.groups.from_main(rendezvous if self.groups.is_main else None)
         group = join(rendezvous, self.groups.rank, "gloo")
-        mine = {0: plan.of_sender(self.groups.rank).get(AT, ())}
+        ops = ops_by_receiver(plan.assign(1), self.groups.rank)
         with peaks.of("reshard"):
-            Sender(group, self.groups.rank, plan.num_senders, mine, 1, **options).send(shards.tensors())
+            Sender(group, rendezvous, self.groups.rank, ops, **options).send(shards.tensors())
             for tensor in shards.tensors().values():
                 whole(tensor)
         if server is not None:
@@ -169,8 +167,8 @@ def receive(rendezvous: Rendezvous, plan: ReshardingPlan, options: dict[str, Any
     """The server's process: one rank of it."""
     torch.set_num_threads(1)
     group = join(rendezvous, rendezvous.num_senders, "gloo")
-    parameters = {t.name: torch.zeros(t.shape, dtype=options["dtype"]) for t in plan.targets[AT.rank]}
-    Receiver(group, 0, 1, plan.of_receiver(AT), rendezvous.num_senders, **options).receive(parameters)
+    parameters = {t.name: torch.zeros(t.shape, dtype=options["dtype"]) for t in plan.targets[0]}
+    Receiver(group, rendezvous, 0, ops_by_sender(plan.assign(1), 0), **options).receive(parameters)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from oreal_megatron.models.virtual_stages import chunks_of
 from oreal_megatron.rollout.sglang_engine import SGLangEngine
 from oreal_megatron.servers.pool import ServerPool
 from oreal_megatron.weight_sync.p2p import rounds
-from oreal_megatron.weight_sync.planner import ServerRank, TrainerLayout, balance, plan_resharding
+from oreal_megatron.weight_sync.planner import num_elements, plan_resharding
 from oreal_megatron.weight_sync.publisher import build_publisher
 from oreal_megatron.weight_sync.sglang_layout import SGLangLayout
 from oreal_megatron.weight_sync.source import PolicyShards
@@ -124,8 +124,8 @@ def measure(groups: ParallelGroups, shards: PolicyShards, arguments: argparse.Na
     finally:
         engine.close()
     if groups.is_main:
-        plan = plan_resharding(shards.table, shards.geometry, shards.trainer, SGLangLayout(tensor=SERVER_RANKS))
-        lower_bound = sum(tensor.num_elements for rank in plan.targets.values() for tensor in rank) * 2
+        plan = plan_resharding(shards.table, shards.geometry, shards.layout, SGLangLayout(tensor=SERVER_RANKS))
+        lower_bound = sum(tensor.num_elements for tensors in plan.targets for tensor in tensors) * 2
         show(reports, lower_bound, arguments.bucket_mib)
 
 
@@ -159,7 +159,7 @@ def server_processes(fleet: ServerPool) -> list[psutil.Process]:
 
 
 def started(workers: list[psutil.Process]) -> list[int]:
-    """The resident sets of this process and of `workers`, from which their peaks are measured anew."""
+    """The resident sets of this process and of `workers`, from which their next peaks are measured."""
     reset_peak_memory()
     for worker in workers:
         Path(f"/proc/{worker.pid}/clear_refs").write_text("5")
@@ -201,31 +201,32 @@ def show(reports: dict[str, list[dict[str, float]]], lower_bound: int, bucket_mi
 
 
 def simulate() -> None:
-    """The 32B setting: every pair's bytes at the speed of a link, in the order in which transport.py moves them."""
+    """The 32B setting: every pair's bytes at the speed of a link, in the order in which p2p.py moves them."""
     table = family_of(QWEN_32B).table(QWEN_32B, "causal")
-    trainers = TrainerLayout(Layout(tensor=8, pipeline=4), data=4)
-    layout = SGLangLayout(count=8, tensor=8)
-    plan = plan_resharding(table, QWEN_32B, trainers, layout)
-    receivers = [ServerRank(e, r) for e in range(layout.count) for r in range(layout.tensor)]
-    sizes = {
-        (sender, receivers.index(to)): 2 * sum(item.num_elements for item in items)
-        for (sender, to), items in plan.sent.items()
-    }
+    trainer, num_servers = Layout(tensor=8, pipeline=4, data=4), 8
+    plan = plan_resharding(table, QWEN_32B, trainer, SGLangLayout(tensor=8))
+    num_receivers = num_servers * plan.tensor
+    sizes = {pair: 2 * num_elements(ops) for pair, ops in plan.assign(num_servers).items()}
     out: dict[int, int] = defaultdict(int)
     into: dict[int, int] = defaultdict(int)
     for (sender, receiver), size in sizes.items():
         out[sender] += size
         into[receiver] += size
-    busiest, bound = balance(plan, trainers)
+    # The weights of a stage are on its own ranks only, so no sender can have less than the mean of its stage.
+    per_stage = trainer.num_ranks // trainer.pipeline
+    bound = max(
+        sum(out[rank] for rank in range(first, first + per_stage)) / per_stage
+        for first in range(0, trainer.num_ranks, per_stage)
+    )
     print("\nSimulation, nothing is moved: Qwen2.5-32B in bf16, TP8 PP4 DP4 to 8 servers of TP8")
     print(
-        f"{plan.num_elements * 2 / 1e9:.1f} GB between {plan.num_senders + len(receivers)} processes in {len(sizes)} "
-        f"pairs; busiest sender {2 * busiest / 1e9:.2f} GB, its stage's mean {2 * bound / 1e9:.2f} GB"
+        f"{sum(sizes.values()) / 1e9:.1f} GB between {plan.num_senders + num_receivers} processes in {len(sizes)} "
+        f"pairs; busiest sender {max(out.values()) / 1e9:.2f} GB, the busiest stage's mean {bound / 1e9:.2f} GB"
     )
     for gigabits in (200, 400):
         speed = gigabits / 8 * 1e9
         free: dict[tuple[str, int], float] = defaultdict(float)
-        for sender, receiver in rounds(sizes, plan.num_senders, len(receivers)):
+        for sender, receiver in rounds(sizes, plan.num_senders, num_receivers):
             end = max(free["s", sender], free["r", receiver]) + sizes[sender, receiver] / speed
             free["s", sender] = free["r", receiver] = end
         limit = max(*out.values(), *into.values()) / speed

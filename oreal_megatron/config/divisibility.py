@@ -120,3 +120,14 @@ def unserved_shapes(geometry: GeometryConfig, tensor: int) -> list[str]:
         for name, size in sizes.items()
         if size % SERVED_BLOCK
     ]
+
+
+def query_key_value_violations(g: GeometryConfig, parallel: ParallelConfig) -> Iterator[Violation]:
+    """Yields a violation if the fused rows of queries, keys and values do not split over the tensor-parallel ranks.
+
+    With fewer query groups than ranks, Megatron-Core cuts the fused tensor within groups.
+    """
+    num_rows = (g.num_attention_heads + 2 * g.num_query_groups) * g.attention_head_dim
+    if num_rows % parallel.tensor:
+        remedy = f"{num_rows} rows of queries, keys and values do not split evenly over {parallel.tensor} ranks"
+        yield Violation("parallel.tensor", parallel.tensor, remedy)

@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints in and out."""
+"""Conversion of weights between Hugging Face and Megatron."""

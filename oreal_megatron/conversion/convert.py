@@ -1,4 +1,4 @@
-"""Whole checkpoints from one format into the other, a block at a time, and two of them side by side."""
+"""Converts whole checkpoints from one format into the other, block by block, and compares two checkpoints."""
 
 from __future__ import annotations
 
@@ -12,17 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oreal_megatron.conversion.distributed_checkpoint import (
-    DistributedWeights,
-    WrittenTensor,
-    write_chunk,
-    write_tables,
-)
+from oreal_megatron.conversion.distributed_checkpoint import Chunk, DistributedWeights, write_chunk, write_tables
 from oreal_megatron.conversion.families.decoder import Head
 from oreal_megatron.conversion.huggingface import HuggingFaceModel, read_model, with_scalar_head
 from oreal_megatron.conversion.layout import Layout, check_coverage, shards
 from oreal_megatron.conversion.naming import stored_names
-from oreal_megatron.conversion.output import NewFile, OutputDirectory, copy_beside, explained
+from oreal_megatron.conversion.output import OutputDirectory, copy_beside, explained, new_file
 from oreal_megatron.conversion.rules import Box, Entry
 from oreal_megatron.conversion.weights import (
     INDEX,
@@ -36,18 +31,18 @@ from oreal_megatron.conversion.weights import (
 from oreal_megatron.files import write_atomically
 
 BLOCK_BYTES = 64 * 2**20
-"""The buffer: larger rectangles are moved in blocks of rows."""
+"""Bytes of the buffer; larger rectangles are converted in blocks of rows."""
 FILE_BYTES = 2 * 2**30
-"""A file of a Megatron checkpoint, and so what a killed conversion does again at most."""
+"""Bytes of a file of a Megatron checkpoint, which is the most that a killed conversion has to repeat."""
 SHARD_BYTES = 5 * 10**9
-"""A file of a Hugging Face directory, as transformers splits them."""
+"""Bytes of a file of a Hugging Face directory, as in transformers."""
 ASSETS = "huggingface"
-"""Directory within a Megatron checkpoint that keeps config.json, tokenizer and chat template unchanged."""
+"""Directory within a Megatron checkpoint that has config.json, tokenizer and chat template unchanged."""
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", INDEX, "pytorch_model.bin.index.json")
-"""Ends of names of files that hold weights."""
+"""Suffixes of files that hold weights."""
 
 Advance = Callable[[int], None]
-"""Told the bytes of every block that is done."""
+"""Function that is called with the number of bytes of every block that is done."""
 
 
 def _silent(num_bytes: int) -> None:
@@ -56,12 +51,12 @@ def _silent(num_bytes: int) -> None:
 
 @dataclass(frozen=True)
 class Block:
-    """A rectangle of a Megatron tensor that becomes one chunk on disk."""
+    """A rectangle of a Megatron tensor that becomes a chunk on disk."""
 
     entry: Entry
     key: str
     layer: int | None
-    """Index in the stacked tensor; None: not stacked."""
+    """Index in the stacked tensor; None if layers are not stacked."""
     box: Box
     dtype: torch.dtype
 
@@ -76,13 +71,13 @@ class Block:
 
 
 def to_megatron(source: Path, target: Path, layout: Layout, *, advance: Advance = _silent) -> None:
-    """A Hugging Face directory as a Megatron distributed checkpoint, cut as the ranks of `layout` read it.
+    """Converts a Hugging Face directory into a Megatron distributed checkpoint, cut as the ranks of `layout` read it.
 
-    Any layout loads it, with Megatron-Core's own loader. The files beside the weights go to `huggingface/` in it.
+    Megatron-Core's own loader loads it in any layout. Files that are not weights are copied to `huggingface/` in it.
 
     Raises:
         ValueError: the source is damaged or not supported, the layout does not split it, or the target is not empty.
-        OSError: the disk refused; nothing has the target's name.
+        OSError: a file could not be written; the target does not exist.
     """
     model = read_model(source)
     layout.check(model.geometry)
@@ -95,9 +90,11 @@ def to_megatron(source: Path, target: Path, layout: Layout, *, advance: Advance 
     total = sum(block.num_bytes for group in files.values() for block in group)
     output.open({"files": weights.stamp(), "layout": asdict(layout), "block": BLOCK_BYTES}, total)
     try:
-        notes = {
-            name: _write_megatron_file(output.partial / name, group, weights, advance) for name, group in files.items()
-        }
+        chunks = [
+            chunk
+            for name, group in files.items()
+            for chunk in _write_megatron_file(output.partial / name, group, weights, advance)
+        ]
         assets = output.partial / ASSETS
         assets.mkdir(exist_ok=True)
         copy_beside(source, assets, without=WEIGHTS)
@@ -106,7 +103,7 @@ def to_megatron(source: Path, target: Path, layout: Layout, *, advance: Advance 
             for group in files.values()
             for block in group
         }
-        write_tables(output.partial, stored, notes, model.geometry.num_layers)
+        write_tables(output.partial, stored, chunks, model.geometry.num_layers)
         for name in files:
             _note_of(output.partial / name).unlink()
         output.commit()
@@ -115,7 +112,7 @@ def to_megatron(source: Path, target: Path, layout: Layout, *, advance: Advance 
 
 
 def _blocks(model: HuggingFaceModel, weights: HuggingFaceWeights, layout: Layout) -> dict[int, list[Block]]:
-    """What each model rank (tensor ranks fastest) writes, in order."""
+    """Returns the blocks that each model rank (tensor ranks fastest) writes, in order."""
     by_rank: dict[int, list[Block]] = defaultdict(list)
     dtypes: dict[str, tuple[torch.dtype, str]] = {}
     for shard in shards(model.table, layout, model.geometry.num_layers):
@@ -127,8 +124,8 @@ def _blocks(model: HuggingFaceModel, weights: HuggingFaceWeights, layout: Layout
         first_dtype, first = dtypes.setdefault(key, (dtype, entry.runs[0].tensor))
         if dtype != first_dtype:
             raise ValueError(
-                f"{weights.path}: {first} is {first_dtype} and {entry.runs[0].tensor} is {dtype}; Megatron stacks them "
-                "in one tensor, of one dtype"
+                f"{weights.path}: {first} is {first_dtype} and {entry.runs[0].tensor} is {dtype}. Megatron stacks them "
+                "in one tensor, so they must have the same dtype."
             )
         layer = entry.layer if is_stacked else None
         by_rank[shard.pipeline_rank * layout.tensor + shard.tensor_rank] += [
@@ -138,7 +135,7 @@ def _blocks(model: HuggingFaceModel, weights: HuggingFaceWeights, layout: Layout
 
 
 def in_blocks(box: Box, dtype: torch.dtype) -> Iterator[Box]:
-    """The rectangle in runs of rows of at most BLOCK_BYTES."""
+    """Splits a rectangle into runs of rows of at most BLOCK_BYTES."""
     row_bytes = num_bytes(box.shape[1:], dtype)
     step = max(BLOCK_BYTES // row_bytes, 1)
     for start in range(*box.rows, step):
@@ -146,7 +143,7 @@ def in_blocks(box: Box, dtype: torch.dtype) -> Iterator[Box]:
 
 
 def _into_files(by_rank: dict[int, list[Block]]) -> dict[str, list[Block]]:
-    """File name -> what goes into it: some files a rank, none much larger than FILE_BYTES."""
+    """Returns the blocks of each file, by name: several files a rank, none much larger than FILE_BYTES."""
     files: dict[str, list[Block]] = {}
     for rank, blocks in sorted(by_rank.items()):
         number, size = 0, 0
@@ -160,19 +157,19 @@ def _into_files(by_rank: dict[int, list[Block]]) -> dict[str, list[Block]]:
 
 def _write_megatron_file(
     path: Path, blocks: Sequence[Block], weights: HuggingFaceWeights, advance: Advance
-) -> list[WrittenTensor]:
-    """Writes one file and then its note; both there: done before."""
+) -> list[Chunk]:
+    """Writes a file and then a note of its chunks; if both are there, an earlier run has completed the file."""
     note = _note_of(path)
     if path.is_file() and note.is_file():
         advance(sum(block.num_bytes for block in blocks))
-        return [WrittenTensor(**{**item, "offsets": tuple(item["offsets"]), "sizes": tuple(item["sizes"])})
+        return [Chunk(**{**item, "offsets": tuple(item["offsets"]), "sizes": tuple(item["sizes"])})
                 for item in json.loads(note.read_text())]  # fmt: skip
     written = []
-    with NewFile(path) as stream:
+    with new_file(path) as stream:
         for block in blocks:
             tensor = _filled(block, weights)
             shaped = tensor if block.layer is None else tensor.unsqueeze(0)
-            written.append(write_chunk(stream, block.key, block.offsets, shaped))
+            written.append(write_chunk(stream, path.name, block.key, block.offsets, shaped))
             advance(tensor.nbytes)
     write_atomically(note, json.dumps([asdict(item) for item in written]))
     return written
@@ -183,7 +180,7 @@ def _note_of(path: Path) -> Path:
 
 
 def _filled(block: Block, weights: HuggingFaceWeights) -> Tensor:
-    """The block's elements, from the tensors that they come from; rows of padding are zeros."""
+    """Reads the elements of a block from the source tensors; rows of padding are zeros."""
     copies = list(block.entry.sources(block.box))
     num_rows = block.box.shape[0]
     if len(copies) == 1 and copies[0].at == (0, num_rows):
@@ -198,7 +195,7 @@ def _filled(block: Block, weights: HuggingFaceWeights) -> Tensor:
 
 
 def _alone(view: Tensor) -> Tensor:
-    """The view over a storage of its own extent, without a copy: torch.save writes whole storages."""
+    """Returns the view with a storage of its own extent, without a copy: torch.save writes whole storages."""
     data = torch.frombuffer(view.view(torch.uint8).numpy(), dtype=torch.uint8)
     return data.view(view.dtype).view(view.shape)
 
@@ -210,9 +207,10 @@ def _stored_shape(block: Block, layout: Layout, num_layers: int) -> tuple[int, .
 
 @dataclass(frozen=True)
 class Export:
-    """A Hugging Face directory to be made from one model of a Megatron checkpoint, file by file.
+    """A Hugging Face directory to be written from a model of a Megatron checkpoint, file by file.
 
-    Several processes may share the work: each opens the same export and writes some of `shards`; one commits.
+    Several processes may share the work: each plans the same export and writes some of `shards`; one process opens and
+    commits the directory.
     """
 
     weights: DistributedWeights
@@ -228,17 +226,17 @@ class Export:
     ) -> Export:
         """Checks the checkpoint against the model that `assets` describes, and plans the files.
 
-        prefix: of the model's keys. head: that of config.json, or another one for its decoder. assets: a directory with
-        config.json and tokenizer; None: the one that `to_megatron` put into the checkpoint.
+        prefix: prefix of the model's keys. head: head of the model; None for the head that config.json names. assets:
+        directory with config.json and tokenizer; None for the directory that `to_megatron` put into the checkpoint.
 
         Raises:
-            ValueError: the checkpoint does not hold that model, or cannot be read.
+            ValueError: the checkpoint does not hold that model or cannot be read.
         """
         assets = assets or source / ASSETS
         model = read_model(assets)
         if head is not None and head != model.head:
             if head == "causal":
-                raise ValueError(f"{assets}/config.json is of a reward model, whose output layer is gone")
+                raise ValueError(f"{assets}/config.json describes a reward model, which has no output layer")
             model = replace(model, head=head, config=with_scalar_head(model.config))
         weights = DistributedWeights(source, prefix)
         weights.check(model.table)
@@ -254,18 +252,18 @@ class Export:
         return sum(shard.num_bytes for shard in self.shards)
 
     def open(self) -> None:
-        """Prepares the directory. Raises ValueError where the target is not empty or the disk has no room."""
+        """Prepares the directory. Raises ValueError if the target is not empty or the disk has too little space."""
         made_from = {"files": self.weights.stamp(), "prefix": self.weights.prefix, "config": dict(self.model.config)}
         self.output.open(made_from, self.num_bytes)
 
     def write(self, shard: NewShard, advance: Advance = _silent) -> None:
-        """Writes one file, unless a killed run has left it whole."""
+        """Writes a file, unless an earlier, killed run has completed it."""
         path = self.output.partial / shard.file
         if path.is_file():
             advance(shard.num_bytes)
             return
         try:
-            with NewFile(path) as stream:
+            with new_file(path) as stream:
                 stream.write(shard.header())
                 for name, (_, dtype) in shard.tensors.items():
                     for box in in_blocks(_whole(shard.tensors[name][0]), dtype):
@@ -285,7 +283,7 @@ class Export:
         return out.view(torch.uint8)
 
     def commit(self) -> None:
-        """Writes what stands beside the weights, and gives the directory its name."""
+        """Writes the files that are not weights, and gives the directory its name."""
         partial = self.output.partial
         try:
             copy_beside(self.assets, partial, without=(*WEIGHTS, "config.json") if self._has_new_config() else WEIGHTS)
@@ -301,7 +299,7 @@ class Export:
         return self._config() != json.loads((self.assets / "config.json").read_text())
 
     def _config(self) -> dict[str, Any]:
-        """config.json, whose dtype is that of the weights; unchanged where it is already."""
+        """Returns the content of config.json with the dtype of the weights."""
         config = dict(self.model.config)
         dtype = str(self.weights.tensors["embedding.word_embeddings.weight"].dtype).removeprefix("torch.")
         if self.model.dtype != dtype:
@@ -318,11 +316,13 @@ def to_huggingface(
     assets: Path | None = None,
     advance: Advance = _silent,
 ) -> None:
-    """One model of a Megatron distributed checkpoint as a Hugging Face directory; arguments as `Export.plan`.
+    """Converts a model of a Megatron distributed checkpoint into a Hugging Face directory.
+
+    Arguments are those of `Export.plan`.
 
     Raises:
         ValueError: the checkpoint is damaged or holds another model, or the target is not empty.
-        OSError: the disk refused; nothing has the target's name.
+        OSError: a file could not be written; the target does not exist.
     """
     export = Export.plan(source, target, prefix=prefix, head=head, assets=assets)
     export.open()
@@ -337,19 +337,19 @@ def _whole(shape: tuple[int, ...]) -> Box:
 
 @dataclass(frozen=True)
 class CheckpointComparison:
-    """What `compare` found."""
+    """The result of `compare`."""
 
     num_tensors: int
     num_elements: int
     differences: tuple[str, ...]
-    """One line a tensor that differs."""
+    """Descriptions of the tensors that differ, a line each."""
 
 
 def compare(huggingface: Path, megatron: Path, *, prefix: str = "", advance: Advance = _silent) -> CheckpointComparison:
-    """Compares two checkpoints of one model bit for bit, block by block; padding must be rows of zeros.
+    """Compares two checkpoints of a model bit for bit, block by block; padding must be rows of zeros.
 
     Raises:
-        ValueError: either of them is damaged, or they hold different models.
+        ValueError: a checkpoint is damaged, or they hold different models.
     """
     model = read_model(huggingface)
     source = HuggingFaceWeights(huggingface)

@@ -1,8 +1,8 @@
-"""Megatron's distributed checkpoint format (torch_dist), read and written without Megatron and without processes.
+"""Megatron's distributed checkpoint format (torch_dist), read and written without Megatron and in a single process.
 
-A directory of `*.distcp` files, each a row of torch.save archives; `.metadata`, torch.distributed.checkpoint's table of
-which rectangle of which tensor lies where; `common.pt` and `metadata.json`, Megatron-Core's. Layers of one kind are
-stacked: `decoder.layers.mlp.linear_fc2.weight` is [layers, rows, columns].
+A checkpoint is a directory of `*.distcp` files, each a sequence of torch.save archives; `.metadata`, the table in which
+torch.distributed.checkpoint keeps the place of each rectangle of each tensor; and Megatron-Core's `common.pt` and
+`metadata.json`. Layers of a kind are stacked: `decoder.layers.mlp.linear_fc2.weight` is [layers, rows, columns].
 """
 
 from __future__ import annotations
@@ -40,48 +40,53 @@ from oreal_megatron.files import write_atomically
 
 _BACKENDS = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
              "common_backend": "torch", "common_backend_version": 1}  # fmt: skip
-# Modules whose extra state Megatron-Core's loaders ask for: FP8 statistics, None where there are none. The local spec
-# has it on the linear layers, Transformer Engine on its attention and norms too; a loader ignores what it does not ask.
+# Modules whose extra state Megatron-Core's loaders read: FP8 statistics, or None. The local spec has it on the linear
+# layers, Transformer Engine also on attention and norms; a loader ignores states of modules that it does not have.
 _EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention",
                  "mlp.linear_fc1", "mlp.linear_fc2")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A rectangle of a stored tensor: where it begins and ends in each dimension, and in which file it lies."""
+    """A rectangle of a stored tensor, and its place in a `*.distcp` file."""
 
+    key: str
+    """Name of the stored tensor."""
     offsets: tuple[int, ...]
+    """First index of the rectangle in each dimension."""
     sizes: tuple[int, ...]
     file: str
     start: int
+    """Byte at which the chunk's archive begins."""
     length: int
+    """Bytes of the archive."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One of the table's tensors in a checkpoint."""
+    """A tensor of the conversion table in a checkpoint."""
 
     shape: tuple[int, ...]
-    """With padding, without the layers' dimension."""
+    """Shape with padding, without the dimension of the layers."""
     dtype: torch.dtype
     layer: int | None
-    """Index in the stacked tensor; None: not stacked."""
+    """Index in the stacked tensor; None if layers are not stacked."""
     chunks: tuple[Chunk, ...]
 
 
 class DistributedWeights:
-    """One model's tensors in a distributed checkpoint."""
+    """The tensors of a model in a distributed checkpoint."""
 
     def __init__(self, path: Path, prefix: str = ""):
-        """prefix: what stands before the model's keys: `policy.` and `reward_model.` in a run's checkpoints.
+        """prefix: prefix of the model's keys: `policy.` or `reward_model.` in a run's checkpoints.
 
         Raises:
-            ValueError: not a checkpoint of this format, or its table cannot be read.
+            ValueError: the directory is not a checkpoint of this format, or its table cannot be read.
         """
         self.path, self.prefix = path, prefix
         if not (path / "metadata.json").is_file() or not (path / ".metadata").is_file():
             raise ValueError(
-                f"{path} is not a whole Megatron distributed checkpoint: metadata.json or .metadata is missing"
+                f"{path} is not a complete Megatron distributed checkpoint: metadata.json or .metadata is missing"
             )
         backend = json.loads((path / "metadata.json").read_text()).get("sharded_backend")
         if backend != "torch_dist":
@@ -106,15 +111,18 @@ class DistributedWeights:
         for index, info in (self._metadata.storage_data or {}).items():
             if index.offset is not None and (index.fqn, tuple(index.offset)) in sizes:
                 offsets = tuple(index.offset)
-                chunk = Chunk(offsets, sizes[index.fqn, offsets], info.relative_path, info.offset, info.length)
+                chunk = Chunk(
+                    index.fqn, offsets, sizes[index.fqn, offsets], info.relative_path, info.offset, info.length
+                )
                 found.setdefault(index.fqn, []).append(chunk)
         return found
 
     def check(self, table: Table) -> None:
-        """Finds every tensor of the model, and compares shapes.
+        """Finds every tensor of the model and compares shapes.
 
         Raises:
-            ValueError: missing, unexpected or misshapen tensors, or missing or short files; all at once.
+            ValueError: tensors are missing, unexpected or of another shape, or files are missing or truncated; lists
+                all problems.
         """
         problems, used = [], set()
         for entry in table.entries.values():
@@ -169,7 +177,7 @@ class DistributedWeights:
         """Fills `out` with a rectangle of a tensor of a checked checkpoint.
 
         Raises:
-            ValueError: the checkpoint does not hold all of it, or a file is damaged.
+            ValueError: the checkpoint does not hold all of the rectangle, or a file is damaged.
         """
         wanted = (box.rows,) if box.columns is None else (box.rows, box.columns)
         filled = 0
@@ -181,14 +189,14 @@ class DistributedWeights:
             raise ValueError(f"{self.path}: {name} has {filled} of {out.numel()} elements of {box} in it")
 
     def in_one_piece(self, name: str, box: Box) -> Tensor | None:
-        """The bytes of a rectangle, as they are mapped, where one file holds them one behind the other; else None."""
+        """Returns the mapped bytes of a rectangle if a single file holds them contiguously, otherwise None."""
         for sides, source in self._parts(name, box):
             whole = sides == ([box.rows] if box.columns is None else [box.rows, box.columns])
             return source if whole and source.is_contiguous() else None
         return None
 
     def _parts(self, name: str, box: Box) -> Iterator[tuple[list[Interval], Tensor]]:
-        """The chunks' parts of a rectangle: rows and columns, and their bytes [rows, bytes of the columns]."""
+        """Yields the chunks' parts of a rectangle: (rows and columns, bytes [rows, bytes of the columns])."""
         stored = self.tensors[name]
         wanted = (box.rows,) if box.columns is None else (box.rows, box.columns)
         width = stored.dtype.itemsize
@@ -207,7 +215,7 @@ class DistributedWeights:
             yield sides, data[tuple(slice(*side) for side in inside)]
 
     def _mapped(self, name: str, chunk: Chunk, dtype: torch.dtype) -> Tensor:
-        """A chunk's bytes in the mapped file, the last dimension as bytes: archives lie at any address."""
+        """Returns a chunk's mapped bytes; the last dimension is in bytes, because archives are not aligned."""
         if chunk not in self._views:
             path = self.path / chunk.file
             if chunk.file not in self._files:
@@ -233,14 +241,14 @@ class DistributedWeights:
         return self._views[chunk]
 
     def stamp(self) -> dict[str, list[int]]:
-        """Sizes and times of the files: what tells that they are the same as before."""
+        """Returns sizes and times of the files, by which a later run recognises the same input."""
         files = sorted({chunk.file for stored in self.tensors.values() for chunk in stored.chunks} | {".metadata"})
         stats = {file: (self.path / file).stat() for file in files}
         return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
 
 
 class _TensorPickle(pickle.Unpickler):
-    """Reads where a saved tensor lies in its storage, and nothing else."""
+    """Reads the place of a saved tensor in its storage, without loading it."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -249,14 +257,14 @@ class _TensorPickle(pickle.Unpickler):
             return OrderedDict
         if module == "torch" and name.endswith("Storage"):
             return name
-        raise pickle.UnpicklingError(f"{module}.{name} where a tensor was expected")
+        raise pickle.UnpicklingError(f"found {module}.{name}, expected a tensor")
 
     def persistent_load(self, pid: Any) -> str:
         return str(pid[2])
 
 
 class _Bytes(io.RawIOBase):
-    """Mapped bytes as a file, without a copy."""
+    """A file over mapped bytes, without a copy."""
 
     def __init__(self, data: Tensor):
         self._data = data.numpy().data
@@ -280,12 +288,12 @@ class _Bytes(io.RawIOBase):
 
 
 def stored_tensor(archive: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """Where the elements of a tensor begin in what torch.save made of it, its shape and its strides.
+    """Returns (byte at which the elements begin, shape, strides) of the tensor in a torch.save archive.
 
-    archive: uint8. It is a zip file without compression: elements can be mapped instead of loaded.
+    archive: uint8 [n], a zip file without compression, so that elements can be mapped instead of loaded.
 
     Raises:
-        ValueError, KeyError, BadZipFile, UnpicklingError: not such an archive.
+        ValueError, KeyError, BadZipFile, UnpicklingError: the bytes are not such an archive.
     """
     file = _Bytes(archive)
     records = {info.filename.partition("/")[2]: info for info in zipfile.ZipFile(file).infolist()}
@@ -304,57 +312,47 @@ def stored_tensor(archive: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...
     return position(record), size, stride
 
 
-@dataclass(frozen=True)
-class WrittenTensor:
-    """A chunk of a `*.distcp` file; a list of them is the file's note, from which `.metadata` is put together."""
+def write_chunk(stream: BinaryIO, file: str, key: str, offsets: tuple[int, ...], tensor: Tensor) -> Chunk:
+    """Appends a tensor to a `*.distcp` file.
 
-    key: str
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    start: int
-    length: int
-
-
-def write_chunk(stream: BinaryIO, key: str, offsets: tuple[int, ...], tensor: Tensor) -> WrittenTensor:
-    """Appends a tensor to a `*.distcp` file; offsets: of its first element in the whole stored tensor.
+    file: the file's final name. offsets: index of the tensor's first element in the whole stored tensor.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the file could not be written.
     """
     start = stream.tell()
     checksums = torch.serialization.get_crc32_options()
     try:
-        # No loader reads the archive's checksums, and they cost more than writing.
+        # No loader reads the archive's checksums, and computing them takes longer than writing.
         torch.serialization.set_crc32_options(False)
         torch.save(tensor, stream)
     except RuntimeError as error:
-        # torch closes its archive after a write that failed, and that fails again, less tellingly.
+        # After a failed write torch closes its archive, which fails too, with a less useful error.
         raise error.__context__ if isinstance(error.__context__, OSError) else error from error
     finally:
         torch.serialization.set_crc32_options(checksums)
-    return WrittenTensor(key, offsets, tuple(tensor.shape), start, stream.tell() - start)
+    return Chunk(key, offsets, tuple(tensor.shape), file, start, stream.tell() - start)
 
 
 def write_tables(
     directory: Path,
     stored: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-    files: Mapping[str, Iterable[WrittenTensor]],
+    chunks: Iterable[Chunk],
     num_layers: int,
 ) -> None:
-    """Writes what stands beside the `*.distcp` files; metadata.json last, which makes the checkpoint whole.
+    """Writes the files that describe the `*.distcp` files; metadata.json is last and makes the checkpoint complete.
 
-    stored: key -> (shape, dtype) of every stored tensor. files: what each file holds.
+    stored: key -> (shape, dtype) of every stored tensor. chunks: all chunks of all files.
     """
     results = []
-    chunks: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in stored}
-    for file, written in files.items():
-        for item in written:
-            offsets = torch.Size(item.offsets)
-            chunks[item.key].append(ChunkStorageMetadata(offsets=offsets, sizes=torch.Size(item.sizes)))
-            info = _StorageInfo(file, item.start, item.length)
-            results.append(WriteResult(MetadataIndex(item.key, offsets), item.length, info))
+    by_key: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in stored}
+    for chunk in chunks:
+        offsets = torch.Size(chunk.offsets)
+        by_key[chunk.key].append(ChunkStorageMetadata(offsets=offsets, sizes=torch.Size(chunk.sizes)))
+        info = _StorageInfo(chunk.file, chunk.start, chunk.length)
+        results.append(WriteResult(MetadataIndex(chunk.key, offsets), chunk.length, info))
     described: dict[str, Any] = {
-        key: TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), chunks[key])
+        key: TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), by_key[key])
         for key, (shape, dtype) in stored.items()
     }
     extra_states = "extra_states.distcp"

@@ -1,4 +1,4 @@
-"""A Hugging Face model directory: what config.json says, and config.json for a geometry."""
+"""Reads config.json of a Hugging Face model directory, and writes config.json for a geometry."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from oreal_megatron.conversion.families import FAMILIES, family_of
 from oreal_megatron.conversion.families.decoder import Family, Head
 from oreal_megatron.conversion.rules import Table
 
-# Megatron-Core has these constants of Llama 3.1's rotary scaling built in.
+# Constants of Llama 3.1's rotary scaling that Megatron-Core has built in.
 _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True)
 class HuggingFaceModel:
-    """What config.json says of a model."""
+    """A model as config.json describes it."""
 
     path: Path
-    """The directory, or the config.json alone where there are no weights."""
+    """Directory of the model, or path of a config.json without weights."""
     family: Family
     head: Head
     geometry: GeometryConfig
@@ -35,19 +35,20 @@ class HuggingFaceModel:
 
     @property
     def dtype(self) -> str:
-        """Of the weights, as config.json has it: float32, bfloat16, float16."""
+        """Dtype of the weights in config.json: float32, bfloat16 or float16."""
         return str(self.config.get("dtype", self.config.get("torch_dtype", "float32")))
 
 
 def read_model(path: Path) -> HuggingFaceModel:
-    """Reads a model directory's config.json, or a config.json.
+    """Reads the config.json of a model directory, or a config.json.
 
     Raises:
-        ValueError: there is none, or the model is not supported; names the file, the key and what is supported.
+        ValueError: the file is missing, or the model is not supported; names the file, the key and the supported
+            values.
     """
     file = path / "config.json" if path.is_dir() or path.suffix != ".json" else path
     if not file.is_file():
-        raise ValueError(f"{path}: there is no config.json in it")
+        raise ValueError(f"{path}: the directory has no config.json")
     try:
         config = json.loads(file.read_text())
         family, head = _family(file, config)
@@ -60,15 +61,16 @@ def read_model(path: Path) -> HuggingFaceModel:
 
 
 def geometry_of(path: Path) -> GeometryConfig:
-    """The geometry of a language model's directory, as `model.path` names it.
+    """Returns the geometry of a language model's directory, as named by `model.path`.
 
     Raises:
-        ValueError: as `read_model`, or the directory holds a reward model.
+        ValueError: see `read_model`; or the directory holds a reward model.
     """
     model = read_model(path)
     if model.head != "causal":
         raise ValueError(
-            f"model.path = {path}: a reward model ({model.family.architectures[model.head]}), not a policy"
+            f"model.path = {path}: the directory holds a reward model ({model.family.architectures[model.head]}). "
+            "Name the directory of a language model."
         )
     return model.geometry
 
@@ -77,14 +79,16 @@ def _family(file: Path, config: Mapping[str, Any]) -> tuple[Family, Head]:
     architecture = (config.get("architectures") or ["?"])[0]
     known = {name: (family, head) for family in FAMILIES for head, name in family.architectures.items()}
     if architecture not in known:
-        raise ValueError(f"{file}: {architecture} is not supported; supported: {', '.join(known)}")
+        raise ValueError(f"{file}: {architecture} is not supported; supported are {', '.join(known)}")
     family, head = known[architecture]
     for key, value in family.only.items():
         if config.get(key, value) != value:
             raise ValueError(f"{file}: {key} = {config[key]!r} is not supported for {architecture}, only {value!r}")
-    # A sequence classifier has two labels unless told otherwise.
+    # transformers gives a classifier two labels by default.
     if head == "scalar" and (labels := config.get("num_labels") or len(config.get("id2label", "ab"))) != 1:
-        raise ValueError(f"{file}: {labels} labels; a reward model has one: id2label with one entry")
+        raise ValueError(
+            f"{file}: the model has {labels} labels, a reward model has one. Set id2label to a single entry."
+        )
     return family, head
 
 
@@ -94,7 +98,7 @@ def _geometry(file: Path, config: Mapping[str, Any], family: Family) -> Geometry
     scaled = kind == "llama3" and all(rope.get(key) == value for key, value in _LLAMA3_SCALING.items())
     if kind != "default" and not scaled:
         raise ValueError(
-            f"{file}: rotary embeddings {rope} are not supported; supported: the default, and llama3 with "
+            f"{file}: rotary embeddings {rope} are not supported; supported are the default, and llama3 with "
             f"{_LLAMA3_SCALING}"
         )
     heads = config["num_attention_heads"]
@@ -116,7 +120,7 @@ def _geometry(file: Path, config: Mapping[str, Any], family: Family) -> Geometry
 
 
 def config_json(geometry: GeometryConfig, head: Head, *, dtype: str, max_positions: int) -> dict[str, Any]:
-    """config.json of a model that came from no directory, in the form of published models (transformers 4 and 5)."""
+    """Returns config.json for a model that has no directory, in the form that transformers 4 and 5 read."""
     family = family_of(geometry)
     config: dict[str, Any] = {
         "architectures": [family.architectures[head]],
@@ -129,7 +133,7 @@ def config_json(geometry: GeometryConfig, head: Head, *, dtype: str, max_positio
         "num_attention_heads": geometry.num_attention_heads,
         "num_hidden_layers": geometry.num_layers,
         "num_key_value_heads": geometry.num_query_groups,
-        "head_dim": geometry.head_dim or geometry.hidden_size // geometry.num_attention_heads,
+        "head_dim": geometry.attention_head_dim,
         "rms_norm_eps": geometry.norm_eps,
         "rope_theta": geometry.rope_theta,
         "tie_word_embeddings": geometry.tied_embeddings,
@@ -144,9 +148,11 @@ def config_json(geometry: GeometryConfig, head: Head, *, dtype: str, max_positio
 def served_config(
     path: str | None, geometry: GeometryConfig, *, dtype: str, fp8: bool, max_positions: int, stop_token_id: int
 ) -> dict[str, Any]:
-    """config.json of a policy for a server: of model directory `path`, or of a geometry; one token ends a response.
+    """Returns the config.json that a server is started with.
 
-    geometry: with vocab_size. dtype: that the server computes in. fp8: it holds linear layers in blocks of e4m3.
+    path: the policy's model directory; None if only its geometry is known. geometry: with vocab_size. dtype: dtype that
+    the server computes in. fp8: the server holds linear layers in blocks of e4m3. stop_token_id: the only token that
+    ends a response.
     """
     if path is None:
         config = config_json(geometry, "causal", dtype=dtype, max_positions=max_positions)
@@ -164,7 +170,7 @@ def served_config(
 
 
 def with_scalar_head(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a reward model on the decoder of `config`."""
+    """Returns the config.json of a reward model with the decoder of `config`."""
     family = next(f for f in FAMILIES if f.name == config["model_type"])
     labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
     return {**config, "architectures": [family.architectures["scalar"]], **labels}

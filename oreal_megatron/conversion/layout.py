@@ -1,4 +1,4 @@
-"""Where tensors lie: which pipeline stage and tensor rank holds what, and the proof that nothing is lost or doubled."""
+"""Places of tensors: the parts that pipeline stages and tensor ranks hold, with a proof that no element is lost."""
 
 from __future__ import annotations
 
@@ -6,64 +6,67 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from oreal_megatron.config import GeometryConfig
-from oreal_megatron.conversion.rules import Box, Entry, Interval, Table, sizes_of
+from oreal_megatron.config import GeometryConfig, ParallelConfig
+from oreal_megatron.config.divisibility import layout_violations, query_key_value_violations
+from oreal_megatron.conversion.rules import Box, Entry, Interval, Table
+
+_OPTIONS = {
+    "parallel.tensor": "--tensor-parallel",
+    "parallel.pipeline": "--pipeline-parallel",
+    "parallel.virtual_pipeline": "--virtual-pipeline",
+}
+"""Options of the conversion tools, by the configuration's key."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is split. vocabulary_multiple: rows are padded to a multiple of it and of the tensor ranks."""
+    """A split of a model over ranks, and the number of its replicas.
+
+    Ranks are ordered as Megatron-Core orders them: tensor fastest, then context, data, pipeline.
+    """
 
     tensor: int = 1
     pipeline: int = 1
     virtual: int = 1
-    """Runs of layers of a pipeline stage; more than 1: interleaved."""
+    """Runs of layers of a pipeline stage; more than 1 for the interleaved schedule."""
     vocabulary_multiple: int = 1
+    """Number whose product with the tensor ranks divides the padded rows of the vocabulary."""
+    context: int = 1
+    """Replicas that share sequences; a checkpoint does not depend on them."""
+    data: int = 1
+    """Replicas with data of their own; a checkpoint does not depend on them."""
 
     @property
     def num_ranks(self) -> int:
-        return self.tensor * self.pipeline
+        return self.tensor * self.pipeline * self.context * self.data
+
+    def replicas(self, pipeline_rank: int, tensor_rank: int) -> tuple[int, ...]:
+        """Returns the global ranks that hold the shard (pipeline_rank, tensor_rank)."""
+        copies = self.context * self.data
+        first = pipeline_rank * copies * self.tensor + tensor_rank
+        return tuple(first + copy * self.tensor for copy in range(copies))
 
     def check(self, geometry: GeometryConfig) -> None:
-        """Raises ValueError, with every reason, where a model of this geometry does not split so."""
-        groups, sizes = geometry.num_query_groups, sizes_of(geometry)
-        tensor = f"over --tensor-parallel {self.tensor} ranks"
-        chunks = self.pipeline * self.virtual
-        problems = [
-            reason
-            for is_wrong, reason in (
-                (
-                    geometry.num_attention_heads % self.tensor,
-                    f"{geometry.num_attention_heads} attention heads {tensor}",
-                ),
-                (
-                    groups % self.tensor and self.tensor % groups,
-                    f"{groups} query groups {tensor}, nor the ranks over the groups",
-                ),
-                ((sizes["queries"] + 2 * sizes["keys"]) % self.tensor, f"queries, keys and values {tensor}"),
-                (sizes["ffn"] % self.tensor, f"{sizes['ffn']} columns of the feed-forward layers {tensor}"),
-                (geometry.num_layers % chunks, self._uneven(geometry.num_layers)),
-            )
-            if is_wrong
-        ]
+        """Raises ValueError, with every reason, if a model of this geometry cannot be split in this layout."""
+        ranks = ParallelConfig(
+            tensor=self.tensor, pipeline=self.pipeline, virtual_pipeline=self.virtual, micro_batch_tokens=1
+        )
+        violations = [*layout_violations(geometry, ranks), *query_key_value_violations(geometry, ranks)]
+        problems = [f"{_OPTIONS[found.key]} {found.value}: {found.remedy}" for found in violations]
         if self.virtual > 1 and self.pipeline == 1:
-            problems.append(f"--virtual-pipeline {self.virtual}, which needs --pipeline-parallel 2 or more")
+            problems.append(f"--virtual-pipeline {self.virtual}: needs --pipeline-parallel 2 or more")
         if problems:
             raise ValueError("the model does not split: " + "; ".join(problems))
 
-    def _uneven(self, num_layers: int) -> str:
-        virtual = f" x --virtual-pipeline {self.virtual}" if self.virtual > 1 else ""
-        return f"{num_layers} layers over --pipeline-parallel {self.pipeline}{virtual} stages"
-
     def padded_rows(self, entry: Entry) -> int:
-        """The tensor's rows with padding."""
+        """Returns the number of the tensor's rows with padding."""
         if not entry.is_vocabulary:
             return entry.shape[0]
         multiple = self.vocabulary_multiple * self.tensor
         return -(-entry.shape[0] // multiple) * multiple
 
     def stage_of(self, entry: Entry, num_layers: int) -> tuple[int, int]:
-        """(pipeline rank, virtual stage) that holds the tensor."""
+        """Returns the (pipeline rank, virtual stage) that holds the tensor."""
         if entry.layer is None:
             return (0, 0) if entry.name.startswith("embedding.") else (self.pipeline - 1, self.virtual - 1)
         chunk = entry.layer // (num_layers // (self.pipeline * self.virtual))
@@ -72,7 +75,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Shard:
-    """What one rank holds of one Megatron tensor."""
+    """The part of a Megatron tensor that a rank holds."""
 
     entry: Entry
     pipeline_rank: int
@@ -80,7 +83,8 @@ class Shard:
     tensor_rank: int
     boxes: tuple[Box, ...]
     is_copy: bool = False
-    """Whether another rank holds the same: replicated over tensor ranks, or the tied embedding of the last stage."""
+    """Whether another rank holds the same elements: a tensor that is replicated over tensor ranks, or the last stage's
+    copy of a tied embedding."""
 
     @property
     def num_elements(self) -> int:
@@ -88,7 +92,7 @@ class Shard:
 
 
 def shards(table: Table, layout: Layout, num_layers: int) -> Iterator[Shard]:
-    """Every rank's part of every tensor, copies included, in the order of a forward pass."""
+    """Yields every rank's part of every tensor, with copies, in the order of a forward pass."""
     for entry in table.entries.values():
         pipeline_rank, virtual_stage = layout.stage_of(entry, num_layers)
         for rank in range(layout.tensor):
@@ -104,13 +108,13 @@ def shards(table: Table, layout: Layout, num_layers: int) -> Iterator[Shard]:
 
 
 def check_coverage(table: Table, layout: Layout, num_layers: int) -> int:
-    """Proves that every element of every Hugging Face tensor lands exactly once, copies aside.
+    """Proves that every element of every Hugging Face tensor has exactly one place, apart from copies.
 
     Returns:
         The number of elements.
 
     Raises:
-        ValueError: the first tensor of which an element lands nowhere or twice.
+        ValueError: an element has no place or two; names the first such tensor.
     """
     landed: dict[str, dict[Interval, list[Interval]]] = defaultdict(lambda: defaultdict(list))
     for shard in shards(table, layout, num_layers):

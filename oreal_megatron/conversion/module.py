@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face directory into this rank's part of a Megatron-Core module; it reads its slices alone."""
+"""Loads a Hugging Face directory into a rank's part of a Megatron-Core module; a rank reads only its own slices."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from oreal_megatron.distributed.groups import ParallelGroups
 
 
 @dataclass(frozen=True)
-class HeldParameter:
-    """A parameter of this rank's module, and which part of which tensor of the conversion table it is."""
+class ShardParameter:
+    """A parameter of this rank's module, with the part of a tensor of the conversion table that it holds."""
 
     name: str
-    """The table's; of the last stage's copy of a tied embedding, the second name (`Table.module_aliases`)."""
+    """Name in the table; the second name (`Table.module_aliases`) for the last stage's copy of a tied embedding."""
     parameter: torch.nn.Parameter
     entry: Entry
     num_rows: int | None
-    """Of the whole tensor with its padding, where it is one row a token."""
+    """Rows of the whole tensor with padding if it has a row for each token, otherwise None."""
     boxes: tuple[Box, ...]
 
     def parts(self) -> Iterator[tuple[Tensor, Box]]:
-        """The parameter's rows box by box, as views."""
+        """Yields each box with the parameter's rows that hold it, as a view."""
         first = 0
         for box in self.boxes:
             yield self.parameter[first : first + box.shape[0]], box
             first += box.shape[0]
 
 
-def held_parameters(module: torch.nn.Module, table: Table, groups: ParallelGroups) -> Iterator[HeldParameter]:
-    """All parameters of `module`, a pipeline stage or a virtual one, local or Transformer Engine.
+def shard_parameters(module: torch.nn.Module, table: Table, groups: ParallelGroups) -> Iterator[ShardParameter]:
+    """Yields all parameters of `module`, a pipeline stage or a virtual stage, local or of Transformer Engine.
 
     Raises:
-        LookupError: of a parameter that the table does not know, with its name in the module.
+        LookupError: the table does not have a parameter; its argument is the parameter's name in the module.
         ValueError: a tensor does not split over the tensor ranks.
     """
     layers: Any = module.get_submodule("decoder.layers")
@@ -53,32 +53,34 @@ def held_parameters(module: torch.nn.Module, table: Table, groups: ParallelGroup
             raise LookupError(name)
         num_rows = parameter.size(0) * groups.tensor_size if entry.is_vocabulary else None
         boxes = entry.boxes(groups.tensor_size, groups.tensor_rank, num_rows)
-        yield HeldParameter(known, parameter, entry, num_rows, boxes)
+        yield ShardParameter(known, parameter, entry, num_rows, boxes)
 
 
 @torch.no_grad()
 def load_weights(module: torch.nn.Module, path: Path, groups: ParallelGroups) -> None:
-    """Fills every parameter of `module`, a pipeline stage or a virtual one, local or Transformer Engine.
+    """Fills every parameter of `module`, a pipeline stage or a virtual stage, local or of Transformer Engine.
 
-    Weights are cast to the module's dtype; rows of the vocabulary that the directory lacks become zeros.
+    Weights are cast to the module's dtype; rows of the vocabulary that the directory does not have become zeros.
 
     Raises:
-        ValueError: the directory is damaged, or holds another model than the module's.
+        ValueError: the directory is damaged or holds another model.
     """
     model = read_model(path)
     weights = HuggingFaceWeights(path)
     weights.check(model.table)
     try:
-        held = list(held_parameters(module, model.table, groups))
+        parameters = list(shard_parameters(module, model.table, groups))
     except LookupError as error:
         raise ValueError(
-            f"{path}: the module's {error.args[0]} is no tensor of {model.family.architectures[model.head]}"
+            f"{path}: the module has {error.args[0]}, and {model.family.architectures[model.head]} has no such tensor"
         ) from error
-    for item in held:
+    for item in parameters:
         entry, parameter, boxes = item.entry, item.parameter, item.boxes
         shape = (sum(box.shape[0] for box in boxes), *boxes[0].shape[1:])
         if shape != tuple(parameter.shape) or (item.num_rows is not None and item.num_rows < entry.shape[0]):
-            raise ValueError(f"{path}: {entry.name} comes out as {shape}, the module has {tuple(parameter.shape)}")
+            raise ValueError(
+                f"{path}: {entry.name} has shape {shape} on this rank, the module has {tuple(parameter.shape)}"
+            )
         if entry.is_vocabulary:
             parameter.zero_()
         for part, box in item.parts():

@@ -1,7 +1,7 @@
-"""Names of one Megatron tensor: in a distributed checkpoint, in modules of the local spec and of Transformer Engine.
+"""Names of a Megatron tensor: in a distributed checkpoint, in modules of the local spec and of Transformer Engine.
 
-The checkpoint's names, with global layer numbers, are the table's; Megatron-Core's checkpoints have them from either
-implementation. Only modules of the local spec call a norm by its own name.
+The table uses the checkpoint's names, with global layer numbers; both implementations write them to checkpoints. Only
+modules of the local spec have norms as modules of their own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 
 
 def checkpoint_name(name: str, *, first_layer: int = 0) -> str:
-    """The table's name of a parameter of a module, local or Transformer Engine.
+    """Returns the table's name of a parameter of a module, local or of Transformer Engine.
 
     first_layer: global number, from 0, of the module's first layer (pipeline stage, virtual stage).
     """
@@ -30,9 +30,9 @@ def checkpoint_name(name: str, *, first_layer: int = 0) -> str:
 
 
 def stored_names(name: str) -> tuple[tuple[str, bool], ...]:
-    """What a checkpoint may call tensor `name`: (key, whether all layers are stacked in it), most usual first.
+    """Returns a checkpoint's possible keys for tensor `name`: (key, whether layers are stacked), the usual key first.
 
-    Megatron-Core stacks layers of one kind unless told otherwise; specs without its name map keep the local names.
+    Megatron-Core stacks layers of one kind by default; specs without its name map keep the local names.
     """
     if (match := _LAYER.fullmatch(name)) is None:
         return ((name, False),)

@@ -1,41 +1,42 @@
-"""A directory that is whole or not there, and whose making goes on where it was killed.
+"""An output directory that appears when it is complete, and whose creation can be resumed after a kill.
 
-Files are made beside the target in `NAME.partial/`, each under a name of its own until it is whole, and the directory
-is renamed at the end. Run again on the same input, what is whole there is kept.
+Files are created in `NAME.partial/` next to the target, each under a temporary name until it is complete, and the
+directory is renamed at the end. A second run on the same input keeps the files that are complete.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from oreal_megatron.files import write_atomically
+from oreal_megatron.files import sync_directory, write_atomically
 
 _MADE_FROM = ".made_from.json"
 
 
 class OutputDirectory:
-    """The directory to make; `partial` is where its files are until `commit`."""
+    """A directory to create; until `commit` its files are in `partial`."""
 
     def __init__(self, target: Path):
         self.target = target
         self.partial = target.with_name(target.name + ".partial")
 
     def open(self, made_from: Mapping[str, Any], num_bytes: int) -> bool:
-        """Prepares `partial`; whether it holds what an earlier, killed run on the same input left.
+        """Prepares `partial`; returns whether it has files of an earlier, killed run on the same input.
 
-        made_from: everything that the files' content depends on. num_bytes: room that they need.
+        made_from: everything that the files' content depends on. num_bytes: disk space that they need.
 
         Raises:
-            ValueError: the target is there and not empty, or the disk has no room.
+            ValueError: the target exists and is not empty, or the disk has too little space.
         """
         if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
-            raise ValueError(f"{self.target} exists and is not empty; name another output, or remove it")
+            raise ValueError(f"{self.target} exists and is not empty. Choose another output, or remove it.")
         note = self.partial / _MADE_FROM
         made = json.loads(json.dumps(made_from))
         goes_on = note.is_file() and json.loads(note.read_text()) == made
@@ -46,48 +47,39 @@ class OutputDirectory:
         free = shutil.disk_usage(self.partial).free
         if free < num_bytes - there:
             raise ValueError(
-                f"{self.target}: {num_bytes - there:,} bytes are to be written, the disk has {free:,} free; nothing "
-                "was written"
+                f"{self.target}: {num_bytes - there:,} bytes are to be written, the disk has {free:,} free. "
+                "Nothing was written."
             )
         write_atomically(note, json.dumps(made))
         return goes_on
 
     def commit(self) -> None:
-        """Gives the directory its name. Everything in it is on disk before."""
+        """Gives the directory its name; all of its files must be on disk."""
         (self.partial / _MADE_FROM).unlink()
-        _sync_directory(self.partial)
+        sync_directory(self.partial)
         if self.target.exists():
             self.target.rmdir()
         os.replace(self.partial, self.target)
-        _sync_directory(self.target.parent)
+        sync_directory(self.target.parent)
 
 
-class NewFile:
-    """A file that appears under its name when it is whole and on disk: `with NewFile(path) as stream`."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._unfinished = path.with_name(path.name + ".unfinished")
-
-    def __enter__(self) -> BinaryIO:
-        self._stream = open(self._unfinished, "wb")
-        return self._stream
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        with self._stream:
-            if error is None:
-                self._stream.flush()
-                os.fsync(self._stream.fileno())
-        if error is None:
-            os.replace(self._unfinished, self._path)
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file that gets its name when it is complete and on disk: `with new_file(path) as stream`."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    with open(unfinished, "wb") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(unfinished, path)
 
 
 def explained(error: OSError, target: Path) -> OSError:
-    """An error of writing, with what to do about it."""
+    """Returns an error of writing, with a remedy if the disk is full."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return OSError(
             error.errno,
-            f"{os.strerror(error.errno)}; {target} was not made. Run the same command again with more room: "
+            f"{os.strerror(error.errno)}; {target} was not made. Free disk space and run the same command again: "
             "finished files are kept",
             str(error.filename or target),
         )
@@ -95,15 +87,7 @@ def explained(error: OSError, target: Path) -> OSError:
 
 
 def copy_beside(source: Path, target: Path, *, without: tuple[str, ...]) -> None:
-    """Copies a directory's files (not its directories) unchanged, those whose name ends so left out."""
+    """Copies a directory's files (not its directories) unchanged, except those whose name ends in one of `without`."""
     for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.endswith(without) and not file.name.startswith("."):
             shutil.copyfile(file, target / file.name)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,9 +1,9 @@
 """The algebra of a conversion table: which rows of which Hugging Face tensors make up a Megatron tensor.
 
-Renaming, fusing queries, keys and values by group, stacking gate and up, padding the vocabulary: all of them move
-whole rows (dimension 0). So a Megatron tensor is a sequence of runs of rows, tensor parallelism and copies are
-intersections of intervals, and the inverse is the same table read from the other side. Names, shapes and slices only:
-no torch, no files, no process groups.
+Renaming, fusing queries, keys and values by group, stacking gate and up, padding the vocabulary: all of these move
+whole rows (dimension 0). Therefore a Megatron tensor is a sequence of runs of rows, tensor parallelism and copies are
+intersections of intervals, and the inverse is the same table read from the other side. Names, shapes and slices only,
+without torch, files or process groups.
 
 Dimensions by name: hidden, ffn, queries (heads x head_dim), keys (groups x head_dim), head_dim, vocabulary,
 score (1).
@@ -22,11 +22,11 @@ from typing import Protocol
 from oreal_megatron.config import GeometryConfig
 
 Interval = tuple[int, int]
-"""[start, stop)."""
+"""A range of indices [start, stop)."""
 
 
 class Split(enum.Enum):
-    """What a tensor-parallel rank holds of a Megatron tensor."""
+    """The part of a Megatron tensor that a tensor-parallel rank holds."""
 
     NONE = "all of it"
     ROWS = "a run of rows"
@@ -36,7 +36,7 @@ class Split(enum.Enum):
 
 @dataclass(frozen=True)
 class RowRun:
-    """Rows [start, stop) of one Hugging Face tensor."""
+    """Rows [start, stop) of a Hugging Face tensor."""
 
     tensor: str
     start: int
@@ -48,7 +48,7 @@ class RowRun:
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle of a tensor: rows, and columns where it is a matrix."""
+    """A rectangle of a tensor: rows, and columns if the tensor is a matrix."""
 
     rows: Interval
     columns: Interval | None
@@ -65,7 +65,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Copy:
-    """A rectangle of tensor `source` that lands at rows `at` of a buffer with the rectangle's columns."""
+    """A rectangle of tensor `source` that is copied to rows `at` of a buffer with the rectangle's columns."""
 
     source: str
     box: Box
@@ -74,11 +74,11 @@ class Copy:
 
 @dataclass(frozen=True)
 class Entry:
-    """One Megatron tensor over all ranks: its name, its shape without padding, how it splits, what it is made of."""
+    """A Megatron tensor over all ranks: its name, its shape without padding, its split and the rows that make it up."""
 
     name: str
     layer: int | None
-    """Global layer number from 0; None outside the layers."""
+    """Global layer number, from 0; None outside the layers."""
     shape: tuple[int, ...]
     split: Split
     runs: tuple[RowRun, ...]
@@ -90,15 +90,17 @@ class Entry:
         return self.shape[1] if len(self.shape) > 1 else None
 
     def whole(self, num_rows: int | None = None) -> Box:
-        """All of the tensor; num_rows: with padding."""
+        """Returns the rectangle of the whole tensor; num_rows: number of rows with padding."""
         columns = self.num_columns
         return Box((0, num_rows or self.shape[0]), None if columns is None else (0, columns))
 
     def boxes(self, size: int, rank: int, num_rows: int | None = None) -> tuple[Box, ...]:
-        """What rank `rank` of `size` tensor ranks holds, in the order in which it lies there; num_rows: with padding.
+        """Returns the rectangles that rank `rank` of `size` tensor ranks holds, in the order of its rows.
+
+        num_rows: number of rows of the tensor with padding.
 
         Raises:
-            ValueError: the tensor does not split over so many ranks.
+            ValueError: the tensor does not split over that number of ranks.
         """
         whole = self.whole(num_rows)
         rows = whole.rows[1]
@@ -114,11 +116,11 @@ class Entry:
 
     def _part(self, length: int, size: int, rank: int, what: str) -> Interval:
         if length % size:
-            raise ValueError(f"{self.name}: {length} {what} do not split over {size} tensor-parallel ranks")
+            raise ValueError(f"{self.name}: {length} {what} do not split evenly over {size} tensor-parallel ranks")
         return rank * (length // size), (rank + 1) * (length // size)
 
     def sources(self, box: Box) -> Iterator[Copy]:
-        """The Hugging Face rectangles that fill `box`; rows of padding have none."""
+        """Yields the Hugging Face rectangles that fill `box`; rows of padding have none."""
         first = 0
         for run in self.runs:
             if (common := overlap((first, first + len(run)), box.rows)) is not None:
@@ -130,7 +132,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows [start, stop) of a Hugging Face tensor are rows [first, ...) of Megatron tensor `entry`."""
+    """Rows [start, stop) of a Hugging Face tensor, which are rows [first, ...) of Megatron tensor `entry`."""
 
     start: int
     stop: int
@@ -140,14 +142,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Origin:
-    """One Hugging Face tensor: its shape, and where its rows are in Megatron's tensors, in order."""
+    """A Hugging Face tensor: its shape, and the places of its rows in Megatron's tensors, in order."""
 
     name: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
 
     def sources(self, box: Box) -> Iterator[Copy]:
-        """The Megatron rectangles that fill `box` of this tensor: the inverse of `Entry.sources`."""
+        """Yields the Megatron rectangles that fill `box` of this tensor: the inverse of `Entry.sources`."""
         for piece in self.pieces:
             if (common := overlap((piece.start, piece.stop), box.rows)) is not None:
                 shift = piece.first - piece.start
@@ -156,29 +158,31 @@ class Origin:
 
 
 def overlap(a: Interval, b: Interval) -> Interval | None:
+    """Returns the indices that two ranges share; None if there are none."""
     start, stop = max(a[0], b[0]), min(a[1], b[1])
     return (start, stop) if start < stop else None
 
 
 @dataclass(frozen=True)
 class Table:
-    """All tensors of one model, from both sides."""
+    """All tensors of a model, from both sides."""
 
     entries: Mapping[str, Entry]
-    """By Megatron's name, in the order of a forward pass."""
+    """Megatron tensors by name, in the order of a forward pass."""
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Second Hugging Face names of tied tensors: a source may hold them if they are equal; they are not written."""
+    """Second Hugging Face names of tied tensors -> first names. A source may hold them if they are equal; they are not
+    written."""
     module_aliases: Mapping[str, str] = field(default_factory=dict)
-    """Second Megatron names of tied tensors, which the last pipeline stage has parameters for."""
+    """Second Megatron names of tied tensors -> first names; the last pipeline stage has parameters for them."""
     origins: Mapping[str, Origin] = field(init=False)
-    """By Hugging Face's name, in the order of a forward pass."""
+    """Hugging Face tensors by name, in the order of a forward pass."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "origins", _inverse(self.entries.values()))
 
 
 def _inverse(entries: Iterable[Entry]) -> dict[str, Origin]:
-    """The Hugging Face side. Raises ValueError where rows are missing or occur twice."""
+    """Builds the Hugging Face side. Raises ValueError if rows are missing or occur twice."""
     pieces: dict[str, list[Piece]] = defaultdict(list)
     columns: dict[str, tuple[int, ...]] = {}
     for entry in entries:
@@ -203,19 +207,19 @@ def _inverse(entries: Iterable[Entry]) -> dict[str, Origin]:
 
 
 class Rule(Protocol):
-    """One line of a family's table. `{layer}` in names stands for the number of a layer."""
+    """A line of a family's table. `{layer}` in names stands for the number of a layer."""
 
     @property
     def megatron(self) -> str: ...
 
     def entry(self, sizes: Mapping[str, int], layer: int | None) -> Entry:
-        """The tensor that the rule describes, for the sizes of one model."""
+        """Returns the tensor that the rule describes, for the sizes of a model."""
         ...
 
 
 @dataclass(frozen=True)
 class Same:
-    """The same tensor under another name."""
+    """A tensor that is the same in both formats, apart from its name."""
 
     megatron: str
     huggingface: str
@@ -230,7 +234,10 @@ class Same:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """One row a token, padded with rows of zeros; `tied_to`: with tied embeddings it is that tensor once more."""
+    """A tensor with a row for each token, padded with rows of zeros.
+
+    tied_to: tensor that it is a second name of in models with tied embeddings.
+    """
 
     megatron: str
     huggingface: str
@@ -244,18 +251,18 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class GroupedQKV:
-    """Queries, keys and values in one tensor, group by group: the queries of a group, its key, its value."""
+    """Queries, keys and values in a single tensor, group by group: the queries of a group, its key, its value."""
 
     megatron: str
     query: str
     key: str
     value: str
     columns: Sequence[str] = ("hidden",)
-    """Empty for a bias."""
+    """Dimensions after the rows; empty for a bias."""
 
     def entry(self, sizes: Mapping[str, int], layer: int | None) -> Entry:
-        one = sizes["head_dim"]
-        num_groups = sizes["keys"] // one
+        head_dim = sizes["head_dim"]
+        num_groups = sizes["keys"] // head_dim
         queries = sizes["queries"] // num_groups
         q, k, v = (name.format(layer=layer) for name in (self.query, self.key, self.value))
         runs = [
@@ -263,8 +270,8 @@ class GroupedQKV:
             for group in range(num_groups)
             for run in (
                 RowRun(q, group * queries, (group + 1) * queries),
-                RowRun(k, group * one, (group + 1) * one),
-                RowRun(v, group * one, (group + 1) * one),
+                RowRun(k, group * head_dim, (group + 1) * head_dim),
+                RowRun(v, group * head_dim, (group + 1) * head_dim),
             )
         ]
         shape = (sizes["queries"] + 2 * sizes["keys"], *(sizes[dimension] for dimension in self.columns))
@@ -273,7 +280,7 @@ class GroupedQKV:
 
 @dataclass(frozen=True)
 class Stacked:
-    """The gate's rows, then the up projection's."""
+    """A tensor with the gate's rows, then the up projection's rows."""
 
     megatron: str
     gate: str
@@ -286,10 +293,10 @@ class Stacked:
 
 
 def sizes_of(geometry: GeometryConfig) -> dict[str, int]:
-    """The dimensions' values in one model."""
+    """Returns the sizes of a model's dimensions, by name."""
     if geometry.vocab_size is None:
-        raise ValueError("a conversion needs the number of rows of the embedding: geometry.vocab_size")
-    head_dim = geometry.head_dim or geometry.hidden_size // geometry.num_attention_heads
+        raise ValueError("geometry.vocab_size = None: a conversion needs the number of rows of the embedding")
+    head_dim = geometry.attention_head_dim
     return {
         "hidden": geometry.hidden_size,
         "ffn": geometry.ffn_hidden_size,
@@ -302,10 +309,10 @@ def sizes_of(geometry: GeometryConfig) -> dict[str, int]:
 
 
 def build_table(rules: Iterable[Rule], geometry: GeometryConfig) -> Table:
-    """A family's rules for one geometry.
+    """Builds the table of a family's rules for a geometry.
 
     Raises:
-        ValueError: rules that leave out a row or use it twice.
+        ValueError: the rules leave out a row or use it twice.
     """
     sizes = sizes_of(geometry)
     entries: list[Entry] = []

@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face directory: safetensors, sharded or not, read as slices and written as a stream."""
+"""Weights of a Hugging Face directory (safetensors, sharded or not): read as slices, written as a stream."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
-# Buffers that old checkpoints carry along; every model computes them.
+# Buffers that are in old checkpoints; models compute them.
 _IGNORED = "rotary_emb.inv_freq"
 _SHOWN = 6
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor as its shard's header describes it."""
+    """A tensor as described in the header of its shard."""
 
     file: str
     shape: tuple[int, ...]
@@ -33,18 +33,18 @@ class TensorInfo:
 
 
 class HuggingFaceWeights:
-    """The tensors of a directory. Files are mapped, not read: a slice costs the pages that it touches."""
+    """The tensors of a directory. Files are mapped, so that reading a slice reads only its pages."""
 
     def __init__(self, path: Path):
         """Opens every shard and checks it against the index.
 
         Raises:
-            ValueError: no weights, a missing or damaged shard, or an index that disagrees with the shards.
+            ValueError: there are no weights, a shard is missing or damaged, or the index disagrees with the shards.
         """
         self.path = path
         listed = self._listed_files()
         if lacking := sorted(name for name in set(listed.values()) if not (path / name).is_file()):
-            raise ValueError(f"{path}: {INDEX} names shards that are not there: {shorten(lacking)}")
+            raise ValueError(f"{path}: {INDEX} names shards that are missing: {shorten(lacking)}")
         self._files: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for name in sorted(set(listed.values())) if listed else [SINGLE]:
@@ -53,27 +53,27 @@ class HuggingFaceWeights:
             self._compare_with_index(listed)
 
     def _listed_files(self) -> dict[str, str]:
-        """Tensor name -> file, of the index; empty where one file holds all."""
+        """Returns tensor name -> file from the index; empty if there is a single file."""
         if not self.path.is_dir():
             raise ValueError(f"{self.path} is not a directory with weights")
         if (index := self.path / INDEX).is_file():
             try:
                 return dict(json.loads(index.read_text())["weight_map"])
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{index} is no index of safetensors shards: {error!r}") from error
+                raise ValueError(f"{index} is not an index of safetensors shards: {error!r}") from error
         if not (self.path / SINGLE).is_file():
             others = sorted(file.name for file in self.path.glob("*.bin"))
-            hint = f" ({others[0]} is torch's format: save the model as safetensors)" if others else ""
-            raise ValueError(f"{self.path}: there is neither {INDEX} nor {SINGLE} in it{hint}")
+            hint = f" ({others[0]} is in torch's format: save the model as safetensors)" if others else ""
+            raise ValueError(f"{self.path}: the directory has neither {INDEX} nor {SINGLE}{hint}")
         return {}
 
     def _open(self, name: str) -> None:
         file = self.path / name
         try:
-            # Opening reads and checks the header; a file shorter or longer than it says is refused.
+            # Opening checks the header, and that the file has the size that the header says.
             opened = safe_open(file, "pt")
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is truncated or no safetensors file: {error}") from error
+            raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from error
         self._files[name] = opened
         for tensor in opened.keys():  # noqa: SIM118 (not a dict)
             described = opened.get_slice(tensor)
@@ -98,10 +98,11 @@ class HuggingFaceWeights:
             raise ValueError(f"{self.path}: {INDEX} disagrees with the shards: {shorten(problems, '; ')}")
 
     def check(self, table: Table) -> None:
-        """Compares names, shapes and dtypes with what the model has.
+        """Compares names, shapes and dtypes with the model's.
 
         Raises:
-            ValueError: missing or unexpected tensors, wrong shapes or dtypes, tied tensors that differ; all at once.
+            ValueError: tensors are missing, unexpected or of another shape or dtype, or tied tensors differ; lists all
+                problems.
         """
         problems = [f"{name} is missing" for name in table.origins if name not in self.tensors]
         for name, info in self.tensors.items():
@@ -118,14 +119,14 @@ class HuggingFaceWeights:
             dtypes = {self.tensors[run.tensor].dtype: run.tensor for run in entry.runs if run.tensor in self.tensors}
             if len(dtypes) > 1:
                 parts = " and ".join(f"{tensor} ({dtype})" for dtype, tensor in dtypes.items())
-                problems.append(f"{parts} belong into one tensor and differ in dtype")
+                problems.append(f"{parts} become one Megatron tensor and differ in dtype")
         if problems:
             raise ValueError(f"{self.path} does not hold the model of its config.json: {shorten(problems, '; ')}")
         for alias, name in table.aliases.items():
             if alias in self.tensors and not self._are_equal(alias, name):
                 raise ValueError(
-                    f"{self.path}: config.json ties {alias} to {name} (tie_word_embeddings), and they differ; which "
-                    "of the two is right cannot be told: set tie_word_embeddings to false, or remove the wrong one"
+                    f"{self.path}: config.json ties {alias} to {name} (tie_word_embeddings), but they differ. Set "
+                    "tie_word_embeddings to false, or remove the wrong tensor."
                 )
 
     def _are_equal(self, one: str, other: str) -> bool:
@@ -136,17 +137,17 @@ class HuggingFaceWeights:
         return all(same_bits(self.read(one, box), self.read(other, box)) for box in blocks)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor of a checked directory."""
+        """Returns the dtype of a tensor of a checked directory."""
         return DTYPES[self.tensors[name].dtype]
 
     def read(self, name: str, box: Box) -> Tensor:
-        """A rectangle of a tensor: a view of the mapped file."""
+        """Returns a rectangle of a tensor, as a view of the mapped file."""
         rows = slice(*box.rows)
         described = self._files[self.tensors[name].file].get_slice(name)
         return described[rows] if box.columns is None else described[rows, slice(*box.columns)]
 
     def stamp(self) -> dict[str, list[int]]:
-        """Sizes and times of the files: what tells that they are the same as before."""
+        """Returns sizes and times of the files, by which a later run recognises the same input."""
         stats = {name: (self.path / name).stat() for name in self._files}
         return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
@@ -161,11 +162,11 @@ class NewShard:
 
     @property
     def num_bytes(self) -> int:
-        """Of the tensors."""
+        """Bytes of the tensors."""
         return sum(num_bytes(shape, dtype) for shape, dtype in self.tensors.values())
 
     def header(self) -> bytes:
-        """What stands before the tensors, as the format's description has it."""
+        """Returns the bytes before the tensors: the length of a JSON description, and the description."""
         described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, (shape, dtype) in self.tensors.items():
@@ -179,7 +180,7 @@ class NewShard:
 def plan_shards(
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], max_shard_bytes: int
 ) -> tuple[list[NewShard], str | None]:
-    """Files of at most `max_shard_bytes` (more where one tensor is larger), and the index where there are several."""
+    """Returns files of at most `max_shard_bytes` (more if a tensor is larger), and the index if there are several."""
     groups: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [{}]
     size = 0
     for name, (shape, dtype) in tensors.items():
@@ -201,17 +202,17 @@ def plan_shards(
 
 
 def num_bytes(shape: Iterable[int], dtype: torch.dtype) -> int:
-    """Of a dense tensor."""
+    """Returns the bytes of a dense tensor."""
     return torch.Size(shape).numel() * dtype.itemsize
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one dtype are equal bit for bit: NaNs count as what they are, 0 is not -0."""
+    """Returns whether two tensors of a dtype are equal bit for bit: NaNs may be equal, and 0 is not -0."""
     as_bits = {2: torch.int16, 4: torch.int32}[one.dtype.itemsize]
     return one.dtype == other.dtype and torch.equal(one.view(as_bits), other.view(as_bits))
 
 
 def shorten(items: list[str], separator: str = ", ") -> str:
-    """The first few, and how many more."""
+    """Joins the first few items, and says how many more there are."""
     more = f"{separator}and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
     return separator.join(items[:_SHOWN]) + more

@@ -8,90 +8,22 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from oreal_megatron.config import SamplingConfig
 from oreal_megatron.distributed.cpu_backend import free_cached_memory
 from oreal_megatron.distributed.groups import ParallelGroups
-from oreal_megatron.servers.client import ServerClient
 from oreal_megatron.servers.pool import ServerPool
 from oreal_megatron.servers.router import NoServerError, WeightVersion
 from oreal_megatron.servers.server import SGLangServer
 from oreal_megatron.types import Completion, GenerationRequest
+from oreal_megatron.weight_sync.publisher import Publisher
+from oreal_megatron.weight_sync.types import PausedServer
 
 T = TypeVar("T")
-
-
-class TransferFailure(Protocol):
-    """Why a server does not have the weights."""
-
-    @property
-    def reason(self) -> str: ...
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether the server itself is gone; otherwise sending again may help."""
-
-
-class TransferResult(Protocol):
-    """What came of sending weights to servers."""
-
-    @property
-    def failures(self) -> Mapping[str, TransferFailure]:
-        """By server; the others have the weights, audited."""
-
-    @property
-    def num_bytes(self) -> int: ...
-
-    @property
-    def seconds(self) -> Mapping[str, float]: ...
-
-
-class WeightPublisher(Protocol):
-    """Gets the policy's weights to servers and audits them. Every rank calls every method, together with the others."""
-
-    def prepare(self, weight_version: int) -> None:
-        """What can be done while servers still generate."""
-
-    def deliver(self, servers: Sequence[PausedServer]) -> TransferResult:
-        """The policy's present weights to `servers`, which are read on the main rank only."""
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class PausedServer:
-    """A server that waits for weights, to be used from any thread: work is done on the event loop."""
-
-    client: ServerClient
-    index: int
-    """Among all servers of the run."""
-    run: Callable[[Coroutine[Any, Any, None]], concurrent.futures.Future[None]]
-
-    @property
-    def name(self) -> str:
-        return self.client.url
-
-    def update_weights_from_tensor(
-        self, payloads: Sequence[bytes], load_format: str
-    ) -> concurrent.futures.Future[None]:
-        return self.run(self.client.update_weights_from_tensor(payloads, load_format))
-
-    def update_weights_from_disk(self, directory: Path) -> concurrent.futures.Future[None]:
-        return self.run(self.client.update_weights_from_disk(directory))
-
-    def init_weights_update_group(self, group: Mapping[str, Any]) -> concurrent.futures.Future[None]:
-        return self.run(self.client.init_weights_update_group(group))
-
-    def update_weights_from_distributed(self, tensors: Mapping[str, Any]) -> concurrent.futures.Future[None]:
-        return self.run(self.client.update_weights_from_distributed(tensors))
-
-    def destroy_weights_update_group(self, name: str) -> concurrent.futures.Future[None]:
-        return self.run(self.client.destroy_weights_update_group(name))
 
 
 class SGLangEngine:
@@ -104,7 +36,7 @@ class SGLangEngine:
     def __init__(
         self,
         pool: ServerPool,
-        publisher: WeightPublisher,
+        publisher: Publisher,
         groups: ParallelGroups,
         *,
         vocab_size: int,

@@ -1,1 +1,1 @@
-"""Weights from the trainer's shards to the rollout servers' shards."""
+"""Transfer of weights from the trainer's shards to the rollout servers' shards."""

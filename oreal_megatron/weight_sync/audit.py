@@ -1,7 +1,7 @@
-"""The audit after every publication: what servers hold, element for element, against what the trainer holds.
+"""The audit after every publication: compares all elements of the servers' parameters with the trainer's weights.
 
-Servers in FP8 hold quantised weights. The trainer's ranks quantise their parts of the same weights for themselves,
-after they have agreed on the largest value of each block, so that what is compared is what generates.
+Servers in FP8 hold quantised weights. The trainer's ranks quantise their parts of the same weights themselves, after
+they have agreed on the largest value of each block, so the comparison covers the numbers that the servers compute with.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,40 +18,42 @@ from oreal_megatron.weight_sync.checksums import Checksums, added, checksum, who
 from oreal_megatron.weight_sync.commands import CommandChannel
 from oreal_megatron.weight_sync.fp8_blocks import block_amax, quantised, scales_for
 from oreal_megatron.weight_sync.p2p import view
-from oreal_megatron.weight_sync.planner import ServerRank, TransferOp, plan_resharding
-from oreal_megatron.weight_sync.sglang_layout import SGLangLayout, scales_of
+from oreal_megatron.weight_sync.planner import ReshardingPlan, TransferOp, ops_by_receiver
+from oreal_megatron.weight_sync.sglang_layout import scales_of
 from oreal_megatron.weight_sync.source import PolicyShards
 from oreal_megatron.weight_sync.types import PausedServer, TransferFailure
 from oreal_megatron.weight_sync.worker import Audit
 
 
 class Auditor:
-    """Each trainer rank sums up its part, each server's worker its own; only sums travel."""
+    """Compares checksums: each trainer rank computes those of its part, each worker those of its parameters."""
 
-    def __init__(self, shards: PolicyShards, layout: SGLangLayout, channel: CommandChannel):
-        """layout: of each server, whatever its count."""
+    def __init__(self, shards: PolicyShards, plan: ReshardingPlan, channel: CommandChannel):
         self._shards = shards
         self._channel = channel
-        self._plan = plan_resharding(shards.table, shards.geometry, shards.trainer, replace(layout, count=1))
+        self._targets = plan.targets
+        assigned = ops_by_receiver(plan.assign(num_servers=1), shards.groups.rank)
+        self._ops = [assigned.get(rank, ()) for rank in range(plan.tensor)]
+        """Ops whose elements this trainer rank sums up, by the server's tensor-parallel rank."""
 
     def audit(self, servers: Sequence[PausedServer]) -> tuple[dict[str, TransferFailure], float]:
-        """(server -> what is wrong, seconds), the same on every rank, all of which call this.
+        """Returns (failures by server name, seconds), the same on every rank; all ranks call this.
 
         servers: read on the main rank only.
         """
         start = time.perf_counter()
         groups, channel = self._shards.groups, self._channel
-        pending = {}
+        answers = {}
         if groups.is_main:
             ranks = range(channel.tensor)
-            pending = {
+            answers = {
                 server.name: channel.send(server, [channel.encode(Audit(), r) for r in ranks]) for server in servers
             }
         expected = [added(parts) for parts in zip(*groups.gather_over_world(self._expected()), strict=True)]
         failures: dict[str, TransferFailure] = {}
-        for name, one in pending.items():
+        for name, answer in answers.items():
             try:
-                reports = channel.reports(one)
+                reports = channel.reports(answer)
             except (ConnectionError, ValueError) as error:
                 failures[name] = TransferFailure(f"could not be audited: {error}", isinstance(error, ConnectionError))
                 continue
@@ -64,41 +65,38 @@ class Auditor:
         return groups.from_main(failures), time.perf_counter() - start
 
     def _expected(self) -> list[Checksums]:
-        """This rank's share of the sums, by the server's tensor-parallel rank."""
+        """Computes this trainer rank's share of the checksums, by the server's tensor-parallel rank."""
         scales = self._scales()
         sums = []
         for rank in range(self._channel.tensor):
-            parts = ({item.target: self._sum(item, part, scales[rank])} for item, part in self._parts(rank))
-            # Scales are the same on every trainer rank, which have agreed on them.
+            parts = ({op.target: self._sum(op, part, scales[rank])} for op, part in self._parts(rank))
+            # All trainer ranks have the same scales, so only the main rank adds them.
             of_scales = {scales_of(name): whole(scale) for name, scale in scales[rank].items()}
             sums.append(added([*parts, of_scales if self._shards.groups.is_main else {}]))
         return sums
 
     def _parts(self, rank: int) -> Iterator[tuple[TransferOp, Tensor]]:
-        """What this trainer rank sends to a server's rank, as it travels."""
+        """Yields this trainer rank's ops for a server's rank, with their elements in the dtype of the transfer."""
         tensors = self._shards.tensors()
-        for item in self._plan.sent.get((self._shards.groups.rank, ServerRank(0, rank)), ()):
-            yield item, view(tensors[item.source], item.source_box).to(self._shards.dtype)
+        for op in self._ops[rank]:
+            yield op, view(tensors[op.source], op.source_box).to(self._shards.dtype)
 
-    def _sum(self, item: TransferOp, part: Tensor, scales: Mapping[str, Tensor]) -> int:
-        if item.target in scales:
-            part = quantised(part, item.target_box, scales[item.target])
-        return checksum(part, item.target_box)
+    def _sum(self, op: TransferOp, part: Tensor, scales: Mapping[str, Tensor]) -> int:
+        if op.target in scales:
+            part = quantised(part, op.target_box, scales[op.target])
+        return checksum(part, op.target_box)
 
     def _scales(self) -> list[dict[str, Tensor]]:
-        """Of the server's FP8 weights, by its rank: from the largest value of each block, whoever holds it."""
-        shapes = [
-            {tensor.name: tensor.num_blocks for tensor in tensors if tensor.is_fp8}
-            for _, tensors in sorted(self._plan.targets.items())
-        ]
+        """Computes the scales of the server's FP8 weights, by its rank: from each block's largest value on any rank."""
+        shapes = [{tensor.name: tensor.num_blocks for tensor in tensors if tensor.is_fp8} for tensors in self._targets]
         if not any(shapes):
             return [{} for _ in shapes]
         largest = torch.zeros(sum(math.prod(shape) for part in shapes for shape in part.values()), device=device())
         for rank, by_name in enumerate(_split(largest, shapes)):
-            for item, part in self._parts(rank):
-                if item.target in by_name:
-                    found, blocks = block_amax(part, item.target_box)
-                    by_name[item.target][blocks] = torch.maximum(by_name[item.target][blocks], found)
+            for op, part in self._parts(rank):
+                if op.target in by_name:
+                    found, blocks = block_amax(part, op.target_box)
+                    by_name[op.target][blocks] = torch.maximum(by_name[op.target][blocks], found)
         return _split(scales_for(self._shards.groups.max_over_world(largest)), shapes)
 
     def close(self) -> None:
@@ -106,7 +104,7 @@ class Auditor:
 
 
 def _split(flat: Tensor, shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> list[dict[str, Tensor]]:
-    """Views of a flat tensor, one after the other."""
+    """Splits a flat tensor into views of the given shapes, one after the other."""
     pieces = iter(flat.split([math.prod(shape) for part in shapes for shape in part.values()]))
     return [{name: next(pieces).view(shape) for name, shape in part.items()} for part in shapes]
 

@@ -1,7 +1,8 @@
-"""The broadcast transport: whole tensors to every server rank, by SGLang's own means; the peers' way.
+"""The broadcast transport: whole tensors to every server rank, by SGLang's /update_weights_from_distributed.
 
-Each pipeline stage has a source, its first rank, which gathers the stage's tensors bucket by bucket and broadcasts them
-in a group with all workers of all servers. The main rank tells the servers over HTTP what comes, bucket by bucket.
+This is how most RL frameworks send weights. Each pipeline stage has a source, its first rank, which gathers the stage's
+tensors bucket by bucket and broadcasts them in a group with all workers of all servers. The main rank announces each
+bucket to the servers over HTTP.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_proces
 from oreal_megatron.distributed.cpu_backend import collective_backend, device
 from oreal_megatron.weight_sync.commands import CommandChannel
 from oreal_megatron.weight_sync.p2p import pack, unpack
-from oreal_megatron.weight_sync.planner import TransferOp, plan_gathering
+from oreal_megatron.weight_sync.planner import TransferOp, num_elements, plan_gathering
 from oreal_megatron.weight_sync.source import PolicyShards
 from oreal_megatron.weight_sync.types import PausedServer, TransferFailure, TransferResult, failure_of_answer
 
 
 @dataclass(frozen=True)
 class _BroadcastBucket:
-    """Whole tensors that one source gathers and broadcasts together."""
+    """Whole tensors that a source gathers and broadcasts together."""
 
     source: int
-    """A trainer rank."""
+    """Trainer rank that gathers and broadcasts."""
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    parts: Mapping[int, Sequence[TransferOp]]
-    """By trainer rank: what it has of them."""
+    ops: Mapping[int, Sequence[TransferOp]]
+    """Ops that gather the tensors, by the trainer rank that holds the elements."""
 
     @property
     def num_elements(self) -> int:
@@ -52,16 +53,17 @@ class BroadcastTransport:
         self._channel = channel
         self._buckets = _buckets(shards, max(bucket_bytes // shards.dtype.itemsize, 1))
         self._sources = tuple(dict.fromkeys(bucket.source for bucket in self._buckets))
-        self._joined: dict[int, Any] = {}
-        """By source: its group, on that rank alone."""
-        self._names: dict[int, str] = {}
+        self._own_groups: dict[int, Any] = {}
+        """The process group of this rank, by source; only sources have one."""
+        self._group_names: dict[int, str] = {}
+        """Names of all groups, by source."""
         self._server_names: tuple[str, ...] = ()
 
     def prepare(self, weight_version: int) -> None:
-        """Nothing: weights leave from where they are."""
+        """Does nothing: weights are sent from where they are."""
 
     def send(self, servers: Sequence[PausedServer]) -> TransferResult:
-        """See Transport. A process that ends in the middle breaks the groups: then no server has the weights."""
+        """See Transport. A process that ends during the transfer breaks the groups: then no server has the weights."""
         start = time.perf_counter()
         server_names: tuple[str, ...] = self._groups.from_main(tuple(server.name for server in servers))
         if not server_names:
@@ -73,7 +75,7 @@ class BroadcastTransport:
         for bucket in self._buckets:
             if failures:
                 break
-            failures, seconds = self._move(bucket, servers)
+            failures, seconds = self._broadcast(bucket, servers)
             load_seconds += seconds
         if failures:
             self._leave(servers)
@@ -85,7 +87,7 @@ class BroadcastTransport:
         )
 
     def _join(self, servers: Sequence[PausedServer], server_names: tuple[str, ...]) -> dict[str, TransferFailure]:
-        """Makes a group for every source; the same answer on every rank."""
+        """Sets up a group for every source; returns failures by server name, the same on every rank."""
         self._leave(servers)
         size = 1 + len(server_names) * self._channel.tensor
         failures: dict[str, TransferFailure] = {}
@@ -106,18 +108,18 @@ class BroadcastTransport:
                 if self._groups.is_main
             }
             error = None
-            self._names[source] = name
+            self._group_names[source] = name
             if self._groups.rank == source:
                 try:
-                    self._joined[source] = self._group(name, size)
+                    self._own_groups[source] = self._new_group(name, size)
                 except RuntimeError as failed:
                     error = f"trainer rank {source} could not join: {failed}"
-            failures |= self._outcome(answers, error)
+            failures |= self._failures(answers, error)
         self._server_names = server_names
         return failures
 
-    def _group(self, name: str, size: int) -> Any:
-        """The group as SGLang makes it on its side (`init_custom_process_group`), this rank being the first."""
+    def _new_group(self, name: str, size: int) -> Any:
+        """Creates a group as SGLang does on its side (`init_custom_process_group`); this rank is rank 0 of it."""
         timeout = timedelta(seconds=self._channel.timeout_seconds)
         store = dist.TCPStore(self._channel.host, self._channel.port, is_master=False, timeout=timeout)
         options: dict[str, Any] = {"group_name": name, "timeout": timeout}
@@ -127,10 +129,10 @@ class BroadcastTransport:
         _world.pg_group_ranks[group] = {rank: rank for rank in range(size)}
         return group
 
-    def _move(
+    def _broadcast(
         self, bucket: _BroadcastBucket, servers: Sequence[PausedServer]
     ) -> tuple[dict[str, TransferFailure], float]:
-        """(what failed, seconds that servers took after the last byte)."""
+        """Returns (failures by server name, seconds from the last byte to the servers' answers)."""
         answers = {}
         if self._groups.is_main:
             dtype = self._channel.dtype
@@ -138,26 +140,26 @@ class BroadcastTransport:
                 "names": list(bucket.names),
                 "dtypes": [dtype] * len(bucket.names),
                 "shapes": [list(shape) for shape in bucket.shapes],
-                "group_name": self._names[bucket.source],
+                "group_name": self._group_names[bucket.source],
                 "load_format": "flattened_bucket",
             }
             answers = {server.name: server.update_weights_from_distributed(request) for server in servers}
-        whole, error = self._gathered(bucket), None
+        whole, error = self._gather(bucket), None
         if whole is not None:
             try:
                 options = dist.BroadcastOptions()
                 options.rootRank = 0
-                self._joined[bucket.source].broadcast([whole.view(torch.uint8)], options).wait()
+                self._own_groups[bucket.source].broadcast([whole.view(torch.uint8)], options).wait()
             except RuntimeError as failed:
                 error = f"trainer rank {bucket.source}: {failed}"
         start = time.perf_counter()
-        return self._outcome(answers, error), time.perf_counter() - start
+        return self._failures(answers, error), time.perf_counter() - start
 
-    def _gathered(self, bucket: _BroadcastBucket) -> Tensor | None:
-        """The bucket's tensors, one after the other, on its source."""
+    def _gather(self, bucket: _BroadcastBucket) -> Tensor | None:
+        """Gathers the bucket's tensors, one after the other in a flat tensor, on its source; None on other ranks."""
         rank, tensors = self._groups.rank, self._shards.tensors()
-        mine = bucket.parts.get(rank, ())
-        packed = torch.empty(sum(item.num_elements for item in mine), dtype=self._shards.dtype, device=device())
+        mine = bucket.ops.get(rank, ())
+        packed = torch.empty(num_elements(mine), dtype=self._shards.dtype, device=device())
         pack(mine, tensors, packed)
         if rank != bucket.source:
             if mine:
@@ -169,19 +171,22 @@ class BroadcastTransport:
             size = torch.Size(shape).numel()
             targets[name] = whole[first : first + size].view(shape)
             first += size
-        for sender, items in sorted(bucket.parts.items()):
+        for sender, ops in sorted(bucket.ops.items()):
             received = packed
             if sender != rank:
-                received = torch.empty_like(whole[: sum(item.num_elements for item in items)])
+                received = torch.empty_like(whole[: num_elements(ops)])
                 dist.recv(received, sender)
-            unpack(items, received, targets)
+            unpack(ops, received, targets)
         return whole
 
-    def _outcome(self, answers: Mapping[str, Future[None]], error: str | None) -> dict[str, TransferFailure]:
-        """By server, on every rank: what its answer says, or the error of a trainer rank."""
+    def _failures(self, answers: Mapping[str, Future[None]], error: str | None) -> dict[str, TransferFailure]:
+        """Waits for answers; returns failures by server name on every rank.
+
+        error: error of this trainer rank; any rank's error is a failure of every server.
+        """
         errors = [text for part in self._groups.gather_over_world([error] if error else []) for text in part]
         if errors:
-            self._drop()  # servers that wait for this rank hear at once that it is gone
+            self._close_groups()  # so that servers that wait for this rank fail at once
         failures = {}
         for name, answer in answers.items():
             failure = failure_of_answer(answer) or (TransferFailure(errors[0]) if errors else None)
@@ -190,46 +195,46 @@ class BroadcastTransport:
         return self._groups.from_main(failures)
 
     def _leave(self, servers: Sequence[PausedServer]) -> None:
-        """Forgets the groups on both sides; servers that are gone have none."""
-        answers = [server.destroy_weights_update_group(name) for server in servers for name in self._names.values()]
+        """Destroys the groups on both sides; failures are ignored, because lost servers have no groups."""
+        answers = [
+            server.destroy_weights_update_group(name) for server in servers for name in self._group_names.values()
+        ]
         for answer in answers:
             failure_of_answer(answer)
-        self._drop()
-        self._names.clear()
+        self._close_groups()
+        self._group_names.clear()
         self._server_names = ()
 
-    def _drop(self) -> None:
-        """Leaves this rank's group."""
-        for group in self._joined.values():
+    def _close_groups(self) -> None:
+        """Destroys this rank's groups."""
+        for group in self._own_groups.values():
             dist.destroy_process_group(group)
-        self._joined.clear()
+        self._own_groups.clear()
 
     def close(self) -> None:
-        """Leaves the groups."""
+        """Destroys this rank's groups."""
         self._leave(())
 
 
-def _buckets(shards: PolicyShards, num_elements: int) -> list[_BroadcastBucket]:
-    """Whole tensors in runs of at most `num_elements`, a larger one alone; none spans two sources."""
-    trainer, table = shards.trainer, shards.table
+def _buckets(shards: PolicyShards, max_elements: int) -> list[_BroadcastBucket]:
+    """Groups whole tensors into buckets of at most `max_elements`; a larger tensor is alone, none spans two sources."""
+    layout, table = shards.layout, shards.table
     runs: list[tuple[int, list[str]]] = []
     room = 0
-    parts = plan_gathering(table, shards.geometry, trainer)
-    for name in parts:
-        source = min(trainer.replicas(min(parts[name]) // (trainer.num_ranks // trainer.model.pipeline), 0))
+    gathering = plan_gathering(table, shards.geometry, layout)
+    for name, by_rank in gathering.items():
+        source = min(layout.replicas(min(by_rank) // (layout.num_ranks // layout.pipeline), 0))
         size = torch.Size(table.origins[name].shape).numel()
         if not runs or runs[-1][0] != source or size > room:
             runs.append((source, []))
-            room = num_elements
+            room = max_elements
         runs[-1][1].append(name)
         room -= size
     found = []
     for source, names in runs:
-        by_rank: dict[int, list[TransferOp]] = {}
+        ops: dict[int, list[TransferOp]] = {}
         for name in names:
-            for rank, items in parts[name].items():
-                by_rank.setdefault(rank, []).extend(items)
-        found.append(
-            _BroadcastBucket(source, tuple(names), tuple(table.origins[name].shape for name in names), by_rank)
-        )
+            for rank, part in gathering[name].items():
+                ops.setdefault(rank, []).extend(part)
+        found.append(_BroadcastBucket(source, tuple(names), tuple(table.origins[name].shape for name in names), ops))
     return found

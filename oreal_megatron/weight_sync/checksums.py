@@ -1,8 +1,8 @@
-"""Sums by which every element of a tensor is compared on both sides without gathering it.
+"""Checksums that compare every element of a tensor on both sides without gathering it.
 
-The sum of an element's bits, weighted by its place in the receiver's tensor, is additive: what several trainer ranks
-expect of their parts adds up to what a server finds in its whole tensor. Padding is zeros and adds nothing, so padding
-that is anything else shows too. 64-bit, modulo 2^64.
+A checksum adds up the elements' bits, weighted by their places in the receiver's tensor. It is additive: the checksums
+of several trainer ranks' parts add up to the checksum of a server's whole tensor. Padding is zeros and adds nothing, so
+padding that is not zero is found too. Checksums have 64 bits, modulo 2^64.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from torch import Tensor
 from oreal_megatron.conversion.rules import Box
 
 Checksums = dict[str, int]
-"""By the server's name of a tensor: in [0, 2^64)."""
+"""Checksums in [0, 2^64), by the server's name of a tensor."""
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Multiplicative hashing: odd constants that spread neighbouring indices over 32 bits; two, so that a transpose shows.
+# Multiplicative hashing: odd constants spread neighbouring indices over 32 bits. Rows and columns have different ones,
+# so that a transpose changes the sum.
 _ROW, _COLUMN = 0x9E3779B1, 0x85EBCA6B
 
 _CHUNK_ELEMENTS = 2**20  # a checksum takes 8 bytes an element while it is computed
 
 
 def checksum(part: Tensor, box: Box) -> int:
-    """The weighted sum of the bits of `part`, which lies at `box` of its tensor.
+    """Computes the weighted sum of the bits of `part`, which lies at `box` of its tensor.
 
-    Each element's bits times an odd weight of its row and one of its column: a wrong bit, a wrong place and a swap of
-    two elements all change it.
+    Each element's bits are multiplied by an odd weight of its row and an odd weight of its column: a wrong bit, a wrong
+    place and a swap of two elements all change the sum.
     """
     columns = None if box.columns is None else _weights(box.columns, _COLUMN, part.device)
     rows = _weights(box.rows, _ROW, part.device)
@@ -48,13 +49,13 @@ def _weights(interval: tuple[int, int], multiplier: int, device: torch.device) -
 
 
 def whole(tensor: Tensor) -> int:
-    """The checksum of all of a tensor."""
+    """Computes the checksum of a whole tensor."""
     rows, *columns = tensor.shape
     return checksum(tensor.detach(), Box((0, rows), (0, columns[0]) if columns else None))
 
 
 def added(parts: Iterable[Checksums]) -> Checksums:
-    """The sums of several parts of the same tensors."""
+    """Adds up the checksums of several parts of the same tensors."""
     total: Checksums = {}
     for part in parts:
         for name, value in part.items():

@@ -1,4 +1,4 @@
-"""Orders to the workers of paused servers, and their reports: the trainer's side of loader.py."""
+"""Commands to the workers of paused servers, and their reports: the trainer's side of worker.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch import Tensor
 
-from oreal_megatron.weight_sync.sglang_layout import LOADER, SGLangLayout, served_tensors
+from oreal_megatron.weight_sync.planner import ReshardingPlan
+from oreal_megatron.weight_sync.sglang_layout import LOADER
 from oreal_megatron.weight_sync.source import PolicyShards
 from oreal_megatron.weight_sync.types import PausedServer, TransferFailure
 from oreal_megatron.weight_sync.worker import Audit, Command, Receive, Unpack, WorkerReport
@@ -23,37 +24,29 @@ NamedTensors = list[tuple[str, Tensor]]
 
 @dataclass(frozen=True)
 class EncodedCommand:
-    """An order, ready to be handed to a worker."""
+    """A command in the form that a server takes; any trainer rank makes it, the main rank sends it."""
 
-    key: str
-    """Of its report."""
+    report_key: str
     payload: bytes
 
 
-@dataclass(frozen=True)
-class PendingCommand:
-    """One order to each worker of a server."""
-
-    answer: Future[None]
-    keys: tuple[str, ...]
-
-
 class CommandChannel:
-    """Any rank writes orders; the main one hands them to servers and reads the reports."""
+    """Sends commands to the workers of servers and reads their reports.
 
-    def __init__(self, shards: PolicyShards, layout: SGLangLayout, *, timeout_seconds: float):
-        """layout: of each server, whatever its count. timeout_seconds: that a worker waits for others."""
+    Every rank can encode commands; the main rank sends them.
+    """
+
+    def __init__(self, shards: PolicyShards, plan: ReshardingPlan, *, timeout_seconds: float):
+        """timeout_seconds: time that a worker waits for other processes."""
         self.timeout_seconds = timeout_seconds
-        self.tensor = layout.tensor
+        self.tensor = plan.tensor
         self.dtype = str(shards.dtype).removeprefix("torch.")
-        self._tensors: list[Mapping[str, tuple[str, tuple[int, ...]]]] = [
-            {
-                name: kind
-                for tensor in served_tensors(shards.table, shards.geometry, layout, rank)
-                for name, kind in tensor.held(self.dtype).items()
-            }
-            for rank in range(layout.tensor)
+        self._parameters: list[Mapping[str, tuple[str, tuple[int, ...]]]] = [
+            {name: kind for tensor in tensors for name, kind in tensor.parameters(self.dtype).items()}
+            for tensors in plan.targets
         ]
+        self._report_keys: dict[Future[None], tuple[str, ...]] = {}
+        """Keys of the reports to commands that were sent, by the server's answer."""
         self.store: dist.TCPStore | None = None
         if shards.groups.is_main:
             self.store = dist.TCPStore(
@@ -65,9 +58,9 @@ class CommandChannel:
     def encode(
         self, task: Receive | Unpack | Audit, rank: int, pickled: Callable[[NamedTensors], bytes] = pickle.dumps
     ) -> EncodedCommand:
-        """For the worker of tensor-parallel rank `rank`.
+        """Encodes a task for the worker of tensor-parallel rank `rank`.
 
-        pickled: of what SGLang hands to the loader; a rank that adds buffers pickles them its own way.
+        pickled: pickles the tensors that SGLang hands to the worker; a caller that adds buffers has its own function.
         """
         command = Command(
             host=self.host,
@@ -75,28 +68,29 @@ class CommandChannel:
             timeout_seconds=self.timeout_seconds,
             report_key=f"reports/{uuid.uuid4().hex}",
             dtype=self.dtype,
-            tensors=self._tensors[rank],
+            parameters=self._parameters[rank],
             task=task,
         )
-        return EncodedCommand(command.report_key, pickled([("order", command.encoded())]))
+        return EncodedCommand(command.report_key, pickled([("command", command.encoded())]))
 
-    def send(self, server: PausedServer, commands: Sequence[EncodedCommand]) -> PendingCommand:
-        """orders: one a tensor-parallel rank."""
-        return PendingCommand(
-            server.update_weights_from_tensor([command.payload for command in commands], LOADER),
-            tuple(command.key for command in commands),
-        )
+    def send(self, server: PausedServer, commands: Sequence[EncodedCommand]) -> Future[None]:
+        """Sends a server one command a tensor-parallel rank; returns the server's answer, for `reports`."""
+        answer = server.update_weights_from_tensor([command.payload for command in commands], LOADER)
+        self._report_keys[answer] = tuple(command.report_key for command in commands)
+        return answer
 
-    def reports(self, pending: PendingCommand) -> list[WorkerReport]:
-        """Of every worker, when it has one.
+    def reports(self, answer: Future[None]) -> list[WorkerReport]:
+        """Waits for a server's answer and returns the report of every worker.
 
         Raises:
-            ConnectionError: the server is lost. ValueError: it refuses orders.
+            ConnectionError: the server is lost.
+            ValueError: the server refuses commands.
         """
         assert self.store is not None
-        pending.answer.result()
+        keys = self._report_keys.pop(answer)
+        answer.result()
         found = []
-        for key in pending.keys:
+        for key in keys:
             if not self.store.check([key]):  # a worker reports before its server answers
                 found.append(WorkerReport(error="the worker left no report; see the server's log"))
                 continue
@@ -104,20 +98,19 @@ class CommandChannel:
             self.store.delete_key(key)
         return found
 
+    def failure(self, answer: Future[None]) -> TransferFailure | None:
+        """Waits for a server's answer and returns the reason why a command failed, or None."""
+        try:
+            reports = self.reports(answer)
+        except (ConnectionError, ValueError) as error:
+            return TransferFailure(str(error), is_lost=isinstance(error, ConnectionError))
+        errors = [f"tensor-parallel rank {rank}: {report.error}" for rank, report in enumerate(reports) if report.error]
+        return TransferFailure(errors[0]) if errors else None
+
     def close(self) -> None:
         self.store = None
 
 
-def failure_of(channel: CommandChannel, pending: PendingCommand) -> TransferFailure | None:
-    """Why a server has not done what it was ordered to, when it has answered."""
-    try:
-        reports = channel.reports(pending)
-    except (ConnectionError, ValueError) as error:
-        return TransferFailure(str(error), is_lost=isinstance(error, ConnectionError))
-    errors = [f"tensor-parallel rank {rank}: {report.error}" for rank, report in enumerate(reports) if report.error]
-    return TransferFailure(errors[0]) if errors else None
-
-
 def own_address() -> str:
-    """The address of this machine that servers on others can reach."""
+    """Returns the address of this machine that servers on other machines can reach."""
     return socket.gethostbyname(socket.gethostname())

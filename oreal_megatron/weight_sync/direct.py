@@ -1,7 +1,7 @@
 """The direct transport: every server rank is sent exactly its own bytes, by the trainer ranks that hold them.
 
-All trainer ranks and all workers of the servers are one process group, made anew when servers came or went. The main
-rank hands every worker its order over HTTP, then all send at once.
+All trainer ranks and all workers of the servers are one process group, which is set up again when the set of servers
+changes. The main rank sends every worker its command over HTTP, then all trainer ranks send at once.
 """
 
 from __future__ import annotations
@@ -10,65 +10,62 @@ import time
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
-from dataclasses import replace
 
 from oreal_megatron.distributed.cpu_backend import collective_backend
-from oreal_megatron.weight_sync.commands import CommandChannel, PendingCommand, failure_of
+from oreal_megatron.weight_sync.commands import CommandChannel
 from oreal_megatron.weight_sync.p2p import Rendezvous, Sender, join
-from oreal_megatron.weight_sync.planner import ReshardingPlan, plan_resharding
-from oreal_megatron.weight_sync.planner import ServerRank as ServerRank
-from oreal_megatron.weight_sync.sglang_layout import SGLangLayout
+from oreal_megatron.weight_sync.planner import Assignment, ReshardingPlan, ops_by_receiver, ops_by_sender
 from oreal_megatron.weight_sync.source import PolicyShards
 from oreal_megatron.weight_sync.types import PausedServer, TransferFailure, TransferResult
-from oreal_megatron.weight_sync.worker import Receive, arrival_key, start
+from oreal_megatron.weight_sync.worker import Receive, answer_arrivals, arrival_key
 
-_LOOK_SECONDS = 0.02
+_POLL_SECONDS = 0.02
 
 
 class DirectTransport:
     """See Transport."""
 
-    def __init__(self, shards: PolicyShards, layout: SGLangLayout, channel: CommandChannel, *, bucket_bytes: int):
-        """layout: of each server; how many there are is known when sending."""
+    def __init__(self, shards: PolicyShards, plan: ReshardingPlan, channel: CommandChannel, *, bucket_bytes: int):
         self._shards = shards
         self._groups = shards.groups
-        self._layout = layout
+        self._plan = plan
         self._channel = channel
         self._bucket_bytes = bucket_bytes
-        self._plan: ReshardingPlan | None = None
+        self._assignment: Assignment = {}
         self._sender: Sender | None = None
         self._rendezvous: Rendezvous | None = None
         self._server_names: tuple[str, ...] = ()
 
     def prepare(self, weight_version: int) -> None:
-        """Nothing: weights leave from where they are."""
+        """Does nothing: weights are sent from where they are."""
 
     def send(self, servers: Sequence[PausedServer]) -> TransferResult:
-        """See Transport. A process that ends in the middle breaks the group: then no server has the weights."""
+        """See Transport. A process that ends during the transfer breaks the group: then no server has the weights."""
         start = time.perf_counter()
         server_names: tuple[str, ...] = self._groups.from_main(tuple(server.name for server in servers))
         if not server_names:
             return TransferResult()
-        plan = self._planned(len(server_names))
+        if len(server_names) != len(self._server_names):
+            self._assignment = self._plan.assign(len(server_names))
         planned = time.perf_counter()
         is_new = self._sender is None or server_names != self._server_names
         if is_new:
             self._leave()
             self._server_names = server_names
-            self._rendezvous = self._groups.from_main(self._called(plan))
-        commands = self._send_commands(servers, plan, with_plan=is_new)
-        error = self._joined(plan, commands) if is_new else None
-        error = error or self._sent()
+            self._rendezvous = self._groups.from_main(self._new_rendezvous())
+        answers = self._send_commands(servers, with_ops=is_new)
+        error = self._join(list(answers.values())) if is_new else None
+        error = error or self._send_shards()
         outcomes = self._groups.gather_over_world([(error, time.perf_counter() - planned)])
         errors = [error for part in outcomes for error, _ in part if error is not None]
         if errors:
-            self._leave()  # workers that wait for this rank hear at once that it is gone
-        failures, load_seconds = self._groups.from_main(self._answered(commands, errors))
+            self._leave()  # closes the connections, so that workers that wait for this rank fail at once
+        failures, load_seconds = self._groups.from_main(self._failures(answers, errors))
         if failures:
             self._leave()
         return TransferResult(
             failures=failures,
-            num_bytes=plan.num_elements * self._shards.dtype.itemsize,
+            num_bytes=len(server_names) * self._plan.num_elements * self._shards.dtype.itemsize,
             seconds={
                 "plan": planned - start,
                 "transfer": max(seconds for part in outcomes for _, seconds in part),
@@ -76,62 +73,50 @@ class DirectTransport:
             },
         )
 
-    def _planned(self, num_servers: int) -> ReshardingPlan:
-        if self._plan is None or self._layout.count != num_servers:
-            self._layout = replace(self._layout, count=num_servers)
-            shards = self._shards
-            self._plan = plan_resharding(shards.table, shards.geometry, shards.trainer, self._layout)
-        return self._plan
-
-    def _called(self, plan: ReshardingPlan) -> Rendezvous | None:
+    def _new_rendezvous(self) -> Rendezvous | None:
         if not self._groups.is_main:
             return None
         return Rendezvous(
             self._channel.host,
             self._channel.port,
-            f"meetings/{uuid.uuid4().hex}",
-            num_senders=plan.num_senders,
-            num_receivers=self._layout.count * self._layout.tensor,
+            f"rendezvous/{uuid.uuid4().hex}",
+            num_senders=self._plan.num_senders,
+            num_receivers=len(self._server_names) * self._plan.tensor,
             timeout_seconds=self._channel.timeout_seconds,
         )
 
-    def _send_commands(
-        self, servers: Sequence[PausedServer], plan: ReshardingPlan, *, with_plan: bool
-    ) -> dict[str, PendingCommand]:
-        """Server -> its workers' orders; empty on other ranks than the main one."""
+    def _send_commands(self, servers: Sequence[PausedServer], *, with_ops: bool) -> dict[str, Future[None]]:
+        """Has all workers receive. Returns the answers by server name; none on other ranks than the main rank."""
         if not self._groups.is_main:
             return {}
         assert self._rendezvous is not None
-        commands = {}
-        for number, server in enumerate(servers):
-            encoded = []
-            for rank in range(self._layout.tensor):
+        answers = {}
+        for index, server in enumerate(servers):
+            commands = []
+            for rank in range(self._plan.tensor):
+                number = index * self._plan.tensor + rank
                 task = Receive(
                     rendezvous=self._rendezvous,
-                    number=number * self._layout.tensor + rank,
+                    number=number,
                     bucket_bytes=self._bucket_bytes,
                     backend=collective_backend(),
-                    rectangles=plan.of_receiver(ServerRank(number, rank)) if with_plan else None,
+                    ops=ops_by_sender(self._assignment, number) if with_ops else None,
                 )
-                encoded.append(self._channel.encode(task, rank))
-            commands[server.name] = self._channel.send(server, encoded)
-        return commands
+                commands.append(self._channel.encode(task, rank))
+            answers[server.name] = self._channel.send(server, commands)
+        return answers
 
-    def _joined(self, plan: ReshardingPlan, commands: dict[str, PendingCommand]) -> str | None:
-        """Makes the group and this rank's sender, or says why not."""
+    def _join(self, answers: Sequence[Future[None]]) -> str | None:
+        """Joins the group and creates this rank's sender; returns the error if that fails."""
         assert self._rendezvous is not None
-        rendezvous = self._rendezvous
-        have_come = self._groups.from_main(self._all_came(rendezvous, [one.answer for one in commands.values()]))
-        if not have_come:
-            return "not all servers came to the meeting"
-        receivers = [ServerRank(e, r) for e in range(self._layout.count) for r in range(self._layout.tensor)]
+        if not self._groups.from_main(self._all_arrived(self._rendezvous, answers)):
+            return "not all servers arrived at the rendezvous"
         try:
             self._sender = Sender(
-                join(rendezvous, self._groups.rank, collective_backend()),
+                join(self._rendezvous, self._groups.rank, collective_backend()),
+                self._rendezvous,
                 self._groups.rank,
-                rendezvous.num_senders,
-                {receivers.index(to): items for to, items in plan.of_sender(self._groups.rank).items()},
-                rendezvous.num_receivers,
+                ops_by_receiver(self._assignment, self._groups.rank),
                 dtype=self._shards.dtype,
                 bucket_bytes=self._bucket_bytes,
             )
@@ -139,8 +124,11 @@ class DirectTransport:
             return f"trainer rank {self._groups.rank} could not join: {error}"
         return None
 
-    def _all_came(self, rendezvous: Rendezvous, answers: Sequence[Future[None]]) -> bool | None:
-        """Whether every worker has come; false as soon as a server has answered instead. On the main rank."""
+    def _all_arrived(self, rendezvous: Rendezvous, answers: Sequence[Future[None]]) -> bool | None:
+        """Waits for all workers and starts the rendezvous, or cancels it as soon as a server answers instead.
+
+        Returns whether all have arrived, on the main rank.
+        """
         if not self._groups.is_main:
             return None
         assert self._channel.store is not None
@@ -148,12 +136,12 @@ class DirectTransport:
         while missing and not any(answer.done() for answer in answers):
             missing = [key for key in missing if not self._channel.store.check([key])]
             if missing:
-                wait(answers, timeout=_LOOK_SECONDS, return_when="FIRST_COMPLETED")
-        start(self._channel.store, rendezvous, joining=not missing)
+                wait(answers, timeout=_POLL_SECONDS, return_when="FIRST_COMPLETED")
+        answer_arrivals(self._channel.store, rendezvous, joining=not missing)
         return not missing
 
-    def _sent(self) -> str | None:
-        """Sends this rank's part, or says why not."""
+    def _send_shards(self) -> str | None:
+        """Sends this rank's part; returns the error if that fails."""
         assert self._sender is not None
         try:
             self._sender.send(self._shards.tensors())
@@ -161,16 +149,16 @@ class DirectTransport:
             return f"trainer rank {self._groups.rank}: {error}"
         return None
 
-    def _answered(
-        self, commands: dict[str, PendingCommand], errors: Sequence[str]
+    def _failures(
+        self, answers: dict[str, Future[None]], errors: Sequence[str]
     ) -> tuple[dict[str, TransferFailure], float] | None:
-        """(server -> why it failed, seconds until the last answer), on the main rank."""
+        """Returns (failures by server name, seconds until the last answer), on the main rank."""
         if not self._groups.is_main:
             return None
         start = time.perf_counter()
         failures = {}
-        for name, pending in commands.items():
-            failure = failure_of(self._channel, pending)
+        for name, answer in answers.items():
+            failure = self._channel.failure(answer)
             if failure is None and errors:
                 failure = TransferFailure(errors[0])
             if failure is not None:

@@ -1,7 +1,7 @@
-"""Weights by way of a file system: every rank writes its own part of a Hugging Face directory, nothing is gathered.
+"""The disk transport: every rank writes its own part of a Hugging Face directory, without gathering tensors.
 
-A pipeline stage has one safetensors file, which its tensor ranks map and fill side by side; they are on one node, as
-tensor parallelism wants it. Directories are caches for servers: nothing resumes from them.
+A pipeline stage has one safetensors file, which its tensor ranks map and fill together; they are on one node, where
+tensor parallelism is fast. The directories are caches for servers: runs do not resume from them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oreal_megatron.conversion.module import held_parameters
+from oreal_megatron.conversion.module import shard_parameters
 from oreal_megatron.conversion.rules import Box
 from oreal_megatron.conversion.weights import INDEX, NewShard
 from oreal_megatron.files import write_atomically
@@ -28,10 +28,10 @@ _NAME = "version_{:06d}"
 
 
 class DiskTransport:
-    """See Transport: a directory a version, the last two kept, on a file system that servers and trainer share."""
+    """See Transport. Keeps a directory for each of the last two versions, on a file system that servers share."""
 
     def __init__(self, shards: PolicyShards, directory: Path, *, config_json: Mapping[str, Any]):
-        """config_json: of the model."""
+        """config_json: content of the model's config.json."""
         self._shards = shards
         self._groups = shards.groups
         self._directory = directory
@@ -39,7 +39,7 @@ class DiskTransport:
         by_stage: dict[int, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
         for name, origin in shards.table.origins.items():
             entry = shards.table.entries[origin.pieces[0].entry]
-            stage, _ = shards.trainer.model.stage_of(entry, shards.geometry.num_layers)
+            stage, _ = shards.layout.stage_of(entry, shards.geometry.num_layers)
             by_stage.setdefault(stage, {})[name] = (origin.shape, shards.dtype)
         self._files = {
             stage: NewShard(f"model-{stage + 1:05d}-of-{len(by_stage):05d}.safetensors", tensors)
@@ -49,7 +49,7 @@ class DiskTransport:
         self._write_seconds = 0.0
 
     def prepare(self, weight_version: int) -> None:
-        """See Transport: writes the directory."""
+        """Writes the directory of a version; see Transport."""
         start = time.perf_counter()
         target = (self._directory / _NAME.format(weight_version)).absolute()
         if self._groups.is_main:
@@ -78,11 +78,11 @@ class DiskTransport:
         self._write_seconds = time.perf_counter() - start
 
     def send(self, servers: Sequence[PausedServer]) -> TransferResult:
-        """See Transport: every server loads the directory. `transfer` is what it took to write it."""
+        """Has every server load the directory; see Transport. `transfer` is the time that writing it took."""
         start = time.perf_counter()
         failures: dict[str, TransferFailure] = {}
         if self._groups.is_main:
-            assert self._current is not None, "prepare comes first"
+            assert self._current is not None, "prepare must be called before send"
             loading = {server.name: server.update_weights_from_disk(self._current) for server in servers}
             for name, answer in loading.items():
                 if (failure := failure_of_answer(answer)) is not None:
@@ -95,7 +95,7 @@ class DiskTransport:
         )
 
     def close(self) -> None:
-        """Directories stay."""
+        """Does nothing: the directories stay."""
 
     @torch.no_grad()
     def _fill(self, path: Path, shard: NewShard) -> None:
@@ -106,25 +106,25 @@ class DiskTransport:
         del views
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)  # other machines see it
+            os.fsync(descriptor)  # so that other machines read it
         finally:
             os.close(descriptor)
 
     def _parts(self) -> Iterator[tuple[Tensor, str, Box]]:
-        """What this rank has to write: its rows, and the rectangle of the Hugging Face tensor that they are."""
+        """Yields what this rank writes: (elements, Hugging Face tensor, their rectangle of it)."""
         for chunk in self._shards.chunks:
-            for held in held_parameters(chunk, self._shards.table, self._groups):
-                if held.name in self._shards.table.module_aliases:
+            for shard in shard_parameters(chunk, self._shards.table, self._groups):
+                if shard.name in self._shards.table.module_aliases:
                     continue  # the last stage's copy of a tied embedding
-                if self._groups.tensor_rank > 0 and held.boxes == (held.entry.whole(held.num_rows),):
+                if self._groups.tensor_rank > 0 and shard.boxes == (shard.entry.whole(shard.num_rows),):
                     continue  # the same on every tensor rank
-                for part, box in held.parts():
-                    for copy in held.entry.sources(box):
+                for part, box in shard.parts():
+                    for copy in shard.entry.sources(box):
                         yield part[slice(*copy.at)], copy.source, copy.box
 
 
 def _mapped(path: Path, shard: NewShard) -> dict[str, Tensor]:
-    """The file's tensors, mapped: what is written to them is in the file."""
+    """Maps a file and returns its tensors by name; writing to them writes to the file."""
     start = len(shard.header())
     whole = torch.from_file(str(path), shared=True, size=start + shard.num_bytes, dtype=torch.uint8)
     views = {}

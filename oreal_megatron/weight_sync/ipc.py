@@ -1,8 +1,9 @@
-"""The IPC transport: servers on the trainer's machines take their own bytes out of memory that trainer ranks share.
+"""The IPC transport: servers on the trainer's machines copy their own bytes out of memory that trainer ranks share.
 
-Every server rank has a trainer rank beside it, on its GPU where they are colocated; NCCL lets no two processes of one
-GPU into a communicator. So trainer ranks reshard among themselves: the one beside collects a server rank's next bucket,
-and hands it over as a handle in the order. Two buckets alternate: servers copy one while the next is collected.
+Every server rank has a collector: a trainer rank on the same machine, on the same GPU where they are colocated. NCCL
+does not allow two processes of one GPU in a communicator, so trainer ranks reshard among themselves: the collector
+gathers a server rank's next bucket and passes it on as a handle in the command. Two buckets alternate: servers copy one
+while the next is gathered.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import pickle
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import IO, Any
 
 import torch
@@ -21,10 +23,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from oreal_megatron.distributed.cpu_backend import device
-from oreal_megatron.weight_sync.commands import CommandChannel, EncodedCommand, NamedTensors, PendingCommand, failure_of
+from oreal_megatron.weight_sync.commands import CommandChannel, EncodedCommand, NamedTensors
 from oreal_megatron.weight_sync.p2p import pack
-from oreal_megatron.weight_sync.planner import ServerRank, TransferOp, buckets, plan_resharding
-from oreal_megatron.weight_sync.sglang_layout import SGLangLayout
+from oreal_megatron.weight_sync.planner import ReshardingPlan, TransferOp, buckets, num_elements, ops_by_sender
 from oreal_megatron.weight_sync.source import PolicyShards
 from oreal_megatron.weight_sync.types import PausedServer, TransferFailure, TransferResult
 from oreal_megatron.weight_sync.worker import Unpack
@@ -35,36 +36,35 @@ _MEMORY = "/dev/shm"
 
 @dataclass(frozen=True)
 class _IpcBucket:
-    """What one server rank gets next."""
+    """The next elements for a receiver, from one trainer rank or several."""
 
-    receiver: ServerRank
-    beside: int
-    """The trainer rank that hands it over."""
+    receiver: int
+    collector: int
+    """Trainer rank that gathers the bucket and passes it on."""
     parts: tuple[tuple[int, tuple[TransferOp, ...]], ...]
-    """(sender, its rectangles), in the order in which they lie in the bucket."""
+    """(trainer rank, its ops), in the order in which they lie in the bucket."""
 
     @property
-    def rectangles(self) -> tuple[TransferOp, ...]:
-        return tuple(item for _, items in self.parts for item in items)
+    def ops(self) -> tuple[TransferOp, ...]:
+        return tuple(op for _, ops in self.parts for op in ops)
 
 
 class IpcTransport:
     """See Transport."""
 
-    def __init__(self, shards: PolicyShards, layout: SGLangLayout, channel: CommandChannel, *, bucket_bytes: int):
-        """layout: of each server; how many there are is known when sending."""
+    def __init__(self, shards: PolicyShards, plan: ReshardingPlan, channel: CommandChannel, *, bucket_bytes: int):
         self._shards = shards
         self._groups = shards.groups
-        self._layout = layout
-        self._indices: tuple[int, ...] = ()
-        """Of the servers that the plan is for."""
+        self._plan = plan
         self._channel = channel
         self._bucket_elements = max(bucket_bytes // shards.dtype.itemsize, 1)
+        self._indices: tuple[int, ...] = ()
+        """Indices of the servers that `_rounds` is for."""
         self._rounds: list[list[_IpcBucket]] = []
-        self._num_elements = 0
+        """Rounds with a bucket for each receiver; the last buckets of a receiver may be empty."""
 
     def prepare(self, weight_version: int) -> None:
-        """Nothing: weights leave from where they are."""
+        """Does nothing: weights are sent from where they are."""
 
     def send(self, servers: Sequence[PausedServer]) -> TransferResult:
         """See Transport."""
@@ -72,28 +72,27 @@ class IpcTransport:
         indices: tuple[int, ...] = self._groups.from_main(tuple(server.index for server in servers))
         if not indices:
             return TransferResult()
-        self._plan(indices)
+        if self._indices != indices:
+            self._indices, self._rounds = indices, self._planned_rounds(indices)
         planned = time.perf_counter()
         failures: dict[str, TransferFailure] = {}
-        pending: list[dict[str, PendingCommand]] = []
-        kept: list[list[_SharedBuffer]] = []
+        in_flight: list[tuple[dict[str, Future[None]], list[_SharedBuffer]]] = []
         load_seconds = 0.0
-        for number, one_round in enumerate(self._rounds):
-            if len(pending) == _NUM_BUFFERS:
+        for number, buckets_of_round in enumerate(self._rounds):
+            if len(in_flight) == _NUM_BUFFERS:
                 waiting = time.perf_counter()
-                failures |= self._answered(pending.pop(0), failures)
-                kept.pop(0)
+                failures |= self._new_failures(in_flight[0][0], failures)
+                in_flight.pop(0)  # frees the buckets, which the servers have copied
                 load_seconds += time.perf_counter() - waiting
-            encoded, alive = self._collected(one_round, is_first=number == 0)
-            kept.append(alive)
-            pending.append(self._send_commands(servers, encoded, failures))
+            commands, shared = self._collect(buckets_of_round, is_first=number == 0)
+            in_flight.append((self._send_commands(servers, commands, failures), shared))
         waiting = time.perf_counter()
-        for one in pending:
-            failures |= self._answered(one, failures)
+        for answers, _ in in_flight:
+            failures |= self._new_failures(answers, failures)
         load_seconds += time.perf_counter() - waiting
         return TransferResult(
             failures=failures,
-            num_bytes=self._num_elements * self._shards.dtype.itemsize,
+            num_bytes=len(indices) * self._plan.num_elements * self._shards.dtype.itemsize,
             seconds={
                 "plan": planned - start,
                 "transfer": time.perf_counter() - planned - load_seconds,
@@ -101,43 +100,36 @@ class IpcTransport:
             },
         )
 
-    def _plan(self, indices: tuple[int, ...]) -> None:
-        """Rounds, in each of which every server rank gets a bucket, the last ones perhaps an empty one."""
-        if self._indices == indices:
-            return
-        shards, tensor = self._shards, self._layout.tensor
-        self._indices = indices
+    def _planned_rounds(self, indices: tuple[int, ...]) -> list[list[_IpcBucket]]:
         # Server ranks and trainer ranks are numbered alike over the devices that they share.
-        beside = {
-            ServerRank(number, rank): (index * tensor + rank) % shards.trainer.num_ranks
+        collectors = {
+            number * self._plan.tensor + rank: (index * self._plan.tensor + rank) % self._plan.num_senders
             for number, index in enumerate(indices)
-            for rank in range(tensor)
+            for rank in range(self._plan.tensor)
         }
-        layout = replace(self._layout, count=len(indices))
-        plan = plan_resharding(shards.table, shards.geometry, shards.trainer, layout, same_device=beside)
-        self._num_elements = plan.num_elements
-        queues = {to: list(self._runs(plan.of_receiver(to), rank)) for to, rank in beside.items()}
-        self._rounds = [
+        assignment = self._plan.assign(len(indices), same_device=collectors)
+        queues = {to: list(self._runs(ops_by_sender(assignment, to), rank)) for to, rank in collectors.items()}
+        return [
             [
-                _IpcBucket(receiver, beside[receiver], queue[number] if number < len(queue) else ())
+                _IpcBucket(receiver, collectors[receiver], queue[number] if number < len(queue) else ())
                 for receiver, queue in queues.items()
             ]
             for number in range(max(len(queue) for queue in queues.values()))
         ]
 
     def _runs(
-        self, by_sender: Mapping[int, Sequence[TransferOp]], beside: int
+        self, by_sender: Mapping[int, Sequence[TransferOp]], collector: int
     ) -> Iterator[tuple[tuple[int, tuple[TransferOp, ...]], ...]]:
-        """A receiver's rectangles in buckets, each with those of one sender or more.
+        """Yields the parts of each of a receiver's buckets, with the ops of one sender or more.
 
-        First what the rank beside has itself, then by distance from it: so that no two receivers ask the same sender at
-        the same time, where there are as many of both.
+        The collector's own ops come first, then other senders' by their distance from the collector, so that no two
+        receivers take from the same sender at the same time where there are as many of both.
         """
         current: list[tuple[int, tuple[TransferOp, ...]]] = []
         room = self._bucket_elements
-        for sender in sorted(by_sender, key=lambda rank: (rank - beside) % self._shards.trainer.num_ranks):
+        for sender in sorted(by_sender, key=lambda rank: (rank - collector) % self._plan.num_senders):
             for run in buckets(by_sender[sender], self._bucket_elements):
-                size = sum(item.num_elements for item in run)
+                size = num_elements(run)
                 if size > room and current:
                     yield tuple(current)
                     room, current = self._bucket_elements, []
@@ -146,20 +138,23 @@ class IpcTransport:
         if current:
             yield tuple(current)
 
-    def _collected(
-        self, one_round: Sequence[_IpcBucket], *, is_first: bool
-    ) -> tuple[dict[ServerRank, EncodedCommand], list[_SharedBuffer]]:
-        """(orders, what must live until they are carried out), of the buckets that this rank hands over."""
+    def _collect(
+        self, buckets_of_round: Sequence[_IpcBucket], *, is_first: bool
+    ) -> tuple[dict[int, EncodedCommand], list[_SharedBuffer]]:
+        """Gathers the buckets that this rank passes on, and sends what other ranks need for theirs.
+
+        Returns:
+            (commands by receiver, shared memory that must live until they are executed).
+        """
         rank, tensors, dtype = self._groups.rank, self._shards.tensors(), self._shards.dtype
-        moves: list[dist.P2POp] = []
-        held: dict[ServerRank, _SharedBuffer] = {}
-        for tag, bucket in enumerate(one_round):
+        transfers: list[dist.P2POp] = []
+        shared: dict[int, _SharedBuffer] = {}
+        for tag, bucket in enumerate(buckets_of_round):
             buffer, first = None, 0
-            if bucket.beside == rank:
-                size = sum(item.num_elements for item in bucket.rectangles)
-                held[bucket.receiver] = buffer = _SharedBuffer(size, dtype)
-            for sender, items in bucket.parts:
-                size = sum(item.num_elements for item in items)
+            if bucket.collector == rank:
+                shared[bucket.receiver] = buffer = _SharedBuffer(num_elements(bucket.ops), dtype)
+            for sender, ops in bucket.parts:
+                size = num_elements(ops)
                 if buffer is not None:
                     part = buffer.tensor[first : first + size]
                     first += size
@@ -168,54 +163,55 @@ class IpcTransport:
                 else:
                     continue
                 if sender == rank:
-                    pack(items, tensors, part)
+                    pack(ops, tensors, part)
                 if buffer is None:
-                    moves.append(dist.P2POp(dist.isend, part, bucket.beside, tag=tag))
+                    transfers.append(dist.P2POp(dist.isend, part, bucket.collector, tag=tag))
                 elif sender != rank:
-                    moves.append(dist.P2POp(dist.irecv, part, sender, tag=tag))
-        # As one batch: NCCL would have two ranks that owe each other something wait for each other.
-        for work in dist.batch_isend_irecv(moves) if moves else ():
+                    transfers.append(dist.P2POp(dist.irecv, part, sender, tag=tag))
+        # As one batch: with NCCL, two ranks that send to each other would wait for each other.
+        for work in dist.batch_isend_irecv(transfers) if transfers else ():
             work.wait()
-        encoded = {}
-        for bucket in one_round:
-            if bucket.beside == rank:
-                buffer = held[bucket.receiver]
-                task = Unpack(bucket.rectangles, is_first, buffer.file)
+        commands = {}
+        for bucket in buckets_of_round:
+            if bucket.collector == rank:
+                buffer = shared[bucket.receiver]
+                task = Unpack(bucket.ops, is_first, buffer.file)
                 pickled = pickle.dumps if buffer.file is not None else buffer.pickled
-                encoded[bucket.receiver] = self._channel.encode(task, bucket.receiver.rank, pickled)
-        return encoded, list(held.values())
+                commands[bucket.receiver] = self._channel.encode(task, bucket.receiver % self._plan.tensor, pickled)
+        return commands, list(shared.values())
 
     def _send_commands(
         self,
         servers: Sequence[PausedServer],
-        encoded: dict[ServerRank, EncodedCommand],
+        commands: dict[int, EncodedCommand],
         failures: Mapping[str, TransferFailure],
-    ) -> dict[str, PendingCommand]:
-        """Server -> its workers' orders; empty on other ranks than the main one."""
-        commands = {
-            to: command for part in self._groups.gather_over_world([encoded]) for to, command in part[0].items()
-        }
+    ) -> dict[str, Future[None]]:
+        """Sends all ranks' commands. Returns the answers by server name; none on other ranks than the main rank."""
+        by_receiver: dict[int, EncodedCommand] = {}
+        for part in self._groups.gather_over_world([commands]):
+            by_receiver |= part[0]
+        tensor = self._plan.tensor
         return {
-            server.name: self._channel.send(server, [commands[ServerRank(e, r)] for r in range(self._layout.tensor)])
-            for e, server in enumerate(servers)
+            server.name: self._channel.send(server, [by_receiver[number * tensor + rank] for rank in range(tensor)])
+            for number, server in enumerate(servers)
             if self._groups.is_main and server.name not in failures
         }
 
-    def _answered(
-        self, pending: Mapping[str, PendingCommand], known: Mapping[str, TransferFailure]
+    def _new_failures(
+        self, answers: Mapping[str, Future[None]], known: Mapping[str, TransferFailure]
     ) -> dict[str, TransferFailure]:
-        """What failed, on every rank."""
+        """Waits for answers; returns failures by server name, the known ones too, on every rank."""
         found = {
-            name: failure for name, one in pending.items() if (failure := failure_of(self._channel, one)) is not None
+            name: failure for name, answer in answers.items() if (failure := self._channel.failure(answer)) is not None
         }
         return self._groups.from_main({**found, **known})
 
     def close(self) -> None:
-        """Nothing is left between publications."""
+        """Does nothing: no resources are kept between publications."""
 
 
 class _SharedBuffer:
-    """Memory that a worker reads out of: of a GPU by CUDA's own handles, elsewhere by a file in memory."""
+    """Memory that a worker reads from: on a GPU by CUDA's own handles, on a CPU by a file in memory."""
 
     def __init__(self, num_elements: int, dtype: torch.dtype):
         self._file: IO[bytes] | None = None
@@ -228,18 +224,18 @@ class _SharedBuffer:
 
     @property
     def file(self) -> str | None:
-        """None: the tensor itself goes along with the order."""
+        """Path of the file; None on a GPU, where the tensor itself goes with the command."""
         return self._file.name if self._file is not None else None
 
     def pickled(self, command: NamedTensors) -> bytes:
-        """An order with what belongs to it."""
+        """Pickles a command together with this buffer's tensor."""
         stream = io.BytesIO()
         _HandlePickler(stream).dump([*command, ("bucket", self.tensor)])
         return stream.getvalue()
 
 
 class _HandlePickler(pickle.Pickler):
-    """Tensors on a GPU as CUDA's handles, others whole: torch's own pickler would start a server for these."""
+    """Pickles GPU tensors as CUDA's handles and CPU tensors by value; torch's own pickler starts a server for these."""
 
     def reducer_override(self, value: Any) -> Any:
         return reduce_tensor(value) if isinstance(value, Tensor) and value.is_cuda else NotImplemented

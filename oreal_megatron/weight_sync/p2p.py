@@ -1,12 +1,13 @@
-"""The rectangles of a plan, point to point: straight out of the trainer's parameters, straight into the servers'.
+"""Transfer ops point to point: straight out of the trainer's parameters, straight into the servers'.
 
-Senders and receivers are one process group of their own (senders first). Each pair moves its rectangles in halves of a
-bucket; pairs take turns so that in every round each process has one partner, and nobody waits for a third. Memory
-beyond the weights is one bucket a process: one half travels while the other is packed or unpacked.
+Senders and receivers are one process group of their own (senders first). Each pair moves its ops in halves of a bucket.
+Pairs take turns so that in every round each process has one partner, and no process waits for a third. Memory beyond
+the weights is one bucket a process: one half is transferred while the other is packed or unpacked.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,17 +18,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oreal_megatron.conversion.rules import Box
-from oreal_megatron.weight_sync.planner import TransferOp, buckets
+from oreal_megatron.weight_sync.planner import TransferOp, buckets, num_elements
+
+_NUM_HALVES = 2
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the processes of one group meet: the trainer's first rank listens there."""
+    """Address, name and size of a process group that trainer ranks and server ranks join."""
 
     host: str
+    """Host of the trainer's main rank, whose store the processes use to find each other."""
     port: int
     name: str
-    """Of this group: another one for every set of servers that joins."""
+    """Name of the group, different for every set of servers that joins."""
     num_senders: int
     num_receivers: int
     timeout_seconds: float
@@ -38,13 +42,15 @@ class Rendezvous:
 
 
 def join(rendezvous: Rendezvous, rank: int, backend: str) -> Any:
-    """The process group of a meeting, apart from any default group. rank: senders first, then receivers.
+    """Joins the process group of a rendezvous, which is independent of the default group.
+
+    rank: trainer ranks first, then receivers.
 
     Raises:
-        RuntimeError: somebody did not come within the timeout.
+        RuntimeError: a process did not join within the timeout.
     """
     timeout = timedelta(seconds=rendezvous.timeout_seconds)
-    # Whoever hosts the store keeps it alive in its reference; the others connect.
+    # A client of the store: the main rank keeps the server alive by its own reference.
     store = dist.TCPStore(rendezvous.host, rendezvous.port, is_master=False, timeout=timeout)
     prefixed = dist.PrefixStore(f"resharding/{rendezvous.name}", store)
     if backend == "nccl":
@@ -55,90 +61,93 @@ def join(rendezvous: Rendezvous, rank: int, backend: str) -> Any:
 
 
 def rounds(pairs: Iterable[tuple[int, int]], num_senders: int, num_receivers: int) -> list[tuple[int, int]]:
-    """(sender, receiver) pairs in the order in which they move.
+    """Returns (sender, receiver) pairs in the order in which they transfer.
 
-    Round k pairs sender s with receiver s + k (modulo the larger side): one partner each. All processes keep the
-    rounds' order, so the earliest pair that is not done can always go on: no circle of waiting.
+    Round k pairs sender s with receiver s + k (modulo the larger side), so each process has one partner. All processes
+    keep the rounds' order, so the earliest pair that is not done can always proceed: there is no deadlock.
     """
     size = max(num_senders, num_receivers)
     return sorted(pairs, key=lambda pair: ((pair[1] - pair[0]) % size, pair))
 
 
 class Sender:
-    """One trainer rank's side of a publication."""
+    """A trainer rank's side of a direct publication."""
 
     def __init__(
         self,
         group: Any,
+        rendezvous: Rendezvous,
         rank: int,
-        num_senders: int,
-        plan: Mapping[int, Sequence[TransferOp]],
-        num_receivers: int,
+        ops: Mapping[int, Sequence[TransferOp]],
         *,
         dtype: torch.dtype,
         bucket_bytes: int,
     ):
-        """plan: by receiver number. dtype: of the servers' weights; others are cast while a bucket is packed."""
+        """group: from `join`. ops: by receiver. dtype: dtype of the transfer; weights are cast while being packed."""
         self._group = group
-        self._offset = num_senders
+        self._offset = rendezvous.num_senders
         self._dtype = dtype
-        half = _Buffers.elements(bucket_bytes, dtype)
-        order = rounds(((rank, receiver) for receiver in plan), num_senders, num_receivers)
-        self._buckets = [(receiver, run) for _, receiver in order for run in buckets(plan[receiver], half)]
-        self._buffers = _Buffers(run for _, run in self._buckets)
+        pairs = rounds(((rank, to) for to in ops), rendezvous.num_senders, rendezvous.num_receivers)
+        half = _half_elements(bucket_bytes, dtype)
+        self._buckets = [(receiver, run) for _, receiver in pairs for run in buckets(ops[receiver], half)]
+        self._halves: Iterator[Tensor] | None = None
 
     def send(self, shards: Mapping[str, Tensor]) -> None:
-        """Sends everything that the plan asks of this rank.
+        """Sends everything that is assigned to this rank.
 
         shards: this rank's tensors by Megatron's name, of any float dtype.
         """
-        travelling: list[Any] = []
+        in_flight: list[Any] = []
         for receiver, run in self._buckets:
-            if len(travelling) == _Buffers.NUMBER:
-                travelling.pop(0).wait()
-            flat = self._buffers.next(run, self._dtype, next(iter(shards.values())).device)
+            if self._halves is None:
+                self._halves = _halves(self._buckets, self._dtype, shards[run[0].source].device)
+            if len(in_flight) == _NUM_HALVES:
+                in_flight.pop(0).wait()
+            flat = next(self._halves)[: num_elements(run)]
             pack(run, shards, flat)
-            travelling.append(self._group.send([flat], self._offset + receiver, 0))
-        for work in travelling:
+            in_flight.append(self._group.send([flat], self._offset + receiver, 0))
+        for work in in_flight:
             work.wait()
 
 
 class Receiver:
-    """One server rank's side of a publication."""
+    """A server rank's side of a direct publication."""
 
     def __init__(
         self,
         group: Any,
+        rendezvous: Rendezvous,
         number: int,
-        num_receivers: int,
-        plan: Mapping[int, Sequence[TransferOp]],
-        num_senders: int,
+        ops: Mapping[int, Sequence[TransferOp]],
         *,
         dtype: torch.dtype,
         bucket_bytes: int,
     ):
-        """plan: by sender."""
+        """group: from `join`. number: this receiver's. ops: by sender. dtype: dtype of the transfer."""
+        self.rendezvous = rendezvous
         self._group = group
         self._dtype = dtype
-        half = _Buffers.elements(bucket_bytes, dtype)
-        order = rounds(((sender, number) for sender in plan), num_senders, num_receivers)
-        self._buckets = [(sender, run) for sender, _ in order for run in buckets(plan[sender], half)]
-        self._buffers = _Buffers(run for _, run in self._buckets)
+        pairs = rounds(((sender, number) for sender in ops), rendezvous.num_senders, rendezvous.num_receivers)
+        half = _half_elements(bucket_bytes, dtype)
+        self._buckets = [(sender, run) for sender, _ in pairs for run in buckets(ops[sender], half)]
+        self._halves: Iterator[Tensor] | None = None
 
     @property
-    def rectangles(self) -> Iterator[TransferOp]:
-        """All that this rank receives."""
-        return (item for _, run in self._buckets for item in run)
+    def ops(self) -> Iterator[TransferOp]:
+        """All transfer ops of this receiver."""
+        return (op for _, run in self._buckets for op in run)
 
     def receive(self, parameters: Mapping[str, Tensor]) -> None:
-        """Receives everything that the plan gives this rank, into `parameters` by SGLang's name."""
-        coming: list[tuple[Any, Sequence[TransferOp], Tensor]] = []
+        """Receives everything that is sent to this receiver into `parameters`, which are keyed by SGLang's name."""
+        in_flight: list[tuple[Any, Sequence[TransferOp], Tensor]] = []
         for sender, run in self._buckets:
-            flat = self._buffers.next(run, self._dtype, parameters[run[0].target].device)
-            coming.append((self._group.recv([flat], sender, 0), run, flat))
-            if len(coming) == _Buffers.NUMBER:
-                self._unpack(*coming.pop(0), parameters)
-        for item in coming:
+            if self._halves is None:
+                self._halves = _halves(self._buckets, self._dtype, parameters[run[0].target].device)
+            flat = next(self._halves)[: num_elements(run)]
+            in_flight.append((self._group.recv([flat], sender, 0), run, flat))
+            if len(in_flight) == _NUM_HALVES:
+                self._unpack(*in_flight.pop(0), parameters)
+        for item in in_flight:
             self._unpack(*item, parameters)
 
     def _unpack(self, work: Any, run: Sequence[TransferOp], flat: Tensor, parameters: Mapping[str, Tensor]) -> None:
@@ -146,49 +155,39 @@ class Receiver:
         unpack(run, flat, parameters)
 
 
-class _Buffers:
-    """The halves of a bucket, taken in turns."""
+def _half_elements(bucket_bytes: int, dtype: torch.dtype) -> int:
+    return max(bucket_bytes // _NUM_HALVES // dtype.itemsize, 1)
 
-    NUMBER = 2
 
-    @classmethod
-    def elements(cls, bucket_bytes: int, dtype: torch.dtype) -> int:
-        """That move together, where no single row is longer."""
-        return max(bucket_bytes // cls.NUMBER // dtype.itemsize, 1)
-
-    def __init__(self, runs: Iterable[Sequence[TransferOp]]):
-        self._num_elements = max((sum(item.num_elements for item in run) for run in runs), default=0)
-        self._buffers: list[Tensor] = []
-        self._turn = 0
-
-    def next(self, run: Sequence[TransferOp], dtype: torch.dtype, device: torch.device) -> Tensor:
-        while len(self._buffers) < self.NUMBER:
-            self._buffers.append(torch.empty(self._num_elements, dtype=dtype, device=device))
-        self._turn = (self._turn + 1) % self.NUMBER
-        return self._buffers[self._turn][: sum(item.num_elements for item in run)]
+def _halves(
+    runs: Sequence[tuple[int, Sequence[TransferOp]]], dtype: torch.dtype, device: torch.device
+) -> Iterator[Tensor]:
+    """Allocates the halves of a bucket, each as large as the largest run, and yields them in turns."""
+    size = max(num_elements(run) for _, run in runs)
+    return itertools.cycle([torch.empty(size, dtype=dtype, device=device) for _ in range(_NUM_HALVES)])
 
 
 def pack(run: Sequence[TransferOp], shards: Mapping[str, Tensor], flat: Tensor) -> None:
-    """Fills a flat buffer with a bucket's rectangles out of a trainer rank's tensors."""
-    for item, part in _parts(run, flat):
-        part.copy_(view(shards[item.source], item.source_box))
+    """Fills a flat buffer with the elements of a bucket, out of a trainer rank's tensors."""
+    for op, part in _parts(run, flat):
+        part.copy_(view(shards[op.source], op.source_box))
 
 
 def unpack(run: Sequence[TransferOp], flat: Tensor, parameters: Mapping[str, Tensor]) -> None:
-    """Copies a bucket's rectangles to where they belong in a receiver's tensors."""
-    for item, part in _parts(run, flat):
-        view(parameters[item.target], item.target_box).copy_(part)
+    """Copies the elements of a bucket to their places in a receiver's tensors."""
+    for op, part in _parts(run, flat):
+        view(parameters[op.target], op.target_box).copy_(part)
 
 
 def _parts(run: Sequence[TransferOp], flat: Tensor) -> Iterator[tuple[TransferOp, Tensor]]:
-    """Each rectangle of a bucket with its place in the flat buffer."""
+    """Yields each op of a bucket with its part of the flat buffer, in the shape of its rectangle."""
     first = 0
-    for item in run:
-        yield item, flat[first : first + item.num_elements].view(item.target_box.shape)
-        first += item.num_elements
+    for op in run:
+        yield op, flat[first : first + op.num_elements].view(op.target_box.shape)
+        first += op.num_elements
 
 
 def view(tensor: Tensor, box: Box) -> Tensor:
-    """A rectangle of a tensor."""
+    """Returns a rectangle of a tensor, as a view."""
     rows = tensor.detach()[slice(*box.rows)]
     return rows if box.columns is None else rows[:, slice(*box.columns)]

@@ -1,6 +1,6 @@
-"""A publication: new weights to paused servers by one of several transports, then the audit, which is the same for all.
+"""A publication: new weights to paused servers by one of several transports, then an audit, the same for all of them.
 
-Who pauses servers before, and flushes, labels and continues them after, is servers/pool.py.
+servers/pool.py pauses the servers before a publication, and flushes, labels and continues them after it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from oreal_megatron.weight_sync.commands import CommandChannel
 from oreal_megatron.weight_sync.direct import DirectTransport
 from oreal_megatron.weight_sync.disk import DiskTransport
 from oreal_megatron.weight_sync.ipc import IpcTransport
+from oreal_megatron.weight_sync.planner import plan_resharding
 from oreal_megatron.weight_sync.sglang_layout import CPU_FEED_FORWARD_MULTIPLE, SGLangLayout
 from oreal_megatron.weight_sync.source import PolicyShards
 from oreal_megatron.weight_sync.types import PausedServer, TransferResult, Transport
 
 
 class Publisher:
-    """A rollout.sglang.WeightPublisher."""
+    """Sends the policy's weights to servers and audits them. Every trainer rank calls every method."""
 
     def __init__(self, transport: Transport, auditor: Auditor):
         self._transport = transport
@@ -34,7 +35,10 @@ class Publisher:
         self._transport.prepare(weight_version)
 
     def deliver(self, servers: Sequence[PausedServer]) -> TransferResult:
-        """Sends to all `servers` (read on the main rank only), and audits those that say that they have the weights."""
+        """Sends the weights to all `servers` and audits those that report success.
+
+        servers: read on the main rank only.
+        """
         sent = self._transport.send(servers)
         failures, seconds = self._auditor.audit([server for server in servers if server.name not in sent.failures])
         return replace(sent, failures={**sent.failures, **failures}, seconds={**sent.seconds, "audit": seconds})
@@ -47,9 +51,9 @@ class Publisher:
 def build_publisher(
     servers: SGLangConfig, shards: PolicyShards, *, directory: Path, config_json: Mapping[str, Any]
 ) -> Publisher:
-    """The configured transport with its audit. Every rank calls it.
+    """Builds the configured transport with its audit. Every rank calls it.
 
-    directory, config_json: for `disk`.
+    directory, config_json: for the transport `disk`.
 
     Raises:
         ValueError: the model does not split over a server's ranks.
@@ -59,18 +63,18 @@ def build_publisher(
         feed_forward_multiple=CPU_FEED_FORWARD_MULTIPLE if servers.device == "cpu" else 1,
         fp8=servers.dtype == "fp8",
     )
-    layout.check(shards.geometry)
-    # Workers give up before the HTTP request that made them wait does, so that they can say why.
-    channel = CommandChannel(shards, layout, timeout_seconds=servers.control_seconds / 2)
+    plan = plan_resharding(shards.table, shards.geometry, shards.layout, layout)
+    # Workers time out before the HTTP request that they delay does, so that they can report the reason.
+    channel = CommandChannel(shards, plan, timeout_seconds=servers.control_seconds / 2)
     bucket_bytes = servers.bucket_mib * 2**20
     transport: Transport
     match servers.transport:
         case "direct":
-            transport = DirectTransport(shards, layout, channel, bucket_bytes=bucket_bytes)
+            transport = DirectTransport(shards, plan, channel, bucket_bytes=bucket_bytes)
         case "broadcast":
             transport = BroadcastTransport(shards, channel, bucket_bytes=bucket_bytes)
         case "ipc":
-            transport = IpcTransport(shards, layout, channel, bucket_bytes=bucket_bytes)
+            transport = IpcTransport(shards, plan, channel, bucket_bytes=bucket_bytes)
         case "disk":
             transport = DiskTransport(shards, directory, config_json=config_json)
-    return Publisher(transport, Auditor(shards, layout, channel))
+    return Publisher(transport, Auditor(shards, plan, channel))

@@ -1,7 +1,7 @@
-"""What a tensor-parallel rank of a rollout server holds, in rows of Hugging Face tensors.
+"""Shapes and contents of the parameters of a server's tensor-parallel ranks, in rows of Hugging Face tensors.
 
 SGLang's Llama, Qwen2 and Qwen3 name their parameters like Hugging Face, except that queries, keys and values are one
-tensor and gate and up another (`stacked_params_mapping` of its model files). Names and slices only: no torch.
+tensor and gate and up another (`stacked_params_mapping` of its model files). Names and slices only, without torch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from oreal_megatron.config import SERVED_BLOCK, GeometryConfig, unserved_shapes
+from oreal_megatron.config import SERVED_BLOCK, GeometryConfig, ParallelConfig, unserved_shapes
+from oreal_megatron.config.divisibility import layout_violations
 from oreal_megatron.conversion.rules import Box, Copy, Interval, Table
 
 _MERGED = {
@@ -20,9 +21,9 @@ _MERGED = {
     "up_proj": "gate_up_proj",
 }
 LOADER = "oreal_megatron.weight_sync.worker.load"
-"""What servers are started with as --custom-weight-loader, and the `load_format` of an order."""
+"""Function that servers are started with as --custom-weight-loader, and the `load_format` of a command."""
 CPU_FEED_FORWARD_MULTIPLE = 32
-"""Of SGLang's servers on CPU, and there alone (`DEFAULT_MOE_PADDING_SIZE`)."""
+"""Multiple that SGLang pads feed-forward columns to on a CPU (`DEFAULT_MOE_PADDING_SIZE`), and only there."""
 
 _LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
@@ -30,38 +31,31 @@ _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 @dataclass(frozen=True)
 class SGLangLayout:
-    """Rollout engines of one kind: how many, and how each is split."""
+    """A server's split and padding of a model."""
 
-    count: int = 1
     tensor: int = 1
+    """Number of tensor-parallel ranks."""
     vocabulary_multiple: int = 64
-    """Rows that SGLang pads the vocabulary to a multiple of (`DEFAULT_VOCAB_PADDING_SIZE`)."""
+    """Multiple that SGLang pads the rows of the vocabulary to (`DEFAULT_VOCAB_PADDING_SIZE`)."""
     feed_forward_multiple: int = 1
-    """Feed-forward columns that a rank's share is padded to a multiple of, with zeros; 1: it is not padded."""
+    """Multiple that a rank's feed-forward columns are padded to, with zeros; 1 for no padding."""
     fp8: bool = False
-    """The weights of linear layers are served in FP8."""
+    """Whether the weights of linear layers are served in FP8."""
 
     def check(self, geometry: GeometryConfig) -> None:
-        """Raises ValueError, with every reason, where an engine cannot serve a model of this geometry so."""
-        groups = geometry.num_query_groups
-        over = f"over an engine's {self.tensor} tensor-parallel ranks"
-        problems = [
-            reason
-            for is_wrong, reason in (
-                (geometry.num_attention_heads % self.tensor, f"{geometry.num_attention_heads} attention heads {over}"),
-                (groups % self.tensor and self.tensor % groups, f"{groups} key-value heads {over}, nor copies of them"),
-                (
-                    self.padded_columns(geometry.ffn_hidden_size) % self.tensor,
-                    f"{geometry.ffn_hidden_size} feed-forward columns {over}",
-                ),
-                (self.padded_rows(geometry.vocab_size or 0) % self.tensor, f"the padded vocabulary {over}"),
-            )
-            if is_wrong
-        ]
+        """Raises ValueError, with every reason, if a server cannot hold a model of this geometry in this layout."""
+        padded = geometry.model_copy(update={"ffn_hidden_size": self.padded_columns(geometry.ffn_hidden_size)})
+        ranks = ParallelConfig(tensor=self.tensor, pipeline=1, micro_batch_tokens=1)
+        problems = [violation.remedy for violation in layout_violations(padded, ranks)]
+        num_rows = self.padded_rows(geometry.vocab_size or 0)
+        if num_rows % self.tensor:
+            problems.append(f"{num_rows} rows of the padded vocabulary do not split evenly over {self.tensor} ranks")
         if self.fp8:
             problems += unserved_shapes(geometry, self.tensor)
         if problems:
-            raise ValueError("the model does not split: " + "; ".join(problems))
+            raise ValueError(
+                f"the model does not split with rollout.sglang.tensor = {self.tensor}: {'; '.join(problems)}"
+            )
 
     def padded_rows(self, vocab_size: int) -> int:
         return _rounded_up(vocab_size, self.vocabulary_multiple)
@@ -74,39 +68,42 @@ class SGLangLayout:
 
 @dataclass(frozen=True)
 class ServedTensor:
-    """One parameter of one rank of an engine."""
+    """A parameter of a server's tensor-parallel rank, and the Hugging Face rectangles that fill it."""
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[Copy, ...]
-    """The Hugging Face rectangles that make it up, by rows; rows of padding have none."""
+    """Hugging Face rectangles that fill the parameter, by rows; rows of padding have none."""
     is_fp8: bool = False
-    """It is served in e4m3, beside a tensor of scales."""
+    """Whether it is served in e4m3, with its scales in a parameter of their own."""
 
-    def held(self, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """What a server holds of it: name -> (dtype, shape). dtype: of what is not in FP8."""
+    def parameters(self, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Returns name -> (dtype, shape) of the parameter, and of its scales if it is in FP8.
+
+        dtype: dtype of parameters that are not in FP8.
+        """
         if not self.is_fp8:
             return {self.name: (dtype, self.shape)}
         return {self.name: ("float8_e4m3fn", self.shape), scales_of(self.name): ("float32", self.num_blocks)}
 
     @property
     def num_blocks(self) -> tuple[int, ...]:
-        """The shape of its scales."""
+        """Shape of the scales."""
         return tuple(size // SERVED_BLOCK for size in self.shape)
 
     @property
     def num_elements(self) -> int:
-        """Without padding."""
+        """Number of elements without padding."""
         return sum(part.box.num_elements for part in self.parts)
 
 
 def scales_of(name: str) -> str:
-    """SGLang's name for the scales of an FP8 weight: what e4m3 numbers are multiplied by."""
+    """Returns SGLang's name for the scales of an FP8 weight, by which its e4m3 numbers are multiplied."""
     return f"{name}_scale_inv"
 
 
 def served_tensors(table: Table, geometry: GeometryConfig, layout: SGLangLayout, rank: int) -> Iterator[ServedTensor]:
-    """The parameters of rank `rank` of an engine, in the order of a forward pass.
+    """Yields the parameters of a server's tensor-parallel rank, in the order of a forward pass.
 
     Tied embeddings are one parameter, as in SGLang.
     """
@@ -117,17 +114,17 @@ def served_tensors(table: Table, geometry: GeometryConfig, layout: SGLangLayout,
         parts, rows = [], 0
         for source in sources:
             whole = table.origins[source].shape
-            held = _held(source, whole, geometry, layout, rank)
-            box = Box(_within(held.rows, whole[0]), held.columns and _within(held.columns, whole[1]))
+            padded = _padded_box(source, whole, geometry, layout, rank)
+            box = Box(_within(padded.rows, whole[0]), padded.columns and _within(padded.columns, whole[1]))
             if box.num_elements:
                 parts.append(Copy(source, box, (rows, rows + box.shape[0])))
-            rows += held.shape[0]
+            rows += padded.shape[0]
         is_fp8 = layout.fp8 and name.endswith(".weight") and name.split(".")[-2] in _LINEAR
-        yield ServedTensor(name, (rows, *held.shape[1:]), tuple(parts), is_fp8)
+        yield ServedTensor(name, (rows, *padded.shape[1:]), tuple(parts), is_fp8)
 
 
 def whole_tensors(table: Table) -> Iterator[ServedTensor]:
-    """Every tensor as Hugging Face has it: for who holds whole copies."""
+    """Yields every Hugging Face tensor as a parameter that holds all of it."""
     for name, origin in table.origins.items():
         rows, *columns = origin.shape
         box = Box((0, rows), (0, columns[0]) if columns else None)
@@ -140,8 +137,8 @@ def _served_name(name: str) -> str:
     return f"{parent}.{_MERGED[leaf]}.{kind}" if leaf in _MERGED else name
 
 
-def _held(name: str, shape: tuple[int, ...], geometry: GeometryConfig, layout: SGLangLayout, rank: int) -> Box:
-    """What rank `rank` holds of a Hugging Face tensor, padding included."""
+def _padded_box(name: str, shape: tuple[int, ...], geometry: GeometryConfig, layout: SGLangLayout, rank: int) -> Box:
+    """Returns the rectangle of a Hugging Face tensor that a tensor-parallel rank holds, with its padding."""
     leaf = name.split(".")[-2]
     rows: Interval = (0, shape[0])
     columns: Interval | None = (0, shape[1]) if len(shape) > 1 else None

@@ -1,4 +1,4 @@
-"""What the trainer has to publish: this rank's tensors, and who holds what."""
+"""The trainer's side of a publication: this rank's tensors, and how the model is split over the ranks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from torch import Tensor
 from oreal_megatron.config import GeometryConfig
 from oreal_megatron.conversion.families import family_of
 from oreal_megatron.conversion.layout import Layout
-from oreal_megatron.conversion.module import held_parameters
+from oreal_megatron.conversion.module import shard_parameters
 from oreal_megatron.distributed.groups import ParallelGroups
-from oreal_megatron.weight_sync.planner import TrainerLayout
 
 
 class PolicyShards:
-    """The policy, as every transport sees it."""
+    """The policy's weights on this rank, with the table and the layout that describe all ranks' weights."""
 
     def __init__(
         self,
@@ -25,34 +24,43 @@ class PolicyShards:
         groups: ParallelGroups,
         dtype: torch.dtype | None = None,
     ):
-        """chunks: this rank's GPTModels. geometry: with vocab_size, without padding. dtype: that they are published in;
-        None: their own. Every rank makes one."""
+        """Every rank creates one.
+
+        chunks: this rank's GPTModels. geometry: with vocab_size, without padding. dtype: dtype of the published
+        weights; None for the policy's own.
+        """
         self.chunks = chunks
         self.geometry = geometry
         self.groups = groups
         self.table = family_of(geometry).table(geometry, "causal")
         self.dtype = dtype or next(chunks[0].parameters()).dtype
-        """What travels, whatever the policy has."""
+        """Dtype that weights are transferred in."""
         self._parameters: dict[str, torch.nn.Parameter] = {}
         rows_a_rank = 1
         for chunk in chunks:
-            for held in held_parameters(chunk, self.table, groups):
-                self._parameters[held.entry.name] = held.parameter
-                if held.num_rows is not None:
-                    rows_a_rank = held.num_rows // groups.tensor_size
-        layout = groups.layout
-        self.trainer = TrainerLayout(
-            # The main rank's first stage has the embedding.
-            Layout(layout.tensor, layout.pipeline, layout.virtual_pipeline, groups.from_main(rows_a_rank)),
-            context=layout.context,
+            for part in shard_parameters(chunk, self.table, groups):
+                self._parameters[part.entry.name] = part.parameter
+                if part.num_rows is not None:
+                    rows_a_rank = part.num_rows // groups.tensor_size
+        self.layout = Layout(
+            groups.layout.tensor,
+            groups.layout.pipeline,
+            groups.layout.virtual_pipeline,
+            # The main rank is in the first stage, which has the embedding.
+            vocabulary_multiple=groups.from_main(rows_a_rank),
+            context=groups.layout.context,
             data=groups.data_size,
         )
+        """Split of the model over the trainer's ranks."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """This rank's, in the policy's own dtype, by Megatron's name; a tied embedding has one name on every stage."""
+        """Returns this rank's tensors by Megatron's name, in the policy's own dtype.
+
+        A tied embedding has the same name on the first and on the last stage.
+        """
         return {name: parameter.detach() for name, parameter in self._parameters.items()}
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole model."""
+        """Bytes of the whole model in the dtype of the transfer."""
         return sum(torch.Size(origin.shape).numel() for origin in self.table.origins.values()) * self.dtype.itemsize

@@ -1,80 +1,94 @@
-"""What a transport is, and what comes of sending: the interface that all of them have."""
+"""The contract of rollout engine, publisher and transports: servers that take weights, and results of transfers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from oreal_megatron.servers.client import ServerClient
 
-class PausedServer(Protocol):
-    """A server that takes weight updates. Futures raise ConnectionError (it is lost) or ValueError (it refuses)."""
+
+@dataclass(frozen=True)
+class PausedServer:
+    """A server that takes weight updates, usable from any thread; its requests run on the servers' event loop.
+
+    Every request returns a future that raises ConnectionError if the server is lost, or ValueError if it refuses.
+    """
+
+    client: ServerClient
+    index: int
+    """Number of the server among all servers of the run; it tells which trainer devices a colocated server shares."""
+    run: Callable[[Coroutine[Any, Any, None]], Future[None]]
+    """Starts a coroutine on the servers' event loop."""
 
     @property
-    def name(self) -> str: ...
-
-    @property
-    def index(self) -> int:
-        """Its number among all servers of the run, which says whose devices it shares where they are the trainer's."""
+    def name(self) -> str:
+        return self.client.url
 
     def update_weights_from_tensor(self, payloads: Sequence[bytes], load_format: str) -> Future[None]:
-        """payloads: one pickled list of (name, tensor) a tensor-parallel rank."""
+        """Hands each tensor-parallel rank its payload, a pickled list of (name, tensor)."""
+        return self.run(self.client.update_weights_from_tensor(payloads, load_format))
 
     def update_weights_from_disk(self, directory: Path) -> Future[None]:
-        """Takes the weights of a Hugging Face directory."""
+        """Has the server load a Hugging Face directory."""
+        return self.run(self.client.update_weights_from_disk(directory))
 
     def init_weights_update_group(self, group: Mapping[str, Any]) -> Future[None]:
-        """Every rank joins a process group; see SGLang's /init_weights_update_group."""
+        """Has every rank of the server join a process group; see SGLang's /init_weights_update_group."""
+        return self.run(self.client.init_weights_update_group(group))
 
     def update_weights_from_distributed(self, tensors: Mapping[str, Any]) -> Future[None]:
-        """Takes tensors that are broadcast in a group; see /update_weights_from_distributed."""
+        """Has the server take tensors that are broadcast in a group; see SGLang's /update_weights_from_distributed."""
+        return self.run(self.client.update_weights_from_distributed(tensors))
 
     def destroy_weights_update_group(self, name: str) -> Future[None]:
-        """Forgets a group."""
+        """Has every rank of the server leave a process group."""
+        return self.run(self.client.destroy_weights_update_group(name))
 
 
 @dataclass(frozen=True)
 class TransferFailure:
-    """Why a server does not have the weights."""
+    """The reason why a server does not have the weights."""
 
     reason: str
     is_lost: bool = False
-    """The server itself is gone; otherwise sending again may help."""
+    """Whether the server itself is gone; otherwise a second transfer may succeed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransferResult:
-    """What came of sending to servers, the same on all trainer ranks."""
+    """The result of sending weights to servers, the same on all trainer ranks."""
 
     failures: Mapping[str, TransferFailure] = field(default_factory=dict)
-    """By server; the others have the weights, audited."""
+    """Failures by server name; all other servers have the weights."""
     num_bytes: int = 0
-    """That left the trainer."""
+    """Bytes that left the trainer."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """plan: before the first order. transfer: until the last byte has left the trainer. load: until the servers have
-    them. audit."""
+    """Seconds of each part. plan: until the first command; transfer: until the last byte left the trainer; load: from
+    then until the servers have the weights; audit: the comparison with the trainer's weights."""
 
 
 class Transport(Protocol):
     """A way for weights to reach servers. Every trainer rank calls every method, together with the others."""
 
     def prepare(self, weight_version: int) -> None:
-        """What can be done while servers still generate.
+        """Does the part of the work that is possible while servers still generate.
 
         Raises:
-            OSError: the disk refused.
+            OSError: a file could not be written.
         """
 
     def send(self, servers: Sequence[PausedServer]) -> TransferResult:
-        """Has all `servers` (read on the main rank only) take the policy's present weights. No audit."""
+        """Sends the policy's present weights to all `servers` (read on the main rank only), without an audit."""
 
     def close(self) -> None: ...
 
 
 def failure_of_answer(answer: Future[None]) -> TransferFailure | None:
-    """Why a server has not done what it was asked, when it has answered."""
+    """Waits for a server's answer and returns the reason why the request failed, or None."""
     try:
         answer.result()
     except (ConnectionError, ValueError) as error:

@@ -1,23 +1,24 @@
-"""The server's side: a custom weight loader that every worker of a stock SGLang runs.
+"""The servers' side: a custom weight loader that every worker of an unmodified SGLang runs.
 
     python -m sglang.launch_server ... --custom-weight-loader oreal_megatron.weight_sync.worker.load
 
-A POST of /update_weights_from_tensor with `load_format` of that name hands each worker an order, a few kilobytes. An
-exception in here would end the server, so every outcome, good or bad, is reported in the store that the order names.
+A POST of /update_weights_from_tensor with `load_format` of that name hands each worker a command of a few kilobytes. An
+exception here would end the server, so every result, good or bad, is reported in the store that the command names.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import pickle
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,208 +27,83 @@ from torch import Tensor
 from oreal_megatron.weight_sync.checksums import whole
 from oreal_megatron.weight_sync.fp8_blocks import E4M3, quantise_into
 from oreal_megatron.weight_sync.p2p import Receiver, Rendezvous, join, unpack
-from oreal_megatron.weight_sync.planner import TransferOp
+from oreal_megatron.weight_sync.planner import TransferOp, num_elements
 from oreal_megatron.weight_sync.sglang_layout import scales_of
 
-_JOIN, _PART = b"join", b"part"
-_OF_KV_CACHE = (".k_scale", ".v_scale")
+logger = logging.getLogger(__name__)
 
-
-class Task(Protocol):
-    """What a worker shall do; one of those below."""
-
-    def carry_out(
-        self, held: WorkerParameters, buffers: Sequence[Tensor], store: dist.Store
-    ) -> Mapping[str, int] | None:
-        """held: by the worker. buffers: what came with the order. Returns what the report shall say."""
-
-
-class WorkerParameters(Mapping[str, Tensor]):
-    """A worker's parameters, to write what arrives into; of those in FP8, copies in the dtype that travels.
-
-    Blocks are quantised when all of their weight is there. What waits for the rest of its weight is beside the
-    parameters; in a direct publication that may be all of them.
-    """
-
-    def __init__(self, parameters: Mapping[str, Tensor], dtype: torch.dtype):
-        """dtype: of what travels."""
-        self.parameters = parameters
-        self.dtype = dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        parameter = self.parameters[name]
-        if parameter.dtype != E4M3:
-            return parameter
-        if name not in _waiting:
-            _waiting[name] = torch.empty(parameter.shape, dtype=self.dtype, device=parameter.device)
-        return _waiting[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.parameters)
-
-    def __len__(self) -> int:
-        return len(self.parameters)
-
-    def blank(self) -> None:
-        """A server that starts without weights holds random numbers, in the padding too, which nobody sends."""
-        for parameter in self.parameters.values():
-            parameter.zero_()
-        _waiting.clear()
-        _num_arrived.clear()
-
-    def arrived(self, rectangles: Iterable[TransferOp]) -> None:
-        """These have been written: quantises what is complete."""
-        for item in rectangles:
-            if item.target in _waiting:
-                _num_arrived[item.target] += item.num_elements
-        for name in [name for name, copy in _waiting.items() if _num_arrived[name] == copy.numel()]:
-            quantise_into(self.parameters[name], self.parameters[scales_of(name)], _waiting.pop(name))
-            del _num_arrived[name]
-
-
-_waiting: dict[str, Tensor] = {}
-"""Copies of FP8 weights that have not arrived as a whole: the buckets of a publication may be orders of their own."""
-_num_arrived: Counter[str] = Counter()
-"""Elements, by weight."""
+_JOIN, _CANCEL = b"join", b"cancel"
+_KV_CACHE_SCALES = (".k_scale", ".v_scale")
 
 
 @dataclass(frozen=True)
 class Receive:
-    """Its part of a direct publication, from the trainer's ranks."""
+    """Task to receive this worker's part of a direct publication from the trainer's ranks."""
 
     rendezvous: Rendezvous
     number: int
-    """The worker's, among all receivers."""
+    """Number of the worker among all receivers."""
     bucket_bytes: int
     backend: str
-    rectangles: Mapping[int, Sequence[TransferOp]] | None
-    """By sender; None: as before in this meeting."""
-
-    def carry_out(
-        self, held: WorkerParameters, buffers: Sequence[Tensor], store: dist.Store
-    ) -> Mapping[str, int] | None:
-        try:
-            receiver = self._receiver(held, store)
-            receiver.receive(held)
-        except Exception:
-            _joined.clear()  # senders that wait for this worker hear at once that it is gone
-            raise
-        held.arrived(receiver.rectangles)
-        return None
-
-    def _receiver(self, held: WorkerParameters, store: dist.Store) -> Receiver:
-        rendezvous = self.rendezvous
-        if rendezvous.name not in _joined:
-            if self.rectangles is None:
-                raise ValueError(f"the worker has not joined meeting {rendezvous.name}, and the order has no plan")
-            _joined.clear()
-            store.set(arrival_key(rendezvous, self.number), "here")
-            if store.get(start_key(rendezvous)) != _JOIN:
-                raise ValueError(f"meeting {rendezvous.name} does not take place: another server did not come")
-            _joined[rendezvous.name] = Receiver(
-                join(rendezvous, rendezvous.num_senders + self.number, self.backend),
-                self.number,
-                rendezvous.num_receivers,
-                self.rectangles,
-                rendezvous.num_senders,
-                dtype=held.dtype,
-                bucket_bytes=self.bucket_bytes,
-            )
-            held.blank()
-        return _joined[rendezvous.name]
-
-
-_joined: dict[str, Receiver] = {}
-"""The receiver of the present meeting, by the meeting's name."""
+    ops: Mapping[int, Sequence[TransferOp]] | None
+    """Transfer ops by sender; None if the worker has joined this rendezvous already and the ops are the same."""
 
 
 @dataclass(frozen=True)
 class Unpack:
-    """A bucket in memory that the worker shares with a trainer rank."""
+    """Task to unpack a bucket out of memory that the worker shares with a trainer rank."""
 
-    rectangles: Sequence[TransferOp]
+    ops: Sequence[TransferOp]
     is_first: bool
-    """Of a publication."""
+    """Whether the bucket is the first of a publication."""
     file: str | None
-    """Where the bucket is mapped; None: it comes with the order."""
-
-    def carry_out(
-        self, held: WorkerParameters, buffers: Sequence[Tensor], store: dist.Store
-    ) -> Mapping[str, int] | None:
-        if self.is_first:
-            held.blank()
-        if self.rectangles:
-            size = sum(item.num_elements for item in self.rectangles)
-            bucket = buffers[0] if self.file is None else torch.from_file(self.file, True, size, dtype=held.dtype)
-            unpack(self.rectangles, bucket, held)
-            held.arrived(self.rectangles)
-        return None
+    """File to map the bucket from; None if the bucket comes with the command."""
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Checksums of all that the worker holds."""
-
-    def carry_out(
-        self, held: WorkerParameters, buffers: Sequence[Tensor], store: dist.Store
-    ) -> Mapping[str, int] | None:
-        return {name: whole(parameter) for name, parameter in held.parameters.items()}
+    """Task to report checksums of all parameters."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A task, and where its outcome is reported."""
+    """A task for a worker, with the store that its result is reported in."""
 
     host: str
+    """Host of the store."""
     port: int
-    """Of the store."""
     timeout_seconds: float
     report_key: str
     dtype: str
-    """Of what travels."""
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-    """What the trainer takes the worker's for: dtype and shape."""
+    """Dtype of the transfer."""
+    parameters: Mapping[str, tuple[str, tuple[int, ...]]]
+    """Parameters that the trainer expects the worker to have: name -> (dtype, shape)."""
     task: Receive | Unpack | Audit
 
     def encoded(self) -> Tensor:
-        """uint8 [n], as tensors are all that the endpoint carries."""
+        """Returns the command as a tensor, uint8 [n], because the endpoint carries only tensors."""
         return torch.frombuffer(bytearray(pickle.dumps(self)), dtype=torch.uint8)
 
     @classmethod
     def decoded(cls, tensor: Tensor) -> Command:
-        command = _OwnClasses(io.BytesIO(tensor.cpu().numpy().tobytes())).load()
+        command = _RecordUnpickler(io.BytesIO(tensor.cpu().numpy().tobytes())).load()
         assert isinstance(command, cls)
         return command
 
 
-class _OwnClasses(pickle.Unpickler):
-    """Whoever reaches the server's port may send anything: nothing but records of this package is built."""
+class _RecordUnpickler(pickle.Unpickler):
+    """Builds records of this package and nothing else, because any process may send data to the server's port."""
 
     def find_class(self, module: str, name: str) -> Any:
         found = super().find_class(module, name) if module.startswith("oreal_megatron.") else None
         if not isinstance(found, type) or not hasattr(found, "__dataclass_fields__"):
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in an order")
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a command")
         return found
-
-
-def arrival_key(rendezvous: Rendezvous, number: int) -> str:
-    """Where receiver `number` says that it has come."""
-    return f"{rendezvous.name}/arrived/{number}"
-
-
-def start_key(rendezvous: Rendezvous) -> str:
-    """Where receivers read whether all have come."""
-    return f"{rendezvous.name}/start"
-
-
-def start(store: dist.Store, rendezvous: Rendezvous, *, joining: bool) -> None:
-    """Tells receivers that have arrived to join, or to give up."""
-    store.set(start_key(rendezvous), (_JOIN if joining else _PART).decode())
 
 
 @dataclass(frozen=True)
 class WorkerReport:
-    """What a worker says of an order."""
+    """The result of a command."""
 
     error: str | None = None
     checksums: Mapping[str, int] | None = None
@@ -241,8 +117,123 @@ class WorkerReport:
         return cls(**json.loads(text))
 
 
+class Worker:
+    """Executes commands, and keeps what must outlive one of them.
+
+    A publication's buckets may be commands of their own, so FP8 weights that have arrived in part are kept in the dtype
+    of the transfer, in addition to the parameters, until all of their elements are there and they can be quantised.
+    """
+
+    def __init__(self) -> None:
+        self._incomplete: dict[str, Tensor] = {}
+        """FP8 weights that have arrived in part, in the dtype of the transfer."""
+        self._num_arrived: Counter[str] = Counter()
+        """Number of elements that have arrived of each incomplete weight."""
+        self._receiver: Receiver | None = None
+        """Receiver of the rendezvous that the worker joined last."""
+
+    def execute(
+        self, command: Command, parameters: Mapping[str, Tensor], buffers: Sequence[Tensor], store: dist.Store
+    ) -> Mapping[str, int] | None:
+        """Executes a command on a model's parameters; returns checksums by parameter if it is an audit.
+
+        buffers: tensors that came with the command.
+        """
+        dtype = getattr(torch, command.dtype)
+        match command.task:
+            case Receive() as task:
+                self._receive(task, parameters, dtype, store)
+            case Unpack() as task:
+                self._unpack(task, parameters, dtype, buffers)
+            case Audit():
+                return {name: whole(parameter) for name, parameter in parameters.items()}
+        return None
+
+    def _receive(self, task: Receive, parameters: Mapping[str, Tensor], dtype: torch.dtype, store: dist.Store) -> None:
+        try:
+            receiver = self._joined(task, parameters, dtype, store)
+            receiver.receive(self._destinations(receiver.ops, parameters, dtype))
+        except Exception:
+            self._receiver = None  # closes the connections, so that waiting senders fail at once
+            raise
+        self._quantise_complete(receiver.ops, parameters)
+
+    def _joined(
+        self, task: Receive, parameters: Mapping[str, Tensor], dtype: torch.dtype, store: dist.Store
+    ) -> Receiver:
+        """Returns the receiver of the task's rendezvous, which the worker joins first if it has not yet."""
+        rendezvous = task.rendezvous
+        if self._receiver is not None and self._receiver.rendezvous == rendezvous:
+            return self._receiver
+        if task.ops is None:
+            raise ValueError(f"the worker has not joined rendezvous {rendezvous.name}, and the command has no ops")
+        self._receiver = None
+        store.set(arrival_key(rendezvous, task.number), "arrived")
+        if store.get(_start_key(rendezvous)) != _JOIN:
+            raise ValueError(f"rendezvous {rendezvous.name} is cancelled: another server did not arrive")
+        self._receiver = Receiver(
+            join(rendezvous, rendezvous.num_senders + task.number, task.backend),
+            rendezvous,
+            task.number,
+            task.ops,
+            dtype=dtype,
+            bucket_bytes=task.bucket_bytes,
+        )
+        self._clear(parameters)
+        return self._receiver
+
+    def _unpack(
+        self, task: Unpack, parameters: Mapping[str, Tensor], dtype: torch.dtype, buffers: Sequence[Tensor]
+    ) -> None:
+        if task.is_first:
+            self._clear(parameters)
+        if task.ops:
+            size = num_elements(task.ops)
+            bucket = buffers[0] if task.file is None else torch.from_file(task.file, True, size, dtype=dtype)
+            unpack(task.ops, bucket, self._destinations(task.ops, parameters, dtype))
+            self._quantise_complete(task.ops, parameters)
+
+    def _destinations(
+        self, ops: Iterable[TransferOp], parameters: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Returns the tensors that ops write to: parameters, or for FP8 weights copies in the dtype of the transfer.
+
+        Allocates the copies that are not there yet.
+        """
+        destinations = {op.target: parameters[op.target] for op in ops}
+        for name, parameter in destinations.items():
+            if parameter.dtype == E4M3:
+                if name not in self._incomplete:
+                    self._incomplete[name] = torch.empty(parameter.shape, dtype=dtype, device=parameter.device)
+                destinations[name] = self._incomplete[name]
+        return destinations
+
+    def _quantise_complete(self, ops: Iterable[TransferOp], parameters: Mapping[str, Tensor]) -> None:
+        """Counts the elements of ops that were written, and quantises the FP8 weights that are complete."""
+        for op in ops:
+            if op.target in self._incomplete:
+                self._num_arrived[op.target] += op.num_elements
+        for name in [name for name, copy in self._incomplete.items() if self._num_arrived[name] == copy.numel()]:
+            quantise_into(parameters[name], parameters[scales_of(name)], self._incomplete.pop(name))
+            del self._num_arrived[name]
+
+    def _clear(self, parameters: Mapping[str, Tensor]) -> None:
+        """Sets parameters to zero: a server that starts without weights has random numbers, in the padding too."""
+        for parameter in parameters.values():
+            parameter.zero_()
+        self._incomplete.clear()
+        self._num_arrived.clear()
+
+
+_WORKER = Worker()
+"""State of this process between commands: SGLang calls `load` for each of them and keeps nothing for it."""
+
+
 def load(model: torch.nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """SGLang's call. named_tensors: the encoded order, then buffers that belong to it."""
+    """Executes a command; SGLang calls this function.
+
+    named_tensors: the encoded command, then the buffers that belong to it.
+    """
     start = time.perf_counter()
     try:
         (_, encoded), *buffers = named_tensors
@@ -251,37 +242,51 @@ def load(model: torch.nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) ->
             command.host, command.port, is_master=False, timeout=timedelta(seconds=command.timeout_seconds)
         )
     except Exception:
-        traceback.print_exc()  # nobody to report to
+        logger.exception("A command could not be decoded, or its store could not be reached.")
         return
     try:
-        held = WorkerParameters(_parameters(model), getattr(torch, command.dtype))
-        _check_tensors(held.parameters, command.tensors)
+        parameters = _parameters(model)
+        _check_parameters(parameters, command.parameters)
         with torch.no_grad():
-            checksums = command.task.carry_out(held, [buffer for _, buffer in buffers], store)
+            checksums = _WORKER.execute(command, parameters, [buffer for _, buffer in buffers], store)
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # whoever reads the report may use a shared bucket anew
+            torch.cuda.synchronize()  # the trainer reuses a shared bucket as soon as it reads the report
         report = WorkerReport(checksums=checksums, seconds=time.perf_counter() - start)
     except Exception:
         report = WorkerReport(error=traceback.format_exc())
     try:
         store.set(command.report_key, report.encoded())
     except RuntimeError:
-        traceback.print_exc()
+        logger.exception("The result of a command could not be reported to %s:%d.", command.host, command.port)
+
+
+def arrival_key(rendezvous: Rendezvous, number: int) -> str:
+    """Returns the store's key under which receiver `number` reports that it has arrived."""
+    return f"{rendezvous.name}/arrived/{number}"
+
+
+def _start_key(rendezvous: Rendezvous) -> str:
+    return f"{rendezvous.name}/start"
+
+
+def answer_arrivals(store: dist.Store, rendezvous: Rendezvous, *, joining: bool) -> None:
+    """Has all receivers that have arrived join the group, or cancels the rendezvous."""
+    store.set(_start_key(rendezvous), (_JOIN if joining else _CANCEL).decode())
 
 
 def _parameters(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Without the scales of an FP8 KV cache, which are SGLang's own and no part of the weights."""
-    return {name: parameter for name, parameter in model.named_parameters() if not name.endswith(_OF_KV_CACHE)}
+    """Returns a model's weights by name, without the scales of an FP8 KV cache, which SGLang computes itself."""
+    return {name: parameter for name, parameter in model.named_parameters() if not name.endswith(_KV_CACHE_SCALES)}
 
 
-def _check_tensors(parameters: Mapping[str, Tensor], planned: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    """Raises ValueError, with every difference, where the server's tensors are not those that the plan fills."""
-    problems = [f"{name}: planned, and not in the server" for name in planned.keys() - parameters.keys()]
-    problems += [f"{name}: in the server, and not planned" for name in parameters.keys() - planned.keys()]
-    for name in planned.keys() & parameters.keys():
-        dtype, shape = planned[name]
+def _check_parameters(parameters: Mapping[str, Tensor], expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Raises ValueError, with every difference, if the server's parameters are not those that the plan fills."""
+    problems = [f"{name}: planned, and not in the server" for name in expected.keys() - parameters.keys()]
+    problems += [f"{name}: in the server, and not planned" for name in parameters.keys() - expected.keys()]
+    for name in expected.keys() & parameters.keys():
+        dtype, shape = expected[name]
         found, kind = tuple(parameters[name].shape), str(parameters[name].dtype).removeprefix("torch.")
         if (kind, found) != (dtype, tuple(shape)):
             problems.append(f"{name}: {kind} {list(found)} in the server, planned {dtype} {list(shape)}")
     if problems:
-        raise ValueError("the server holds other tensors than the plan fills:\n  " + "\n  ".join(sorted(problems)))
+        raise ValueError("the server's parameters are not those of the plan:\n  " + "\n  ".join(sorted(problems)))

@@ -1,4 +1,4 @@
-"""Trainer ranks publish to servers whose workers run the real loader without SGLang round it.
+"""Trainer ranks publish to servers whose workers run the real weight loader without SGLang.
 
     python -m tests.distributed.publication_worker SOURCE SETTING    SETTING: see below, as JSON
 
@@ -36,6 +36,7 @@ from oreal_megatron.weight_sync.audit import Auditor
 from oreal_megatron.weight_sync.commands import CommandChannel
 from oreal_megatron.weight_sync.direct import DirectTransport
 from oreal_megatron.weight_sync.ipc import IpcTransport
+from oreal_megatron.weight_sync.planner import plan_resharding
 from oreal_megatron.weight_sync.publisher import Publisher
 from oreal_megatron.weight_sync.sglang_layout import LOADER, SGLangLayout, served_tensors
 from oreal_megatron.weight_sync.source import PolicyShards
@@ -46,13 +47,13 @@ from tests.unit.weight_sync.test_planner import served
 
 @dataclass(frozen=True)
 class Setting:
-    """Who publishes to whom, and how."""
+    """Layouts, dtypes and transports of the publications."""
 
     layout: dict[str, int]
-    """Degrees of the trainer, which is in fp32."""
+    """Parallel degrees of the trainer, which is in fp32."""
     world: int = 4
     served: str = "float32"
-    """What servers hold: float32, bfloat16 or fp8."""
+    """Dtype of the servers' weights: float32, bfloat16 or fp8."""
     num_servers: int = 2
     server_ranks: int = 2
     transports: Sequence[str] = ("direct", "ipc", "direct")
@@ -60,14 +61,12 @@ class Setting:
     bucket_bytes: int = 4096
 
     @property
-    def engines(self) -> SGLangLayout:
-        return SGLangLayout(
-            count=self.num_servers, tensor=self.server_ranks, feed_forward_multiple=32, fp8=self.served == "fp8"
-        )
+    def server(self) -> SGLangLayout:
+        return SGLangLayout(tensor=self.server_ranks, feed_forward_multiple=32, fp8=self.served == "fp8")
 
     @property
     def dtype(self) -> torch.dtype:
-        """That travels."""
+        """Dtype of the transfer."""
         return torch.float32 if self.served == "float32" else torch.bfloat16
 
     @property
@@ -77,14 +76,14 @@ class Setting:
 
 
 class Model:
-    """What the loader needs of SGLang's model."""
+    """A model with the method of SGLang's models that the loader calls."""
 
     def __init__(self, geometry: GeometryConfig, setting: Setting, rank: int):
         table = family_of(geometry).table(geometry, "causal")
         self.tensors = {
             name: torch.randn(shape).to(setting.device, getattr(torch, dtype))
-            for tensor in served_tensors(table, geometry, setting.engines, rank)
-            for name, (dtype, shape) in tensor.held(str(setting.dtype).removeprefix("torch.")).items()
+            for tensor in served_tensors(table, geometry, setting.server, rank)
+            for name, (dtype, shape) in tensor.parameters(str(setting.dtype).removeprefix("torch.")).items()
         }
 
     def named_parameters(self) -> Any:
@@ -92,7 +91,7 @@ class Model:
 
 
 def work(pipe: Connection, geometry: GeometryConfig, setting: Setting, server: int, rank: int) -> None:
-    """A tensor-parallel worker: loads what it is sent; shows what it holds; doubles one number of a tensor."""
+    """A tensor-parallel worker: executes commands, shows its tensors, or doubles a number of a tensor."""
     if setting.device != "cpu":
         torch.cuda.set_device((server * setting.server_ranks + rank) % setting.world)
     model = Model(geometry, setting, rank)
@@ -110,7 +109,7 @@ def work(pipe: Connection, geometry: GeometryConfig, setting: Setting, server: i
 
 @dataclass
 class Server:
-    """See resharding.delivery.PausedServer, of which a transport through the loader needs this much."""
+    """The part of weight_sync.types.PausedServer that transports through the loader use."""
 
     index: int
     name: str
@@ -154,21 +153,22 @@ def publish(rank: int, source: Path, setting: Setting, opened: list[Any]) -> Non
     with cpu_backend(), parallel_groups(config, seed=0) as groups:
         shards = PolicyShards(policy_chunks(source, groups), geometry, groups, setting.dtype)
         servers = [Server(*one, ThreadPoolExecutor(1)) for one in opened] if groups.is_main else []
-        carry_out(setting, shards, servers, source)
+        execute(setting, shards, servers, source)
 
 
-def carry_out(setting: Setting, shards: PolicyShards, servers: list[Any], source: Path) -> None:
-    channel = CommandChannel(shards, setting.engines, timeout_seconds=60)
-    auditor = Auditor(shards, setting.engines, channel)
+def execute(setting: Setting, shards: PolicyShards, servers: list[Any], source: Path) -> None:
+    plan = plan_resharding(shards.table, shards.geometry, shards.layout, setting.server)
+    channel = CommandChannel(shards, plan, timeout_seconds=60)
+    auditor = Auditor(shards, plan, channel)
     kinds = {"direct": DirectTransport, "ipc": IpcTransport}
     publishers = {
-        name: Publisher(kinds[name](shards, setting.engines, channel, bucket_bytes=setting.bucket_bytes), auditor)
+        name: Publisher(kinds[name](shards, plan, channel, bucket_bytes=setting.bucket_bytes), auditor)
         for name in dict.fromkeys(setting.transports)
     }
     for number, transport in enumerate(setting.transports, start=1):
         double(shards)
-        delivery = publishers[transport].deliver(servers)
-        assert not delivery.failures, delivery.failures
+        result = publishers[transport].deliver(servers)
+        assert not result.failures, result.failures
         compare(setting, servers, source, shards.geometry, factor=2**number)
     if setting.served == "fp8":
         find_another_scale(shards, servers, auditor)
@@ -179,7 +179,7 @@ def carry_out(setting: Setting, shards: PolicyShards, servers: list[Any], source
 
 
 def find_another_scale(shards: PolicyShards, servers: list[Any], auditor: Auditor) -> None:
-    """One block is as large again in one worker: the bytes that arrived are right, what it generates with is not."""
+    """Doubles a scale in one worker: the bytes that arrived are right, but the worker would compute with others."""
     name = "model.layers.1.mlp.down_proj.weight_scale_inv"
     if shards.groups.is_main:
         servers[0].pipes[-1].send_bytes(f"tamper {name}".encode())
@@ -192,7 +192,7 @@ def lose_one(setting: Setting, shards: PolicyShards, servers: list[Any], direct:
     double(shards)
     if shards.groups.is_main:
         os.kill(servers[1].pids[0], signal.SIGKILL)
-    # All were one group: the living server has not the weights either, and takes them when it is sent to alone.
+    # All are one group: the server that lives does not have the weights either, and takes them when sent to alone.
     failures = direct.deliver(servers).failures
     assert failures["server 1"].is_lost and not failures["server 0"].is_lost, failures
     assert not direct.deliver(servers[:1]).failures
@@ -207,16 +207,16 @@ def double(shards: PolicyShards) -> None:
 
 
 def compare(setting: Setting, servers: list[Any], source: Path, geometry: GeometryConfig, *, factor: int) -> None:
-    """Every worker holds its part of the source's weights times `factor`, and zeros in the padding."""
+    """Checks that every worker holds its part of the source's weights times `factor`, and zeros in the padding."""
     saved = load_file(source / "model.safetensors")
     weights = {name: factor * tensor.to(setting.dtype).float().numpy() for name, tensor in saved.items()}
     for server in servers:
-        for rank, held in enumerate(server.ask([b"show"] * setting.server_ranks)):
-            for name, plain in served(weights, geometry, setting.engines, rank).items():
-                expected = in_fp8(name, plain) if f"{name}_scale_inv" in held else {name: plain}
+        for rank, tensors in enumerate(server.ask([b"show"] * setting.server_ranks)):
+            for name, plain in served(weights, geometry, setting.server, rank).items():
+                expected = in_fp8(name, plain) if f"{name}_scale_inv" in tensors else {name: plain}
                 for part, values in expected.items():
-                    np.testing.assert_array_equal(held[part], values, err_msg=f"{server.name} rank {rank}: {part}")
-            assert (setting.served == "fp8") == any(name.endswith("_scale_inv") for name in held)
+                    np.testing.assert_array_equal(tensors[part], values, err_msg=f"{server.name} rank {rank}: {part}")
+            assert (setting.served == "fp8") == any(name.endswith("_scale_inv") for name in tensors)
 
 
 def in_fp8(name: str, plain: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(("family", "tied", "vocabulary"), [("qwen2", False, 121), ("llama", True, 120)])
-def test_every_layout_writes_the_whole_model_once(family, tied, vocabulary, tmp_path):
+def test_disk_transport_writes_the_model_once_in_any_layout(family, tied, vocabulary, tmp_path):
     """With biases and a vocabulary that ranks pad; and with tied embeddings, which two stages hold."""
     source = save_tiny(tmp_path / "model", family, tied=tied, vocabulary=vocabulary)
     arguments = [str(source), str(tmp_path / "out"), json.dumps(LAYOUTS)]

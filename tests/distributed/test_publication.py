@@ -1,4 +1,4 @@
-"""Trainer ranks in several layouts send to real loaders in other processes: every tensor bit for bit, and a death."""
+"""Trainer ranks in several layouts send to real workers in other processes: bit for bit, also after a worker dies."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ LAYOUTS = {
         pytest.param("TP4", "qwen3", True, 121, marks=pytest.mark.slow),
     ],
 )
-def test_direct_and_ipc_bring_every_rank_its_tensors(layout, family, tied, vocabulary, tmp_path):
-    """With biases and padding on both sides; with tied embeddings, which two stages and both replicas hold."""
+def test_direct_and_ipc_fill_every_server_rank(layout, family, tied, vocabulary, tmp_path):
+    """Biases and padding on both sides; tied embeddings, which two stages and both replicas hold."""
     source = save_tiny(tmp_path / "model", family, tied=tied, vocabulary=vocabulary)
     assert_published(source, {"layout": LAYOUTS[layout]})
 
 
-def test_a_key_value_head_that_two_ranks_of_a_server_hold(tmp_path):
+def test_key_value_heads_are_copied_to_several_server_ranks(tmp_path):
     """SGLang has such copies on a GPU; on a CPU it pads, which the configuration refuses."""
     source = save_tiny(tmp_path / "model", "qwen2", tied=False, num_groups=2, ffn=128)
     assert_published(source, {"layout": LAYOUTS["TP2xPP2"], "num_servers": 1, "server_ranks": 4})
@@ -48,8 +48,8 @@ def test_a_key_value_head_that_two_ranks_of_a_server_hold(tmp_path):
         pytest.param("TP2xPP2", "bfloat16", marks=pytest.mark.slow),
     ],
 )
-def test_a_trainer_in_fp32_publishes_what_servers_hold(layout, served, tmp_path):
-    """FP8 over four trainer ranks: a block of key rows is in halves on two of them, which must agree on its scale."""
+def test_trainer_in_fp32_publishes_other_dtypes(layout, served, tmp_path):
+    """FP8 over four trainer ranks: two of them hold half a block of key rows each and must agree on its scale."""
     shape = {"hidden_size": 128, "ffn": 512, "head_dim": 64, "num_groups": 4}
     source = save_tiny(tmp_path / "model", "qwen3", tied=False, **shape)
     assert_published(source, {"layout": LAYOUTS[layout], "served": served, "bucket_bytes": 2**16})

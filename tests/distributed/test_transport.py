@@ -9,9 +9,9 @@ from tests.gpu.test_transports import assert_published, publish_by_ipc
 pytestmark = pytest.mark.distributed
 
 
-def test_a_receiver_gets_its_shards_over_gloo():
+def test_receiver_gets_its_shards_over_gloo():
     assert_published("gloo", "bfloat16")
 
 
-def test_a_server_beside_the_trainer_takes_them_by_ipc(tmp_path):
+def test_server_on_the_trainers_machine_reads_by_ipc(tmp_path):
     publish_by_ipc(tmp_path, 1, "fp8", device="cpu")

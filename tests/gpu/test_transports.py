@@ -14,13 +14,13 @@ from tests.tiny_models import save_tiny
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_receiver_gets_its_shards_over_nccl(devices, dtype):
+def test_receiver_gets_its_shards_over_nccl(devices, dtype):
     devices(2)
     assert_published("nccl", dtype)
 
 
 @pytest.mark.parametrize(("num_devices", "served"), [(1, "float32"), (1, "fp8"), (2, "bfloat16")])
-def test_a_server_on_the_trainers_device_takes_them_by_ipc(devices, tmp_path, num_devices, served):
+def test_server_on_the_trainers_device_reads_by_ipc(devices, tmp_path, num_devices, served):
     """Audited by the workers, and every tensor compared; workers are processes of their own, as SGLang's are."""
     devices(num_devices)
     publish_by_ipc(tmp_path, num_devices, served, device="cuda")

@@ -1,4 +1,4 @@
-"""A sender and a receiver of all weights of a small model, a process each: `BACKEND DTYPE` under torchrun."""
+"""A sender and a receiver of all weights of a small model, in a process each: `BACKEND DTYPE` under torchrun."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from oreal_megatron.config import GeometryConfig
 from oreal_megatron.conversion.families import family_of
 from oreal_megatron.conversion.layout import Layout
 from oreal_megatron.weight_sync.p2p import Receiver, Rendezvous, Sender, join
-from oreal_megatron.weight_sync.planner import ServerRank, TrainerLayout, plan_resharding
+from oreal_megatron.weight_sync.planner import ops_by_receiver, ops_by_sender, plan_resharding
 from oreal_megatron.weight_sync.sglang_layout import SGLangLayout
 from tests.unit.weight_sync.test_planner import huggingface_weights, served, trainer_shards
 
@@ -34,21 +34,22 @@ def main(backend: str, dtype: torch.dtype) -> None:
     dist.broadcast_object_list(ports, src=0)
     rendezvous = Rendezvous("127.0.0.1", ports[0], "test", num_senders=1, num_receivers=1, timeout_seconds=60)
 
-    table, trainer, engines = family_of(GEOMETRY).table(GEOMETRY, "causal"), TrainerLayout(Layout()), SGLangLayout(1, 1)
-    plan = plan_resharding(table, GEOMETRY, trainer, engines)
+    table, trainer, server = family_of(GEOMETRY).table(GEOMETRY, "causal"), Layout(), SGLangLayout()
+    plan = plan_resharding(table, GEOMETRY, trainer, server)
+    assignment = plan.assign(1)
     # bfloat16 holds whole numbers up to 256 exactly.
     weights = {name: values % 251 for name, values in huggingface_weights(table).items()}
     group = join(rendezvous, rank, backend)
     options = {"dtype": dtype, "bucket_bytes": BUCKET_BYTES}
     if rank == 0:
         shards = trainer_shards(table, GEOMETRY, trainer, weights)[0]
-        sender = Sender(group, 0, 1, {0: plan.of_sender(0)[ServerRank(0, 0)]}, 1, **options)
+        sender = Sender(group, rendezvous, 0, ops_by_receiver(assignment, 0), **options)
         sender.send({name: torch.from_numpy(s).to(device, dtype) for name, s in shards.items()})
     else:
         parameters = {t.name: torch.zeros(t.shape, dtype=dtype, device=device) for t in plan.targets[0]}
-        receiver = Receiver(group, 0, 1, plan.of_receiver(ServerRank(0, 0)), 1, **options)
+        receiver = Receiver(group, rendezvous, 0, ops_by_sender(assignment, 0), **options)
         receiver.receive(parameters)
-        for name, values in served(weights, GEOMETRY, engines, 0).items():
+        for name, values in served(weights, GEOMETRY, server, 0).items():
             np.testing.assert_array_equal(parameters[name].float().cpu().numpy(), values, err_msg=name)
     dist.barrier()
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The model families: one short file each, listed here. docs/conversion.md shows how to add one."""
+"""The model families, a short file each. docs/conversion.md shows how to add a family."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ FAMILIES: tuple[Family, ...] = (qwen2.FAMILY, qwen3.FAMILY, llama.FAMILY)
 
 
 def family_of(geometry: GeometryConfig) -> Family:
-    """The family whose decoder has this geometry's biases and norms.
+    """Returns the family whose decoder has this geometry's biases and norms.
 
     Raises:
-        ValueError: none has.
+        ValueError: no family has them.
     """
     for family in FAMILIES:
         if (family.qkv_bias, family.qk_norm) == (geometry.qkv_bias, geometry.qk_norm):
             return family
     raise ValueError(
-        f"no Hugging Face family has qkv_bias = {geometry.qkv_bias} and qk_norm = {geometry.qk_norm}: change one, or "
-        "do without exports (run.export=none)"
+        f"no Hugging Face family has qkv_bias = {geometry.qkv_bias} and qk_norm = {geometry.qk_norm}. Change one of "
+        "them in model.geometry, or set run.export=none."
     )

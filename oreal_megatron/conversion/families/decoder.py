@@ -1,4 +1,4 @@
-"""What the families share: a decoder of RMSNorm, grouped-query attention with RoPE, and SwiGLU."""
+"""The decoder that all families share: RMSNorm, grouped-query attention with RoPE, and SwiGLU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from oreal_megatron.config import GeometryConfig
 from oreal_megatron.conversion.rules import GroupedQKV, Rule, Same, Split, Stacked, Table, Vocabulary, build_table
 
 Head = Literal["causal", "scalar"]
-"""What stands on the decoder: the output layer of a language model, or a reward model's one score."""
+"""The part after the decoder: the output layer of a language model, or the score of a reward model."""
 
 LAYER = "decoder.layers.{layer}."
 ATTENTION = LAYER + "self_attention."
@@ -18,7 +18,7 @@ HF_LAYER = "model.layers.{layer}."
 HF_ATTENTION = HF_LAYER + "self_attn."
 
 EMBEDDING = Vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight")
-# Megatron's names are those of its distributed checkpoints, where a norm belongs to the linear layer behind it, as in
+# Megatron's names are those of its distributed checkpoints, where a norm belongs to the linear layer after it, as in
 # Transformer Engine's fused layers. naming.py has the names of modules.
 LAYERS: tuple[Rule, ...] = (
     Same(ATTENTION + "linear_qkv.layer_norm_weight", HF_LAYER + "input_layernorm.weight", ["hidden"]),
@@ -45,7 +45,7 @@ HEADS: Mapping[Head, tuple[Rule, ...]] = {
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models: its names, what its layers have beside the common ones, what its config.json may ask for."""
+    """A family of models: its names, its additions to the common layers, and restrictions of its config.json."""
 
     name: str
     """`model_type` in config.json."""
@@ -55,10 +55,10 @@ class Family:
     qk_norm: bool = False
     extra_layer_rules: tuple[Rule, ...] = ()
     only: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of config.json whose only supported value is this one."""
+    """Keys of config.json with their only supported value."""
 
     def table(self, geometry: GeometryConfig, head: Head) -> Table:
-        """The conversion table of one model."""
+        """Builds the conversion table of a model."""
         if head == "scalar":
             geometry = geometry.model_copy(update={"tied_embeddings": False})
         return build_table([EMBEDDING, *LAYERS, *self.extra_layer_rules, FINAL_NORM, *HEADS[head]], geometry)

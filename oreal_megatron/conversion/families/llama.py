@@ -1,4 +1,4 @@
-"""Llama 2 and 3, R1-Distill-Llama, SmolLM2: the common decoder as it is."""
+"""Llama 2 and 3, R1-Distill-Llama, SmolLM2: the common decoder without additions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen3, dense: queries and keys are normalised, a head at a time."""
+"""Qwen3, dense models: queries and keys of each head are normalised."""
 
 from __future__ import annotations
 

@@ -87,10 +87,10 @@ def test_an_index_that_disagrees_with_the_shards(sharded):
 
 def test_a_broken_index(sharded):
     (sharded / INDEX).write_text("{")
-    refused(sharded, INDEX, "no index")
+    refused(sharded, INDEX, "not an index")
 
 
-def test_all_missing_unexpected_misshapen_and_mistyped_tensors_at_once(single):
+def test_weights_check_lists_all_wrong_tensors(single):
     change(
         single,
         **{
@@ -118,7 +118,7 @@ def test_parts_of_one_tensor_in_two_dtypes(single):
 def test_layers_in_two_dtypes(single):
     key = "model.layers.1.mlp.down_proj.weight"
     change(single, **{key: load_file(single / "model.safetensors")[key].bfloat16()})
-    refused(single, key, "of one dtype")
+    refused(single, key, "same dtype")
 
 
 def test_a_tied_output_layer_that_is_not_the_embedding(tmp_path):
@@ -130,11 +130,11 @@ def test_a_tied_output_layer_that_is_not_the_embedding(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not supported; supported: Qwen2ForCausalLM"),
+        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rotary embeddings {'rope_type': 'yarn'"),
         ({"use_sliding_window": True}, "use_sliding_window = True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
-        ({"architectures": ["Qwen2ForTokenClassification"]}, "2 labels; a reward model has one"),
+        ({"architectures": ["Qwen2ForTokenClassification"]}, "2 labels"),
     ],
 )
 def test_a_model_that_is_not_supported(single, changed, message):
@@ -144,13 +144,13 @@ def test_a_model_that_is_not_supported(single, changed, message):
 
 def test_no_config_no_weights_or_another_format(single):
     (single / "model.safetensors").rename(single / "pytorch_model.bin")
-    refused(single, INDEX, "pytorch_model.bin is torch's format")
+    refused(single, INDEX, "pytorch_model.bin")
     (single / "config.json").unlink()
-    refused(single, "there is no config.json")
+    refused(single, "config.json")
 
 
 def test_heads_that_tensor_parallelism_cannot_split(single):
-    refused(single, "4 attention heads over --tensor-parallel 3 ranks", layout=Layout(tensor=3))
+    refused(single, "--tensor-parallel 3: 4 attention heads", layout=Layout(tensor=3))
 
 
 def test_a_target_that_is_not_empty(single, tmp_path):
@@ -187,7 +187,7 @@ def test_a_megatron_checkpoint_that_is_not_whole(megatron):
     file.unlink()
     refused_export(megatron, "__1_0.distcp is missing")
     (megatron / "metadata.json").unlink()
-    refused_export(megatron, "is not a whole Megatron distributed checkpoint")
+    refused_export(megatron, "metadata.json")
 
 
 def test_a_damaged_megatron_file(megatron):
@@ -286,10 +286,10 @@ def files_limited_to(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_write_that_fails_half_way_leaves_nothing_that_looks_whole(single, tmp_path):
+def test_failed_write_leaves_no_target(single, tmp_path):
     megatron, back = tmp_path / "megatron", tmp_path / "back"
     for conversion, arguments in ((to_megatron, (single, megatron, Layout())), (to_huggingface, (megatron, back))):
-        with pytest.raises(OSError, match=r"was not made\. Run the same command again with more room"):  # noqa: SIM117
+        with pytest.raises(OSError, match="was not made"):  # noqa: SIM117
             with files_limited_to(100_000):
                 conversion(*arguments)
         assert not arguments[1].exists()

@@ -65,16 +65,16 @@ def test_a_vocabulary_that_the_tokenizer_does_not_fill_or_overfills(tmp_path, si
     load_weights(module, source, single_process)
     weight = module.embedding.word_embeddings.weight
     assert weight.shape[0] == VOCABULARY + 9 and weight[VOCABULARY:].abs().sum() == 0 and weight[:VOCABULARY].all()
-    with pytest.raises(ValueError, match=r"embedding\.word_embeddings\.weight comes out as"):
+    with pytest.raises(ValueError, match=r"embedding\.word_embeddings\.weight has shape"):
         load_weights(empty(source, single_process, vocabulary=VOCABULARY - 20), source, single_process)
 
 
 def test_a_module_of_another_shape_is_refused_by_name(tmp_path, single_process):
     source = save_tiny(tmp_path / "hf", "qwen2", tied=False)
     other = empty(source, single_process, ffn_hidden_size=100)
-    with pytest.raises(ValueError, match=r"linear_fc1\.weight comes out as \(192, 48\), the module has \(200, 48\)"):
+    with pytest.raises(ValueError, match=r"linear_fc1\.weight has shape \(192, 48\).* \(200, 48\)"):
         load_weights(other, source, single_process)
-    with pytest.raises(ValueError, match=r"q_layernorm\.weight is no tensor of Qwen2ForCausalLM"):
+    with pytest.raises(ValueError, match=r"q_layernorm\.weight.* Qwen2ForCausalLM"):
         load_weights(empty(source, single_process, qk_norm=True), source, single_process)
 
 

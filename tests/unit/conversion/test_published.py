@@ -40,21 +40,26 @@ def test_every_element_of_a_published_model_lands_exactly_once(name):
         planned = plan(model, layout)
         assert planned.num_elements == PARAMETERS[name]
         assert planned.num_bytes == 2 * PARAMETERS[name]
-        assert len(planned.ranks) == layout.num_ranks
-        layers = [rank.layers for rank in planned.ranks if rank.tensor_rank == 0]
-        assert sorted(layer for run in layers for layer in run) == list(range(model.geometry.num_layers))
-        # What ranks hold beside one copy of everything: norms on each tensor rank, nothing else.
+        assert len(planned.shards) == layout.num_ranks
+        layers = [layer for (_, rank), held in planned.shards.items() if rank == 0 for layer in layers_of(held)]
+        assert sorted(layers) == list(range(model.geometry.num_layers))
+        # In addition to a copy of everything, ranks hold the norms on each tensor rank and nothing else.
         norms = sum(
             e.shape[0] for e in model.table.entries.values() if e.name.endswith("norm_weight") or len(e.shape) == 1
         )
-        more = sum(rank.num_bytes for rank in planned.ranks) - planned.num_bytes
+        held = sum(shard.num_elements for shards in planned.shards.values() for shard in shards)
+        more = 2 * held - planned.num_bytes
         biases = sum(e.shape[0] for e in model.table.entries.values() if e.name.endswith("qkv.bias"))
         assert more == 2 * (norms - biases) * (layout.tensor - 1)
 
 
 def test_interleaved_stages_take_turns():
-    ranks = plan(read_model(CONFIGS / "Qwen2.5-32B.json"), Layout(pipeline=4, virtual=2)).ranks
-    assert ranks[1].layers == (*range(8, 16), *range(40, 48))
+    shards = plan(read_model(CONFIGS / "Qwen2.5-32B.json"), Layout(pipeline=4, virtual=2)).shards
+    assert layers_of(shards[1, 0]) == [*range(8, 16), *range(40, 48)]
+
+
+def layers_of(shards):
+    return sorted({shard.entry.layer for shard in shards if shard.entry.layer is not None})
 
 
 def test_the_tool_prints_what_goes_where():
@@ -71,7 +76,7 @@ def test_the_tool_prints_what_goes_where():
     assert "pp0 tp7        0-63" in shown.stdout
     assert "embedding.word_embeddings.weight: 512 rows of zeros behind the vocabulary's 152064" in shown.stdout
     refused = subprocess.run([*command, "--tensor-parallel", "3"], capture_output=True, text=True, timeout=120)
-    assert refused.returncode == 1 and "40 attention heads over --tensor-parallel 3 ranks" in refused.stderr
+    assert refused.returncode == 1 and "--tensor-parallel 3: 40 attention heads" in refused.stderr
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -80,6 +85,5 @@ def test_a_config_written_from_a_geometry_describes_the_same_model(name, tmp_pat
     written = config_json(model.geometry, "causal", dtype="bfloat16", max_positions=4096)
     (tmp_path / "config.json").write_text(json.dumps(written))
     again = read_model(tmp_path)
-    head_dim = model.geometry.head_dim or model.geometry.hidden_size // model.geometry.num_attention_heads
-    assert again.geometry == model.geometry.model_copy(update={"head_dim": head_dim})
+    assert again.geometry == model.geometry.model_copy(update={"head_dim": model.geometry.attention_head_dim})
     assert (again.family, again.head) == (model.family, model.head)

@@ -73,7 +73,7 @@ def test_fewer_query_groups_than_tensor_ranks(tmp_path):
     assert_same_bits(source, tmp_path / "back")
 
 
-def test_shards_in_and_out_with_an_index_and_blocks_smaller_than_a_tensor(tmp_path, monkeypatch):
+def test_shards_with_an_index_and_small_blocks_come_in_and_out(tmp_path, monkeypatch):
     monkeypatch.setattr(convert, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(convert, "FILE_BYTES", 30_000)
     monkeypatch.setattr(convert, "SHARD_BYTES", 50_000)
@@ -138,7 +138,7 @@ def test_a_changed_bit_is_found_and_named(tmp_path):
     )
 
 
-def test_an_equal_copy_of_a_tied_output_layer_is_accepted_and_not_written_again(tmp_path):
+def test_tied_output_layer_that_is_equal_is_not_written_again(tmp_path):
     from safetensors.torch import save_file
 
     source = save_tiny(tmp_path / "hf", "llama", tied=True)

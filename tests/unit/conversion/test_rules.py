@@ -39,7 +39,7 @@ def test_queries_keys_and_values_interleave_by_group():
     assert entry.shape == (24, 8)
 
 
-def test_a_rectangle_of_a_megatron_tensor_names_its_sources_and_the_inverse_names_it_back():
+def test_entry_sources_and_origin_sources_are_inverse():
     table = qwen2.FAMILY.table(GEOMETRY, "causal")
     copies = list(table.entries[QKV].sources(Box((4, 14), (0, 8))))
     assert [(c.source, c.box.rows, c.at) for c in copies] == [
@@ -49,7 +49,7 @@ def test_a_rectangle_of_a_megatron_tensor_names_its_sources_and_the_inverse_name
     assert [(c.source, c.box.rows, c.at) for c in back] == [(QKV, (7, 9), (0, 2)), (QKV, (18, 20), (2, 4))]
 
 
-def test_tensor_ranks_hold_whole_groups_halves_of_gate_and_up_and_columns():
+def test_entry_boxes_are_groups_halves_of_gate_and_up_or_columns():
     entries = qwen2.FAMILY.table(GEOMETRY, "causal").entries
     assert entries[QKV].boxes(2, 1) == (Box((12, 24), (0, 8)),)
     assert entries["decoder.layers.0.mlp.linear_fc1.weight"].boxes(2, 1) == (
@@ -133,7 +133,7 @@ def test_an_element_that_lands_nowhere_is_found():
         check_coverage(Table({"a.weight": leaky}), Layout(), 1)
 
 
-def test_names_of_local_and_transformer_engine_modules_mean_the_same_tensor():
+def test_names_of_local_and_fused_modules_are_the_same_tensor():
     fused = "decoder.layers.5.self_attention.linear_qkv.layer_norm_weight"
     assert checkpoint_name("decoder.layers.1.input_layernorm.weight", first_layer=4) == fused
     assert checkpoint_name("decoder.layers.1.self_attention.linear_qkv.layer_norm_weight", first_layer=4) == fused
@@ -150,16 +150,38 @@ def test_names_of_local_and_transformer_engine_modules_mean_the_same_tensor():
 
 
 @pytest.mark.parametrize(
-    ("layout", "message"),
+    ("layout", "options"),
     [
-        (Layout(tensor=3), "4 attention heads over --tensor-parallel 3"),
-        (Layout(tensor=8), "4 attention heads over --tensor-parallel 8 ranks; 6 columns of the feed-forward layers"),
-        (Layout(pipeline=3), "2 layers over --pipeline-parallel 3"),
-        (Layout(pipeline=2, virtual=2), "2 layers over --pipeline-parallel 2 x --virtual-pipeline 2"),
-        (Layout(virtual=2), "--virtual-pipeline 2, which needs --pipeline-parallel"),
+        (Layout(tensor=3), ["--tensor-parallel 3: 4 "]),
+        (Layout(tensor=8), ["--tensor-parallel 8: 4 ", "--tensor-parallel 8: 6 "]),
+        (Layout(pipeline=3), ["--pipeline-parallel 3: 2 "]),
+        (Layout(pipeline=2, virtual=2), ["--virtual-pipeline 2: 2 "]),
+        (Layout(virtual=2), ["--virtual-pipeline 2: needs --pipeline-parallel"]),
     ],
 )
-def test_what_does_not_split_is_said_with_every_reason(layout, message):
-    with pytest.raises(ValueError, match="the model does not split: ") as error:
+def test_layout_check_lists_every_size_that_does_not_split(layout, options):
+    with pytest.raises(ValueError) as error:
         layout.check(GEOMETRY)
-    assert message in str(error.value)
+    for option in options:
+        assert option in str(error.value)
+
+
+def test_layout_check_refuses_query_groups_that_do_not_split():
+    geometry = GEOMETRY.model_copy(update={"num_attention_heads": 6, "num_query_groups": 2, "ffn_hidden_size": 6})
+    Layout(tensor=2).check(geometry)
+    with pytest.raises(ValueError, match="--tensor-parallel 3: "):
+        Layout(tensor=3).check(geometry)
+
+
+def test_layout_check_refuses_fused_rows_that_are_cut_unevenly():
+    """A query group over four ranks: each rank holds a part of a key, so four must divide the head dimension."""
+    geometry = GEOMETRY.model_copy(update={"head_dim": 3, "num_query_groups": 1, "ffn_hidden_size": 8})
+    with pytest.raises(ValueError, match="--tensor-parallel 4: 18 rows"):
+        Layout(tensor=4).check(geometry)
+    Layout(tensor=4).check(geometry.model_copy(update={"head_dim": 4}))
+
+
+def test_layout_replicas_are_ordered_as_in_megatron():
+    layout = Layout(tensor=2, pipeline=2, context=2, data=2)
+    assert layout.num_ranks == 16
+    assert layout.replicas(0, 1) == (1, 3, 5, 7) and layout.replicas(1, 0) == (8, 10, 12, 14)

@@ -20,7 +20,7 @@ from oreal_megatron.checkpoint.state import load_trained, load_weights_only, tra
 from oreal_megatron.checkpoint.store import CheckpointStore
 from oreal_megatron.config import AdamWConfig, Fp8ModelConfig, ParallelConfig
 from oreal_megatron.conversion.huggingface import geometry_of, read_model
-from oreal_megatron.conversion.module import held_parameters, load_weights
+from oreal_megatron.conversion.module import load_weights, shard_parameters
 from oreal_megatron.data.packing import pack
 from oreal_megatron.distributed.cpu_backend import cpu_backend
 from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
@@ -61,7 +61,7 @@ def run(directory: Path, groups: ParallelGroups) -> dict[str, Any]:
     for (name, mine), (_, other) in zip(policy.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(mine, other), name
     table = read_model(directory / "hf").table
-    assert {item.entry.name for item in held_parameters(policy, table, groups)} == set(table.entries)
+    assert {item.entry.name for item in shard_parameters(policy, table, groups)} == set(table.entries)
 
     # FP8 state goes into a run's checkpoints and comes back.
     trained = one_update(tiny_policy(geometry, groups, "transformer_engine", DELAYED, load=directory / "hf"), groups)

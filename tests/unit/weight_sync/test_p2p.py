@@ -1,4 +1,4 @@
-"""Shards really sent over gloo, between threads that each are one rank: what arrives, and what the audit sees."""
+"""Shards sent over gloo between threads that are a rank each: what arrives, and what the audit finds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from oreal_megatron.conversion.layout import Layout
 from oreal_megatron.conversion.rules import Box
 from oreal_megatron.weight_sync.checksums import added, checksum, whole
 from oreal_megatron.weight_sync.p2p import Receiver, Rendezvous, Sender, join, rounds, view
-from oreal_megatron.weight_sync.planner import ServerRank, TrainerLayout, plan_resharding
+from oreal_megatron.weight_sync.planner import ops_by_receiver, ops_by_sender, plan_resharding
 from oreal_megatron.weight_sync.sglang_layout import SGLangLayout
 from tests.unit.weight_sync.test_planner import huggingface_weights, served, trainer_shards
 
@@ -34,76 +34,68 @@ GEOMETRY = GeometryConfig(
     tied_embeddings=False,
     init_std=0.02,
 )
-TRAINER = TrainerLayout(Layout(tensor=2, pipeline=2))
-ENGINES = SGLangLayout(count=2, tensor=2)
+TRAINER = Layout(tensor=2, pipeline=2)
+SERVER, NUM_SERVERS = SGLangLayout(tensor=2), 2
 TABLE = family_of(GEOMETRY).table(GEOMETRY, "causal")
 
 
 def publish(dtype=torch.float32, bucket_bytes=512):
-    """One publication; returns (what each receiver should hold, what it holds), by receiver number."""
-    plan = plan_resharding(TABLE, GEOMETRY, TRAINER, ENGINES)
-    receivers = [ServerRank(e, r) for e in range(ENGINES.count) for r in range(ENGINES.tensor)]
+    """Runs a publication; returns (expected tensors, received tensors), by receiver."""
+    plan = plan_resharding(TABLE, GEOMETRY, TRAINER, SERVER)
+    assignment = plan.assign(NUM_SERVERS)
+    num_receivers = NUM_SERVERS * SERVER.tensor
     # bfloat16 holds whole numbers up to 256 exactly.
     weights = {name: values % 251 for name, values in huggingface_weights(TABLE).items()}
     shards = trainer_shards(TABLE, GEOMETRY, TRAINER, weights)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    rendezvous = Rendezvous("127.0.0.1", store.port, "test", TRAINER.num_ranks, len(receivers), timeout_seconds=60)
+    rendezvous = Rendezvous("127.0.0.1", store.port, "test", TRAINER.num_ranks, num_receivers, timeout_seconds=60)
+    options = {"dtype": dtype, "bucket_bytes": bucket_bytes}
 
     def send(rank):
         group = join(rendezvous, rank, "gloo")
-        mine = {receivers.index(to): items for to, items in plan.of_sender(rank).items()}
-        sender = Sender(group, rank, TRAINER.num_ranks, mine, len(receivers), dtype=dtype, bucket_bytes=bucket_bytes)
+        sender = Sender(group, rendezvous, rank, ops_by_receiver(assignment, rank), **options)
         sender.send({name: torch.from_numpy(shard).float() for name, shard in shards[rank].items()})
 
     def receive(number):
         group = join(rendezvous, TRAINER.num_ranks + number, "gloo")
-        at = receivers[number]
-        parameters = {t.name: torch.zeros(t.shape, dtype=dtype) for t in plan.targets[at.rank]}
-        receiver = Receiver(
-            group,
-            number,
-            len(receivers),
-            plan.of_receiver(at),
-            TRAINER.num_ranks,
-            dtype=dtype,
-            bucket_bytes=bucket_bytes,
-        )
+        parameters = {t.name: torch.zeros(t.shape, dtype=dtype) for t in plan.targets[number % SERVER.tensor]}
+        receiver = Receiver(group, rendezvous, number, ops_by_sender(assignment, number), **options)
         receiver.receive(parameters)
         return parameters
 
-    with ThreadPoolExecutor(TRAINER.num_ranks + len(receivers)) as pool:
+    with ThreadPoolExecutor(TRAINER.num_ranks + num_receivers) as pool:
         sending = [pool.submit(send, rank) for rank in range(TRAINER.num_ranks)]
-        receiving = [pool.submit(receive, number) for number in range(len(receivers))]
+        receiving = [pool.submit(receive, number) for number in range(num_receivers)]
         for future in sending:
             future.result()
-        held = [future.result() for future in receiving]
-    wanted = [served(weights, GEOMETRY, ENGINES, at.rank) for at in receivers]
-    return wanted, held
+        received = [future.result() for future in receiving]
+    wanted = [served(weights, GEOMETRY, SERVER, number % SERVER.tensor) for number in range(num_receivers)]
+    return wanted, received
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bucket_bytes", [64, 100_000])
 def test_receivers_get_their_shards(dtype, bucket_bytes):
     before = threading.active_count()
-    wanted, held = publish(dtype, bucket_bytes)
-    for want, have in zip(wanted, held, strict=True):
+    wanted, received = publish(dtype, bucket_bytes)
+    for want, have in zip(wanted, received, strict=True):
         for name, values in want.items():
             np.testing.assert_array_equal(have[name].float().numpy(), values, err_msg=name)
     assert threading.active_count() <= before + 1
 
 
-def test_sums_of_parts_are_those_of_the_tensors_that_they_make_up():
-    """What the senders of each rectangle expect adds up to what a receiver finds in its whole, padded tensor."""
+def test_checksums_of_parts_add_up_to_those_of_whole_tensors():
+    """The senders' checksums of each rectangle add up to a receiver's checksum of its whole, padded tensor."""
     layout = SGLangLayout(tensor=2, feed_forward_multiple=32)
     plan = plan_resharding(TABLE, GEOMETRY, TRAINER, layout)
     weights = {name: values % 251 for name, values in huggingface_weights(TABLE).items()}
     shards = trainer_shards(TABLE, GEOMETRY, TRAINER, weights)
     for rank in range(layout.tensor):
         expected = added(
-            {item.target: checksum(view(torch.from_numpy(shards[sender][item.source]).float(), item.source_box),
-                                   item.target_box)}
-            for sender, items in plan.of_receiver(ServerRank(0, rank)).items()
-            for item in items
+            {op.target: checksum(view(torch.from_numpy(shards[sender][op.source]).float(), op.source_box),
+                                 op.target_box)}
+            for sender, ops in ops_by_sender(plan.assign(1), rank).items()
+            for op in ops
         )  # fmt: skip
         held = {
             name: torch.from_numpy(values).float() for name, values in served(weights, GEOMETRY, layout, rank).items()
@@ -115,7 +107,7 @@ def test_sums_of_parts_are_those_of_the_tensors_that_they_make_up():
         assert wrong == {"model.layers.2.mlp.down_proj.weight", "model.layers.1.mlp.gate_up_proj.weight"}
 
 
-def test_the_audit_sees_swapped_rows_columns_and_elements():
+def test_checksum_sees_swapped_rows_columns_and_elements():
     tensor = torch.randn(8, 8)
     box = Box((0, 8), (0, 8))
     total = checksum(tensor, box)
@@ -127,9 +119,9 @@ def test_the_audit_sees_swapped_rows_columns_and_elements():
         assert checksum(other, box) != total
 
 
-def test_in_every_round_a_process_has_one_partner():
-    command = rounds([(s, r) for s in range(3) for r in range(5)], 3, 5)
-    assert len(command) == 15
+def test_rounds_give_every_process_one_partner():
+    pairs = rounds([(s, r) for s in range(3) for r in range(5)], 3, 5)
+    assert len(pairs) == 15
     for k in range(5):
-        group = [(s, r) for s, r in command if (r - s) % 5 == k]
+        group = [(s, r) for s, r in pairs if (r - s) % 5 == k]
         assert len({s for s, _ in group}) == len({r for _, r in group}) == len(group)

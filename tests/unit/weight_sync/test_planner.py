@@ -11,10 +11,10 @@ from oreal_megatron.config import GeometryConfig
 from oreal_megatron.conversion.families import family_of
 from oreal_megatron.conversion.layout import Layout, shards
 from oreal_megatron.weight_sync.planner import (
-    ServerRank,
-    TrainerLayout,
-    balance,
+    Assignment,
     buckets,
+    num_elements,
+    ops_by_sender,
     plan_resharding,
 )
 from oreal_megatron.weight_sync.sglang_layout import SGLangLayout
@@ -43,20 +43,20 @@ def models(draw) -> GeometryConfig:
 
 
 @st.composite
-def trainers(draw) -> TrainerLayout:
+def trainers(draw) -> Layout:
     pipeline = draw(st.sampled_from([1, 2, 4]))
-    layout = Layout(
+    return Layout(
         tensor=draw(st.sampled_from([1, 2, 4])),
         pipeline=pipeline,
         virtual=draw(st.sampled_from([1, 2])) if pipeline == 2 else 1,
         vocabulary_multiple=draw(st.sampled_from([1, 8])),
+        context=draw(st.integers(1, 2)),
+        data=draw(st.integers(1, 3)),
     )
-    return TrainerLayout(layout, context=draw(st.integers(1, 2)), data=draw(st.integers(1, 3)))
 
 
-engines = st.builds(
+servers = st.builds(
     SGLangLayout,
-    count=st.integers(1, 3),
     tensor=st.sampled_from([1, 2, 4, 8]),
     vocabulary_multiple=st.sampled_from([8, 64]),
     feed_forward_multiple=st.sampled_from([1, 3]),
@@ -74,9 +74,9 @@ def huggingface_weights(table) -> dict[str, np.ndarray]:
 
 
 def trainer_shards(table, geometry, trainer, weights) -> dict[int, dict[str, np.ndarray]]:
-    """What each global rank holds, by Megatron's name."""
+    """The tensors of each global rank, by Megatron's name."""
     held: dict[int, dict[str, np.ndarray]] = {rank: {} for rank in range(trainer.num_ranks)}
-    for shard in shards(table, trainer.model, geometry.num_layers):
+    for shard in shards(table, trainer, geometry.num_layers):
         parts = []
         for box in shard.boxes:
             part = np.zeros(box.shape, dtype=np.int64)
@@ -90,7 +90,7 @@ def trainer_shards(table, geometry, trainer, weights) -> dict[int, dict[str, np.
 
 
 def served(weights, geometry, layout, rank) -> dict[str, np.ndarray]:
-    """What an SGLang rank holds: cut from whole tensors the way SGLang's own weight loaders do."""
+    """The tensors of an SGLang rank: cut from whole tensors as SGLang's own weight loaders do."""
     size, groups = layout.tensor, geometry.num_query_groups
 
     def rows(name, parts, index):
@@ -127,27 +127,34 @@ def index(box) -> tuple[slice, ...]:
     return (slice(*box.rows),) if box.columns is None else (slice(*box.rows), slice(*box.columns))
 
 
-CASES = given(models(), trainers(), engines, st.integers(1, 200))
+def elements_by_sender(assignment: Assignment, num_senders: int) -> np.ndarray:
+    totals = np.zeros(num_senders, dtype=np.int64)
+    for (sender, _), ops in assignment.items():
+        totals[sender] += num_elements(ops)
+    return totals
+
+
+CASES = given(models(), trainers(), servers, st.integers(1, 3), st.integers(1, 200))
 OPTIONS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "derandomize": True}
 
 
 @settings(max_examples=40, **OPTIONS)
 @CASES
-def test_every_server_rank_gets_exactly_its_shard_once(geometry, trainer, layout, bucket):
-    carry_out(geometry, trainer, layout, bucket)
+def test_plan_fills_every_server_rank_exactly_once(geometry, trainer, layout, num_servers, bucket):
+    execute(geometry, trainer, layout, num_servers, bucket)
 
 
 @pytest.mark.slow
 @settings(max_examples=1000, **OPTIONS)
 @CASES
-def test_every_server_rank_gets_exactly_its_shard_once_in_many_layouts(geometry, trainer, layout, bucket):
-    carry_out(geometry, trainer, layout, bucket)
+def test_plan_fills_every_server_rank_in_many_layouts(geometry, trainer, layout, num_servers, bucket):
+    execute(geometry, trainer, layout, num_servers, bucket)
 
 
-def carry_out(geometry, trainer, layout, bucket):
-    """Plans, moves every rectangle in buckets, and compares with shards that were cut another way."""
+def execute(geometry, trainer, layout, num_servers, bucket):
+    """Plans, copies every rectangle in buckets, and compares with shards that were cut in another way."""
     try:
-        trainer.model.check(geometry)
+        trainer.check(geometry)
         layout.check(geometry)
     except ValueError:
         return
@@ -155,16 +162,18 @@ def carry_out(geometry, trainer, layout, bucket):
     weights = huggingface_weights(table)
     held = trainer_shards(table, geometry, trainer, weights)
     plan = plan_resharding(table, geometry, trainer, layout)
+    assignment = plan.assign(num_servers)
     needed = 0
-    for receiver in (ServerRank(e, r) for e in range(layout.count) for r in range(layout.tensor)):
-        tensors = plan.targets[receiver.rank]
+    for receiver in range(num_servers * layout.tensor):
+        rank = receiver % layout.tensor
+        tensors = plan.targets[rank]
         got = {tensor.name: np.zeros(tensor.shape, dtype=np.int64) for tensor in tensors}
-        for sender, rectangles in plan.of_receiver(receiver).items():
-            for item in (item for run in buckets(rectangles, bucket) for item in run):
-                target = got[item.target][index(item.target_box)]
+        for sender, ops in ops_by_sender(assignment, receiver).items():
+            for op in (op for run in buckets(ops, bucket) for op in run):
+                target = got[op.target][index(op.target_box)]
                 assert not target.any(), "written twice"
-                target[...] = held[sender][item.source][index(item.source_box)]
-        expected = served(weights, geometry, layout, receiver.rank)
+                target[...] = held[sender][op.source][index(op.source_box)]
+        expected = served(weights, geometry, layout, rank)
         assert got.keys() == expected.keys()
         for name, value in expected.items():
             np.testing.assert_array_equal(got[name], value, err_msg=name)
@@ -172,11 +181,12 @@ def carry_out(geometry, trainer, layout, bucket):
             filled = max((part.at[1] for part in tensor.parts), default=0)
             assert not expected[tensor.name][filled:].any()
         needed += sum(int(np.count_nonzero(value)) for value in expected.values())
-    assert plan.num_elements == needed
-    # What ranks hold alike they send alike, up to a row each: a tensor is never cut within one.
-    for stage in range(trainer.model.pipeline):
-        for rank in range(trainer.model.tensor):
-            shares = [plan.elements_by_sender[replica] for replica in trainer.replicas(stage, rank)]
+    totals = elements_by_sender(assignment, trainer.num_ranks)
+    assert num_servers * plan.num_elements == totals.sum() == needed
+    # Ranks that hold the same elements send equal shares, up to a row of each kind: a row is never cut.
+    for stage in range(trainer.pipeline):
+        for rank in range(trainer.tensor):
+            shares = totals[list(trainer.replicas(stage, rank))]
             kinds = 8 * max(geometry.ffn_hidden_size, geometry.num_attention_heads * HEAD_DIM, geometry.hidden_size)
             assert max(shares) - min(shares) <= kinds
 
@@ -197,33 +207,61 @@ QWEN_32B = GeometryConfig(
 )
 
 
-def test_the_32b_setting_sends_each_byte_once_and_evenly():
+TRAINER_32B = Layout(tensor=8, pipeline=4, data=4)
+
+
+@pytest.fixture(scope="module")
+def plan_32b():
     table = family_of(QWEN_32B).table(QWEN_32B, "causal")
-    trainer = TrainerLayout(Layout(tensor=8, pipeline=4), data=4)
-    plan = plan_resharding(table, QWEN_32B, trainer, SGLangLayout(count=8, tensor=8))
+    return plan_resharding(table, QWEN_32B, TRAINER_32B, SGLangLayout(tensor=8))
+
+
+def test_plan_of_32b_sends_each_byte_once_and_evenly(plan_32b):
     norms = (2 * 64 + 1) * 5120
-    parameters = sum(int(np.prod(origin.shape)) for origin in table.origins.values())
-    # Once an engine, and the replicated norms once a rank.
-    assert plan.num_elements == 8 * (parameters + 7 * norms)
-    busiest, bound = balance(plan, trainer)
-    assert bound <= busiest <= 1.001 * bound
-    # Equal tensor parallelism on both sides: every receiver hears from one rank of each stage, or two where runs meet.
-    senders = [len(plan.of_receiver(ServerRank(e, r))) for e in range(8) for r in range(8)]
-    assert max(senders) <= 12
+    origins = family_of(QWEN_32B).table(QWEN_32B, "causal").origins
+    parameters = sum(int(np.prod(origin.shape)) for origin in origins.values())
+    # Replicated norms go to each of a server's ranks.
+    assert plan_32b.num_elements == parameters + 7 * norms
+    assignment = plan_32b.assign(8)
+    # The weights of a stage are on its own ranks only, so no sender can have less than the mean of its stage.
+    by_stage = elements_by_sender(assignment, plan_32b.num_senders).reshape(4, -1)
+    assert by_stage.max() <= 1.001 * by_stage.mean(axis=1).max()
+    # With equal tensor parallelism, a receiver takes from one rank of each stage, or two where their runs meet.
+    assert max(len(ops_by_sender(assignment, receiver)) for receiver in range(64)) <= 12
 
 
-def test_a_colocated_receiver_is_sent_what_its_own_device_lacks():
-    table = family_of(QWEN_32B).table(QWEN_32B, "causal")
-    trainer = TrainerLayout(Layout(tensor=8, pipeline=4), data=4)
-    layout = SGLangLayout(count=16, tensor=8)
-    near = {ServerRank(e, r): e * 8 + r for e in range(16) for r in range(8)}
-    plan = plan_resharding(table, QWEN_32B, trainer, layout, same_device=near)
-    local = sum(item.num_elements for receiver, rank in near.items() for item in plan.sent.get((rank, receiver), ()))
-    whole = plan_resharding(table, QWEN_32B, trainer, layout).num_elements
-    assert plan.num_elements == whole
+def test_plan_sends_colocated_receivers_their_own_device_first(plan_32b):
+    near = {receiver: receiver for receiver in range(128)}
+    assignment = plan_32b.assign(16, same_device=near)
+    local = sum(num_elements(assignment.get((rank, receiver), ())) for receiver, rank in near.items())
+    whole = 16 * plan_32b.num_elements
+    assert elements_by_sender(assignment, 128).sum() == whole
     assert local >= 0.24 * whole  # a stage of four, the same tensor rank
 
 
-def test_what_does_not_split_is_said_at_once():
-    with pytest.raises(ValueError, match=r"40 attention heads over an engine's 7 .*; 8 key-value heads .*; 27648 "):
+def test_plan_serves_transports_and_audit_of_any_number_of_servers(plan_32b):
+    """One plan, several assignments: a server rank is sent the same elements whatever the number of servers."""
+
+    def elements(num_servers):
+        totals = np.zeros((num_servers, 8), dtype=np.int64)
+        for (_, receiver), ops in plan_32b.assign(num_servers).items():
+            totals[divmod(receiver, 8)] += num_elements(ops)
+        return totals
+
+    np.testing.assert_array_equal(elements(3), elements(1).repeat(3, axis=0))
+
+
+def test_sglang_layout_lists_all_sizes_that_do_not_split():
+    with pytest.raises(ValueError, match=r"rollout\.sglang\.tensor = 7: ") as error:
         SGLangLayout(tensor=7).check(QWEN_32B)
+    for size in ("40 attention heads", "27648", "152064"):
+        assert size in str(error.value)
+    with pytest.raises(ValueError, match=r"rollout\.sglang\.tensor = 20: .*8"):
+        SGLangLayout(tensor=20).check(QWEN_32B)  # 8 query groups, neither split nor copied evenly
+
+
+def test_sglang_layout_accepts_columns_that_padding_makes_divisible():
+    geometry = QWEN_32B.model_copy(update={"ffn_hidden_size": 27650})
+    with pytest.raises(ValueError, match="27650"):
+        SGLangLayout(tensor=8).check(geometry)
+    SGLangLayout(tensor=8, feed_forward_multiple=32).check(geometry)

@@ -1,0 +1,95 @@
+"""A worker executes commands one by one: what it keeps between them, and what it refuses."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from oreal_megatron.conversion.rules import Box
+from oreal_megatron.weight_sync.fp8_blocks import E4M3, quantise_into
+from oreal_megatron.weight_sync.planner import TransferOp
+from oreal_megatron.weight_sync.sglang_layout import scales_of
+from oreal_megatron.weight_sync.worker import Audit, Command, Unpack, Worker, load
+
+SIZE = 128
+HALVES = [(0, SIZE // 2), (SIZE // 2, SIZE)]
+NAME = "model.layers.0.mlp.down_proj.weight"
+
+
+def parameters() -> dict[str, torch.Tensor]:
+    """An FP8 weight and its scales, with contents that a publication must overwrite."""
+    return {NAME: torch.full((SIZE, SIZE), 7.0).to(E4M3), scales_of(NAME): torch.full((1, 1), 7.0)}
+
+
+def command(task, port=0) -> Command:
+    return Command("127.0.0.1", port, 5.0, "report", dtype="bfloat16", parameters={}, task=task)
+
+
+def unpack(worker, held, rows, weight, *, is_first) -> None:
+    """Has the worker unpack some rows of a weight."""
+    box = Box(rows, (0, SIZE))
+    task = Unpack([TransferOp(NAME, box, NAME, box)], is_first=is_first, file=None)
+    worker.execute(command(task), held, [weight[slice(*rows)].flatten()], store=None)
+
+
+def quantised(weight) -> dict[str, torch.Tensor]:
+    expected = parameters()
+    quantise_into(expected[NAME], expected[scales_of(NAME)], weight)
+    return expected
+
+
+def assert_equal(held, expected) -> None:
+    for name, tensor in expected.items():
+        assert torch.equal(held[name].float(), tensor.float()), name
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    return torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+def test_worker_quantises_a_weight_once_all_of_it_has_arrived(weight):
+    worker, held = Worker(), parameters()
+    unpack(worker, held, HALVES[0], weight, is_first=True)
+    assert not held[NAME].float().any()  # half a block has no scale yet
+    unpack(worker, held, HALVES[1], weight, is_first=False)
+    assert_equal(held, quantised(weight))
+
+
+def test_workers_share_no_state(weight):
+    one, other, held, untouched = Worker(), Worker(), parameters(), parameters()
+    unpack(one, held, HALVES[0], weight, is_first=True)
+    unpack(other, untouched, HALVES[1], weight, is_first=False)
+    assert_equal(untouched, parameters())
+    unpack(one, held, HALVES[1], weight, is_first=False)
+    assert_equal(held, quantised(weight))
+
+
+def test_worker_forgets_a_publication_that_was_interrupted(weight):
+    worker, held = Worker(), parameters()
+    unpack(worker, held, HALVES[1], weight + 1, is_first=True)
+    unpack(worker, held, HALVES[0], weight, is_first=True)
+    assert not held[NAME].float().any()
+    unpack(worker, held, HALVES[1], weight, is_first=False)
+    assert_equal(held, quantised(weight))
+
+
+def test_worker_audit_sums_up_parameters_without_changing_them():
+    held = parameters()
+    checksums = Worker().execute(command(Audit()), held, [], store=None)
+    assert checksums.keys() == held.keys() and all(checksums.values())
+    assert_equal(held, parameters())
+
+
+def test_command_refuses_objects_of_other_packages():
+    foreign = torch.frombuffer(bytearray(pickle.dumps(Path("x"))), dtype=torch.uint8)
+    with pytest.raises(pickle.UnpicklingError):
+        Command.decoded(foreign)
+
+
+def test_load_never_raises_and_logs_what_it_cannot_report(caplog):
+    load(torch.nn.Linear(1, 1), [("command", torch.zeros(4, dtype=torch.uint8))])
+    assert "UnpicklingError" in caplog.text
