@@ -28,7 +28,7 @@ def write_atomically(path: Path, text: str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
-            sync_directory(path.parent)
+            sync(path.parent)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
@@ -45,7 +45,7 @@ def open_log(path: Path) -> IO[bytes]:
         if not content.endswith(b"\n"):
             file.truncate(content.rfind(b"\n") + 1)
         if is_new:
-            sync_directory(path.parent)
+            sync(path.parent)
         return file
 
 
@@ -67,13 +67,8 @@ def whole_lines(path: Path) -> list[str]:
     return content.decode(errors="replace").split("\n")[:-1]
 
 
-def sync_file(path: Path) -> None:
-    """Puts what other code wrote to `path` on the disk."""
-    sync_directory(path)
-
-
-def sync_directory(path: Path) -> None:
-    """Puts the directory's entries on the disk: a rename or a new file is only then durable."""
+def sync(path: Path) -> None:
+    """Puts a file's content, or a directory's entries, on the disk: a rename or a new file is only then durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

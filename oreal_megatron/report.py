@@ -15,6 +15,7 @@ import yaml
 
 from oreal_megatron.files import write_atomically
 from oreal_megatron.metrics import read_metrics
+from oreal_megatron.types import Verdict
 
 # Panels of the figure: title, then (label, key) of each line.
 _PANELS = (
@@ -120,7 +121,7 @@ def _calibration_figure(directory: Path) -> str | None:
     files = sorted((directory / "evaluations").glob("*.jsonl"), key=lambda path: path.stem[-6:])
     records = [json.loads(line) for line in files[-1].read_text().splitlines()] if files else []
     scored = [
-        (1 / (1 + math.exp(-r["reward_model_logit"])), r["grade"]["verdict"] == "CORRECT")
+        (1 / (1 + math.exp(-r["reward_model_logit"])), Verdict(r["grade"]["verdict"]) is Verdict.CORRECT)
         for r in records
         if "reward_model_logit" in r
     ]
@@ -154,7 +155,7 @@ def _examples(directory: Path, steps: Sequence[dict[str, Any]]) -> list[dict[str
 
 
 def _example(record: dict[str, Any], step: int) -> dict[str, Any]:
-    correct = record["grade"]["verdict"] == "CORRECT"
+    correct = Verdict(record["grade"]["verdict"]) is Verdict.CORRECT
     hue = "46, 160, 67" if correct else "218, 54, 51"
     tokens = [
         {"text": text, "weight": weight, "colour": f"rgba({hue}, {0.85 * weight:.3f})"}

@@ -8,7 +8,7 @@ One step turns them into each other from top to bottom:
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -115,6 +115,10 @@ class GradedRollout:
     def verdict(self) -> Verdict:
         return self.grade.verdict
 
+    @property
+    def is_correct(self) -> bool:
+        return self.grade.verdict is Verdict.CORRECT
+
     def to_json(self) -> dict[str, Any]:
         # Shallow: `asdict` copies every token and log-probability one by one.
         return {
@@ -140,6 +144,11 @@ class GradedRollout:
             ),
             grade=Grade(**{**record["grade"], "verdict": Verdict(record["grade"]["verdict"])}),
         )
+
+
+def decided(graded: Iterable[GradedRollout]) -> list[GradedRollout]:
+    """Returns the rollouts whose verdict is not UNDECIDED, in order."""
+    return [item for item in graded if item.verdict is not Verdict.UNDECIDED]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +182,16 @@ class StepReport:
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "step", **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """A set of prompts that a run is evaluated on."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    samples: int
+    """k of avg@k and pass@k; 0: greedy responses only."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from oreal_megatron.checkpoint.manifest import damages, read_manifest
 from oreal_megatron.checkpoint.writer import CheckpointWriter
 from oreal_megatron.distributed.groups import ParallelGroups
-from oreal_megatron.files import sync_directory, write_atomically
+from oreal_megatron.files import sync, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,15 @@ class CheckpointStore:
             self._clean()
         groups.barrier()
 
-    def save(self, name: str, sharded_state: dict[str, Any], *, best: Best | None = None, wait: bool = True) -> None:
+    def save(
+        self,
+        name: str,
+        sharded_state: dict[str, Any],
+        *,
+        best: Best | None = None,
+        wait: bool = True,
+        made_from: Mapping[str, Any] | None = None,
+    ) -> None:
         """Saves under a name that is not there yet.
 
         best: as of this step; best.json names it once this checkpoint is whole. wait: False returns once the state has
@@ -93,7 +101,8 @@ class CheckpointStore:
             if self._groups.is_main:
                 partial.mkdir(parents=True)
             self._groups.barrier()
-            self._writer.start(partial, sharded_state, best=asdict(best) if best else None)
+            notes = {} if made_from is None else {"made_from": made_from}
+            self._writer.start(partial, sharded_state, best=asdict(best) if best else None, **notes)
         self.finish(wait=wait)
 
     def finish(self, *, wait: bool) -> None:
@@ -111,7 +120,7 @@ class CheckpointStore:
             name = self._saving
             if self._groups.is_main:
                 os.replace(partial, self.directory / name)
-                sync_directory(self.directory)
+                sync(self.directory)
             self._groups.barrier()
         self._verified.add(name)
         if _STEP.fullmatch(name):

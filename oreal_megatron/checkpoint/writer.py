@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from oreal_megatron.checkpoint.manifest import checksum, write_manifest
 from oreal_megatron.distributed.groups import ParallelGroups
-from oreal_megatron.files import sync_directory, sync_file
+from oreal_megatron.files import sync
 from oreal_megatron.stopping import SIGNALS
 
 _PROBE_BYTES = 1 << 24
@@ -123,9 +123,9 @@ def _seal(directory: Path, sums: dict[str, dict[str, int]], notes: dict[str, Any
     """Brings what Megatron-Core wrote without a sync to the disk, then the manifest that makes the directory whole."""
     for path in sorted(directory.iterdir()):
         if path.name not in sums:
-            sync_file(path)
+            sync(path)
             sums[path.name] = checksum(path)
-    sync_directory(directory)
+    sync(directory)
     write_manifest(directory, sums, **notes)
 
 

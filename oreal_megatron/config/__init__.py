@@ -13,7 +13,7 @@ from oreal_megatron.config.divisibility import (
 )
 from oreal_megatron.config.errors import ConfigError, Violation
 from oreal_megatron.config.fields import NonNegative, Positive, Section, Strings
-from oreal_megatron.config.parsing import check_resume, parse_config
+from oreal_megatron.config.parsing import check_resume, check_settings, parse_config, settings_of
 from oreal_megatron.config.rollout import SamplingConfig, SGLangConfig
 from oreal_megatron.config.sections import (
     AdamWConfig,
@@ -56,8 +56,10 @@ __all__ = [
     "Violation",
     "check_layout",
     "check_resume",
+    "check_settings",
     "parse_config",
     "served_shape_violations",
     "serving_violations",
+    "settings_of",
     "unserved_shapes",
 ]

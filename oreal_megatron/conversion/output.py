@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from oreal_megatron.files import write_atomically
+from oreal_megatron.files import sync, write_atomically
 
 _MADE_FROM = ".made_from.json"
 
@@ -55,11 +55,11 @@ class OutputDirectory:
     def commit(self) -> None:
         """Gives the directory its name. Everything in it is on disk before."""
         (self.partial / _MADE_FROM).unlink()
-        _sync_directory(self.partial)
+        sync(self.partial)
         if self.target.exists():
             self.target.rmdir()
         os.replace(self.partial, self.target)
-        _sync_directory(self.target.parent)
+        sync(self.target.parent)
 
 
 class NewFile:
@@ -99,11 +99,3 @@ def copy_beside(source: Path, target: Path, *, without: tuple[str, ...]) -> None
     for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.endswith(without) and not file.name.startswith("."):
             shutil.copyfile(file, target / file.name)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

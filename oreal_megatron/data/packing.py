@@ -93,10 +93,6 @@ class TokenBatch:
     """fp32 [R] in [0, 1]; set once the reward model has scored the batch."""
 
     @property
-    def num_response_tokens(self) -> int:
-        return sum(self.response_lengths)
-
-    @property
     def predicting(self) -> Tensor:
         """int64 [R]: positions that predict a response token, sequence by sequence."""
         return torch.where(self.labels[0] != IGNORE)[0]

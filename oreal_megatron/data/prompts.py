@@ -63,11 +63,11 @@ def read_estimated(path: Path, *, source: Sequence[Prompt]) -> list[Prompt]:
     return read_prompts(path)
 
 
-def fingerprint(prompts: Iterable[Prompt]) -> str:
-    """16 hex digits that depend on every field of every prompt and on their order."""
+def fingerprint(records: Iterable[Prompt | Demonstration]) -> str:
+    """Returns 16 hex digits that depend on every field of every record and on their order."""
     digest = hashlib.blake2b(digest_size=8)
-    for prompt in prompts:
-        digest.update(json.dumps(asdict(prompt)).encode() + b"\n")
+    for record in records:
+        digest.update(json.dumps(asdict(record)).encode() + b"\n")
     return digest.hexdigest()
 
 

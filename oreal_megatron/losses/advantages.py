@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from oreal_megatron.config import ObjectiveConfig
 from oreal_megatron.seeds import derive_seed
-from oreal_megatron.types import GradedRollout, Trajectory, Verdict
+from oreal_megatron.types import GradedRollout, Trajectory, decided
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ def select_trajectories(
     trajectories: list[Trajectory] = []
     kept = all_correct = all_incorrect = undecided = num_decided = num_correct = 0
     for group in groups:
-        decided = _decided(group, config)
-        outcomes = [correct for _, correct in decided]
-        undecided += len(group) - len(decided)
-        num_decided += len(decided)
+        used = _used(group, config)
+        outcomes = [graded.is_correct for graded in used]
+        undecided += len(group) - len(used)
+        num_decided += len(used)
         num_correct += sum(outcomes)
         all_correct += bool(outcomes) and all(outcomes)
         all_incorrect += bool(outcomes) and not any(outcomes)
@@ -62,8 +62,8 @@ def select_trajectories(
         kept += 1
         advantages = shaped_rewards(outcomes, config)
         candidates = [
-            Trajectory(rollout=graded.rollout, correct=correct, advantage=advantage)
-            for (graded, correct), advantage in zip(decided, advantages, strict=True)
+            Trajectory(rollout=graded.rollout, correct=graded.is_correct, advantage=advantage)
+            for graded, advantage in zip(used, advantages, strict=True)
         ]
         if config.pair_choice == "global_rng":
             rng = global_rng
@@ -83,7 +83,7 @@ def select_trajectories(
 
 def is_useful(group: Sequence[GradedRollout], config: ObjectiveConfig) -> bool:
     """Whether a step trains on some of the group."""
-    return _is_kept([correct for _, correct in _decided(group, config)], config)
+    return _is_kept([graded.is_correct for graded in _used(group, config)], config)
 
 
 def shaped_rewards(outcomes: Sequence[bool], config: ObjectiveConfig) -> list[float]:
@@ -112,12 +112,9 @@ def shaped_rewards(outcomes: Sequence[bool], config: ObjectiveConfig) -> list[fl
     return [1.0 if config.shaping == "positive_one" else -1.0] * n
 
 
-def _decided(group: Sequence[GradedRollout], config: ObjectiveConfig) -> list[tuple[GradedRollout, bool]]:
-    return [
-        (graded, graded.verdict is Verdict.CORRECT)
-        for graded in group
-        if graded.verdict is not Verdict.UNDECIDED or config.undecided_as_incorrect
-    ]
+def _used(group: Sequence[GradedRollout], config: ObjectiveConfig) -> list[GradedRollout]:
+    """Returns the responses that count in the group's statistics and may train."""
+    return list(group) if config.undecided_as_incorrect else decided(group)
 
 
 def _is_kept(outcomes: Sequence[bool], config: ObjectiveConfig) -> bool:

@@ -186,7 +186,10 @@ class Sampler:
                 if tally is not None:
                     tally.add([finished[index]])
         if self._groups.any_rank(self._stop.is_made):
-            raise Stopped
+            raise Stopped(
+                f"stopped while {call.batch_name} was generated: finished rollouts are in the journal, the same "
+                "command goes on with the others"
+            )
         return broken_off
 
     def _request(
@@ -293,6 +296,6 @@ def _ages(groups: Sequence[Sequence[GradedRollout]], version: int) -> dict[str, 
     return {"rollout/older_tokens": older / max(num_tokens, 1), "rollout/oldest_updates": float(version - oldest)}
 
 
-def rollout_seeds(run_seed: int, batch_name: str, step: int) -> Callable[[Prompt, int], int]:
+def rollout_seeds(run_seed: int, phase: str, step: int) -> Callable[[Prompt, int], int]:
     """Seeds that depend on (run seed, purpose, step, prompt, sample) and on nothing else."""
-    return lambda prompt, index: derive_seed(run_seed, batch_name, step, prompt.id, index)
+    return lambda prompt, index: derive_seed(run_seed, phase, step, prompt.id, index)

@@ -79,7 +79,7 @@ def test_padding_ends_sequences_and_rows_and_carries_no_label():
     assert batch.cu_seqlens.tolist() == [0, 8, 24] and batch.max_seqlen == 16 and batch.tokens.shape == (1, 24)
     assert batch.labels[0].tolist() == [-1, 20, 21, 22, *[-1] * 5, 20, 21, 22, 23, *[-1] * 11]
     assert batch.positions[0].tolist() == [*range(8), *range(16)]
-    assert batch.predicting.numel() == batch.num_response_tokens == 7
+    assert batch.predicting.numel() == sum(batch.response_lengths) == 7
     assert pack([], CPU, Padding(sequence=4, row=12)).tokens.shape == (1, 12)
 
 
