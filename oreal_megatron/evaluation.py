@@ -27,7 +27,7 @@ class BenchmarkResult:
 
     benchmark: Benchmark
     greedy: list[GradedRollout]
-    """One greedy response per prompt."""
+    """Greedy response of each prompt."""
     sampled: list[list[GradedRollout]]
     """k sampled responses per prompt; empty where k is 0."""
 

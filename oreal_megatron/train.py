@@ -70,13 +70,19 @@ def train(run: Run) -> None:
 
 
 def where_stopped(run: Run) -> str:
+    """Says after how many steps the run stopped, and what is saved of it."""
     step = run.progress.step
     saved = f"checkpoint {step_name(step)} is saved" if run.store.has(step_name(step)) else "nothing was trained"
     return f"stopped after {step} steps: {saved}, finished rollouts are in the journal; the same command goes on"
 
 
 def train_step(run: Run) -> StepReport:
-    """Prompts -> rollouts -> graded groups -> trajectories -> reward model, policy -> published weights."""
+    """Runs one step: prompts, rollouts, graded groups, trajectories, both updates, published weights.
+
+    Raises:
+        NonFiniteLossError, MismatchError: see `train`; the message names the step.
+        Stopped: a stop was asked for while responses were generated.
+    """
     config, step, clock = run.config, run.progress.step, StepTimer()
     run.groups.seed_generators(derive_seed(config.run.seed, "generators", step))
     sampled = replayed(run) if config.run.mode == "replay" else rolled_out(run, clock)
@@ -124,12 +130,12 @@ def train_step(run: Run) -> StepReport:
 
 
 def costs(run: Run, clock: StepTimer) -> dict[str, Any]:
-    """A step's seconds and peaks of memory by phase."""
+    """Returns the step's wall seconds and its peaks of memory in GiB, by phase."""
     return {"seconds": clock.seconds(), "peak_gib": clock.peak_gib(run.groups)}
 
 
 def rolled_out(run: Run, clock: StepTimer) -> SampleResult:
-    """The step's prompts, answered and graded; those in the journal are not answered again."""
+    """Generates and grades responses to the step's prompts; rollouts in the journal are read from there."""
     config, position = run.config, run.stream.state_dict()
     try:
         with run.engine.generation_context(run.policy.on_device):
@@ -143,7 +149,7 @@ def rolled_out(run: Run, clock: StepTimer) -> SampleResult:
                 early_stop=early_stop_of(config, run.progress.step),
             )
     except Stopped:
-        # Nothing has been trained on these prompts: the checkpoint that follows draws them again.
+        # Nothing was trained on these prompts. The checkpoint that follows has the stream draw them again.
         run.stream.load_state_dict(position)
         raise
     run.stream.put_back(sampled.unfinished)
@@ -151,29 +157,36 @@ def rolled_out(run: Run, clock: StepTimer) -> SampleResult:
 
 
 def early_stop_of(config: TrainConfig, step: int) -> EarlyStop | None:
+    """Returns when the step's sampling ends early under rollout.long_tail; None without it."""
     tail = config.rollout.long_tail
     if tail is None:
         return None
     return EarlyStop(
         num_groups=config.data.prompts_per_step,
         counts=lambda group: tail.until == "complete" or is_useful(group, config.objective),
-        max_age=tail.carry_updates,
+        max_staleness=tail.carry_updates,
         next_batch=step_name(step + 1),
     )
 
 
 def replayed(run: Run) -> SampleResult:
-    """The step's graded rollouts of another run."""
+    """Reads the graded rollouts of this step from run.replay_dir.
+
+    Raises:
+        ValueError: there is no file for the step, or a line of it is not a trajectory record.
+    """
     assert run.config.run.replay_dir is not None
     path = Path(run.config.run.replay_dir) / f"step_{run.progress.step:06d}.jsonl"
     if not path.is_file():
-        raise ValueError(f"run.replay_dir: there is no {path}; lower run.num_steps to the steps that were saved")
+        raise ValueError(
+            f"run.replay_dir: there is no {path}; set run.num_steps to the number of steps that were saved"
+        )
     return SampleResult(groups=read_groups(path), unfinished=[], metrics={})
 
 
 def packed(run: Run, trajectories: Sequence[Trajectory]) -> tuple[TokenCounts, list[TokenBatch]]:
-    """Global denominators, and this rank's share of the trajectories as micro-batches."""
-    # Replayed rollouts are another run's: their versions say nothing here.
+    """Returns the step's global token counts, and this rank's share of the trajectories as micro-batches."""
+    # Weight versions of replayed rollouts count another run's updates.
     version = 0 if run.config.run.mode == "replay" else run.progress.weight_version
     sequences = [PackedSequence.from_trajectory(trajectory, weight_version=version) for trajectory in trajectories]
     counts = TokenCounts(
@@ -184,7 +197,7 @@ def packed(run: Run, trajectories: Sequence[Trajectory]) -> tuple[TokenCounts, l
 
 
 def evaluate_and_save(run: Run) -> None:
-    """Evaluates and checkpoints where the configuration says so: at the start, on the way, at the end."""
+    """Evaluates and saves where due: before the first step, at the configured intervals, and after the last step."""
     config, progress = run.config, run.progress
     if config.run.mode == "rollout":
         return
@@ -202,12 +215,13 @@ def evaluate_and_save(run: Run) -> None:
 
 
 def max_mismatch(config: TrainConfig) -> float | None:
-    """Replayed rollouts are another policy's from the second step on: nothing to hold against a limit."""
+    """Returns rollout.mismatch.stop in nats; None where there is no limit, or rollouts are another policy's."""
     limits = config.rollout.mismatch
     return None if limits is None or config.run.mode == "replay" else limits.stop
 
 
 def warn_of_mismatch(run: Run, metrics: Mapping[str, float]) -> None:
+    """Logs a warning where the mismatch of a step exceeds rollout.mismatch.warn."""
     limits = run.config.rollout.mismatch
     difference = metrics.get("policy/rollout_logprob_difference", 0.0)
     if limits is not None and run.config.run.mode != "replay" and difference > limits.warn:
@@ -221,11 +235,12 @@ def warn_of_mismatch(run: Run, metrics: Mapping[str, float]) -> None:
 
 
 def is_multiple(step: int, every: int) -> bool:
+    """Returns whether `step` is a multiple of `every`; never where `every` is 0."""
     return every > 0 and step % every == 0
 
 
 def step_auc(run: Run, scored: ScoredSequences) -> float:
-    """The reward model's AUC on the step's trajectories, which it has not trained on yet."""
+    """Returns the reward model's AUC on the step's trajectories, from scores before its update on them."""
     pairs = run.groups.gather_over_data(list(zip(scored.mean_scores, scored.outcomes, strict=True)))
     flat = [pair for part in pairs for pair in part]
     return area_under_curve([score for score, _ in flat], [outcome for _, outcome in flat])
@@ -234,7 +249,7 @@ def step_auc(run: Run, scored: ScoredSequences) -> float:
 def save_trajectories(
     run: Run, groups: Sequence[Sequence[GradedRollout]], selection: Selection, batches: Sequence[TokenBatch] = ()
 ) -> None:
-    """The step's rollouts with grades, advantages and token weights, as trajectories/step_NNNNNN.jsonl."""
+    """Writes the step's rollouts with grades, advantages and token weights to trajectories/step_NNNNNN.jsonl."""
     if not run.config.tracking.trajectories or run.config.run.mode == "replay":
         return
     mine = [

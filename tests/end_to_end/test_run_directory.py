@@ -97,7 +97,7 @@ def test_configuration_is_saved_before_anything_is_made(tmp_path):
 
 def test_run_of_version_0_1_0_goes_on(warm):
     """That version named no settings in checkpoints/initial, and kept no configuration in the journal."""
-    schedules = ("optimizer.policy.decay_steps=2", "optimizer.reward_model.decay_steps=2")
+    schedules = ("optimizer.policy.decay_steps=4", "optimizer.reward_model.decay_steps=4")
     directory, whole = warm(), warm("whole")
     assert invoke(f"run.dir={directory}", "run.num_steps=1", *schedules).returncode == 0
     (directory / "journal/config.yaml").unlink()
