@@ -1,59 +1,80 @@
-"""pass@1, avg@k and pass@k on benchmark problems."""
+"""Evaluation of a run on benchmarks: pass@1, avg@k, pass@k, and the reward model's area under the curve."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from oreal_megatron.config import SamplingConfig
-from oreal_megatron.types import FinishReason, GradedRollout, Prompt, Verdict
+from oreal_megatron.data.packing import PackedSequence
+from oreal_megatron.rollout.sampler import rollout_seeds
+from oreal_megatron.run_state import Run
+from oreal_megatron.step import score_sequences
+from oreal_megatron.trajectories import to_records
+from oreal_megatron.types import Benchmark, EvaluationReport, FinishReason, GradedRollout, Prompt, decided
 
 Generate = Callable[[Sequence[Prompt], int, SamplingConfig], list[list[GradedRollout]]]
-"""(prompts, samples each, sampling) -> a graded group a prompt."""
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """One evaluation set."""
-
-    name: str
-    prompts: tuple[Prompt, ...]
-    samples: int
-    """k of avg@k and pass@k; 0: greedy only."""
+"""(prompts, samples per prompt, sampling) -> a group of graded rollouts per prompt."""
 
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """The graded responses of one benchmark, and what they come to."""
+    """The graded responses of one benchmark, and their metrics."""
 
     benchmark: Benchmark
     greedy: list[GradedRollout]
+    """Greedy response of each prompt."""
     sampled: list[list[GradedRollout]]
-    """k a prompt; empty where k is 0."""
+    """k sampled responses per prompt; empty where k is 0."""
 
     @property
     def metrics(self) -> dict[str, float]:
-        """UNDECIDED responses are left out of every average. A metric that nothing was decided for is nan."""
+        """`benchmark/name` -> value. UNDECIDED responses are left out of every average; nan where none is decided."""
         k = self.benchmark.samples
         values = {
-            "greedy_pass@1": _mean([_outcome(graded) for graded in self.greedy]),
+            "greedy_pass@1": _mean([float(graded.is_correct) for graded in decided(self.greedy)]),
             "response_tokens": _mean([float(len(graded.rollout.response_ids)) for graded in self.greedy]),
             "stopped": _mean([float(g.rollout.finish_reason is FinishReason.STOP) for g in self.greedy]),
         }
         if k:
-            outcomes = [[_outcome(graded) for graded in group] for group in self.sampled]
+            outcomes = [[float(graded.is_correct) for graded in decided(group)] for group in self.sampled]
             values[f"avg@{k}"] = _mean([value for group in outcomes for value in group])
             if k > 1:
-                decided = [[value for value in group if value is not None] for group in outcomes]
-                values[f"pass@{k}"] = _mean([max(group) for group in decided if group])
+                values[f"pass@{k}"] = _mean([max(group) for group in outcomes if group])
         return {f"{self.benchmark.name}/{name}": value for name, value in values.items()}
 
 
-def evaluate(benchmark: Benchmark, generate: Generate, sampling: SamplingConfig) -> BenchmarkResult:
-    """Greedy responses, and `samples` more by `sampling`; both share its token limit."""
+def evaluate_run(run: Run) -> EvaluationReport:
+    """Evaluates the policy on every benchmark, and the reward model on the policy's samples; logs and returns both."""
+    start = time.perf_counter()
+    step = run.progress.step
+    metrics: dict[str, float] = {}
+    with run.engine.generation_context(run.policy.on_device):
+        results = [
+            evaluate_benchmark(benchmark, _generator(run), run.config.evaluation.sampling)
+            for benchmark in run.benchmarks
+        ]
+    for benchmark, result in zip(run.benchmarks, results, strict=True):
+        metrics |= result.metrics
+        groups = result.sampled or [[graded] for graded in result.greedy]
+        scores = _reward_model_scores(run, groups)
+        if scores:
+            scored = [graded for group in groups for graded in decided(group)]
+            metrics[f"{benchmark.name}/reward_model_auc"] = area_under_curve(
+                [scores[graded.rollout.id] for graded in scored], [graded.is_correct for graded in scored]
+            )
+        run.tracker.trajectories(f"evaluations/{benchmark.name}_{step:06d}", to_records(groups, scores=scores))
+    report = EvaluationReport(step=step, metrics=metrics, seconds=time.perf_counter() - start)
+    run.tracker.evaluation(report)
+    return report
+
+
+def evaluate_benchmark(benchmark: Benchmark, generate: Generate, sampling: SamplingConfig) -> BenchmarkResult:
+    """Generates a greedy response per prompt, and `benchmark.samples` by `sampling`; both share its token limit."""
     greedy_sampling = sampling.model_copy(update={"temperature": 0.0, "top_p": 1.0})
     greedy = generate(benchmark.prompts, 1, greedy_sampling)
     sampled = generate(benchmark.prompts, benchmark.samples, sampling) if benchmark.samples else []
@@ -71,10 +92,43 @@ def area_under_curve(scores: Sequence[float], outcomes: Sequence[bool]) -> float
     return float((below + not_above).mean() / (2 * len(negative)))
 
 
-def _outcome(graded: GradedRollout) -> float | None:
-    return None if graded.verdict is Verdict.UNDECIDED else float(graded.verdict is Verdict.CORRECT)
+def _generator(run: Run) -> Generate:
+    """Samples with the run's sampler, with the same seeds at every evaluation."""
+
+    def generate(prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig) -> list[list[GradedRollout]]:
+        return run.sampler.sample(
+            prompts,
+            batch_name=f"evaluation_{run.progress.step:06d}",
+            num_samples=num_samples,
+            sampling=sampling,
+            seed_of=rollout_seeds(run.config.run.seed, "evaluation", 0),
+        ).groups
+
+    return generate
 
 
-def _mean(values: Sequence[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else math.nan
+def _reward_model_scores(run: Run, groups: Sequence[Sequence[GradedRollout]]) -> dict[str, float]:
+    """Outcome logits of the decided rollouts, by rollout id, on every rank; empty without a reward model."""
+    if run.reward_model is None:
+        return {}
+    sequences = [
+        PackedSequence(
+            id=graded.rollout.id,
+            prompt_ids=graded.rollout.prompt_ids,
+            response_ids=graded.rollout.response_ids,
+            rollout_logprobs=graded.rollout.logprobs,
+        )
+        for group in groups
+        for graded in decided(group)
+    ]
+    batches = run.packer.batches(sequences)
+    alignment = run.config.objective.token_weights.alignment
+    with run.reward_model.on_device():
+        scored = score_sequences(run.reward_model.module, batches, alignment, run.groups)
+    ids = [id for batch in batches for id in batch.ids]
+    pairs = run.groups.gather_over_data(list(zip(ids, scored.mean_scores, strict=True)))
+    return dict(pair for part in pairs for pair in part)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan

@@ -1,7 +1,7 @@
-"""Files that outlive the process: whole or not there, and on the disk before anyone relies on them.
+"""Durable files: whole or not there, and on the disk before anything relies on them.
 
-A killed process leaves at most a half-written last line behind (`append_line`), which `whole_lines` leaves out and the
-next `open_log` cuts off; `write_atomically` leaves the old file or the new one.
+A killed process leaves at most a half-written last line (`append_line`), which `whole_lines` leaves out and the next
+`open_log` cuts off; `write_atomically` leaves the old file or the new file.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import IO
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes beside `path`, syncs, and renames.
+    """Writes a file next to `path`, syncs it, and renames it to `path`.
 
     Raises:
-        OSError: naming `path`; what was there before is untouched.
+        OSError: the message names `path`; an earlier file is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -28,14 +28,14 @@ def write_atomically(path: Path, text: str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
-            sync_directory(path.parent)
+            sync(path.parent)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
 
 
 def open_log(path: Path) -> IO[bytes]:
-    """A file of lines to append to; a last line that was never finished is cut off."""
+    """Opens a file of lines for appending; an unfinished last line is cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path):
         is_new = not path.exists()
@@ -45,7 +45,7 @@ def open_log(path: Path) -> IO[bytes]:
         if not content.endswith(b"\n"):
             file.truncate(content.rfind(b"\n") + 1)
         if is_new:
-            sync_directory(path.parent)
+            sync(path.parent)
         return file
 
 
@@ -53,7 +53,7 @@ def append_line(file: IO[bytes], line: str) -> None:
     """Appends one line to an open log; on return it is on the disk.
 
     Raises:
-        OSError: naming the file; the line may be there in part, and is then no line to any reader.
+        OSError: the message names the file; readers leave out a line that was written in part.
     """
     with naming(Path(file.name)):
         file.write(line.encode() + b"\n")
@@ -62,18 +62,13 @@ def append_line(file: IO[bytes], line: str) -> None:
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The finished lines of a log, without their ends; none where there is no file."""
+    """Returns the finished lines of a log, without line ends; none where there is no file."""
     content = path.read_bytes() if path.is_file() else b""
     return content.decode(errors="replace").split("\n")[:-1]
 
 
-def sync_file(path: Path) -> None:
-    """Puts what other code wrote to `path` on the disk."""
-    sync_directory(path)
-
-
-def sync_directory(path: Path) -> None:
-    """Puts the directory's entries on the disk: a rename or a new file is only then durable."""
+def sync(path: Path) -> None:
+    """Puts a file's content, or a directory's entries, on the disk: a rename or a new file is only then durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -83,7 +78,7 @@ def sync_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError of the body that does not say which file it was, says so."""
+    """Adds the file's name to an OSError of the body that has none."""
     try:
         yield
     except OSError as error:

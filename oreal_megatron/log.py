@@ -45,7 +45,7 @@ def run_logging(directory: Path, *, rank: int, level: str, console: Console | No
     """
     logs = directory / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    # A console line leaves the module out, which is for whoever searches the file.
+    # A line on the console leaves the module out.
     formats = {"file": f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"}
     formats["console"] = f"%(asctime)s rank {rank} %(levelname)s %(message)s"
     handlers: dict[str, logging.Handler] = {

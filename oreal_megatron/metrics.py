@@ -1,4 +1,4 @@
-"""A run's figures: metrics.jsonl, the console, tensorboard and wandb; and its trajectories as JSONL."""
+"""Tracking of a run: metrics go to metrics.jsonl, the console, tensorboard and wandb, trajectories to JSONL."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
-# What the console shows of a step, in this order: key, label, format.
+# Metrics that the console shows of a step, in this order: key, label, format.
 _SHOWN = (
     ("reward/pass_rate", "pass", "{:.2f}"),
     ("data/kept_groups", "groups", "{:.0f}"),
@@ -37,14 +37,14 @@ _SHOWN = (
 
 
 class Tracker:
-    """Takes reports and shows them everywhere that the configuration names; silent on all ranks but the main one."""
+    """Writes reports to every place that the tracking section names; does nothing on ranks but the main rank."""
 
     def __init__(self, config: TrainConfig, directory: Path, *, is_main: bool):
         self._config = config
         self._directory = directory
         self._is_main = is_main
         quiet = config.tracking.console == "quiet" or not is_main
-        # A log file gets plain lines; a terminal, or console=rich, the progress bar.
+        # A progress bar needs console=rich and a terminal; otherwise plain lines are logged.
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True, stderr=False)
         self._fancy = config.tracking.console == "rich" and self.console.is_terminal and not quiet
         self._file: IO[bytes] | None = None
@@ -53,9 +53,9 @@ class Tracker:
         self._progress: Progress | None = None
 
     def start(self, first_step: int, *, is_evaluated: bool) -> None:
-        """Opens the sinks to go on from `first_step`; what a killed run wrote beyond it is dropped.
+        """Opens the files and trackers to go on from `first_step`; records of later steps are removed.
 
-        is_evaluated: the evaluation after `first_step` steps was made, and stays.
+        is_evaluated: whether the evaluation after `first_step` steps was made, so that its record is kept.
         """
         if not self._is_main:
             return
@@ -74,7 +74,7 @@ class Tracker:
         try:
             import wandb
         except ImportError:
-            logger.warning("wandb is not installed, so tracking.wandb is off: pip install wandb")
+            logger.warning("tracking.wandb is off, since wandb is not installed; install it with `pip install wandb`")
             return None
         run = self._config.run
         return wandb.init(
@@ -89,7 +89,7 @@ class Tracker:
         )
 
     def _wandb_id(self) -> str:
-        """The same directory goes on in the same wandb run; one that was emptied starts another."""
+        """Returns the id of the directory's wandb run, which is kept in the file wandb_id."""
         path = self._directory / "wandb_id"
         if not path.is_file():
             write_atomically(path, uuid.uuid4().hex[:16])
@@ -97,7 +97,7 @@ class Tracker:
 
     @contextlib.contextmanager
     def progress(self, title: str, total: int, completed: int = 0) -> Iterator[ProgressBar]:
-        """A progress bar with a free text behind it; a line now and then where there is no terminal."""
+        """Shows a progress bar followed by a note; without a terminal, logs a line at every tenth of the way."""
         if not self._fancy:
             yield ProgressBar(None, None, title, total, completed)
             return
@@ -114,7 +114,7 @@ class Tracker:
             yield ProgressBar(progress, task, title, total, completed)
 
     def step(self, report: StepReport) -> str:
-        """Logs a step; returns its figures as one line."""
+        """Writes a step's report; returns its main metrics as a line."""
         self._write(report.to_json())
         seconds = {f"seconds/{phase}": value for phase, value in report.seconds.items()}
         peaks = {f"peak_gib/{phase}": value for phase, value in report.peak_gib.items()}
@@ -131,18 +131,20 @@ class Tracker:
         return "  ".join([*parts, f"{report.seconds['total']:.1f}s"])
 
     def evaluation(self, report: EvaluationReport) -> None:
+        """Writes an evaluation's report, and logs its metrics."""
         self._write(report.to_json())
         self._log({f"evaluation/{name}": value for name, value in report.metrics.items()}, report.step)
-        figures = "  ".join(f"{name} {value:.3f}" for name, value in report.metrics.items())
-        logger.info("evaluation after %d steps  %s", report.step, figures)
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in report.metrics.items())
+        logger.info("evaluation after %d steps  %s", report.step, shown)
 
     def trajectories(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
-        """Writes one JSON object a line to `name`.jsonl below the run's directory."""
+        """Writes records to `name`.jsonl below the run's directory, one JSON object per line."""
         if self._is_main:
             lines = "".join(json.dumps(record) + "\n" for record in records)
             write_atomically(self._directory / f"{name}.jsonl", lines)
 
     def close(self) -> None:
+        """Closes the files and trackers."""
         if self._file is not None:
             self._file.close()
         if self._tensorboard is not None:
@@ -160,19 +162,19 @@ class Tracker:
             for name, value in finite.items():
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
-            # Steps that are run again after a kill keep their place: wandb takes each only once.
+            # wandb takes each step once: the first record of a step that is repeated after a kill stays.
             self._wandb.log({**finite, "step": step}, step=step)
 
 
 class ProgressBar:
-    """One running bar, or its plain counterpart."""
+    """Progress bar on a terminal, or lines in the log without a terminal."""
 
     def __init__(self, progress: Progress | None, task: Any, title: str, total: int, done: int):
         self._progress, self._task, self._title, self._total = progress, task, title, total
         self._done = done
 
     def advance(self, note: str = "", *, by: int = 1, always: bool = False) -> None:
-        """`always`: a plain console gets a line each time, not only at every tenth of the way."""
+        """Advances the bar by `by`. always: without a terminal, logs a line each time, not at every tenth alone."""
         before, self._done = self._done, self._done + by
         if self._progress is not None:
             self._progress.update(self._task, advance=by, note=note)
@@ -181,10 +183,10 @@ class ProgressBar:
 
 
 def read_metrics(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(step records, evaluation records) of a run's directory; a half-written last line is left out.
+    """Returns (step records, evaluation records) of a run's directory; a half-written last line is left out.
 
     Raises:
-        ValueError: another line is no record.
+        ValueError: another line is not a metrics record; the message names file and line.
     """
     records = []
     path = directory / METRICS_FILE
@@ -205,14 +207,14 @@ def _drop_from(path: Path, first_step: int, is_evaluated: bool) -> None:
 
 
 def _without_nan(value: Any) -> Any:
-    """NaN as null: metrics.jsonl is JSON for every reader."""
+    """Returns the value with null in the place of NaN and infinities, which JSON does not have."""
     if isinstance(value, Mapping):
         return {key: _without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def rollout_metrics(groups: Sequence[Sequence[GradedRollout]], selection: Selection) -> dict[str, float]:
-    """What a step's responses were like, and how many of them train."""
+    """Returns metrics of a step's responses, and of the selection that trains."""
     rollouts = [graded.rollout for group in groups for graded in group]
     stages = Counter(graded.grade.stage for group in groups for graded in group)
     count = max(len(rollouts), 1)

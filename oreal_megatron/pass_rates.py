@@ -1,65 +1,73 @@
-"""The difficulty of the training prompts, estimated with the initial policy before the first step."""
+"""Difficulty of the training prompts: pass rates of the initial policy, estimated before the first step."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import replace
-from pathlib import Path
 
 from oreal_megatron.config import TrainConfig
-from oreal_megatron.data.prompts import read_estimated, write_estimated
-from oreal_megatron.distributed.groups import ParallelGroups
-from oreal_megatron.metrics import Tracker
-from oreal_megatron.rollout.journal import RolloutJournal
+from oreal_megatron.data.prompts import balanced, read_estimated, write_estimated
+from oreal_megatron.data.stream import PromptStream
 from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
+from oreal_megatron.run_state import Run, offload
 from oreal_megatron.seeds import derive_seed
-from oreal_megatron.types import Prompt
+from oreal_megatron.types import Prompt, decided
 
 
-def with_pass_rates(
-    prompts: list[Prompt],
-    config: TrainConfig,
-    sampler: Sampler,
-    *,
-    directory: Path,
-    groups: ParallelGroups,
-    tracker: Tracker,
-    journal: RolloutJournal,
-) -> list[Prompt]:
-    """Prompts with the share of the initial policy's responses that are correct; kept in directory/pass_rates.jsonl.
+def prepare(run: Run) -> None:
+    """Sets the run's prompt stream: training prompts balanced by pass rate, estimated where data.pass_rate asks for it.
+
+    Pass rates are kept in pass_rates.jsonl of the run's directory; a resumed run reads them from there.
 
     Raises:
-        Stopped: a stop was asked for; what was estimated is in the journal.
-        ValueError: pass_rates.jsonl is of other data.
+        Stopped: a stop was asked for; finished rollouts are in the journal.
+        ValueError: pass_rates.jsonl is of other data, or too few prompts are left for a step.
     """
-    estimation = config.data.pass_rate
+    config, prompts = run.config, list(run.train_prompts)
+    offload(run)
+    if config.data.pass_rate is not None:
+        with run.engine.generation_context(run.policy.on_device):
+            prompts = _with_pass_rates(prompts, run)
+        run.engine.offload()
+    run.stream = PromptStream(
+        balanced(prompts, config.data.difficulty_balance),
+        prompts_per_step=config.num_asked_prompts,
+        seed=config.run.seed,
+    )
+
+
+def _with_pass_rates(prompts: list[Prompt], run: Run) -> list[Prompt]:
+    """Returns the prompts whose pass rate is known or could be estimated."""
+    estimation, groups = run.config.data.pass_rate, run.groups
     assert estimation is not None
-    path = directory / "pass_rates.jsonl"
+    path = run.directory / "pass_rates.jsonl"
     if groups.from_main(path.is_file()):
         return read_estimated(path, source=prompts)
     known = [prompt for prompt in prompts if prompt.pass_rate is not None]
     unknown = [prompt for prompt in prompts if prompt.pass_rate is None]
     if estimation.max_prompts is not None and len(unknown) > estimation.max_prompts:
-        unknown = random.Random(derive_seed(config.run.seed, "estimate")).sample(unknown, estimation.max_prompts)
+        unknown = random.Random(derive_seed(run.config.run.seed, "estimate")).sample(unknown, estimation.max_prompts)
     estimated: list[Prompt] = []
-    size = max(config.rollout.batch_size // estimation.samples, 1) * groups.data_size
-    with tracker.progress("pass rates", len(unknown)) as bar:
+    size = max(run.config.rollout.batch_size // estimation.samples, 1) * groups.data_size
+    with run.tracker.progress("pass rates", len(unknown)) as bar:
         for start in range(0, len(unknown), size):
             part = unknown[start : start + size]
-            estimated += _estimated(part, config, sampler, estimation.samples, f"pass_rates_{start // size:06d}")
+            estimated += _estimated(
+                part, run.config, run.sampler, estimation.samples, f"pass_rates_{start // size:06d}"
+            )
             correct = sum(prompt.pass_rate or 0.0 for prompt in estimated) / max(len(estimated), 1)
             bar.advance(f"mean {correct:.2f}", by=len(part))
     if groups.is_main:
         write_estimated(path, known + estimated, source=prompts)
     groups.barrier()
-    journal.forget("pass_rates_*")
+    run.sampler.journal.forget("pass_rates_*")
     return known + estimated
 
 
 def _estimated(
     prompts: list[Prompt], config: TrainConfig, sampler: Sampler, num_samples: int, batch_name: str
 ) -> list[Prompt]:
-    """Prompts with a decided response, with their pass rate."""
+    """Returns the prompts that have a decided response, with the share of those that is correct."""
     graded_groups = sampler.sample(
         prompts,
         batch_name=batch_name,
@@ -69,7 +77,7 @@ def _estimated(
     ).groups
     estimated = []
     for prompt, group in zip(prompts, graded_groups, strict=True):
-        decided = [graded.verdict == "CORRECT" for graded in group if graded.verdict != "UNDECIDED"]
-        if decided:
-            estimated.append(replace(prompt, pass_rate=sum(decided) / len(decided)))
+        outcomes = [graded.is_correct for graded in decided(group)]
+        if outcomes:
+            estimated.append(replace(prompt, pass_rate=sum(outcomes) / len(outcomes)))
     return estimated

@@ -1,4 +1,4 @@
-"""What a configuration asks of the processes, the machine and the model directory that it meets."""
+"""Checks of a configuration against the started processes, the machine and the model directory."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from oreal_megatron.conversion.huggingface import geometry_of
 
 
 def check_startable(config: TrainConfig, num_processes: int) -> None:
-    """Raises ConfigError where the configuration is for another number of processes, or another machine."""
+    """Raises ConfigError where the configuration asks for other processes or more devices than there are."""
     violations = []
     if (servers := config.rollout.sglang) is not None and not servers.urls and servers.device == "cuda":
         first, devices = first_server_device(servers), config.resources.devices_per_node
         if first + servers.num_servers * servers.tensor > devices:
             remedy = (
-                f"servers of {servers.tensor} devices are launched on the main process's machine, which has {devices} "
-                f"from number {first} on: start them elsewhere and give rollout.sglang.urls"
+                f"servers of {servers.tensor} device(s) each, from device {first} on, exceed the {devices} devices of "
+                "the main process's machine; start them elsewhere and name them in rollout.sglang.urls"
             )
             violations.append(Violation("rollout.sglang.num_servers", servers.num_servers, remedy))
     wanted = config.resources.trainer_devices
     if wanted is not None and wanted != num_processes:
-        remedy = f"{num_processes} were started; start as many as this, or resources.trainer_devices={num_processes}"
+        remedy = f"{num_processes} were started; start {wanted}, or set resources.trainer_devices={num_processes}"
         violations.append(Violation("resources.trainer_devices", wanted, remedy))
     if violations:
         raise ConfigError(violations)
 
 
 def first_server_device(servers: SGLangConfig) -> int:
-    """The number, on this machine, of the first device of launched servers: on the trainer's, or behind them."""
+    """Returns the number of launched servers' first device: the trainer's first, or the next after the trainer's."""
     return 0 if servers.shares_devices else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def geometry_of_run(model: ModelConfig) -> GeometryConfig:
-    """model.geometry, or that of model.path, which must then have the sizes that model.geometry names, if it does.
+    """Returns model.geometry, or the geometry of model.path, which must agree with model.geometry where both are given.
 
     Raises:
-        ConfigError: with every size that differs.
-        ValueError: the directory cannot be read.
+        ConfigError: a size differs; the message names all that do.
+        ValueError: model.path cannot be read.
     """
     if model.path is None:
         assert model.geometry is not None
         return model.geometry
     found = geometry_of(Path(model.path))
     if (expected := model.geometry) is not None:
-        # Sizes are what plans are made of; the numerics (rotary base, epsilon) are the directory's own.
+        # Plans depend on sizes alone; the numerics (rotary base, epsilon) come from the directory.
         sizes = (
             "num_layers",
             "hidden_size",
@@ -55,7 +55,11 @@ def geometry_of_run(model: ModelConfig) -> GeometryConfig:
             "vocab_size",
         )
         violations = [
-            Violation(f"model.geometry.{name}", getattr(expected, name), f"{model.path} has {getattr(found, name)}")
+            Violation(
+                f"model.geometry.{name}",
+                getattr(expected, name),
+                f"{model.path} has {getattr(found, name)}; set it to that",
+            )
             for name in sizes
             if getattr(expected, name) not in (None, getattr(found, name))
         ]

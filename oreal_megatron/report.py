@@ -1,4 +1,4 @@
-"""A run's report: one HTML file, figures and all, that opens without a server."""
+"""Report of a run: a single HTML file with its figures, which opens without a server."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import yaml
 
 from oreal_megatron.files import write_atomically
 from oreal_megatron.metrics import read_metrics
+from oreal_megatron.types import Verdict
 
 # Panels of the figure: title, then (label, key) of each line.
 _PANELS = (
@@ -32,13 +33,13 @@ _NUM_EXAMPLES = 6
 
 
 def write_report(directory: Path) -> Path:
-    """Writes report.html from what the run's directory holds.
+    """Writes report.html from the metrics, evaluations and trajectories in a run's directory; returns its path.
 
     Raises:
         ValueError: the directory holds no run.
     """
     if not (directory / "config.yaml").is_file():
-        raise ValueError(f"{directory}: no run in it (config.yaml is missing)")
+        raise ValueError(f"{directory}: config.yaml is missing, so there is no run; name the run.dir of a run")
     config = yaml.safe_load((directory / "config.yaml").read_text())
     steps, evaluations = read_metrics(directory)
     environment = jinja2.Environment(autoescape=True)
@@ -65,7 +66,7 @@ def write_report(directory: Path) -> Path:
 
 
 def _headline(evaluations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Greedy pass@1 of every benchmark in percent: before, now, and at its best."""
+    """Returns greedy pass@1 of every benchmark in percent: before training, at the end, and at its best."""
     names = [name for name in (evaluations[0]["metrics"] if evaluations else ()) if name.endswith("/greedy_pass@1")]
     lines = []
     for name in names:
@@ -116,11 +117,11 @@ def _training_figure(steps: Sequence[dict[str, Any]]) -> str | None:
 
 
 def _calibration_figure(directory: Path) -> str | None:
-    """Predicted probability against the share of correct responses, at the last evaluation."""
+    """Plots the predicted probability against the share of correct responses, at the last evaluation."""
     files = sorted((directory / "evaluations").glob("*.jsonl"), key=lambda path: path.stem[-6:])
     records = [json.loads(line) for line in files[-1].read_text().splitlines()] if files else []
     scored = [
-        (1 / (1 + math.exp(-r["reward_model_logit"])), r["grade"]["verdict"] == "CORRECT")
+        (1 / (1 + math.exp(-r["reward_model_logit"])), Verdict(r["grade"]["verdict"]) is Verdict.CORRECT)
         for r in records
         if "reward_model_logit" in r
     ]
@@ -141,7 +142,7 @@ def _calibration_figure(directory: Path) -> str | None:
 
 
 def _examples(directory: Path, steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Trained responses of the last step that has token weights, correct and incorrect in turn."""
+    """Returns trained responses of the last step that has token weights."""
     for record in reversed(steps):
         path = directory / "trajectories" / f"step_{record['step']:06d}.jsonl"
         if not path.is_file():
@@ -154,7 +155,7 @@ def _examples(directory: Path, steps: Sequence[dict[str, Any]]) -> list[dict[str
 
 
 def _example(record: dict[str, Any], step: int) -> dict[str, Any]:
-    correct = record["grade"]["verdict"] == "CORRECT"
+    correct = Verdict(record["grade"]["verdict"]) is Verdict.CORRECT
     hue = "46, 160, 67" if correct else "218, 54, 51"
     tokens = [
         {"text": text, "weight": weight, "colour": f"rgba({hue}, {0.85 * weight:.3f})"}
@@ -171,7 +172,7 @@ def _example(record: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def _mean_seconds(steps: Sequence[dict[str, Any]]) -> dict[str, float]:
-    # In the order of a step, all of which one that trained everything has.
+    # Phases in the order of a step; a step that trained both models has all of them.
     fullest: dict[str, float] = max((record["seconds"] for record in steps), key=len, default={})
     return {phase: sum(r["seconds"].get(phase, 0.0) for r in steps) / len(steps) for phase in fullest}
 

@@ -1,4 +1,4 @@
-"""Seeds by name: every source of randomness derives its own from (run seed, what it is for, ...)."""
+"""Seeds by name: every source of randomness derives its seed from the run's seed and the name of its use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on every part and on their order, the same on every machine and rank.
+    """Returns a 63-bit seed that depends on every part and on their order, the same on every machine and rank.
 
     >>> derive_seed(0, "rollout", 3) == derive_seed(0, "rollout", 3)
     True

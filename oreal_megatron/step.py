@@ -1,6 +1,6 @@
-"""What one step computes on its three models: scores, token weights, and the two updates.
+"""Computations of a step on its three models: scores, token weights, and the two updates.
 
-Every list has one entry a micro-batch of this rank, [R] of its response tokens in packed order.
+Every list has one entry per micro-batch of this rank: a tensor [R] over its response tokens in packed order.
 """
 
 from __future__ import annotations
@@ -22,28 +22,29 @@ from oreal_megatron.models.trained_model import TrainedModel, UpdateReport
 
 
 class NonFiniteLossError(ArithmeticError):
-    """A loss, a term or a gradient is not a finite number; the model that it belongs to was not updated."""
+    """Raised where a loss, a term or a gradient is not a finite number; the model was not updated."""
 
 
 @dataclass(frozen=True)
 class ScoredSequences:
-    """The reward model's view of the sequences of this rank, before its update."""
+    """Scores of this rank's sequences by the reward model, before its update."""
 
     scores: list[Tensor]
-    """fp32 [R] a micro-batch, aligned to the response tokens."""
+    """fp32 [R] per micro-batch, aligned to the response tokens."""
     mean_scores: list[float]
-    """One a sequence: the logit of its outcome."""
+    """Mean score of each sequence, which is the logit of its outcome."""
     outcomes: list[bool]
+    """Whether each sequence is correct."""
 
 
 class MismatchError(ArithmeticError):
-    """The rollouts' log-probabilities are not this policy's: other weights, or another model; no update was made."""
+    """Raised where the rollouts came from other weights or another model than the policy; it was not updated."""
 
 
 def with_reference(
     reference: torch.nn.Module, batches: Sequence[TokenBatch], groups: ParallelGroups
 ) -> list[TokenBatch]:
-    """The micro-batches with the reference's log-probabilities."""
+    """Returns the micro-batches with the reference's log-probabilities."""
     logprobs = score(reference, batches, lambda output, batch: output[batch.predicting, 0].clone(), groups)
     return [replace(batch, reference_logprobs=values) for batch, values in zip(batches, logprobs, strict=True)]
 
@@ -51,7 +52,7 @@ def with_reference(
 def with_token_weights(
     batches: Sequence[TokenBatch], scored: ScoredSequences | None, config: ObjectiveConfig
 ) -> list[TokenBatch]:
-    """The micro-batches with token weights from the reward model's scores; of ones where there is none."""
+    """Returns the micro-batches with token weights from the reward model's scores; ones where `scored` is None."""
     weighted = []
     for index, batch in enumerate(batches):
         scores_R = torch.zeros_like(batch.rollout_logprobs) if scored is None else scored.scores[index]
@@ -66,16 +67,19 @@ def with_token_weights(
 def score_sequences(
     model: torch.nn.Module, batches: Sequence[TokenBatch], alignment: str, groups: ParallelGroups
 ) -> ScoredSequences:
-    """The reward model's scores without an update, for evaluation."""
+    """Scores sequences with the reward model, without an update."""
     return _scored(score(model, batches, lambda out, batch: _aligned(out, batch, alignment).clone(), groups), batches)
 
 
 def update_reward_model(
     reward_model: TrainedModel, batches: Sequence[TokenBatch], config: ObjectiveConfig, *, num_sequences: int
 ) -> tuple[ScoredSequences, dict[str, float]]:
-    """One update by eq. (12). Returns the scores from before it, which the token weights are made of.
+    """Updates the reward model by eq. (12). Returns the scores from before the update, and `section/name` metrics.
 
-    num_sequences: of the whole step, over all ranks.
+    num_sequences: number of sequences in the step, over all ranks.
+
+    Raises:
+        NonFiniteLossError: on every rank, before the update.
     """
     groups = reward_model.groups
 
@@ -104,9 +108,9 @@ def update_policy(
     *,
     max_mismatch: float | None = None,
 ) -> dict[str, float]:
-    """One update by eq. (11) or a baseline's objective. Returns `section/name` metrics over all ranks.
+    """Updates the policy by eq. (11) or a baseline's objective. Returns `section/name` metrics over all ranks.
 
-    max_mismatch: largest mean |difference| in nats from the rollouts' log-probabilities that is trained on.
+    max_mismatch: limit of the mean |difference| from the rollouts' log-probabilities, in nats; None: no limit.
 
     Raises:
         NonFiniteLossError, MismatchError: on every rank, before the update.
@@ -140,14 +144,15 @@ def update_policy(
     names = list(results[0][0])
     local = torch.stack([torch.stack([sums[name] for name in names]) for sums, _ in results]).double()
     _check_finite(dict(zip(names, local.t().tolist(), strict=True)), batches, policy.groups)
-    # Older weights differ by what was learnt since: no mismatch.
+    # Tokens of older weights differ by the updates since, which is no mismatch.
     differences = [difference_R[~batch.is_older] for batch, (_, difference_R) in zip(batches, results, strict=True)]
     mismatch = rollout_mismatch(differences, policy.groups)
     if max_mismatch is not None and mismatch.get("rollout_logprob_difference", 0.0) > max_mismatch:
         raise MismatchError(
             f"the policy's log-probabilities differ from the rollouts' by {mismatch['rollout_logprob_difference']:.3g} "
             f"nats in the mean, more than rollout.mismatch.stop = {max_mismatch:g} (99th percentile "
-            f"{mismatch['rollout_logprob_difference_p99']:.3g}); no update was made"
+            f"{mismatch['rollout_logprob_difference_p99']:.3g}); no update was made. Check that the engine has the "
+            "policy's weights, or raise rollout.mismatch.stop"
         )
     if config.importance_limit is not None:
         mismatch |= _importance([difference_R for _, difference_R in results], config.importance_limit, policy.groups)
@@ -168,9 +173,9 @@ def update_policy(
 
 
 def rollout_mismatch(differences: Sequence[Tensor], groups: ParallelGroups) -> dict[str, float]:
-    """How far the policy is from what generated the tokens: on-policy, by rounding and an engine's kernels only.
+    """Measures how far the policy is from the weights that generated the tokens; on-policy, rounding alone remains.
 
-    differences: fp32 [R] a micro-batch of this rank, log pi - log pi_rollout of tokens that pi_rollout drew, in nats.
+    differences: fp32 [R] per micro-batch of this rank, log pi - log pi_rollout of tokens that pi_rollout drew, in nats.
     Returns the mean, 99th percentile and maximum of the absolute difference; the k3 estimate of KL(rollout || policy);
     and the effective sample size of the importance weights pi / pi_rollout as a share of the tokens, in (0, 1].
     """
@@ -190,7 +195,7 @@ def rollout_mismatch(differences: Sequence[Tensor], groups: ParallelGroups) -> d
 
 
 def _importance(differences: Sequence[Tensor], limit: float, groups: ParallelGroups) -> dict[str, float]:
-    """Mean of the truncated importance weights, and the share of the tokens whose weight is truncated."""
+    """Returns the mean of the truncated importance weights, and the share of tokens whose weight is truncated."""
     ratios = [difference.double().exp() for difference in differences]
     local = [[r.clamp(max=limit).sum().item(), (r > limit).sum().item(), len(r)] for r in ratios]
     total, truncated, count = groups.sum_over_data(torch.tensor(local).sum(0)).tolist()
@@ -198,12 +203,12 @@ def _importance(differences: Sequence[Tensor], limit: float, groups: ParallelGro
 
 
 def _aligned(output: Tensor, batch: TokenBatch, alignment: str) -> Tensor:
-    """[R] from the reward model's [1, T, 1]: the state before each response token, or the one after it."""
+    """Returns [R] of the reward model's output [1, T, 1]: at the position before each response token, or at its own."""
     return output[0, batch.predicting + (1 if alignment == "inclusive" else 0), 0]
 
 
 def _sequence_means(scores_R: Tensor, batch: TokenBatch) -> Tensor:
-    """[N]: the mean score of each sequence."""
+    """Returns the mean score of each sequence, [N]."""
     parts = [part.mean() for part in batch.split_by_sequence(scores_R)]
     return torch.stack(parts) if parts else scores_R.new_zeros(0)
 
@@ -222,11 +227,11 @@ def _update(model: TrainedModel, name: str, batches: Sequence[TokenBatch]) -> Up
         return model.update()
     except FloatingPointError as error:
         ids = ", ".join(id for batch in batches for id in batch.ids)
-        raise NonFiniteLossError(f"{name}: {error}, no update was made; trained were {ids}") from error
+        raise NonFiniteLossError(f"{name}: {error}, no update was made. The sequences were {ids}") from error
 
 
 def _check_finite(values: dict[str, list[float]], batches: Sequence[TokenBatch], groups: ParallelGroups) -> None:
-    """Raises on every rank alike where any micro-batch of any rank has a term that is not finite."""
+    """Raises NonFiniteLossError on every rank where a micro-batch of any rank has a term that is not finite."""
     bad = [
         (name, value, batches[index].ids)
         for name, per_batch in values.items()

@@ -1,7 +1,7 @@
-"""Stopping on request: what the scheduler's signal means to a run.
+"""Stopping on request: signals of the scheduler ask a run to save and to end.
 
 A scheduler announces the time limit, or a preemption, with a signal (SLURM: `--signal=USR1@600`, or SIGTERM). The
-run then stops at the next point from which it loses nothing, saves a checkpoint and exits with `EXIT_STOPPED`.
+run then stops at the next point where nothing is lost, saves a checkpoint and exits with `EXIT_STOPPED`.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from collections.abc import Iterator
 from types import FrameType
 
 EXIT_STOPPED = 75
-"""Exit status of a run that a signal stopped, everything saved: the same command goes on (EX_TEMPFAIL)."""
+"""Exit status (EX_TEMPFAIL) of a run that a signal stopped; everything is saved, and the same command goes on."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and can be resumed."""
+    """Raised where the run was asked to stop; the message says what is saved."""
 
 
 class LostPeer(RuntimeError):
-    """This rank is well, but another one of its job is not."""
+    """Raised on a rank that has no error itself, after another rank of the job failed."""
 
 
 class StopRequest:
-    """Whether this process was asked to stop. One process of a job is enough: the ranks agree where they check."""
+    """Request to stop this process. A request to any process of a job is enough: the ranks agree where they check."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        """Name of the first signal that came."""
+        """Name of the first signal that was received; None if there was none."""
 
     @property
     def is_made(self) -> bool:
@@ -39,7 +39,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Inside, SIGTERM and SIGUSR1 are requests to stop."""
+        """Takes SIGTERM and SIGUSR1 as requests to stop, until the block is left."""
         before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         try:
             yield
@@ -50,5 +50,5 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = signal.Signals(number).name
-            # Not through the console, whose lock the interrupted code may hold.
-            os.write(2, f"{self.signal}: stopping as soon as nothing is lost by it\n".encode())
+            # The interrupted code may hold the console's lock.
+            os.write(2, f"{self.signal}: stopping as soon as nothing is lost\n".encode())

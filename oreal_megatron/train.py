@@ -1,125 +1,67 @@
-"""One OREAL run, top to bottom."""
+"""The training of a run, top to bottom: `train` is the loop, `train_step` one step."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import random
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from oreal_megatron.checkpoint.export import Exporter
-from oreal_megatron.checkpoint.state import load_trained, trained_state
-from oreal_megatron.checkpoint.store import Best, CheckpointStore, is_better, step_name
-from oreal_megatron.config import SamplingConfig, TrainConfig
-from oreal_megatron.data.packing import PackedSequence, Packer, TokenBatch
-from oreal_megatron.data.prompting import PromptRenderer
-from oreal_megatron.data.stream import PromptStream
-from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.checkpoint.store import Best, is_better, step_name
+from oreal_megatron.config import TrainConfig
+from oreal_megatron.data.packing import PackedSequence, TokenBatch
 from oreal_megatron.distributed.step_timer import StepTimer
-from oreal_megatron.evaluation import Benchmark, area_under_curve, evaluate
+from oreal_megatron.evaluation import area_under_curve, evaluate_run
 from oreal_megatron.losses.advantages import Selection, is_useful, select_trajectories
 from oreal_megatron.losses.policy_terms import TokenCounts
-from oreal_megatron.metrics import Tracker, rollout_metrics
-from oreal_megatron.models.offload import FrozenModel
-from oreal_megatron.models.trained_model import TrainedModel
-from oreal_megatron.rollout.engine import RolloutEngine
-from oreal_megatron.rollout.sampler import EarlyStop, Sampler, SampleResult, rollout_seeds
+from oreal_megatron.metrics import rollout_metrics
+from oreal_megatron.rollout.sampler import EarlyStop, SampleResult, rollout_seeds
+from oreal_megatron.run_state import Run, restore, save
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.step import (
     MismatchError,
     NonFiniteLossError,
     ScoredSequences,
-    score_sequences,
     update_policy,
     update_reward_model,
     with_reference,
     with_token_weights,
 )
-from oreal_megatron.stopping import Stopped, StopRequest
+from oreal_megatron.stopping import Stopped
 from oreal_megatron.trajectories import read_groups, to_records
-from oreal_megatron.types import EvaluationReport, GradedRollout, Prompt, StepReport, Trajectory
-
-Groups = list[list[GradedRollout]]
+from oreal_megatron.types import GradedRollout, StepReport, Trajectory
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class RunProgress:
-    """How far the run is: what a checkpoint holds beside the models."""
-
-    step: int = 0
-    """The next step."""
-    num_usable_steps: int = 0
-    """Steps with a usable group so far; the freeze counts these."""
-    weight_version: int = 0
-    """Policy updates so far."""
-    evaluated_step: int | None = None
-    """The step of the last evaluation."""
-    best: Best | None = None
-    """The best evaluation so far."""
-
-
-@dataclass
-class Run:
-    """Everything that `build` has wired together."""
-
-    config: TrainConfig
-    directory: Path
-    groups: ParallelGroups
-    packer: Packer
-    tracker: Tracker
-    store: CheckpointStore
-    exporter: Exporter
-    stream: PromptStream
-    sampler: Sampler
-    engine: RolloutEngine
-    policy: TrainedModel
-    reference: FrozenModel
-    reward_model: TrainedModel | None
-    benchmarks: Sequence[Benchmark]
-    renderer: PromptRenderer
-    stop: StopRequest
-    progress: RunProgress = field(default_factory=RunProgress)
-    global_rng: random.Random = field(default_factory=random.Random)
-
-
 def train(run: Run) -> None:
-    """Steps until the configured number is reached; evaluates and saves on the way.
+    """Trains from the newest checkpoint, if there is one, to run.num_steps; evaluates and saves on the way.
 
     Raises:
-        NonFiniteLossError: a loss is not a number; names step, terms and samples. Checkpoints stay.
-        MismatchError: rollouts are not the policy's, beyond rollout.mismatch.stop.
-        Stopped: a stop was asked for; everything until then is saved, and says so.
-        OSError: the disk refused; the message says what is safe.
+        NonFiniteLossError: a loss is not a finite number; the message names step, terms and samples. Checkpoints stay.
+        MismatchError: the rollouts' log-probabilities are not the policy's, beyond rollout.mismatch.stop.
+        Stopped: a stop was asked for; everything until then is saved.
+        OSError: the disk refused; the message says which checkpoints are whole.
     """
-    config = run.config.run
-    is_resumed = restore(run)
-    for model in (run.policy, run.reward_model, run.reference):
-        if model is not None:
-            model.offload()
+    config, is_resumed = run.config.run, restore(run)
+    progress = run.progress
     if is_resumed:
         with run.policy.on_device():
-            run.engine.publish(run.progress.weight_version)
-    run.tracker.start(run.progress.step, is_evaluated=run.progress.evaluated_step == run.progress.step)
+            run.engine.publish(progress.weight_version)
+    run.tracker.start(progress.step, is_evaluated=progress.evaluated_step == progress.step)
     try:
         evaluate_and_save(run)
-        with run.tracker.progress("step", config.num_steps, completed=run.progress.step) as bar:
-            while run.progress.step < config.num_steps:
+        with run.tracker.progress("step", config.num_steps, completed=progress.step) as bar:
+            while progress.step < config.num_steps:
                 if run.groups.any_rank(run.stop.is_made):
-                    raise Stopped
+                    raise Stopped("stopped between two steps")
                 report = train_step(run)
                 bar.advance(run.tracker.step(report), always=True)
-                run.progress.step += 1
+                progress.step += 1
                 run.store.finish(wait=False)
                 evaluate_and_save(run)
     except Stopped:
         save(run, wait=True)
-        run.store.finish(wait=True)
         raise Stopped(where_stopped(run)) from None
     except NonFiniteLossError:
         run.store.finish(wait=True)
@@ -128,13 +70,19 @@ def train(run: Run) -> None:
 
 
 def where_stopped(run: Run) -> str:
+    """Says after how many steps the run stopped, and what is saved of it."""
     step = run.progress.step
     saved = f"checkpoint {step_name(step)} is saved" if run.store.has(step_name(step)) else "nothing was trained"
     return f"stopped after {step} steps: {saved}, finished rollouts are in the journal; the same command goes on"
 
 
 def train_step(run: Run) -> StepReport:
-    """Prompts -> rollouts -> graded groups -> trajectories -> reward model, policy -> published weights."""
+    """Runs one step: prompts, rollouts, graded groups, trajectories, both updates, published weights.
+
+    Raises:
+        NonFiniteLossError, MismatchError: see `train`; the message names the step.
+        Stopped: a stop was asked for while responses were generated.
+    """
     config, step, clock = run.config, run.progress.step, StepTimer()
     run.groups.seed_generators(derive_seed(config.run.seed, "generators", step))
     sampled = replayed(run) if config.run.mode == "replay" else rolled_out(run, clock)
@@ -182,12 +130,12 @@ def train_step(run: Run) -> StepReport:
 
 
 def costs(run: Run, clock: StepTimer) -> dict[str, Any]:
-    """A step's seconds and peaks of memory by phase."""
+    """Returns the step's wall seconds and its peaks of memory in GiB, by phase."""
     return {"seconds": clock.seconds(), "peak_gib": clock.peak_gib(run.groups)}
 
 
 def rolled_out(run: Run, clock: StepTimer) -> SampleResult:
-    """The step's prompts, answered and graded; those in the journal are not answered again."""
+    """Generates and grades responses to the step's prompts; rollouts in the journal are read from there."""
     config, position = run.config, run.stream.state_dict()
     try:
         with run.engine.generation_context(run.policy.on_device):
@@ -201,7 +149,7 @@ def rolled_out(run: Run, clock: StepTimer) -> SampleResult:
                 early_stop=early_stop_of(config, run.progress.step),
             )
     except Stopped:
-        # Nothing has been trained on these prompts: the checkpoint that follows draws them again.
+        # Nothing was trained on these prompts. The checkpoint that follows has the stream draw them again.
         run.stream.load_state_dict(position)
         raise
     run.stream.put_back(sampled.unfinished)
@@ -209,29 +157,36 @@ def rolled_out(run: Run, clock: StepTimer) -> SampleResult:
 
 
 def early_stop_of(config: TrainConfig, step: int) -> EarlyStop | None:
+    """Returns when the step's sampling ends early under rollout.long_tail; None without it."""
     tail = config.rollout.long_tail
     if tail is None:
         return None
     return EarlyStop(
         num_groups=config.data.prompts_per_step,
         counts=lambda group: tail.until == "complete" or is_useful(group, config.objective),
-        max_age=tail.carry_updates,
+        max_staleness=tail.carry_updates,
         next_batch=step_name(step + 1),
     )
 
 
 def replayed(run: Run) -> SampleResult:
-    """The step's graded rollouts of another run."""
+    """Reads the graded rollouts of this step from run.replay_dir.
+
+    Raises:
+        ValueError: there is no file for the step, or a line of it is not a trajectory record.
+    """
     assert run.config.run.replay_dir is not None
     path = Path(run.config.run.replay_dir) / f"step_{run.progress.step:06d}.jsonl"
     if not path.is_file():
-        raise ValueError(f"run.replay_dir: there is no {path}; lower run.num_steps to the steps that were saved")
+        raise ValueError(
+            f"run.replay_dir: there is no {path}; set run.num_steps to the number of steps that were saved"
+        )
     return SampleResult(groups=read_groups(path), unfinished=[], metrics={})
 
 
 def packed(run: Run, trajectories: Sequence[Trajectory]) -> tuple[TokenCounts, list[TokenBatch]]:
-    """Global denominators, and this rank's share of the trajectories as micro-batches."""
-    # Replayed rollouts are another run's: their versions say nothing here.
+    """Returns the step's global token counts, and this rank's share of the trajectories as micro-batches."""
+    # Weight versions of replayed rollouts count another run's updates.
     version = 0 if run.config.run.mode == "replay" else run.progress.weight_version
     sequences = [PackedSequence.from_trajectory(trajectory, weight_version=version) for trajectory in trajectories]
     counts = TokenCounts(
@@ -242,7 +197,7 @@ def packed(run: Run, trajectories: Sequence[Trajectory]) -> tuple[TokenCounts, l
 
 
 def evaluate_and_save(run: Run) -> None:
-    """Evaluates and checkpoints where the configuration says so: at the start, on the way, at the end."""
+    """Evaluates and saves where due: before the first step, at the configured intervals, and after the last step."""
     config, progress = run.config, run.progress
     if config.run.mode == "rollout":
         return
@@ -250,7 +205,7 @@ def evaluate_and_save(run: Run) -> None:
     last = step == config.run.num_steps
     evaluating = bool(run.benchmarks) and (step == 0 or last or is_multiple(step, config.evaluation.every))
     if evaluating and progress.evaluated_step != step:
-        score = evaluated(run).metrics[f"{run.benchmarks[0].name}/greedy_pass@1"]
+        score = evaluate_run(run).metrics[f"{run.benchmarks[0].name}/greedy_pass@1"]
         progress.evaluated_step = step
         if is_better(score, progress.best):
             progress.best = Best(step=step, score=score)
@@ -259,77 +214,14 @@ def evaluate_and_save(run: Run) -> None:
     run.exporter.update()
 
 
-def evaluated(run: Run) -> EvaluationReport:
-    """The policy on every benchmark, logged; and, on its samples, how well the reward model tells right from wrong."""
-    start = time.perf_counter()
-    step = run.progress.step
-    metrics: dict[str, float] = {}
-    with run.engine.generation_context(run.policy.on_device):
-        results = [
-            evaluate(benchmark, evaluation_generator(run), run.config.evaluation.sampling)
-            for benchmark in run.benchmarks
-        ]
-    for benchmark, result in zip(run.benchmarks, results, strict=True):
-        metrics |= result.metrics
-        groups = result.sampled or [[graded] for graded in result.greedy]
-        scores = reward_model_scores(run, groups)
-        if scores:
-            decided = [g for group in groups for g in group if g.rollout.id in scores]
-            metrics[f"{benchmark.name}/reward_model_auc"] = area_under_curve(
-                [scores[g.rollout.id] for g in decided], [g.verdict == "CORRECT" for g in decided]
-            )
-        run.tracker.trajectories(f"evaluations/{benchmark.name}_{step:06d}", to_records(groups, scores=scores))
-    report = EvaluationReport(step=step, metrics=metrics, seconds=time.perf_counter() - start)
-    run.tracker.evaluation(report)
-    return report
-
-
-def evaluation_generator(run: Run) -> Any:
-    """(prompts, samples, sampling) -> graded groups, with the same seeds at every evaluation."""
-
-    def generate(prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig) -> Groups:
-        return run.sampler.sample(
-            prompts,
-            batch_name=f"evaluation_{run.progress.step:06d}",
-            num_samples=num_samples,
-            sampling=sampling,
-            seed_of=rollout_seeds(run.config.run.seed, "evaluation", 0),
-        ).groups
-
-    return generate
-
-
-def reward_model_scores(run: Run, groups: Groups) -> dict[str, float]:
-    """Outcome logits of graded rollouts by rollout id; UNDECIDED ones left out; empty without a reward model."""
-    if run.reward_model is None:
-        return {}
-    sequences = [
-        PackedSequence(
-            id=graded.rollout.id,
-            prompt_ids=graded.rollout.prompt_ids,
-            response_ids=graded.rollout.response_ids,
-            rollout_logprobs=graded.rollout.logprobs,
-        )
-        for group in groups
-        for graded in group
-        if graded.verdict != "UNDECIDED"
-    ]
-    batches = run.packer.batches(sequences)
-    alignment = run.config.objective.token_weights.alignment
-    with run.reward_model.on_device():
-        scored = score_sequences(run.reward_model.module, batches, alignment, run.groups)
-    ids = [id for batch in batches for id in batch.ids]
-    pairs = run.groups.gather_over_data(list(zip(ids, scored.mean_scores, strict=True)))
-    return dict(pair for part in pairs for pair in part)
-
-
 def max_mismatch(config: TrainConfig) -> float | None:
-    """Replayed rollouts are another policy's from the second step on: nothing to hold against a limit."""
+    """Returns rollout.mismatch.stop in nats; None where there is no limit, or rollouts are another policy's."""
     limits = config.rollout.mismatch
     return None if limits is None or config.run.mode == "replay" else limits.stop
 
 
 def warn_of_mismatch(run: Run, metrics: Mapping[str, float]) -> None:
+    """Logs a warning where the mismatch of a step exceeds rollout.mismatch.warn."""
     limits = run.config.rollout.mismatch
     difference = metrics.get("policy/rollout_logprob_difference", 0.0)
     if limits is not None and run.config.run.mode != "replay" and difference > limits.warn:
@@ -343,64 +235,21 @@ def warn_of_mismatch(run: Run, metrics: Mapping[str, float]) -> None:
 
 
 def is_multiple(step: int, every: int) -> bool:
+    """Returns whether `step` is a multiple of `every`; never where `every` is 0."""
     return every > 0 and step % every == 0
 
 
-def save(run: Run, *, wait: bool) -> None:
-    """A checkpoint of everything that a resume needs, unless this step has one; before the first step nothing does.
-
-    No generator's state is in it: every step seeds its own, and `global_rng` alone runs on from step to step.
-    """
-    progress = run.progress
-    name = step_name(progress.step)
-    if run.config.run.mode == "rollout":
-        return
-    if progress.step == 0 or run.store.has(name):
-        run.store.remember_best(progress.best)
-        return
-    run.engine.offload()
-    with contextlib.ExitStack() as there:
-        there.enter_context(run.policy.on_device(states=True))
-        state: dict[str, Any] = trained_state("policy", run.policy)
-        if run.reward_model is not None:
-            there.enter_context(run.reward_model.on_device(states=True))
-            state |= trained_state("reward_model", run.reward_model)
-        state["progress"] = asdict(progress)
-        state["stream"] = run.stream.state_dict()
-        state["global_rng"] = run.global_rng.getstate()
-        run.store.save(name, state, best=progress.best, wait=wait or not run.config.run.async_checkpoints)
-
-
-def restore(run: Run) -> bool:
-    """Goes on from the newest whole checkpoint of the run's directory, if there is one; whether there is."""
-    run.global_rng.seed(derive_seed(run.config.run.seed, "global_rng"))
-    step = run.store.newest_whole()
-    if step is not None:
-        wanted: dict[str, Any] = trained_state("policy", run.policy, is_loading=True)
-        if run.reward_model is not None:
-            wanted |= trained_state("reward_model", run.reward_model, is_loading=True)
-        state = run.store.load(step_name(step), wanted)
-        load_trained("policy", run.policy, state)
-        if run.reward_model is not None:
-            load_trained("reward_model", run.reward_model, state)
-        best = state["progress"].pop("best")
-        run.progress = RunProgress(**state["progress"], best=Best(**best) if best else None)
-        run.stream.load_state_dict(state["stream"])
-        run.global_rng.setstate(state["global_rng"])
-        logger.info("resumed from checkpoint %s", step_name(step))
-    run.store.remember_best(run.progress.best)
-    return step is not None
-
-
 def step_auc(run: Run, scored: ScoredSequences) -> float:
-    """The reward model's AUC on the step's trajectories, which it has not trained on yet."""
+    """Returns the reward model's AUC on the step's trajectories, from scores before its update on them."""
     pairs = run.groups.gather_over_data(list(zip(scored.mean_scores, scored.outcomes, strict=True)))
     flat = [pair for part in pairs for pair in part]
     return area_under_curve([score for score, _ in flat], [outcome for _, outcome in flat])
 
 
-def save_trajectories(run: Run, groups: Groups, selection: Selection, batches: Sequence[TokenBatch] = ()) -> None:
-    """The step's rollouts with grades, advantages and token weights, as trajectories/step_NNNNNN.jsonl."""
+def save_trajectories(
+    run: Run, groups: Sequence[Sequence[GradedRollout]], selection: Selection, batches: Sequence[TokenBatch] = ()
+) -> None:
+    """Writes the step's rollouts with grades, advantages and token weights to trajectories/step_NNNNNN.jsonl."""
     if not run.config.tracking.trajectories or run.config.run.mode == "replay":
         return
     mine = [

@@ -1,4 +1,4 @@
-"""A step's graded rollouts as JSON records, and back: for people, for the report and for replay."""
+"""Graded rollouts of a step as JSON records: written for people, the report and replay, and read again."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def to_records(
     scores: Mapping[str, float] | None = None,
     token_texts: Callable[[Sequence[int]], list[str]] | None = None,
 ) -> list[dict[str, Any]]:
-    """One record a rollout.
+    """Returns one record per rollout.
 
-    `trained` ones carry their advantage; token weights (with the tokens as text) and reward model logits are
-    looked up by rollout id.
+    trained: trajectories whose advantages are added. token_weights, scores (logits of the reward model): by rollout id.
+    token_texts: returns the tokens of a response as text; added where a rollout has token weights.
     """
     advantages = {trajectory.id: trajectory.advantage for trajectory in trained}
     records = []
@@ -42,10 +42,10 @@ def to_records(
 
 
 def read_groups(path: Path) -> list[list[GradedRollout]]:
-    """The groups of one trajectories file.
+    """Reads the groups of a trajectories file.
 
     Raises:
-        ValueError: a line is not such a record (file and line are named).
+        ValueError: a line is not a trajectory record; the message names file and line.
     """
     groups: dict[int, list[GradedRollout]] = {}
     for number, line in enumerate(path.read_text().splitlines(), start=1):

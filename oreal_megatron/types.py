@@ -1,6 +1,6 @@
-"""The records that cross a stage: plain, frozen, without torch.
+"""Records that cross a stage: plain, frozen, without torch.
 
-One step turns them into each other from top to bottom:
+A step turns them into each other from top to bottom:
 
     Prompt -> Rollout -> GradedRollout -> Trajectory -> (data.packing.TokenBatch) -> StepReport
 """
@@ -8,13 +8,13 @@ One step turns them into each other from top to bottom:
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
 class Verdict(enum.StrEnum):
-    """What verification says of a response. UNDECIDED is a value of its own and never becomes a reward."""
+    """Verdict on a response. UNDECIDED never becomes a reward."""
 
     CORRECT = "CORRECT"
     INCORRECT = "INCORRECT"
@@ -22,86 +22,86 @@ class Verdict(enum.StrEnum):
 
 
 class FinishReason(enum.StrEnum):
-    """Why generation of a response ended."""
+    """Reason for which the generation of a response ended."""
 
-    STOP = "stop"  # the response ends with the stop token, which is one of its tokens
+    STOP = "stop"  # the last token of the response is the stop token
     LENGTH = "length"  # the token limit or the context ended it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One problem of the prompt stream."""
+    """A problem of the prompt stream."""
 
     id: str
-    """Unique in the data set, stable over runs."""
+    """Id that is unique in the data set and the same in every run."""
     question: str
     gold_answer: str
     pass_rate: float | None = None
-    """Share of the initial policy's responses that are correct, in [0, 1]; None where it was never estimated."""
+    """Share of the initial policy's responses that are correct, in [0, 1]; None where it is not estimated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSpan:
-    """Which weights generated the tokens `start` to `end` (exclusive) of a response."""
+    """Version of the weights that generated the tokens `start` to `end` (exclusive) of a response."""
 
     version: int
-    """The number of policy updates before them."""
+    """Number of policy updates that led to the weights."""
     start: int
     end: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One finished response to one prompt."""
+    """A finished response to a prompt."""
 
     prompt: Prompt
     sample_index: int
-    """0 .. K-1 within the prompt's group."""
+    """Index within the prompt's group, 0 to K-1."""
     prompt_ids: tuple[int, ...]
     """Token ids of the rendered prompt."""
     response_ids: tuple[int, ...]
-    """Token ids of the response, the stop token included where there is one."""
+    """Token ids of the response, with the stop token if it ends with it."""
     logprobs: tuple[float, ...]
-    """Nats, one a response token: log softmax(logits / temperature), before top-p."""
+    """Log softmax(logits / temperature) of each response token, before top-p, in nats."""
     text: str
-    """The response as text, without the stop token."""
+    """Text of the response, without the stop token."""
     finish_reason: FinishReason
     weight_spans: tuple[WeightSpan, ...]
-    """Which weights generated which tokens: in order, without a gap, each older than the next."""
+    """Spans of tokens by the weights that generated them: in order, without a gap, each older than the next."""
 
     @property
     def id(self) -> str:
-        """Unique within a step."""
+        """Id that is unique within a step."""
         return f"{self.prompt.id}#{self.sample_index}"
 
     def num_older_tokens(self, version: int) -> int:
-        """Response tokens, all at its start, that weights older than `version` have generated."""
+        """Number of tokens, all at the response's start, that weights older than `version` generated."""
         return max((span.end for span in self.weight_spans if span.version < version), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradeRequest:
-    """What a verifier is asked: does this response answer the question with the gold answer?"""
+    """Request to a verifier: whether the response answers the question with the gold answer."""
 
     question: str
     gold_answer: str
     response: str
-    """The response as text, without the stop token."""
+    """Text of the response, without the stop token."""
     stopped: bool
-    """Whether the response ended with the stop token."""
+    """Whether the response ends with the stop token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grade:
-    """What a verifier answers."""
+    """Answer of a verifier."""
 
     verdict: Verdict
     reason: str
-    """Why, in words for a person."""
+    """Reason for the verdict, as text for people."""
     stage: str
-    """Which stage decided: `stop`, `extract`, `rules`, `judge`, ..."""
+    """Stage that decided: `stop`, `extract`, `rules`, `judge`, ..."""
     seconds: float = 0.0
-    """Wall time that this verdict took."""
+    """Wall time of the verdict."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +115,12 @@ class GradedRollout:
     def verdict(self) -> Verdict:
         return self.grade.verdict
 
+    @property
+    def is_correct(self) -> bool:
+        return self.grade.verdict is Verdict.CORRECT
+
     def to_json(self) -> dict[str, Any]:
-        # Shallow: `asdict` copies every token and log-probability one by one.
+        # `asdict` would copy every token and log-probability separately.
         return {
             **vars(self.rollout),
             "prompt": dict(vars(self.rollout.prompt)),
@@ -126,7 +130,7 @@ class GradedRollout:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> GradedRollout:
-        """The inverse of `to_json`; keys beyond it are left alone. Raises KeyError, TypeError or ValueError."""
+        """Reads a record of `to_json`; further keys are ignored. Raises KeyError, TypeError or ValueError."""
         return cls(
             rollout=Rollout(
                 prompt=Prompt(**record["prompt"]),
@@ -142,14 +146,19 @@ class GradedRollout:
         )
 
 
+def decided(graded: Iterable[GradedRollout]) -> list[GradedRollout]:
+    """Returns the rollouts whose verdict is not UNDECIDED, in order."""
+    return [item for item in graded if item.verdict is not Verdict.UNDECIDED]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """A response that was selected for training."""
+    """A response selected for training."""
 
     rollout: Rollout
     correct: bool
     advantage: float
-    """Shaped reward A of the response, from its whole group."""
+    """Advantage A of the response, shaped from the rewards of its whole group."""
 
     @property
     def id(self) -> str:
@@ -158,26 +167,36 @@ class Trajectory:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """Everything that one step says of itself; flattened to `section/name` keys wherever it is logged."""
+    """Report of a step."""
 
     step: int
-    """0-based; step s is the s-th draw from the prompt stream."""
+    """Number of the step, from 0; step s is the s-th draw from the prompt stream."""
     skipped: str | None = None
-    """Why the step updated nothing, or None."""
+    """Reason for which the step updated nothing, or None."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """`section/name` -> value; sections: rollout, reward, loss, policy, reward_model, data, publication."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Wall seconds by phase: generate, verify, score, reward_model, policy, publish, total."""
     peak_gib: Mapping[str, float] = field(default_factory=dict)
-    """The peak of memory by phase, on the process that needed most: allocated on its GPU, or its resident set."""
+    """Peak of memory by phase, on the process with the largest: allocated on its GPU, or its resident set."""
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "step", **asdict(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """A set of prompts that a run is evaluated on."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    samples: int
+    """k of avg@k and pass@k; 0: greedy responses only."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationReport:
-    """The policy on every benchmark after `step` steps."""
+    """Evaluation of the policy on every benchmark after `step` steps."""
 
     step: int
     metrics: Mapping[str, float]
@@ -190,23 +209,23 @@ class EvaluationReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """One generated response, or its beginning."""
+    """A generated response, or the beginning of a response."""
 
     token_ids: tuple[int, ...]
-    """The stop token included where there is one."""
+    """Token ids, with the stop token if the response ends with it."""
     logprobs: tuple[float, ...]
-    """Nats: log softmax(logits / temperature) of each token, before top-p; at temperature 0, of the plain logits."""
+    """Log softmax(logits / temperature) of each token in nats, before top-p; of plain logits at temperature 0."""
     finish_reason: FinishReason | None
-    """None: it was broken off, and can go on from there."""
+    """Reason for which generation ended; None where it was broken off and can go on."""
     weight_spans: tuple[WeightSpan, ...]
-    """Which weights generated which tokens."""
+    """Spans of tokens by the weights that generated them."""
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "weight_spans": [dict(vars(span)) for span in self.weight_spans]}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Completion:
-        """The inverse of `to_json`. Raises KeyError, TypeError or ValueError."""
+        """Reads a record of `to_json`. Raises KeyError, TypeError or ValueError."""
         reason = record["finish_reason"]
         return cls(
             token_ids=tuple(record["token_ids"]),
@@ -218,12 +237,12 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """One response to generate."""
+    """Request for a response."""
 
     prompt_ids: tuple[int, ...]
     seed: int
-    """Fixes the response's randomness, whatever it is batched with."""
+    """Seed of the response's randomness, which does not depend on its batch."""
     max_new_tokens: int
-    """Of the whole response."""
+    """Limit of the whole response, with the tokens of `partial`."""
     partial: Completion | None = None
-    """What an earlier step has of the response, which goes on from there; a finished one is the answer."""
+    """Beginning of the response from an earlier step, to go on from; a finished response is returned as it is."""

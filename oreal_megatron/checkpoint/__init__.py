@@ -1,1 +1,1 @@
-"""Checkpoints of a run: atomic, retained, resumable."""
+"""Checkpoints of a run: atomic, checked, retained and exported."""

@@ -1,8 +1,8 @@
-"""A run's checkpoints as Hugging Face directories: the best model is usable by anyone at once.
+"""Export of a run's checkpoints as Hugging Face directories.
 
 huggingface/assets/                 config.json, tokenizer, chat template: everything but weights
-huggingface/step_000050/policy/     one directory a model and checkpoint
-huggingface/best                    a link to the best of them
+huggingface/step_000050/policy/     a directory per checkpoint and model
+huggingface/best                    a link to the best checkpoint
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HEADS: dict[str, Head] = {"policy": "causal", "reward_model": "scalar"}
 
 
 class Exporter:
-    """Keeps huggingface/ in step with checkpoints/. Every method is called by all ranks."""
+    """Keeps huggingface/ up to date with checkpoints/. Every method is called by all ranks."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Exporter:
         which: Literal["none", "best", "every"],
         models: tuple[str, ...],
     ):
-        """directory: of the run; its huggingface/assets must be there. models: names in the run's checkpoints."""
+        """Makes an exporter. directory: the run's, with huggingface/assets in it. models: names in the checkpoints."""
         self._directory = directory / "huggingface"
         self._store = store
         self._groups = groups
@@ -47,11 +47,11 @@ class Exporter:
         self._models = models
 
     def update(self) -> None:
-        """Exports the checkpoints that are to be there and are not, and removes the others.
+        """Exports the checkpoints that are missing in huggingface/, and removes those that are not wanted any more.
 
         Raises:
             ValueError: a checkpoint cannot be read.
-            OSError: the disk refused; the checkpoint stays, and the next call tries again.
+            OSError: the disk refused; the checkpoint stays, and the next call exports it again.
         """
         if self._which == "none":
             return
@@ -76,7 +76,7 @@ class Exporter:
         return json.loads(path.read_text())["checkpoint"] if path.is_file() else None
 
     def _export(self, name: str, model: str) -> None:
-        """One model of one checkpoint; the ranks share its files."""
+        """Exports a model of a checkpoint; the ranks share its files."""
         plan = Export.plan(
             self._store.directory / name,
             self._directory / name / model,
@@ -104,9 +104,9 @@ def write_assets(
     *,
     stop_token_id: int,
 ) -> None:
-    """Makes huggingface/assets of a run: the files of `model.path` unchanged, or those of a model of `geometry`.
+    """Writes huggingface/assets of a run: the files of model.path, or the files of a model of `geometry`.
 
-    geometry: with the number of rows that the run's vocabulary has.
+    geometry: its vocab_size is the run's number of rows.
     """
     assets = directory / "huggingface" / "assets"
     shutil.rmtree(assets, ignore_errors=True)
@@ -115,7 +115,7 @@ def write_assets(
         copy_beside(Path(model.path), assets, without=WEIGHTS)
         config = dict(read_model(assets).config)
         if config["vocab_size"] != geometry.vocab_size:
-            # The tokenizer has more tokens than the directory's embedding.
+            # The tokenizer has more tokens than the directory's embedding has rows.
             write_atomically(
                 assets / "config.json", json.dumps({**config, "vocab_size": geometry.vocab_size}, indent=2)
             )
@@ -128,9 +128,9 @@ def write_assets(
 
 
 def _link(path: Path, target: str) -> None:
-    """A symbolic link, replaced at once."""
+    """Makes a symbolic link, replacing an earlier one atomically."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)  # the run was copied, and its links became directories
+        shutil.rmtree(path)  # a copy of a run may hold a directory in the place of the link
     new = path.with_name(path.name + ".new")
     new.unlink(missing_ok=True)
     os.symlink(target, new)

@@ -1,4 +1,4 @@
-"""What a checkpoint directory must hold to be whole: every file with its size and checksum, in manifest.json."""
+"""Manifest of a checkpoint: manifest.json lists every file with its size and checksum."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CHUNK_BYTES = 1 << 22
 
 
 def checksum(path: Path) -> dict[str, int]:
-    """`{"bytes": ..., "crc32": ...}` of a file."""
+    """Returns `{"bytes": ..., "crc32": ...}` of a file."""
     crc = size = 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -24,11 +24,12 @@ def checksum(path: Path) -> dict[str, int]:
 
 
 def write_manifest(directory: Path, files: Mapping[str, Mapping[str, int]], **notes: Any) -> None:
+    """Writes the manifest, which makes the directory whole. notes: further keys."""
     write_atomically(directory / MANIFEST, json.dumps({**notes, "files": files}, indent=1, sort_keys=True) + "\n")
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """None where there is none, or none that can be read."""
+    """Returns the manifest; None where there is no readable manifest."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         return manifest if isinstance(manifest["files"], dict) else None
@@ -37,7 +38,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 
 
 def damages(directory: Path, *, part: int, of: int) -> list[str]:
-    """What of this checkpoint is not as it was written; looks at every `of`-th file from number `part`."""
+    """Lists what differs from the manifest in every `of`-th file from number `part`; empty where nothing does."""
     manifest = read_manifest(directory)
     if manifest is None:
         return [f"{MANIFEST} is missing or cannot be read"]

@@ -1,7 +1,7 @@
-"""The checkpoints of a run: one directory each, whole or not there at all.
+"""Store of a run's checkpoints: a directory per checkpoint, whole or not there at all.
 
-A checkpoint is written beside its place and renamed once its manifest is there, so a name always means a whole one.
-What a disk or a hand has damaged since is found by the manifest before anything is loaded.
+A checkpoint is written under another name and renamed once its manifest is there, so every named checkpoint is whole.
+The manifest shows damage before anything is loaded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from oreal_megatron.checkpoint.manifest import damages, read_manifest
 from oreal_megatron.checkpoint.writer import CheckpointWriter
 from oreal_megatron.distributed.groups import ParallelGroups
-from oreal_megatron.files import sync_directory, write_atomically
+from oreal_megatron.files import sync, write_atomically
 
 logger = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step_(\d{6})")
 INITIAL = "initial"
-"""Name of the checkpoint of the initial policy, which is the reference too."""
+"""Name of the checkpoint of the initial policy, which is also the reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +44,12 @@ class Best:
 
     @property
     def checkpoint(self) -> str:
-        """After 0 steps: the initial policy."""
+        """Name of the checkpoint; the best after 0 steps is the initial policy."""
         return step_name(self.step) if self.step else INITIAL
 
 
 class CheckpointStore:
-    """The checkpoints/ directory of a run. Every method is called by all ranks, and means the same to all."""
+    """The checkpoints/ directory of a run. Every method is called by all ranks, and returns the same on all."""
 
     def __init__(
         self,
@@ -59,11 +59,10 @@ class CheckpointStore:
         keep: int,
         on_saved: Callable[[int], None] = lambda oldest_step: None,
     ):
-        """Removes what a killed process left half-written.
+        """Opens the store, and removes what a killed process left half-written.
 
-        keep: the newest so many steps stay, and the best one as of each of them; the initial policy always.
-        on_saved: called when a step's checkpoint has become whole, with
-        the oldest step of the newest so many.
+        keep: number of newest steps that are kept, with the best step as of each of them; the initial policy is always
+        kept. on_saved: called once a step's checkpoint is whole, with the oldest of the newest `keep` steps.
         """
         self.directory = directory
         self._groups = groups
@@ -76,28 +75,38 @@ class CheckpointStore:
             self._clean()
         groups.barrier()
 
-    def save(self, name: str, sharded_state: dict[str, Any], *, best: Best | None = None, wait: bool = True) -> None:
-        """Saves under a name that is not there yet.
+    def save(
+        self,
+        name: str,
+        sharded_state: dict[str, Any],
+        *,
+        best: Best | None = None,
+        wait: bool = True,
+        made_from: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Saves a checkpoint under a name that is not there yet.
 
-        best: as of this step; best.json names it once this checkpoint is whole. wait: False returns once the state has
-        been copied; the checkpoint becomes whole in a later `finish`.
+        best: the best evaluation as of this step; best.json names it once this checkpoint is whole. wait: False returns
+        once the state has been copied; the checkpoint becomes whole in a later `finish`. made_from: settings that the
+        checkpoint depends on, kept in its manifest.
 
         Raises:
             OSError: the disk refused; whole checkpoints are untouched.
         """
         self.finish(wait=True)
-        # A name of its own a process: a writer that outlives a killed trainer finds its directory gone, not ours.
+        # The name is unique: a writer that outlives a killed trainer does not write into this directory.
         partial = self._groups.from_main(self.directory / f"{name}.partial-{uuid.uuid4().hex[:8]}")
         self._saving = name
         with self._explained(f"checkpoint {name}"):
             if self._groups.is_main:
                 partial.mkdir(parents=True)
             self._groups.barrier()
-            self._writer.start(partial, sharded_state, best=asdict(best) if best else None)
+            notes = {} if made_from is None else {"made_from": made_from}
+            self._writer.start(partial, sharded_state, best=asdict(best) if best else None, **notes)
         self.finish(wait=wait)
 
     def finish(self, *, wait: bool) -> None:
-        """Completes a save that was not waited for, if its writers are done; with `wait`, when they are.
+        """Completes a save that was not waited for, if it is written; with `wait`, waits until it is written.
 
         Raises:
             OSError: the disk refused; whole checkpoints are untouched.
@@ -111,7 +120,7 @@ class CheckpointStore:
             name = self._saving
             if self._groups.is_main:
                 os.replace(partial, self.directory / name)
-                sync_directory(self.directory)
+                sync(self.directory)
             self._groups.barrier()
         self._verified.add(name)
         if _STEP.fullmatch(name):
@@ -121,7 +130,7 @@ class CheckpointStore:
             self._on_saved(self.steps[-self._keep :][0])
 
     def load(self, name: str, sharded_state: dict[str, Any]) -> dict[str, Any]:
-        """Fills `sharded_state` (whose tensors say what this rank needs) from a checkpoint of any layout.
+        """Loads the tensors that `sharded_state` describes, the parts of this rank, from a checkpoint of any layout.
 
         Raises:
             ValueError: the checkpoint is damaged, or holds another model.
@@ -129,11 +138,11 @@ class CheckpointStore:
         return load_checkpoint(self.directory / name, sharded_state, self.damages(name))
 
     def has(self, name: str) -> bool:
-        """Whether there is such a checkpoint, damaged or not."""
+        """Returns whether there is a checkpoint of this name, damaged or not."""
         return self._groups.from_main((self.directory / name).is_dir())
 
     def damages(self, name: str) -> list[str]:
-        """What is wrong with a checkpoint that is there; the ranks share the reading. Empty: whole."""
+        """Lists the damages of a checkpoint; empty where it is whole. The ranks share the reading."""
         if name in self._verified:
             return []
         found = damages_of(self.directory / name, self._groups)
@@ -143,15 +152,15 @@ class CheckpointStore:
 
     @property
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, damaged or not, oldest first."""
+        """Steps that have a checkpoint, damaged or not, in ascending order."""
         matches = (_STEP.fullmatch(path.name) for path in self.directory.glob("step_*"))
         return self._groups.from_main(sorted(int(match[1]) for match in matches if match))
 
     def newest_whole(self) -> int | None:
-        """The step of the newest checkpoint that can be loaded; damaged ones after it are named and set aside.
+        """Returns the step of the newest whole checkpoint, None without checkpoints; newer, damaged ones are set aside.
 
         Raises:
-            ValueError: there are checkpoints, and all are damaged.
+            ValueError: all checkpoints are damaged.
         """
         steps = self.steps
         while steps:
@@ -172,7 +181,7 @@ class CheckpointStore:
         return None
 
     def remember_best(self, best: Best | None) -> None:
-        """Writes best.json, whose checkpoint is there already, and removes checkpoints that retention does not keep."""
+        """Writes best.json for a checkpoint that is there, and removes checkpoints that are not to be kept."""
         if self._groups.is_main:
             path = self.directory / "best.json"
             if best is None:
@@ -191,7 +200,7 @@ class CheckpointStore:
             if manifest and manifest["best"]:
                 bests.append(Best(**manifest["best"]))
         for step in set(steps) - kept - {item.step for item in bests}:
-            # Out of the way first: what is left of a killed removal is no checkpoint to anyone.
+            # Renamed first: the rest of a removal that is killed is not taken for a checkpoint.
             removed = self.directory / f"{step_name(step)}.removed"
             os.replace(self.directory / step_name(step), removed)
             shutil.rmtree(removed)
@@ -208,7 +217,7 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def _explained(self, name: str) -> Iterator[None]:
-        """An error of the disk as one that says what is safe; a half-written checkpoint gives its space back."""
+        """Adds to an error of the disk which checkpoints are safe, and removes the half-written checkpoint."""
         try:
             yield
         except OSError as error:
@@ -217,19 +226,19 @@ class CheckpointStore:
                     shutil.rmtree(path, ignore_errors=True)
             raise OSError(
                 f"{name} cannot be written to {self.directory}: {error} "
-                f"({shutil.disk_usage(self.directory).free / 2**20:.1f} MiB are free, the unfinished one removed). "
-                "The checkpoints that are there are whole: make room, and run the same command again"
+                f"({shutil.disk_usage(self.directory).free / 2**20:.1f} MiB are free, the unfinished one was removed). "
+                "Earlier checkpoints are whole: make room, and run the same command again"
             ) from error
 
 
 def damages_of(path: Path, groups: ParallelGroups) -> list[str]:
-    """What is wrong with a checkpoint directory of this run or another; the ranks share the reading. Empty: whole."""
+    """Lists the damages of a checkpoint directory; empty where it is whole. The ranks share the reading."""
     parts = groups.gather_over_world(damages(path, part=groups.rank, of=groups.world_size))
     return sorted({text for part in parts for text in part})
 
 
 def load_checkpoint(path: Path, sharded_state: dict[str, Any], found: list[str]) -> dict[str, Any]:
-    """See CheckpointStore.load; found: its damages."""
+    """Loads a checkpoint directory; see CheckpointStore.load. found: its damages."""
     if found:
         raise ValueError(f"checkpoint {path} is damaged: {'; '.join(found)}")
     try:
@@ -239,9 +248,10 @@ def load_checkpoint(path: Path, sharded_state: dict[str, Any], found: list[str])
 
 
 def step_name(step: int) -> str:
+    """Returns the name of a step's checkpoint and of its batch of rollouts."""
     return f"step_{step:06d}"
 
 
 def is_better(score: float, best: Best | None) -> bool:
-    """Whether no score before was as good; never for one that is not a number."""
+    """Returns whether a score is a finite number above the best score so far."""
     return math.isfinite(score) and (best is None or score > best.score)

@@ -1,4 +1,4 @@
-"""One checkpoint directory through Megatron-Core's distributed format, written by a forked process."""
+"""Writer of a checkpoint directory in Megatron-Core's distributed format, from a forked process."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from oreal_megatron.checkpoint.manifest import checksum, write_manifest
 from oreal_megatron.distributed.groups import ParallelGroups
-from oreal_megatron.files import sync_directory, sync_file
+from oreal_megatron.files import sync
 from oreal_megatron.stopping import SIGNALS
 
 _PROBE_BYTES = 1 << 24
 
 
 class CheckpointWriter:
-    """Writes directories, one at a time."""
+    """Writes checkpoint directories, one at a time."""
 
     def __init__(self, groups: ParallelGroups):
         self._groups = groups
@@ -38,19 +38,20 @@ class CheckpointWriter:
 
     @property
     def is_busy(self) -> bool:
+        """Whether a directory was started and is not finished."""
         return self._pending is not None
 
     def start(self, directory: Path, sharded_state: dict[str, Any], **notes: Any) -> None:
-        """Takes a snapshot of the state and begins to write it to a directory that is there and empty.
+        """Takes a snapshot of the state and begins to write it to an empty directory.
 
-        The snapshot is a copy on the host where the state is on a GPU, and copy on write (by fork) on a CPU. What
-        several ranks hold alike, they share out. notes: go into the manifest.
+        The snapshot of state on a GPU is a copy on the host; on a CPU it is copy on write, by fork. Ranks that hold the
+        same tensors share the writing of them. notes: further keys of the manifest.
 
         Raises:
             OSError: the disk refused.
         """
-        assert not self.is_busy, "one checkpoint at a time"
-        # In the place of a queue behind a spawned manager, which would import __main__ anew and take seconds.
+        assert not self.is_busy, "only one checkpoint is written at a time"
+        # Replaces a queue behind a spawned manager, which would import __main__ again and take seconds.
         filesystem_async._results_queue = _ForkedResult()
         sums = None
         strategy = FullyParallelSaveStrategyWrapper(
@@ -68,7 +69,7 @@ class CheckpointWriter:
         self._pending = directory, notes, sums
 
     def finish(self, *, wait: bool) -> Path | None:
-        """The directory that has become whole since the last call, if one has. All ranks get the same answer.
+        """Returns the directory that has become whole since the last call, or None; the same on all ranks.
 
         Raises:
             OSError: the disk refused.
@@ -97,14 +98,14 @@ class CheckpointWriter:
 
 
 def _write(transforms: list[Any], sums: _ForkedResult, rank: int, buckets: list[Any], results: _ForkedResult) -> None:
-    """In the forked process: writes and syncs this rank's files, and hands back what was written, with checksums.
+    """Writes and syncs this rank's files in the forked process, and returns their names and checksums to the trainer.
 
-    In the place of Megatron-Core's own loop, which forks once more for every file and waits for ever where such a
-    process is killed. The checksums are taken here so that no trainer has to read its checkpoint again.
+    Replaces Megatron-Core's own loop, which forks again for every file and waits for ever where that process is killed.
+    The checksums are taken here so that no trainer has to read its checkpoint again.
     """
-    # The threads that torch computes with are the parent's: an operation that waits for them would never end.
+    # torch's threads exist in the parent only: an operation that waits for them would never end.
     torch.set_num_threads(1)
-    # The scheduler's signals go to all processes of a job; what they ask for is up to the trainer.
+    # The scheduler's signals go to all processes of a job; the trainer handles them.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     written: queue.Queue[tuple[int, Any]] = queue.Queue()
@@ -120,17 +121,17 @@ def _write(transforms: list[Any], sums: _ForkedResult, rank: int, buckets: list[
 
 
 def _seal(directory: Path, sums: dict[str, dict[str, int]], notes: dict[str, Any]) -> None:
-    """Brings what Megatron-Core wrote without a sync to the disk, then the manifest that makes the directory whole."""
+    """Syncs the files that Megatron-Core wrote without a sync, then writes the manifest."""
     for path in sorted(directory.iterdir()):
         if path.name not in sums:
-            sync_file(path)
+            sync(path)
             sums[path.name] = checksum(path)
-    sync_directory(directory)
+    sync(directory)
     write_manifest(directory, sums, **notes)
 
 
 def _reason(error: BaseException, directory: Path) -> str:
-    """What the disk says, which torch's writer swallows: asked again for room behind what was written."""
+    """Returns the disk's error, which torch's writer swallows, by asking for more room in the written files."""
     try:
         for path in directory.iterdir():
             with path.open("ab") as file:
@@ -141,7 +142,7 @@ def _reason(error: BaseException, directory: Path) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """The reason inside what torch and Megatron-Core wrap round it."""
+    """Returns the reason inside the exceptions of torch and Megatron-Core."""
     if isinstance(error, CheckpointException):
         reasons = {f"rank {rank}: {_cause(failure[0])}" for rank, failure in error.failures.items()}
         return "; ".join(sorted(reasons)) or "another rank could not write its part"
@@ -149,7 +150,7 @@ def _cause(error: BaseException) -> str:
 
 
 class _ForkedResult:
-    """One object from a forked process to its parent, through anonymous memory: a full disk can't swallow it."""
+    """Object passed from a forked process to its parent through anonymous memory, which needs no disk."""
 
     def __init__(self) -> None:
         self._descriptor = os.memfd_create("checkpoint")
@@ -158,11 +159,12 @@ class _ForkedResult:
         os.close(self._descriptor)
 
     def put(self, item: Any) -> None:
+        """Passes an object to the parent."""
         with open(self._descriptor, "wb", closefd=False) as file:
             pickle.dump(item, file)
 
     def get_nowait(self) -> Any:
-        """What was put; an exception, as Megatron-Core expects failures, where the process ended before it could."""
+        """Returns the object, or a RuntimeError where the process ended before `put`, as Megatron-Core expects it."""
         with open(self._descriptor, "rb", closefd=False) as file:
             file.seek(0)
             content = file.read()

@@ -5,18 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import NoReturn
 
 import hydra
-import yaml
 from omegaconf import DictConfig
 
 from oreal_megatron.cli.errors import run_command
 from oreal_megatron.compose import COMPOSITION_ERRORS, composition_error, config_directory, validated
-from oreal_megatron.config import TrainConfig, check_resume
+from oreal_megatron.config import TrainConfig
 from oreal_megatron.dry_run import is_dry_run, shrunk
-from oreal_megatron.files import write_atomically
 from oreal_megatron.log import quiet_libraries
 from oreal_megatron.stopping import StopRequest
 
@@ -55,22 +52,22 @@ def _run(composed: DictConfig) -> None:
 
 
 def run_training(config: TrainConfig) -> None:
-    """Saves the resolved configuration with the run, trains, and reports."""
-    from oreal_megatron.builder import opened_run
+    """Makes the initial policy, builds the run, estimates pass rates, trains, and writes the report."""
+    from oreal_megatron.builder import build_run
+    from oreal_megatron.initial_policy import make_initial_policy
+    from oreal_megatron.pass_rates import prepare
     from oreal_megatron.report import write_report
     from oreal_megatron.train import train
+    from oreal_megatron.workspace import opened_workspace
 
-    directory = Path(config.run.dir)
-    saved = directory / "config.yaml"
-    if saved.is_file():
-        check_resume(yaml.safe_load(saved.read_text()), config, str(directory))
     stop = StopRequest()
-    with stop.on_signals(), opened_run(config, stop) as run:
-        if run.groups.is_main:
-            write_atomically(saved, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    with stop.on_signals(), opened_workspace(config, stop) as workspace:
+        make_initial_policy(workspace)
+        run = build_run(workspace)
+        prepare(run)
         train(run)
         if config.tracking.report and run.groups.is_main:
-            logger.info("report: %s", write_report(directory))
+            logger.info("report: %s", write_report(run.directory))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,14 @@ from oreal_megatron.config.divisibility import (
 from oreal_megatron.config.errors import ConfigError, Violation
 from oreal_megatron.config.fields import NonNegative, Positive, Section, Strings
 from oreal_megatron.config.objective import ObjectiveConfig, TokenWeightConfig
-from oreal_megatron.config.parsing import check_resume, fields_at, parse_config, unknown_key
+from oreal_megatron.config.parsing import (
+    check_resume,
+    check_settings,
+    fields_at,
+    parse_config,
+    settings_of,
+    unknown_key,
+)
 from oreal_megatron.config.rollout import SamplingConfig, SGLangConfig
 from oreal_megatron.config.sections import (
     AdamWConfig,
@@ -55,10 +62,12 @@ __all__ = [
     "Violation",
     "check_layout",
     "check_resume",
+    "check_settings",
     "fields_at",
     "parse_config",
     "served_shape_violations",
     "serving_violations",
+    "settings_of",
     "unknown_key",
     "unserved_shapes",
 ]

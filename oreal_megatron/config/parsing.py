@@ -59,22 +59,33 @@ _MAY_CHANGE = (
 )
 
 
-def check_resume(saved: Mapping[str, Any], config: TrainConfig, directory: str) -> None:
-    """Checks that a configuration computes the same as the run that it resumes.
+def check_resume(saved: Mapping[str, Any], config: TrainConfig, place: str) -> None:
+    """Refuses to go on with the state of a run that was configured otherwise.
 
-    saved: the run's config.yaml as plain data.
+    saved: the earlier configuration as plain data, read from `place`.
 
     Raises:
         ConfigError: with every key that differs and may not.
     """
-    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
+    before = {key: value for key, value in _flat(saved).items() if not key.startswith(_MAY_CHANGE)}
+    now = {key: value for key, value in settings_of(config).items() if not key.startswith(_MAY_CHANGE)}
+    check_settings(before, now, place)
+
+
+def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], place: str) -> None:
+    """Raises ConfigError with every key whose values differ; `before` was read from `place`."""
     violations = [
-        Violation(key, now.get(key), f"The run in {directory} has {before.get(key)!r}. Set that, or another run.dir.")
+        Violation(key, now.get(key), f"{place} was made with {before.get(key)!r}. Set that, or name another run.dir.")
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
+        if before.get(key) != now.get(key)
     ]
     if violations:
         raise ConfigError(violations)
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """Returns every key of the configuration with its value as JSON has it: {"run.seed": 0, ...}."""
+    return _flat(config.model_dump(mode="json"))
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

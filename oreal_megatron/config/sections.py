@@ -62,16 +62,6 @@ class GeometryConfig(Section):
         """Dimension of one attention head: head_dim, or hidden_size / num_attention_heads where it is null."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
-    @property
-    def attention_head_dim(self) -> int:
-        """Dimension of one attention head: head_dim, or hidden_size / num_attention_heads where it is null."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
-
-    @property
-    def attention_head_dim(self) -> int:
-        """Dimension of one attention head: head_dim, or hidden_size / num_attention_heads where it is null."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
-
 
 class ModelConfig(Section):
     """The model that policy, reference and reward model start from."""

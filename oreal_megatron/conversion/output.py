@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from oreal_megatron.files import sync_directory, write_atomically
+from oreal_megatron.files import sync, write_atomically
 
 _MADE_FROM = ".made_from.json"
 
@@ -56,11 +56,11 @@ class OutputDirectory:
     def commit(self) -> None:
         """Gives the directory its name; all of its files must be on disk."""
         (self.partial / _MADE_FROM).unlink()
-        sync_directory(self.partial)
+        sync(self.partial)
         if self.target.exists():
             self.target.rmdir()
         os.replace(self.partial, self.target)
-        sync_directory(self.target.parent)
+        sync(self.target.parent)
 
 
 @contextlib.contextmanager

@@ -1,1 +1,1 @@
-"""Prompts in, packed token batches out."""
+"""Data of a run: prompts, prompt stream, rendering, tokenizer, and packed token batches."""

@@ -1,4 +1,4 @@
-"""Generated arithmetic problems with worked solutions: a task that a small model can learn in minutes."""
+"""Arithmetic problems with worked solutions, generated: a task that a small model learns in minutes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class ArithmeticData:
-    """Three sets without a problem in common."""
+    """Sets of generated problems, no two of which have a problem in common."""
 
     train: tuple[Prompt, ...]
     heldout: tuple[Prompt, ...]
@@ -28,10 +28,10 @@ class ArithmeticData:
 
 
 def generate_arithmetic(config: ArithmeticConfig, seed: int) -> ArithmeticData:
-    """Draws distinct expressions, held-out ones first, so that they stay the same when the other sets grow.
+    """Draws distinct expressions, the held-out set first, so that it stays the same when the other sets grow.
 
     Raises:
-        ValueError: fewer distinct problems exist than are asked for.
+        ValueError: fewer distinct problems were found than the configuration asks for.
     """
     rng = random.Random(derive_seed(seed, "arithmetic"))
     wanted = config.num_heldout + config.num_train + config.num_demonstrations
@@ -42,8 +42,8 @@ def generate_arithmetic(config: ArithmeticConfig, seed: int) -> ArithmeticData:
         expressions.setdefault(_expression(config, rng))
     else:
         raise ValueError(
-            f"data.arithmetic: found {len(expressions)} distinct problems where {wanted} are asked for; raise "
-            "max_operand or max_terms, or lower num_train, num_heldout or num_demonstrations"
+            f"data.arithmetic: found {len(expressions)} distinct problems where {wanted} are needed; raise "
+            "data.arithmetic.max_operand or max_terms, or lower num_train, num_heldout or num_demonstrations"
         )
     drawn = list(expressions)
     heldout = drawn[: config.num_heldout]
@@ -58,12 +58,12 @@ def generate_arithmetic(config: ArithmeticConfig, seed: int) -> ArithmeticData:
 
 
 def worked_solution(expression: str) -> str:
-    """Reduces an expression one operation a line, products first, then left to right, and boxes the value.
+    r"""Reduces an expression by an operation per line, products first, then left to right, and boxes the value.
 
     >>> print(worked_solution("12-2*3"))
     2*3=6
     12-6=6
-    \\boxed{6}
+    \boxed{6}
     """
     terms, operators = _parse(expression)
     lines = []

@@ -1,9 +1,8 @@
-"""Trajectories to packed micro-batches: which rank trains what, and the tensors that the models eat.
+"""Packing of trajectories: their distribution over ranks, and the micro-batches that are fed to the models.
 
-A packed row holds whole sequences (prompt then response) one after the other. Everything a token has is
-stored at the position that PREDICTS it: position j carries label, advantage and outcome of token j + 1.
-Where a layout asks for lengths of some multiple, a sequence ends with padding, which no real token sees under
-a causal mask and which carries no label.
+A packed row holds whole sequences (prompt, then response) end to end. The values of a token are stored at the position
+that PREDICTS it: position j carries label, advantage and outcome of token j + 1. Where a layout needs lengths of some
+multiple, a sequence ends with padding, which no real token attends to under a causal mask and which carries no label.
 Shapes: T tokens of a micro-batch, R of them predicting a response token, N sequences.
 """
 
@@ -25,14 +24,14 @@ from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.types import Trajectory
 
 IGNORE = -1
-"""Label of a position that does not predict a response token."""
+"""Label of positions that do not predict a response token."""
 
 S = TypeVar("S")
 
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """One sequence to train or score; `advantage`, `correct` and `rollout_logprobs` belong to the policy terms."""
+    """A sequence to train on or to score; the policy terms read `correct`, `advantage` and `rollout_logprobs`."""
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -41,7 +40,7 @@ class PackedSequence:
     advantage: float = 0.0
     rollout_logprobs: tuple[float, ...] = ()
     num_older_tokens: int = 0
-    """Response tokens at the start that weights before this step's have generated."""
+    """Number of response tokens, at the start, that weights of earlier steps generated."""
 
     @property
     def num_tokens(self) -> int:
@@ -49,7 +48,7 @@ class PackedSequence:
 
     @classmethod
     def from_trajectory(cls, trajectory: Trajectory, *, weight_version: int) -> PackedSequence:
-        """weight_version: this step's."""
+        """Makes the sequence of a trajectory. weight_version: version of the step's weights."""
         rollout = trajectory.rollout
         return cls(
             id=trajectory.id,
@@ -64,67 +63,66 @@ class PackedSequence:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """One packed micro-batch."""
+    """A packed micro-batch."""
 
     ids: tuple[str, ...]
-    """N sequence ids."""
+    """Ids of the N sequences."""
     tokens: Tensor
-    """int64 [1, T]."""
+    """Token ids, int64 [1, T]."""
     positions: Tensor
-    """int64 [1, T], from 0 in each sequence."""
+    """Positions, int64 [1, T], from 0 in each sequence."""
     labels: Tensor
-    """int64 [1, T]: the next token where it is a response token, IGNORE elsewhere."""
+    """Next token where it is a response token, IGNORE elsewhere; int64 [1, T]."""
     cu_seqlens: Tensor
-    """int32 [N + 1]: bounds of the sequences."""
+    """Bounds of the sequences, int32 [N + 1]."""
     max_seqlen: int
     response_lengths: tuple[int, ...]
-    """N; they sum to R."""
+    """Response tokens of each of the N sequences; they sum to R."""
     correct: Tensor
-    """bool [N]."""
+    """Whether each response is correct, bool [N]."""
     advantages: Tensor
-    """fp32 [N]."""
+    """Advantage of each response, fp32 [N]."""
     rollout_logprobs: Tensor
-    """fp32 [R], nats."""
+    """Log-probabilities at generation, fp32 [R], nats."""
     is_older: Tensor
-    """bool [R]: whether weights before this step's have generated the token."""
+    """Whether weights of earlier steps generated the token, bool [R]."""
     reference_logprobs: Tensor | None = None
-    """fp32 [R], nats: of the frozen initial policy; set once it has scored the batch."""
+    """Log-probabilities of the frozen initial policy, fp32 [R], nats; None until the reference has scored the batch."""
     token_weights: Tensor | None = None
-    """fp32 [R] in [0, 1]; set once the reward model has scored the batch."""
-
-    @property
-    def num_response_tokens(self) -> int:
-        return sum(self.response_lengths)
+    """Token weights in [0, 1], fp32 [R]; None until the reward model has scored the batch."""
 
     @property
     def predicting(self) -> Tensor:
-        """int64 [R]: positions that predict a response token, sequence by sequence."""
+        """Positions that predict a response token, sequence by sequence; int64 [R]."""
         return torch.where(self.labels[0] != IGNORE)[0]
 
     def split_by_sequence(self, per_token: Tensor) -> list[Tensor]:
-        """[R] -> N pieces, a sequence's response tokens each."""
+        """Splits [R] into N parts, the response tokens of each sequence."""
         return list(per_token.split(list(self.response_lengths))) if self.ids else []
 
     def per_token(self, per_sequence: Tensor) -> Tensor:
-        """[N] -> [R]: a sequence's value at each of its response tokens."""
+        """Repeats the value of each sequence at its response tokens: [N] -> [R]."""
         lengths = torch.tensor(self.response_lengths, dtype=torch.int64, device=per_sequence.device)
         return per_sequence.repeat_interleave(lengths)
 
 
 @dataclass(frozen=True)
 class Padding:
-    """Multiples that lengths are filled up to, in tokens."""
+    """Multiples to which lengths are filled up, in tokens."""
 
     sequence: int = 1
+    """Multiple of every sequence's length."""
     row: int = 1
-    """Itself a multiple of `sequence`; the last sequence is filled up further."""
+    """Multiple of a row's length, itself a multiple of `sequence`; the row's last sequence is filled up to it."""
 
     def __post_init__(self) -> None:
         if self.row % self.sequence:
-            raise ValueError(f"padding: rows of a multiple of {self.row} do not hold sequences of {self.sequence}")
+            raise ValueError(
+                f"padding: the row multiple {self.row} is no multiple of the sequence multiple {self.sequence}"
+            )
 
     def of(self, num_tokens: int) -> int:
-        """The padded length of a sequence."""
+        """Returns the padded length of a sequence."""
         return -(-num_tokens // self.sequence) * self.sequence
 
 
@@ -133,17 +131,18 @@ NO_PADDING = Padding()
 
 @dataclass(frozen=True)
 class SequenceCost:
-    """Work of one sequence, in floating-point operations of a forward pass."""
+    """Work of a sequence, in floating-point operations of a forward pass."""
 
     per_token: float
+    """Operations of the layers' matrix products per token."""
     per_pair: float
-    """Of a query and a key."""
+    """Operations of attention per pair of a query and a key."""
     per_response_token: float
-    """Of the output layer, which response tokens alone go through."""
+    """Operations of the output layer, which sees response tokens only."""
 
     @classmethod
     def of_model(cls, g: GeometryConfig, vocab_size: int) -> SequenceCost:
-        """Matrix products of a dense decoder: two operations a multiply-add."""
+        """Counts the matrix products of a dense decoder, two operations per multiply-add."""
         head_dim = g.head_dim or g.hidden_size // g.num_attention_heads
         queries = g.num_attention_heads * head_dim
         attention = g.hidden_size * 2 * (queries + g.num_query_groups * head_dim)
@@ -154,6 +153,7 @@ class SequenceCost:
         )
 
     def of(self, sequence: PackedSequence) -> float:
+        """Returns the work of a sequence."""
         length = sequence.num_tokens
         pairs = length * (length + 1) / 2
         return length * self.per_token + pairs * self.per_pair + len(sequence.response_ids) * self.per_response_token
@@ -161,14 +161,16 @@ class SequenceCost:
 
 @dataclass(frozen=True)
 class Packer:
-    """Makes a rank's micro-batches of a step's sequences; every rank calls it with the same ones."""
+    """Packs a step's sequences into the micro-batches of a rank; every rank passes the same sequences."""
 
     num_ranks: int
-    """Data-parallel ranks."""
+    """Number of data-parallel ranks."""
     rank: int
+    """Data-parallel rank whose micro-batches are packed."""
     token_budget: int
+    """Tokens of a micro-batch (parallel.micro_batch_tokens)."""
     count_multiple: int
-    """Micro-batches that a schedule takes at a time."""
+    """Multiple of the number of micro-batches that the pipeline schedule needs."""
     padding: Padding
     cost: SequenceCost
     device: torch.device
@@ -177,8 +179,8 @@ class Packer:
     def of_layout(
         cls, groups: ParallelGroups, geometry: GeometryConfig, vocab_size: int, *, fp8: Fp8Config | None = None
     ) -> Packer:
-        """fp8: all models eat the same micro-batches, so a row is as long as the most demanding recipe asks."""
-        rank_tokens = math.lcm(*(RECIPES[one.recipe].tokens for one in fp8.models.values())) if fp8 else 1
+        """Makes the packer of a layout. fp8: the models share the micro-batches, so rows suit the recipes of all."""
+        rank_tokens = math.lcm(*(RECIPES[model.recipe].tokens for model in fp8.models.values())) if fp8 else 1
         return cls(
             num_ranks=groups.data_size,
             rank=groups.data_rank,
@@ -190,21 +192,21 @@ class Packer:
         )
 
     def batches(self, sequences: Sequence[PackedSequence], *, as_released: bool = False) -> list[TokenBatch]:
-        """This rank's share as micro-batches, the last of them maybe empty.
+        """Returns this rank's share of the sequences as micro-batches; the last ones may be empty.
 
-        as_released: dealt by the release's sampler, which repeats some.
+        as_released: distributes sequences as the release does, which repeats some of them.
         """
         if as_released:
-            mine = deal_as_released(sequences, self.num_ranks)[self.rank]
+            mine = assign_as_released(sequences, self.num_ranks)[self.rank]
         else:
-            mine = deal(sequences, self.num_ranks, self.cost)[self.rank]
+            mine = assign(sequences, self.num_ranks, self.cost)[self.rank]
         filled = micro_batches(mine, self.token_budget, self.device, self.padding)
         missing = -len(filled) % self.count_multiple
         return filled + [pack([], self.device, self.padding) for _ in range(missing)]
 
 
 def pack(sequences: Sequence[PackedSequence], device: torch.device, padding: Padding = NO_PADDING) -> TokenBatch:
-    """Lays whole sequences end to end. Of none at all it makes one sequence of padding that trains nothing."""
+    """Lays whole sequences end to end; without any, makes a row of padding that trains nothing."""
     tokens: list[int] = []
     positions: list[int] = []
     labels: list[int] = []
@@ -248,12 +250,11 @@ def micro_batches(
     device: torch.device,
     padding: Padding = NO_PADDING,
 ) -> list[TokenBatch]:
-    """Fills micro-batches of at most `token_budget` tokens; a longer sequence gets one of its own.
+    """Fills micro-batches of at most `token_budget` tokens; a longer sequence gets a micro-batch of its own.
 
-    The budget counts padded sequences, but not what a whole row is filled up with.
-
-    Longest first, each into the first micro-batch with room. At least one micro-batch comes back, so that a
-    rank without sequences still takes part in the collectives of an update.
+    Sequences are placed longest first, each into the first micro-batch with room. The budget counts padded sequences,
+    without the padding of the whole row. There is at least one micro-batch, so that a rank without sequences still
+    takes part in the collectives of an update.
     """
     bins: list[list[PackedSequence]] = []
     room: list[int] = []
@@ -269,8 +270,8 @@ def micro_batches(
     return [pack(bin, device, padding) for bin in bins or [[]]]
 
 
-def deal(sequences: Sequence[PackedSequence], num_ranks: int, cost: SequenceCost) -> list[list[PackedSequence]]:
-    """Every sequence to exactly one rank: costliest first, each to the rank with the least work so far."""
+def assign(sequences: Sequence[PackedSequence], num_ranks: int, cost: SequenceCost) -> list[list[PackedSequence]]:
+    """Assigns every sequence to exactly one rank: costliest first, each to the rank with the least work so far."""
     ranks: list[list[PackedSequence]] = [[] for _ in range(num_ranks)]
     load = [0.0] * num_ranks
     for sequence in sorted(sequences, key=lambda s: -cost.of(s)):
@@ -280,20 +281,20 @@ def deal(sequences: Sequence[PackedSequence], num_ranks: int, cost: SequenceCost
     return ranks
 
 
-def deal_as_released(sequences: Sequence[S], num_ranks: int) -> list[list[S]]:
-    """The release's sampler, which repeats sequences from the start: for `oreal_release` only.
+def assign_as_released(sequences: Sequence[S], num_ranks: int) -> list[list[S]]:
+    """Assigns sequences as the release's sampler does, which repeats some of them: for `oreal_release` only.
 
     Its batch is b = floor(n / ranks) * ranks, and n is rounded UP to a multiple of b: 98 sequences on 16 ranks
     give b = 96 and 192 trained, while the denominators count 98.
 
     Raises:
-        ValueError: fewer sequences than ranks, where the release divides by zero.
+        ValueError: there are fewer sequences than ranks, where the release divides by zero.
     """
     batch = len(sequences) // num_ranks * num_ranks
     if not batch:
         raise ValueError(
             f"objective.sampler=release cannot split {len(sequences)} sequence(s) over {num_ranks} data-parallel ranks "
-            "(the release divides by zero here); use objective.sampler=exact"
+            "(the release divides by zero here); set objective.sampler=exact"
         )
     total = -(-len(sequences) // batch) * batch
     repeated = [sequences[index % len(sequences)] for index in range(total)]

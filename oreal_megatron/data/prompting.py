@@ -1,4 +1,4 @@
-"""Prompt templates: a question to the token ids that the model sees, a response's ids to its text."""
+"""Rendering of prompts: a question to the token ids that the model sees, and a response's ids to its text."""
 
 from __future__ import annotations
 
@@ -11,22 +11,27 @@ from oreal_megatron.types import Prompt
 
 
 class PromptRenderer:
-    """Renders with the tokenizer's chat template."""
+    """Renders prompts with the tokenizer's chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig):
-        """Raises ValueError where the stop token is no token of the tokenizer's, or it has no chat template."""
+        """Makes a renderer. Raises ValueError where the tokenizer has no such stop token, or no chat template."""
         self._tokenizer = tokenizer
         self._config = config
         stop_token_id = tokenizer.convert_tokens_to_ids(config.stop_token)
         if not isinstance(stop_token_id, int) or stop_token_id == tokenizer.unk_token_id:
-            raise ValueError(f"prompt.stop_token = {config.stop_token!r} is not one token of the model's tokenizer")
+            raise ValueError(
+                f"prompt.stop_token = {config.stop_token!r} is not one token of the model's tokenizer; name its "
+                "end-of-turn token"
+            )
         if tokenizer.chat_template is None:
-            raise ValueError("model.tokenizer has no chat template, which prompts are rendered with")
+            raise ValueError(
+                "model.tokenizer has no chat template, with which prompts are rendered; name a tokenizer that has one"
+            )
         self.stop_token_id = stop_token_id
         self._cache: dict[str, tuple[int, ...]] = {}
 
     def token_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        """Raises ValueError for a prompt over `max_prompt_tokens`."""
+        """Returns the token ids of a prompt. Raises ValueError where they exceed prompt.max_prompt_tokens."""
         if prompt.question not in self._cache:
             ids = self.question_ids(prompt.question)
             if len(ids) > self._config.max_prompt_tokens:
@@ -38,7 +43,7 @@ class PromptRenderer:
         return self._cache[prompt.question]
 
     def question_ids(self, question: str) -> tuple[int, ...]:
-        """Token ids of the whole prompt, up to where the assistant begins."""
+        """Returns the token ids of the whole prompt, up to where the assistant begins."""
         messages = [{"role": "user", "content": self._config.user.replace("{question}", question)}]
         if self._config.system is not None:
             messages.insert(0, {"role": "system", "content": self._config.system})
@@ -46,21 +51,21 @@ class PromptRenderer:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def response_ids(self, text: str) -> tuple[int, ...]:
-        """Token ids of a finished response, the stop token included."""
+        """Returns the token ids of a finished response, with the stop token."""
         return (*self._tokenizer.encode(text, add_special_tokens=False), self.stop_token_id)
 
     def response_text(self, token_ids: Sequence[int]) -> str:
-        """A response as text, without the stop token; other special tokens stay visible."""
+        """Returns the text of a response, without the stop token; other special tokens stay visible."""
         ids = list(token_ids)
         if ids and ids[-1] == self.stop_token_id:
             ids.pop()
         return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
-        """Each token by itself as text, for showing."""
+        """Returns the text of each token by itself, for display."""
         return [str(self._tokenizer.decode([token])) for token in token_ids]
 
     def without_overlong(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
-        """(prompts that fit `max_prompt_tokens`, the others)."""
+        """Returns (prompts that fit prompt.max_prompt_tokens, the other prompts)."""
         fits = {p.id: len(self.question_ids(p.question)) <= self._config.max_prompt_tokens for p in prompts}
         return [p for p in prompts if fits[p.id]], [p for p in prompts if not fits[p.id]]

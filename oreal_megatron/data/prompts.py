@@ -1,4 +1,4 @@
-"""Prompt and demonstration files: JSONL in the shape of OREAL-RL-Prompts."""
+"""Prompt and demonstration files: JSONL with the keys of OREAL-RL-Prompts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from oreal_megatron.types import Prompt
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Lines with `question`, `gold_answer`, and optionally `pass_rate` and `id` (else the line number).
+    """Reads lines with `question`, `gold_answer`, and optionally `pass_rate` and `id` (default: the line number).
 
     Raises:
-        ValueError: a line is not such an object (file and line are named), an id occurs twice, or no line is there.
+        ValueError: a line is not such an object, an id occurs twice, or the file is empty; names file and line.
     """
     prompts: dict[str, Prompt] = {}
     for number, record in _records(path):
@@ -37,53 +37,58 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             raise ValueError(f"{where}: id {prompt.id!r} occurs twice")
         prompts[prompt.id] = prompt
     if not prompts:
-        raise ValueError(f"{path}: no prompts in it")
+        raise ValueError(f"{path}: no prompts in it; every line must be a JSON object with question and gold_answer")
     return list(prompts.values())
 
 
 def write_estimated(path: Path, prompts: Iterable[Prompt], *, source: Sequence[Prompt]) -> None:
-    """Prompts with pass rates, every line with the fingerprint of the prompts that they were estimated from."""
+    """Writes prompts with pass rates, and with the fingerprint of `source`, the prompts that were estimated."""
     data = fingerprint(source)
     write_atomically(path, "".join(json.dumps({**asdict(p), "source": data}) + "\n" for p in prompts))
 
 
 def read_estimated(path: Path, *, source: Sequence[Prompt]) -> list[Prompt]:
-    """What `write_estimated` wrote for the same `source`.
+    """Reads the prompts that `write_estimated` wrote for the same `source`.
 
     Raises:
-        ValueError: it was written for other prompts.
+        ValueError: the file was written for other prompts.
     """
     now = fingerprint(source)
     for number, record in _records(path):
         if record.get("source") != now:
             raise ValueError(
                 f"{path}:{number}: was estimated from other data (fingerprint {record.get('source')}) than data.train "
-                f"holds now ({now}); restore the data of the run, or start in another run.dir"
+                f"holds now ({now}); restore the data of the run, or use another run.dir"
             )
     return read_prompts(path)
 
 
-def fingerprint(prompts: Iterable[Prompt]) -> str:
-    """16 hex digits that depend on every field of every prompt and on their order."""
+def fingerprint(records: Iterable[Prompt | Demonstration]) -> str:
+    """Returns 16 hex digits that depend on every field of every record and on their order."""
     digest = hashlib.blake2b(digest_size=8)
-    for prompt in prompts:
-        digest.update(json.dumps(asdict(prompt)).encode() + b"\n")
+    for record in records:
+        digest.update(json.dumps(asdict(record)).encode() + b"\n")
     return digest.hexdigest()
 
 
 def read_demonstrations(path: str | Path) -> list[Demonstration]:
-    """Lines with `question` and `response`. Raises like `read_prompts`."""
+    """Reads lines with `question` and `response`. Raises ValueError as `read_prompts` does."""
     found = [
         Demonstration(_text(record, "question", f"{path}:{n}"), _text(record, "response", f"{path}:{n}"))
         for n, record in _records(path)
     ]
     if not found:
-        raise ValueError(f"{path}: no demonstrations in it")
+        raise ValueError(
+            f"{path}: no demonstrations in it; every line must be a JSON object with question and response"
+        )
     return found
 
 
 def balanced(prompts: Sequence[Prompt], bins: Sequence[BalanceBin]) -> list[Prompt]:
-    """Repeats each prompt as the bin of its pass rate says; drops those of no bin, or without a pass rate."""
+    """Repeats each prompt as the bin of its pass rate says; drops prompts without a bin or a pass rate.
+
+    Without bins, returns every prompt once.
+    """
     if not bins:
         return list(prompts)
     return [

@@ -1,4 +1,4 @@
-"""The prompt stream: endless, shuffled every epoch, resumable to the exact prompt."""
+"""The prompt stream: endless, shuffled every epoch, and resumable to the exact prompt."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from oreal_megatron.types import Prompt
 
 
 class PromptStream:
-    """Draws from a balanced list, in which a prompt may occur several times an epoch."""
+    """Stream over a balanced list of prompts, in which a prompt may occur several times per epoch."""
 
     def __init__(self, prompts: Sequence[Prompt], *, prompts_per_step: int, seed: int):
-        """Raises ValueError where there are too few different prompts for one step."""
+        """Starts the stream. Raises ValueError where a step asks for more different prompts than there are."""
         self._prompts = list(prompts)
         self._by_id = {prompt.id: prompt for prompt in prompts}
         self._data = fingerprint(self._prompts)
@@ -25,8 +25,8 @@ class PromptStream:
             raise ValueError(
                 f"a step asks for {prompts_per_step} prompts (data.prompts_per_step, times "
                 f"rollout.long_tail.oversample), but only {len(self._by_id)} different prompts are left "
-                "after difficulty balancing (which drops prompts without a pass rate: data.pass_rate estimates them); "
-                "lower it, widen data.difficulty_balance, or give more prompts"
+                "after difficulty balancing (which drops prompts without a pass rate); lower data.prompts_per_step, "
+                "estimate pass rates with data.pass_rate, widen data.difficulty_balance, or give more prompts"
             )
         self._epoch = 0
         self._offset = 0
@@ -34,7 +34,7 @@ class PromptStream:
         self._order = self._shuffled()
 
     def draw(self) -> list[Prompt]:
-        """The next step's prompts, all different: a repetition within a step is put off to the next one."""
+        """Returns the next step's prompts, all different; a repetition within a step is put off to the next step."""
         drawn: dict[str, Prompt] = {}
         waiting, self._put_off = self._put_off, []
         while len(drawn) < self._prompts_per_step:
@@ -47,10 +47,11 @@ class PromptStream:
         return list(drawn.values())
 
     def put_back(self, prompts: Sequence[Prompt]) -> None:
-        """Prompts of the last draw that were not used: they come first in the next one."""
+        """Puts prompts of the last draw back, which come first in the next draw."""
         self._put_off = [*prompts, *self._put_off]
 
     def state_dict(self) -> dict[str, Any]:
+        """Returns the position in the stream, and the fingerprint of its prompts."""
         return {
             "epoch": self._epoch,
             "offset": self._offset,
@@ -60,7 +61,7 @@ class PromptStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where the state is of other data."""
+        """Goes to the position of a `state_dict`. Raises ValueError where it is of other data."""
         if state["data"] != self._data:
             raise ValueError(
                 f"the checkpoint's prompt stream is of other data ({state['num_prompts']} prompts with fingerprint "

@@ -1,4 +1,4 @@
-"""Tokenizers: a Hugging Face directory's own, or the built-in one for arithmetic."""
+"""Tokenizers: the tokenizer of a Hugging Face directory, or the built-in tokenizer for arithmetic."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ _CHAT_TEMPLATE = (
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """`arithmetic`, or a directory with a tokenizer.
+    """Loads a tokenizer. name: `arithmetic`, or a directory with a tokenizer.
 
     Raises:
-        ValueError: the directory has no tokenizer that loads.
+        ValueError: there is no such directory, or no tokenizer in it can be loaded.
     """
     if name == "arithmetic":
         return arithmetic_tokenizer()
     if not Path(name).is_dir():
-        raise ValueError(f"model.tokenizer = {name}: neither `arithmetic` nor a directory")
+        raise ValueError(
+            f"model.tokenizer = {name}: neither `arithmetic` nor a directory; name a Hugging Face model directory"
+        )
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -31,7 +33,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def arithmetic_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a printable ASCII character, and one each for a few words, with a chat template."""
+    """Builds a tokenizer with a token for every printable ASCII character and for a few words, and a chat template."""
     words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "system", "user", "assistant", "Compute ", "\\boxed{"]
     characters = ["\n", *string.digits, *sorted(set(string.printable[:95]) - set(string.digits))]
     vocabulary = {token: index for index, token in enumerate([*words[:3], "<|unknown|>", *characters])}

@@ -1,1 +1,1 @@
-"""What OREAL optimises (arXiv 2502.06781): pure functions in one process, fp32, natural logarithms."""
+"""The objective of OREAL (arXiv 2502.06781) and of baselines: pure functions, fp32, natural logarithms."""

@@ -1,4 +1,4 @@
-"""From graded rollouts to the trajectories that train: group statistics, shaped rewards, selection. No torch."""
+"""Selection of trajectories from graded rollouts: group statistics, shaped rewards, and choice. No torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from oreal_megatron.config import ObjectiveConfig
 from oreal_megatron.seeds import derive_seed
-from oreal_megatron.types import GradedRollout, Trajectory, Verdict
+from oreal_megatron.types import GradedRollout, Trajectory, decided
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What a step trains on, and what became of the rest."""
+    """Trajectories that a step trains on, and counts of the groups and responses that they were selected from."""
 
     trajectories: tuple[Trajectory, ...]
     num_groups: int
@@ -22,12 +22,13 @@ class Selection:
     num_all_correct: int
     num_all_incorrect: int
     num_undecided: int
-    """Responses left out of their group, of the baseline and of every denominator."""
+    """Number of responses that are left out of their group's statistics and of every denominator."""
     pass_rate: float
-    """Share CORRECT among the decided responses of the step; nan where none was decided."""
+    """Share of the step's decided responses that is CORRECT; nan where none is decided."""
 
     @property
     def why_unusable(self) -> str:
+        """Reason for which a step without trajectories updates nothing."""
         return (
             f"no usable group among {self.num_groups}: {self.num_all_correct} all correct, "
             f"{self.num_all_incorrect} all incorrect, {self.num_undecided} responses undecided"
@@ -44,16 +45,16 @@ def select_trajectories(
 ) -> Selection:
     """Shapes the rewards of every group and chooses the responses that train.
 
-    `seed` and `step` fix the pairs under `pair_choice: seeded`, the same on every rank and every re-run;
-    `global_rng` is what `pair_choice: global_rng` (the release's way) draws from instead.
+    seed, step: fix the pairs under `pair_choice: seeded`, which are the same on every rank and every repetition.
+    global_rng: draws the pairs under `pair_choice: global_rng`, as the release does.
     """
     trajectories: list[Trajectory] = []
     kept = all_correct = all_incorrect = undecided = num_decided = num_correct = 0
     for group in groups:
-        decided = _decided(group, config)
-        outcomes = [correct for _, correct in decided]
-        undecided += len(group) - len(decided)
-        num_decided += len(decided)
+        used = _used(group, config)
+        outcomes = [graded.is_correct for graded in used]
+        undecided += len(group) - len(used)
+        num_decided += len(used)
         num_correct += sum(outcomes)
         all_correct += bool(outcomes) and all(outcomes)
         all_incorrect += bool(outcomes) and not any(outcomes)
@@ -62,8 +63,8 @@ def select_trajectories(
         kept += 1
         advantages = shaped_rewards(outcomes, config)
         candidates = [
-            Trajectory(rollout=graded.rollout, correct=correct, advantage=advantage)
-            for (graded, correct), advantage in zip(decided, advantages, strict=True)
+            Trajectory(rollout=graded.rollout, correct=graded.is_correct, advantage=advantage)
+            for graded, advantage in zip(used, advantages, strict=True)
         ]
         if config.pair_choice == "global_rng":
             rng = global_rng
@@ -82,12 +83,12 @@ def select_trajectories(
 
 
 def is_useful(group: Sequence[GradedRollout], config: ObjectiveConfig) -> bool:
-    """Whether a step trains on some of the group."""
-    return _is_kept([correct for _, correct in _decided(group, config)], config)
+    """Returns whether a step trains on responses of the group."""
+    return _is_kept([graded.is_correct for graded in _used(group, config)], config)
 
 
 def shaped_rewards(outcomes: Sequence[bool], config: ObjectiveConfig) -> list[float]:
-    """The advantage A_i of each decided response of one group.
+    """Returns the advantage A_i of each decided response of a group.
 
     rloo   r_i - mean of the others' r
     grpo   (r_i - mean) / (population std + eps)
@@ -112,12 +113,9 @@ def shaped_rewards(outcomes: Sequence[bool], config: ObjectiveConfig) -> list[fl
     return [1.0 if config.shaping == "positive_one" else -1.0] * n
 
 
-def _decided(group: Sequence[GradedRollout], config: ObjectiveConfig) -> list[tuple[GradedRollout, bool]]:
-    return [
-        (graded, graded.verdict is Verdict.CORRECT)
-        for graded in group
-        if graded.verdict is not Verdict.UNDECIDED or config.undecided_as_incorrect
-    ]
+def _used(group: Sequence[GradedRollout], config: ObjectiveConfig) -> list[GradedRollout]:
+    """Returns the responses that count in the group's statistics and may train."""
+    return list(group) if config.undecided_as_incorrect else decided(group)
 
 
 def _is_kept(outcomes: Sequence[bool], config: ObjectiveConfig) -> bool:

@@ -1,7 +1,7 @@
-"""The loss terms of equations (11) and (12), and those of the baselines.
+"""Loss terms of equations (11) and (12), and of the baselines.
 
-Every term is a SUM with no denominator: the trainer divides once, by counts over the whole step that are
-known before the first forward pass. Shapes: R response tokens of a micro-batch, N sequences. All fp32.
+Every term is a sum without a denominator: the trainer divides once, by counts over the whole step that are known
+before the first forward pass. Shapes: R response tokens of a micro-batch, N sequences. All fp32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from oreal_megatron.config import ObjectiveConfig
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Response tokens of everything that the step trains on, over all ranks and micro-batches."""
+    """Numbers of response tokens that the step trains on, over all ranks and micro-batches."""
 
     correct: int
     incorrect: int
@@ -27,25 +27,25 @@ class TokenCounts:
         return self.correct + self.incorrect
 
     def of_positive(self, config: ObjectiveConfig) -> int:
-        """The positive term's denominator, at least 1."""
+        """Returns the positive term's denominator, at least 1."""
         return max(self.correct if config.denominators == "by_outcome" else self.all, 1)
 
     def of_negative(self, config: ObjectiveConfig) -> int:
-        """The negative term's denominator, at least 1."""
+        """Returns the negative term's denominator, at least 1."""
         return max(self.incorrect if config.denominators == "by_outcome" else self.all, 1)
 
 
 @dataclass(frozen=True)
 class PolicyTerms:
-    """Sums over a micro-batch, differentiable scalars."""
+    """Terms of the policy's loss as sums over a micro-batch: differentiable scalars."""
 
     positive: Tensor
     negative: Tensor
     kl: Tensor
-    """Unscaled: without beta."""
+    """Sum of the KL penalty, without beta."""
 
     def loss(self, counts: TokenCounts, config: ObjectiveConfig) -> Tensor:
-        """This micro-batch's share of `positive + eta * negative + beta * KL`, each over its global count."""
+        """Returns the micro-batch's share of `positive + eta * negative + beta * KL`, each over its global count."""
         return (
             self.positive / counts.of_positive(config)
             + config.eta * self.negative / counts.of_negative(config)
@@ -63,7 +63,7 @@ def policy_terms(
     advantages_R: Tensor,
     correct_R: Tensor,
 ) -> PolicyTerms:
-    """The policy's terms over the response tokens of a micro-batch.
+    """Returns the policy's terms over the response tokens of a micro-batch.
 
     positive  -A weight log pi         or  -A weight ratio      summed over tokens of correct responses
     negative  the same over tokens of incorrect responses       (eq. 11 uses log pi above and the ratio here)
@@ -94,20 +94,21 @@ def policy_terms(
 
 
 def importance_weights(logprobs_R: Tensor, rollout_logprobs_R: Tensor, limit: float) -> Tensor:
-    """min(pi / pi_rollout, limit) of each token: what makes up for tokens that another policy has drawn.
+    """Returns min(pi / pi_rollout, limit) of each token, which corrects for tokens that another policy drew.
 
-    Truncation bounds the variance, at the price of a bias. No gradient. logprobs_R: of the policy before its update.
+    Truncation bounds the variance, at the price of a bias. The weights carry no gradient.
+    logprobs_R: the policy's log-probabilities before its update, in nats.
     """
     return (logprobs_R.detach() - rollout_logprobs_R).exp().clamp(max=limit)
 
 
 def kl_penalty(reference_R: Tensor, policy_R: Tensor, kl_type: str) -> Tensor:
-    """Per-token estimate of KL(policy || reference) from samples of the policy, in nats (mse: nats squared).
+    """Estimates KL(policy || reference) per token from samples of the policy, in nats (mse: nats squared).
 
     k1 = policy - reference; k3 = exp(reference - policy) - (reference - policy) - 1; mse = (reference - policy)^2 / 2.
 
     Raises:
-        ValueError: an unknown kl_type (the release trains without a KL on correct responses then).
+        ValueError: kl_type is unknown; the release trains without a KL on correct responses then.
     """
     difference = reference_R - policy_R
     if kl_type == "k3":
@@ -116,12 +117,12 @@ def kl_penalty(reference_R: Tensor, policy_R: Tensor, kl_type: str) -> Tensor:
         return -difference
     if kl_type == "mse":
         return 0.5 * difference.square()
-    raise ValueError(f"kl_type {kl_type!r}: known are k3, k1, mse")
+    raise ValueError(f"kl_type = {kl_type!r}: set it to k3, k1 or mse")
 
 
 def reward_model_term(mean_scores_N: Tensor, correct_N: Tensor) -> Tensor:
-    """Sum over sequences of the binary cross-entropy of sigmoid(mean_t s_t) against the outcome, eq. (12).
+    """Returns the sum over sequences of the cross-entropy of sigmoid(mean_t s_t) against the outcome, eq. (12).
 
-    mean_scores_N: [N] with gradient, the mean of a sequence's aligned scores. correct_N: bool [N].
+    mean_scores_N: [N] with gradient, the means of the sequences' aligned scores. correct_N: bool [N].
     """
     return F.binary_cross_entropy_with_logits(mean_scores_N, correct_N.to(mean_scores_N.dtype), reduction="sum")

@@ -14,12 +14,13 @@ from oreal_megatron.config import TokenWeightConfig
 
 
 def token_weights(scores_T: Tensor, *, correct: bool, config: TokenWeightConfig) -> Tensor:
-    """Weight in [0, 1] of every response token of one sequence.
+    """Returns the weight in [0, 1] of every response token of a sequence, fp32 [T].
 
-    With m_t the mean of s_1..s_t and c_t = sigmoid(m_t): clamp((c - th) / (1 - th), 0, 1) of c_t for a correct
-    response and of 1 - c_t for an incorrect one; at th = 1/2 that is max(2 c_t - 1, 0) and max(1 - 2 c_t, 0).
+    With m_t the mean of s_1..s_t and c_t = sigmoid(m_t), the weight is clamp((c - th) / (1 - th), 0, 1), where c is c_t
+    for a correct response and 1 - c_t for an incorrect response; at th = 1/2 it is max(2 c_t - 1, 0) or
+    max(1 - 2 c_t, 0).
 
-    scores_T: [T] fp32, already aligned (the score that stands for token t at index t).
+    scores_T: fp32 [T], aligned: index t holds the score that stands for token t.
     """
     if config.source == "ones":
         return torch.ones_like(scores_T)
@@ -33,7 +34,10 @@ def token_weights(scores_T: Tensor, *, correct: bool, config: TokenWeightConfig)
 
 
 def _top_share(confidence_T: Tensor, share: float) -> Tensor:
-    """The top share of positions, min-max rescaled among themselves; all-equal ones get weight 1, the rest 0."""
+    """Rescales the top share of positions to [0, 1] by its minimum and maximum; the other positions get 0.
+
+    Where all values of the top share are equal, their weights are 1.
+    """
     num_kept = max(1, math.ceil(share * len(confidence_T)))
     values, indices = confidence_T.topk(num_kept)
     spread = values.max() - values.min()

@@ -21,7 +21,8 @@ _OVER_VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
 @torch.no_grad()
 def draw_weights(module: GPTModel, *, vocab_size: int, std: float, seed: int, groups: ParallelGroups) -> None:
     """Fills every parameter: matrices from N(0, std), those into the residual stream narrower, as GPT-2 does;
-    norms with ones, biases with zeros, rows behind `vocab_size` with zeros."""
+    norms with ones, biases with zeros, rows behind `vocab_size` with zeros.
+    """
     narrow = std / math.sqrt(2.0 * module.config.num_layers)
     for name, parameter in module.named_parameters():
         if name.startswith("output_layer.") and not _is_split(parameter):

@@ -148,7 +148,7 @@ def _move_top(sums_3R: Tensor, top_R: Tensor, highest_R: Tensor) -> None:
 
 
 def _add_product(sum_NM: Tensor, left_NK: Tensor, right_KM: Tensor) -> None:
-    """sum += left @ right, the sum in fp32 whatever the factors are."""
+    """Sum += left @ right, the sum in fp32 whatever the factors are."""
     if sum_NM.dtype == left_NK.dtype:
         sum_NM.addmm_(left_NK, right_KM)
     else:

@@ -23,7 +23,8 @@ class ModelChunks(torch.nn.ModuleList):
 
     def sharded_state_dict(self, prefix: str = "", **options: Any) -> dict[str, Any]:
         """Like GPTModel's. Entries are named by chunk, since each numbers its layers from 0, as `load_state_dict`
-        expects them; the tensors inside carry their names in the whole network, so any layout can load them."""
+        expects them; the tensors inside carry their names in the whole network, so any layout can load them.
+        """
         return {
             f"{prefix}{index}.{key.removeprefix(prefix)}": value
             for index, chunk in enumerate(chunks_of(self))

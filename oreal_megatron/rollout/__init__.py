@@ -1,1 +1,1 @@
-"""Prompts to rollouts: the sampler, and the engines that generate for it."""
+"""Generation of rollouts: the sampler, its journal, and the engines."""

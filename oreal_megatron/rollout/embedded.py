@@ -1,7 +1,7 @@
-"""In-process generation on the trainer's own policy: no server, no copy of the weights.
+"""Embedded generation on the trainer's own policy: without a server and without a copy of the weights.
 
-Requests are cut into batches of fixed size and membership, the units that are journalled and dealt over replicas. A
-response depends on its own seed and on its batch's membership (through rounding alone), never on the number of ranks.
+Requests are cut into batches of fixed size and membership; a batch is a unit. A response depends on its own seed and,
+through rounding alone, on its batch's membership, never on the number of ranks.
 Shapes: B sequences still running in a batch, V vocabulary.
 """
 
@@ -19,25 +19,25 @@ from torch import Tensor
 from oreal_megatron.config import SamplingConfig
 from oreal_megatron.types import Completion, FinishReason, GenerationRequest, WeightSpan
 
-# Finished sequences leave the batch when so many have: each removal copies the KV cache of the others.
+# Finished sequences leave the batch once fewer than this share is running: a removal copies the others' KV cache.
 _COMPACT_BELOW = 0.75
-# Tokens that a nucleus is looked for in before the whole vocabulary is sorted.
+# Number of most likely tokens that are searched for the nucleus before the whole vocabulary is sorted.
 _NUCLEUS = 256
 
 
 class Decoder(Protocol):
-    """The model's side: models.decoding.CachedDecoder."""
+    """Interface of models.kv_decoder.CachedDecoder."""
 
     def prefill(self, prompts: list[tuple[int, ...]], max_new_tokens: int) -> Tensor: ...
 
     def step(self, tokens: Tensor) -> Tensor: ...
 
     def keep(self, rows: Tensor) -> None:
-        """Goes on with these rows of the batch, in this order; a row may occur several times."""
+        """Keeps these rows of the batch, in this order; a row may occur several times."""
 
 
 class EmbeddedEngine:
-    """A RolloutEngine on the policy that is being trained."""
+    """A RolloutEngine that generates with the policy that is being trained."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class EmbeddedEngine:
         self.weight_version = 0
 
     def units(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
-        """See RolloutEngine. Batches hold prompts of similar length, so that little is padded."""
+        """Cuts requests into batches of prompts of similar length, which need little padding; see RolloutEngine."""
         order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids))
         return [order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)]
 
@@ -62,7 +62,7 @@ class EmbeddedEngine:
         sampling: SamplingConfig,
         is_enough: Callable[[], bool] | None = None,
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """See RolloutEngine. A batch decodes as one and ends as one: there is nothing to break off."""
+        """Yields finished batches; see RolloutEngine. A batch decodes as a whole, so generation is never broken off."""
         assert is_enough is None and not any(request.partial for unit in units for request in unit)
         for index, requests in enumerate(units):
             yield index, self._generate_batch(requests, sampling)
@@ -74,11 +74,11 @@ class EmbeddedEngine:
     def generation_context(
         self, policy_on_device: Callable[[], AbstractContextManager[None]]
     ) -> AbstractContextManager[None]:
-        """See RolloutEngine."""
+        """Keeps the policy on the devices; see RolloutEngine."""
         return policy_on_device()
 
     def offload(self) -> None:
-        """Nothing: it has no memory of its own between calls."""
+        """Does nothing: no memory is held between calls."""
 
     def close(self) -> None:
         pass
@@ -87,7 +87,7 @@ class EmbeddedEngine:
         limit = max(request.max_new_tokens for request in requests)
         running = _Running([_uniforms(request) for request in requests], [r.max_new_tokens for r in requests])
         decoder = self._new_decoder()
-        # The samples of a group share their prompt: it is read once, then its cache is copied for each.
+        # The samples of a group share their prompt: it is read once, and its cache is copied for each.
         prompts = list(dict.fromkeys(request.prompt_ids for request in requests))
         row_of = {prompt: row for row, prompt in enumerate(prompts)}
         logits = decoder.prefill(prompts, limit)
@@ -119,7 +119,7 @@ class EmbeddedEngine:
 
 @dataclass
 class _Running:
-    """The sequences of a batch: what they have so far, and which rows of the decoder they are."""
+    """Sequences of a batch: their tokens so far, and the decoder's rows of the running sequences."""
 
     noise: list[np.ndarray]
     limits: list[int]
@@ -133,7 +133,7 @@ class _Running:
         self.alive = np.ones(len(self.noise), dtype=bool)
 
     def uniforms(self, index: int, device: torch.device) -> Tensor:
-        """fp32 [B]: the number in [0, 1) that decides token `index` of each running sequence."""
+        """Returns fp32 [B]: the number in [0, 1) that decides token `index` of each running sequence."""
         values = [self.noise[row][min(index, self.limits[row] - 1)] for row in self.rows]
         return torch.tensor(values, dtype=torch.float32, device=device)
 
@@ -160,7 +160,7 @@ def sample(logits_BV: Tensor, uniform_B: Tensor, sampling: SamplingConfig) -> tu
 
     The nucleus is the smallest set of most likely tokens whose probability reaches top_p.
     logits_BV: fp32 [B, V]. uniform_B: fp32 [B] in [0, 1).
-    Returns token ids int64 [B], and fp32 [B] log softmax(logits / temperature) of them (plain logits when greedy).
+    Returns token ids int64 [B], and their log softmax(logits / temperature), fp32 [B]; of plain logits when greedy.
     """
     if sampling.temperature == 0:
         chosen = logits_BV.argmax(-1)
@@ -170,17 +170,17 @@ def sample(logits_BV: Tensor, uniform_B: Tensor, sampling: SamplingConfig) -> tu
     cumulative = ordered.cumsum(-1)
     kept = cumulative - ordered < sampling.top_p
     mass = ordered.where(kept, 0.0).sum(-1, keepdim=True)
-    # The last kept token takes what rounding leaves above the cumulative sum.
+    # Where rounding leaves the target above the cumulative sum, the last kept token is drawn.
     rank = (cumulative <= uniform_B[:, None] * mass).sum(-1).minimum(kept.sum(-1) - 1)
     chosen = order.gather(-1, rank[:, None]).squeeze(-1)
     return chosen, logprobs_BV.gather(-1, chosen[:, None]).squeeze(-1)
 
 
 def _most_likely(probabilities_BV: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Probabilities and their token ids, [B, N], most likely ones first: at least every row's nucleus.
+    """Returns probabilities and their token ids, [B, N], in descending order: at least every row's nucleus.
 
-    A nucleus is a few tokens nearly always: to select those costs a twentieth of sorting a vocabulary of 50,000.
-    With top_p = 1 it is the whole vocabulary, whose order does not matter then.
+    A nucleus nearly always has few tokens: selecting them costs a twentieth of sorting a vocabulary of 50,000.
+    With top_p = 1 it is the whole vocabulary, in the order of token ids.
     """
     if top_p == 1.0:
         return probabilities_BV, torch.arange(probabilities_BV.size(-1), device=probabilities_BV.device).expand_as(

@@ -1,4 +1,4 @@
-"""What a rollout engine is: token ids in, token ids and log-probabilities out."""
+"""The protocol of rollout engines: token ids in, token ids and log-probabilities out."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from oreal_megatron.types import Completion, GenerationRequest
 
 
 class RolloutEngine(Protocol):
-    """Generates with the weights of the last `publish`."""
+    """An engine that generates with the weights of the last `publish`."""
 
     weight_version: int
-    """Of the last `publish`; 0 before the first."""
+    """Version given to the last `publish`; 0 before the first."""
 
     def units(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
-        """Indices of the requests that are generated, journalled and, after a kill, repeated as one.
+        """Cuts requests into units, which are generated, journalled and, after a kill, repeated as a whole.
 
-        Depends on the requests alone, so that a restarted run finds the same units, on any layout.
+        Returns the indices of each unit's requests. They depend on the requests alone, so that a restarted run finds
+        the same units, on any layout.
         """
 
     def generate(
@@ -28,31 +29,31 @@ class RolloutEngine(Protocol):
         sampling: SamplingConfig,
         is_enough: Callable[[], bool] | None = None,
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """(index of the unit, one completion a request in order), as units finish.
+        """Yields (index of a unit, a completion per request in order) as units finish.
 
-        All ranks of a model replica call it with the same units and get all of them; other replicas have others.
-        is_enough: asked now and then, from any thread, on the leading process of each replica; once it is true what is
-        under way is broken off, and units come as they are then.
+        All ranks of a model replica call it with the same units and get all of them; other replicas have other units.
+        is_enough: asked now and then, from any thread, on the leading process of each replica. Once it is true,
+        generation is broken off, and the remaining units are yielded with unfinished completions.
         """
 
     def publish(self, weight_version: int) -> Mapping[str, float]:
-        """From now on generate with the policy's present weights, which are on the devices, stamped `weight_version`.
+        """Takes the policy's present weights, which are on the devices, as version `weight_version`.
 
-        Every rank calls it. Returns what a step's report shall say of it.
+        Every rank calls it. Returns metrics for the step's report.
         """
 
     def generation_context(
         self, policy_on_device: Callable[[], AbstractContextManager[None]]
     ) -> AbstractContextManager[None]:
-        """What `generate` is called in, by every rank.
+        """Context in which `generate` may be called; every rank enters it.
 
         policy_on_device: brings the policy's weights, which are those of the last `publish`, to the devices. An engine
-        with devices of its own, or none, has them there all the time; one that takes turns with the trainer on its
-        devices has them there while it takes them, and gives everything back in the end.
+        that generates with the policy itself keeps them there inside the context; an engine that shares the trainer's
+        devices does so while it loads them, and frees its memory on leaving.
         """
 
     def offload(self) -> None:
-        """Gives the trainer's devices back, where a `publish` has taken them. Every rank calls it."""
+        """Frees the memory that a `publish` has taken on the trainer's devices. Every rank calls it."""
 
     def close(self) -> None:
-        """Ends whatever the engine started."""
+        """Ends the processes and connections of the engine."""

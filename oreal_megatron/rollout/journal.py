@@ -1,9 +1,9 @@
-"""Finished, verified rollouts, durably: what a killed step has generated is not generated again.
+"""Journal of graded rollouts: a step that is repeated after a kill does not generate them again.
 
-A unit is what the engine generates as one (`RolloutEngine.units`). Its line is on the disk before the next unit starts,
-under a key that says everything its rollouts depend on, so that a line can never stand for other rollouts. Every model
-replica appends to a file of its own: <purpose>.replica_<data rank>.jsonl. What was broken off, for a later purpose to
-go on with, is in <later purpose>.begun.jsonl.
+A unit is a set of requests that the engine generates together (`RolloutEngine.units`). Its line is on the disk before
+the next unit starts, under a key of everything that its rollouts depend on within a run; the directory's config.yaml
+says which run that is. Every model replica appends to its own file, <batch name>.replica_<data rank>.jsonl. Unfinished
+responses that a later batch goes on with are in <batch name>.begun.jsonl.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from oreal_megatron.types import Completion, GenerationRequest, GradedRollout, P
 _OF_STEP = re.compile(r"[a-z]+_(\d{6})\.(replica_\d+|begun)\.jsonl")
 
 PartialResponses = Mapping[tuple[str, int], Completion]
-"""Responses that are finished or broken off, of groups that are not complete; by prompt id and sample index."""
+"""Responses, finished or not, of groups that are not complete; by prompt id and sample index."""
 
 
 class RolloutJournal:
@@ -35,9 +35,9 @@ class RolloutJournal:
         self._open: tuple[str, IO[bytes]] | None = None
 
     def read(self, batch_name: str) -> dict[str, list[GradedRollout]]:
-        """The units journalled for `purpose` (`step_000003`) by key; empty on all ranks but the main one.
+        """Returns the units journalled for a batch (`step_000003`) by key; empty on all ranks but the main rank.
 
-        A line that is no such record (the end of a killed process, or a damaged disk) counts as not journalled.
+        Damaged and half-written lines are left out.
         """
         units: dict[str, list[GradedRollout]] = {}
         if not self._groups.is_main:
@@ -52,10 +52,10 @@ class RolloutJournal:
         return units
 
     def append(self, batch_name: str, unit: str, rollouts: Sequence[GradedRollout]) -> None:
-        """Journals one unit of this replica; on return it is on the disk. For the replica's leading process.
+        """Journals a unit of this replica; on return it is on the disk. Called by the replica's leading process.
 
         Raises:
-            OSError: the disk refused; the unit counts as not journalled.
+            OSError: the disk refused; the unit is not journalled.
         """
         if self._open is None or self._open[0] != batch_name:
             self.close()
@@ -65,7 +65,7 @@ class RolloutJournal:
         append_line(self._open[1], json.dumps(record))
 
     def keep_partial(self, batch_name: str, partial: PartialResponses) -> None:
-        """Keeps what `purpose` is to begin with, in the place of what was kept for it before. For the main process.
+        """Keeps responses for a batch to go on with, replacing earlier ones. Called by the main process.
 
         Raises:
             OSError: the disk refused.
@@ -77,7 +77,7 @@ class RolloutJournal:
         write_atomically(self.directory / f"{batch_name}.begun.jsonl", "".join(line + "\n" for line in lines))
 
     def partial(self, batch_name: str) -> dict[tuple[str, int], Completion]:
-        """What was kept for `purpose`; a damaged line counts as not kept. Empty on all ranks but the main one."""
+        """Returns the responses kept for a batch, without damaged lines; empty on all ranks but the main rank."""
         kept: dict[tuple[str, int], Completion] = {}
         for line in whole_lines(self.directory / f"{batch_name}.begun.jsonl") if self._groups.is_main else ():
             try:
@@ -88,20 +88,21 @@ class RolloutJournal:
         return kept
 
     def drop(self, *, before_step: int) -> None:
-        """Removes what belongs to earlier steps, which no checkpoint leads back to."""
+        """Removes the files of earlier steps, to which no checkpoint leads back."""
         if self._groups.is_main:
             for path in self.directory.glob("*.jsonl"):
                 if (match := _OF_STEP.fullmatch(path.name)) and int(match[1]) < before_step:
                     path.unlink()
 
     def forget(self, batch_name: str) -> None:
-        """Removes what was journalled for `purpose`, whose outcome is safe elsewhere."""
+        """Removes the units of batches whose outcome is saved elsewhere. batch_name: may be a glob pattern."""
         self.close()
         if self._groups.is_main:
             for path in self.directory.glob(f"{batch_name}.replica_*.jsonl"):
                 path.unlink()
 
     def close(self) -> None:
+        """Closes the file that is open for appending."""
         if self._open is not None:
             self._open[1].close()
             self._open = None
@@ -110,10 +111,10 @@ class RolloutJournal:
 def unit_key(
     prompts: Sequence[Prompt], requests: Sequence[GenerationRequest], sampling: SamplingConfig, weight_version: int
 ) -> str:
-    """Names a unit by everything that its graded rollouts depend on.
+    """Returns a digest of everything that a unit's graded rollouts depend on.
 
-    prompts: of each request. Weights are named by their version: within one run directory, which takes one
-    configuration and one data set only, a version is one set of weights (up to rounding, where the layout changed).
+    prompts: the prompt of each request. Weights are named by their version: a run's directory takes one configuration
+    and one data set only, so a version is one set of weights (up to rounding, where the layout changed).
     """
     content = [
         weight_version,

@@ -25,7 +25,8 @@ class Fingerprint:
     @classmethod
     def of(cls, geometry: GeometryConfig, dtype: str, config_json: Mapping[str, Any]) -> Fingerprint:
         """geometry: with vocab_size; its biases and norms tell the architecture. config_json: says how it is
-        quantised."""
+        quantised.
+        """
         head_dim = geometry.head_dim or geometry.hidden_size // geometry.num_attention_heads
         quantisation = config_json.get("quantization_config")
         sizes = geometry.model_dump(exclude={"init_std"})

@@ -86,7 +86,8 @@ class ServerPool:
 
     async def _reconnect_lost(self, server: SGLangServer) -> None:
         """Has a lost server back, started anew if it is ours, whether or not anybody waits for it: in time for the next
-        weights."""
+        weights.
+        """
         while server.failed is None:
             await asyncio.sleep(POLL_SECONDS)
             # While they rest, the devices are the trainer's.

@@ -194,13 +194,14 @@ def test_malformed_prompt_files_are_named_by_file_and_line(warm, tmp_path):
 
 
 def test_a_sweep_is_one_run_a_value(warm, tmp_path):
-    for seed in (0, 1):
-        warm(f"seed{seed}")
-    overrides = ["run.seed=0,1", f"run.dir={tmp_path}/seed${{run.seed}}", "run.num_steps=1"]
+    for temperature in ("0.8", "1.0"):
+        warm(f"at_{temperature}")
+    overrides = ["rollout.sampling.temperature=0.8,1.0", f"run.dir={tmp_path}/at_${{rollout.sampling.temperature}}"]
+    overrides += ["run.num_steps=1"]
     overrides += [f"hydra.sweep.dir={tmp_path}/sweep"]
     outcome = invoke(*overrides, flags=("--multirun",))
     assert outcome.returncode == 0, outcome.stderr
-    assert metrics_of(tmp_path / "seed0") != metrics_of(tmp_path / "seed1")
+    assert metrics_of(tmp_path / "at_0.8") != metrics_of(tmp_path / "at_1.0")
 
 
 def test_overlong_prompts_are_left_out_and_counted(warm, tmp_path):

@@ -15,13 +15,17 @@ from typing import Any
 
 import torch
 
-from oreal_megatron.builder import opened_run
+from oreal_megatron.builder import build_run
 from oreal_megatron.compose import composed, validated
+from oreal_megatron.initial_policy import make_initial_policy
+from oreal_megatron.pass_rates import prepare
 from oreal_megatron.rollout.sglang_engine import SGLangEngine
+from oreal_megatron.run_state import Run
 from oreal_megatron.step import MismatchError
 from oreal_megatron.stopping import StopRequest
-from oreal_megatron.train import Run, train_step
+from oreal_megatron.train import train_step
 from oreal_megatron.weight_sync.types import TransferResult
+from oreal_megatron.workspace import opened_workspace
 from tests.tiny_servers import MAX_SEQUENCE_LENGTH, ListHandler
 
 DIFFERENCE = "policy/rollout_logprob_difference"
@@ -58,7 +62,10 @@ def main(url: str, model: str, directory: str) -> dict[str, Any]:
         )
     )
     said: list[str] = []
-    with opened_run(config, StopRequest()) as run:
+    with opened_workspace(config, StopRequest()) as workspace:
+        make_initial_policy(workspace)
+        run = build_run(workspace)
+        prepare(run)
         logging.getLogger("oreal_megatron").addHandler(ListHandler(said))
         healthy = stepped(run)
         assert isinstance(run.engine, SGLangEngine)

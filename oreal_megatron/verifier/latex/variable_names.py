@@ -86,7 +86,7 @@ def _leaf_without_modulus(leaf: Leaf) -> Leaf:
 
 
 def named_parts(node: Node) -> dict[str, Node] | None:
-    """name -> value where every part of a list names its own value, all names different."""
+    """Name -> value where every part of a list names its own value, all names different."""
     if not isinstance(node, (Collection, Bracketed)):
         return None
     named: dict[str, Node] = {}

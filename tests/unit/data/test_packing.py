@@ -14,8 +14,8 @@ from oreal_megatron.data.packing import (
     Packer,
     Padding,
     SequenceCost,
-    deal,
-    deal_as_released,
+    assign,
+    assign_as_released,
     micro_batches,
     pack,
 )
@@ -40,7 +40,7 @@ def sequences(count: int, length=lambda i: 3 + i % 7) -> list[PackedSequence]:
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 7, 16, 97, 98, 99, 128])
 def test_98_trajectories_are_each_trained_once_on_any_number_of_ranks(num_ranks):
-    ranks = deal(sequences(98), num_ranks, LINEAR)
+    ranks = assign(sequences(98), num_ranks, LINEAR)
     assert len(ranks) == num_ranks
     ids = Counter(
         id for rank in ranks for batch in micro_batches(rank, token_budget=32, device=CPU) for id in batch.ids
@@ -49,7 +49,7 @@ def test_98_trajectories_are_each_trained_once_on_any_number_of_ranks(num_ranks)
 
 
 def test_dealing_balances_tokens():
-    loads = [sum(s.num_tokens for s in rank) for rank in deal(sequences(98), 16, LINEAR)]
+    loads = [sum(s.num_tokens for s in rank) for rank in assign(sequences(98), 16, LINEAR)]
     assert max(loads) - min(loads) <= max(s.num_tokens for s in sequences(98))
 
 
@@ -57,8 +57,8 @@ def test_dealing_balances_work_rather_than_tokens():
     # Attention makes a long sequence cost twice what its tokens say.
     chosen = sequences(2, length=lambda i: 998) + sequences(40, length=lambda i: 98)
     cost = SequenceCost(per_token=1.0, per_pair=0.002, per_response_token=0.0)
-    loads = [sum(map(cost.of, rank)) for rank in deal(chosen, 4, cost)]
-    by_tokens = [sum(map(cost.of, rank)) for rank in deal(chosen, 4, LINEAR)]
+    loads = [sum(map(cost.of, rank)) for rank in assign(chosen, 4, cost)]
+    by_tokens = [sum(map(cost.of, rank)) for rank in assign(chosen, 4, LINEAR)]
     assert max(loads) / min(loads) < 1.05 < 1.5 < max(by_tokens) / min(by_tokens)
 
 
@@ -79,7 +79,7 @@ def test_padding_ends_sequences_and_rows_and_carries_no_label():
     assert batch.cu_seqlens.tolist() == [0, 8, 24] and batch.max_seqlen == 16 and batch.tokens.shape == (1, 24)
     assert batch.labels[0].tolist() == [-1, 20, 21, 22, *[-1] * 5, 20, 21, 22, 23, *[-1] * 11]
     assert batch.positions[0].tolist() == [*range(8), *range(16)]
-    assert batch.predicting.numel() == batch.num_response_tokens == 7
+    assert batch.predicting.numel() == sum(batch.response_lengths) == 7
     assert pack([], CPU, Padding(sequence=4, row=12)).tokens.shape == (1, 12)
 
 
@@ -89,26 +89,26 @@ def test_every_rank_gets_as_many_micro_batches_as_its_schedule_takes(num_sequenc
         Packer(num_ranks=3, rank=rank, token_budget=10, count_multiple=2, padding=Padding(), cost=LINEAR, device=CPU)
         for rank in range(3)
     ]
-    dealt = [packer.batches(sequences(num_sequences)) for packer in packers]
-    assert all(batches and len(batches) % 2 == 0 for batches in dealt)
-    ids = Counter(id for batches in dealt for batch in batches for id in batch.ids)
+    packed = [packer.batches(sequences(num_sequences)) for packer in packers]
+    assert all(batches and len(batches) % 2 == 0 for batches in packed)
+    ids = Counter(id for batches in packed for batch in batches for id in batch.ids)
     assert ids == Counter(str(i) for i in range(num_sequences))
 
 
 def test_the_release_trains_98_on_16_ranks_as_192():
-    ids = Counter(s.id for rank in deal_as_released(sequences(98), 16) for s in rank)
+    ids = Counter(s.id for rank in assign_as_released(sequences(98), 16) for s in rank)
     assert ids.total() == 192
     assert sorted(Counter(ids.values()).items()) == [(1, 4), (2, 94)]
 
 
 def test_the_release_repeats_nothing_where_it_divides():
-    ids = Counter(s.id for rank in deal_as_released(sequences(96), 16) for s in rank)
+    ids = Counter(s.id for rank in assign_as_released(sequences(96), 16) for s in rank)
     assert ids == Counter(str(i) for i in range(96))
 
 
 def test_the_release_divides_by_zero_with_too_few():
     with pytest.raises(ValueError, match=r"3 sequence\(s\) over 16 data-parallel ranks.*sampler=exact"):
-        deal_as_released(sequences(3), 16)
+        assign_as_released(sequences(3), 16)
 
 
 def test_a_packed_row_by_hand():

@@ -57,7 +57,7 @@ class Engine:
 def run(tmp_path, single_process):
     """Samples 2 responses a prompt in a new process of the same directory, until there are 4 groups."""
 
-    def sample(engine, prompts=PROMPTS, step=3, counts=lambda group: True, max_age=1, num_groups=4, grade=grade):
+    def sample(engine, prompts=PROMPTS, step=3, counts=lambda group: True, max_staleness=1, num_groups=4, grade=grade):
         journal = RolloutJournal(tmp_path / "journal", single_process)
         sampler = Sampler(engine, Renderer(), grade, journal, single_process, StopRequest(), max_sequence_length=64)
         try:
@@ -68,7 +68,7 @@ def run(tmp_path, single_process):
                 sampling=SamplingConfig(temperature=1.0, top_p=0.9, max_new_tokens=LENGTH),
                 seed_of=rollout_seeds(0, "train", step),
                 early_stop=EarlyStop(
-                    num_groups=num_groups, counts=counts, max_age=max_age, next_batch=f"step_{step + 1:06d}"
+                    num_groups=num_groups, counts=counts, max_staleness=max_staleness, next_batch=f"step_{step + 1:06d}"
                 ),
             )
         finally:
@@ -102,14 +102,14 @@ def test_tokens_of_weights_that_are_too_old_are_thrown_away(run):
     rest = run(Engine()).unfinished
     engine = Engine()
     engine.weight_version = 1
-    second = run(engine, rest, step=4, max_age=0)
+    second = run(engine, rest, step=4, max_staleness=0)
     assert second.groups[0][0].rollout.weight_spans == (WeightSpan(version=1, start=0, end=6),)
     assert (second.metrics["rollout/carried_tokens"], second.metrics["rollout/discarded_tokens"]) == (0, 12)
 
 
 def test_without_an_update_in_between_nothing_is_too_old(run):
     rest = run(Engine()).unfinished
-    second = run(Engine(), rest, step=4, max_age=0)
+    second = run(Engine(), rest, step=4, max_staleness=0)
     assert second.groups[0][0].rollout.weight_spans[0] == WeightSpan(version=0, start=0, end=3)
     assert second.metrics["rollout/carried_tokens"] == 12 and second.metrics["rollout/older_tokens"] == 0
 

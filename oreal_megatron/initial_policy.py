@@ -1,0 +1,165 @@
+"""The initial policy: loaded or random weights, a supervised warm start, and its checkpoint `checkpoints/initial`.
+
+Policy, reference and reward model start from this checkpoint, so a resumed run needs no second warm start.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oreal_megatron.checkpoint.manifest import read_manifest
+from oreal_megatron.checkpoint.state import weights_only
+from oreal_megatron.checkpoint.store import INITIAL
+from oreal_megatron.config import Fp8ModelConfig, SftConfig, TrainConfig, check_settings, settings_of
+from oreal_megatron.conversion.module import load_weights
+from oreal_megatron.data.arithmetic import Demonstration
+from oreal_megatron.data.packing import PackedSequence, TokenBatch
+from oreal_megatron.data.prompts import fingerprint, read_demonstrations
+from oreal_megatron.distributed.cpu_backend import device
+from oreal_megatron.models.policy import Policy, build_policy
+from oreal_megatron.models.trained_model import TrainedModel
+from oreal_megatron.models.virtual_stages import ModelChunks, chunks_of
+from oreal_megatron.seeds import derive_seed
+from oreal_megatron.stopping import Stopped
+from oreal_megatron.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+_CONTENT = "sft.demonstrations (content)"
+
+
+def make_initial_policy(workspace: Workspace) -> None:
+    """Saves the policy that the run starts from as checkpoints/initial, unless it is there.
+
+    Raises:
+        ConfigError: the checkpoint that is there was made with other settings.
+        Stopped: a stop was asked for during the warm start.
+        ValueError: model.path or sft.demonstrations cannot be read.
+        FloatingPointError: the warm start diverged.
+    """
+    config, store = workspace.config, workspace.store
+    settings = initial_settings(config)
+    if store.has(INITIAL):
+        _check_made_from(store.directory / INITIAL, settings)
+        return
+    module = new_policy(workspace, seed=derive_seed(config.run.seed, "weights"))
+    if config.model.path is not None:
+        for chunk in chunks_of(module):
+            load_weights(chunk, Path(config.model.path), workspace.groups)
+    if config.sft is not None:
+        _warm_start(module, config.sft, workspace)
+    store.save(INITIAL, weights_only("policy", module), made_from=settings)
+
+
+def new_policy(
+    workspace: Workspace, fp8: Fp8ModelConfig | None = None, *, seed: int | None = None
+) -> Policy | ModelChunks:
+    """Builds a policy on the device, with random weights drawn from `seed`, or with undefined weights."""
+    return build_policy(
+        workspace.geometry,
+        workspace.config.model,
+        workspace.groups,
+        vocab_size=workspace.vocab_size,
+        seed=seed,
+        fp8=fp8,
+    ).to(device())
+
+
+def initial_settings(config: TrainConfig) -> dict[str, Any]:
+    """Returns the settings that the weights of the initial policy depend on, and a digest of the demonstrations' file.
+
+    Layout and implementation are left out: they change the weights by rounding only.
+    """
+    sections = ["run.seed", "model.path", "model.geometry", "model.tokenizer", "model.dtype", "sft"]
+    content = {}
+    if config.sft is not None:
+        sections += ["prompt.system", "prompt.user", "prompt.stop_token"]
+        if config.sft.demonstrations is None:
+            sections.append("data.arithmetic")
+        elif Path(config.sft.demonstrations).is_file():
+            content[_CONTENT] = fingerprint(read_demonstrations(config.sft.demonstrations))
+    settings = settings_of(config).items()
+    return content | {key: value for key, value in settings if any(f"{key}.".startswith(f"{s}.") for s in sections)}
+
+
+def _check_made_from(checkpoint: Path, settings: dict[str, Any]) -> None:
+    """Raises ConfigError where the checkpoint was made with other settings; one of version 0.1.0 names none."""
+    made_from = (read_manifest(checkpoint) or {}).get("made_from")
+    if made_from is not None:
+        if _CONTENT not in settings:  # the file was removed since, and is not needed any more
+            made_from.pop(_CONTENT, None)
+        check_settings(made_from, settings, str(checkpoint))
+
+
+def _warm_start(module: Policy | ModelChunks, sft: SftConfig, workspace: Workspace) -> None:
+    """Trains on the responses of demonstrations by maximum likelihood, and logs each step's loss."""
+    groups = workspace.groups
+    model = TrainedModel(module, sft.optimizer, groups, num_updates=sft.steps)
+    batches = _batches(_demonstrations(sft, workspace), sft.batch_size, workspace.config.run.seed)
+    losses: list[float] = []
+    with workspace.tracker.progress("warm start", sft.steps) as bar:
+        for step, batch in zip(range(sft.steps), batches, strict=False):
+            losses.append(_supervised_step(model, batch, step, workspace))
+            if groups.any_rank(workspace.stop.is_made):
+                raise Stopped(
+                    f"stopped after {step + 1} of {sft.steps} steps of the warm start: nothing of it is saved, the "
+                    "same command starts it again"
+                )
+            bar.advance(f"nll {losses[-1]:.3f}")
+    workspace.tracker.trajectories("warm_start", [{"step": i, "nll": loss} for i, loss in enumerate(losses)])
+
+
+def _supervised_step(model: TrainedModel, batch: Sequence[Demonstration], step: int, workspace: Workspace) -> float:
+    """Makes one update on `batch`; returns the mean negative log-likelihood of its tokens, in nats, over all ranks."""
+    renderer = workspace.renderer
+    chosen = [
+        PackedSequence(
+            id=f"demonstration of {demonstration.question!r}",
+            prompt_ids=renderer.question_ids(demonstration.question),
+            response_ids=renderer.response_ids(demonstration.response),
+        )
+        for demonstration in batch
+    ]
+    num_tokens = sum(len(sequence.response_ids) for sequence in chosen)
+
+    def negative_log_likelihood(output: Tensor, batch: TokenBatch) -> tuple[Tensor, float]:
+        loss = -output[batch.predicting, 0].sum() / num_tokens
+        return loss, loss.item()
+
+    losses = model.forward_backward(workspace.packer.batches(chosen), negative_log_likelihood)
+    try:
+        model.update()
+    except FloatingPointError as error:
+        raise FloatingPointError(
+            f"warm start, step {step}: {error} (losses {losses}); lower sft.optimizer.lr"
+        ) from error
+    return workspace.groups.sum_over_data(torch.tensor(sum(losses))).item()
+
+
+def _demonstrations(sft: SftConfig, workspace: Workspace) -> Sequence[Demonstration]:
+    if sft.demonstrations is not None:
+        return read_demonstrations(sft.demonstrations)
+    assert workspace.generated is not None
+    return workspace.generated.demonstrations
+
+
+def _batches(demonstrations: Sequence[Demonstration], size: int, seed: int) -> Iterator[list[Demonstration]]:
+    """Yields batches without end: epoch after epoch, each in its own order."""
+
+    def in_order() -> Iterator[Demonstration]:
+        for epoch in itertools.count():
+            order = list(demonstrations)
+            random.Random(derive_seed(seed, "sft", epoch)).shuffle(order)
+            yield from order
+
+    endless = in_order()
+    while True:
+        yield list(itertools.islice(endless, size))

@@ -1,0 +1,142 @@
+"""A run: its parts, how far it has come, and how a checkpoint saves and restores it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from oreal_megatron.checkpoint.export import Exporter
+from oreal_megatron.checkpoint.state import load_trained, trained_state
+from oreal_megatron.checkpoint.store import Best, CheckpointStore, step_name
+from oreal_megatron.config import TrainConfig
+from oreal_megatron.data.packing import Packer
+from oreal_megatron.data.prompting import PromptRenderer
+from oreal_megatron.data.stream import PromptStream
+from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.metrics import Tracker
+from oreal_megatron.models.offload import FrozenModel
+from oreal_megatron.models.trained_model import TrainedModel
+from oreal_megatron.rollout.engine import RolloutEngine
+from oreal_megatron.rollout.sampler import Sampler
+from oreal_megatron.seeds import derive_seed
+from oreal_megatron.stopping import StopRequest
+from oreal_megatron.types import Benchmark, Prompt
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunProgress:
+    """Progress of a run: the part of a checkpoint that is neither a model nor the prompt stream."""
+
+    step: int = 0
+    """The next step."""
+    num_usable_steps: int = 0
+    """Steps with a usable group so far; objective.actor_freeze_steps counts these."""
+    weight_version: int = 0
+    """Policy updates so far."""
+    evaluated_step: int | None = None
+    """The step of the last evaluation."""
+    best: Best | None = None
+    """The best evaluation so far."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything that training needs: the models, what generates and grades, the data, and the progress."""
+
+    config: TrainConfig
+    directory: Path
+    groups: ParallelGroups
+    packer: Packer
+    tracker: Tracker
+    store: CheckpointStore
+    exporter: Exporter
+    sampler: Sampler
+    engine: RolloutEngine
+    policy: TrainedModel
+    reference: FrozenModel
+    reward_model: TrainedModel | None
+    train_prompts: Sequence[Prompt]
+    """Training prompts that fit prompt.max_prompt_tokens, each once."""
+    stream: PromptStream = field(init=False)
+    """Stream of training prompts, balanced by difficulty; set by `pass_rates.prepare`, which may have to generate."""
+    benchmarks: Sequence[Benchmark]
+    renderer: PromptRenderer
+    stop: StopRequest
+    progress: RunProgress = field(default_factory=RunProgress)
+    global_rng: random.Random = field(default_factory=random.Random)
+    """Generator that objective.pair_choice=global_rng draws from, step after step."""
+
+
+def offload(run: Run) -> None:
+    """Moves all models off the device, where parallel.offload asks for that."""
+    for model in (run.policy, run.reward_model, run.reference):
+        if model is not None:
+            model.offload()
+
+
+def save(run: Run, *, wait: bool) -> None:
+    """Saves a checkpoint of everything that a resume needs, unless this step has one.
+
+    Before the first step, and in rollout mode, there is nothing to save. The state of no generator but `global_rng` is
+    saved: every step seeds the others from its own seed.
+
+    wait: returns once the checkpoint is whole, also where an earlier call did not wait for it.
+
+    Raises:
+        OSError: the disk refused; earlier checkpoints are whole.
+    """
+    progress = run.progress
+    name = step_name(progress.step)
+    if run.config.run.mode == "rollout":
+        return
+    if wait:
+        run.store.finish(wait=True)
+    if progress.step == 0 or run.store.has(name):
+        run.store.remember_best(progress.best)
+        return
+    run.engine.offload()
+    with contextlib.ExitStack() as on_device:
+        on_device.enter_context(run.policy.on_device(states=True))
+        state: dict[str, Any] = trained_state("policy", run.policy)
+        if run.reward_model is not None:
+            on_device.enter_context(run.reward_model.on_device(states=True))
+            state |= trained_state("reward_model", run.reward_model)
+        state["progress"] = asdict(progress)
+        state["stream"] = run.stream.state_dict()
+        state["global_rng"] = run.global_rng.getstate()
+        run.store.save(name, state, best=progress.best, wait=wait or not run.config.run.async_checkpoints)
+
+
+def restore(run: Run) -> bool:
+    """Loads the newest whole checkpoint of the run's directory; returns whether there is one.
+
+    Raises:
+        ValueError: all checkpoints are damaged, or they are of other data or another model.
+    """
+    run.global_rng.seed(derive_seed(run.config.run.seed, "global_rng"))
+    step = run.store.newest_whole()
+    if step is not None:
+        with contextlib.ExitStack() as on_device:
+            on_device.enter_context(run.policy.on_device(states=True))
+            wanted: dict[str, Any] = trained_state("policy", run.policy, is_loading=True)
+            if run.reward_model is not None:
+                on_device.enter_context(run.reward_model.on_device(states=True))
+                wanted |= trained_state("reward_model", run.reward_model, is_loading=True)
+            state = run.store.load(step_name(step), wanted)
+            load_trained("policy", run.policy, state)
+            if run.reward_model is not None:
+                load_trained("reward_model", run.reward_model, state)
+        best = state["progress"].pop("best")
+        run.progress = RunProgress(**state["progress"], best=Best(**best) if best else None)
+        run.stream.load_state_dict(state["stream"])
+        run.global_rng.setstate(state["global_rng"])
+        logger.info("resumed from checkpoint %s", step_name(step))
+    run.store.remember_best(run.progress.best)
+    return step is not None

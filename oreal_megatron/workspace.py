@@ -1,0 +1,191 @@
+"""The workspace of a run: what is there before its models are, from process groups and log files to the data."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from oreal_megatron.checkpoint.store import CheckpointStore
+from oreal_megatron.config import GeometryConfig, TrainConfig, check_layout, check_resume
+from oreal_megatron.data.arithmetic import ArithmeticData, generate_arithmetic
+from oreal_megatron.data.packing import Packer
+from oreal_megatron.data.prompting import PromptRenderer
+from oreal_megatron.data.prompts import read_prompts
+from oreal_megatron.data.tokenizer import load_tokenizer
+from oreal_megatron.distributed.cpu_backend import cpu_backend
+from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
+from oreal_megatron.files import write_atomically
+from oreal_megatron.log import run_logging
+from oreal_megatron.machine.requirements import check_machine
+from oreal_megatron.metrics import Tracker
+from oreal_megatron.preflight import check_startable, geometry_of_run
+from oreal_megatron.rollout.journal import RolloutJournal
+from oreal_megatron.stopping import StopRequest
+from oreal_megatron.types import Benchmark, Prompt
+from oreal_megatron.verifier import Verifier, build_verifier
+
+logger = logging.getLogger(__name__)
+
+_CONFIG_FILES = ("config.yaml", "journal/config.yaml")
+# What a run leaves that depends on its configuration.
+_STATE_FILES = ("checkpoints/initial", "checkpoints/step_*", "journal/*.jsonl", "pass_rates.jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """Everything that a run's models are built from, and trained with."""
+
+    config: TrainConfig
+    directory: Path
+    groups: ParallelGroups
+    tracker: Tracker
+    verifier: Verifier
+    tokenizer: PreTrainedTokenizerBase
+    renderer: PromptRenderer
+    journal: RolloutJournal
+    store: CheckpointStore
+    geometry: GeometryConfig
+    """Shape of policy, reference and reward model; its vocab_size is the configuration's, see `vocab_size`."""
+    vocab_size: int
+    """Rows of the embedding: those of the geometry, or as many as the tokenizer has, whichever are more."""
+    packer: Packer
+    generated: ArithmeticData | None
+    """Generated problems and demonstrations, where data.arithmetic is given."""
+    train_prompts: Sequence[Prompt]
+    benchmarks: Sequence[Benchmark]
+    stop: StopRequest
+    close_later: Callable[[Callable[[], None]], object]
+    """Registers a function that is called when the workspace is closed; the last one registered is called first."""
+
+
+@contextlib.contextmanager
+def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspace]:
+    """Checks the machine, joins the job's processes, claims the run's directory, and reads the data; closes it all.
+
+    Raises:
+        ConfigError: the configuration does not fit the machine, or the directory holds a run of another configuration.
+        ValueError: data, tokenizer, model directory or layout cannot be used.
+    """
+    check_startable(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_machine(config, geometry_of_run)
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    directory = Path(config.run.dir)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cpu_backend())
+        groups = stack.enter_context(parallel_groups(config.parallel, seed=config.run.seed))
+        claim_directory(directory, config, groups)
+        tracker = stack.enter_context(contextlib.closing(Tracker(config, directory, is_main=groups.is_main)))
+        console = tracker.console if groups.is_main else None
+        stack.enter_context(run_logging(directory, rank=groups.rank, level=config.tracking.log_level, console=console))
+        logger.info(
+            "%s: %d steps of %s, seed %d, in %s",
+            config.run.name,
+            config.run.num_steps,
+            config.objective.preset,
+            config.run.seed,
+            directory,
+        )
+        verifier = stack.enter_context(contextlib.closing(build_verifier(config.verifier)))
+        tokenizer = load_tokenizer(config.model.tokenizer)
+        journal = stack.enter_context(contextlib.closing(RolloutJournal(directory / "journal", groups)))
+        renderer = PromptRenderer(tokenizer, config.prompt)
+        geometry = geometry_of_run(config.model)
+        check_layout(geometry, config.parallel, config.rollout.sglang)
+        vocab_size = max(geometry.vocab_size or 0, len(tokenizer))
+        generated = generate_arithmetic(config.data.arithmetic, config.run.seed) if config.data.arithmetic else None
+        yield Workspace(
+            config=config,
+            directory=directory,
+            groups=groups,
+            tracker=tracker,
+            verifier=verifier,
+            tokenizer=tokenizer,
+            renderer=renderer,
+            journal=journal,
+            store=CheckpointStore(
+                directory / "checkpoints",
+                groups,
+                keep=config.run.keep_checkpoints,
+                on_saved=lambda oldest: journal.drop(before_step=oldest),
+            ),
+            geometry=geometry,
+            vocab_size=vocab_size,
+            packer=Packer.of_layout(groups, geometry, vocab_size, fp8=config.fp8),
+            generated=generated,
+            train_prompts=_train_prompts(config, renderer, generated),
+            benchmarks=_benchmarks(config, renderer, generated),
+            stop=stop,
+            close_later=stack.callback,
+        )
+
+
+def claim_directory(directory: Path, config: TrainConfig, groups: ParallelGroups) -> None:
+    """Writes config.yaml, unless the directory holds the state of a run that was configured otherwise.
+
+    The journal has a copy, so that its rollouts are not taken for another run's where config.yaml was removed. A
+    directory without checkpoints, rollouts and pass rates takes any configuration.
+
+    Raises:
+        ConfigError: with every key that differs and may not. On ranks other than the main one, an OSError says so.
+        OSError: the directory cannot be written to.
+    """
+    with groups.together():
+        if groups.is_main:
+            paths = [directory / name for name in _CONFIG_FILES]
+            if any(next(directory.glob(pattern), None) for pattern in _STATE_FILES):
+                for path in paths:
+                    if path.is_file():
+                        check_resume(yaml.safe_load(path.read_text()), config, str(path))
+            for path in paths:
+                write_atomically(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _train_prompts(config: TrainConfig, renderer: PromptRenderer, generated: ArithmeticData | None) -> list[Prompt]:
+    if config.data.train is not None:
+        return _fitting(read_prompts(config.data.train), f"data.train = {config.data.train}", renderer, config)
+    assert generated is not None
+    return _fitting(generated.train, "data.arithmetic", renderer, config)
+
+
+def _benchmarks(config: TrainConfig, renderer: PromptRenderer, generated: ArithmeticData | None) -> list[Benchmark]:
+    benchmarks = []
+    for name, item in config.evaluation.benchmarks.items():
+        if item.path is not None:
+            prompts: Sequence[Prompt] = read_prompts(item.path)
+        else:
+            assert generated is not None
+            prompts = generated.heldout
+        fitting = _fitting(prompts, f"evaluation.benchmarks.{name}", renderer, config)
+        benchmarks.append(Benchmark(name=name, prompts=tuple(fitting[: item.limit]), samples=item.samples))
+    return benchmarks
+
+
+def _fitting(prompts: Sequence[Prompt], source: str, renderer: PromptRenderer, config: TrainConfig) -> list[Prompt]:
+    """Returns the prompts that fit prompt.max_prompt_tokens; logs how many do not. source: their origin, for messages.
+
+    Raises:
+        ValueError: no prompt fits.
+    """
+    limit = config.prompt.max_prompt_tokens
+    fitting, overlong = renderer.without_overlong(prompts)
+    if not fitting:
+        raise ValueError(f"{source}: every prompt is longer than prompt.max_prompt_tokens = {limit}; raise it")
+    if overlong:
+        logger.warning(
+            "%s: %d of %d prompts left out, longer than prompt.max_prompt_tokens = %d (first: %s)",
+            source,
+            len(overlong),
+            len(prompts),
+            limit,
+            overlong[0].id,
+        )
+    return fitting
