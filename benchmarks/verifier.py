@@ -1,9 +1,9 @@
-"""The verifier beside math-verify used plainly: same cases, same core, one run.
+"""The verifier and math-verify, used plainly, on the same cases, on one core, in one run.
 
     python benchmarks/verifier.py [--cases DIR] [--repeat N]
 
 Prints, for each file of labelled cases, accuracy, false positives and false negatives of both; then verifications a
-second on one core, p50 and p99, beside the limits that they are held to. Exit code 1 where a limit is missed.
+second on one core, p50 and p99, and the limits for them. The exit code is 1 if a limit is missed.
 Needs math-verify (pip install math-verify) and the labelled cases (OREAL_SHARED_DIR, default ../shared).
 """
 
@@ -34,7 +34,7 @@ BATCH = 64
 
 @dataclass
 class Result:
-    """Verdicts and wall seconds of one grader over one file."""
+    """Verdicts and wall seconds of a grader over a file."""
 
     verdicts: list[bool | None]
     seconds: list[float]
@@ -42,7 +42,7 @@ class Result:
 
 
 def labelled_core(path: Path) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Rows of a file that a rule verifier can be held to."""
+    """Rows of a file that rules alone can decide."""
     fields = [json.loads(line) for line in path.open()]
     rows = list(read_rows(path, STOP_TOKEN))
     # Of the public cases the tiers other than core need the question, a tolerance, or world knowledge.
@@ -51,7 +51,7 @@ def labelled_core(path: Path) -> tuple[list[Row], list[dict[str, Any]]]:
 
 
 def run_ours(rows: list[Row], timeout: float) -> Result:
-    """One worker, so that parent and worker share one core."""
+    """Uses a single worker, so that parent and worker share a core."""
     with build_verifier(VerifierConfig(num_workers=1, timeout_seconds=timeout)) as verifier:
         verifier.grade_answers([Row(0, _request("\\sqrt{2}", "2^{1/2}"), False, None).request])  # start the processes
         grades: list[Grade] = []

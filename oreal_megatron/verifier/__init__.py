@@ -1,4 +1,4 @@
-"""Outcome verification without torch: extract, compare, judge, combine -> CORRECT | INCORRECT | UNDECIDED."""
+"""The verifier: grades responses as CORRECT, INCORRECT or UNDECIDED. Imports no torch."""
 
 from oreal_megatron.verifier.api import StagedVerifier, Verifier, build_verifier
 from oreal_megatron.verifier.config import JudgeConfig, JudgeMode, VerifierConfig

@@ -1,4 +1,4 @@
-"""The verifier as the trainer sees it: requests in, grades out, in order."""
+"""The interface of the verifier: requests in, grades out, in order."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Protocol, Self
 from oreal_megatron.types import Grade, GradeRequest, Verdict
 from oreal_megatron.verifier.cache import VerdictCache, cache_key
 from oreal_megatron.verifier.config import JudgeMode, VerifierConfig
+from oreal_megatron.verifier.equality.leaves import NeedsSympy, RationalLeaves
 from oreal_megatron.verifier.extract import Extraction, extract
 from oreal_megatron.verifier.judge.judge import Judge, JudgeItem
 from oreal_megatron.verifier.metrics import VerifierMetrics
 from oreal_megatron.verifier.outcome import RULES, Outcome
-from oreal_megatron.verifier.rules import NeedsSympy, RationalLeaves, compare_final
+from oreal_megatron.verifier.rules import compare_final
 from oreal_megatron.verifier.workers.pool import Job, WorkerPool
 
 
@@ -24,15 +25,15 @@ class Verifier(Protocol):
     """Grades responses."""
 
     def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
-        """One grade for each request, in order. Never raises for a bad answer."""
+        """Returns a grade for each request, in order. Never raises for a bad answer."""
         ...
 
     def drain_metrics(self) -> Mapping[str, float]:
-        """`verifier/name` -> value of what was graded since the last call."""
+        """Returns `verifier/name` -> value over the responses graded since the last call."""
         ...
 
     def close(self) -> None:
-        """Release processes and connections."""
+        """Releases processes and connections."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -44,7 +45,7 @@ class Verifier(Protocol):
 
 @dataclass
 class _Case:
-    """One request on its way through the stages."""
+    """A request on its way through the stages."""
 
     request: GradeRequest
     extraction: Extraction | None = None
@@ -62,7 +63,7 @@ class _Case:
 
 
 class StagedVerifier:
-    """Stop rule, extraction, rules, judge: each stage decides what it can and hands on the rest."""
+    """Grades in stages (stop rule, extraction, rules, judge); each stage passes on the cases that it cannot decide."""
 
     def __init__(self, config: VerifierConfig) -> None:
         self.config = config
@@ -80,21 +81,25 @@ class StagedVerifier:
         self.close()
 
     def close(self) -> None:
-        """Stop the worker processes and close the cache. A later call of `grade` starts them anew."""
+        """Stops the worker processes and closes the cache. A later call of `grade` starts them again."""
         self._pool.close()
         if self._cache is not None:
             self._cache.close()
 
+    def processes(self) -> list[int]:
+        """Returns the ids of the processes that compare symbolic answers; none before the first such answer."""
+        return self._pool.processes()
+
     def drain_metrics(self) -> dict[str, float]:
-        """`verifier/name` -> value of what was graded since the last call."""
+        """Returns `verifier/name` -> value over the responses graded since the last call."""
         return self._metrics.drain()
 
     def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
-        """One grade for each request, in order. Never raises for a bad answer."""
+        """Returns a grade for each request, in order. Never raises for a bad answer."""
         return self._grade_cases([self._first_stages(request) for request in requests])
 
     def grade_answers(self, requests: Sequence[GradeRequest]) -> list[Grade]:
-        """As `grade`, for responses that are the bare final answer: no stop rule, nothing to extract."""
+        """Grades responses that are the bare final answer, without stop rule and extraction. Otherwise like `grade`."""
         cases = []
         for request in requests:
             case = _Case(request, Extraction(answers=(request.response,)))
@@ -115,7 +120,7 @@ class StagedVerifier:
         return grades
 
     def _first_stages(self, request: GradeRequest) -> _Case:
-        """The stop rule and extraction, and the rules as far as they go without sympy."""
+        """Applies the stop rule, extraction, and the rules for answers that need no sympy."""
         started = time.perf_counter()
         case = _Case(request)
         if not request.stopped:
@@ -131,14 +136,14 @@ class StagedVerifier:
 
     @staticmethod
     def _compare_fast(case: _Case) -> None:
-        """The rules in this process, for plain numbers and equal texts."""
+        """Applies the rules in this process, which decides plain numbers and equal texts."""
         started = time.perf_counter()
         with contextlib.suppress(NeedsSympy, RecursionError):
             case.outcome = compare_final(*case.job, RationalLeaves())
         case.seconds += time.perf_counter() - started
 
     def _compare_in_pool(self, cases: Sequence[_Case]) -> None:
-        """Each distinct comparison once: the responses of a group often agree."""
+        """Compares each distinct pair once, since the responses of a group often agree."""
         same: dict[Job, list[_Case]] = {}
         for case in cases:
             same.setdefault(case.job, []).append(case)
@@ -151,7 +156,7 @@ class StagedVerifier:
         self._metrics.count("worker_restarts", self._pool.num_restarts - restarts)
 
     def _is_for_judge(self, case: _Case) -> bool:
-        """Undecided comparisons, and where so configured negative ones; never what a guard or the stop rule refused."""
+        """Whether the judge may overrule the outcome: never that of a guard, the stop rule or extraction."""
         outcome = case.outcome
         if outcome is None or outcome.stage != RULES or len(case.answer) > self.config.judge.max_answer_chars:
             return False
@@ -182,7 +187,7 @@ class StagedVerifier:
         return cache_key("judge", judge.model, judge.enforce_json, case.request.question, *case.job)
 
     def _from_cache(self, cases: list[_Case], key_of: Callable[[_Case], str]) -> list[_Case]:
-        """Fill in what the cache knows; the rest comes back."""
+        """Fills in the outcomes that the cache holds. Returns the other cases."""
         if self._cache is None or not cases:
             return cases
         keys = [key_of(case) for case in cases]
@@ -204,5 +209,5 @@ def _grade(case: _Case) -> Grade:
 
 
 def build_verifier(config: VerifierConfig) -> StagedVerifier:
-    """The verifier that the config describes."""
+    """Builds the verifier that the config describes."""
     return StagedVerifier(config)

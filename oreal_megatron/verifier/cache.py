@@ -1,4 +1,4 @@
-"""Verdicts on disk, addressed by everything that they depend on. Only decided ones: UNDECIDED may pass."""
+"""A cache of decided verdicts on disk, addressed by everything that they depend on."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def code_digest() -> str:
-    """A digest of what decides a verdict: this package's source and the versions of what it stands on."""
+    """Returns a digest of the code that decides a verdict: this package's source and the versions of its parsers."""
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
     for package in ("sympy", "mpmath", "latex2sympy2_extended"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -36,13 +36,13 @@ def code_digest() -> str:
 
 
 def cache_key(*parts: object) -> str:
-    """A digest of the parts and of the code; text with broken unicode has one too."""
+    """Returns a digest of the parts and of the code; the parts may hold broken unicode."""
     text = json.dumps([code_digest(), *parts], ensure_ascii=True, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class VerdictCache:
-    """An SQLite file that several processes of one machine may share. Where it fails, grading goes on without it."""
+    """An SQLite file that several processes of one machine may share. If it fails, grading goes on without it."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -52,7 +52,7 @@ class VerdictCache:
         self._broken = False
 
     def get(self, keys: Sequence[str]) -> dict[str, Outcome]:
-        """The known ones among the keys."""
+        """Returns the outcomes of those keys that the file holds."""
         found: dict[str, Outcome] = {}
         with self._lock:
             try:
@@ -66,11 +66,11 @@ class VerdictCache:
                         (key, Outcome(Verdict(verdict), reason, stage)) for key, verdict, reason, stage in rows
                     )
             except (sqlite3.Error, OSError, ValueError) as error:
-                self._give_up(error)
+                self._disable(error)
         return found
 
     def put(self, outcomes: Mapping[str, Outcome]) -> None:
-        """Remember the decided ones."""
+        """Stores the outcomes that are decided."""
         rows = [
             (key, str(outcome.verdict), outcome.reason.encode("utf-8", "replace").decode(), outcome.stage)
             for key, outcome in outcomes.items()
@@ -83,10 +83,10 @@ class VerdictCache:
                 with self._open() as connection:
                     connection.executemany("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", rows)
             except (sqlite3.Error, OSError) as error:
-                self._give_up(error)
+                self._disable(error)
 
     def close(self) -> None:
-        """Close the file. A later call opens it anew."""
+        """Closes the file. A later call opens it again."""
         with self._lock:
             if self._connection is not None and self._owner == os.getpid():
                 self._connection.close()
@@ -94,21 +94,21 @@ class VerdictCache:
 
     def _open(self) -> sqlite3.Connection:
         if self._broken:
-            raise sqlite3.OperationalError("given up")
+            raise sqlite3.OperationalError("the cache is disabled")
         if self._connection is None or self._owner != os.getpid():  # SQLite must not cross a fork
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, check_same_thread=False)
             self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("PRAGMA synchronous=OFF")  # what a power failure takes is computed again
+            self._connection.execute("PRAGMA synchronous=OFF")  # verdicts that a power failure loses are computed again
             self._connection.execute(
                 "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict TEXT, reason TEXT, stage TEXT)"
             )
             self._owner = os.getpid()
         return self._connection
 
-    def _give_up(self, error: Exception) -> None:
+    def _disable(self, error: Exception) -> None:
         if not self._broken:
             logger.warning(
-                "verifier.cache_path %s does not work (%s); grading goes on without a cache", self.path, error
+                "verifier.cache_path=%s cannot be used (%s). Grading goes on without a cache.", self.path, error
             )
         self._broken = True

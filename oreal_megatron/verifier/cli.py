@@ -1,4 +1,4 @@
-"""`oreal-verify`: JSONL with answers in, JSONL with verdicts out."""
+"""`oreal-verify`: reads JSONL with answers, writes JSONL with verdicts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import Progress
 
 from oreal_megatron.types import Grade, GradeRequest, Verdict
 from oreal_megatron.verifier.api import StagedVerifier, build_verifier
@@ -41,7 +43,7 @@ example:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the input."""
+    """A line of the input."""
 
     id: Any
     request: GradeRequest
@@ -49,12 +51,8 @@ class Row:
     label: int | None
 
 
-class InputError(ValueError):
-    """A line of the input that cannot be graded."""
-
-
 def read_rows(path: Path, stop_token: str) -> Iterator[Row]:
-    """The rows of a file. A file that holds the stop token nowhere was stored without it: all its responses stopped."""
+    """Yields the rows of a file. If no line holds the stop token, all responses count as stopped."""
     with path.open(encoding="utf-8", errors="surrogateescape") as file:
         stored_with_token = any(stop_token in line for line in file)
     with path.open(encoding="utf-8", errors="surrogateescape") as file:
@@ -64,7 +62,7 @@ def read_rows(path: Path, stop_token: str) -> Iterator[Row]:
             try:
                 yield _row(json.loads(line), number, stop_token if stored_with_token else None)
             except ValueError as error:
-                raise InputError(f"{path}:{number}: {error}") from None
+                raise ValueError(f"{path}:{number}: {error}") from None
 
 
 def _row(fields: Any, number: int, stop_token: str | None) -> Row:
@@ -72,10 +70,10 @@ def _row(fields: Any, number: int, stop_token: str | None) -> Row:
         raise ValueError("not a JSON object")
     gold, answer = fields.get("gold", fields.get("gold_answer")), fields.get("answer", fields.get("response"))
     if not isinstance(gold, str) or not isinstance(answer, str):
-        raise ValueError('"gold" and "answer" must both be there, as strings')
+        raise ValueError(f'the keys "gold" and "answer" are needed, as strings; the line has {sorted(fields)}')
     kind = fields.get("kind", "response")
     if kind not in ("pair", "response"):
-        raise ValueError(f'"kind" is {kind!r}; it must be "pair" or "response"')
+        raise ValueError(f'"kind" is {kind!r}; set it to "pair" or "response"')
     stopped = fields.get("stopped")
     if stopped is None:
         stopped = stop_token is None or answer.endswith(stop_token)
@@ -87,7 +85,7 @@ def _row(fields: Any, number: int, stop_token: str | None) -> Row:
 
 
 def grade_rows(verifier: StagedVerifier, rows: Sequence[Row]) -> list[Grade]:
-    """Grades in the order of the rows."""
+    """Returns grades in the order of the rows."""
     grades: dict[int, Grade] = {}
     for is_response, grade in ((True, verifier.grade), (False, verifier.grade_answers)):
         indices = [index for index, row in enumerate(rows) if row.is_response is is_response]
@@ -95,26 +93,8 @@ def grade_rows(verifier: StagedVerifier, rows: Sequence[Row]) -> list[Grade]:
     return [grades[index] for index in range(len(rows))]
 
 
-class Progress:
-    """A bar on a terminal, nothing elsewhere."""
-
-    def __init__(self, total: int, stream: TextIO) -> None:
-        self.total, self.stream, self.done = total, stream, 0
-        self.started = time.monotonic()
-
-    def advance(self, number: int) -> None:
-        """Some more are done."""
-        self.done += number
-        if self.stream.isatty():
-            filled = 30 * self.done // max(self.total, 1)
-            rate = self.done / max(time.monotonic() - self.started, 1e-9)
-            end = "\n" if self.done == self.total else ""
-            self.stream.write(f"\r[{'#' * filled:<30}] {self.done}/{self.total}  {rate:.0f}/s{end}")
-            self.stream.flush()
-
-
 def summary(rows: Sequence[Row], grades: Sequence[Grade], seconds: float) -> str:
-    """Counts, and where the input had labels, how many verdicts are right."""
+    """Returns the counts of verdicts, and their accuracy if the input has labels."""
     counts = Counter(grade.verdict for grade in grades)
     text = f"{len(grades)} graded in {seconds:.1f} s: " + ", ".join(
         f"{counts[verdict]} {verdict}" for verdict in Verdict
@@ -132,18 +112,22 @@ def summary(rows: Sequence[Row], grades: Sequence[Grade], seconds: float) -> str
 
 
 def run(config: VerifierConfig, source: Path, output: Path, stop_token: str) -> str:
-    """Grade a file into another, which appears when it is complete; the summary."""
+    """Grades `source` into `output`, which appears when it is complete. Returns the summary."""
     rows = list(read_rows(source, stop_token))
-    progress, grades, started = Progress(len(rows), sys.stderr), [], time.monotonic()
+    grades: list[Grade] = []
+    started = time.monotonic()
     partial = output.with_name(output.name + ".partial")
-    with build_verifier(config) as verifier, partial.open("w", encoding="utf-8") as file:
+    console = Console(stderr=True)
+    progress = Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal)
+    with build_verifier(config) as verifier, partial.open("w", encoding="utf-8") as file, progress:
+        task = progress.add_task("grading", total=len(rows))
         for start in range(0, len(rows), _BATCH):
             batch = rows[start : start + _BATCH]
             for row, grade in zip(batch, grade_rows(verifier, batch), strict=True):
                 grades.append(grade)
                 line = {"id": row.id, "verdict": str(grade.verdict), "reason": grade.reason, "stage": grade.stage}
                 file.write(json.dumps({**line, "seconds": round(grade.seconds, 6)}) + "\n")
-            progress.advance(len(batch))
+            progress.advance(task, len(batch))
     os.replace(partial, output)
     return summary(rows, grades, time.monotonic() - started)
 
@@ -168,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--stop-token",
         default="<|im_end|>",
-        help="what a finished response ends with (default: %(default)s). If no line of the file holds it, "
+        help="text at the end of a finished response (default: %(default)s). If no line of the file holds it, "
         "the responses were stored without it and all count as finished.",
     )
     return parser
@@ -179,7 +163,7 @@ def _config(arguments: argparse.Namespace) -> VerifierConfig:
     if arguments.config is not None:
         loaded = yaml.safe_load(arguments.config.read_text())
         if not isinstance(loaded, dict):
-            raise ValueError(f"{arguments.config}: not a mapping of verifier keys")
+            raise ValueError(f"{arguments.config}: the file must hold a mapping of verifier keys")
         fields.update(loaded)
     for key in ("num_workers", "timeout_seconds", "cache_path"):
         if getattr(arguments, key) is not None:
@@ -188,7 +172,7 @@ def _config(arguments: argparse.Namespace) -> VerifierConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code."""
+    """Runs the command line. Returns the exit code."""
     arguments = _parser().parse_args(argv)
     try:
         print(run(_config(arguments), arguments.input, arguments.output, arguments.stop_token), file=sys.stderr)
@@ -197,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             key = ".".join(map(str, problem["loc"])) or "verifier"
             print(f"oreal-verify: {key}: {problem['msg']} (given: {problem.get('input')!r})", file=sys.stderr)
         return 2
-    except (InputError, OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         print(f"oreal-verify: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,4 +1,4 @@
-"""What a verifier can be told: strict, frozen, without torch."""
+"""The `verifier` section of the configuration. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 
 class JudgeMode(StrEnum):
-    """Which responses the model judge sees."""
+    """The responses that the model judge sees."""
 
     OFF = "off"
     UNDECIDED = "undecided"
@@ -32,42 +32,50 @@ Mode = Annotated[JudgeMode, BeforeValidator(_as_mode)]
 
 
 class JudgeConfig(BaseModel):
-    """The second stage: a model behind an OpenAI-compatible API says whether two answers agree."""
+    """The second stage: a model behind an OpenAI-compatible API decides whether two answers agree."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     mode: Mode = Field(
         default=JudgeMode.OFF,
-        description="off: rules only. undecided: what the rules could not decide. "
-        "recheck_negatives: also what the rules' comparison called INCORRECT, as in the authors' release.",
+        description="off: rules only. undecided: the judge sees the answers that the rules could not decide. "
+        "recheck_negatives: it also sees the answers that the rules call INCORRECT, as in the authors' release.",
     )
     endpoints: Strings = Field(
         default=(),
-        description="Base URLs of the servers, such as http://node1:30000/v1; used in turn, the broken ones left out.",
+        description="Base URLs of the servers, such as http://node1:30000/v1; failing servers are left out.",
     )
     model: str = Field(default="", description="Model name that the servers expect in a request.")
-    timeout_seconds: float = Field(default=60.0, gt=0, description="Limit of one HTTP request.")
-    max_concurrency: int = Field(default=32, ge=1, description="Requests in flight at once, over all endpoints.")
-    max_attempts: int = Field(default=3, ge=1, description="Requests for one question before it stays UNDECIDED.")
+    timeout_seconds: float = Field(default=60.0, gt=0, description="Time limit of one HTTP request.")
+    max_concurrency: int = Field(
+        default=32, ge=1, description="Largest number of requests in flight, over all endpoints."
+    )
+    max_attempts: int = Field(
+        default=3,
+        ge=1,
+        description="Largest number of requests for one answer; it stays UNDECIDED if all of them fail.",
+    )
     backoff_seconds: float = Field(
-        default=0.5, ge=0, description="Pause before the first retry; doubles with every further one."
+        default=0.5, ge=0, description="Pause before the first retry; it doubles with every further retry."
     )
     breaker_failures: int = Field(
-        default=5, ge=1, description="Failures in a row after which an endpoint is left alone for a while."
+        default=5,
+        ge=1,
+        description="Number of consecutive failures after which an endpoint is not used for breaker_seconds.",
     )
-    breaker_seconds: float = Field(default=30.0, ge=0, description="How long a failing endpoint is left alone.")
+    breaker_seconds: float = Field(default=30.0, ge=0, description="Seconds for which a failing endpoint is not used.")
     enforce_json: bool = Field(
         default=True,
-        description="Ask the server to constrain the reply to a JSON schema. Off for servers without that feature: "
-        "then the reply must be a single letter.",
+        description="Ask the server to constrain the reply to a JSON schema. Set it to false for servers without that "
+        "feature; the reply must then be a single letter.",
     )
     max_answer_chars: int = Field(
         default=2_000,
         ge=1,
-        description="A longer final answer is not sent to the judge and stays as the rules left it.",
+        description="Length of the longest final answer that the judge sees; a longer one keeps the rules' verdict.",
     )
     api_key_env: str | None = Field(
-        default=None, description="Name of the environment variable that holds the bearer token, or null for none."
+        default=None, description="Name of the environment variable that holds the bearer token; null sends no token."
     )
 
     @model_validator(mode="after")
@@ -75,13 +83,13 @@ class JudgeConfig(BaseModel):
         if self.mode is not JudgeMode.OFF and not (self.endpoints and self.model):
             raise ValueError(
                 f"verifier.judge.mode is {self.mode.value!r} but endpoints is {list(self.endpoints)} and model is "
-                f"{self.model!r}: name at least one endpoint and the model, or set mode to 'off'"
+                f"{self.model!r}. Name at least one endpoint and the model, or set verifier.judge.mode=off."
             )
         return self
 
 
 class VerifierConfig(BaseModel):
-    """How responses are graded."""
+    """Settings of the grading of responses."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -91,16 +99,19 @@ class VerifierConfig(BaseModel):
     timeout_seconds: float = Field(
         default=2.0,
         gt=0,
-        description="Limit of one comparison; then its process is killed and the answer is UNDECIDED.",
+        description="Time limit of one comparison. Its process is killed then, and the answer is UNDECIDED.",
     )
     memory_limit_mb: int = Field(
-        default=1024, ge=256, description="Address space of one worker process; beyond it the answer is UNDECIDED."
+        default=1024,
+        ge=256,
+        description="Limit of a worker's address space, in MiB. A comparison that exceeds it is UNDECIDED.",
     )
     thinking_end_marks: Strings = Field(
         default=("</think>", "**Final Answer**", "<conclude>"),
-        description="Only what follows the last of these counts; a response with none of them counts as a whole.",
+        description="Marks that end thinking. Only the text behind the last mark is graded; without marks, all.",
     )
     cache_path: str | None = Field(
-        default=None, description="File of the verdict cache, shared by runs and processes; null for none."
+        default=None,
+        description="File of the verdict cache, which runs and processes may share; null disables the cache.",
     )
-    judge: JudgeConfig = Field(default=JudgeConfig(), description="The model judge behind the rules.")
+    judge: JudgeConfig = Field(default=JudgeConfig(), description="The model judge, which follows the rules.")

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from oreal_megatron.verifier.latex.normalize import matching_brace
 
 MAX_BOX_CHARS = 8_192
-"""A longer box is no final answer."""
+"""Length of the longest box that is read; a longer box is refused."""
 MAX_BOXES = 64
-"""More boxes than this in the final part are a list of guesses."""
-
-
+"""Largest number of boxes in a final part; more are taken for a list of guesses."""
 MAX_JOINER_CHARS = 80
 MAX_STATEMENT_CHARS = 200
 MAX_STATEMENT_SEARCH = 4_000
@@ -25,14 +23,14 @@ MAX_BARE_CHARS = 80
 
 @dataclass(frozen=True)
 class Extraction:
-    """What the final part of a response states."""
+    """The answers that the final part of a response states."""
 
     answers: tuple[str, ...] = ()
-    """The statement: one answer, or the parts of a list that share the last sentence."""
+    """The stated answer, or the parts of a list that share the last sentence."""
     earlier: tuple[str, ...] = ()
-    """Boxes before the last sentence; they must not contradict it."""
+    """Boxes before the last sentence, which must not contradict it."""
     refusal: str | None = None
-    """Why there is no answer to compare, or None."""
+    """Reason why there is no answer to compare; None if there is one."""
 
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
@@ -57,7 +55,7 @@ _STATEMENT_END = re.compile(r"(?:</answer>|[.。!](?=\s|$)|[。\n])")
 
 
 def final_part(response: str, thinking_end_marks: Sequence[str]) -> str | None:
-    """What follows the last mark that ends thinking; None where thinking began and never ended."""
+    """Returns the text behind the last mark that ends thinking; None if the thinking began and never ended."""
     start = 0
     for mark in thinking_end_marks:
         found = response.rfind(mark)
@@ -69,7 +67,7 @@ def final_part(response: str, thinking_end_marks: Sequence[str]) -> str | None:
 
 
 def _inside_quotes(text: str, start: int, end: int) -> bool:
-    """Whether the paragraph around [start, end) holds it between double quotation marks."""
+    """Whether [start, end) stands between double quotation marks within its paragraph."""
     paragraph_start = text.rfind("\n\n", 0, start) + 1
     paragraph_end = text.find("\n\n", end)
     before = text[max(paragraph_start, start - 2_000) : start]
@@ -79,13 +77,13 @@ def _inside_quotes(text: str, start: int, end: int) -> bool:
     if before.count("``") > before.count("''") and "''" in after:
         return True
     opening = before.rfind('"')
-    # An inch sign follows a digit; a quotation mark that opens does not follow a letter or digit.
+    # An inch sign follows a digit; an opening quotation mark does not follow a letter or digit.
     opens = opening == 0 or (opening > 0 and not before[opening - 1].isalnum())
     return opens and before.count('"') % 2 == 1 and '"' in after
 
 
 def _boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
-    """(start, end, content) of the complete outermost boxes, in order; and whether any was left open."""
+    """Returns (start, end, content) of the complete outermost boxes, in order, and whether a box was left open."""
     found: list[tuple[int, int, str]] = []
     position = 0
     left_open = False
@@ -108,7 +106,7 @@ def _boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
 
 
 def _is_bare(text: str) -> bool:
-    """Whether a final part is nothing but an answer: one line of mathematics, or one word."""
+    """Whether a final part is a bare answer: one line of mathematics, or one word."""
     if len(text) > MAX_BARE_CHARS or "\n" in text:
         return False
     words = re.findall(r"[A-Za-z]{2,}", re.sub(r"\\text\s*\{[^{}]*\}|\\[A-Za-z]+", " ", text))
@@ -116,7 +114,7 @@ def _is_bare(text: str) -> bool:
 
 
 def _stated_answer(text: str) -> str | None:
-    """The explicit statement of an answer without a box ("The answer is 7."), from the last such statement."""
+    """Returns the answer of the last explicit statement without a box ("The answer is 7."), or None."""
     end_of_text = text[-MAX_STATEMENT_SEARCH:]
     statements = list(_STATEMENT.finditer(end_of_text))
     if not statements:
@@ -134,7 +132,7 @@ def _joined(text: str, start: int, end: int) -> bool:
 
 
 def extract(response: str, thinking_end_marks: Sequence[str]) -> Extraction:
-    """The final answer of a response that stopped."""
+    """Extracts the final answer of a response that stopped."""
     final = final_part(response, thinking_end_marks)
     if final is None:
         return Extraction(refusal="the thinking part never ends, so there is no final part")

@@ -1,4 +1,4 @@
-"""Caps on hostile text, before anything that could be slow reads it."""
+"""Caps on hostile text, checked before a parser reads it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_TOWER_LOG10 = 4.0
 
 
 class Refused(ValueError):
-    """The text is beyond a cap."""
+    """Raised for a text that is beyond a cap."""
 
 
 _CODE = re.compile(
@@ -32,7 +32,7 @@ _BINOMIAL = re.compile(r"\\binom\s*\{\s*(\d+)")
 
 
 def depth(latex: str) -> int:
-    """Deepest nesting of any brackets, whatever closes them."""
+    """Returns the deepest nesting of brackets; any closing bracket closes any opening bracket."""
     deepest = now = 0
     for char in latex:
         if char in "([{":
@@ -44,23 +44,23 @@ def depth(latex: str) -> int:
 
 
 def check_answer(latex: str) -> None:
-    """Caps that hold for a whole answer. Raises Refused."""
+    """Checks the caps that hold for a whole answer. Raises Refused."""
     if depth(latex) > MAX_DEPTH:
         raise Refused(f"brackets nested deeper than {MAX_DEPTH}")
 
 
 def looks_like_code(text: str) -> bool:
-    """Program text is never an answer."""
+    """Whether the text looks like program text, which is never an answer."""
     return _CODE.search(text) is not None
 
 
 def is_hedged(text: str) -> bool:
-    """Words that withhold an answer, or talk to the grader."""
+    """Whether the text holds words that withhold an answer, or that address the grader."""
     return _HEDGE.search(text) is not None
 
 
 def check_expression(latex: str) -> None:
-    """Caps that keep the parser and sympy's automatic evaluation cheap. Raises Refused."""
+    """Checks the caps that keep the parser and sympy's automatic evaluation cheap. Raises Refused."""
     if len(latex) > MAX_EXPRESSION_CHARS:
         raise Refused(f"an expression of more than {MAX_EXPRESSION_CHARS} characters")
     check_answer(latex)
@@ -81,7 +81,7 @@ def check_expression(latex: str) -> None:
 
 
 def _numeric_tower(latex: str) -> bool:
-    """Powers of powers of literal numbers, three high, or two high with a large value."""
+    """Whether the text has powers of literal numbers three levels high, or two levels with a large value."""
     if re.search(r"\d\s*\^\s*[{(\s]*\d+\s*\^\s*[{(\s]*\d+\s*\^", latex):
         return True
     pairs = re.finditer(r"\^\s*[{(\s]*(\d{1,6})\s*\^\s*[{(\s]*(\d{1,6})", latex)

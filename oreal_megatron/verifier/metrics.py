@@ -1,4 +1,4 @@
-"""Counters of a verifier, drained once a step."""
+"""Counters of a verifier, read and reset once a step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from oreal_megatron.types import Grade, Verdict
 
 
 class VerifierMetrics:
-    """What was graded since the last drain. Threads may count at the same time."""
+    """Counters over the responses graded since the last drain. Threads may count at the same time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -22,19 +22,19 @@ class VerifierMetrics:
         self._seconds: list[float] = []
 
     def count(self, event: str, number: int = 1) -> None:
-        """Count an event such as `timeouts`, `cache_hits` or `judge_failures`."""
+        """Counts an event such as `timeouts`, `cache_hits` or `judge_failures`."""
         with self._lock:
             self._events[event] += number
 
     def record(self, grades: Iterable[Grade]) -> None:
-        """Count grades by stage and verdict."""
+        """Counts grades by stage and verdict."""
         with self._lock:
             for grade in grades:
                 self._grades[grade.stage, grade.verdict] += 1
                 self._seconds.append(grade.seconds)
 
     def drain(self) -> dict[str, float]:
-        """`verifier/name` -> value since the last drain: numbers, shares by verdict and stage, seconds a response."""
+        """Returns `verifier/name` -> value since the last call: counts, shares, seconds a response."""
         with self._lock:
             events, grades, seconds = self._events, self._grades, sorted(self._seconds)
             self._reset()

@@ -1,4 +1,4 @@
-"""Three-valued comparison: equal, different, or not known, with the reason."""
+"""Outcomes of comparisons: equal, different, or unknown, each with its reason."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import NamedTuple
 from oreal_megatron.types import Verdict
 
 RULES, GUARD = "rules", "guard"
-"""Stages of the comparison. What a guard rejects is final: no judge may bring it back."""
+"""Stages of the comparison. A rejection by the guard is final: no judge may overrule it."""
 
 
 class Outcome(NamedTuple):
-    """What a comparison found."""
+    """The result of a comparison."""
 
     verdict: Verdict
     reason: str
@@ -20,27 +20,27 @@ class Outcome(NamedTuple):
 
 
 def equal(reason: str) -> Outcome:
-    """Both are the same answer."""
+    """Returns the outcome of two answers that are equal."""
     return Outcome(Verdict.CORRECT, reason)
 
 
 def different(reason: str) -> Outcome:
-    """They are different answers."""
+    """Returns the outcome of two answers that differ."""
     return Outcome(Verdict.INCORRECT, reason)
 
 
 def unknown(reason: str) -> Outcome:
-    """The rules cannot tell."""
+    """Returns the outcome of two answers that the rules cannot decide."""
     return Outcome(Verdict.UNDECIDED, reason)
 
 
 def rejected(reason: str) -> Outcome:
-    """No honest answer, whatever value it may hold."""
+    """Returns the final outcome of a text that is no honest answer, whatever value it holds."""
     return Outcome(Verdict.INCORRECT, reason, GUARD)
 
 
 def all_of(outcomes: Iterable[Outcome], reason: str) -> Outcome:
-    """Equal where all are; different as soon as one is."""
+    """Returns equal if all outcomes are equal, different as soon as one is different."""
     doubt: Outcome | None = None
     for outcome in outcomes:
         if outcome.verdict is Verdict.INCORRECT:
@@ -51,7 +51,7 @@ def all_of(outcomes: Iterable[Outcome], reason: str) -> Outcome:
 
 
 def any_of(outcomes: Iterable[Outcome], reason: str) -> Outcome:
-    """Equal as soon as one is; different where all are."""
+    """Returns equal as soon as one outcome is equal, different if all are different."""
     doubt: Outcome | None = None
     for outcome in outcomes:
         if outcome.verdict is Verdict.CORRECT:

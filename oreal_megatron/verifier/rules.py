@@ -1,4 +1,4 @@
-"""The rules stage: one pair of final answers, equal or not. Pure; the same code in and out of a worker."""
+"""The rules stage: decides whether two final answers are equal. Pure; workers and the trainer run the same code."""
 
 from __future__ import annotations
 
@@ -6,43 +6,15 @@ import re
 from collections.abc import Sequence
 
 from oreal_megatron.types import Verdict
-from oreal_megatron.verifier.equality.compare import AnswerComparison, Leaves
+from oreal_megatron.verifier.equality.compare import AnswerComparison
+from oreal_megatron.verifier.equality.leaves import Leaves, NeedsSympy
 from oreal_megatron.verifier.input_limits import Refused, check_answer, is_hedged, looks_like_code
 from oreal_megatron.verifier.latex.normalize import normalize, text_key
 from oreal_megatron.verifier.latex.notation import without_excluded_points
-from oreal_megatron.verifier.latex.rational import parse_rational
 from oreal_megatron.verifier.latex.structure import parse
 from oreal_megatron.verifier.outcome import Outcome, different, equal, rejected, unknown
 
 MAX_ANSWER_CHARS = 8_192
-MAX_FAST_CHARS = 400
-
-
-class NeedsSympy(Exception):
-    """The fast path met an expression that is not a plain number."""
-
-
-class RationalLeaves:
-    """Compares plain numbers exactly, and leaves the rest to a worker with sympy."""
-
-    max_chars = MAX_FAST_CHARS
-
-    def equal(self, gold: str, answer: str) -> Outcome:
-        if text_key(gold) == text_key(answer):
-            return equal("the same text")
-        gold_value, answer_value = parse_rational(gold), parse_rational(answer)
-        if gold_value is None or answer_value is None:
-            raise NeedsSympy
-        return equal("the same number") if gold_value == answer_value else different("different numbers")
-
-    def proportional(self, gold: tuple[str, str], answer: tuple[str, str]) -> Outcome:
-        raise NeedsSympy
-
-    def real_value(self, latex: str) -> object:
-        value = parse_rational(latex)
-        if value is None:
-            raise NeedsSympy
-        return value
 
 
 _INTEGER_PARAMETER = re.compile(
@@ -55,7 +27,7 @@ _SENTENCE_WORDS = 6
 
 
 def name_parameter(text: str) -> str:
-    r"""`x=n\pi, n\in\mathbb{Z}` -> `x=\kappa\pi \text{integer}`: a declared integer is bound, whatever its letter."""
+    r"""Rewrites `x=n\pi, n\in\mathbb{Z}` to `x=\kappa\pi`, since the letter of a declared integer is free."""
     declared = _INTEGER_PARAMETER.search(text)
     if declared is None:
         return text
@@ -85,7 +57,7 @@ def _choices(text: str) -> frozenset[str] | None:
 
 
 def _choice_outcome(gold: str, answer: str) -> Outcome | None:
-    """For a gold answer that is one letter or several."""
+    """Compares choices, if the gold answer is a letter or several letters."""
     wanted = _choices(gold)
     if wanted is None:
         return None
@@ -98,7 +70,7 @@ def _choice_outcome(gold: str, answer: str) -> Outcome | None:
 
 
 def _refused(gold: str, answer: str) -> Outcome | None:
-    """What needs no comparison: no answer, hostile text, hedges. Both are normalised."""
+    """Returns an outcome for texts that need no comparison: no answer, hostile text, hedges. Both are normalised."""
     if is_hedged(answer) and not is_hedged(gold):
         return rejected("the answer hedges or addresses the grader")
     if not re.search(r"\w|\\[A-Za-z]|\\\{\s*\\\}", answer) or re.fullmatch(r"(?:\\ldots|[?.\s])*", answer):
@@ -112,7 +84,7 @@ def _refused(gold: str, answer: str) -> Outcome | None:
 
 
 def compare_answers(gold: str, answer: str, leaves: Leaves) -> Outcome:
-    """Whether `answer` is the gold answer. Never raises for a bad answer, except NeedsSympy from the leaves."""
+    """Returns whether `answer` is the gold answer. Raises NeedsSympy if the leaves do, and nothing else."""
     if not gold.strip():
         return unknown("the gold answer is empty")
     if not answer.strip():
@@ -126,7 +98,7 @@ def compare_answers(gold: str, answer: str, leaves: Leaves) -> Outcome:
             rejected("an answer of enormous length") if len(answer) > len(gold) else unknown("an enormous gold answer")
         )
     if max(len(gold), len(answer)) > leaves.max_chars:
-        raise NeedsSympy  # normalisation is not linear in hostile text: leave it to a process that can be killed
+        raise NeedsSympy  # normalisation is not linear in hostile text: a worker does it, which can be killed
     gold_text, answer_text = normalize(gold), normalize(answer)
     if text_key(gold_text) == text_key(answer_text):
         return equal("the same text")
@@ -146,7 +118,7 @@ def _is_sentence(text: str) -> bool:
 
 
 def compare_final(gold: str, answers: Sequence[str], earlier: Sequence[str], leaves: Leaves) -> Outcome:
-    """Whether the boxes of a final part state the gold answer and nothing that contradicts it."""
+    """Returns whether the boxes of a final part state the gold answer, and no box contradicts it."""
     distinct = list(dict.fromkeys(answers))
     outcome = compare_answers(gold, ", ".join(distinct), leaves)
     others = [box for box in dict.fromkeys(earlier) if box not in distinct]

@@ -1,14 +1,14 @@
-"""Whether two parsed answers are equal, shape by shape. The leaves are compared by whoever can."""
+"""Comparison of two parsed answers by their shapes; `Leaves` compares the single expressions in them."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any, Protocol
 
 from oreal_megatron.types import Verdict
-from oreal_megatron.verifier.equality.intervals import IntervalComparison, is_set_like
+from oreal_megatron.verifier.equality.intervals import IntervalComparison
+from oreal_megatron.verifier.equality.leaves import Leaves
 from oreal_megatron.verifier.latex.node_queries import (
     NUMBER_SET,
     REVERSIBLE,
@@ -16,6 +16,7 @@ from oreal_megatron.verifier.latex.node_queries import (
     is_braced,
     is_interval,
     is_measured,
+    is_set_like,
     latex_of,
     modulus_of,
     names_of,
@@ -42,34 +43,18 @@ from oreal_megatron.verifier.latex.units_and_words import COMPARATIVE, DEGREES, 
 from oreal_megatron.verifier.latex.variable_names import is_constant, named_parts, strip_name
 from oreal_megatron.verifier.outcome import Outcome, all_of, any_of, different, equal, unknown
 
-
-class Leaves(Protocol):
-    """Compares single expressions."""
-
-    max_chars: int
-    """Longest answer that these leaves should be asked about."""
-
-    def equal(self, gold: str, answer: str) -> Outcome: ...
-
-    def proportional(self, gold: tuple[str, str], answer: tuple[str, str]) -> Outcome:
-        """Whether `gold[0] = gold[1]` and `answer[0] = answer[1]` are one equation up to a constant factor."""
-        ...
-
-    def real_value(self, latex: str) -> Any: ...
-
-
 _VARIABLE = re.compile(r"[A-Za-z]|\\[A-Za-z]+")
 
 
 class AnswerComparison:
-    """One comparison of a gold answer with an answer, over given leaves."""
+    """Compares a gold answer with an answer; single expressions by means of `leaves`."""
 
     def __init__(self, leaves: Leaves) -> None:
         self.leaves = leaves
-        self.intervals = IntervalComparison(self)
+        self.intervals = IntervalComparison(leaves)
 
     def compare(self, gold: Node, answer: Node) -> Outcome:
-        """Equal, different or unknown."""
+        """Returns whether the two are equal, different, or beyond these rules."""
         if isinstance(gold, Text) or isinstance(answer, Text):
             return self._texts(gold, answer)
         if is_set_like(gold) or is_set_like(answer):
@@ -140,7 +125,7 @@ class AnswerComparison:
         )
 
     def _false_chain(self, relation: Relation) -> Outcome | None:
-        """`6 = 5` states a falsehood; it is no answer, whichever side matches."""
+        """Returns an outcome for an answer such as `6 = 5`, which states a falsehood, else None."""
         if set(relation.operators) - {"=", "~"}:
             return None
         for left, right, operator in zip(relation.items, relation.items[1:], relation.operators, strict=False):
@@ -154,7 +139,7 @@ class AnswerComparison:
         return None
 
     def _is_rounded(self, exact: Node, rounded: Node) -> bool:
-        """Whether a decimal is within one unit of its last digit; what is no decimal is left alone."""
+        """Whether a decimal is within one unit of its last digit; true for expressions that are no decimals."""
         latex = latex_of(rounded) or ""
         if not isinstance(exact, Leaf) or not re.fullmatch(r"-?\d+(?:\.\d*)?", latex):
             return True
@@ -208,7 +193,7 @@ class AnswerComparison:
         return self.compare(gold_value, answer_value)
 
     def _residues(self, gold: Node, answer: Node, modulus: str) -> Outcome:
-        """17 and 5 are one residue modulo 12."""
+        """Compares residues: 17 and 5 are the same modulo 12."""
         values = [node.value for node in (gold, answer) if isinstance(node, Leaf) and node.value is not None]
         if len(values) < 2 or not modulus.isdigit() or int(modulus) == 0:
             return self.compare(gold, answer)
@@ -367,7 +352,7 @@ class AnswerComparison:
         return self._numbers(_as_fraction(gold), _as_fraction(answer))
 
     def _angles(self, gold: Leaf, answer: Leaf) -> Outcome | None:
-        """Degrees against radians: 60 degrees is a third of pi. Without pi a bare number is no angle in radians."""
+        """Compares degrees with radians: 60 degrees is a third of pi. A number without pi is no angle in radians."""
         degrees, other = (gold, answer) if gold.unit == DEGREES else (answer, gold)
         if degrees.unit != DEGREES or other.unit is not None or not re.search(r"\\pi|\\arc", other.latex):
             return None
@@ -381,7 +366,7 @@ class AnswerComparison:
 
 
 def _as_fraction(leaf: Leaf) -> Leaf:
-    """28% as 28/100; what is no percentage as it is."""
+    """Returns 28% as 28/100, and other leaves as they are."""
     if not leaf.percent:
         return leaf
     return Leaf(f"\\frac{{{leaf.latex}}}{{100}}", None if leaf.value is None else leaf.value / 100)

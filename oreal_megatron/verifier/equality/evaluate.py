@@ -1,6 +1,6 @@
 """Numeric value of a sympy tree with mpmath: no simplification, bounded work, high precision.
 
-sympy's own evalf tries symbolic identities that a hostile expression can make arbitrarily slow.
+The evalf of sympy is not used: it tries symbolic identities, which a hostile expression can make arbitrarily slow.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ MAX_SUM_TERMS = 12
 
 
 class CannotEvaluate(ValueError):
-    """The tree holds something without a numeric value here."""
+    """Raised for a tree that has no numeric value here, or whose value would be too expensive."""
 
 
 class Undefined(CannotEvaluate):
-    """The tree has no value here: a division by zero, a logarithm of zero."""
+    """Raised for a division by zero or a logarithm of zero."""
 
 
 Value = Any  # mpf or mpc; mpmath has no types
@@ -45,7 +45,7 @@ def _is_odd_root(exponent: sympy.Basic) -> bool:
 
 def _power(base: Value, exponent: Value, odd_root: bool) -> Value:
     if odd_root and isinstance(base, mpmath.mpf) and base < 0:
-        # The numerator's parity is the sign; schools read such powers over the reals.
+        # Schools read these powers over the reals; the parity of the numerator gives the sign.
         return _real_root_sign(exponent) * mpmath.power(-base, exponent)
     if base == 0 and mpmath.re(exponent) < 0:
         raise Undefined("division by zero")
@@ -55,7 +55,7 @@ def _power(base: Value, exponent: Value, odd_root: bool) -> Value:
 
 
 def _real_root_sign(exponent: Value) -> int:
-    """-1 where the reduced numerator of p/q is odd. q is odd, so p is found by trying small ones."""
+    """Returns -1 if the reduced numerator of p/q is odd, else 1. q is odd and found by trying small values."""
     for denominator in range(1, 200, 2):
         numerator = exponent * denominator
         if abs(numerator - mpmath.nint(numerator)) < mpmath.mpf(10) ** (-(mp.dps // 2)):
@@ -71,7 +71,7 @@ def _integer(value: Value) -> int:
 
 
 def _floor(value: Value) -> Value:
-    """An integer that rounding left a hair below itself is still that integer."""
+    """Returns the floor; a value that rounding left just below an integer counts as that integer."""
     nearest = mpmath.nint(mpmath.re(value))
     return nearest if abs(value - nearest) < mpmath.mpf(10) ** (-(mp.dps // 2)) else mpmath.floor(mpmath.re(value))
 
@@ -107,7 +107,7 @@ _FUNCTIONS: dict[str, Callable[..., Value]] = {
 
 
 def _sum_or_product(tree: sympy.Basic, point: Point) -> Value:
-    """Finite ones exactly; of infinite ones the first terms, which two equal ones share."""
+    """Evaluates all terms of a finite sum or product, and the first terms of an infinite one."""
     body, limits = tree.args[0], tree.args[1:]
     if len(limits) != 1 or len(limits[0]) != 3:
         raise CannotEvaluate("nested limits")
@@ -134,7 +134,7 @@ def _symbol(name: str, point: Point) -> Value:
 
 
 def _unknown_function(name: str, arguments: list[Value]) -> Value:
-    """f(x) of an f that nobody defined: some irregular function, the same on both sides."""
+    """Evaluates f(x) of an undefined f: an irregular function that is the same on both sides."""
     seed = mpmath.mpf(zlib.crc32(name.encode()) % 10_007) / 10_007 + mpmath.sqrt(2)
     return mpmath.fsum(
         seed ** (index + 2) + seed * argument + argument * argument / 3 for index, argument in enumerate(arguments)
@@ -142,7 +142,7 @@ def _unknown_function(name: str, arguments: list[Value]) -> Value:
 
 
 def evaluate(tree: sympy.Basic, point: Point) -> Value:
-    """The value of `tree` where every free symbol has the value that `point` gives it."""
+    """Returns the value of `tree` at `point`, which gives every free symbol its value. Raises CannotEvaluate."""
     if isinstance(tree, sympy.Integer):
         return mpmath.mpf(int(tree))
     if isinstance(tree, sympy.Rational):

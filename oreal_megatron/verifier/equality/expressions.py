@@ -1,4 +1,4 @@
-"""Whether two LaTeX expressions are equal: exact first, then to 60 digits and more at several points. Needs sympy."""
+"""Equality of two LaTeX expressions: exactly if possible, else to at least 60 digits at several points. Needs sympy."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from oreal_megatron.verifier.outcome import Outcome, different, equal, unknown
 DIGITS = 60
 MAX_DIGITS = 4_000
 MAX_INTEGRAND_OPERATIONS = 40
-# Irregular on purpose: no identity holds at these by accident. Signs vary, so that |x| differs from x.
 MAX_EXACT_BITS = 200_000
 BITS_PER_DIGIT = 3.33
 _BARE_LOG = re.compile(r"\\log(?![A-Za-z])(?!\s*_)")
+# The coordinates are irregular, so that no identity holds by accident, and have both signs, so that |x| differs from x.
 _POINTS = ("0.73205", "-1.61827", "2.23719", "0.31871", "-0.57119", "3.14279", "1.41367", "-2.71913", "0.11293")
 _WHOLE_POINTS = ("3", "5", "2", "7", "4", "6", "9", "8", "11")
 
@@ -35,7 +35,7 @@ def _names(*trees: sympy.Basic) -> list[str]:
 
 
 def _points(names: list[str], whole: frozenset[str] = frozenset()) -> list[dict[str, str]]:
-    """Values for the names; natural numbers for those in `whole`."""
+    """Returns points that give each name a value; the names in `whole` get natural numbers."""
     count = 1 if not names else 9
     return [
         {
@@ -49,7 +49,7 @@ def _points(names: list[str], whole: frozenset[str] = frozenset()) -> list[dict[
 
 
 def _counted(*trees: sympy.Basic) -> frozenset[str]:
-    """The names that stand for integers: in limits of sums; n, k and their like under a floor or as a power of -1."""
+    """Returns names that stand for integers: in limits of sums; n, k etc. also under a floor or as a power of -1."""
     parts = [part for tree in trees for part in sympy.preorder_traversal(tree)]
     sums = [part for part in parts if isinstance(part, (sympy.Sum, sympy.Product))]
     ends = [end for part in sums for limit in part.limits for end in limit[1:]]
@@ -64,7 +64,7 @@ _NAMES_OF_INTEGERS = frozenset("ijklmnpqr")
 
 
 def _all_points(gold: sympy.Basic, answer: sympy.Basic) -> list[dict[str, str]]:
-    """Where to compare; under floors also at integers, where floor and ceiling part from each other."""
+    """Returns the points of a comparison; with floors also integers, at which floor and ceiling agree."""
     names = _names(gold, answer)
     points = _points(names, _counted(gold, answer))
     return points + _points(names, frozenset(names)) if names and (gold.has(*_STEPS) or answer.has(*_STEPS)) else points
@@ -76,7 +76,7 @@ def _agree(one: mpmath.mpf, other: mpmath.mpf, digits: int) -> bool:
 
 
 def _height(tree: sympy.Basic) -> float:
-    """An upper bound of the bits in the exact value of a rational tree; of others, what they add to it."""
+    """Returns an upper bound of the bits in the exact value of a rational tree; of other trees, of their numbers."""
     if tree.is_Integer:
         return float(int(tree.p).bit_length())
     if tree.is_Rational:
@@ -95,7 +95,7 @@ _WHOLE_FUNCTIONS = (sympy.factorial, sympy.binomial)
 
 
 def _whole_function(tree: sympy.Basic, arguments: list[Fraction]) -> Fraction | None:
-    """A factorial or binomial of natural numbers, exactly: a hundred digits are not enough to tell 100! from 100!+1."""
+    """Returns a factorial or binomial of natural numbers exactly: 100! and 100!+1 agree in a hundred digits."""
     if any(value.denominator != 1 or not 0 <= value <= MAX_FACTORIAL for value in arguments):
         return None
     whole = [int(value) for value in arguments]
@@ -103,7 +103,7 @@ def _whole_function(tree: sympy.Basic, arguments: list[Fraction]) -> Fraction | 
 
 
 def exact_value(tree: sympy.Basic) -> Fraction | None:
-    """The value of sums, products, whole powers, factorials of rational numbers; None for other trees."""
+    """Returns the value of sums, products, integer powers, factorials of rational numbers; None for other trees."""
     if tree.is_Rational:
         return Fraction(int(tree.p), int(tree.q))
     if not (tree.is_Add or tree.is_Mul or tree.is_Pow or isinstance(tree, _WHOLE_FUNCTIONS)):
@@ -125,7 +125,7 @@ def exact_value(tree: sympy.Basic) -> Fraction | None:
 
 
 def _precision(*trees: sympy.Basic) -> int:
-    """Digits of the first evaluation: more than the numbers in the trees can make, so 2^(2^-1000) differs from 1."""
+    """Returns the digits of the first evaluation: more than those of the trees, so that 2^(2^-1000) differs from 1."""
     digits = DIGITS + int(max(map(_height, trees)) / BITS_PER_DIGIT)
     if digits > MAX_DIGITS:
         raise CannotEvaluate(f"numbers of more than {MAX_DIGITS} digits")
@@ -133,7 +133,7 @@ def _precision(*trees: sympy.Basic) -> int:
 
 
 def _same_at(gold: sympy.Basic, answer: sympy.Basic, point: dict[str, str], precision: int) -> bool | None:
-    """Equality at one point; None where the gold has no real value there and none was asked for."""
+    """Returns whether both are equal at the point; None if the gold answer is real but has no real value there."""
     differences = []
     for digits in (precision, 2 * precision):
         with mp.workdps(digits + 15):
@@ -155,7 +155,7 @@ def _same_at(gold: sympy.Basic, answer: sympy.Basic, point: dict[str, str], prec
             if _agree(wanted, given, digits):
                 return True
             differences.append(abs(wanted - given))
-    # A difference that shrinks with the precision is cancellation of equal values, not a difference.
+    # A difference that shrinks with the precision comes from the cancellation of equal values.
     return bool(differences[1] <= differences[0] * mpmath.mpf(10) ** (-precision // 2))
 
 
@@ -164,7 +164,7 @@ def _is_complex(tree: sympy.Basic) -> bool:
 
 
 def _integrated(tree: sympy.Basic) -> sympy.Basic:
-    """Polynomial integrals and derivatives worked out; others may take for ever and stay as they are."""
+    """Computes polynomial integrals and derivatives; others stay as they are, since they may never end."""
     easy = {
         part: part.doit()
         for part in tree.atoms(sympy.Integral, sympy.Derivative)
@@ -175,7 +175,7 @@ def _integrated(tree: sympy.Basic) -> sympy.Basic:
 
 
 def _is_endless(tree: sympy.Basic) -> bool:
-    """Whether the tree holds a sum or product without end, of which only the first terms are evaluated."""
+    """Whether the tree holds an infinite sum or product, of which only the first terms are evaluated."""
     return any(limit[-1] is sympy.oo for part in tree.atoms(sympy.Sum, sympy.Product) for limit in part.limits)
 
 
@@ -183,7 +183,7 @@ _CONSTANT = re.compile(r"(?<![A-Za-z\\])([Cc])(?![A-Za-z(])(?=\s*(?:_|$))")
 
 
 def _same_constants(gold: str, answer: str) -> str:
-    r"""`+c` at the end, and `c_1`, are constants of integration, which the other side may write as C."""
+    r"""Renames constants of integration (`+c` at the end, `c_1`) if the gold answer uses C, or the reverse."""
     names = [set(_CONSTANT.findall(text)) for text in (gold, answer)]
     if names in ([{"C"}, {"c"}], [{"c"}, {"C"}]):
         return _CONSTANT.sub(names[0].pop(), answer)
@@ -204,7 +204,7 @@ class SymbolicLeaves:
         answer = _same_constants(gold, answer)
         outcome = self._equal_texts(gold, answer)
         if outcome.verdict is not Verdict.CORRECT and _BARE_LOG.search(gold + answer):
-            # A bare \log is the common or the natural logarithm, but the same one on both sides.
+            # A bare \log is the common or the natural logarithm, but the same on both sides.
             natural = self._equal_texts(_BARE_LOG.sub(r"\\ln", gold), _BARE_LOG.sub(r"\\ln", answer))
             return natural if natural.verdict is Verdict.CORRECT else outcome
         return outcome
@@ -220,9 +220,10 @@ class SymbolicLeaves:
             return different(f"not a readable expression: {error}")
         except Refused as error:
             return unknown(f"refused: {error}")
-        return self._equal_trees(gold_tree, answer_tree)
+        return self.equal_trees(gold_tree, answer_tree)
 
-    def _equal_trees(self, gold: sympy.Basic, answer: sympy.Basic) -> Outcome:
+    def equal_trees(self, gold: sympy.Basic, answer: sympy.Basic) -> Outcome:
+        """Returns whether two trees have the same value."""
         gold, answer = _integrated(gold), _integrated(answer)
         if gold == answer:
             return equal("the same expression")
@@ -250,7 +251,7 @@ class SymbolicLeaves:
         return equal(f"equal to {precision} digits")
 
     def proportional(self, gold: tuple[str, str], answer: tuple[str, str]) -> Outcome:
-        """Whether two equations say the same: their differences of sides have a constant, non-zero quotient."""
+        """Returns whether the differences of the sides of two equations have a constant, non-zero quotient."""
         try:
             wanted, given = read(gold[0]) - read(gold[1]), read(answer[0]) - read(answer[1])
         except (Refused, Unreadable) as error:
@@ -277,7 +278,7 @@ class SymbolicLeaves:
         return equal("the same equation") if same else different("different equations")
 
     def real_value(self, latex: str) -> mpmath.mpf | None:
-        """The value of a constant, to order the ends of intervals; None for what has none."""
+        """Returns the value of a constant, which orders the ends of intervals; None if it has no real value."""
         try:
             with mp.workdps(DIGITS):
                 number = evaluate(read(latex), {})

@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from oreal_megatron.verifier.equality.leaves import Leaves
+from oreal_megatron.verifier.latex.node_queries import POSITIVE_REALS, REALS, infinity_sign
 from oreal_megatron.verifier.latex.nodes import Bracketed, Collection, Leaf, Node, Relation, SetOperation
 from oreal_megatron.verifier.latex.variable_names import is_name
 from oreal_megatron.verifier.outcome import Outcome, all_of, different
 
-if TYPE_CHECKING:
-    from oreal_megatron.verifier.equality.compare import AnswerComparison
-
-_INFINITE = {"\\infty": 1, "+\\infty": 1, "-\\infty": -1}
-
-
-_REALS = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?")
 _DISTANCE = re.compile(r"\|\s*[A-Za-z]\s*(?:([+-])\s*([^|<>=A-Za-z]{1,60}))?\|")
-_POSITIVE = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?\s*\^\s*\{?\s*\+\s*\}?")
 
 
 @dataclass(frozen=True)
 class End:
-    """One end of an interval: an infinity, or an expression; and whether the end belongs to the interval."""
+    """An end of an interval: an infinity or an expression, and whether it belongs to the interval."""
 
     latex: str
     closed: bool
 
     @property
     def infinite(self) -> int:
-        """-1 or 1 for an infinity, else 0."""
-        return _INFINITE.get(self.latex.replace(" ", ""), 0)
+        """-1 or 1 for an infinity, 0 for every other expression."""
+        return infinity_sign(self.latex)
 
 
 @dataclass(frozen=True)
-class IntervalPiece:
+class Interval:
+    """The reals between two ends; a single point where both ends are the same."""
+
     low: End
     high: End
 
@@ -48,36 +44,21 @@ def _end(node: Node, closed: bool) -> End | None:
 
 
 def _distance(node: Node) -> str | None:
-    r"""What `|x-3|` measures the distance to: `(3)`, and an empty text for `|x|`; None of anything else."""
+    r"""Returns `(3)` for `|x-3|`, an empty text for `|x|`, and None for expressions that are no distance."""
     match = _DISTANCE.fullmatch(node.latex) if isinstance(node, Leaf) else None
     if match is None:
         return None
     return "" if match[1] is None else f"{'' if match[1] == '-' else '-'}({match[2].strip()})"
 
 
-def is_set_like(node: Node) -> bool:
-    """Whether the node can only be a set of reals: an inequality, a union, a half-open interval."""
-    if isinstance(node, Relation):
-        return bool(set(node.operators) & {"<", ">", "<=", ">=", "!=", "in"})
-    if isinstance(node, SetOperation):
-        return True
-    if isinstance(node, Bracketed):
-        return (node.opening, node.closing) in (("(", "]"), ("[", ")")) or any(
-            isinstance(part, Leaf) and End(part.latex, False).infinite for part in node.parts
-        )
-    if isinstance(node, Collection):
-        return any(isinstance(part, Relation) and is_set_like(part) for part in node.parts)
-    return isinstance(node, Leaf) and (_REALS.fullmatch(node.latex) or _POSITIVE.fullmatch(node.latex)) is not None
-
-
 class IntervalComparison:
-    """Compares two nodes as sets of reals, where both can be read so."""
+    """Compares two nodes as sets of reals, if both can be read so."""
 
-    def __init__(self, comparison: AnswerComparison) -> None:
-        self.comparison = comparison
+    def __init__(self, leaves: Leaves) -> None:
+        self.leaves = leaves
 
     def compare(self, gold: Node, answer: Node) -> Outcome | None:
-        """The outcome, or None where one of the two is no set of reals."""
+        """Returns the outcome, or None if either node is no set of reals."""
         gold_pieces, answer_pieces = self.pieces(gold), self.pieces(answer)
         if gold_pieces is None or answer_pieces is None:
             return None
@@ -86,7 +67,7 @@ class IntervalComparison:
             return different("different numbers of intervals")
         return all_of(map(self._same_piece, gold_pieces, answer_pieces), "the same set of reals")
 
-    def _same_piece(self, gold: IntervalPiece, answer: IntervalPiece) -> Outcome:
+    def _same_piece(self, gold: Interval, answer: Interval) -> Outcome:
         return all_of(
             (self._same_end(g, a) for g, a in ((gold.low, answer.low), (gold.high, answer.high))), "the same interval"
         )
@@ -98,24 +79,22 @@ class IntervalComparison:
             return different("an end is open on one side and closed on the other")
         if gold.infinite:
             return all_of((), "both infinite")
-        return self.comparison.leaves.equal(gold.latex, answer.latex)
+        return self.leaves.equal(gold.latex, answer.latex)
 
-    def pieces(self, node: Node) -> list[IntervalPiece] | None:
-        """The intervals that make up the node, in any order; None where it is not made of intervals."""
+    def pieces(self, node: Node) -> list[Interval] | None:
+        """Returns the intervals that make up the node, in any order; None if it is not made of intervals."""
         if isinstance(node, Bracketed):
             return self._interval(node)
         if isinstance(node, Leaf):
-            if _REALS.fullmatch(node.latex):
+            if REALS.fullmatch(node.latex):
                 return [_everything()]
-            return [IntervalPiece(End("0", False), _everything().high)] if _POSITIVE.fullmatch(node.latex) else None
+            return [Interval(End("0", False), _everything().high)] if POSITIVE_REALS.fullmatch(node.latex) else None
         if isinstance(node, Relation):
             return self._relation(node)
         if isinstance(node, Collection):
             if node.braces:
                 points = [_end(part, True) for part in node.parts]
-                return (
-                    None if any(p is None or p.infinite for p in points) else [IntervalPiece(p, p) for p in points if p]
-                )
+                return None if any(p is None or p.infinite for p in points) else [Interval(p, p) for p in points if p]
             return self._solutions(node)
         if isinstance(node, SetOperation):
             if node.operator in ("or", "and"):
@@ -127,8 +106,8 @@ class IntervalComparison:
                 return self._without_points(parts[0], parts[1])
         return None
 
-    def _solutions(self, node: Collection) -> list[IntervalPiece] | None:
-        """Inequalities side by side: both hold, where they can; joined by "or", either does."""
+    def _solutions(self, node: Collection) -> list[Interval] | None:
+        """Returns the intersection of inequalities side by side if it is not empty; their union if "or" joins them."""
         if not all(isinstance(part, (Relation, Bracketed, SetOperation)) for part in node.parts):
             return None
         excluded = [part for part in node.parts if isinstance(part, Relation) and part.operators == ("!=",)]
@@ -138,7 +117,7 @@ class IntervalComparison:
             points = [_end(part.items[1], True) for part in excluded if len(part.items) == 2 and is_name(part.items[0])]
             if kept is None or len(points) < len(excluded) or any(end is None or end.infinite for end in points):
                 return None
-            return self._without_points(kept, [IntervalPiece(end, end) for end in points if end is not None])
+            return self._without_points(kept, [Interval(end, end) for end in points if end is not None])
         parts = [self.pieces(part) for part in node.parts]
         union = self._joined(parts)
         rays = [part[0] for part in parts if part is not None and len(part) == 1]
@@ -154,11 +133,11 @@ class IntervalComparison:
         if low is None or high is None or any(not ray.low.infinite and not ray.high.infinite for ray in rays):
             return union
         first, last = self._order(low), self._order(high)
-        return [IntervalPiece(low, high)] if first is not None and last is not None and first < last else union
+        return [Interval(low, high)] if first is not None and last is not None and first < last else union
 
     @staticmethod
-    def _joined(parts: list[list[IntervalPiece] | None]) -> list[IntervalPiece] | None:
-        joined: list[IntervalPiece] = []
+    def _joined(parts: list[list[Interval] | None]) -> list[Interval] | None:
+        joined: list[Interval] = []
         for part in parts:
             if part is None:
                 return None
@@ -166,13 +145,13 @@ class IntervalComparison:
         return joined
 
     @staticmethod
-    def _interval(node: Bracketed) -> list[IntervalPiece] | None:
+    def _interval(node: Bracketed) -> list[Interval] | None:
         if len(node.parts) != 2 or node.opening not in ("(", "[") or node.closing not in (")", "]"):
             return None
         low, high = _end(node.parts[0], node.opening == "["), _end(node.parts[1], node.closing == "]")
-        return None if low is None or high is None else [IntervalPiece(low, high)]
+        return None if low is None or high is None else [Interval(low, high)]
 
-    def _relation(self, node: Relation) -> list[IntervalPiece] | None:
+    def _relation(self, node: Relation) -> list[Interval] | None:
         if node.operators == ("in",):
             return self.pieces(node.items[1])
         if len(node.items) == 2:
@@ -187,10 +166,10 @@ class IntervalComparison:
             if end is None or end.infinite:
                 return None
             if operator == "!=":
-                return [IntervalPiece(_everything().low, end), IntervalPiece(end, _everything().high)]
+                return [Interval(_everything().low, end), Interval(end, _everything().high)]
             if operator in ("<", "<="):
-                return [IntervalPiece(_everything().low, end)]
-            return [IntervalPiece(end, _everything().high)] if operator in (">", ">=") else None
+                return [Interval(_everything().low, end)]
+            return [Interval(end, _everything().high)] if operator in (">", ">=") else None
         if len(node.items) == 3 and is_name(node.items[1]):
             low, high, operators = node.items[0], node.items[2], node.operators
             if set(operators) <= {">", ">="}:
@@ -198,11 +177,11 @@ class IntervalComparison:
                 operators = tuple({">": "<", ">=": "<="}[operator] for operator in operators)
             if set(operators) <= {"<", "<="}:
                 first, last = _end(low, operators[0] == "<="), _end(high, operators[1] == "<=")
-                return None if first is None or last is None else [IntervalPiece(first, last)]
+                return None if first is None or last is None else [Interval(first, last)]
         return None
 
-    def _within(self, around: str, radius: Node, operator: str) -> list[IntervalPiece] | None:
-        """`|x-3|<2` is (1,5), `|x-3|>2` what lies beyond."""
+    def _within(self, around: str, radius: Node, operator: str) -> list[Interval] | None:
+        """Returns (1,5) for `|x-3|<2`, and the two rays outside of it for `|x-3|>2`."""
         far = self._order(end) if (end := _end(radius, operator in ("<=", ">="))) is not None else None
         if end is None or far is None or not 0 < far < float("inf"):
             return None
@@ -210,21 +189,17 @@ class IntervalComparison:
             End(f"{around}{sign}({end.latex})" if around else f"{sign}({end.latex})", end.closed) for sign in "-+"
         )
         if operator in ("<", "<="):
-            return [IntervalPiece(low, high)]
+            return [Interval(low, high)]
         everything = _everything()
-        return (
-            [IntervalPiece(everything.low, low), IntervalPiece(high, everything.high)]
-            if operator in (">", ">=")
-            else None
-        )
+        return [Interval(everything.low, low), Interval(high, everything.high)] if operator in (">", ">=") else None
 
     def _order(self, end: End) -> Any:
         if end.infinite:
             return float("inf") * end.infinite
-        return self.comparison.leaves.real_value(end.latex)
+        return self.leaves.real_value(end.latex)
 
-    def _merged(self, pieces: list[IntervalPiece]) -> list[IntervalPiece]:
-        """Sorted, with touching pieces joined; as given where an end has no numeric value."""
+    def _merged(self, pieces: list[Interval]) -> list[Interval]:
+        """Sorts the intervals and joins those that touch; returns them as given if an end has no numeric value."""
         if len(pieces) < 2:
             return pieces
         keyed = [(self._order(piece.low), self._order(piece.high), piece) for piece in pieces]
@@ -236,13 +211,13 @@ class IntervalComparison:
             last_low, last_high, last = merged[-1]
             if low < last_high or (low == last_high and (piece.low.closed or last.high.closed)):
                 if high > last_high or (high == last_high and piece.high.closed):
-                    merged[-1] = (last_low, high, IntervalPiece(last.low, piece.high))
+                    merged[-1] = (last_low, high, Interval(last.low, piece.high))
             else:
                 merged.append((low, high, piece))
         return [piece for _, _, piece in merged]
 
-    def _without_points(self, pieces: list[IntervalPiece], removed: list[IntervalPiece]) -> list[IntervalPiece] | None:
-        """Intervals without single points; None where an order is not known."""
+    def _without_points(self, pieces: list[Interval], removed: list[Interval]) -> list[Interval] | None:
+        """Returns the intervals without single points; None if an order is not known."""
         for point in removed:
             place = self._order(point.low)
             if point.low != point.high or place is None:
@@ -253,14 +228,14 @@ class IntervalComparison:
                 if low is None or high is None:
                     return None
                 if low < place < high:
-                    rest += [IntervalPiece(piece.low, cut), IntervalPiece(cut, piece.high)]
+                    rest += [Interval(piece.low, cut), Interval(cut, piece.high)]
                 elif place in (low, high) and low < high:
-                    rest.append(IntervalPiece(cut if place == low else piece.low, cut if place == high else piece.high))
+                    rest.append(Interval(cut if place == low else piece.low, cut if place == high else piece.high))
                 elif not low == place == high:
                     rest.append(piece)
             pieces = rest
         return pieces
 
 
-def _everything() -> IntervalPiece:
-    return IntervalPiece(End("-\\infty", False), End("\\infty", False))
+def _everything() -> Interval:
+    return Interval(End("-\\infty", False), End("\\infty", False))

@@ -1,0 +1,1 @@
+"""The model judge: requests to OpenAI-compatible endpoints."""

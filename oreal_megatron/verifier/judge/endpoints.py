@@ -1,4 +1,4 @@
-"""Which judge endpoint to ask: in turn, leaving the failing ones alone for a while."""
+"""Choice of the judge endpoint for the next request: in turn, without those that keep failing."""
 
 from __future__ import annotations
 
@@ -15,52 +15,58 @@ logger = logging.getLogger(__name__)
 class _Endpoint:
     url: str
     failures: int = 0
-    closed_until: float = 0.0
+    open_until: float = 0.0
 
 
 class Endpoints:
-    """A circuit breaker around each endpoint: after some failures in a row it rests, then one request tries it."""
+    """Endpoints with a circuit breaker each: it opens after `max_failures` failures in a row.
+
+    After `open_seconds` one request may try the endpoint again.
+    """
 
     def __init__(
-        self, urls: Sequence[str], max_failures: int, rest_seconds: float, clock: Callable[[], float] = time.monotonic
+        self, urls: Sequence[str], max_failures: int, open_seconds: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._endpoints = [_Endpoint(url.rstrip("/")) for url in urls]
         self._max_failures = max_failures
-        self._rest_seconds = rest_seconds
+        self._open_seconds = open_seconds
         self._clock = clock
         self._next = 0
         self._lock = threading.Lock()
 
     def pick(self) -> str | None:
-        """The next endpoint in turn that is not resting, or None. A rested one is lent to one request at a time."""
+        """Returns the next endpoint whose breaker lets a request through, or None."""
         with self._lock:
             now = self._clock()
             for _ in self._endpoints:
                 endpoint = self._endpoints[self._next % len(self._endpoints)]
                 self._next += 1
-                if endpoint.closed_until <= now:
+                if endpoint.open_until <= now:
                     if endpoint.failures >= self._max_failures:
-                        endpoint.closed_until = now + self._rest_seconds
+                        endpoint.open_until = now + self._open_seconds
                     return endpoint.url
             return None
 
     def succeeded(self, url: str) -> None:
-        """The endpoint gave a verdict: forget its failures."""
+        """Records a verdict of the endpoint, which closes its breaker."""
         with self._lock:
             endpoint = self._of(url)
-            endpoint.failures, endpoint.closed_until = 0, 0.0
+            endpoint.failures, endpoint.open_until = 0, 0.0
 
     def failed(self, url: str) -> None:
-        """The endpoint gave none: after too many in a row it rests."""
+        """Records a failure of the endpoint, which opens its breaker after `max_failures` in a row."""
         with self._lock:
             endpoint = self._of(url)
             endpoint.failures += 1
             if endpoint.failures == self._max_failures:
                 logger.warning(
-                    "judge %s failed %d times in a row; left alone for %g s", url, endpoint.failures, self._rest_seconds
+                    "judge %s failed %d times in a row and is not used for %g s",
+                    url,
+                    endpoint.failures,
+                    self._open_seconds,
                 )
             if endpoint.failures >= self._max_failures:
-                endpoint.closed_until = self._clock() + self._rest_seconds
+                endpoint.open_until = self._clock() + self._open_seconds
 
     def _of(self, url: str) -> _Endpoint:
         return next(endpoint for endpoint in self._endpoints if endpoint.url == url)

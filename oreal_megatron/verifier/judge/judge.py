@@ -1,7 +1,7 @@
-"""The second stage: a model says whether two final answers agree, for what rules cannot decide.
+"""The second stage: a model decides whether two final answers agree, if the rules cannot.
 
 The model sees the question, the gold answer and the extracted final answer, never the response around it. Its reply
-is read strictly; whatever goes wrong is UNDECIDED.
+is read strictly, and every failure is UNDECIDED.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _SCHEMA = {
 
 @dataclass(frozen=True)
 class JudgeItem:
-    """One question to the judge."""
+    """A question to the judge."""
 
     question: str
     gold_answer: str
@@ -58,7 +58,7 @@ class JudgeItem:
 
 
 class JudgeFailure(Exception):
-    """One request gave no verdict. `retry` says whether another may."""
+    """Raised for a request that gave no verdict; `retry` says whether a repetition may give one."""
 
     def __init__(self, reason: str, retry: bool = True) -> None:
         super().__init__(reason)
@@ -66,7 +66,7 @@ class JudgeFailure(Exception):
 
 
 def build_messages(item: JudgeItem, enforce_json: bool) -> list[dict[str, str]]:
-    """The chat of one request. The fence depends on the texts, so no text can hold its own."""
+    """Builds the chat of a request. The fence is a digest of the texts, so that none of them can hold it."""
     texts = [_clean(item.question)[:_MAX_QUESTION_CHARS], _clean(item.gold_answer), _clean(item.answer)]
     fence = "=" * 4 + hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16] + "=" * 4
     labels = ("PROBLEM", "REFERENCE ANSWER", "STUDENT ANSWER")
@@ -79,14 +79,14 @@ def build_messages(item: JudgeItem, enforce_json: bool) -> list[dict[str, str]]:
 
 
 def _clean(text: str) -> str:
-    """Text that UTF-8 can carry, without control characters and without a chat template's special tokens."""
+    """Returns the text as valid UTF-8, without control characters and special tokens of chat templates."""
     text = text.encode("utf-8", "replace").decode()
     text = "".join(char for char in text if char >= " " or char in "\n\t")
     return text.replace("<|", "< |").replace("|>", "| >")
 
 
 def parse_reply(content: object, enforce_json: bool) -> Verdict:
-    """The verdict of a reply. Anything but the exact form asked for is a failure, not a guess."""
+    """Returns the verdict of a reply. Raises JudgeFailure if the reply has not exactly the form that was asked for."""
     if not isinstance(content, str):
         raise JudgeFailure("the reply holds no text")
     text = content.strip()
@@ -105,14 +105,14 @@ def parse_reply(content: object, enforce_json: bool) -> Verdict:
 
 
 class Judge:
-    """Asks the endpoints, several at once, with retries; each failure leaves its item UNDECIDED."""
+    """Asks the endpoints, with several requests in flight and retries; a failure leaves its item UNDECIDED."""
 
     def __init__(self, config: JudgeConfig) -> None:
         self.config = config
         self._endpoints = Endpoints(config.endpoints, config.breaker_failures, config.breaker_seconds)
 
     def judge(self, items: Sequence[JudgeItem]) -> list[Outcome]:
-        """One outcome for each item, in order. Works inside and outside of an event loop."""
+        """Returns an outcome for each item, in order. May be called inside and outside of an event loop."""
         if not items:
             return []
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge") as thread:
@@ -125,7 +125,7 @@ class Judge:
         limits = httpx.Limits(max_connections=self.config.max_concurrency)
         token = os.environ.get(self.config.api_key_env) if self.config.api_key_env else None
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        # The environment's proxies are for the outside; judges stand in the cluster.
+        # The proxies of the environment are for hosts outside of the cluster; judges run inside.
         async with httpx.AsyncClient(
             timeout=self.config.timeout_seconds, limits=limits, headers=headers, trust_env=False
         ) as client:
@@ -149,14 +149,14 @@ class Judge:
                         await asyncio.sleep(self.config.backoff_seconds * 2**attempt)
                 else:
                     self._endpoints.succeeded(url)
-                    return Outcome(verdict, f"{self.config.model} says so", STAGE)
+                    return Outcome(verdict, f"the verdict of {self.config.model}", STAGE)
             return Outcome(Verdict.UNDECIDED, f"the judge gave no verdict: {failure}"[:300], STAGE)
 
     async def _ask(self, client: httpx.AsyncClient, url: str, item: JudgeItem) -> Verdict:
         import httpx
 
         try:
-            # The client's own limits are per read; a server that drips bytes must not outlast ours.
+            # The client's own limits hold for one read; this one holds for the whole request.
             async with asyncio.timeout(self.config.timeout_seconds):
                 response = await client.post(f"{url}/chat/completions", json=self._request(item))
         except (TimeoutError, httpx.TimeoutException):
@@ -164,8 +164,8 @@ class Judge:
         except (httpx.HTTPError, OSError) as error:
             raise JudgeFailure(f"{type(error).__name__}: {error}") from None
         if response.status_code != 200:
-            passing = response.status_code in (408, 409, 425, 429) or response.status_code >= 500
-            raise JudgeFailure(f"HTTP {response.status_code}: {response.text[:80]!r}", retry=passing)
+            is_transient = response.status_code in (408, 409, 425, 429) or response.status_code >= 500
+            raise JudgeFailure(f"HTTP {response.status_code}: {response.text[:80]!r}", retry=is_transient)
         try:
             content = response.json()["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError):

@@ -1,0 +1,1 @@
+"""Reading of answers: normalization, notation, structure, and expressions in LaTeX."""

@@ -1,8 +1,8 @@
-"""LaTeX of one expression -> sympy tree. latex2sympy2_extended is the parser and nothing more; nothing is evaluated.
+"""The full parser: LaTeX of a single expression -> unevaluated sympy tree, by means of latex2sympy2_extended.
 
-Most answers never reach it: `descent` reads the common part of the language. Two things make the rest fast: symbols
-are spelled so that they need no look-ahead, and the parser first predicts in SLL mode, which is about seven times
-cheaper than the default and fails, never misreads, where it does not suffice.
+Most answers never reach it, since `latex_parser` reads the common part of the language. Two measures make it fast:
+symbols are spelled so that they need no look-ahead, and the parser first predicts in SLL mode, which is about seven
+times cheaper than the default mode. If SLL mode does not suffice, it fails; it never misreads.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _POWER_NEXT = re.compile(r"\s*\^")
 
 
 class Unreadable(ValueError):
-    """The parser does not accept the text."""
+    """Raised for a text that the parser does not accept."""
 
 
 class _FastParser(_Latex2Sympy):
-    """The parser in the cheaper prediction mode."""
+    """The parser in the cheaper prediction mode, SLL."""
 
     def create_parser(self, latex_str: str):  # type: ignore[no-untyped-def]
         parser = super().create_parser(latex_str)
@@ -57,13 +57,13 @@ def _decimal_to_fraction(text: str) -> str:
 
 
 def _variable(name: str, powered: bool) -> str:
-    """One symbol with a name of letters and digits; in braces where a power follows."""
+    """Spells a symbol with a name of letters and digits, in braces if a power follows."""
     symbol = f"\\variable{{{name}}}"
     return f"{{{symbol}}}" if powered else f" {symbol} "
 
 
 def _spell_symbols(latex: str) -> str:
-    r"""`x_{1}^2 y` -> `{\variable{xsub1}}^2 y`, `n^2` -> `{n}^2`: forms that the grammar reads without look-ahead."""
+    r"""Rewrites `x_{1}^2 y` to `{\variable{xsub1}}^2 y` and `n^2` to `{n}^2`, which need no look-ahead."""
     pieces: list[str] = []
     position = 0
     for match in _SYMBOL.finditer(latex):
@@ -98,7 +98,7 @@ _STEPS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]
     (_THOUSANDS, lambda m: m[0].replace(",", "")),
     (_DECIMAL, lambda m: _decimal_to_fraction(m[0])),
     (_SIGNED_POWER, r"^{\1}"),
-    (_UNBRACED_POWER, r"^{\1} \\cdot "),  # as LaTeX sets it: 2^10 is 2^1 times 0
+    (_UNBRACED_POWER, r"^{\1} \\cdot "),  # LaTeX typesets 2^10 as 2^1 times 0
     (_DEGREES, r"(\1 \\cdot \\frac{\\pi}{180})"),
     (re.compile(r"\\lg(?![A-Za-z])"), r"\\log_{10}"),
     (_PRIMES, lambda m: f"{m[1]}_{{{'prime' * len(m[2])}}}"),
@@ -106,9 +106,9 @@ _STEPS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]
 
 
 def prepare(latex: str) -> str:
-    """What the grammar lacks or reads inexactly: decimals as exact fractions, degrees, names of several letters."""
+    """Rewrites notation that the grammar lacks or reads inexactly: decimals, degrees, names of several letters."""
     if "@" in latex:
-        raise Unreadable("the sign @")  # the mark of a word below
+        raise Unreadable("the sign @")  # it marks words below
     for pattern, replacement in _STEPS:
         latex = pattern.sub(replacement, latex)
     words: list[str] = []
@@ -128,7 +128,8 @@ def prepare(latex: str) -> str:
     return latex[1:-1] if re.fullmatch(r"\{\\variable\{\w+\}\}", latex) else latex
 
 
-def _parse(latex: str) -> sympy.Basic:
+def parse_full(latex: str) -> sympy.Basic:
+    """Returns the tree of a prepared text. Raises Unreadable."""
     for parser in (_FastParser, _Latex2Sympy):
         try:
             return parser(config=_CONFIG).parse(latex)
@@ -142,7 +143,7 @@ def _parse(latex: str) -> sympy.Basic:
 
 @lru_cache(maxsize=4_096)
 def read(latex: str) -> sympy.Basic:
-    """The tree of an expression. Raises Refused or Unreadable."""
+    """Returns the tree of an expression. Raises Refused or Unreadable."""
     check_expression(latex)
     value = parse_rational(latex)
     if value is not None:
@@ -150,7 +151,7 @@ def read(latex: str) -> sympy.Basic:
     try:
         return read_common(latex)
     except OutsideGrammar:
-        tree = _parse(prepare(latex))
+        tree = parse_full(prepare(latex))
     if not isinstance(tree, sympy.Basic) or isinstance(tree, _NOT_EXPRESSIONS):
         raise Unreadable("not a single expression")
     if sum(1 for _ in sympy.preorder_traversal(tree)) > MAX_TREE_NODES:

@@ -1,8 +1,8 @@
-"""A recursive-descent reader of the common part of LaTeX expressions: numbers, symbols, arithmetic, roots, functions.
+"""A recursive-descent parser of common LaTeX expressions: numbers, symbols, arithmetic, roots, functions.
 
-It is some fifty times faster than the full parser and covers nearly all final answers. It is deliberately timid:
-whatever is outside of its grammar, or could be read in two ways, raises `OutsideGrammar` and goes to the full parser.
-Trees are built unevaluated: no power or factorial is worked out here.
+It is about fifty times faster than the full parser and covers nearly all final answers. Text that is outside of its
+grammar, or that could be read in two ways, raises `OutsideGrammar` and goes to the full parser. Trees are built
+unevaluated: no power or factorial is computed here.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MAX_TOKENS = 600
 
 
 class OutsideGrammar(ValueError):
-    """The text is for the full parser."""
+    """Raised for a text that the full parser has to read."""
 
 
 def _tokens(latex: str) -> list[str]:
@@ -63,6 +63,7 @@ def _apply(function: Callable[..., sympy.Basic], *arguments: sympy.Basic) -> sym
 
 
 def product(factors: list[sympy.Basic]) -> sympy.Basic:
+    """Returns the unevaluated product of the factors; a single factor as it is."""
     return factors[0] if len(factors) == 1 else Mul(*factors, evaluate=False)
 
 
@@ -70,8 +71,8 @@ def _inverse(tree: sympy.Basic) -> sympy.Basic:
     return Pow(tree, -1, evaluate=False)
 
 
-class _Reader:
-    """One pass over the tokens; each method reads what its name says and leaves `position` behind it."""
+class _Parser:
+    """A pass over the tokens; each method parses the construct of its name and leaves `position` behind it."""
 
     def __init__(self, latex: str) -> None:
         self.tokens = _tokens(latex)
@@ -109,12 +110,12 @@ class _Reader:
         return product([sympy.Integer(-1), self.term()]) if negative else self.term()
 
     def term(self) -> sympy.Basic:
-        """Factors side by side or under an operator, from left to right."""
+        """Parses adjacent or operator-joined factors, from left to right."""
         factors = [self.mixed_or_factor()]
         while self.next not in _TERM_ENDS:
             operator = self.take() if self.next in ("*", "/", "\\cdot", "\\times", "\\div") else None
             if operator is None and self.next[0] in "{0123456789.":
-                raise OutsideGrammar("a number beside a factor")
+                raise OutsideGrammar("a number after a factor")
             if operator is not None and self.next == "-":
                 raise OutsideGrammar("a signed factor")
             factor = self.factor()
@@ -122,7 +123,7 @@ class _Reader:
         return product(factors)
 
     def mixed_or_factor(self) -> sympy.Basic:
-        r"""`2\frac{1}{3}` is seven thirds; `2\frac{a}{3}` is a product."""
+        r"""Parses `2\frac{1}{3}` as seven thirds, and `2\frac{a}{3}` as a product."""
         if self.next.isdigit() and self.tokens[self.position + 1 : self.position + 2] == ["\\frac"]:
             parts = self.tokens[self.position + 2 : self.position + 8]
             if (
@@ -165,7 +166,7 @@ class _Reader:
             return self.group("{", "}")
         token = self.take()
         if token.isdigit():
-            if len(token) > 1:  # LaTeX sets only the first digit as the exponent
+            if len(token) > 1:  # LaTeX typesets only the first digit as the exponent
                 raise OutsideGrammar("an exponent without braces")
             return sympy.Integer(token)
         if len(token) == 1 and token.isalpha():
@@ -228,7 +229,7 @@ class _Reader:
         return sympy.Symbol(name)
 
     def is_call(self) -> bool:
-        """Whether `(x)` follows, which makes the symbol before it the name of a function."""
+        """Whether `(x)` follows, so that the symbol in front of it is the name of a function."""
         after = self.tokens[self.position + 1 : self.position + 3]
         return len(after) == 2 and after[1] == ")"
 
@@ -264,7 +265,7 @@ class _Reader:
         return value if power is None else Pow(value, power, evaluate=False)
 
     def argument(self) -> sympy.Basic:
-        r"""`(2x)` of `\sin(2x)`, `2x` of `\sin 2x`; the next function ends it."""
+        r"""Parses `(2x)` of `\sin(2x)` and `2x` of `\sin 2x`; the next function ends the argument."""
         if self.next in ("(", "{", "["):
             tree = self.brackets(self.next)
             if self.next in ("^", "!", "/", "\\degree"):
@@ -282,8 +283,8 @@ _BRACKETS = {"(": ")", "[": "]", "{": "}", "|": "|", "\\lfloor": "\\rfloor", "\\
 
 
 def read_common(latex: str) -> sympy.Basic:
-    """The tree of an expression of the common grammar. Raises OutsideGrammar."""
+    """Returns the tree of an expression of the common grammar. Raises OutsideGrammar."""
     try:
-        return _Reader(latex).read_all()
+        return _Parser(latex).read_all()
     except (TypeError, ValueError) as error:
         raise OutsideGrammar(str(error)) from None

@@ -1,15 +1,24 @@
-"""Questions about parsed answers: their parts, names and brackets."""
+"""Properties of parsed answers: their parts, names and brackets."""
 
 from __future__ import annotations
 
 import re
 
-from oreal_megatron.verifier.equality.intervals import is_set_like
-from oreal_megatron.verifier.latex.nodes import Bracketed, Collection, Leaf, Matrix, Node, Ratio, Relation, Text
+from oreal_megatron.verifier.latex.nodes import (
+    Bracketed,
+    Collection,
+    Leaf,
+    Matrix,
+    Node,
+    Ratio,
+    Relation,
+    SetOperation,
+    Text,
+)
 
 
 def latex_of(node: Node) -> str | None:
-    """The text of a node without parts."""
+    """Returns the LaTeX of a node that has no parts, else None."""
     if isinstance(node, Leaf):
         return node.latex
     if isinstance(node, Text):
@@ -18,13 +27,13 @@ def latex_of(node: Node) -> str | None:
 
 
 def names_of(node: Node) -> list[str]:
-    """The names in a tuple of names."""
+    """Returns the names in a tuple of names."""
     latex = [latex_of(part) for part in node.parts] if isinstance(node, Bracketed) else []
     return [name for name in latex if name is not None]
 
 
 def words_of(node: Node) -> str | None:
-    """What a node says in words, if anything: the empty set says "no solution"."""
+    """Returns the words that a node stands for, or None: the empty set stands for "no solution"."""
     if isinstance(node, Text):
         return node.words
     if isinstance(node, Leaf) and node.value is None:
@@ -35,7 +44,7 @@ def words_of(node: Node) -> str | None:
 
 
 def parts_of(node: Node) -> tuple[Node, ...] | None:
-    """The parts in order; of a matrix only where it is one row or one column."""
+    """Returns the parts in order; those of a matrix only if it has one row or one column."""
     if isinstance(node, (Collection, Bracketed)):
         return node.parts
     if isinstance(node, Matrix):
@@ -51,8 +60,32 @@ def is_braced(node: Node) -> bool:
     return isinstance(node, Collection) and node.braces
 
 
+REALS = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?")
+POSITIVE_REALS = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?\s*\^\s*\{?\s*\+\s*\}?")
+
+
+def infinity_sign(latex: str) -> int:
+    """Returns -1 or 1 for an infinity, and 0 for every other expression."""
+    return {"\\infty": 1, "+\\infty": 1, "-\\infty": -1}.get(latex.replace(" ", ""), 0)
+
+
+def is_set_like(node: Node) -> bool:
+    """Whether the node can only be a set of reals: an inequality, a union, a half-open interval."""
+    if isinstance(node, Relation):
+        return bool(set(node.operators) & {"<", ">", "<=", ">=", "!=", "in"})
+    if isinstance(node, SetOperation):
+        return True
+    if isinstance(node, Bracketed):
+        return (node.opening, node.closing) in (("(", "]"), ("[", ")")) or any(
+            isinstance(part, Leaf) and infinity_sign(part.latex) for part in node.parts
+        )
+    if isinstance(node, Collection):
+        return any(isinstance(part, Relation) and is_set_like(part) for part in node.parts)
+    return isinstance(node, Leaf) and (REALS.fullmatch(node.latex) or POSITIVE_REALS.fullmatch(node.latex)) is not None
+
+
 def is_interval(node: Bracketed) -> bool:
-    """Brackets of two parts that are no tuple's."""
+    """Whether two parts in brackets are an interval: the brackets are no tuple's, or an end is infinite."""
     return len(node.parts) == 2 and ((node.opening, node.closing) not in _TUPLE_BRACKETS or is_set_like(node))
 
 
@@ -60,7 +93,7 @@ _TUPLE_BRACKETS = {("(", ")"), ("\\langle", "\\rangle")}
 
 
 def quotient_of(ratio: Ratio, index: int) -> str:
-    """The first part of a ratio over another one, as LaTeX."""
+    """Returns the first part of a ratio over the part at `index`, as LaTeX."""
     return f"\\frac{{{latex_of(ratio.parts[0]) or ''}}}{{{latex_of(ratio.parts[index]) or ''}}}"
 
 
@@ -69,7 +102,7 @@ _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
 
 
 def reversed_relation(relation: Relation) -> tuple[tuple[Node, ...], tuple[str, ...]]:
-    """Items and operators of the relation read from right to left."""
+    """Returns items and operators of the relation read from right to left."""
     return relation.items[::-1], tuple(_FLIPPED.get(operator, operator) for operator in relation.operators[::-1])
 
 
@@ -79,7 +112,10 @@ _SUM_OF_NAMES = re.compile(
 
 
 def is_measured(relation: Relation) -> bool:
-    """`m+n=7`: the value of an expression in several unknowns. Whether it was asked for, the answer does not say."""
+    """Whether the relation is the value of an expression in several unknowns, such as `m+n=7`.
+
+    The answer does not say whether that expression was asked for.
+    """
     name = latex_of(relation.items[0]) or ""
     return (
         relation.operators == ("=",)
@@ -92,13 +128,13 @@ _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
 def in_alphabet(named: dict[str, Node]) -> dict[str, Node]:
-    """`y=1, x=2` as x, y: neighbours in the alphabet have an order of their own; other names keep the given one."""
+    """Sorts `y=1, x=2` by name if the names are neighbours in the alphabet; leaves the order of other names."""
     names = sorted(named)
     return {name: named[name] for name in names} if "".join(names) in _ALPHABET else named
 
 
 def modulus_of(relation: Relation) -> str | None:
-    """The modulus of a congruence."""
+    """Returns the modulus of a congruence, or None."""
     if "mod" not in relation.operators:
         return None
     found = re.search(r"\\pmod\s*\{?\s*(\w+)|\\mod\s*\{?\s*(\w+)", latex_of(relation.items[-1]) or "")
@@ -110,7 +146,7 @@ _CALL = re.compile(r"([A-Za-z])\s*\(\s*([A-Za-z])\s*\)")
 
 
 def rename_argument(answer_name: str, gold_name: str, value: Node) -> Node | None:
-    """`t^2` of `f(t)=t^2` in the gold's own variable: the argument of a function is bound."""
+    """Returns `t^2` of `f(t)=t^2` in the variable of the gold answer, since the argument of a function is bound."""
     given, wanted = _CALL.fullmatch(answer_name), _CALL.fullmatch(gold_name)
     if not (given and wanted and given[1] == wanted[1] and isinstance(value, Leaf)):
         return None

@@ -1,4 +1,4 @@
-"""What a final answer can be: expressions at the leaves, and the shapes around them."""
+"""The parsed form of a final answer: expressions at the leaves, and the shapes around them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from oreal_megatron.verifier.latex.units_and_words import Unit
 
 @dataclass(frozen=True)
 class Leaf:
-    """One expression. `unit` is what stood beside it; `percent` whether it was followed by a percent sign."""
+    """A single expression, its exact value if it is a plain number, its unit, and whether a percent sign followed."""
 
     latex: str
     value: Fraction | None = None
@@ -20,7 +20,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Text:
-    """Words. `latex` is the answer as it stood."""
+    """Words; `latex` is the answer as it was written."""
 
     words: str
     latex: str
@@ -36,7 +36,7 @@ class Based:
 
 @dataclass(frozen=True)
 class Ratio:
-    """2:3, or a time of day."""
+    """A ratio such as 2:3, or a time of day if `clock`."""
 
     parts: tuple[Node, ...]
     clock: bool
@@ -44,7 +44,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Bracketed:
-    """Parts between brackets: a tuple or an interval, as the other side will say; ordered."""
+    """Ordered parts between brackets: a tuple or an interval, which only the other answer can tell."""
 
     parts: tuple[Node, ...]
     opening: str
@@ -53,7 +53,7 @@ class Bracketed:
 
 @dataclass(frozen=True)
 class Collection:
-    """Parts without order: a list of solutions, or a set where `braces`; `alternative` where joined by "or"."""
+    """Parts without order: a list of solutions, a set if `braces`, alternatives if "or" joins them."""
 
     parts: tuple[Node, ...]
     braces: bool = False
@@ -62,7 +62,7 @@ class Collection:
 
 @dataclass(frozen=True)
 class SetOperation:
-    """Union, intersection or difference of sets; "or" and "and" of statements."""
+    """A union, intersection or difference of sets, or statements joined by "or" or "and"."""
 
     operator: str
     parts: tuple[Node, ...]
@@ -70,7 +70,7 @@ class SetOperation:
 
 @dataclass(frozen=True)
 class Relation:
-    """A chain `a < b <= c`: one more item than operators."""
+    """A chain such as `a < b <= c`, with one more item than operators."""
 
     items: tuple[Node, ...]
     operators: tuple[str, ...]
@@ -78,6 +78,8 @@ class Relation:
 
 @dataclass(frozen=True)
 class Matrix:
+    """Rows of equal length."""
+
     rows: tuple[tuple[Node, ...], ...]
 
 

@@ -1,4 +1,4 @@
-"""One spelling for what LaTeX and unicode can spell in many ways. Text to text, linear time, no meaning yet."""
+"""Normalization of LaTeX and unicode to a single spelling: text to text, in linear time, without interpretation."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _COMMANDS = {
     "lang": "langle", "rang": "rangle", "bmod": "mod", "iff": "Leftrightarrow", "implies": "Rightarrow",
 }  # fmt: skip
 
-# Layout without meaning. `\limits` and friends only move indices about.
+# Layout without meaning; `\limits` and `\nolimits` only move indices.
 _DROPPED_COMMANDS = frozenset([
     "left", "right", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr", "biggl", "biggr", "middle",
     "displaystyle", "textstyle", "scriptstyle", "scriptscriptstyle", "limits", "nolimits", "noindent", "boldmath",
@@ -55,7 +55,7 @@ _DROPPED_COMMANDS = frozenset([
 _SPACE_COMMANDS = frozenset(
     ["quad", "qquad", "enspace", "thinspace", "space", "medspace", "thickspace", "newline", "hskip"]
 )
-# Typeface of their one argument, which stays.
+# Commands that set the typeface of their argument, which is kept.
 _UNWRAPPED_COMMANDS = frozenset([
     "mathbf", "mathit", "mathsf", "mathtt", "boldsymbol", "bm", "pmb", "mathnormal", "displaymath", "underline",
     "cancel", "mathop", "phantomsection", "ensuremath", "boxed",
@@ -89,7 +89,7 @@ _INVISIBLE = re.compile("[\u200b-\u200f\u2060-\u2064\ufeff\u00ad\u202a-\u202e]")
 
 
 def _fold_unicode(text: str) -> str:
-    """Mathematical signs to LaTeX; compatibility forms (full width, bold letters) to plain ones."""
+    """Rewrites mathematical signs as LaTeX, and compatibility forms (full width, bold letters) as plain characters."""
     text = _INVISIBLE.sub("", text)
     text = _SUPERSCRIPT_RUN.sub(lambda run: "^{" + "".join(_SUPERSCRIPTS[c] for c in run[0]) + "}", text)
     text = _SUBSCRIPT_RUN.sub(lambda run: "_{" + "".join(_SUBSCRIPTS[c] for c in run[0]) + "}", text)
@@ -113,7 +113,7 @@ def _rename_command(match: re.Match[str]) -> str:
 
 
 def matching_brace(text: str, start: int) -> int:
-    """Index of the brace that closes the one at `start`, or -1. Escaped braces don't count."""
+    """Returns the index of the brace that closes the brace at `start`, or -1. Escaped braces don't count."""
     depth = 0
     for match in _BRACE.finditer(text, start):
         if match[0] == "{":
@@ -143,7 +143,7 @@ _ORDINAL = re.compile(
 
 
 def _upright(match: re.Match[str]) -> str:
-    r"""`\mathrm{e}` is e, `\mathrm{lcm}` a function, `\mathrm{cm}` a word."""
+    r"""Rewrites `\mathrm{e}` as e, `\mathrm{lcm}` as a function, `\mathrm{cm}` as a word."""
     name = match[1]
     if name in _FUNCTIONS:
         return f"\\{name} "
@@ -151,7 +151,7 @@ def _upright(match: re.Match[str]) -> str:
 
 
 def _unwrap(text: str) -> str:
-    r"""`\mathbf{v}` -> `v`, `\mathbf{ab}^2` -> `{ab}^2`. Typeface has no value."""
+    r"""Rewrites `\mathbf{v}` to `v` and `\mathbf{ab}^2` to `{ab}^2`."""
     pieces, position = [], 0
     for match in _TYPEFACE.finditer(text):
         if match.start() < position:
@@ -169,7 +169,7 @@ _TYPEFACE = re.compile(rf"\\(?:{'|'.join(sorted(_UNWRAPPED_COMMANDS))})(?![A-Za-
 
 
 def _brace_fractions(text: str) -> str:
-    r"""`\frac12` -> `\frac{1}{2}`, `\frac1{72}` -> `\frac{1}{72}`, `\frac{1}c` -> `\frac{1}{c}`."""
+    r"""Rewrites `\frac12` to `\frac{1}{2}`, `\frac1{72}` to `\frac{1}{72}`, `\frac{1}c` to `\frac{1}{c}`."""
     text = _FRACTION.sub(r"\\frac{\1}", text)
     pieces: list[str] = []
     position = 0
@@ -187,7 +187,7 @@ def _brace_fractions(text: str) -> str:
 
 
 def _brace_powers(text: str) -> str:
-    """`10^(-3)` as people type it -> `10^{-3}`."""
+    """Rewrites `10^(-3)`, as people type it, to `10^{-3}`."""
     pieces, position = [], 0
     for match in re.finditer(r"\^\s*\(", text):
         close = matching_bracket(text, match.end() - 1)
@@ -199,7 +199,7 @@ def _brace_powers(text: str) -> str:
 
 
 def _plain_functions(text: str) -> str:
-    r"""`sqrt(2)*pi` as people type it -> `\sqrt{2}*\pi `."""
+    r"""Rewrites `sqrt(2)*pi`, as people type it, to `\sqrt{2}*\pi `."""
     if "\\text" in text:
         return text
     text = _PLAIN_FUNCTION.sub(r"\\\1", text)
@@ -215,7 +215,7 @@ def _plain_functions(text: str) -> str:
 
 
 def matching_bracket(text: str, start: int) -> int:
-    """Index of the round bracket that closes the one at `start`, or -1."""
+    """Returns the index of the round bracket that closes the bracket at `start`, or -1."""
     depth = 0
     for index in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[index], 0)
@@ -225,12 +225,12 @@ def matching_bracket(text: str, start: int) -> int:
 
 
 def text_key(normalized: str) -> str:
-    """The answer without spaces, except between digits: `1 2` is not `12`."""
+    """Returns the answer without spaces, except between digits: `1 2` is not `12`."""
     return _IDLE_SPACE.sub("", normalized)
 
 
 def normalize(answer: str) -> str:
-    """The answer in one spelling: LaTeX commands only, no layout, braces around arguments, single spaces."""
+    """Returns the answer in its normal spelling: LaTeX commands, no layout, braces around arguments, single spaces."""
     text = _fold_unicode(answer)
     if marked := _MARKDOWN.fullmatch(text.strip()):
         text = marked[2]
@@ -269,7 +269,7 @@ def normalize(answer: str) -> str:
 
 
 def _strip_end(text: str) -> str:
-    """No full stop, comma or other separator at the end, no braces around the whole."""
+    """Removes separators at the end and braces around the whole text."""
     while True:
         before = text
         text = text.strip().lstrip("&").rstrip(",;:").removesuffix("\\newrow").strip()

@@ -1,6 +1,6 @@
-"""Notations of some countries and keyboards as the usual ones, and the words that people put around an answer.
+"""Rewriting of national and typed notations to the usual ones, and removal of the words around an answer.
 
-Text to text, in LaTeX whose commands are already in one spelling.
+Text to text; the commands of the LaTeX must be normalized already.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CURRENCIES = {"USD": "dollar", "EUR": "euro", "GBP": "pounds", "Rs": "rupees"}
 
 
 def _binomial(match: re.Match[str]) -> str:
-    """C_9^4 and C_4^9 are both in use: the larger number is the one chosen from. C_1^2 is a constant's square."""
+    """Rewrites C_9^4 and C_4^9, which are both in use, as the larger number over the smaller; C_1^2 is a square."""
     first, second = int(match[1]), int(match[2])
     return match[0] if max(first, second) < 3 else f"\\binom{{{max(first, second)}}}{{{min(first, second)}}}"
 
@@ -37,7 +37,7 @@ _CHINESE_WORDS = (("或者", " or "), ("或", " or "), ("和", " and "), ("与",
 
 
 def _chinese(match: re.Match[str]) -> str:
-    """`2或3` -> `2\\text{ or }3`, `42个` -> `42\\text{个}`."""
+    r"""Rewrites `2或3` to `2\text{ or }3`, and `42个` to `42\text{个}`."""
     words = match[1]
     for chinese, english in _CHINESE_WORDS:
         if words == chinese:
@@ -66,7 +66,7 @@ _NOTATIONS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], 
 
 
 def usual_notation(text: str) -> str:
-    r"""`C_9^4` -> `\binom{9}{4}`, `(101)_2` -> `101_2`, `\text{ mod }5` -> `\pmod{5}`, and the like."""
+    r"""Rewrites `C_9^4` to `\binom{9}{4}`, `(101)_2` to `101_2`, `\text{ mod }5` to `\pmod{5}`, and so on."""
     for pattern, replacement in _NOTATIONS:
         text = pattern.sub(replacement, text)
     return text
@@ -94,7 +94,7 @@ def _statement(match: re.Match[str]) -> str:
 
 
 def without_phrases(text: str) -> str:
-    r"""`\text{The area is }5` -> `\text{The area}=5`, `\text{So, }5` -> `5`, `\text{5 cm}^2` -> `5\text{ cm}^2`."""
+    r"""Rewrites `\text{The area is }5` to `\text{The area}=5`, `\text{So, }5` to `5`, and so on."""
     if "\\text" not in text:
         return text
     text = _INTRODUCTION.sub("", text)
@@ -111,7 +111,7 @@ _CONDITION = re.compile(
 
 
 def without_excluded_points(text: str) -> str:
-    r"""`\frac{1}{x}, x\ne 0` -> `\frac{1}{x}`: where an expression has no value need not be said."""
+    r"""Rewrites `\frac{1}{x}, x\ne 0` to `\frac{1}{x}`: points without a value need not be stated."""
     match = _CONDITION.fullmatch(text)
     if match is None or re.search(r"[=<>,]|\\(?:le|ge|ne|in|cup|cap|mathbb)(?![A-Za-z])", match["expression"]):
         return text

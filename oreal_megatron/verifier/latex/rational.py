@@ -1,4 +1,4 @@
-"""Plain numbers as exact fractions, without sympy: what most final answers are."""
+"""Plain numbers, which most final answers are, as exact fractions; without sympy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 
 MAX_DIGITS = 10_000
-"""A longer run of digits is compared as text only: Python's own limit on conversion is 4,300."""
+"""Length of the longest text that is read as a number."""
 MAX_DECIMAL_EXPONENT = 4_000
 
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
@@ -49,7 +49,7 @@ def _scientific(text: str) -> Fraction | None:
 
 
 def _repeating(text: str) -> Fraction | None:
-    r"""`0.1\overline{6}`, `0.\dot{1}4285\dot{7}`, and `0.1666\ldots` where the period was written out often enough."""
+    r"""Reads `0.1\overline{6}`, `0.\dot{1}4285\dot{7}`, and `0.1666\ldots` if the period is repeated often enough."""
     text = _DOTTED.sub(r"\\overline{\1\2\3}", text)
     if endless := _ENDLESS.fullmatch(text):
         seen = _PERIOD_SEEN.fullmatch(endless[2])
@@ -77,7 +77,7 @@ def _quotient(text: str) -> Fraction | None:
 
 
 def parse_rational(text: str) -> Fraction | None:
-    """The exact value of a normalised plain number, or None where the text is something else."""
+    """Returns the exact value of a normalised plain number, or None for every other text."""
     text = text.strip()
     if len(text) > MAX_DIGITS or not any(char.isdigit() for char in text):
         return None

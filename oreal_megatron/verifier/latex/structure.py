@@ -1,6 +1,6 @@
-"""The outer shape of a final answer: list, tuple, interval, relation, matrix, quantity, ... around expressions.
+"""Parser of the shape of a final answer: list, tuple, interval, relation, matrix, quantity, ... around expressions.
 
-A parser of structure only. What is left at the leaves is LaTeX of one expression, compared elsewhere.
+The leaves stay LaTeX of single expressions, which `equality` compares.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ _PLAIN_WORDS = re.compile(r"[A-Za-z][A-Za-z' ,.\-!?]*")
 
 @dataclass(frozen=True)
 class Token:
+    """A LaTeX token with its place in the text and its bracket depth."""
+
     text: str
     start: int
     end: int
@@ -59,7 +61,7 @@ class Token:
 
 
 def tokens_of(latex: str) -> list[Token]:
-    """Tokens with the bracket depth they stand at. `(0,1]` counts as balanced: any closer closes any opener."""
+    """Returns the tokens. `(0,1]` counts as balanced: any closing bracket closes any opening bracket."""
     tokens: list[Token] = []
     depth = 0
     for match in _TOKEN.finditer(latex):
@@ -73,7 +75,7 @@ def tokens_of(latex: str) -> list[Token]:
 
 
 def split_top(latex: str, separators: frozenset[str]) -> list[str]:
-    """The parts between separators outside of all brackets."""
+    """Splits the text at separators that are outside of all brackets."""
     parts, position = [], 0
     for token in tokens_of(latex):
         if token.depth == 0 and token.text in separators:
@@ -142,7 +144,7 @@ def _bracketed(latex: str) -> Node | None:
 
 
 def _system(latex: str) -> Collection | None:
-    """Equations one below the other are a list of them."""
+    """Reads equations in rows as a list."""
     match = _ROWS.fullmatch(latex)
     inside = match[2] if match else latex
     if "\\newrow" not in inside or "\\begin" in inside:
@@ -182,7 +184,7 @@ def _text(words: str, latex: str) -> Node:
 
 
 def _words(latex: str) -> Node | None:
-    """The whole as text, if it is only text."""
+    """Reads an answer that is only text."""
     without = _TEXT_COMMAND.sub("", latex).strip(" .,;:!?-")
     if "\\text" in latex and not without:
         words = " ".join(match[1].strip() for match in _TEXT_COMMAND.finditer(latex)).strip()
@@ -208,7 +210,7 @@ _POINT = re.compile(r"([A-Z](?:_\{?\d\}?|'{1,2})?)\s*(\(.+\))", re.DOTALL)
 
 
 def _all_but(latex: str) -> SetOperation | None:
-    """`all real numbers except 1 and 2`"""
+    """Reads `all real numbers except 1 and 2`."""
     match = _ALL_BUT.fullmatch(latex)
     if match is None:
         return None
@@ -218,7 +220,7 @@ def _all_but(latex: str) -> SetOperation | None:
 
 
 def _point(latex: str) -> Relation | None:
-    """`P(3,4)` names a point."""
+    """Reads `P(3,4)`, a point with its name."""
     match = _POINT.fullmatch(latex)
     place = _bracketed(match[2]) if match else None
     if match is None or not isinstance(place, Bracketed):
@@ -247,7 +249,7 @@ def _plus_minus(latex: str) -> Collection | None:
 
 
 def _flatten(parts: list[Node]) -> tuple[Node, ...]:
-    """`1 \\pm 2, 3` is a list of three."""
+    r"""Flattens lists in a list: `1 \pm 2, 3` has three parts."""
     flat: list[Node] = []
     for part in parts:
         if isinstance(part, Collection) and not part.braces:
@@ -258,7 +260,7 @@ def _flatten(parts: list[Node]) -> tuple[Node, ...]:
 
 
 def parse_list(latex: str) -> Collection | None:
-    """`a, b and c` outside of brackets."""
+    """Reads a list such as `a, b and c` outside of brackets."""
     tokens = tokens_of(latex)
     spans: list[tuple[int, int]] = [(t.start, t.end) for t in tokens if t.depth == 0 and t.text in ",;"]
     depth_at = {token.start: token.depth for token in tokens}
@@ -289,7 +291,7 @@ def _set_operation(latex: str) -> SetOperation | None:
 
 
 def _connective(latex: str) -> SetOperation | None:
-    """Connectives bind less than relations, set operators more."""
+    """Reads statements joined by connectives, which bind less than relations; set operators bind more."""
     return _operation(latex, _CONNECTIVES)
 
 
@@ -310,7 +312,7 @@ _COMPOUND = re.compile(
 
 
 def _compound(latex: str) -> Bracketed | None:
-    """`3 hours 20 minutes`: quantities that are one together, in order."""
+    """Reads several quantities that are one together, such as `3 hours 20 minutes`."""
     latex = re.sub(r"\s+and\s*\}", "}", latex)
     if _COMPOUND.fullmatch(latex) is None:
         return None
@@ -332,7 +334,7 @@ def _leaf(latex: str) -> Leaf:
 
 
 def parse(latex: str) -> Node:
-    """The structure of a normalised answer whose depth was checked."""
+    """Returns the structure of a normalised answer whose depth was checked."""
     latex = latex.strip()
     if latex.startswith("{") and matching_brace(latex, 0) == len(latex) - 1:
         inside = latex[1:-1].strip()

@@ -32,7 +32,7 @@ _CHINESE_QUALIFIER = re.compile("[不非无没约近至多少以上下百千万�
 COMPARATIVE = re.compile(
     r"\b(?:less|more|fewer|greater|least|most|not|no|or|between|than|about|approximately)\b", re.IGNORECASE
 )
-"""Words that turn the number beside them into another statement."""
+"""Words that turn the number next to them into another statement."""
 _UNIT_TEXT = re.compile(
     r"(?P<number>.*?)\s*(?P<unit>(?:\\text\s*\{[^{}]*\}|\\degree|(?<=[\d}\s)])(?:[A-Za-z]{2,}|[mgshLKJNW])(?![A-Za-z({\\]))"
     r"(?:\s|\^\s*\{?\s*-?\d\s*\}?|/|\\cdot|\\text\s*\{[^{}]*\}|\\degree|[A-Za-z.]|\*)*)",
@@ -46,12 +46,12 @@ _CURRENCY = re.compile(r"(-?)\s*\\(dollar|euro|pounds|yen|rupees)(?![A-Za-z])\s*
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit as its normalised words in order, such as ("km", "/", "h")."""
+    """The normalised words of a unit in order, such as ("km", "/", "h")."""
 
     words: tuple[str, ...]
 
     def agrees(self, other: Unit) -> bool:
-        """Whether the two may stand for the same: one list of words within the other, so "apples" in "red apples"."""
+        """Whether the two may be the same: one has all the words of the other, such as "apples" and "red apples"."""
         mine, others = set(self.words) - {"/"}, set(other.words) - {"/"}
         return self.words == other.words or (
             bool(mine and others) and (mine <= others or others <= mine) and not (mine ^ others) & _PHYSICAL
@@ -78,7 +78,7 @@ def _singular(word: str) -> str:
 
 
 def _unit_of(text: str) -> Unit | None:
-    """The unit in a piece of text; None where it holds words that change the meaning of the number."""
+    """Returns the unit in a piece of text; None if it holds words that change the meaning of the number."""
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).replace("\\degree", " degree ").replace("\\cdot", " ")
     text = re.sub(r"([ap])\.\s?m\.?", r"\1m", text.lower())
     words: list[str] = []
@@ -96,7 +96,7 @@ def _unit_of(text: str) -> Unit | None:
 
 
 def split_unit(latex: str) -> tuple[str, Unit | None, bool]:
-    """(expression, unit or None, whether a percent sign stood behind)."""
+    """Returns (expression, unit or None, whether a percent sign follows)."""
     latex = latex.strip()
     if match := _CURRENCY.fullmatch(latex):
         expression, unit, percent = split_unit(match[3])
@@ -120,7 +120,7 @@ def _with_unit(latex: str, number: str, unit_text: str) -> tuple[str, Unit | Non
     if "\\degree" in unit_text and _ANGLE_OF_FUNCTION.search(number):
         return latex, None, False  # the degrees are the function's argument
     if "\\" not in unit_text and not (_known_unit(unit_text) or _COUNTED_THINGS.fullmatch(unit_text)):
-        return latex, None, False  # letters without \text are variables unless they are a unit's name
+        return latex, None, False  # letters without \text are variables, unless they are the name of a unit
     unit = _unit_of(unit_text)
     if unit is None:
         return latex, None, False
@@ -145,7 +145,7 @@ def _known_unit(text: str) -> bool:
 
 
 def parse_word_number(text: str) -> Fraction | None:
-    """The value of a number in English words, such as "six" or "one thousand two hundred"."""
+    """Returns the value of a number in English words, such as "six" or "one thousand two hundred", or None."""
     words = re.findall("[a-z]+", re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text.lower()))
     if not words or len(words) > 20 or re.search(r"[^a-z\s\-,]", re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text.lower())):
         return None
@@ -182,6 +182,6 @@ _PHRASES = {_plain_key(phrase): _plain_key(group[0]) for group in _SAME_PHRASE f
 
 
 def words_key(text: str) -> str:
-    """One spelling of a phrase: lower case, singular, without articles and punctuation."""
+    """Returns the key of a phrase: lower case, singular, without articles and punctuation."""
     key = _plain_key(text)
     return _PHRASES.get(key, key)

@@ -1,4 +1,4 @@
-"""Names in front of values: `x = 5`, `f(x) = ...`, `|AB| = 1`, `x \\in ...`."""
+r"""Names in front of values: `x = 5`, `f(x) = ...`, `|AB| = 1`, `x \in ...`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NAME = re.compile(
 
 
 def is_name(node: Node) -> bool:
-    """Whether the item only names what stands on the other side."""
+    """Whether the item is only a name for the other side of the relation."""
     if isinstance(node, Leaf):
         return node.value is None and node.unit is None and _NAME.fullmatch(node.latex) is not None
     if isinstance(node, Text):
@@ -40,7 +40,7 @@ def is_name(node: Node) -> bool:
 
 
 def strip_name(relation: Relation) -> Node | None:
-    """The value that a relation gives to a name, or None where it is a relation proper."""
+    """Returns the value that a relation gives to a name, or None if it is an equation or inequality of its own."""
     if set(relation.operators) - {"=", "~", "in", "mod"}:
         return None
     items = list(relation.items)
@@ -63,7 +63,7 @@ def strip_name(relation: Relation) -> Node | None:
 
 
 def _chain_value(items: list[Node], operators: tuple[str, ...]) -> Node:
-    """The exact value of a chain: the last item before an approximation."""
+    """Returns the exact value of a chain: the last item before an approximation."""
     for index, operator in enumerate(operators[: len(items) - 1]):
         if operator == "~":
             return items[index]
@@ -86,7 +86,7 @@ def _leaf_without_modulus(leaf: Leaf) -> Leaf:
 
 
 def named_parts(node: Node) -> dict[str, Node] | None:
-    """Name -> value where every part of a list names its own value, all names different."""
+    """Returns name -> value if every part of a list names its own value and all names differ, else None."""
     if not isinstance(node, (Collection, Bracketed)):
         return None
     named: dict[str, Node] = {}

@@ -1,0 +1,1 @@
+"""Processes that compare symbolic answers within limits of time and memory."""

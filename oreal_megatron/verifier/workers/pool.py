@@ -1,14 +1,14 @@
 """A pool of killable processes that compare answers; each comparison has a hard time limit.
 
-Nothing is forked from this process, which may hold threads and devices: children come from the server in `worker`.
+The trainer may hold threads and devices, so it is never forked: the workers are children of the server in `worker`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -21,11 +21,17 @@ from pathlib import Path
 
 from oreal_megatron.types import Verdict
 from oreal_megatron.verifier.outcome import Outcome, unknown
-from oreal_megatron.verifier.workers import protocol
 
 _START_SECONDS = 120.0
 _STOP_SECONDS = 5.0
+_IMPORT_ROOT = Path(__file__).resolve().parents[3]
+_SERVER_MODULE = "oreal_megatron.verifier.workers.worker"
 
+FORK, KILL = b"F", b"K"
+COMMAND = struct.Struct("!cq")
+"""A command to the server: FORK with 0 and the worker's end of a socket, or KILL with a process id."""
+REPLY = struct.Struct("!q")
+"""The server's reply to a command: a process id."""
 
 Job = tuple[str, tuple[str, ...], tuple[str, ...]]
 """Gold answer, final answers, earlier boxes."""
@@ -33,7 +39,7 @@ Job = tuple[str, tuple[str, ...], tuple[str, ...]]
 
 @dataclass
 class Timed:
-    """An outcome with the wall seconds it took, and whether it was the time limit that ended it."""
+    """An outcome with the wall seconds it took, and whether the time limit ended the comparison."""
 
     outcome: Outcome
     seconds: float
@@ -49,87 +55,63 @@ class _Worker:
 
 
 class _Server:
-    """The forking server: one subprocess and its control socket."""
+    """The forking server: a subprocess, its control socket, and the workers forked so far."""
 
     def __init__(self, memory_limit_mb: int) -> None:
-        ours, theirs = socket.socketpair()
-        package_root = str(Path(__file__).resolve().parents[3])
-        environment = dict(
-            os.environ, PYTHONPATH=os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-        )
+        self.owner = os.getpid()
+        self.workers: list[_Worker] = []
+        self.control, theirs = socket.socketpair()
+        import_path = os.pathsep.join(filter(None, [str(_IMPORT_ROOT), os.environ.get("PYTHONPATH")]))
         with theirs:
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "oreal_megatron.verifier.workers.worker",
-                    str(theirs.fileno()),
-                    str(memory_limit_mb),
-                ],
+                [sys.executable, "-P", "-m", _SERVER_MODULE, str(theirs.fileno()), str(memory_limit_mb)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env=environment,
+                env={**os.environ, "PYTHONPATH": import_path},
                 start_new_session=True,  # Ctrl-C in the terminal is the trainer's to handle
             )
-        self.control = ours
-        ours.settimeout(_START_SECONDS)
+        self.control.settimeout(_START_SECONDS)
         try:
-            ready = ours.recv(protocol.REPLY.size)
+            ready = self.control.recv(REPLY.size)
         except TimeoutError:
             ready = b""
-        if len(ready) < protocol.REPLY.size:
+        if len(ready) < REPLY.size:
             self.stop()
             raise RuntimeError(
-                f"the verifier's worker server did not start (exit code {self.process.returncode}): "
-                "see its error above; are sympy and latex2sympy2_extended installed?"
+                f"the verifier's worker server did not start (exit code {self.process.returncode}). Its own error "
+                "stands above; check that sympy and latex2sympy2_extended are installed."
             )
 
     def fork(self) -> _Worker:
-        """A fresh child with a connection of its own."""
+        """Returns a fresh child that has a connection of its own."""
         ours, theirs = socket.socketpair()
         with theirs:
-            socket.send_fds(self.control, [protocol.COMMAND.pack(protocol.FORK, 0)], [theirs.fileno()])
-            reply = self.control.recv(protocol.REPLY.size)
-        if len(reply) < protocol.REPLY.size:
+            socket.send_fds(self.control, [COMMAND.pack(FORK, 0)], [theirs.fileno()])
+            reply = self.control.recv(REPLY.size)
+        if len(reply) < REPLY.size:
             ours.close()
             raise ConnectionError("the verifier's worker server is gone")
-        return _Worker(protocol.REPLY.unpack(reply)[0], Connection(ours.detach()))
+        return _Worker(REPLY.unpack(reply)[0], Connection(ours.detach()))
 
     def kill(self, process: int) -> None:
-        """Kill and reap a child; only its parent can do so without a race on the process id."""
-        self.control.sendall(protocol.COMMAND.pack(protocol.KILL, process))
-        self.control.recv(protocol.REPLY.size)
+        """Kills and reaps a child; only its parent can do so without a race on the process id."""
+        self.control.sendall(COMMAND.pack(KILL, process))
+        self.control.recv(REPLY.size)
 
     def stop(self) -> None:
-        """End the server, which ends its children."""
+        """Ends the server and its workers; does nothing in a fork of the owner, whose processes they are."""
+        if self.owner != os.getpid():
+            return
+        for worker in self.workers:
+            worker.connection.close()
+        self.workers.clear()
         self.control.close()
         try:
             self.process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-
-
-@dataclass
-class _Resources:
-    """What must be released even if the pool is only garbage collected."""
-
-    owner: int
-    server: _Server | None = None
-    workers: list[_Worker] | None = None
-
-
-def _release(resources: _Resources) -> None:
-    if resources.owner != os.getpid():
-        return  # a fork of the owner holds copies of the sockets, not the processes
-    for worker in resources.workers or ():
-        worker.connection.close()
-    resources.workers = None
-    if resources.server is not None:
-        resources.server.stop()
-        resources.server = None
 
 
 class WorkerPool:
@@ -141,16 +123,21 @@ class WorkerPool:
         self.memory_limit_mb = memory_limit_mb
         self.num_restarts = 0
         self._lock = threading.Lock()
-        self._resources = _Resources(owner=os.getpid())
-        self._finalizer = weakref.finalize(self, _release, self._resources)
+        self._server: _Server | None = None
+        self._finalizer: weakref.finalize | None = None
+
+    def processes(self) -> list[int]:
+        """Returns the process ids of the server and of its workers; none before the first comparison."""
+        server = self._server
+        return [] if server is None else [server.process.pid, *(worker.process for worker in server.workers)]
 
     def close(self) -> None:
-        """Stop all processes. A later comparison starts them anew."""
+        """Stops all processes. A later comparison starts new ones."""
         with self._lock:
-            _release(self._resources)
+            self._stop_server()
 
     def compare(self, jobs: Sequence[Job]) -> list[Timed]:
-        """One outcome for each job, in order. Threads take turns."""
+        """Returns an outcome for each job, in order. Threads take turns."""
         if not jobs:
             return []
         with self._lock:
@@ -160,25 +147,30 @@ class WorkerPool:
             while pending or any(worker.job >= 0 for worker in workers):
                 for worker in workers:
                     if worker.job < 0 and pending:
-                        self._give(worker, pending, jobs, results)
+                        self._send_job(worker, pending, jobs, results)
                 self._collect(workers, results)
             return [result or Timed(unknown("lost"), 0.0) for result in results]
 
-    def _started(self, count: int) -> list[_Worker]:
-        if self._resources.owner != os.getpid():
-            self._resources = _Resources(owner=os.getpid())
-            self._finalizer = weakref.finalize(self, _release, self._resources)
-        server = self._resources.server
-        if server is None or server.process.poll() is not None:
-            _release(self._resources)
-            self._resources.server = server = _Server(self.memory_limit_mb)
-            self._resources.workers = []
-        workers = self._resources.workers = self._resources.workers or []
-        while len(workers) < count:
-            workers.append(server.fork())
-        return workers
+    def _start_server(self) -> _Server:
+        server = self._server = _Server(self.memory_limit_mb)
+        self._finalizer = weakref.finalize(self, server.stop)
+        return server
 
-    def _give(self, worker: _Worker, pending: list[int], jobs: Sequence[Job], results: list[Timed | None]) -> None:
+    def _stop_server(self) -> None:
+        if self._finalizer is not None:
+            self._finalizer()
+        self._server = self._finalizer = None
+
+    def _started(self, count: int) -> list[_Worker]:
+        server = self._server
+        if server is None or server.owner != os.getpid() or server.process.poll() is not None:
+            self._stop_server()
+            server = self._start_server()
+        while len(server.workers) < count:
+            server.workers.append(server.fork())
+        return server.workers
+
+    def _send_job(self, worker: _Worker, pending: list[int], jobs: Sequence[Job], results: list[Timed | None]) -> None:
         job = pending.pop()
         worker.job, worker.started = job, time.monotonic()
         try:
@@ -188,7 +180,7 @@ class WorkerPool:
             self._replace(worker)
 
     def _collect(self, workers: list[_Worker], results: list[Timed | None]) -> None:
-        """Take the replies that are there; kill what is over time."""
+        """Reads the replies that have arrived and kills the workers that are over their time."""
         busy = {worker.connection: worker for worker in workers if worker.job >= 0}
         if not busy:
             return
@@ -211,18 +203,20 @@ class WorkerPool:
                 self._replace(worker)
 
     def _replace(self, worker: _Worker) -> None:
-        """A fresh process in place of a dead or hanging one."""
+        """Puts a fresh process in the place of a dead or hanging one."""
         self.num_restarts += 1
         worker.connection.close()
         worker.job = -1
-        server = self._resources.server
+        server = self._server
         assert server is not None
         try:
             server.kill(worker.process)
             fresh = server.fork()
         except OSError:
-            with contextlib.suppress(OSError):
-                server.stop()
-            server = self._resources.server = _Server(self.memory_limit_mb)
+            # The other workers died with their server; each is replaced when its connection turns out to be closed.
+            workers, server.workers = server.workers, []
+            self._stop_server()
+            server = self._start_server()
+            server.workers = workers
             fresh = server.fork()
         worker.process, worker.connection = fresh.process, fresh.connection

@@ -1,11 +1,11 @@
 """The processes that compare symbolic answers: a small forking server, and its killable children.
 
 `python -m oreal_megatron.verifier.workers.worker FD MEMORY_MB` imports sympy once, in an interpreter without threads,
-GPUs or anything else of the trainer, and forks a fresh child in milliseconds whenever the pool asks. A child that meets
-a bomb is killed; the next one starts warm.
+devices or other state of the trainer, and forks a child in milliseconds whenever the pool asks. The pool kills a child
+that runs out of time, and the next child starts with sympy loaded.
 
-Lifetime: the server leaves when its control socket closes or its parent is gone, and takes the children along; a
-child also dies with the server (PR_SET_PDEATHSIG). So nothing survives a kill -9 of the trainer.
+Lifetime: the server ends when its control socket closes or its parent has died, and it kills its children first; a
+child also dies with the server (PR_SET_PDEATHSIG). So no process survives a kill -9 of the trainer.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
 from oreal_megatron.verifier.outcome import Outcome, unknown
-from oreal_megatron.verifier.workers.protocol import COMMAND, FORK, REPLY
+from oreal_megatron.verifier.workers.pool import COMMAND, FORK, REPLY
 
 _PARENT_CHECK_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
 _MAX_OPEN_FILES = 64
 
-# The parser builds its tables as it meets constructs; children inherit what the server has met.
+# The parser builds its tables as it meets constructs; children inherit the tables that the server has built.
 _WARM_UP = (
     (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"), (r"x^{2}+2x+1", r"(x+1)^{2}"), (r"\log_{2} 8-\ln 3", r"3-\ln 3"),
     (r"[1,\sqrt{2}]", r"1\le x\le\sqrt{2}"), ("y=2x+1", "2x-y+1=0"), ("f(x)=x^{2}+1", "f(t)=t^{2}+1"),
@@ -44,7 +44,7 @@ _WARM_UP = (
 
 
 def _die_with_parent(parent: int) -> None:
-    """Ask Linux to kill this process when the server ends; elsewhere the server does it alone."""
+    """Asks Linux to kill this process when the server ends; on other systems only the server kills its children."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -52,7 +52,7 @@ def _die_with_parent(parent: int) -> None:
 
 
 def _limit_resources(memory_limit_mb: int) -> None:
-    """A comparison needs memory and the processor; it may not write files or leave core dumps."""
+    """Limits memory and open files, and forbids writing files and leaving core dumps."""
     memory = memory_limit_mb * 2**20
     for kind, limit in (
         (resource.RLIMIT_AS, memory),
@@ -65,7 +65,7 @@ def _limit_resources(memory_limit_mb: int) -> None:
 
 
 def _compare(gold: str, answers: Sequence[str], earlier: Sequence[str]) -> Outcome:
-    """The outcome of one job. Every failure is UNDECIDED: it says nothing of the answer."""
+    """Returns the outcome of a job. A failure of the comparison is UNDECIDED: it says nothing about the answer."""
     from oreal_megatron.verifier.equality.expressions import SymbolicLeaves
     from oreal_megatron.verifier.rules import compare_final
 
@@ -80,7 +80,7 @@ def _compare(gold: str, answers: Sequence[str], earlier: Sequence[str]) -> Outco
 
 
 def _serve(connection: Connection) -> None:
-    """Answer requests until the pool closes the connection."""
+    """Compares the jobs that the pool sends until it closes the connection."""
     while True:
         try:
             gold, answers, earlier = json.loads(connection.recv_bytes())
@@ -89,7 +89,7 @@ def _serve(connection: Connection) -> None:
         try:
             outcome = _compare(gold, answers, earlier)
         except MemoryError:
-            # The heap may be in pieces: say so and make room for a fresh process.
+            # The heap may be fragmented: report it and end, so that the pool forks a fresh process.
             connection.send_bytes(json.dumps(unknown("the comparison ran out of memory")).encode())
             return
         connection.send_bytes(json.dumps(outcome).encode())
@@ -118,7 +118,7 @@ def _reap(child: int) -> None:
 
 
 def run_server(control: socket.socket, memory_limit_mb: int) -> None:
-    """Fork and kill children as commanded, until the pool is gone."""
+    """Forks and kills children as the pool commands, until the pool has ended."""
     parent = os.getppid()
     children: set[int] = set()
     control.settimeout(_PARENT_CHECK_SECONDS)
@@ -132,8 +132,8 @@ def run_server(control: socket.socket, memory_limit_mb: int) -> None:
                 continue
             if len(message) < COMMAND.size:
                 return
-            what, process = COMMAND.unpack(message)
-            if what == FORK:
+            command, process = COMMAND.unpack(message)
+            if command == FORK:
                 process = _fork(control, descriptors[0], memory_limit_mb)
                 children.add(process)
             elif process in children:
@@ -141,14 +141,14 @@ def run_server(control: socket.socket, memory_limit_mb: int) -> None:
                 children.discard(process)
             control.sendall(REPLY.pack(process))
     except OSError:
-        return  # the pool's end is closed
+        return  # the pool has closed its end
     finally:
         for child in children:
             _reap(child)
 
 
 def main() -> None:
-    """Warm up, say so, and serve until the pool is gone."""
+    """Warms up, reports that the server is ready, and serves until the pool has ended."""
     control = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for gold, answer in _WARM_UP:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from oreal_megatron.types import Grade, GradeRequest, Verdict
-from oreal_megatron.verifier import JudgeConfig, VerifierConfig, build_verifier
+from oreal_megatron.verifier import JudgeConfig, VerifierConfig, build_verifier, cache
 from oreal_megatron.verifier.cache import VerdictCache, cache_key
 from oreal_megatron.verifier.metrics import VerifierMetrics
 
@@ -69,16 +69,29 @@ def test_a_broken_cache_does_not_stop_grading(tmp_path: Path, content: bytes | N
         assert verifier.grade_answers(SURDS)[0].verdict is Verdict.CORRECT
 
 
+def test_code_digest_covers_every_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change to any file of the verifier makes cached verdicts stale."""
+    (tmp_path / "latex").mkdir()
+    monkeypatch.setattr(cache, "__file__", str(tmp_path / "cache.py"))
+    digests = set()
+    for source in ("a = 1", "a = 2"):
+        (tmp_path / "latex" / "rational.py").write_text(source)
+        cache.code_digest.cache_clear()
+        digests.add(cache.code_digest())
+    cache.code_digest.cache_clear()
+    assert len(digests) == 2
+
+
 _WRITER = """
 import sys
 from oreal_megatron.types import Verdict
 from oreal_megatron.verifier.cache import VerdictCache, cache_key
 from oreal_megatron.verifier.outcome import Outcome
 path, first = sys.argv[1], int(sys.argv[2])
-cache = VerdictCache(path)
+verdicts = VerdictCache(path)
 for number in range(first, first + 50):
-    cache.put({cache_key(number): Outcome(Verdict.CORRECT, "r")})
-cache.close()
+    verdicts.put({cache_key(number): Outcome(Verdict.CORRECT, "r")})
+verdicts.close()
 """
 
 

@@ -212,7 +212,7 @@ def test_an_answer_that_is_too_long_is_not_sent() -> None:
 
 def test_breaker_rests_and_tries_again() -> None:
     now = [0.0]
-    endpoints = Endpoints(["http://a", "http://b/"], max_failures=2, rest_seconds=10.0, clock=lambda: now[0])
+    endpoints = Endpoints(["http://a", "http://b/"], max_failures=2, open_seconds=10.0, clock=lambda: now[0])
     assert [endpoints.pick() for _ in range(4)] == ["http://a", "http://b", "http://a", "http://b"]
     for _ in range(2):
         endpoints.failed("http://a")

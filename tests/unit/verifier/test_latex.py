@@ -15,7 +15,7 @@ from oreal_megatron.types import Verdict
 from oreal_megatron.verifier.equality.evaluate import CannotEvaluate, evaluate
 from oreal_megatron.verifier.equality.expressions import SymbolicLeaves, exact_value
 from oreal_megatron.verifier.input_limits import Refused, check_expression
-from oreal_megatron.verifier.latex.latex_fallback import Unreadable, _parse, prepare, read
+from oreal_megatron.verifier.latex.latex_fallback import Unreadable, parse_full, prepare, read
 from oreal_megatron.verifier.latex.latex_parser import OutsideGrammar, read_common
 from oreal_megatron.verifier.latex.nodes import Bracketed, Collection, Leaf, Matrix, Relation, Text
 from oreal_megatron.verifier.latex.normalize import normalize, text_key
@@ -151,8 +151,8 @@ SAME_READING = [
 @pytest.mark.parametrize("latex", SAME_READING)
 def test_both_readers_read_the_same(latex: str) -> None:
     """The fast reader agrees with the full parser wherever both read."""
-    ours, theirs = read_common(latex), _parse(prepare(latex))
-    outcome = SymbolicLeaves()._equal_trees(theirs, ours)
+    ours, theirs = read_common(latex), parse_full(prepare(latex))
+    outcome = SymbolicLeaves().equal_trees(theirs, ours)
     assert outcome.verdict is Verdict.CORRECT, (ours, theirs)
 
 

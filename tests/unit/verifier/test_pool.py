@@ -24,12 +24,6 @@ ROOT = Path(__file__).resolve().parents[3]
 SURD = ("\\sqrt{2}", ("\\frac{2}{\\sqrt{2}}",), ())
 
 
-def processes_of(pool: WorkerPool) -> list[int]:
-    server, workers = pool._resources.server, pool._resources.workers
-    assert server is not None and workers is not None
-    return [server.process.pid, *(worker.process for worker in workers)]
-
-
 def is_alive(process: int) -> bool:
     """Alive and no zombie."""
     try:
@@ -51,7 +45,7 @@ def test_a_hanging_worker_is_killed_and_the_others_are_unharmed() -> None:
     pool = WorkerPool(num_workers=2, timeout_seconds=1.0, memory_limit_mb=512)
     try:
         assert pool.compare([SURD, SURD])[0].outcome.verdict is Verdict.CORRECT
-        hanging = processes_of(pool)[1]
+        hanging = pool.processes()[1]
         os.kill(hanging, signal.SIGSTOP)
         started = time.monotonic()
         results = pool.compare([SURD] * 20)
@@ -72,7 +66,7 @@ def test_a_killed_process_is_replaced(victim: int) -> None:
     pool = WorkerPool(num_workers=1, timeout_seconds=10.0, memory_limit_mb=512)
     try:
         pool.compare([SURD])
-        processes = processes_of(pool)
+        processes = pool.processes()
         os.kill(processes[victim], signal.SIGKILL)
         assert wait_until(lambda: not is_alive(processes[1]) or victim == 1)
         results = pool.compare([SURD] * 3)
@@ -95,11 +89,11 @@ def test_memory_is_limited() -> None:
 def test_close_and_garbage_collection_leave_no_process() -> None:
     pool = WorkerPool(num_workers=2, timeout_seconds=5.0, memory_limit_mb=512)
     pool.compare([SURD, SURD])
-    processes = processes_of(pool)
+    processes = pool.processes()
     pool.close()
     assert wait_until(lambda: not any(map(is_alive, processes)))
     pool.compare([SURD, SURD])  # a closed pool starts anew
-    processes = processes_of(pool)
+    processes = pool.processes()
     del pool
     gc.collect()
     assert wait_until(lambda: not any(map(is_alive, processes)))
@@ -115,9 +109,8 @@ def test_kill_of_the_parent_leaves_no_process(tmp_path: Path) -> None:
             pool = WorkerPool(num_workers=2, timeout_seconds=60.0, memory_limit_mb=512)
             job = ("\\\\sqrt{2}", ("2^{1/2}",), ())
             pool.compare([job, job])
-            server, workers = pool._resources.server, pool._resources.workers
-            os.kill(workers[0].process, signal.SIGSTOP)  # as one that is deep in a bomb
-            print(server.process.pid, *(worker.process for worker in workers), flush=True)
+            os.kill(pool.processes()[1], signal.SIGSTOP)  # as a worker that is deep in a bomb
+            print(*pool.processes(), flush=True)
             time.sleep(60)
             """
         )
@@ -137,7 +130,7 @@ def test_the_fast_path_starts_no_process() -> None:
     with build_verifier(VerifierConfig(num_workers=1)) as verifier:
         grades = verifier.grade_answers([pair(str(number), f"{number}.0") for number in range(1_000)])
         assert all(grade.verdict is Verdict.CORRECT for grade in grades)
-        assert verifier._pool._resources.server is None
+        assert verifier.processes() == []
         assert sum(grade.seconds for grade in grades) < 1.0
 
 
@@ -147,7 +140,7 @@ def test_workers_are_no_forks_of_this_process() -> None:
     pool = WorkerPool(num_workers=1, timeout_seconds=10.0, memory_limit_mb=512)
     try:
         pool.compare([SURD])
-        for process in processes_of(pool):
+        for process in pool.processes():
             command = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
             assert b"oreal_megatron.verifier.workers.worker" in command
             assert len(list(Path(f"/proc/{process}/task").iterdir())) == 1

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from oreal_megatron.types import GradeRequest, Verdict
 from oreal_megatron.verifier import StagedVerifier, VerifierConfig, build_verifier
+from oreal_megatron.verifier.equality.leaves import NeedsSympy, RationalLeaves
 from oreal_megatron.verifier.extract import extract
-from oreal_megatron.verifier.rules import NeedsSympy, RationalLeaves, compare_final
+from oreal_megatron.verifier.rules import compare_final
 
 from .labelled import pair
-from .test_pool import is_alive, processes_of, wait_until
+from .test_pool import is_alive, wait_until
 
 CODE = [
     "__import__('os').mkdir('{path}')",
@@ -77,10 +78,10 @@ def test_bombs_cost_at_most_the_limit(tmp_path: Path) -> None:
     config = VerifierConfig(num_workers=1, timeout_seconds=1.0, memory_limit_mb=512)
     with build_verifier(config) as verifier:
         verifier.grade_answers([pair("\\sqrt{2}", "2^{1/2}")])
-        processes = processes_of(verifier._pool)
+        processes = verifier.processes()
         grades = verifier.grade_answers([pair(gold, bomb) for bomb in BOMBS for gold in ("5", "x^{2}+1")])
         assert verifier.grade_answers([pair("\\sqrt{3}", "3^{1/2}")])[0].verdict is Verdict.CORRECT
-        processes += processes_of(verifier._pool)
+        processes += verifier.processes()
     slow = [
         (bomb[:40], grade)
         for bomb, grade in zip([b for b in BOMBS for _ in "ab"], grades, strict=True)
@@ -153,7 +154,7 @@ def fuzz(num_inputs: int, seed: int, limit: float) -> None:
                 (g, a, x) for g, a, x in zip(golds, answers, grades, strict=True) if "comparison failed" in x.reason
             ]
             assert not failed, failed[:3]
-            processes.update(processes_of(verifier._pool))
+            processes.update(verifier.processes())
         metrics = verifier.drain_metrics()
         assert metrics["verifier/num_graded"] >= num_inputs + 1
     assert wait_until(lambda: not any(map(is_alive, processes)))
