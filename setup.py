@@ -84,6 +84,7 @@ setup(
             "pre-commit>=4",
             "pytest>=8.4",
             "pytest-timeout>=2.4",
+            "pytest-xdist>=3.6",
             "ruff>=0.14",
             "torchao==0.18.*",  # reference implementation of FP8, for tests
             "types-PyYAML",
