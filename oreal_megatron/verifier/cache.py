@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def code_digest() -> str:
     """A digest of what decides a verdict: this package's source and the versions of what it stands on."""
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
     for package in ("sympy", "mpmath", "latex2sympy2_extended"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -53,7 +53,7 @@ class _Server:
 
     def __init__(self, memory_limit_mb: int) -> None:
         ours, theirs = socket.socketpair()
-        package_root = str(Path(__file__).resolve().parents[2])
+        package_root = str(Path(__file__).resolve().parents[3])
         environment = dict(
             os.environ, PYTHONPATH=os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
         )
