@@ -79,7 +79,7 @@ def test_a_run_goes_on_without_a_server_until_that_is_back(slurm, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_trainer_that_dies_takes_its_servers_and_gives_the_job_its_status(slurm, tmp_path):
+def test_trainer_that_dies_ends_servers_and_gives_its_status(slurm, tmp_path):
     directory = tmp_path / "killed"
     job = submitted_roles(directory, "run.num_steps=50")
     slurm.until(lambda: has_steps(directory, 1), timeout=1200)

@@ -1,4 +1,4 @@
-"""The planner: counts are those of the modules that a run builds, memory moves as the layout says, reasons name figures."""
+"""The planner: counts are those of the modules that a run builds, memory follows the layout, problems name figures."""
 
 from __future__ import annotations
 
@@ -247,5 +247,6 @@ def test_measured_figures_replace_assumed_ones(finished, tmp_path):
 
 
 def test_commands_import_no_torch():
-    code = "import sys; from oreal_megatron.cli import convert, doctor, plan, submit, verify; sys.exit('torch' in sys.modules)"
+    names = "arguments, convert, doctor, plan, submit, train, verify"
+    code = f"import sys; from oreal_megatron.cli import {names}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,95 @@
+"""The project from its wheel: commands in a directory without a checkout, in an environment that has only the wheel."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from oreal_megatron import __version__
+from tests.tiny_models import save_tiny
+
+pytestmark = pytest.mark.end_to_end
+
+ROOT = Path(__file__).resolve().parents[2]
+Command = Callable[..., str]
+
+
+def pip(*arguments: object) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *map(str, arguments)]
+    subprocess.run(command, check=True, env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"})
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """Builds the wheel, installs it, and returns a function that runs its commands in an empty directory."""
+    base = tmp_path_factory.mktemp("wheel")
+    source, environment, directory = base / "source", base / "environment", base / "empty"
+    source.mkdir()
+    directory.mkdir()
+    for name in ("oreal_megatron", "conf", "slurm"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    pip("wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", base, source)
+    venv.create(environment)
+    pip("--python", environment / "bin" / "python", "install", "--no-deps", "--no-index", *base.glob("*.whl"))
+    # The requirements come from this environment. Path files in it, such as an editable installation's, are not read.
+    paths = {"base": str(environment), "platbase": str(environment)}
+    packages = Path(sysconfig.get_path("purelib", vars=paths))
+    (packages / "requirements.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+    def run(name: str, *arguments: object, status: int = 0) -> str:
+        kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+        outcome = subprocess.run(
+            [environment / "bin" / name, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=directory,
+            env=kept | {"OMP_NUM_THREADS": "1"},
+        )
+        assert outcome.returncode == status, outcome.stdout + outcome.stderr
+        return outcome.stdout + outcome.stderr
+
+    return run
+
+
+def test_wheel_is_what_runs(installed):
+    code = "import oreal_megatron; print(oreal_megatron.__file__)"
+    assert "environment" in installed("python", "-c", code) and str(ROOT) not in installed("python", "-c", code)
+    assert __version__ in installed("oreal-plan", "--version")
+
+
+def test_wheel_composes_a_run(installed):
+    assert "experiment=arithmetic" in installed("oreal-train", "--help")
+    assert "shaping: grpo" in installed("oreal-train", "objective=grpo", "--cfg", "job")
+    assert "`objective`" in installed("oreal-train", "objektive=grpo", "--cfg", "job", status=1)
+
+
+def test_wheel_converts_a_model_there_and_back(installed, tmp_path):
+    model = save_tiny(tmp_path / "model", "qwen2", tied=False)
+    assert "to-megatron" in installed("oreal-convert", "--help")
+    installed("oreal-convert", "to-megatron", model, tmp_path / "megatron")
+    installed("oreal-convert", "to-hf", tmp_path / "megatron", tmp_path / "back")
+    assert "bit for bit" in installed("oreal-convert", "compare", tmp_path / "back", tmp_path / "megatron")
+
+
+def test_wheel_verifies_answers(installed, tmp_path):
+    pairs = [("\\frac{1}{2}", "0.5"), ("3", "4"), ("x+1", "1+x")]
+    lines = [json.dumps({"gold": gold, "answer": answer, "kind": "pair"}) for gold, answer in pairs]
+    (tmp_path / "answers.jsonl").write_text("\n".join(lines))
+    installed("oreal-verify", tmp_path / "answers.jsonl", "--output", tmp_path / "verdicts.jsonl", "--num-workers", 1)
+    verdicts = [json.loads(line)["verdict"] for line in (tmp_path / "verdicts.jsonl").read_text().splitlines()]
+    assert verdicts == ["CORRECT", "INCORRECT", "CORRECT"]
+
+
+def test_wheel_plans_32b(installed):
+    assert "fits" in installed("oreal-plan", "experiment=oreal_32b")
