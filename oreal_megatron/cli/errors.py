@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from oreal_megatron.config import ConfigError
@@ -18,15 +19,22 @@ EXIT_INTERRUPTED = 130
 
 
 def run_command(command: Callable[[], int | None], *, continues: bool = False) -> NoReturn:
-    """Runs a command and ends the process with its status.
+    """Runs a command and ends the process with its status, or as `ending_on_errors` does."""
+    with ending_on_errors(continues=continues):
+        status = command()
+    sys.exit(status)
 
-    A stop request ends with status 75, Ctrl-C with 130, an expected error with 1 and its message. Unexpected errors
-    pass through with their traceback.
+
+@contextlib.contextmanager
+def ending_on_errors(*, continues: bool) -> Iterator[None]:
+    """Ends the process on an error inside, with a status and one message.
+
+    A stop request ends with status 75, Ctrl-C with 130, an expected error with 1. Unexpected errors pass through.
 
     continues: whether the same command, started again, continues where it was interrupted.
     """
     try:
-        status = command()
+        yield
     except Stopped as stopped:
         _end(str(stopped), EXIT_STOPPED)
     except KeyboardInterrupt:
@@ -41,10 +49,8 @@ def run_command(command: Callable[[], int | None], *, continues: bool = False) -
         _show_traceback()
         _end(str(lost), 1)
     except (ValueError, ArithmeticError, OSError) as error:
-        if not _show_traceback():
-            _end(f"error: {error}\n({TRACEBACK}=1 shows the traceback)", 1)
-        _end(f"error: {error}", 1)
-    sys.exit(status)
+        hint = "" if _show_traceback() else f"\n({TRACEBACK}=1 shows the traceback)"
+        _end(f"error: {error}{hint}", 1)
 
 
 def _show_traceback() -> bool:

@@ -10,7 +10,7 @@ from typing import NoReturn
 import hydra
 from omegaconf import DictConfig
 
-from oreal_megatron.cli.errors import run_command
+from oreal_megatron.cli.errors import ending_on_errors, run_command
 from oreal_megatron.compose import COMPOSITION_ERRORS, composition_error, config_directory, validated
 from oreal_megatron.config import TrainConfig
 from oreal_megatron.dry_run import is_dry_run, shrunk
@@ -42,13 +42,11 @@ def _train(composed: DictConfig) -> None:
         from submitit.helpers import TorchDistributedEnvironment
 
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-    run_command(lambda: _run(composed), continues=True)
-
-
-def _run(composed: DictConfig) -> None:
-    config = validated(shrunk(composed) if is_dry_run(composed) else composed)
-    quiet_libraries()
-    run_training(config)
+    # Ends the process here, because Hydra adds lines of its own to an error that passes through it.
+    with ending_on_errors(continues=True):
+        config = validated(shrunk(composed) if is_dry_run(composed) else composed)
+        quiet_libraries()
+        run_training(config)
 
 
 def run_training(config: TrainConfig) -> None:
