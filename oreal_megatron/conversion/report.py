@@ -45,13 +45,13 @@ class ConversionPlan:
         yield from self._tensor_lines()
         yield f"\n{'rank':<14} {'layers':<24} {'tensors':>8} {'bytes':>18}  largest tensor"
         width = BYTES[model.dtype]
-        for (pipeline_rank, tensor_rank), held in list(self.shards.items())[:_SHOWN_RANKS]:
+        for (pipeline_rank, tensor_rank), rank_shards in list(self.shards.items())[:_SHOWN_RANKS]:
             name = f"pp{pipeline_rank} tp{tensor_rank}"
-            layers = sorted({shard.entry.layer for shard in held if shard.entry.layer is not None})
-            num_bytes = width * sum(shard.num_elements for shard in held)
-            largest = max(held, key=lambda shard: shard.num_elements)
+            layers = sorted({shard.entry.layer for shard in rank_shards if shard.entry.layer is not None})
+            num_bytes = width * sum(shard.num_elements for shard in rank_shards)
+            largest = max(rank_shards, key=lambda shard: shard.num_elements)
             yield (
-                f"{name:<14} {_ranges(layers):<24} {len(held):>8} {num_bytes:>18,}  {largest.entry.name} "
+                f"{name:<14} {_ranges(layers):<24} {len(rank_shards):>8} {num_bytes:>18,}  {largest.entry.name} "
                 f"({width * largest.num_elements:,})"
             )
         if len(self.shards) > _SHOWN_RANKS:

@@ -36,7 +36,7 @@ class TransferOp:
         return self.source_box.num_elements
 
 
-HeldOp = tuple[tuple[int, ...], TransferOp]
+OpWithHolders = tuple[tuple[int, ...], TransferOp]
 """A transfer op and the trainer ranks that hold its elements."""
 
 Assignment = Mapping[tuple[int, int], tuple[TransferOp, ...]]
@@ -55,7 +55,7 @@ class ReshardingPlan:
 
     targets: tuple[tuple[ServedTensor, ...], ...]
     """Parameters of a server, by tensor-parallel rank."""
-    ops: tuple[tuple[HeldOp, ...], ...]
+    ops: tuple[tuple[OpWithHolders, ...], ...]
     """Ops that fill these parameters, by tensor-parallel rank."""
     num_senders: int
     """Number of trainer ranks."""
@@ -173,7 +173,7 @@ def _holders(table: Table, geometry: GeometryConfig, trainer: Layout) -> _Holder
     }
 
 
-def _needed(table: Table, tensors: Sequence[ServedTensor], holders: _Holders) -> Iterator[HeldOp]:
+def _needed(table: Table, tensors: Sequence[ServedTensor], holders: _Holders) -> Iterator[OpWithHolders]:
     """Yields the ops that fill a receiver's tensors; ops that are neighbours on both sides become one."""
     for tensor in tensors:
         found = [
@@ -188,23 +188,23 @@ def _needed(table: Table, tensors: Sequence[ServedTensor], holders: _Holders) ->
 
 
 def _common(
-    source: str, needed: Box, held: Box, first_held_row: int, target: str, first_target_row: int
+    source: str, needed: Box, owned: Box, first_shard_row: int, target: str, first_target_row: int
 ) -> TransferOp | None:
     """Returns the op for the elements that two rectangles of Megatron tensor `source` share, or None.
 
-    held: a rectangle whose rows begin at `first_held_row` of a shard. needed: one whose rows begin at
+    owned: rectangle whose rows begin at row `first_shard_row` of a shard. needed: rectangle whose rows begin at row
     `first_target_row` of the target.
     """
-    if (rows := overlap(needed.rows, held.rows)) is None:
+    if (rows := overlap(needed.rows, owned.rows)) is None:
         return None
     columns = needed.columns
-    if columns is not None and held.columns is not None and (columns := overlap(columns, held.columns)) is None:
+    if columns is not None and owned.columns is not None and (columns := overlap(columns, owned.columns)) is None:
         return None
     return TransferOp(
         source,
         Box(
-            _shifted(rows, first_held_row - held.rows[0]),
-            columns and held.columns and _shifted(columns, -held.columns[0]),
+            _shifted(rows, first_shard_row - owned.rows[0]),
+            columns and owned.columns and _shifted(columns, -owned.columns[0]),
         ),
         target,
         Box(
@@ -214,8 +214,8 @@ def _common(
     )
 
 
-def _merged(found: Sequence[HeldOp]) -> Iterator[HeldOp]:
-    current: HeldOp | None = None
+def _merged(found: Sequence[OpWithHolders]) -> Iterator[OpWithHolders]:
+    current: OpWithHolders | None = None
     for holders, op in found:
         if current is not None and current[0] == holders and (both := _stacked(current[1], op)) is not None:
             current = (holders, both)

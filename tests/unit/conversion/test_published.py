@@ -41,14 +41,16 @@ def test_every_element_of_a_published_model_lands_exactly_once(name):
         assert planned.num_elements == PARAMETERS[name]
         assert planned.num_bytes == 2 * PARAMETERS[name]
         assert len(planned.shards) == layout.num_ranks
-        layers = [layer for (_, rank), held in planned.shards.items() if rank == 0 for layer in layers_of(held)]
+        layers = [
+            layer for (_, rank), rank_shards in planned.shards.items() if rank == 0 for layer in layers_of(rank_shards)
+        ]
         assert sorted(layers) == list(range(model.geometry.num_layers))
         # In addition to a copy of everything, ranks hold the norms on each tensor rank and nothing else.
         norms = sum(
             e.shape[0] for e in model.table.entries.values() if e.name.endswith("norm_weight") or len(e.shape) == 1
         )
-        held = sum(shard.num_elements for shards in planned.shards.values() for shard in shards)
-        more = 2 * held - planned.num_bytes
+        num_elements = sum(shard.num_elements for shards in planned.shards.values() for shard in shards)
+        more = 2 * num_elements - planned.num_bytes
         biases = sum(e.shape[0] for e in model.table.entries.values() if e.name.endswith("qkv.bias"))
         assert more == 2 * (norms - biases) * (layout.tensor - 1)
 

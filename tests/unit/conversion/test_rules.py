@@ -58,7 +58,7 @@ def test_entry_boxes_are_groups_halves_of_gate_and_up_or_columns():
     )
     assert entries["decoder.layers.0.mlp.linear_fc2.weight"].boxes(3, 2) == (Box((0, 8), (4, 6)),)
     assert entries["decoder.final_layernorm.weight"].boxes(2, 1) == (Box((0, 8), None),)
-    with pytest.raises(ValueError, match=r"linear_fc2\.weight: 6 columns do not split over 4"):
+    with pytest.raises(ValueError, match=r"linear_fc2\.weight: 6 columns do not split evenly over 4"):
         entries["decoder.layers.0.mlp.linear_fc2.weight"].boxes(4, 0)
 
 

@@ -97,13 +97,13 @@ def test_checksums_of_parts_add_up_to_those_of_whole_tensors():
             for sender, ops in ops_by_sender(plan.assign(1), rank).items()
             for op in ops
         )  # fmt: skip
-        held = {
+        tensors = {
             name: torch.from_numpy(values).float() for name, values in served(weights, GEOMETRY, layout, rank).items()
         }
-        assert {name: whole(tensor) for name, tensor in held.items()} == dict.fromkeys(held, 0) | expected
-        held["model.layers.2.mlp.down_proj.weight"].view(torch.int32)[3, 5] ^= 1
-        held["model.layers.1.mlp.gate_up_proj.weight"][-1, 0] = 1.0  # in the padding
-        wrong = {name for name, tensor in held.items() if whole(tensor) != expected.get(name, 0)}
+        assert {name: whole(tensor) for name, tensor in tensors.items()} == dict.fromkeys(tensors, 0) | expected
+        tensors["model.layers.2.mlp.down_proj.weight"].view(torch.int32)[3, 5] ^= 1
+        tensors["model.layers.1.mlp.gate_up_proj.weight"][-1, 0] = 1.0  # in the padding
+        wrong = {name for name, tensor in tensors.items() if whole(tensor) != expected.get(name, 0)}
         assert wrong == {"model.layers.2.mlp.down_proj.weight", "model.layers.1.mlp.gate_up_proj.weight"}
 
 

@@ -75,7 +75,7 @@ def huggingface_weights(table) -> dict[str, np.ndarray]:
 
 def trainer_shards(table, geometry, trainer, weights) -> dict[int, dict[str, np.ndarray]]:
     """The tensors of each global rank, by Megatron's name."""
-    held: dict[int, dict[str, np.ndarray]] = {rank: {} for rank in range(trainer.num_ranks)}
+    by_rank: dict[int, dict[str, np.ndarray]] = {rank: {} for rank in range(trainer.num_ranks)}
     for shard in shards(table, trainer, geometry.num_layers):
         parts = []
         for box in shard.boxes:
@@ -85,8 +85,8 @@ def trainer_shards(table, geometry, trainer, weights) -> dict[int, dict[str, np.
                 part[slice(*copy.at)] = weights[copy.source][(slice(*copy.box.rows), *columns)]
             parts.append(part)
         for rank in trainer.replicas(shard.pipeline_rank, shard.tensor_rank):
-            held[rank][shard.entry.name] = np.concatenate(parts)
-    return held
+            by_rank[rank][shard.entry.name] = np.concatenate(parts)
+    return by_rank
 
 
 def served(weights, geometry, layout, rank) -> dict[str, np.ndarray]:
@@ -160,7 +160,7 @@ def execute(geometry, trainer, layout, num_servers, bucket):
         return
     table = family_of(geometry).table(geometry, "causal")
     weights = huggingface_weights(table)
-    held = trainer_shards(table, geometry, trainer, weights)
+    by_rank = trainer_shards(table, geometry, trainer, weights)
     plan = plan_resharding(table, geometry, trainer, layout)
     assignment = plan.assign(num_servers)
     needed = 0
@@ -172,7 +172,7 @@ def execute(geometry, trainer, layout, num_servers, bucket):
             for op in (op for run in buckets(ops, bucket) for op in run):
                 target = got[op.target][index(op.target_box)]
                 assert not target.any(), "written twice"
-                target[...] = held[sender][op.source][index(op.source_box)]
+                target[...] = by_rank[sender][op.source][index(op.source_box)]
         expected = served(weights, geometry, layout, rank)
         assert got.keys() == expected.keys()
         for name, value in expected.items():

@@ -28,11 +28,11 @@ def command(task, port=0) -> Command:
     return Command("127.0.0.1", port, 5.0, "report", dtype="bfloat16", parameters={}, task=task)
 
 
-def unpack(worker, held, rows, weight, *, is_first) -> None:
+def unpack(worker, tensors, rows, weight, *, is_first) -> None:
     """Has the worker unpack some rows of a weight."""
     box = Box(rows, (0, SIZE))
     task = Unpack([TransferOp(NAME, box, NAME, box)], is_first=is_first, file=None)
-    worker.execute(command(task), held, [weight[slice(*rows)].flatten()], store=None)
+    worker.execute(command(task), tensors, [weight[slice(*rows)].flatten()], store=None)
 
 
 def quantised(weight) -> dict[str, torch.Tensor]:
@@ -41,9 +41,9 @@ def quantised(weight) -> dict[str, torch.Tensor]:
     return expected
 
 
-def assert_equal(held, expected) -> None:
+def assert_equal(tensors, expected) -> None:
     for name, tensor in expected.items():
-        assert torch.equal(held[name].float(), tensor.float()), name
+        assert torch.equal(tensors[name].float(), tensor.float()), name
 
 
 @pytest.fixture
@@ -52,36 +52,36 @@ def weight() -> torch.Tensor:
 
 
 def test_worker_quantises_a_weight_once_all_of_it_has_arrived(weight):
-    worker, held = Worker(), parameters()
-    unpack(worker, held, HALVES[0], weight, is_first=True)
-    assert not held[NAME].float().any()  # half a block has no scale yet
-    unpack(worker, held, HALVES[1], weight, is_first=False)
-    assert_equal(held, quantised(weight))
+    worker, tensors = Worker(), parameters()
+    unpack(worker, tensors, HALVES[0], weight, is_first=True)
+    assert not tensors[NAME].float().any()  # half a block has no scale yet
+    unpack(worker, tensors, HALVES[1], weight, is_first=False)
+    assert_equal(tensors, quantised(weight))
 
 
 def test_workers_share_no_state(weight):
-    one, other, held, untouched = Worker(), Worker(), parameters(), parameters()
-    unpack(one, held, HALVES[0], weight, is_first=True)
+    one, other, tensors, untouched = Worker(), Worker(), parameters(), parameters()
+    unpack(one, tensors, HALVES[0], weight, is_first=True)
     unpack(other, untouched, HALVES[1], weight, is_first=False)
     assert_equal(untouched, parameters())
-    unpack(one, held, HALVES[1], weight, is_first=False)
-    assert_equal(held, quantised(weight))
+    unpack(one, tensors, HALVES[1], weight, is_first=False)
+    assert_equal(tensors, quantised(weight))
 
 
 def test_worker_forgets_a_publication_that_was_interrupted(weight):
-    worker, held = Worker(), parameters()
-    unpack(worker, held, HALVES[1], weight + 1, is_first=True)
-    unpack(worker, held, HALVES[0], weight, is_first=True)
-    assert not held[NAME].float().any()
-    unpack(worker, held, HALVES[1], weight, is_first=False)
-    assert_equal(held, quantised(weight))
+    worker, tensors = Worker(), parameters()
+    unpack(worker, tensors, HALVES[1], weight + 1, is_first=True)
+    unpack(worker, tensors, HALVES[0], weight, is_first=True)
+    assert not tensors[NAME].float().any()
+    unpack(worker, tensors, HALVES[1], weight, is_first=False)
+    assert_equal(tensors, quantised(weight))
 
 
 def test_worker_audit_sums_up_parameters_without_changing_them():
-    held = parameters()
-    checksums = Worker().execute(command(Audit()), held, [], store=None)
-    assert checksums.keys() == held.keys() and all(checksums.values())
-    assert_equal(held, parameters())
+    tensors = parameters()
+    checksums = Worker().execute(command(Audit()), tensors, [], store=None)
+    assert checksums.keys() == tensors.keys() and all(checksums.values())
+    assert_equal(tensors, parameters())
 
 
 def test_command_refuses_objects_of_other_packages():
