@@ -13,7 +13,7 @@ from oreal_megatron.checkpoint.store import INITIAL, damages_of, load_checkpoint
 from oreal_megatron.config import AdamWConfig, Fp8ModelConfig, SGLangConfig
 from oreal_megatron.conversion.huggingface import served_config
 from oreal_megatron.distributed.cpu_backend import device
-from oreal_megatron.initial_policy import build_policy
+from oreal_megatron.initial_policy import policy_of
 from oreal_megatron.models.gpt import build_gpt
 from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.models.offload import FrozenModel
@@ -143,7 +143,7 @@ def _trained(workspace: Workspace, module: Any, adamw: AdamWConfig, num_updates:
 
 
 def _initial_policy(workspace: Workspace, fp8: Fp8ModelConfig | None) -> Policy | ModelChunks:
-    module = build_policy(workspace, fp8)
+    module = policy_of(workspace, fp8)
     missing = load_weights_only("policy", module, workspace.store.load(INITIAL, weights_only("policy", module)))
     assert not missing, missing
     return module

@@ -51,7 +51,7 @@ def make_initial_policy(workspace: Workspace) -> None:
     if store.has(INITIAL):
         _check_made_from(store.directory / INITIAL, settings)
         return
-    module = build_policy(workspace, seed=derive_seed(config.run.seed, "weights"))
+    module = policy_of(workspace, seed=derive_seed(config.run.seed, "weights"))
     if config.model.path is not None:
         for chunk in chunks_of(module):
             load_weights(chunk, Path(config.model.path), workspace.groups)
@@ -60,7 +60,7 @@ def make_initial_policy(workspace: Workspace) -> None:
     store.save(INITIAL, weights_only("policy", module), made_from=settings)
 
 
-def build_policy(
+def policy_of(
     workspace: Workspace, fp8: Fp8ModelConfig | None = None, *, seed: int | None = None
 ) -> Policy | ModelChunks:
     """Builds a policy with random weights drawn from `seed`, or with undefined weights."""

@@ -85,7 +85,7 @@ def test_grpo_clips_the_ratio_only_where_it_would_gain(presets):
     assert logprobs.grad[1].item() == pytest.approx(-1.0)
 
 
-def test_importance_weights_are_truncated_above_and_carry_no_gradient(presets):
+def test_importance_weights_are_truncated_without_gradient(presets):
     # pi / pi_rollout = 1/2, 4 (truncated to 2), 1, 3 (truncated to 2), 1.
     ratios = torch.tensor([0.5, 4.0, 1.0, 3.0, 1.0])
     rollout = torch.tensor(LOGPROBS) - ratios.log()
