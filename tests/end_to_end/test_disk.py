@@ -127,7 +127,8 @@ def test_a_checkpoint_takes_no_other_prompts(warm, tmp_path):
 def test_a_reward_model_starts_from_another_runs_checkpoint(finished, warm, single_process):
     directory = warm()
     source = finished / "checkpoints/step_000004"
-    process = RunProcess(directory, f"model.reward_model={source}", "run.num_steps=1", "optimizer.reward_model.lr=1e-30",
+    process = RunProcess(directory, f"model.reward_model={source}", "run.num_steps=1",
+                "optimizer.reward_model.lr=1e-30",
                 "optimizer.reward_model.min_lr=0.0", "optimizer.reward_model.weight_decay=0.0")  # fmt: skip
     assert process.wait() == 0, process.said()
     start, end = content_of(source), content_of(directory / "checkpoints/step_000001")

@@ -69,7 +69,7 @@ def test_kl_penalties_by_hand(kl_type, value):
 
 
 def test_an_unknown_kl_type_is_an_error():
-    with pytest.raises(ValueError, match="'k2'.*k3, k1 or mse"):
+    with pytest.raises(ValueError, match=r"'k2'.*k3, k1 or mse"):
         kl_penalty(torch.zeros(1), torch.zeros(1), "k2")
 
 
