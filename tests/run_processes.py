@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.tiny import FORKS, TINY, live
+from tests.tiny import FORKS, TINY, train_in_fork
 
 
 class RunProcess:
-    """One start of `oreal-train` on the tiny experiment, in a session of its own."""
+    """A start of `oreal-train` on the tiny experiment, in its own process session."""
 
     _earlier = 0
 
@@ -30,7 +30,7 @@ class RunProcess:
         self.log = directory.with_name(f"{directory.name}.log")
         self._earlier = len(self.said())
         arguments = (*TINY, f"run.dir={directory}", *overrides)
-        self._process = FORKS.Process(target=_live, args=(arguments, str(self.log), max_file_bytes, environment or {}))
+        self._process = FORKS.Process(target=_run, args=(arguments, str(self.log), max_file_bytes, environment or {}))
         self._process.start()
 
     @property
@@ -44,7 +44,7 @@ class RunProcess:
         return self._process.exitcode
 
     def wait_until(self, true: Callable[[], bool], seconds: float = 300) -> bool:
-        """Whether it came true while the process lived."""
+        """Waits until a condition is true; returns False if the process ends first."""
         end = time.monotonic() + seconds
         while not self.is_over:
             if true():
@@ -62,12 +62,12 @@ class RunProcess:
         os.kill(self._process.pid, number)
 
     def said(self) -> str:
-        """What this life has printed."""
+        """Output of this start."""
         return self.log.read_text()[self._earlier :] if self.log.is_file() else ""
 
 
 def together(directory: Path, *overrides: str, num_processes: int) -> str:
-    """What the ranks of one job say, which all end well."""
+    """Runs the ranks of a job to their successful end; returns the output of rank 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         job = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -79,12 +79,12 @@ def together(directory: Path, *overrides: str, num_processes: int) -> str:
     return ranks[0].said()
 
 
-def _live(arguments: tuple[str, ...], log: str, max_file_bytes: int | None, environment: Mapping[str, str]) -> None:
+def _run(arguments: tuple[str, ...], log: str, max_file_bytes: int | None, environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
     os.setsid()
     if max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
-    live(arguments, log, log)
+    train_in_fork(arguments, log, log)
 
 
 def journalled(directory: Path) -> list[str]:

@@ -65,7 +65,7 @@ def command_line(
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     with tempfile.TemporaryDirectory() as directory:
         out, err = Path(directory, "out"), Path(directory, "err")
-        process = FORKS.Process(target=live, args=(arguments, str(out), str(err)))
+        process = FORKS.Process(target=train_in_fork, args=(arguments, str(out), str(err)))
         process.start()
         process.join(timeout)
         if process.exitcode is None:
@@ -74,8 +74,8 @@ def command_line(
         return Outcome(arguments, process.exitcode, out.read_text(), err.read_text())
 
 
-def live(arguments: tuple[str, ...], out: str, err: str) -> None:
-    """In a forked process: `oreal-train` with exactly these arguments, what it prints appended to two files."""
+def train_in_fork(arguments: tuple[str, ...], out: str, err: str) -> None:
+    """Runs `oreal-train` with exactly these arguments in a forked process; appends its output to two files."""
     for path, stream in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), stream)
     sys.argv = ["oreal-train", *arguments]

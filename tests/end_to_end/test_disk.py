@@ -75,10 +75,10 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(small_disk, warm, fini
 @pytest.mark.parametrize("mode", ["true", "false"], ids=["async", "sync"])
 def test_a_file_that_may_not_grow_stops_the_run(warm, mode):
     directory = warm()
-    life = RunProcess(directory, f"run.async_checkpoints={mode}", max_file_bytes=400_000)
-    assert life.wait() == 1
-    assert "cannot be written" in life.said() and "Traceback" not in life.said(), life.said()
-    assert "File too large" in life.said(), life.said()
+    process = RunProcess(directory, f"run.async_checkpoints={mode}", max_file_bytes=400_000)
+    assert process.wait() == 1
+    assert "cannot be written" in process.said() and "Traceback" not in process.said(), process.said()
+    assert "File too large" in process.said(), process.said()
     assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["best.json", "initial"]
 
 
@@ -127,9 +127,10 @@ def test_a_checkpoint_takes_no_other_prompts(warm, tmp_path):
 def test_a_reward_model_starts_from_another_runs_checkpoint(finished, warm, single_process):
     directory = warm()
     source = finished / "checkpoints/step_000004"
-    life = RunProcess(directory, f"model.reward_model={source}", "run.num_steps=1", "optimizer.reward_model.lr=1e-30",
+    process = RunProcess(directory, f"model.reward_model={source}", "run.num_steps=1",
+                "optimizer.reward_model.lr=1e-30",
                 "optimizer.reward_model.min_lr=0.0", "optimizer.reward_model.weight_decay=0.0")  # fmt: skip
-    assert life.wait() == 0, life.said()
+    assert process.wait() == 0, process.said()
     start, end = content_of(source), content_of(directory / "checkpoints/step_000001")
     weights = [name for name in start if name.startswith(("/reward_model.decoder.", "/reward_model.output_layer."))]
     assert "/reward_model.output_layer.weight" in weights and all(start[name] == end[name] for name in weights)

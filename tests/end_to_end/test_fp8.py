@@ -17,7 +17,7 @@ def beyond(found: Drift, *, mean: float, cosine: float, samples: float) -> str:
     return "" if within else str(found)
 
 
-def test_a_run_that_cannot_have_fp8_here_says_all_that_is_missing_and_builds_nothing(tmp_path):
+def test_run_without_fp8_hardware_names_all_that_is_missing(tmp_path):
     gpu = ("model.implementation=transformer_engine", "model.dtype=bfloat16", "parallel.fused_weight_gradients=true")
     replay = ("run.mode=replay", f"run.replay_dir={tmp_path}", f"run.dir={tmp_path / 'run'}")
     outcome = invoke("fp8=blockwise", *gpu, *replay)

@@ -25,27 +25,27 @@ UNITS = ("rollout.batch_size=8", "run.keep_checkpoints=100", "objective.actor_fr
 PROMPTS, PROMPTS_PER_STEP = 48, 8
 
 
-def live_with_kills(directory: Path, overrides: tuple[str, ...], kinds: list[str], seed: int) -> list[str]:
+def run_with_kills(directory: Path, overrides: tuple[str, ...], kinds: list[str], seed: int) -> list[str]:
     """Starts the same command until it ends by itself; kills it once for each kind. Returns the kills made."""
     rng = random.Random(seed)
     made = []
     for kind in kinds:
-        life = RunProcess(directory, *overrides)
+        process = RunProcess(directory, *overrides)
         if kind == "rollout":
             # In the middle of a step's rollouts, or close behind them.
             goal = len(journalled(directory)) + rng.randint(1, 7)
-            alive = life.wait_until(lambda goal=goal: len(journalled(directory)) >= goal)
+            alive = process.wait_until(lambda goal=goal: len(journalled(directory)) >= goal)
         elif kind == "checkpoint":
             left = partials(directory)
-            alive = life.wait_until(lambda left=left: bool(partials(directory) - left))
+            alive = process.wait_until(lambda left=left: bool(partials(directory) - left))
         else:
-            alive = life.wait_until(lambda life=life: "step " in life.said())
+            alive = process.wait_until(lambda process=process: "step " in process.said())
             time.sleep(rng.uniform(0, 2))
         time.sleep(rng.uniform(0, 0.1))
-        if life.is_over or not alive:
-            assert life.wait() == 0, life.said()
+        if process.is_over or not alive:
+            assert process.wait() == 0, process.said()
             break
-        life.kill(with_children=rng.random() < 0.5)
+        process.kill(with_children=rng.random() < 0.5)
         made.append(kind)
     last = RunProcess(directory, *overrides)
     assert last.wait() == 0, last.said()
@@ -81,7 +81,7 @@ def check(warm, kinds: list[str], num_steps: int, seed: int, *overrides: str) ->
     overrides = (*UNITS, f"run.num_steps={num_steps}", *overrides)
     whole, killed = warm("whole"), warm("killed")
     uninterrupted = RunProcess(whole, *overrides)
-    made = live_with_kills(killed, overrides, kinds, seed)
+    made = run_with_kills(killed, overrides, kinds, seed)
     assert uninterrupted.wait() == 0, uninterrupted.said()
     assert made == kinds, f"the run was over after {made}"
     assert_same_run(killed, whole, num_steps)
@@ -107,20 +107,23 @@ def whole(finished, tmp_path_factory) -> Path:
     """What the runs that a signal stops would have been."""
     directory = tmp_path_factory.mktemp("whole") / "run"
     shutil.copytree(finished / "checkpoints/initial", directory / "checkpoints/initial")
-    life = RunProcess(directory, *STOPPED)
-    assert life.wait() == 0, life.said()
+    process = RunProcess(directory, *STOPPED)
+    assert process.wait() == 0, process.said()
     return directory
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_saves_and_stops_within_a_step_and_loses_nothing(warm, whole, single_process, number):
     directory = warm()
-    life = RunProcess(directory, *STOPPED)
+    process = RunProcess(directory, *STOPPED)
     goal = 9  # in the third step's rollouts, without a checkpoint so far
-    assert life.wait_until(lambda: sum(1 for _ in steps_of(directory)) >= goal)
-    life.signal(number)
-    assert life.wait() == 75, life.said()
-    assert f"{number.name}: stopping" in life.said() and "stopped after 2 steps: checkpoint step_000002" in life.said()
+    assert process.wait_until(lambda: sum(1 for _ in steps_of(directory)) >= goal)
+    process.signal(number)
+    assert process.wait() == 75, process.said()
+    assert (
+        f"{number.name}: stopping" in process.said()
+        and "stopped after 2 steps: checkpoint step_000002" in process.said()
+    )
     assert [r["step"] for r in metrics_of(directory) if r["kind"] == "step"] == [0, 1]
     again = RunProcess(directory, *STOPPED)
     assert again.wait() == 0 and "resumed from checkpoint step_000002" in again.said()

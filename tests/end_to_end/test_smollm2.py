@@ -91,7 +91,7 @@ def expected(directory: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (3, 1), (1, 2)], ids=["tp1", "tp3", "pp2"])
-def test_answers_are_those_of_transformers_and_a_trained_model_goes_back(directory, expected, tensor, pipeline):
+def test_answers_equal_transformers_and_export_round_trips(directory, expected, tensor, pipeline):
     world = tensor * pipeline
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
     worker = ["-m", "tests.end_to_end.smollm2_worker", directory, str(tensor), str(pipeline)]

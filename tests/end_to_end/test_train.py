@@ -105,7 +105,7 @@ def test_rollouts_alone_then_training_from_them(finished, warm, tmp_path):
     assert beyond.returncode == 1 and "there is no" in beyond.stderr and "run.num_steps" in beyond.stderr
 
 
-def test_steps_without_a_usable_group_update_nothing_and_the_run_goes_on(warm, tmp_path):
+def test_steps_without_a_usable_group_update_nothing(warm, tmp_path):
     impossible = tmp_path / "impossible.jsonl"
     impossible.write_text("".join(f'{{"question": "Compute {i}+1.", "gold_answer": "7777"}}\n' for i in range(8)))
     directory = warm()

@@ -48,8 +48,8 @@ def test_what_runs_again_replaces_what_was_written(tracker, tmp_path, is_evaluat
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "st')  # killed in the middle of a line
     again = tracker(2, is_evaluated=is_evaluated)
-    begun = [("evaluation", 0), ("step", 0), ("evaluation", 1), ("step", 1)]
-    assert written(tmp_path) == begun + [("evaluation", 2)] * is_evaluated
+    kept = [("evaluation", 0), ("step", 0), ("evaluation", 1), ("step", 1)]
+    assert written(tmp_path) == kept + [("evaluation", 2)] * is_evaluated
     step(again, 2, 7.0)
     assert read_metrics(tmp_path)[0][2]["metrics"] == {"loss/policy": 7.0}
 
@@ -65,12 +65,10 @@ def test_a_line_that_is_no_record_is_named(tracker, tmp_path):
 def test_a_directory_goes_on_in_its_wandb_run(composed, tmp_path):
     pytest.importorskip("wandb", reason="wandb is not installed")
     config = parse_config(composed(*QUIET, "tracking.wandb=offline"))
-    ids = []
     for first_step in (0, 1):
         tracker = Tracker(config, tmp_path, is_main=True)
         tracker.start(first_step, is_evaluated=False)
         step(tracker, first_step)
-        ids.append(tracker._wandb.id)
         tracker.close()
-    assert ids[0] == ids[1] == (tmp_path / "wandb_id").read_text()
-    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{ids[0]}"))) >= 1
+    names = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
+    assert names and {name.rpartition("-")[2] for name in names} == {(tmp_path / "wandb_id").read_text()}

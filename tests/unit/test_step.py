@@ -146,7 +146,7 @@ def test_rollouts_of_another_model_are_not_trained_on(composed, single_process):
     assert all(torch.equal(a, b) for a, b in zip(before, policy.module.parameters(), strict=True))
 
 
-def test_tokens_of_older_weights_are_no_mismatch_and_count_in_the_importance(composed, single_process):
+def test_older_tokens_are_no_mismatch_and_get_importance_weights(composed, single_process):
     """The first two of four tokens are older, drawn with a quarter and with twice of today's probability."""
     config = parse_config(composed("objective=oreal_no_rm", "objective.importance_limit=2.0")).objective
     sequence = PackedSequence(id="a", prompt_ids=(1, 2), response_ids=(3, 4, 5, 6), advantage=1.0)
@@ -168,7 +168,7 @@ def test_tokens_of_older_weights_are_no_mismatch_and_count_in_the_importance(com
         update(0)
 
 
-def test_a_parked_model_holds_no_memory_and_trains_as_if_it_had_stayed(composed, single_process):
+def test_offloaded_model_holds_no_memory_and_trains_the_same(composed, single_process):
     config = parse_config(composed("objective=oreal_no_rm")).objective
     layout = single_process.layout.model_copy(update={"offload": True})
     moving, staying = (

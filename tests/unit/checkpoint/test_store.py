@@ -68,7 +68,7 @@ def test_retention_keeps_the_newest_and_the_best_as_of_each_of_them(store):
     assert '"checkpoint": "step_000003"' in (store.directory / "best.json").read_text()
 
 
-def test_the_best_after_no_steps_is_the_initial_policy_and_none_is_none(store):
+def test_best_after_no_steps_is_the_initial_policy(store):
     store.save(INITIAL, state())
     store.remember_best(Best(step=0, score=0.1))
     assert '"checkpoint": "initial"' in (store.directory / "best.json").read_text()
@@ -140,7 +140,7 @@ def test_what_killed_saves_and_removals_leave_is_cleared_and_named(store, tmp_pa
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.005, 0.05])
-def test_a_process_killed_while_it_saves_leaves_only_whole_checkpoints(store, tmp_path, single_process, delay):
+def test_process_killed_while_saving_leaves_whole_checkpoints(store, tmp_path, single_process, delay):
     """In a forked process: a large save, killed in the middle, its writer left alone."""
     store.save(step_name(1), state(1.0))
     large = state(2.0, 10_000_000)  # filled before the fork: a child has none of the threads that torch fills with
@@ -212,9 +212,9 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(store):
         store.load(step_name(1), state(size=999))
 
 
-def test_the_oldest_of_the_newest_is_told(tmp_path, single_process):
-    told: list[int] = []
-    store = new_store(tmp_path, single_process, on_saved=told.append)
+def test_on_saved_gets_the_oldest_of_the_newest_steps(tmp_path, single_process):
+    oldest_steps: list[int] = []
+    store = new_store(tmp_path, single_process, on_saved=oldest_steps.append)
     for step in (2, 4, 6):
         store.save(step_name(step), state(), best=Best(step=2, score=1.0))
-    assert told == [2, 2, 4]
+    assert oldest_steps == [2, 2, 4]

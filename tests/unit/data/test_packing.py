@@ -133,7 +133,7 @@ def test_a_packed_row_by_hand():
     assert [part.tolist() for part in batch.split_by_sequence(batch.rollout_logprobs)] == [[-1.0, -2.0], [-3.0]]
 
 
-def test_micro_batches_respect_the_budget_unless_one_sequence_exceeds_it():
+def test_micro_batches_respect_the_budget_of_tokens():
     batches = micro_batches(sequences(40, length=lambda i: 60 if i == 5 else 4), token_budget=20, device=CPU)
     sizes = [batch.tokens.size(1) for batch in batches]
     assert sizes[0] == 62 and batches[0].ids == ("5",)

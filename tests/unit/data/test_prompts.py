@@ -91,7 +91,7 @@ def test_the_stream_sees_every_prompt_once_an_epoch():
     assert [p.id for p in first] != [p.id for p in second]
 
 
-def test_a_step_never_has_a_prompt_twice_and_repetitions_are_not_lost():
+def test_step_has_no_prompt_twice_and_loses_no_repetition():
     stream = PromptStream([p for p in prompts(6) for _ in range(4)], prompts_per_step=5, seed=1)
     drawn = [[p.id for p in stream.draw()] for _ in range(24)]
     assert all(len(set(step)) == 5 for step in drawn)

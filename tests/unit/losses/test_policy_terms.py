@@ -69,7 +69,7 @@ def test_kl_penalties_by_hand(kl_type, value):
 
 
 def test_an_unknown_kl_type_is_an_error():
-    with pytest.raises(ValueError, match="'k2'.*k3, k1 or mse"):
+    with pytest.raises(ValueError, match=r"'k2'.*k3, k1 or mse"):
         kl_penalty(torch.zeros(1), torch.zeros(1), "k2")
 
 
@@ -85,7 +85,7 @@ def test_grpo_clips_the_ratio_only_where_it_would_gain(presets):
     assert logprobs.grad[1].item() == pytest.approx(-1.0)
 
 
-def test_importance_weights_are_truncated_above_and_carry_no_gradient(presets):
+def test_importance_weights_are_truncated_without_gradient(presets):
     # pi / pi_rollout = 1/2, 4 (truncated to 2), 1, 3 (truncated to 2), 1.
     ratios = torch.tensor([0.5, 4.0, 1.0, 3.0, 1.0])
     rollout = torch.tensor(LOGPROBS) - ratios.log()

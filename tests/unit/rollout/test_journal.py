@@ -78,7 +78,7 @@ def run(tmp_path, single_process):
     return sample
 
 
-def test_only_what_is_missing_is_generated_and_the_rollouts_are_the_same(run, tmp_path):
+def test_only_missing_units_are_generated_again(run, tmp_path):
     whole = run(Engine(), batch_name="step_000009")
     killed = Engine(fails_after=3)
     with pytest.raises(KeyboardInterrupt):

@@ -81,7 +81,7 @@ def ids_of(sampled):
     return [group[0].rollout.prompt.id for group in sampled.groups]
 
 
-def test_a_step_ends_with_enough_groups_and_the_next_goes_on_with_the_rest(run):
+def test_step_ends_early_and_the_next_goes_on_with_the_rest(run):
     first = run(Engine())
     assert ids_of(first) == ["0", "1", "2", "3"] and [p.id for p in first.unfinished] == ["4", "5"]
     assert first.metrics["rollout/asked_groups"] == 6 and first.metrics["rollout/unfinished_groups"] == 2
@@ -98,7 +98,7 @@ def test_a_step_ends_with_enough_groups_and_the_next_goes_on_with_the_rest(run):
     assert second.metrics["rollout/older_tokens"] == 12 / 48 and second.metrics["rollout/oldest_updates"] == 1
 
 
-def test_tokens_of_weights_that_are_too_old_are_thrown_away(run):
+def test_tokens_of_too_stale_weights_are_discarded(run):
     rest = run(Engine()).unfinished
     engine = Engine()
     engine.weight_version = 1
@@ -107,14 +107,14 @@ def test_tokens_of_weights_that_are_too_old_are_thrown_away(run):
     assert (second.metrics["rollout/carried_tokens"], second.metrics["rollout/discarded_tokens"]) == (0, 12)
 
 
-def test_without_an_update_in_between_nothing_is_too_old(run):
+def test_without_an_update_nothing_is_too_stale(run):
     rest = run(Engine()).unfinished
     second = run(Engine(), rest, step=4, max_staleness=0)
     assert second.groups[0][0].rollout.weight_spans[0] == WeightSpan(version=0, start=0, end=3)
     assert second.metrics["rollout/carried_tokens"] == 12 and second.metrics["rollout/older_tokens"] == 0
 
 
-def test_only_groups_of_use_count_and_all_that_are_complete_come_back(run):
+def test_only_useful_groups_count_and_all_complete_ones_return(run):
     def is_odd(group):
         return int(group[0].rollout.prompt.id) % 2 == 1
 
@@ -123,7 +123,7 @@ def test_only_groups_of_use_count_and_all_that_are_complete_come_back(run):
     assert ids_of(run(Engine(), step=5, counts=is_odd)) == ["0", "1", "2", "3", "4", "5"]  # never enough: all
 
 
-def test_a_step_that_is_run_again_has_the_same_groups_and_leaves_the_same_rest(run, tmp_path):
+def test_repeated_step_has_the_same_groups_and_the_same_rest(run, tmp_path):
     first = run(Engine())
     kept = (tmp_path / "journal" / "step_000004.begun.jsonl").read_bytes()
     again = Engine()
@@ -138,7 +138,7 @@ def test_a_step_that_is_run_again_has_the_same_groups_and_leaves_the_same_rest(r
     assert run(resumed, [*first.unfinished, *PROMPTS[:2]], step=4).groups == second.groups and not resumed.num_tokens
 
 
-def test_a_step_that_was_killed_before_it_had_enough_generates_what_is_missing(run):
+def test_killed_step_generates_the_missing_groups_alone(run):
     class Killed(Exception):
         pass
 
@@ -156,7 +156,7 @@ def test_a_step_that_was_killed_before_it_had_enough_generates_what_is_missing(r
     assert ids_of(sampled) == ["0", "1", "2", "3"] and again.num_tokens == 2 * 2 * 6 + 2 * 2 * 3
 
 
-def test_a_finished_response_of_a_group_that_is_not_is_not_generated_again(run, tmp_path):
+def test_finished_response_of_an_unfinished_group_is_kept(run, tmp_path):
     rest = run(Engine()).unfinished
     path = tmp_path / "journal" / "step_000004.begun.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
@@ -167,7 +167,7 @@ def test_a_finished_response_of_a_group_that_is_not_is_not_generated_again(run, 
     assert [rollout.finish_reason for rollout in rollouts] == [FinishReason.LENGTH, FinishReason.STOP]
 
 
-def test_a_damaged_line_of_what_was_kept_is_generated_anew(run, tmp_path):
+def test_damaged_partial_response_is_generated_again(run, tmp_path):
     rest = run(Engine()).unfinished
     path = tmp_path / "journal" / "step_000004.begun.jsonl"
     lines = path.read_text().splitlines(keepends=True)
@@ -176,7 +176,7 @@ def test_a_damaged_line_of_what_was_kept_is_generated_anew(run, tmp_path):
     assert len(run(engine, rest, step=4).groups) == 2 and engine.num_tokens == 6 + 3 * 3
 
 
-def test_the_stream_loses_no_prompt_and_trains_none_twice():
+def test_stream_loses_no_prompt_and_trains_none_twice():
     """Each step puts back a random few of its prompts; halfway the run is resumed from a checkpoint."""
     prompts = [Prompt(id=f"p{i}", question="q", gold_answer="1") for i in range(40)]
     stream, rng, trained = PromptStream(prompts, prompts_per_step=6, seed=0), random.Random(0), []
