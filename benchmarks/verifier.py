@@ -124,7 +124,7 @@ def main() -> int:
 def compare_accuracy(directory: Path) -> None:
     """The table of docs/verifier.md."""
     print("| cases | n | this verifier | math-verify |\n|---|---|---|---|")
-    for name in ("hard", "public", "e2e", "mutations"):
+    for name in ("hard", "public", "e2e", "mutations", "reports"):
         rows, cases = labelled_core(directory / f"{name}.jsonl")
         ours, theirs = run_ours(rows, 2.0), run_math_verify(rows)
         print(f"| {name} | {len(rows)} | {scores(ours, cases)} | {scores(theirs, cases)} |", flush=True)

@@ -76,9 +76,9 @@ def _row(fields: Any, number: int, stop_token: str | None) -> Row:
         raise ValueError(f'"kind" is {kind!r}; set it to "pair" or "response"')
     stopped = fields.get("stopped")
     if stopped is None:
-        stopped = stop_token is None or answer.endswith(stop_token)
+        stopped = stop_token is None or answer.rstrip().endswith(stop_token)
     if kind == "response" and stop_token is not None:
-        answer = answer.removesuffix(stop_token)
+        answer = answer.rstrip().removesuffix(stop_token)
     question = str(fields.get("question", ""))
     request = GradeRequest(question=question, gold_answer=gold, response=answer, stopped=bool(stopped))
     return Row(fields.get("id", number), request, kind == "response", fields.get("label"))

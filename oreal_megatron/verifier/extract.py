@@ -5,11 +5,15 @@ A response is hostile text of any length: everything here is linear in it.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from oreal_megatron.verifier.latex.normalize import matching_brace
+from oreal_megatron.verifier.latex.rational import parse_rational
+from oreal_megatron.verifier.latex.units_and_words import parse_word_number
+from oreal_megatron.verifier.surroundings import is_part_of_expression, is_percentage, later_values, withdraws
 
 MAX_BOX_CHARS = 8_192
 """Length of the longest box that is read; a longer box is refused."""
@@ -54,6 +58,20 @@ _STATEMENT = re.compile(
 _STATEMENT_END = re.compile(r"(?:</answer>|[.。!](?=\s|$)|[。\n])")
 
 
+_ANNOUNCED = re.compile(r"\banswer\W{0,3}(?:\s*is)?\W{0,6}\Z", re.IGNORECASE)
+
+
+def _without_code(match: re.Match[str]) -> str:
+    """Removes program text, except for code that is nothing but a box and that is announced as the answer."""
+    inside = re.sub(r"^```\w*\n?|`", "", match[0]).strip().strip("$ ")
+    before = match.string[max(0, match.start() - 40) : match.start()]
+    is_box = _BOX.match(inside) is not None and matching_brace(inside, inside.find("{")) == len(inside) - 1
+    return f" {inside} " if is_box and len(inside) <= _MAX_CODE_BOX and _ANNOUNCED.search(before) else " "
+
+
+_MAX_CODE_BOX = 200
+
+
 def final_part(response: str, thinking_end_marks: Sequence[str]) -> str | None:
     """Returns the text behind the last mark that ends thinking; None if the thinking began and never ended."""
     start = 0
@@ -76,6 +94,8 @@ def _inside_quotes(text: str, start: int, end: int) -> bool:
         return True
     if before.count("``") > before.count("''") and "''" in after:
         return True
+    before = before[before.rfind("\n") + 1 :]  # straight marks are paired within a line
+    after = after.partition("\n")[0]
     opening = before.rfind('"')
     # An inch sign follows a digit; an opening quotation mark does not follow a letter or digit.
     opens = opening == 0 or (opening > 0 and not before[opening - 1].isalnum())
@@ -138,7 +158,7 @@ def extract(response: str, thinking_end_marks: Sequence[str]) -> Extraction:
         return Extraction(refusal="the thinking part never ends, so there is no final part")
     if not final.strip():
         return Extraction(refusal="nothing follows the thinking part")
-    visible = _CODE.sub(" ", final)
+    visible = _CODE.sub(_without_code, final)
     boxes, left_open = _boxes(visible)
     if left_open:
         return Extraction(refusal="the last box is not closed")
@@ -157,9 +177,97 @@ def extract(response: str, thinking_end_marks: Sequence[str]) -> Extraction:
     first = len(boxes) - 1
     while first > 0 and _joined(visible, boxes[first - 1][1], boxes[first][0]):
         first -= 1
+    (start, _, _), (_, end, _) = boxes[first], boxes[-1]
+    if is_part_of_expression(visible, start, end):
+        return Extraction(refusal="the box is only a part of an expression")
+    if withdraws(visible, end):
+        return Extraction(refusal="the text after the box withdraws it")
     answers = tuple(content for _, _, content in boxes[first:])
+    if is_percentage(visible, end):
+        answers = (*answers[:-1], answers[-1] + r"\text{ percent}")
     if any(not answer.strip() for answer in answers):
         return Extraction(refusal="the box is empty")
     if any(len(content) > MAX_BOX_CHARS for _, _, content in boxes):
         return Extraction(refusal=f"a box holds more than {MAX_BOX_CHARS} characters")
-    return Extraction(answers=answers, earlier=tuple(content for _, _, content in boxes[:first]))
+    steps = 0 if _later_retracts(visible, boxes[:first], boxes[first][0]) else _num_steps(visible, boxes[: first + 1])
+    earlier = tuple(content for _, _, content in boxes[steps:first]) + later_values(visible, end)
+    return Extraction(answers=answers, earlier=(*_between_marks(response, final, thinking_end_marks), *earlier))
+
+
+_STEP = re.compile(
+    r"(?:^|\n|[.;,:]\s|\s)(?:\*{0,2}(?:step|part|case|question)\s*\(?\w{1,3}\)?"
+    r"|\(\s*(?:[a-h]|[ivx]{1,4}|\d)\s*\))",
+    re.IGNORECASE,
+)
+_CONCLUSION = re.compile(
+    r"\b(?:(?:final |the )?answer|therefore|hence|thus|in total|altogether|finally|overall"
+    r"|the (?:sum|total|product|difference|result))\b",
+    re.IGNORECASE,
+)
+_SECOND_THOUGHT = re.compile(
+    r"\b(?:wait|no,|actually|mistake|correction|instead|either|alternatively|or)\b", re.IGNORECASE
+)
+
+
+def _later_retracts(text: str, steps: Sequence[tuple[int, int, str]], end: int) -> bool:
+    """Whether a second thought stands between earlier boxes and the last one."""
+    return any(_SECOND_THOUGHT.search(text, step_end, end) for _, step_end, _ in steps[:1])
+
+
+def _num_steps(text: str, boxes: Sequence[tuple[int, int, str]]) -> int:
+    """Returns how many boxes before the last are labelled steps or parts, if a conclusion introduces the last one."""
+    gaps = [text[boxes[i - 1][1] if i else 0 : box[0]] for i, box in enumerate(boxes)]
+    is_concluded = _CONCLUSION.search(gaps[-1]) is not None and _STEP.search(gaps[-1]) is None
+    return len(boxes) - 1 if is_concluded and all(_STEP.search(gap) for gap in gaps[:-1]) else 0
+
+
+def _between_marks(response: str, final: str, marks: Sequence[str]) -> tuple[str, ...]:
+    """Returns the boxes after earlier occurrences of the mark that opens the final part.
+
+    They are part of the visible answer, and must not contradict the final part. Text before the last occurrence of
+    another mark is thinking.
+    """
+    end = len(response) - len(final)
+    mark = next((mark for mark in marks if response.endswith(mark, 0, end)), None)
+    if mark is None or (first := response.find(mark)) + len(mark) == end:
+        return ()
+    others = (
+        response.rfind(other, 0, end) + len(other) for other in marks if other != mark and other in response[:end]
+    )
+    boxes, _ = _boxes(_CODE.sub(" ", response[max(first + len(mark), *others, 0) : end]))
+    return tuple(content for _, _, content in boxes)
+
+
+_GOLD_STATEMENT = re.compile(
+    r"(?:[A-Za-z, ]{0,40}\b)?(?:final|correct)?\s*answers?(?:\s+(?:is|are))?\s*[:=.]?\s*(?:is\s+)?"
+    r"(?P<value>\S.*?)\s*\.?",
+    re.IGNORECASE | re.DOTALL,
+)
+_GOLD_LIST = re.compile(r"\[\s*(['\"])(.*)\1\s*\]", re.DOTALL)
+_GOLD_IN_WORDS = re.compile(r"(-?\d[\d,]*)\s*\(\s*([a-z][a-z\s-]*)\)", re.IGNORECASE)
+
+
+@functools.lru_cache(maxsize=4_096)
+def gold_value(gold: str) -> str:
+    r"""Returns the answer in a gold answer of a data set, such as `#### 4`, `The answer is 4.`, `['4']`."""
+    text = gold.strip()
+    if len(text) > MAX_BOX_CHARS:
+        return text
+    if "####" in text:
+        text = text.rpartition("####")[2].strip()
+    if _BOX.search(text):
+        boxes, left_open = _boxes(text)
+        if boxes and not left_open:
+            first = len(boxes) - 1
+            while first > 0 and _joined(text, boxes[first - 1][1], boxes[first][0]):
+                first -= 1
+            return ", ".join(content for _, _, content in boxes[first:])
+    if match := _GOLD_LIST.fullmatch(text):
+        return ", ".join(re.split(rf"{match[1]}\s*,\s*{match[1]}", match[2]))
+    if len(text) <= MAX_STATEMENT_CHARS and (match := _GOLD_STATEMENT.fullmatch(text)):
+        text = match["value"]
+    if (match := _GOLD_IN_WORDS.fullmatch(text)) and parse_word_number(match[2]) == parse_rational(match[1]):
+        return match[1]
+    if len(text) > 4 and text.startswith("\\$") and text.endswith("\\$"):
+        return text[2:-2]
+    return text

@@ -12,10 +12,15 @@ from oreal_megatron.verifier.equality.leaves import Leaves
 from oreal_megatron.verifier.latex.node_queries import (
     NUMBER_SET,
     REVERSIBLE,
+    amount_of,
+    are_indexed_roots,
+    as_fraction,
     in_alphabet,
     is_braced,
+    is_computed_sum,
     is_interval,
     is_measured,
+    is_reducible_residue,
     is_set_like,
     latex_of,
     modulus_of,
@@ -24,6 +29,7 @@ from oreal_megatron.verifier.latex.node_queries import (
     quotient_of,
     rename_argument,
     reversed_relation,
+    same_time_of_day,
     words_of,
 )
 from oreal_megatron.verifier.latex.nodes import (
@@ -39,11 +45,15 @@ from oreal_megatron.verifier.latex.nodes import (
     Text,
 )
 from oreal_megatron.verifier.latex.normalize import text_key
-from oreal_megatron.verifier.latex.units_and_words import COMPARATIVE, DEGREES, is_prose, words_key
+from oreal_megatron.verifier.latex.units_and_words import COMPARATIVE, DEGREES, DENIAL, PERCENT, is_prose, words_key
 from oreal_megatron.verifier.latex.variable_names import is_constant, named_parts, strip_name
 from oreal_megatron.verifier.outcome import Outcome, all_of, any_of, different, equal, unknown
 
 _VARIABLE = re.compile(r"[A-Za-z]|\\[A-Za-z]+")
+
+
+_MANY_PARTS = 12
+"""Number of parts from which lists are compared in the order of their values first."""
 
 
 class AnswerComparison:
@@ -94,7 +104,7 @@ class AnswerComparison:
 
     def _prose_for_value(self, gold: Node, words: str) -> Outcome:
         numbers = re.findall(r"\d+(?:\.\d+)?", words)
-        if COMPARATIVE.search(words):
+        if COMPARATIVE.search(words) or DENIAL.search(words):
             return different("words that state something else than a value")
         if len(numbers) == 1 and isinstance(gold, Leaf) and gold.value == Fraction(numbers[0]):
             return unknown("a sentence around the gold value, which rules cannot judge")
@@ -111,12 +121,16 @@ class AnswerComparison:
             return self._two_relations(gold, answer)
         if isinstance(answer, Relation):
             value = strip_name(answer)
-            if value is not None:
+            if value is not None and not is_reducible_residue(answer, value):
                 return self.compare(gold, value)
+            if is_computed_sum(answer):
+                return self.compare(gold, answer.items[-1])
             if is_measured(answer) and self.compare(gold, answer.items[1]).verdict is Verdict.CORRECT:
                 return unknown("the value of an expression, which may or may not be what was asked for")
             return different("an equation or inequality where the gold answer is a value")
         assert isinstance(gold, Relation)
+        if is_computed_sum(gold):
+            return self.compare(gold.items[-1], answer)
         value = strip_name(gold)
         return (
             different("the gold answer is a relation, the answer is not")
@@ -209,6 +223,9 @@ class AnswerComparison:
             for one, other in ((gold, answer), (answer, gold)):
                 if isinstance(one, Collection) and len(one.parts) == 1:  # a set of one is that one
                     return self.compare(one.parts[0], other) if one is gold else self.compare(other, one.parts[0])
+        amounts = [amount_of(node) for node in (gold, answer)]
+        if amounts[0] is not None and amounts[1] is not None and amounts[0][1] == amounts[1][1]:
+            return equal("the same quantity") if amounts[0] == amounts[1] else different("different quantities")
         gold_parts, answer_parts = parts_of(gold), parts_of(answer)
         if gold_parts is None and answer_parts is None:
             return different("a matrix against something else")
@@ -219,6 +236,10 @@ class AnswerComparison:
         gold_named, answer_named = named_parts(gold), named_parts(answer)
         if gold_named and answer_named and set(gold_named) == set(answer_named):
             return all_of((self.compare(gold_named[k], answer_named[k]) for k in gold_named), "the same named values")
+        if answer_named and not isinstance(gold, (Bracketed, Matrix)) and are_indexed_roots(answer_named):
+            return self._unordered(gold_parts, tuple(answer_named.values()), as_set=is_braced(gold))
+        if gold_named and not isinstance(answer, (Bracketed, Matrix)) and are_indexed_roots(gold_named):
+            return self._unordered(tuple(gold_named.values()), answer_parts, as_set=is_braced(answer))
         if gold_named or answer_named:
             if gold_named and answer_named:
                 return self._in_order(tuple(gold_named.values()), tuple(answer_named.values()))
@@ -266,6 +287,12 @@ class AnswerComparison:
         return all_of((self.compare(g, a) for g, a in pairs), "the same matrix")
 
     def _unordered(self, gold: tuple[Node, ...], answer: tuple[Node, ...], as_set: bool) -> Outcome:
+        if len(gold) == len(answer) >= _MANY_PARTS:
+            sorted_parts = [self._by_value(parts) for parts in (gold, answer)]
+            if sorted_parts[0] is not None and sorted_parts[1] is not None:
+                outcome = self._in_order(sorted_parts[0], sorted_parts[1])
+                if outcome.verdict is Verdict.CORRECT:
+                    return outcome
         remaining = list(answer)
         for wanted in gold:
             outcomes = [self.compare(wanted, candidate) for candidate in remaining]
@@ -284,6 +311,13 @@ class AnswerComparison:
             return all_of(extra, "the same set")
         return equal("the same values")
 
+    def _by_value(self, parts: tuple[Node, ...]) -> tuple[Node, ...] | None:
+        """Sorts constants by their value; None if a part has none."""
+        values = [self.leaves.real_value(part.latex) if isinstance(part, Leaf) else None for part in parts]
+        if any(value is None for value in values):
+            return None
+        return tuple(parts[index] for index in sorted(range(len(parts)), key=values.__getitem__))
+
     # Sets, ratios, bases
 
     def _operations(self, gold: Node, answer: Node) -> Outcome:
@@ -301,8 +335,8 @@ class AnswerComparison:
             exact = self._in_order(gold.parts, answer.parts)
             if exact.verdict is not Verdict.INCORRECT or len(gold.parts) != len(answer.parts):
                 return exact
-            if gold.clock and answer.clock:
-                return exact  # 2:30 is no multiple of 1:15
+            if gold.clock and answer.clock:  # 2:30 is no multiple of 1:15
+                return equal("the same time of day") if same_time_of_day(gold, answer) else exact
             quotients = [
                 self.leaves.equal(quotient_of(gold, index), quotient_of(answer, index))
                 for index in range(1, len(gold.parts))
@@ -343,13 +377,19 @@ class AnswerComparison:
             return different("different units")
         if gold.percent == answer.percent:
             outcome = self._numbers(gold, answer)
-            return outcome if outcome.verdict is Verdict.CORRECT else self._angles(gold, answer) or outcome
-        if gold.unit is not None or answer.unit is not None:
+            if outcome.verdict is not Verdict.CORRECT:
+                return self._angles(gold, answer) or outcome
+            if gold.unit is None and answer.unit is not None and not answer.unit.is_known:
+                return unknown("words after the value that are no known unit")
+            return outcome
+        if any(leaf.unit is not None and leaf.unit != PERCENT for leaf in (gold, answer)):
             return different("a percentage against a value with a unit")
+        if answer.unit == PERCENT:  # in words the percentage is no mere sign
+            return self._numbers(gold, as_fraction(answer))
         same_digits = self._numbers(gold, answer)
         if same_digits.verdict is Verdict.CORRECT:
             return same_digits
-        return self._numbers(_as_fraction(gold), _as_fraction(answer))
+        return self._numbers(as_fraction(gold), as_fraction(answer))
 
     def _angles(self, gold: Leaf, answer: Leaf) -> Outcome | None:
         """Compares degrees with radians: 60 degrees is a third of pi. A number without pi is no angle in radians."""
@@ -363,10 +403,3 @@ class AnswerComparison:
         if gold.value is not None and answer.value is not None:
             return equal("the same number") if gold.value == answer.value else different("different numbers")
         return self.leaves.equal(gold.latex, answer.latex)
-
-
-def _as_fraction(leaf: Leaf) -> Leaf:
-    """Returns 28% as 28/100, and other leaves as they are."""
-    if not leaf.percent:
-        return leaf
-    return Leaf(f"\\frac{{{leaf.latex}}}{{100}}", None if leaf.value is None else leaf.value / 100)

@@ -116,8 +116,8 @@ def prepare(latex: str) -> str:
     def keep(match: re.Match[str]) -> str:
         letters = re.sub(r"[^A-Za-z0-9]", "", match[1])
         if not letters:
-            if re.search(r"\w", match[1]):
-                raise Unreadable("words of another script")
+            if re.search(r"[\w+!?*%<>=^]", match[1]):
+                raise Unreadable("words of another script, or an operator in roman type")
             return " "
         words.append(letters)
         return f" @{len(words) - 1}@ "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from oreal_megatron.verifier.latex.nodes import (
     Bracketed,
@@ -124,6 +125,64 @@ def is_measured(relation: Relation) -> bool:
     )
 
 
+_OPERAND = re.compile(r"[A-Za-z](?:_\{?\w\}?)?|\d+(?:\.\d+)?")
+
+
+def is_computed_sum(relation: Relation) -> bool:
+    """Whether a chain such as `m+n=256+37=293` puts numbers for the names of a sum and computes it."""
+    if set(relation.operators) != {"="} or len(relation.items) < 3:
+        return False
+    name, numbers = latex_of(relation.items[0]) or "", latex_of(relation.items[1]) or ""
+    shapes = [_OPERAND.sub("#", text).replace(" ", "") for text in (name, numbers)]
+    return _SUM_OF_NAMES.fullmatch(name) is not None and shapes[0] == shapes[1] and not re.search("[A-Za-z]", numbers)
+
+
+_INDEXED = re.compile(r"([A-Za-z]|\\[A-Za-z]+)_\{?\d\}?")
+
+
+def are_indexed_roots(named: dict[str, Node]) -> bool:
+    """Whether all names are one letter with different indices, as in `x_1=2, x_2=-3`; their order is free."""
+    letters = {match[1] if (match := _INDEXED.fullmatch(name)) else None for name in named}
+    return len(letters) == 1 and None not in letters and len(named) > 1
+
+
+_SIZES = {
+    "s": (1, "time"), "min": (60, "time"), "h": (3600, "time"), "day": (86_400, "time"), "week": (604_800, "time"),
+    "in": (1, "length"), "ft": (12, "length"), "yd": (36, "length"),
+}  # fmt: skip
+
+
+def amount_of(node: Node) -> tuple[Fraction, str] | None:
+    """Returns the total and the dimension of quantities such as `2 h 30 min`; None for other nodes."""
+    parts = node.parts if isinstance(node, Bracketed) and node.opening == "quantity" else (node,)
+    sizes = [
+        (part.value, *_SIZES[part.unit.words[0]])
+        for part in parts
+        if isinstance(part, Leaf) and part.value is not None and part.unit is not None
+        and len(part.unit.words) == 1 and part.unit.words[0] in _SIZES
+    ]  # fmt: skip
+    if len(sizes) < len(parts) or len({dimension for _, _, dimension in sizes}) > 1:
+        return None
+    return sum((value * size for value, size, _ in sizes), Fraction(0)), sizes[0][2]
+
+
+def same_time_of_day(gold: Ratio, answer: Ratio) -> bool:
+    """Whether two clock times are the same, if at least one says a.m. or p.m.: 3:45 pm is 15:45."""
+    times = []
+    for clock in (gold, answer):
+        hour, minute = clock.parts
+        if not (
+            isinstance(hour, Leaf) and isinstance(minute, Leaf) and hour.value is not None and minute.value is not None
+        ):
+            return False
+        half = minute.unit.words[0] if minute.unit is not None and minute.unit.words else None
+        times.append((hour.value, minute.value, half))
+    if all(half is None for _, _, half in times) or times[0][1] != times[1][1]:
+        return False
+    hours = [value if half is None else value % 12 + 12 * (half == "pm") for value, _, half in times]
+    return hours[0] == hours[1]
+
+
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -141,6 +200,15 @@ def modulus_of(relation: Relation) -> str | None:
     return (found[1] or found[2]) if found else None
 
 
+def is_reducible_residue(relation: Relation, value: Node) -> bool:
+    """Whether a residue is not less than its modulus, as in `7 mod 2`, which rather stands for the residue 1."""
+    modulus = modulus_of(relation)
+    return (
+        modulus is not None and modulus.isdigit() and isinstance(value, Leaf) and value.value is not None
+        and value.value >= int(modulus)
+    )  # fmt: skip
+
+
 NUMBER_SET = re.compile(r"\\mathbb\s*\{?\s*[A-Z]\s*\}?(?:\s*\^\s*\{?[+*-]\}?)?")
 _CALL = re.compile(r"([A-Za-z])\s*\(\s*([A-Za-z])\s*\)")
 
@@ -152,3 +220,10 @@ def rename_argument(answer_name: str, gold_name: str, value: Node) -> Node | Non
         return None
     latex = re.sub(rf"(?<![\\A-Za-z]){given[2]}(?![A-Za-z])", lambda _: wanted[2], value.latex)
     return Leaf(latex, value.value, value.unit, value.percent)
+
+
+def as_fraction(leaf: Leaf) -> Leaf:
+    """Returns 28% as 28/100, and other leaves as they are."""
+    if not leaf.percent:
+        return leaf
+    return Leaf(f"\\frac{{{leaf.latex}}}{{100}}", None if leaf.value is None else leaf.value / 100)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from oreal_megatron.verifier.latex.notation import usual_notation, without_phrases
+from oreal_megatron.verifier.latex.notation import unit_vectors, usual_notation, without_phrases
+from oreal_megatron.verifier.latex.unit_vocabulary import UNIT_LETTERS
 
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
@@ -65,6 +66,10 @@ _SPACING_SYMBOL = re.compile(r"\\[,;: ]|\\\n|~|\\$")
 _COLOR = re.compile(r"\\(?:text)?color(?:box)?\s*\{#?[A-Za-z0-9!]{0,30}\}")
 _MEASURED_SPACE = re.compile(r"\\(?:[hvm]space|tag|label|rule)\*?\s*\{[^{}]{0,30}\}(?:\s*\{[^{}]{0,30}\})?")
 _HTML_SCRIPT = re.compile(r"<(su[bp])>([^<>]{0,50})</\1>")
+_ROW_END = re.compile(
+    r"\\\\(?:\*)?(?:\s*\[\s*-?[\d.]{1,8}\s*(?:pt|em|ex|mm|cm|in|px|mu)\s*\])?|\\(?:cr|tabularnewline)(?![A-Za-z])"
+)
+_COLON = re.compile(r"\{\s*:\s*\}|\\math(?:bin|rel|punct)\s*\{\s*:\s*\}|\\colon(?![A-Za-z])")
 _THOUSANDS_BRACES = re.compile(r"(?<=\d)\{,\}(?=\d{3})|(?<=\d),\\!\s*(?=\d{3})|(?<=\d)\\,(?=\d{3}(?!\d))")
 _FRACTION = re.compile(r"\\frac\s*(?![\s{])(\d|[A-Za-z](?![A-Za-z])|\\[A-Za-z]+)\s*")
 _BARE_ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]{1,20}\])?\s*(\d|[A-Za-z])")
@@ -75,7 +80,7 @@ _PLAIN_FUNCTION = re.compile(
 _PLAIN_NAME = re.compile(r"(?<![A-Za-z\\])(pi|theta|infinity|infty)(?![A-Za-z])")
 _PHANTOM = re.compile(r"\\[hv]?phantom\s*(?:\{[^{}]*\}|[-+\w])")
 _FUNCTION_IN_TEXT = re.compile(r"\\text\s*\{\s*(lcm|gcd|max|min|cis)\s*\}(?=\s*[\\({])")
-_NUMERAL_IN_TEXT = re.compile(r"\\text\s*\{\s*([0-9A-Z]+)\s*\}(?=\s*_)")
+_NUMERAL_IN_TEXT = re.compile(r"\\text\s*\{\s*([0-9A-Z]+)\s*\}(?=\s*_)|(?<=\d)\\text\s*\{([\d.]+)\}")
 _IDLE_SPACE = re.compile(r"(?<!\d) +| +(?!\d)")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d ])")
 _CHOOSE = re.compile(r"\{\s*([^{}]*?)\s*\\choose\s*([^{}]*?)\s*\}")
@@ -236,7 +241,7 @@ def normalize(answer: str) -> str:
         text = marked[2]
     text = _HTML_SCRIPT.sub(lambda m: ("^" if m[1] == "sup" else "_") + "{" + m[2] + "}", text)
     text = _THOUSANDS_BRACES.sub(lambda m: "," if "," in m[0] and not m[0].startswith("\\,") else "", text)
-    text = text.replace("\\\\", "\\newrow ").replace(r"\(", " ").replace(r"\)", " ")
+    text = _COLON.sub(":", _ROW_END.sub(r"\\newrow ", text)).replace(r"\(", " ").replace(r"\)", " ")
     text = text.replace(r"\[", " ").replace(r"\]", " ")
     text = (
         text.replace(r"\$", r"\dollar ")
@@ -248,14 +253,16 @@ def normalize(answer: str) -> str:
     text = _SPACING_SYMBOL.sub(" ", text.replace(r"\!", ""))
     text = _COLOR.sub(" ", _MEASURED_SPACE.sub(" ", text))
     text = re.sub(r"\\q?quad(?=[A-Za-z])", " ", text)
-    text = _COMMAND.sub(_rename_command, text)
-    text = _UPRIGHT_UNIT.sub(lambda m: m[0] if m[2] in "eid" else f"{m[1]}\\text{{{m[2]}}}", text)
+    text = unit_vectors(_COMMAND.sub(_rename_command, text))
+    text = _UPRIGHT_UNIT.sub(
+        lambda m: m[2] if m[2] not in UNIT_LETTERS and m[2] != "min" else f"{m[1]}\\text{{{m[2]}}}", text
+    )
     text = _UPRIGHT_LETTER.sub(r"\1", _UPRIGHT.sub(_upright, text))
     text = _UNIT_FRACTION.sub(r"\\text{\1/\2}", _unwrap(text))
     text = _ORDINAL.sub(r"\1", text)
     text = _FUNCTION_IN_TEXT.sub(r"\\\1 ", text)
-    text = _NUMERAL_IN_TEXT.sub(r"\1", _PHANTOM.sub(" ", text))
-    text = re.sub(r"\\overline\s*\{\s*([A-Z]{2})\s*\}", r"\1", text)  # the segment AB
+    text = _NUMERAL_IN_TEXT.sub(r"\1\2", _PHANTOM.sub(" ", text))
+    text = re.sub(r"\\overline\s*\{\s*([A-Z]{2,8})\s*\}", r"\1", text)  # the segment AB, the numeral ABC
     text = _DEGREE.sub(r"\\degree ", text)
     text = usual_notation(text)
     text = text.replace("!=", r"\ne ").replace("<=", r"\le ").replace(">=", r"\ge ").replace("**", "^")

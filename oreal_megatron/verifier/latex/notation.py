@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from oreal_megatron.verifier.latex.units_and_words import COMPARATIVE
+from oreal_megatron.verifier.latex.units_and_words import COMPARATIVE, FRACTION_WORDS
 
 _MODULUS = re.compile(  # \text{ mod }12, \text{(mod 12)}, (\mod 12)
     r"\(?\s*\\text\s*\{\s*\(?\s*mod(?:ulo)?\s*(\w*)\s*\)?\s*\}\s*\{?\s*(\w*)\s*\}?\s*\)?"
@@ -18,6 +18,10 @@ _SCRIPTED_CHOICES = re.compile(  # {}_9 C_4 and {}^9 C_4
     r"(?:^|\{\s*\})\s*[_^]\s*\{?\s*(\d{1,4})\s*\}?\s*(?:\\text\s*)?\{?\s*C\s*\}?\s*_\s*\{?\s*(\d{1,4})\s*\}?"
 )
 _RAISED_CHOICES = re.compile(r"(?<![A-Za-z\\])C\s*_\s*\{?\s*(\d{1,4})\s*\}?\s*\^\s*\{?\s*(\d{1,4})\s*\}?(?!\d)")
+_LETTER_CHOICES = re.compile(  # C_n^3, C_{n+1}^{k}: chosen from the lower index, as the upper one is smaller
+    r"(?<![A-Za-z\\])C\s*_\s*(?:\{\s*([\dn-z+\-]*[a-z][\dn-z+\-]*)\s*\}|([a-z]))\s*\^\s*(?:\{\s*([\da-z+\-]{1,9})\s*\}|([\da-z]))"
+)
+_MAPPING = re.compile(r"^(?:([A-Za-z])\s*:\s*)?(?:[^,:]{1,40},\s*)?([a-z])\s*\\mapsto\s*(?![A-Za-z])(.+)$", re.DOTALL)
 _BASE_NAMES = {
     "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
     "twelve": 12, "sixteen": 16,
@@ -52,6 +56,8 @@ _NOTATIONS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], 
     (_MODULUS, lambda m: rf"\pmod{{{m[1] or m[2] or m[3]}}}" if any(m.groups()) else m[0]),
     (_SCRIPTED_CHOICES, _binomial),
     (_RAISED_CHOICES, _binomial),
+    (_LETTER_CHOICES, lambda m: f"\\binom{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}"),
+    (_MAPPING, lambda m: f"{m[1] or 'f'}({m[2]})={m[3]}"),
     (re.compile(r"\(\s*(\w{1,60})\s*\)\s*(?=_\s*[\d{])"), r"\1"),  # (101)_2
     (
         re.compile(rf"_\s*\{{?\s*\\text\s*\{{\s*({'|'.join(_BASE_NAMES)})\s*\}}\s*\}}?"),
@@ -59,6 +65,10 @@ _NOTATIONS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], 
     ),
     (re.compile(r"-\s*\\text\s*\{\s*infinity\s*\}|\\text\s*\{\s*(?:negative|minus)\s+infinity\s*\}"), r"-\\infty "),
     (re.compile(r"(\\mathbb\s*\{\s*R\s*\})\s*-\s*(?=\\\{)"), r"\1\\setminus "),
+    (
+        re.compile(r"\\text\s*\{\s*(\d{1,2}\s*:\s*[0-5]\d)\s*([AaPp])\.?\s?[Mm]\.?\s*\}"),
+        lambda m: rf"{m[1]}\text{{ {m[2].lower()}m}}",
+    ),
     (re.compile(r"(?<=\d)\s*([ap])\.\s?m\.?(?![A-Za-z])"), r"\\text{ \1m}"),
     (re.compile(r"^(-?\d+\s*\\pmod\s*\{\s*\w+\s*\})$"), r"x\\equiv \1"),
     (re.compile(r"^(?:\\text\s*\{\s*)?(USD|EUR|GBP|Rs)\.?\s*\}?\s*(?=\d)"), lambda m: f"\\{_CURRENCIES[m[1]]} "),
@@ -70,6 +80,51 @@ def usual_notation(text: str) -> str:
     for pattern, replacement in _NOTATIONS:
         text = pattern.sub(replacement, text)
     return text
+
+
+_UNIT_VECTOR = r"\\(?:hat|mathbf|boldsymbol|bm|vec|overrightarrow|bar)\s*\{?\s*\\?([ijk])(?:math)?\s*\}?"
+_VECTOR_TERM = re.compile(
+    rf"\s*([+-]?)\s*((?:[\dA-Za-z./\s]|\\(?:frac|sqrt)|\{{[^{{}}]{{1,30}}\}}|\([^()]{{1,40}}\)){{0,9}}?)\s*{_UNIT_VECTOR}"
+)
+
+
+def unit_vectors(text: str) -> str:
+    r"""Rewrites `\hat{i}-2\hat{j}+3\hat{k}` to `(1,-2,3)`; a vector without `\hat{k}` has two components."""
+    terms = list(_VECTOR_TERM.finditer(text)) if text.count("\\") <= 40 else []
+    if not terms or _VECTOR_TERM.sub("", text).strip(" .$"):
+        return text
+    names = [term[3] for term in terms]
+    if len(set(names)) < len(names) or len(names) < 2 or not all(term[1] for term in terms[1:]):
+        return text
+    parts = {term[3]: (term[1].replace("+", "") + (term[2].strip() or "1")) for term in terms}
+    return "(" + ",".join(parts.get(name, "0") for name in ("ijk" if "k" in parts else "ij")) + ")"
+
+
+_FRACTION_TAIL = re.compile(r"(-?\d+)\s*\\text\s*\{\s*([a-z]+?)s?\s*\}")
+_OPERATION_TAIL = re.compile(
+    r"(-?\d+)\s*\\text\s*\{\s*(squared|cubed|factorial|choose|over|divided by|(?:square )?root|sqrt)\s*"
+    r"(?:\(?(\d+)\)?\s*\}|\}\s*(\d+)|\})"
+)
+
+
+def _operation(match: re.Match[str]) -> str:
+    number, operand = match[1], match[3] or match[4]
+    unary = {"squared": f"({number})^{{2}}", "cubed": f"({number})^{{3}}", "factorial": f"({number})!"}
+    if match[2] in unary:
+        return match[0] if operand else unary[match[2]]
+    if not operand:
+        return match[0]
+    if match[2] == "choose":
+        return f"\\binom{{{number}}}{{{operand}}}"
+    return f"\\frac{{{number}}}{{{operand}}}" if match[2] in ("over", "divided by") else f"{number}\\sqrt{{{operand}}}"
+
+
+def operations_in_words(text: str) -> str:
+    r"""Rewrites `7\text{ halves}` to `\frac{7}{2}`, `7\text{ choose }2` to `\binom{7}{2}`, and so on."""
+    if (match := _FRACTION_TAIL.fullmatch(text)) and match[2] in FRACTION_WORDS and match[2] != "half":
+        return f"\\frac{{{match[1]}}}{{{FRACTION_WORDS[match[2]]}}}"
+    match = _OPERATION_TAIL.fullmatch(text)
+    return _operation(match) if match else text
 
 
 _NUMBER = r"-?[\d.,/]*\d"
@@ -84,6 +139,10 @@ _INTRODUCTION = re.compile(
     r"^\\text\s*\{\s*(?:thus|so|hence|therefore|then|we get|we have|ans(?:wer)?\.?)\s*[,:.]?\s*\}\s*[,:]?\s*(?=\S)",
     re.IGNORECASE,
 )
+_FOR_ALL = re.compile(
+    r"(?<=\S)\s*,?\s*\\text\s*\{\s*,?\s*for\s+(?:all|any|every|each)\s+(?:real\s+|complex\s+)?(?:numbers?\s*|values?\s+of\s*)?\}"
+    r"\s*[a-z]\s*(?:\\in\s*\\mathbb\s*\{?\s*[RC]\s*\}?)?$"
+)
 _DENIAL = re.compile(r"\b(?:not|no|wrong|incorrect|false|except|neither|never|cannot|if|when)\b|n't\b", re.IGNORECASE)
 
 
@@ -97,10 +156,10 @@ def without_phrases(text: str) -> str:
     r"""Rewrites `\text{The area is }5` to `\text{The area}=5`, `\text{So, }5` to `5`, and so on."""
     if "\\text" not in text:
         return text
-    text = _INTRODUCTION.sub("", text)
+    text = _FOR_ALL.sub("", _INTRODUCTION.sub("", text))
     text = _QUANTITY_IN_TEXT.sub(r"\1\\text{ \2}", text)
     text = _LIST_IN_TEXT.sub(r"\1", text)
-    return _STATEMENT.sub(_statement, _EQUALS.sub("=", text), count=1)
+    return operations_in_words(_STATEMENT.sub(_statement, _EQUALS.sub("=", text), count=1))
 
 
 _CONDITION = re.compile(

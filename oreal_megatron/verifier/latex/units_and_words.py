@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
+
+from oreal_megatron.verifier.latex.unit_vocabulary import (
+    CHANGING_WORDS,
+    KNOWN_WORDS,
+    LETTERS_OF_GOLD_UNITS,
+    PHYSICAL_UNITS,
+    SAME_UNIT,
+    UNIT_LETTERS,
+)
 
 _ONES = [
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
@@ -14,21 +23,16 @@ _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ni
 _MAGNITUDES = {"dozen": 12, "hundred": 100, "thousand": 1_000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SMALL = {word: number for number, word in enumerate(_ONES)} | {word: 10 * (i + 2) for i, word in enumerate(_TENS)}
 
-_SAME_UNIT = {
-    "centimeter": "cm", "centimetre": "cm", "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km",
-    "millimeter": "mm", "millimetre": "mm", "inche": "in", "inch": "in", "foot": "ft", "feet": "ft", "yard": "yd",
-    "mile": "mi", "second": "s", "sec": "s", "minute": "min", "hour": "h", "hr": "h", "day": "day", "gram": "g",
-    "gm": "g", "kilogram": "kg", "milligram": "mg", "pound": "lb", "ounce": "oz", "liter": "l", "litre": "l",
-    "milliliter": "ml", "degree": "deg", "cent": "cent", "dollar": "usd", "buck": "usd", "euro": "eur", "mph": "mi/h",
-    "kph": "km/h", "kmph": "km/h", "joule": "j", "newton": "n", "watt": "w", "sq": "square", "percent": "percent",
-    "radian": "rad", "rupee": "inr", "lbs": "lb", "yen": "jpy", "am": "am", "pm": "pm",
-}  # fmt: skip
-_NOT_A_UNIT = frozenset([
-    "or", "and", "not", "no", "never", "none", "maybe", "perhaps", "possibly", "either", "neither", "if", "then",
-    "but", "except", "unless", "is", "are", "was", "equals", "approximately", "about", "around", "least", "most",
-    "than", "more", "less", "greater", "between", "to", "half", "squared", "cubed", "times", "plus", "minus",
-])  # fmt: skip
 _CHINESE_QUALIFIER = re.compile("[不非无没约近至多少以上下百千万亿半倍或和与到]")
+FRACTION_WORDS = {
+    "half": 2, "halve": 2, "third": 3, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9,
+    "tenth": 10, "hundredth": 100, "thousandth": 1_000,
+}  # fmt: skip
+DENIAL = re.compile(
+    r"\b(?:wrong|incorrect|false|untrue|invalid|but|unless|if|when|plus|minus|times|half|above|below|guess\w*|cannot|never)\b|n't\b",
+    re.IGNORECASE,
+)
+"""Words in a sentence around a value that withdraw or change it."""
 COMPARATIVE = re.compile(
     r"\b(?:less|more|fewer|greater|least|most|not|no|or|between|than|about|approximately)\b", re.IGNORECASE
 )
@@ -49,17 +53,19 @@ class Unit:
     """The normalised words of a unit in order, such as ("km", "/", "h")."""
 
     words: tuple[str, ...]
+    is_known: bool = field(default=True, compare=False)
+    """Whether all words are in the vocabulary of units, so that the number keeps its value."""
 
     def agrees(self, other: Unit) -> bool:
         """Whether the two may be the same: one has all the words of the other, such as "apples" and "red apples"."""
         mine, others = set(self.words) - {"/"}, set(other.words) - {"/"}
         return self.words == other.words or (
-            bool(mine and others) and (mine <= others or others <= mine) and not (mine ^ others) & _PHYSICAL
+            bool(mine and others) and (mine <= others or others <= mine) and not (mine ^ others) & PHYSICAL_UNITS
         )
 
 
 DEGREES = Unit(("deg",))
-_PHYSICAL = frozenset(_SAME_UNIT.values()) | {"square", "cubic", "2", "3", "mm", "cm", "km", "kg", "mg", "ml", "hz"}
+PERCENT = Unit(("percent",))
 
 
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
@@ -80,19 +86,48 @@ def _singular(word: str) -> str:
 def _unit_of(text: str) -> Unit | None:
     """Returns the unit in a piece of text; None if it holds words that change the meaning of the number."""
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).replace("\\degree", " degree ").replace("\\cdot", " ")
-    text = re.sub(r"([ap])\.\s?m\.?", r"\1m", text.lower())
+    text = re.sub(r"([ap])\.\s?m\.?", r"\1m", text, flags=re.IGNORECASE)
+    if re.search(r"[+!?<>=*|%]|(?:^|\s)-\s*\d|\.\s*\d", text):
+        return None
     words: list[str] = []
-    for word in re.findall(r"[a-z]+|/|-?\d+|[\u3400-\u9fff]+", text):
-        if word in _NOT_A_UNIT or _CHINESE_QUALIFIER.search(word):
+    is_known = True
+    for written in re.findall(r"[A-Za-z]+\d*|/|-?\d+|[\u3400-\u9fff]+", text):
+        word = written.lower()
+        if len(written) == 1 and written.isascii() and written.isalpha():
+            if written not in UNIT_LETTERS + LETTERS_OF_GOLD_UNITS and word != "a":
+                return None
+            is_known &= written in UNIT_LETTERS or word == "a"
+        if _changes_value(word):
             return None
         word = "/" if word == "per" else word
-        word = _SAME_UNIT.get(word) or _SAME_UNIT.get(_singular(word)) or _singular(word)
+        word = SAME_UNIT.get(word) or SAME_UNIT.get(_singular(word)) or _singular(word)
+        is_known &= len(written) == 1 or not written[0].isascii() or _is_known_word(word)
         words.extend(re.findall(r"[a-z]+|/|\d+|[\u3400-\u9fff]+", word))
     if any(word.isdigit() and word not in ("1", "2", "3") for word in words):
         return None
     if len(words) == 2 and words[0] in _POWERS:
         words = [words[1], _POWERS[words[0]]]
-    return Unit(tuple(words))
+    return Unit(tuple(words), is_known) if words or not re.search(r"\S", text.replace(".", " ")) else None
+
+
+def _changes_value(word: str) -> bool:
+    """Whether a word after a number makes it another value: a comparison, an operation, a number, a denial."""
+    letters = word.rstrip("0123456789")
+    return (
+        word in CHANGING_WORDS
+        or word in _SMALL
+        or _singular(word) in FRACTION_WORDS
+        or (letters not in ("", word) and letters not in PHYSICAL_UNITS and letters not in SAME_UNIT)
+        or _CHINESE_QUALIFIER.search(word) is not None
+    )
+
+
+def _is_known_word(word: str) -> bool:
+    return not word.strip("0123456789-") or all(
+        part in KNOWN_WORDS or _singular(part) in KNOWN_WORDS or part in _MAGNITUDES or part.rstrip("23") in KNOWN_WORDS
+        for part in word.split("/")
+        if part
+    )
 
 
 def split_unit(latex: str) -> tuple[str, Unit | None, bool]:
@@ -125,9 +160,9 @@ def _with_unit(latex: str, number: str, unit_text: str) -> tuple[str, Unit | Non
     if unit is None:
         return latex, None, False
     if unit.words == ("percent",):
-        return number, None, True
+        return number, unit, True
     if unit.words[:1] and unit.words[0] in _MAGNITUDES:
-        rest = Unit(unit.words[1:]) if unit.words[1:] else None
+        rest = Unit(unit.words[1:], unit.is_known) if unit.words[1:] else None
         return rf"({number})\cdot {_MAGNITUDES[unit.words[0]]}", rest, False
     return number, unit, False
 
@@ -139,7 +174,7 @@ def _known_unit(text: str) -> bool:
     words = re.findall("[a-z]+", text.lower())
     return bool(words) and all(
         len(word) >= 2
-        and (word in _PHYSICAL or word in _SAME_UNIT or _singular(word) in _SAME_UNIT or word in _MAGNITUDES)
+        and (word in PHYSICAL_UNITS or word in SAME_UNIT or _singular(word) in SAME_UNIT or word in _MAGNITUDES)
         for word in words
     )
 

@@ -45,12 +45,17 @@ class Score:
         return 1 - len(self.wrong) / self.num
 
 
+def answer_of(case: dict[str, Any]) -> str:
+    """The text to grade; whole responses have their own key in some files."""
+    return str(case.get("answer", case.get("response")))
+
+
 def score(cases: list[dict[str, Any]], grades: list[Grade]) -> Score:
     wrong, false_positives = [], 0
     for case, grade in zip(cases, grades, strict=True):
         if grade.verdict is not (Verdict.CORRECT if case["label"] else Verdict.INCORRECT):
             wrong.append(
-                f"{case['id']}: {case['gold']!r} against {case['answer'][-80:]!r}: {grade.verdict}, {grade.reason}"
+                f"{case['id']}: {case['gold']!r} against {answer_of(case)[-80:]!r}: {grade.verdict}, {grade.reason}"
             )
             false_positives += grade.verdict is Verdict.CORRECT
     return Score(len(cases), wrong, false_positives)

@@ -54,6 +54,8 @@ def test_the_stop_token_matters_where_the_file_holds_it(tmp_path: Path) -> None:
     assert [r["verdict"] for r in run(tmp_path, [stopped, cut])] == ["CORRECT", "INCORRECT"]
     assert [r["verdict"] for r in run(tmp_path, [cut])] == ["CORRECT"]
     assert [r["verdict"] for r in run(tmp_path, [{**cut, "stopped": False}])] == ["INCORRECT"]
+    with_newline = {"id": 3, "gold": "4", "answer": "\\boxed{4}<|im_end|>\n"}
+    assert [r["verdict"] for r in run(tmp_path, [with_newline, cut])] == ["CORRECT", "INCORRECT"]
     other = [{"id": 1, "gold": "4", "answer": "\\boxed{4}</s>"}, cut]
     assert [r["verdict"] for r in run(tmp_path, other, "--stop-token", "</s>")] == ["CORRECT", "INCORRECT"]
 

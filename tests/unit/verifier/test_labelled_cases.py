@@ -9,7 +9,7 @@ import pytest
 from oreal_megatron.types import Verdict
 from oreal_megatron.verifier import StagedVerifier, VerifierConfig, build_verifier
 
-from .labelled import grade_file, score
+from .labelled import answer_of, grade_file, score
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,7 @@ from .labelled import grade_file, score
         ("public", "core", 0.995, 1),
         ("mutations", None, 0.998, 3),
         ("variants", None, 1.0, 0),
+        ("reports", None, 0.97, 1),
     ],
 )
 def test_floor(
@@ -60,7 +61,7 @@ def test_bombs_are_answered_in_time_and_never_rewarded() -> None:
     assert time.monotonic() - started < limit * len(cases)
 
 
-@pytest.mark.parametrize("name", ["hard", "e2e", "public", "mutations"])
+@pytest.mark.parametrize("name", ["hard", "e2e", "public", "mutations", "reports"])
 @pytest.mark.slow
 def test_never_worse_than_math_verify(verifier: StagedVerifier, name: str) -> None:
     """The oracle has a voice here only: neither more false positives nor more misses than it on any file."""
@@ -70,7 +71,7 @@ def test_never_worse_than_math_verify(verifier: StagedVerifier, name: str) -> No
     for case, grade in zip(cases, grades, strict=True):
         if name == "public" and case["tier"] != "core":
             continue
-        answer = case["answer"] if case["kind"] == "response" else f"\\boxed{{{case['answer']}}}"
+        answer = answer_of(case) if case["kind"] == "response" else f"\\boxed{{{case['answer']}}}"
         try:
             accepted = bool(math_verify.verify(math_verify.parse(f"${case['gold']}$"), math_verify.parse(answer)))
         except Exception:

@@ -105,7 +105,7 @@ def test_numbers_in_words(text: str, value: int | None) -> None:
         ("12\\text{ cm}", "12", ("cm",), False), ("5 \\text{ km per hour}", "5", ("km", "/", "h"), False),
         ("\\dollar 4.50", "4.50", ("usd",), False),
         ("36 \\text{ square centimeters}", "36", ("cm", "2"), False), ("28%", "28", None, True),
-        ("3.5 \\text{ percent}", "3.5", None, True),
+        ("3.5 \\text{ percent}", "3.5", ("percent",), True),
         ("2x", "2x", None, False), ("7 \\text{ or } 8", "7 \\text{ or } 8", None, False),
         ("45\\degree", "45", ("deg",), False),
     ],
