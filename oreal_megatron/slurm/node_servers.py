@@ -14,7 +14,6 @@ from oreal_megatron.config import SGLangConfig, TrainConfig
 from oreal_megatron.files import write_atomically
 from oreal_megatron.servers.server_process import (
     Launcher,
-    Restarts,
     ServerProcess,
     ServerStartError,
     choose_port,
@@ -42,10 +41,11 @@ class _Place:
     """On this node."""
     index: int
     port: int
-    restarts: Restarts
+    num_restarts: int = 0
+    """Restarts in a row: a server that ran for rollout.sglang.startup_seconds begins again at 0."""
     process: ServerProcess | None = None
     started: float = 0.0
-    is_given_up: bool = False
+    has_failed: bool = False
 
 
 class NodeServers:
@@ -72,8 +72,7 @@ class NodeServers:
             logs=logs,
         )
         self._places = [
-            _Place(number, index, choose_port(self._servers, number), Restarts(servers.max_restarts))
-            for number, index in enumerate(indices)
+            _Place(number, index, choose_port(self._servers, number)) for number, index in enumerate(indices)
         ]
 
     def announce(self, directory: Path) -> None:
@@ -89,7 +88,7 @@ class NodeServers:
             while not self._ending.wait(_POLL_SECONDS):
                 for place in self._places:
                     self._look_after(place)
-                if all(place.is_given_up for place in self._places):
+                if all(place.has_failed for place in self._places):
                     return 1
             return 0
         finally:
@@ -99,7 +98,7 @@ class NodeServers:
 
     def _look_after(self, place: _Place) -> None:
         """Starts the server where it is not running, as often as it may."""
-        if place.is_given_up or (place.process is not None and place.process.exit_code is None):
+        if place.has_failed or (place.process is not None and place.process.exit_code is None):
             return
         if place.process is not None:
             logger.warning(
@@ -108,10 +107,11 @@ class NodeServers:
             place.process.stop()
             place.process = None
             if time.monotonic() - place.started > self._servers.startup_seconds:
-                place.restarts.reset()
-            if not place.restarts.another():
-                logger.error("server %d failed: it ended %d times in a row", place.index, place.restarts.in_a_row)
-                place.is_given_up = True
+                place.num_restarts = 0
+            place.num_restarts += 1
+            if place.num_restarts > self._servers.max_restarts:
+                logger.error("server %d failed: it ended %d times in a row", place.index, place.num_restarts)
+                place.has_failed = True
                 return
         model = self._launcher.model
         may_start = not (self._servers.shares_devices and offloaded_mark(model).exists())

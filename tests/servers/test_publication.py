@@ -15,7 +15,7 @@ import torch
 
 import oreal_megatron.weight_sync.p2p as moving
 from oreal_megatron.rollout.sglang_engine import PausedServer
-from oreal_megatron.servers.router import NoServerError
+from oreal_megatron.servers.request_queue import NoServerError
 from tests.servers.conftest import require_sglang
 from tests.servers.test_servers import GREEDY, PROMPTS, assert_as_transformers, requests_of
 from tests.servers.trainer_worker import NUM_TOKENS
