@@ -29,13 +29,14 @@ from oreal_megatron.models.policy import build_policy
 from oreal_megatron.models.virtual_stages import chunks_of
 from oreal_megatron.rollout.sglang_engine import SGLangEngine
 from oreal_megatron.servers.pool import ServerPool
+from oreal_megatron.servers.server import LaunchedServer
 from oreal_megatron.weight_sync.p2p import rounds
 from oreal_megatron.weight_sync.planner import num_elements, plan_resharding
 from oreal_megatron.weight_sync.publisher import build_publisher
 from oreal_megatron.weight_sync.sglang_layout import SGLangLayout
 from oreal_megatron.weight_sync.source import PolicyShards
 from tests.ranks import run_ranks
-from tests.tiny_servers import fleet_of, servers_config
+from tests.tiny_servers import pool_of, servers_config
 
 WORLD, SERVER_RANKS = 4, 2
 PARTS = ("pause", "plan", "transfer", "load", "audit", "continue")
@@ -108,7 +109,7 @@ def measure(groups: ParallelGroups, shards: PolicyShards, arguments: argparse.Na
         **config_json(shards.geometry, "causal", dtype="bfloat16", max_positions=128),
         "eos_token_id": 0,
     }
-    fleet = fleet_of(servers, directory, described, dtype="bfloat16", max_sequence_length=128, stop_token_id=0)
+    pool = pool_of(servers, directory, described, dtype="bfloat16", max_sequence_length=128, stop_token_id=0)
     publishers = {
         name: build_publisher(
             servers.model_copy(update={"transport": name}),
@@ -118,9 +119,9 @@ def measure(groups: ParallelGroups, shards: PolicyShards, arguments: argparse.Na
         )
         for name in arguments.transports
     }
-    engine = SGLangEngine(fleet, publishers["direct"], groups, vocab_size=VOCABULARY, timeout_seconds=1200)
+    engine = SGLangEngine(pool, publishers["direct"], groups, vocab_size=VOCABULARY, timeout_seconds=1200)
     try:
-        reports = taken(engine, fleet, publishers, groups, arguments.pairs)
+        reports = taken(engine, pool, publishers, groups, arguments.pairs)
     finally:
         engine.close()
     if groups.is_main:
@@ -130,7 +131,7 @@ def measure(groups: ParallelGroups, shards: PolicyShards, arguments: argparse.Na
 
 
 def taken(
-    engine: SGLangEngine, fleet: ServerPool, publishers: dict[str, Any], groups: ParallelGroups, pairs: int
+    engine: SGLangEngine, pool: ServerPool, publishers: dict[str, Any], groups: ParallelGroups, pairs: int
 ) -> dict[str, list[dict[str, float]]]:
     """By transport: what each publication reports, the first ones, which join groups, apart at index 0."""
     reports = defaultdict(list)
@@ -138,7 +139,7 @@ def taken(
     for _ in range(1 + pairs):
         for name, publisher in publishers.items():
             engine._publisher = publisher
-            workers = server_processes(fleet) if groups.is_main and version else []
+            workers = server_processes(pool) if groups.is_main and version else []
             before = started(workers)
             report = dict(engine.publish(version))
             version += 1
@@ -152,8 +153,10 @@ def taken(
     return reports
 
 
-def server_processes(fleet: ServerPool) -> list[psutil.Process]:
-    process = fleet.servers[0].process
+def server_processes(pool: ServerPool) -> list[psutil.Process]:
+    (server,) = pool.servers
+    assert isinstance(server, LaunchedServer)
+    process = server.process
     assert process is not None
     return psutil.Process(process.pid).children(recursive=True)
 

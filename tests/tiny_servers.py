@@ -1,4 +1,4 @@
-"""SGLang servers on CPU with a policy that publishes to them, for tests and benchmarks."""
+"""SGLang servers on CPU with a policy that is published to them, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ MAX_SEQUENCE_LENGTH = 256
 
 
 def has_sglang() -> bool:
-    """Whether `make sglang-deps` has been here."""
+    """Returns whether `make sglang-deps` has installed SGLang."""
     return (Path(sys.prefix) / "sglang" / "sglang").is_dir()
 
 
 def servers_config(**options: Any) -> SGLangConfig:
-    """What `rollout=sglang_cpu` has, with patience, and `options`."""
+    """Returns the settings of `rollout=sglang_cpu` with long time limits and `options`."""
     config = validated(composed(["experiment=arithmetic", "rollout=sglang_cpu"])).rollout.sglang
     assert config is not None
     patient = {
@@ -51,7 +51,7 @@ def servers_config(**options: Any) -> SGLangConfig:
     return SGLangConfig(**{**config.model_dump(), **patient, **options})
 
 
-def fleet_of(
+def pool_of(
     servers: SGLangConfig,
     directory: Path,
     config_json: Mapping[str, Any],
@@ -61,7 +61,7 @@ def fleet_of(
     stop_token_id: int,
     check: Callable[[str, ServerDescription], None] = lambda url, description: None,
 ) -> ServerPool:
-    """directory: a run's."""
+    """Returns a pool of servers. directory: of the run."""
     launcher = Launcher(
         config=servers,
         model=start_directory(directory / "servers"),
@@ -87,7 +87,7 @@ class ListHandler(logging.Handler):
 
 @dataclass
 class Servers:
-    """An engine, the policy that it publishes, and what it said."""
+    """An engine, the policy that it publishes, and the messages that it logged."""
 
     engine: Any
     pool: Any
@@ -101,19 +101,19 @@ class Servers:
         self._initial = [parameter.detach().clone() for parameter in self.policy.parameters()]
 
     def perturb(self) -> None:
-        """Gives the policy other weights than any version before: as large as ever, so that they round as well."""
+        """Gives the policy new weights of the same magnitude, so that rounding errors stay alike."""
         noise = torch.Generator().manual_seed(self.engine.weight_version + 1)
         with torch.no_grad():
             for parameter, initial in zip(self.policy.parameters(), self._initial, strict=True):
                 parameter.copy_(initial + 0.1 * torch.randn(initial.shape, generator=noise))
 
     def written(self) -> Path:
-        """The policy's present weights as a Hugging Face directory, for transformers."""
+        """Writes the policy's present weights as a Hugging Face directory, for transformers."""
         DiskTransport(self.shards, self.directory / "written", config_json=self.config_json).prepare(0)
         return self.directory / "written" / "version_000000"
 
     def generate(self, requests: Any, sampling: Any, num_enough: int | None = None) -> list[Any]:
-        """One completion a request, in order; num_enough: units after which the rest is broken off."""
+        """Returns one completion a request, in order. num_enough: units after which the rest is aborted."""
         units = self.engine.units(requests)
         found: dict[int, Any] = {}
         is_enough = None if num_enough is None else lambda: len(found) >= num_enough
@@ -126,7 +126,10 @@ class Servers:
 
 
 def open_servers(groups: Any, source: Path, directory: Path, **options: Any) -> Servers:
-    """An engine with the Megatron policy of a Hugging Face directory; nothing is published yet. options: as above."""
+    """Returns an engine with the Megatron policy of a Hugging Face directory, before the first publication.
+
+    options: see `servers_config`.
+    """
     policy, geometry = as_policy(source, groups), geometry_of(source)
     said: list[str] = []
     logging.getLogger(PACKAGE).addHandler(ListHandler(said))
@@ -137,7 +140,7 @@ def open_servers(groups: Any, source: Path, directory: Path, **options: Any) -> 
         stop_token_id=STOP,
     )  # fmt: skip
     expected = Fingerprint.of(geometry, dtype, config)
-    pool = fleet_of(
+    pool = pool_of(
         servers,
         directory,
         config,

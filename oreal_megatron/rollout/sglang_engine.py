@@ -17,8 +17,7 @@ from oreal_megatron.config import SamplingConfig
 from oreal_megatron.distributed.cpu_backend import free_cached_memory
 from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.servers.pool import ServerPool
-from oreal_megatron.servers.router import NoServerError, WeightVersion
-from oreal_megatron.servers.server import SGLangServer
+from oreal_megatron.servers.request_queue import NoServerError
 from oreal_megatron.types import Completion, GenerationRequest
 from oreal_megatron.weight_sync.publisher import Publisher
 from oreal_megatron.weight_sync.types import PausedServer
@@ -29,8 +28,8 @@ T = TypeVar("T")
 class SGLangEngine:
     """See RolloutEngine. Servers start, or are attached to, at the first `publish`.
 
-    The main process owns the servers: it starts, publishes to and restarts them. The leading process of every model
-    replica asks them for its own responses.
+    The main process starts, updates and restarts the servers. The leading process of every model replica sends its own
+    requests to them.
     """
 
     def __init__(
@@ -43,8 +42,10 @@ class SGLangEngine:
         timeout_seconds: float,
         shares_devices: bool = False,
     ):
-        """vocab_size: token ids of prompts must be below it. timeout_seconds: of the groups' collectives.
-        shares_devices: servers take turns with the trainer on its devices.
+        """Starts an event loop where this process leads a replica.
+
+        vocab_size: upper bound of token ids in prompts. timeout_seconds: limit of the groups' collectives.
+        shares_devices: whether servers take turns with the trainer on its devices.
         """
         self.weight_version = 0
         self._shares_devices = shares_devices
@@ -57,7 +58,7 @@ class SGLangEngine:
         self._loop = _LoopThread() if groups.leads_replica else None
 
     def units(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
-        """See RolloutEngine: the responses to one prompt."""
+        """See RolloutEngine. A unit is the responses to one prompt."""
         by_prompt: dict[tuple[int, ...], list[int]] = {}
         for index, request in enumerate(requests):
             by_prompt.setdefault(request.prompt_ids, []).append(index)
@@ -72,9 +73,9 @@ class SGLangEngine:
         """See RolloutEngine.
 
         Raises:
-            ValueError: a prompt has a token id that the model has no embedding for (it would end the server), or the
-                servers refuse it.
-            NoServerError: no server is left.
+            ValueError: A prompt has a token id that the model has no embedding for, which would end the server; or a
+                server refuses the prompt.
+            NoServerError: No server is left.
         """
         self._check_vocabulary(units)
         finished: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
@@ -101,7 +102,7 @@ class SGLangEngine:
         is_enough: Callable[[], bool] | None,
         finished: queue.SimpleQueue[_Outcome],
     ) -> None:
-        """Puts every unit into `finished` when it is; then an outcome without a value, or the error."""
+        """Puts every unit into `finished` once it is complete; then an outcome without a value, or the error."""
         unit_of = [(position, place) for position, unit in enumerate(units) for place in range(len(unit))]
         parts: list[list[Completion | None]] = [[None] * len(unit) for unit in units]
 
@@ -125,15 +126,15 @@ class SGLangEngine:
             if unknown:
                 raise ValueError(
                     f"a prompt has token id {unknown[0]}, the model's vocabulary ends at {self._vocab_size - 1}: "
-                    "model.tokenizer and model.path do not belong together"
+                    "set model.tokenizer to the tokenizer of model.path"
                 )
 
     def publish(self, weight_version: int) -> dict[str, float]:
-        """See RolloutEngine. A server that is being restarted has the weights later: see `_feed`.
+        """See RolloutEngine. A server that is being restarted gets the weights later: see `_resend_weights`.
 
         Raises:
-            NoServerError: no server is left; of the first ones, a server does not answer, cannot start, is another
-                model's or does not take the weights.
+            NoServerError: No server is left; at the first publication, a server does not answer, cannot start, serves
+                another model, or does not take the weights.
         """
         self._publisher.prepare(weight_version)
         return self._deliver(weight_version, wait=False)
@@ -143,7 +144,7 @@ class SGLangEngine:
         """See RolloutEngine.
 
         Raises:
-            NoServerError: see `publish`.
+            NoServerError: See `publish`.
         """
         if not self._shares_devices:
             with policy_on_device():
@@ -161,41 +162,47 @@ class SGLangEngine:
         """See RolloutEngine.
 
         Raises:
-            NoServerError: no server is left.
+            NoServerError: No server is left.
         """
         if self._shares_devices and not self._is_offloaded:
             self._on_main(self._pool.offload)
             self._is_offloaded = True
 
     def _leave_devices(self) -> None:
-        """What this process holds of its device and does not use goes back, on all ranks, before servers take it."""
+        """Frees cached device memory on all ranks, before servers take it."""
         free_cached_memory()
         self._groups.barrier()
 
     def _resend_weights(self) -> None:
-        """No server has the weights and one waits for them: it was restarted, or somebody has changed its weights."""
-        # The other replicas may have finished; nobody knows when all ranks meet.
+        """Publishes the current weights again, because no server has them and a server waits for them.
+
+        Raises:
+            NoServerError: The trainer cannot send weights in the middle of a step.
+        """
+        # Other replicas may have finished generating, so that not all ranks would take part.
         reason = "several data-parallel replicas" if self._groups.data_size > 1 else None
         if self._shares_devices:
-            reason = "a trainer whose devices are the servers' now"
+            reason = "a trainer that has left its devices to the servers"
         if reason is not None:
             raise NoServerError(
                 f"no rollout server has the current weights any more, and {reason} cannot send them in the middle of a "
-                "step: start the run again, finished rollouts are in the journal; more servers make this rarer"
+                "step; start the run again: finished rollouts are in the journal. With more servers this is less likely"
             )
         self._deliver(self.weight_version, wait=True)
 
     def _deliver(self, weight_version: int, *, wait: bool) -> dict[str, float]:
-        """Pause, send, audit, flush, label, continue; a server that failed while it lives is sent to once more."""
-        weights = WeightVersion(version=weight_version, label=self._pool.label(weight_version))
+        """Updates all servers; a server that is alive and does not have the weights is sent to a second time.
+
+        Returns the publication's metrics.
+        """
         clock = _Stopwatch()
         if self._shares_devices:
             self._leave_devices()
             self._is_offloaded = False
-        servers: list[SGLangServer] = self._on_main(lambda: self._pool.open(weights, wait=wait)) or []
+        servers = self._on_main(lambda: self._pool.begin_update(weight_version, wait=wait)) or []
         report = {"publication/pause_seconds": clock.lap(), "publication/bytes": 0.0, "publication/failures": 0.0}
         for is_last in (False, True):
-            paused = [PausedServer(m.client, m.index, self._loop.run) for m in servers if self._loop]
+            paused = [PausedServer(s.client, s.index, self._loop.run) for s in servers if self._loop]
             delivery = self._publisher.deliver(paused)
             report["publication/bytes"] += delivery.num_bytes
             report["publication/failures"] += len(delivery.failures)
@@ -204,23 +211,23 @@ class SGLangEngine:
                 report[key] = report.get(key, 0.0) + seconds
             again = {name for name, failure in delivery.failures.items() if not (failure.is_lost or is_last)}
             reasons = {name: failure.reason for name, failure in delivery.failures.items()}
-            done = [server for server in servers if server.client.url not in again]
+            done = [server for server in servers if server.url not in again]
             clock.lap()
             self._on_main(lambda done=done, reasons=reasons: self._pool.finish_update(done, reasons))
             if not again:
                 break
-            servers = [server for server in servers if server.client.url in again]
+            servers = [server for server in servers if server.url in again]
         report["publication/continue_seconds"] = clock.lap()
-        in_sync = sum(server.label == weights.label for server in self._pool.servers)
-        urls = [server.client.url for server in self._pool.servers]
-        label, urls, in_sync = self._groups.from_main((weights.label, urls, in_sync))
+        pool = self._pool
+        found = (pool.label(weight_version), [server.url for server in pool.servers], pool.num_current)
+        label, urls, num_current = self._groups.from_main(found)
         if self._loop is not None and not self._groups.is_main:
-            self._loop.run(self._pool.follow(weight_version, label, urls)).result()
+            self._loop.run(pool.follow(weight_version, label, urls)).result()
         self.weight_version = weight_version
-        return report | {"publication/servers": float(in_sync)}
+        return report | {"publication/servers": float(num_current)}
 
     def _on_main(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
-        """Has the main process's event loop do it, while the others wait; its result, there only."""
+        """Runs `work` on the main process's event loop while other ranks wait; returns its result there, else None."""
         outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
         results: list[T] = []
 
@@ -238,10 +245,10 @@ class SGLangEngine:
         return results[0] if results else None
 
     def _together(self, outcomes: queue.SimpleQueue[_Outcome] | None, *, of_main: bool = False) -> _Outcome:
-        """The next outcome that the leading process has (`outcomes` is given there), or its error, on every rank of the
-        replica; of_main: that the main process has, on every rank.
+        """Returns the next outcome of the leading process, or raises its error, on every rank of the replica.
 
-        The others wait in short broadcasts, so that no collective outlives its timeout however long the work takes.
+        outcomes: given on the leading process only. of_main: the main process has the outcome, for every rank.
+        Waiting ranks repeat short broadcasts, so that no collective exceeds its timeout however long the work takes.
         """
         broadcast = self._groups.from_main if of_main else self._groups.from_replica_leader
         while True:
@@ -257,7 +264,7 @@ class SGLangEngine:
 
     def close(self) -> None:
         if self._loop is not None:
-            self._loop.run(_cancel_others()).result()  # or it starts what is ended now anew
+            self._loop.run(_cancel_others()).result()  # or a task restarts a server that is ended now
             self._loop.run(self._pool.close()).result()
             self._loop.stop()
             self._loop = None
@@ -269,7 +276,7 @@ class _Outcome:
     value: Any = None
     error: Exception | None = None
     no_current_weights: bool = False
-    """No server has the current weights."""
+    """Whether no server has the current weights."""
 
 
 class _Stopwatch:
@@ -277,13 +284,13 @@ class _Stopwatch:
         self._last = time.perf_counter()
 
     def lap(self) -> float:
-        """Seconds since the last call."""
+        """Returns seconds since the last call."""
         self._last, before = time.perf_counter(), self._last
         return self._last - before
 
 
 async def _cancel_others() -> None:
-    """Ends everything else that runs on this loop."""
+    """Cancels all other tasks of this loop."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
@@ -291,7 +298,7 @@ async def _cancel_others() -> None:
 
 
 class _LoopThread:
-    """An event loop in a thread that lives until `stop`; launched servers end with this thread."""
+    """An event loop in a thread that runs until `stop`; launched servers end with this thread."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()

@@ -1,4 +1,4 @@
-"""The HTTP verbs of one SGLang server: token ids in, token ids and log-probabilities out; and its control."""
+"""A client of one SGLang server. Its methods have the names of the server's HTTP endpoints."""
 
 from __future__ import annotations
 
@@ -12,60 +12,60 @@ from typing import Any
 
 import httpx
 
-# It has a line for every request.
+# httpx logs a line for every request.
 logging.getLogger("httpx").setLevel(logging.WARNING)
 
 WEIGHTS, KV_CACHE = "weights", "kv_cache"
-"""SGLang's names of what memory holds (`GPU_MEMORY_TYPE_WEIGHTS`, `GPU_MEMORY_TYPE_KV_CACHE`)."""
+"""SGLang's tags of memory that a server can release (`GPU_MEMORY_TYPE_WEIGHTS`, `GPU_MEMORY_TYPE_KV_CACHE`)."""
 
 _CONNECT_SECONDS = 10.0
-# SGLang closes connections that were idle for 5 seconds; a request that is sent just then would be lost.
+# SGLang closes connections that were idle for 5 seconds; a request that is sent at that moment would be lost.
 _IDLE_SECONDS = 2.0
-# Control requests that must get through while all places for generation are taken.
+# Connections for control requests while requests for generation take all others.
 _SPARE_CONNECTIONS = 8
 
 
 class ServerLost(ConnectionError):
-    """The server did not answer, broke the connection off, or failed; what it was asked may be asked of another."""
+    """The server did not answer, closed the connection, or answered 5xx. Another server may answer the same request."""
 
 
 class RequestRefused(ValueError):
-    """The server refuses what it was asked, and any other would."""
+    """The server answered 4xx, as every other server would."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generated:
-    """One response as the server has it."""
+    """A response of /generate."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish: Mapping[str, Any]
-    """SGLang's finish_reason: `type` stop, length or abort (somebody ended it, the tokens until then are here);
-    `matched`: the token that stopped it."""
+    """SGLang's finish_reason. `type`: stop, length or abort (the tokens are those generated before the abort);
+    `matched`: the token at which the response stopped."""
     weight_labels: frozenset[str]
-    """Of all weights that generated some of its tokens."""
+    """Labels of all weights that generated tokens of the response."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerDescription:
-    """What a server says of itself."""
+    """A server's answers to /model_info and /server_info."""
 
     model_path: str
     weight_label: str
     dtype: str
     version: str
-    """Of SGLang."""
+    """SGLang's version."""
     device: str
     tensor: int
     """Tensor-parallel ranks."""
     weight_loaders: tuple[str, ...]
-    """Functions that it was started with as --custom-weight-loader."""
+    """Functions that the server was started with as --custom-weight-loader."""
     saves_memory: bool
-    """Whether it was started with --enable-memory-saver."""
+    """Whether the server was started with --enable-memory-saver."""
 
 
 class ServerClient:
-    """Talks to one server. Every method raises ServerLost or RequestRefused; use it on one event loop."""
+    """A client of one server, for one event loop. Every method may raise ServerLost or RequestRefused."""
 
     def __init__(self, url: str, *, max_concurrency: int, control_seconds: float):
         self.url = url
@@ -77,14 +77,14 @@ class ServerClient:
                 max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=_IDLE_SECONDS
             ),
             timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
-            trust_env=False,  # a proxy of the machine is not for a server beside us
+            trust_env=False,  # the machine's proxy settings are for other hosts
         )
 
     async def close(self) -> None:
         await self._http.aclose()
 
     async def generate(self, rid: str, prompt_ids: Sequence[int], sampling: Mapping[str, Any]) -> Generated:
-        """One response; waits as long as it takes, or until it is aborted."""
+        """POST /generate: returns the response to one prompt, without a time limit."""
         answer = await self._ask(
             "POST",
             "/generate",
@@ -92,12 +92,16 @@ class ServerClient:
             seconds=None,
         )
         about = answer["meta_info"]
-        pairs = about.get("output_token_logprobs") or []  # none of what was aborted before its first token
+        pairs = about.get("output_token_logprobs") or []  # absent if the request was aborted before its first token
         ids = tuple(answer["output_ids"])
         if ids != tuple(token for _, token, *_ in pairs):
-            raise ServerLost(f"{self.url}: {rid} has {len(ids)} tokens and log-probabilities of others ({len(pairs)})")
+            raise ServerLost(
+                f"{self.url}: {rid} has {len(ids)} tokens and {len(pairs)} log-probabilities, of other tokens"
+            )
         if any(logprob is None for logprob, *_ in pairs):  # JSON has no NaN
-            raise ServerLost(f"{self.url}: {rid} has log-probabilities that are no numbers; its weights are damaged")
+            raise ServerLost(
+                f"{self.url}: {rid} has log-probabilities that are not numbers; the server's weights are damaged"
+            )
         spans = about.get("weight_versions") or []
         return Generated(
             token_ids=ids,
@@ -108,11 +112,11 @@ class ServerClient:
         )
 
     async def abort_request(self, rid: str) -> None:
-        """Ends a response: who asked for it gets what there is. Nothing happens where the server does not know it."""
+        """POST /abort_request: ends a response, which returns with its tokens so far. Unknown ids are ignored."""
         await self._ask("POST", "/abort_request", {"rid": rid})
 
     async def is_healthy(self, seconds: float) -> bool:
-        """Whether the server generates a token, or has generated any, within `seconds`."""
+        """GET /health: returns whether the server generates a token, or has generated one, within `seconds`."""
         try:
             response = await self._http.get("/health", timeout=seconds)
         except httpx.HTTPError:
@@ -120,6 +124,7 @@ class ServerClient:
         return response.status_code == 200
 
     async def describe(self) -> ServerDescription:
+        """GET /model_info and /server_info."""
         model, server = await self._ask("GET", "/model_info"), await self._ask("GET", "/server_info")
         return ServerDescription(
             model_path=str(model["model_path"]),
@@ -133,65 +138,73 @@ class ServerClient:
         )
 
     async def weight_label(self) -> str:
+        """GET /model_info: returns the label of the server's weights (SGLang: weight_version)."""
         return str((await self._ask("GET", "/model_info"))["weight_version"])
 
     async def pause_generation(self) -> None:
-        """Generation stands still; running requests lose their KV cache and go on with the next weights."""
+        """POST /pause_generation: stops generation; running requests drop their KV cache and continue later."""
         await self._ask("POST", "/pause_generation", {"mode": "retract"})
 
     async def begin_weight_update(self) -> None:
-        """Weights may change until `end_update`."""
+        """POST /begin_weight_update: allows weights to change until `end_weight_update`."""
         await self._ask("POST", "/begin_weight_update", {})
 
     async def end_weight_update(self) -> None:
+        """POST /end_weight_update."""
         await self._ask("POST", "/end_weight_update", {})
 
     async def update_weights_from_disk(self, directory: Path) -> None:
+        """POST /update_weights_from_disk. directory: in Hugging Face's layout."""
         body = {"model_path": str(directory), "load_format": "auto", "flush_cache": False}
         await self._ask("POST", "/update_weights_from_disk", body)
 
     async def update_weights_from_tensor(self, payloads: Sequence[bytes], load_format: str) -> None:
-        """payloads: one pickled list of (name, tensor) a tensor-parallel rank."""
+        """POST /update_weights_from_tensor. payloads: one pickled list of (name, tensor) per tensor-parallel rank."""
         encoded = [base64.b64encode(payload).decode() for payload in payloads]
         body = {"serialized_named_tensors": encoded, "load_format": load_format, "flush_cache": False}
         await self._ask("POST", "/update_weights_from_tensor", body)
 
     async def init_weights_update_group(self, group: Mapping[str, Any]) -> None:
+        """POST /init_weights_update_group."""
         await self._ask("POST", "/init_weights_update_group", group)
 
     async def update_weights_from_distributed(self, tensors: Mapping[str, Any]) -> None:
+        """POST /update_weights_from_distributed."""
         await self._ask("POST", "/update_weights_from_distributed", {**tensors, "flush_cache": False})
 
     async def destroy_weights_update_group(self, name: str) -> None:
+        """POST /destroy_weights_update_group."""
         await self._ask("POST", "/destroy_weights_update_group", {"group_name": name})
 
     async def flush_cache(self) -> None:
-        """Forgets the KV of every prefix: it belongs to old weights."""
+        """POST /flush_cache: drops the KV cache of all prefixes, which was computed with old weights."""
         await self._ask("POST", "/flush_cache")
 
     async def freeze_gc(self) -> None:
-        """What the server holds by now is never searched again. It asks itself to, but maybe before it listens."""
+        """POST /freeze_gc: calls gc.freeze() on the server. SGLang's own call at its start may fail."""
         with contextlib.suppress(RequestRefused):
             await self._ask("POST", "/freeze_gc")
 
     async def update_weight_version(self, label: str) -> None:
+        """POST /update_weight_version: sets the label of the server's weights."""
         await self._ask("POST", "/update_weight_version", {"new_version": label, "abort_all_requests": False})
 
     async def release_memory_occupation(self, tags: Sequence[str]) -> None:
-        """Of a paused server. tags: of WEIGHTS and KV_CACHE, held as yet: SGLang ends where one is not."""
+        """POST /release_memory_occupation, of a paused server. SGLang exits if a tag is released already."""
         await self._ask("POST", "/release_memory_occupation", {"tags": list(tags)})
 
     async def resume_memory_occupation(self, tags: Sequence[str]) -> None:
-        """Memory is there again; what was in it is not. tags: released before."""
+        """POST /resume_memory_occupation: reallocates released memory; its contents are undefined."""
         await self._ask("POST", "/resume_memory_occupation", {"tags": list(tags)})
 
     async def continue_generation(self) -> None:
+        """POST /continue_generation."""
         await self._ask("POST", "/continue_generation", {})
 
     async def _ask(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, *, seconds: float | None = -1.0
     ) -> Any:
-        """seconds: to wait for the answer; None: for ever; negative: as long as control requests may take."""
+        """seconds: time limit of the answer; None: no limit; negative: the limit of control requests."""
         timeout = self._control_seconds if seconds is not None and seconds < 0 else seconds
         try:
             response = await self._http.request(

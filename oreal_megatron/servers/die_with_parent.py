@@ -2,8 +2,8 @@
 
     python -m oreal_megatron.servers.die_with_parent PARENT_PID COMMAND...
 
-A trainer that is killed can end nothing any more; so the kernel is asked to (prctl(2), PR_SET_PDEATHSIG, which an exec
-keeps). SGLang's own worker processes ask the same for their parent.
+A trainer that is killed cannot end its servers, so the kernel does (prctl(2), PR_SET_PDEATHSIG, which survives exec).
+SGLang's own worker processes do the same.
 """
 
 import ctypes
@@ -15,10 +15,11 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
+    """Replaces this process with the command, unless the parent has ended already."""
     parent = int(sys.argv[1])
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) was refused")
-    if os.getppid() != parent:  # it ended before we asked
+    if os.getppid() != parent:  # the parent ended before prctl
         sys.exit(1)
     os.execvp(sys.argv[2], sys.argv[2:])
 

@@ -1,4 +1,4 @@
-"""Is a server's model the trainer's? Compared before the first prompt, and whenever contact was lost."""
+"""Checks that a server serves the policy's model with the run's options, whenever the run connects to it."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oreal_megatron.config import GeometryConfig
+from oreal_megatron.config import GeometryConfig, SGLangConfig
 from oreal_megatron.conversion.huggingface import geometry_of, read_model
 from oreal_megatron.servers.client import ServerDescription
+from oreal_megatron.servers.server_process import OFFLOADED
 
 _OLDEST_SGLANG = (0, 5, 23)
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What weights and token ids depend on: sizes, biases, norms, vocabulary, rotary embedding, dtype, FP8."""
+    """Properties that fix weights and token ids: sizes, biases, norms, vocabulary, rotary embedding, dtype, FP8."""
 
     fields: Mapping[str, Any]
 
     @classmethod
     def of(cls, geometry: GeometryConfig, dtype: str, config_json: Mapping[str, Any]) -> Fingerprint:
-        """geometry: with vocab_size; its biases and norms tell the architecture. config_json: says how it is
-        quantised.
-        """
+        """Returns the fingerprint of a model. geometry: with vocab_size. config_json: names its quantisation."""
         head_dim = geometry.head_dim or geometry.hidden_size // geometry.num_attention_heads
         quantisation = config_json.get("quantization_config")
         sizes = geometry.model_dump(exclude={"init_std"})
@@ -38,7 +37,7 @@ class Fingerprint:
 
 
 def check_server(url: str, description: ServerDescription, expected: Fingerprint) -> None:
-    """Raises ValueError where a server serves another model, in another dtype, or is too old; names both sides."""
+    """Raises ValueError, which names both sides, if a server has another model or dtype, or is too old."""
     version = tuple(int(part) for part in description.version.split("+")[0].split(".")[:3] if part.isdigit())
     if version < _OLDEST_SGLANG:
         raise ValueError(
@@ -48,7 +47,7 @@ def check_server(url: str, description: ServerDescription, expected: Fingerprint
     if not (path / "config.json").is_file():
         raise ValueError(
             f"{url} serves {description.model_path}, whose config.json cannot be read here, so it cannot be compared "
-            "with the policy: start the server from a directory that both see"
+            "with the policy; start the server from a directory that both machines can read"
         )
     served = Fingerprint.of(geometry_of(path), description.dtype, read_model(path).config)
     if served.fields != expected.fields:
@@ -61,3 +60,25 @@ def check_server(url: str, description: ServerDescription, expected: Fingerprint
             f"{url} serves another model: {description.model_path} has fingerprint {served}, the policy {expected}; "
             f"{differing}"
         )
+
+
+def check_options(url: str, found: ServerDescription, config: SGLangConfig, weight_loader: str) -> None:
+    """Raises ValueError, which names the option, if a server was started with options that the run cannot use."""
+    if weight_loader not in found.weight_loaders:
+        raise ValueError(
+            f"{url} was started without --custom-weight-loader {weight_loader}, which loads and audits weights; start "
+            "it with that option and with this package on its PYTHONPATH"
+        )
+    for key, has, wanted in (("tensor", found.tensor, config.tensor), ("device", found.device, config.device)):
+        if has != wanted:
+            raise ValueError(
+                f"{url} has {key} {has}, rollout.sglang.{key} is {wanted}; set rollout.sglang.{key}={has}, or start "
+                "another server"
+            )
+    if config.shares_devices and config.device == "cuda" and not found.saves_memory:
+        raise ValueError(
+            f"{url} was started without --enable-memory-saver, so it cannot release memory to a trainer on its "
+            "devices; start it with that option, or set rollout.sglang.placement=disaggregated"
+        )
+    if found.weight_label == OFFLOADED:
+        raise ValueError(f"{url} has released its memory to a run that ended without resuming it; restart the server")

@@ -1,12 +1,12 @@
-"""Several SGLang servers as one: they are opened for new weights, settled with them, and asked; nobody has old ones.
+"""A pool of SGLang servers: pauses and resumes them for weight updates, and sends them requests.
 
-All of it runs on one event loop, in one thread of the trainer's main process.
+Only servers with the current weights get requests. The pool runs on one event loop, in one thread of the trainer's
+main process.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -14,208 +14,152 @@ from typing import Any
 
 from oreal_megatron.config import SamplingConfig
 from oreal_megatron.files import write_atomically
-from oreal_megatron.servers.client import KV_CACHE, WEIGHTS, RequestRefused, ServerLost
-from oreal_megatron.servers.request_queue import RequestQueue
-from oreal_megatron.servers.router import Router, WeightVersion, no_server
-from oreal_megatron.servers.server import POLL_SECONDS, ServerSettings, SGLangServer
-from oreal_megatron.servers.server_process import NO_WEIGHTS, OFFLOADED, choose_port, offloaded_mark
+from oreal_megatron.servers.request_queue import NoServerError, RequestQueue
+from oreal_megatron.servers.router import Router
+from oreal_megatron.servers.server import (
+    AttachedServer,
+    LaunchedServer,
+    RemoteServer,
+    ServerSettings,
+    ServerState,
+    SGLangServer,
+)
+from oreal_megatron.servers.server_process import choose_port, offloaded_mark
 from oreal_megatron.types import Completion, GenerationRequest
 
 
 class ServerPool:
-    """The servers, launched or attached to."""
+    """The servers of a run, which share one version of the policy's weights."""
 
     def __init__(self, settings: ServerSettings, *, stop_token_id: int, config_json: Mapping[str, Any]):
-        """config_json: of the model, for what servers start from."""
+        """config_json: the model's config.json, which launched servers start from."""
+        self.servers: Sequence[SGLangServer] = ()
+        self.num_retries = 0
+        """Responses that were requested again, over the life of the pool."""
+        self.on_no_current_weights: Callable[[], None] = lambda: None
+        """Callback of the owner: a server waits for weights that no server has. Called once until the next update."""
         self._settings = settings
         self._config = settings.config
         self._stop_token_id = stop_token_id
         self._config_json = config_json
         self._token = uuid.uuid4().hex[:8]
-        self._weights: WeightVersion | None = None
+        self._version = 0
+        self._label: str | None = None
         self._reconnecting: list[asyncio.Task[None]] = []
-        self._is_first = True
+        self._is_first_update = True
         self._is_offloaded = False
         self._has_reported_no_weights = False
-        self.on_no_current_weights: Callable[[], None] = lambda: None
-        """The owner's: called once until the next `settle`, where no server has the weights and one waits for them."""
-        self.servers: list[SGLangServer] = []
-        self.num_retries = 0
-        """Responses that were asked for again, over the fleet's life."""
 
     def label(self, version: int) -> str:
-        """What the servers call a weight version. No other run calls its own so."""
+        """Returns the servers' label of weight version `version`, which is unique to this run."""
         return f"{version}-{self._token}"
+
+    @property
+    def num_current(self) -> int:
+        """Number of servers that have the weights of the last update."""
+        return sum(server.label == self._label for server in self.servers)
 
     # ---- weights -------------------------------------------------------------------------------------------------
 
-    async def open(self, weights: WeightVersion, *, wait: bool) -> list[SGLangServer]:
-        """The servers that are to get `weights`, paused. Until `settle` they are nobody else's.
+    async def begin_update(self, version: int, *, wait: bool) -> list[SGLangServer]:
+        """Returns the servers that take weights `version`, paused; the caller holds their locks until `finish_update`.
 
-        wait: for servers that are starting, too; of the first weights, always, and where servers share the trainer's
-        devices, which are theirs now alone. Otherwise these get the weights later.
+        wait: whether to wait for servers that are starting. The first update waits always, and so does every update of
+        servers that share the trainer's devices. Otherwise a starting server gets its weights at a later update.
 
         Raises:
-            NoServerError: no server can be used; or, of the first weights, one server cannot.
+            NoServerError: No server is left; at the first update, a server cannot be used.
         """
-        self._weights = weights
+        self._version, self._label = version, self.label(version)
         if not self.servers:
-            self._start()
+            self._create_servers()
         if self._config.shares_devices:
             self._mark_offloaded(False)
-        if wait or self._is_first or self._config.shares_devices:
+        if wait or self._is_first_update or self._config.shares_devices:
             await asyncio.gather(*(server.connect() for server in self.servers))
         self._check_usable()
-        chosen = [m for m in self.servers if m.is_up and m.label != weights.label and not m.lock.locked()]
-        await asyncio.gather(*(self._pause(server) for server in chosen))
-        return [server for server in chosen if server.is_up]
+        chosen = [s for s in self.servers if s.is_up and s.label != self._label and not s.is_busy]
+        are_paused = await asyncio.gather(*(server.pause_for_update() for server in chosen))
+        return [server for server, is_paused in zip(chosen, are_paused, strict=True) if is_paused]
 
-    def _start(self) -> None:
+    async def finish_update(self, servers: Sequence[SGLangServer], failures: Mapping[str, str]) -> None:
+        """Resumes servers that have the weights; those in `failures` (reason by URL) count as lost.
+
+        Servers that share the trainer's devices stay paused until `onload`.
+
+        Raises:
+            NoServerError: No server is left; at the first update, a server does not have the weights.
+        """
+        label = self._label
+        assert label is not None
+        await asyncio.gather(
+            *(s.finish_update(label, failures.get(s.url), is_first=self._is_first_update) for s in servers)
+        )
+        self._has_reported_no_weights = False
+        self._check_usable()
+        self._is_first_update = False
+
+    async def follow(self, version: int, label: str, urls: Sequence[str]) -> None:
+        """Makes this pool use servers that another process of the run has updated to weights `label`."""
+        self._version, self._label = version, label
+        remote = [server for server in self.servers if isinstance(server, RemoteServer)] or [
+            RemoteServer(index, url, self._settings) for index, url in enumerate(urls)
+        ]
+        self.servers = remote
+        for server in remote:
+            server.expect_update()
+
+    def _create_servers(self) -> None:
         model = self._settings.launcher.model
         model.mkdir(parents=True, exist_ok=True)
         write_atomically(model / "config.json", json.dumps(self._config_json, indent=2) + "\n")
         if self._config.urls:
-            self.servers = [SGLangServer(i, url, "attached", self._settings) for i, url in enumerate(self._config.urls)]
+            self.servers = [AttachedServer(i, url, self._settings) for i, url in enumerate(self._config.urls)]
         else:
             ports = [choose_port(self._config, number) for number in range(self._config.num_servers)]
-            self.servers = [
-                SGLangServer(i, f"http://{self._config.host}:{port}", "launched", self._settings)
-                for i, port in enumerate(ports)
-            ]
-        self._reconnecting = [asyncio.create_task(self._reconnect_lost(server)) for server in self.servers]
+            urls = [f"http://{self._config.host}:{port}" for port in ports]
+            self.servers = [LaunchedServer(i, url, self._settings) for i, url in enumerate(urls)]
+        self._reconnecting = [asyncio.create_task(self._keep_connected(server)) for server in self.servers]
 
-    async def _reconnect_lost(self, server: SGLangServer) -> None:
-        """Has a lost server back, started anew if it is ours, whether or not anybody waits for it: in time for the next
-        weights.
-        """
-        while server.failed is None:
-            await asyncio.sleep(POLL_SECONDS)
-            # While they rest, the devices are the trainer's.
-            if server.is_down and not self._is_offloaded and not server.lock.locked():
+    async def _keep_connected(self, server: SGLangServer) -> None:
+        """Reconnects to a lost server before it is needed, so that it is up for the next update."""
+        while server.state is not ServerState.FAILED:
+            await asyncio.sleep(self._settings.poll_seconds)
+            # The devices of offloaded servers belong to the trainer.
+            if server.is_down and not self._is_offloaded and not server.is_busy:
                 await server.connect()
 
-    async def _pause(self, server: SGLangServer) -> None:
-        await server.lock.acquire()
-        try:
-            if WEIGHTS in server.released_tags:
-                await server.client.resume_memory_occupation([WEIGHTS])
-                server.released_tags -= {WEIGHTS}
-            else:
-                await server.client.pause_generation()
-            await server.client.begin_weight_update()
-        except (ServerLost, RequestRefused) as error:
-            await server.mark_lost(error)
-            server.lock.release()
-
-    async def finish_update(self, opened: Sequence[SGLangServer], failures: Mapping[str, str]) -> None:
-        """Servers that have the weights go on; those that failed (by URL, with the reason) are lost.
-
-        Servers that share the trainer's devices go on with `wake`.
-
-        Raises:
-            NoServerError: as `open`.
-        """
-        await asyncio.gather(*(self._finish_update(server, failures.get(server.client.url)) for server in opened))
-        self._has_reported_no_weights = False
-        self._check_usable()
-        self._is_first = False
-
-    async def _finish_update(self, server: SGLangServer, failure: str | None) -> None:
-        assert self._weights is not None
-        try:
-            if failure is not None:
-                raise ServerLost(f"{server.client.url} does not have the weights: {failure}")
-            await server.client.end_weight_update()
-            if not self._config.shares_devices:
-                await self._continue(server, self._weights.label)
-            server.label = self._weights.label
-        except (ServerLost, RequestRefused) as error:
-            if not (server.is_launched or self._config.shares_devices):
-                # It may be somebody else's too: it goes on, with weights that nobody asks for.
-                with contextlib.suppress(ServerLost, RequestRefused):
-                    await server.client.end_weight_update()
-                    await self._continue(server, NO_WEIGHTS)
-            if self._is_first:
-                server.mark_failed(str(error))
-            else:
-                await server.mark_lost(error)
-        finally:
-            server.lock.release()
-
-    async def _continue(self, server: SGLangServer, label: str) -> None:
-        """From a paused server to one that answers; what it has released comes back."""
-        if server.released_tags:
-            await server.client.resume_memory_occupation(sorted(server.released_tags))
-            server.released_tags = frozenset()
-        await server.client.flush_cache()
-        await server.client.update_weight_version(label)
-        await server.client.continue_generation()
-
     def _check_usable(self) -> None:
-        """Raises NoServerError where no server is left; or, before any had weights, where one cannot be used."""
-        failed = [server for server in self.servers if server.failed is not None]
-        if failed and (self._is_first or len(failed) == len(self.servers)):
-            raise no_server(self.servers, failed)
+        """Raises NoServerError if no server is left; at the first update, if a server cannot be used."""
+        failed = [server for server in self.servers if server.state is ServerState.FAILED]
+        if failed and (self._is_first_update or len(failed) == len(self.servers)):
+            raise NoServerError.of({server.url: server.failure for server in failed}, len(self.servers))
 
-    async def follow(self, version: int, label: str, urls: Sequence[str]) -> None:
-        """For a fleet of another process: its servers are to be used while they have weights `label`."""
-        self._weights = WeightVersion(version=version, label=label)
-        if not self.servers:
-            self.servers = [SGLangServer(index, url, "followed", self._settings) for index, url in enumerate(urls)]
-        for server in self.servers:
-            # The label is that of the weights before these: the server says what it has.
-            server.forget()
-
-    # ---- devices in turns with the trainer -----------------------------------------------------------------------
+    # ---- devices shared with the trainer -------------------------------------------------------------------------
 
     async def onload(self) -> None:
-        """Servers that hold the current weights and share the trainer's devices take what they need to generate.
+        """Lets servers with the current weights, which share the trainer's devices, take KV memory and generate.
 
         Raises:
-            NoServerError: no server can be used.
+            NoServerError: No server is left.
         """
-        assert self._weights is not None
-        label = self._weights.label
-        await asyncio.gather(*(self._onload(server, label) for server in self.servers if server.label == label))
+        label = self._label
+        assert label is not None
+        await asyncio.gather(*(server.onload(label) for server in self.servers if server.label == label))
         self._check_usable()
-
-    async def _onload(self, server: SGLangServer, label: str) -> None:
-        async with server.lock:
-            try:
-                await self._continue(server, label)
-            except (ServerLost, RequestRefused) as error:
-                await server.mark_lost(error)
 
     async def offload(self) -> None:
-        """Servers that share the trainer's devices give weights and KV memory back; `open` has them take both again.
-
-        A server that is starting is waited for: until then nobody knows what it takes.
+        """Has servers that share the trainer's devices release weights and KV cache, until `begin_update`.
 
         Raises:
-            NoServerError: no server is left.
+            NoServerError: No server is left.
         """
         self._mark_offloaded(True)
-        await asyncio.gather(*(self._offload(server) for server in self.servers))
+        await asyncio.gather(*(server.offload() for server in self.servers))
         self._check_usable()
 
-    async def _offload(self, server: SGLangServer) -> None:
-        async with server.lock:
-            if not server.is_up:
-                await server.end()
-                return
-            try:
-                if not server.released_tags:
-                    await server.client.pause_generation()
-                # Said first: whoever finds the server so knows that it has no weights.
-                await server.client.update_weight_version(OFFLOADED)
-                server.label = OFFLOADED
-                await server.client.release_memory_occupation(sorted({WEIGHTS, KV_CACHE} - server.released_tags))
-                server.released_tags = frozenset({WEIGHTS, KV_CACHE})
-            except (ServerLost, RequestRefused) as error:
-                await server.mark_lost(error)
-
     def _mark_offloaded(self, is_offloaded: bool) -> None:
-        """Tells whoever else starts servers (slurm/node_servers.py) whether they may."""
+        """Tells slurm/node_servers.py, through a file, whether servers may be started now."""
         self._is_offloaded = is_offloaded
         mark = offloaded_mark(self._settings.launcher.model)
         if is_offloaded:
@@ -232,20 +176,21 @@ class ServerPool:
         completed: Callable[[int, Completion], None],
         is_enough: Callable[[], bool] | None = None,
     ) -> None:
-        """One completion a request, what is generated now with the current weights; `completed` is told each once.
+        """Generates one completion a request with the current weights; calls `completed` with index and completion.
 
-        is_enough: once it is true the servers are told to break off, and completions are what there is.
+        is_enough: once it returns True, servers abort the remaining requests, and their completions are partial.
 
         Raises:
-            NoServerError: no server is left, or a request loses one after the other.
-            ValueError: the servers refuse a request.
+            NoServerError: No server is left, or a request keeps losing its servers.
+            ValueError: A server refuses a request.
         """
-        assert self._weights is not None
+        assert self._label is not None
         router = Router(
             RequestQueue(requests, sampling, completed),
             self.servers,
-            self._weights,
-            self._config,
+            self._settings,
+            version=self._version,
+            label=self._label,
             token=self._token,
             stop_token_id=self._stop_token_id,
             no_current_weights=self._no_current_weights,
@@ -261,8 +206,7 @@ class ServerPool:
             self.on_no_current_weights()
 
     async def close(self) -> None:
-        """Ends launched servers; those that were running before us go on."""
-        for supervisor in self._reconnecting:
-            supervisor.cancel()
-        await asyncio.gather(*(server.end() for server in self.servers))
-        await asyncio.gather(*(server.client.close() for server in self.servers))
+        """Ends launched servers; attached servers go on."""
+        for task in self._reconnecting:
+            task.cancel()
+        await asyncio.gather(*(server.close() for server in self.servers))

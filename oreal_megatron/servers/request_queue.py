@@ -1,28 +1,34 @@
-"""Requests on their way to completions: which wait, which are at a server, which are done."""
+"""A queue of generation requests: which are pending, which are at a server, and which have their completion."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from oreal_megatron.config import SamplingConfig
 from oreal_megatron.servers.client import Generated, ServerClient
 from oreal_megatron.types import Completion, FinishReason, GenerationRequest, WeightSpan
 
-# A request that has cost so many servers their connection is the likely reason.
+# A request that has lost contact to this many servers is probably the reason.
 _MAX_ATTEMPTS = 4
 
 NOTHING = Completion(token_ids=(), logprobs=(), finish_reason=None, weight_spans=())
 """A response before its first token."""
 
 
-class LostTooOftenError(RuntimeError):
-    """A request loses one server after the other."""
+class NoServerError(RuntimeError):
+    """No server is left that could answer."""
+
+    @classmethod
+    def of(cls, failures: Mapping[str, str | None], num_servers: int) -> NoServerError:
+        """Returns the error that names every failed server. failures: reasons by URL."""
+        reasons = "\n".join(f"  {url}: {reason}" for url, reason in failures.items())
+        return cls(f"{len(failures)} of {num_servers} rollout servers cannot be used:\n{reasons}")
 
 
 class RequestQueue:
-    """What one call has asked for; `completed` is told index and completion of every request, once."""
+    """The requests of one call; calls `completed` with index and completion of every request, once."""
 
     def __init__(
         self,
@@ -34,10 +40,10 @@ class RequestQueue:
         self.sampling = sampling
         self.pending: asyncio.Queue[int] = asyncio.Queue()
         self.at_servers: dict[str, ServerClient] = {}
-        """Request ids under way, and who was asked."""
+        """Clients of the servers that work on a request, by request id."""
         self.finished = asyncio.Event()
         self.is_ending = False
-        """Whether the rest is done as far as it has come."""
+        """Whether unfinished requests complete with the tokens that they have."""
         self._completed = completed
         self._is_done = [False] * len(requests)
         self._attempts = [0] * len(requests)
@@ -59,39 +65,39 @@ class RequestQueue:
             self.finished.set()
 
     def put_back(self, index: int, error: Exception) -> None:
-        """Raises LostTooOftenError where a request keeps losing servers."""
+        """Makes a request pending again. Raises NoServerError if it keeps losing servers."""
         if self.is_ending:
-            self._break_off(index)
+            self._complete_partial(index)
             return
         self._attempts[index] += 1
         if self._attempts[index] >= _MAX_ATTEMPTS:
-            raise LostTooOftenError(
+            raise NoServerError(
                 f"a prompt of {len(self.requests[index].prompt_ids)} tokens was lost {_MAX_ATTEMPTS} times "
                 f"(token ids {list(self.requests[index].prompt_ids[:20])}...), the last time by: {error}"
             ) from error
         self.pending.put_nowait(index)
 
     def end(self) -> None:
-        """Asks for nothing more; what is at servers is done once they answer."""
+        """Completes pending requests with the tokens that they have; requests at servers complete once they answer."""
         self.is_ending = True
         while not self.pending.empty():
-            self._break_off(self.pending.get_nowait())
+            self._complete_partial(self.pending.get_nowait())
 
-    def _break_off(self, index: int) -> None:
+    def _complete_partial(self, index: int) -> None:
         self.complete(index, self.requests[index].partial or NOTHING)
 
     def input_ids(self, index: int) -> tuple[int, ...]:
-        """What the server reads: the prompt, and what there is of the response already."""
+        """Returns the token ids that the server reads: the prompt and the partial response."""
         request = self.requests[index]
         return request.prompt_ids + (request.partial or NOTHING).token_ids
 
     def options(self, index: int, stop_token_id: int) -> dict[str, Any]:
-        """SGLang's sampling parameters of a request."""
+        """Returns SGLang's sampling parameters of a request."""
         request = self.requests[index]
         return {
             "temperature": self.sampling.temperature,
             "top_p": self.sampling.top_p,
-            # Said, since a server may have other defaults from a generation_config.json.
+            # Explicit, because a generation_config.json may change the server's defaults.
             "top_k": -1,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
@@ -101,7 +107,7 @@ class RequestQueue:
         }
 
     def completion(self, index: int, generated: Generated, *, version: int, stop_token_id: int) -> Completion:
-        """The response with what `generated` adds to it. version: of the weights that generated that."""
+        """Returns the partial response extended by `generated`. version: weights that generated `generated`."""
         request = self.requests[index]
         partial = request.partial or NOTHING
         tokens = partial.token_ids + generated.token_ids

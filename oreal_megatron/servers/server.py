@@ -1,200 +1,445 @@
-"""One server of a fleet, from its start to its end: launched by us, attached to, or another process's to look after."""
+"""An SGLang server as the run sees it: its state, the transitions between states, and the calls that make them.
+
+`connect`, `pause_for_update`, `finish_update`, `onload`, `offload`, `report_lost` and `report_stale` change the state;
+ServerPool and Router call these methods and read the rest.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from enum import Enum
+from typing import ClassVar
 
 from oreal_megatron.config import SGLangConfig
-from oreal_megatron.servers.client import ServerClient, ServerDescription, ServerLost
-from oreal_megatron.servers.server_process import OFFLOADED, Launcher, Restarts, ServerProcess, ServerStartError
+from oreal_megatron.servers.client import (
+    KV_CACHE,
+    WEIGHTS,
+    RequestRefused,
+    ServerClient,
+    ServerDescription,
+    ServerLost,
+)
+from oreal_megatron.servers.fingerprint import check_options
+from oreal_megatron.servers.server_process import NO_WEIGHTS, OFFLOADED, Launcher, ServerProcess, ServerStartError
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.5
+
+class ServerState(Enum):
+    """State of a server, as far as this process knows. The values are used in log lines."""
+
+    NEW = "not connected"
+    """The server has never answered."""
+    CONNECTED = "connected"
+    """The server answers and generates. Its label says with which weights; it is None if they are unknown."""
+    UPDATING = "updating"
+    """The server is paused and takes weights; the caller of `pause_for_update` holds its lock."""
+    UPDATED = "updated"
+    """The server has new weights and stays paused until `onload`, because it shares the trainer's devices."""
+    OFFLOADED = "offloaded"
+    """The server is paused and has released its weights and KV cache to the trainer."""
+    LOST = "lost"
+    """Contact was lost; `connect` restarts a launched server, and waits for any other."""
+    FAILED = "failed"
+    """The server gets no more requests."""
+
+
+_NEW, _CONNECTED, _UPDATING, _UPDATED, _OFFLOADED, _LOST, _FAILED = ServerState
+_IS_UP = frozenset({_CONNECTED, _UPDATING, _UPDATED, _OFFLOADED})
+_LOG_LEVELS = {_LOST: logging.WARNING, _FAILED: logging.ERROR}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """What every server of a fleet is started from, and held to."""
+    """Settings and checks shared by all servers of a pool."""
 
     config: SGLangConfig
     launcher: Launcher
     check: Callable[[str, ServerDescription], None]
-    """Told url and description; raises ValueError where a server is not what the run needs."""
+    """Check of a server's URL and description; raises ValueError if the server does not fit the run."""
+    poll_seconds: float = 0.5
+    """Seconds between two attempts to reach a server."""
 
 
-class SGLangServer:
-    """One server; use it on one event loop."""
+class SGLangServer(ABC):
+    """Base of launched, attached and remote servers. Use a server on one event loop."""
 
-    def __init__(
-        self, index: int, url: str, kind: Literal["launched", "attached", "followed"], settings: ServerSettings
-    ):
-        """kind: launched by us, when it is first reached; running before us; or looked after by another process."""
+    transitions: ClassVar[Mapping[ServerState, frozenset[ServerState]]] = {
+        _NEW: frozenset({_NEW, _CONNECTED, _FAILED}),
+        _CONNECTED: frozenset({_CONNECTED, _UPDATING, _OFFLOADED, _LOST, _FAILED}),
+        _UPDATING: frozenset({_CONNECTED, _UPDATED, _LOST, _FAILED}),
+        _UPDATED: frozenset({_CONNECTED, _UPDATING, _OFFLOADED, _LOST, _FAILED}),
+        _OFFLOADED: frozenset({_UPDATING, _LOST, _FAILED}),
+        _LOST: frozenset({_CONNECTED, _LOST, _FAILED}),
+        _FAILED: frozenset(),
+    }
+
+    def __init__(self, index: int, url: str, settings: ServerSettings):
+        """index: position among all servers of the run."""
+        config = settings.config
         self.index = index
-        self.kind = kind
-        self.client = ServerClient(
-            url, max_concurrency=settings.config.max_concurrency, control_seconds=settings.config.control_seconds
-        )
-        self.process: ServerProcess | None = None
-        """Of a launched one that runs."""
-        self.label: str | None = None
-        """Of the weights that it was seen to have since contact was last lost; None: not seen yet."""
-        self.is_up = False
-        """Whether it has answered, as our model's, since contact was last lost."""
-        self.released_tags: frozenset[str] = frozenset()
-        """What of its memory it has given back; see ServerClient.release_memory."""
-        self.failed: str | None = None
-        """Why it gets no more requests, or None."""
-        self.lock = asyncio.Lock()
-        """Held by who starts it, publishes to it or changes what it has of the devices."""
-        self.restarts = Restarts(settings.config.max_restarts)
-        """Since it last answered a request."""
-        self._was_up = False
+        self.client = ServerClient(url, max_concurrency=config.max_concurrency, control_seconds=config.control_seconds)
         self._settings = settings
+        self._config = config
+        self._state = _NEW
+        self._label: str | None = None
+        self._reason: str | None = None
+        self._released_tags: frozenset[str] = frozenset()
+        # Held while the server is started, updated, onloaded or offloaded.
+        self._lock = asyncio.Lock()
+        # Losses of contact since the server last answered a request.
+        self._num_losses = 0
 
     @property
-    def is_launched(self) -> bool:
-        return self.kind == "launched"
+    def state(self) -> ServerState:
+        return self._state
+
+    @property
+    def url(self) -> str:
+        return self.client.url
+
+    @property
+    def label(self) -> str | None:
+        """Weight label last confirmed on the server; None if unknown."""
+        return self._label
+
+    @property
+    def failure(self) -> str | None:
+        """Reason why the server failed; None unless it has."""
+        return self._reason if self._state is _FAILED else None
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the server has answered, as a server of this model, since contact was last lost."""
+        return self._state in _IS_UP
 
     @property
     def is_down(self) -> bool:
-        """Not reached yet, lost, or a launched one that has ended since."""
-        return not self.is_up or (self.process is not None and self.process.exit_code is not None)
+        """Whether `connect` has to reach or to start the server."""
+        return not self.is_up
 
-    def forget(self) -> None:
-        """For a followed one whose weights have changed: what it has, and whether it can be used, is to be seen."""
-        self.failed, self.label = None, None
-        self.restarts.reset()
+    @property
+    def is_busy(self) -> bool:
+        """Whether the server is being started, updated, onloaded or offloaded."""
+        return self._lock.locked()
+
+    def _set_state(self, state: ServerState, *, label: str | None = None, reason: str | None = None) -> None:
+        if state not in self.transitions[self._state]:
+            raise AssertionError(f"rollout server {self.index} cannot go from {self._state} to {state}")
+        self._state, self._label, self._reason = state, label, reason
+        level = _LOG_LEVELS.get(state, logging.DEBUG if reason is None else logging.WARNING)
+        logger.log(level, "rollout server %d %s: %s", self.index, state.value, reason or f"weights {label}")
 
     async def connect(self) -> None:
-        """Until it answers, or is given up."""
-        async with self.lock:
-            while self.failed is None:
+        """Waits until the server is up, starting it if necessary, or has failed."""
+        async with self._lock:
+            while self._state is not _FAILED:
                 try:
                     await self._connect()
-                    self.is_up = self._was_up = True
                     return
                 except ServerLost as error:
-                    await self.mark_lost(error)
+                    await self._mark_lost(error)
                 except ServerStartError as error:
-                    if self._was_up:
-                        await self.mark_lost(error)
+                    # A server that ran before can start again; a server that never ran probably cannot.
+                    if self._state is _NEW:
+                        self._mark_failed(str(error))
                     else:
-                        self.mark_failed(str(error))
+                        await self._mark_lost(error)
                 except ValueError as error:
-                    self.mark_failed(str(error))
+                    self._mark_failed(str(error))
 
+    @abstractmethod
     async def _connect(self) -> None:
-        """Starts it if it is ours and not running; waits until it answers.
+        """Makes the state CONNECTED, unless the server is up.
 
         Raises:
-            ServerLost: it does not, in time. ServerStartError: it cannot start. ValueError: it is another model's.
+            ServerLost: The server does not answer in time.
+            ServerStartError: The server cannot start.
+            ValueError: The server does not fit the run.
         """
-        if self.kind == "followed":
-            return
-        if self.process is not None and self.process.exit_code is not None:
-            raise ServerLost(f"{self.client.url} ended with exit code {self.process.exit_code}")
-        if self.is_up and (self.is_launched or self.label is not None):
-            return
-        if self.is_launched and self.process is None:
-            self.process = self._settings.launcher.start(self.index, int(self.client.url.rsplit(":", 1)[1]))
-        found = await self._described()
-        # On a CPU a flush collects garbage: half a second of it otherwise.
+
+    async def report_lost(self, error: Exception) -> None:
+        """Records that a request has lost contact. Does nothing if the loss has been noticed already."""
+        if self.is_up:
+            async with self._lock:
+                if self.is_up:
+                    await self._mark_lost(error)
+
+    def report_stale(self, error: Exception) -> None:
+        """Records that the server has answered with other weights: which weights it has is unknown."""
+        if self._state is _CONNECTED:
+            self._set_state(_CONNECTED, reason=str(error))
+
+    def report_answer(self) -> None:
+        """Resets the count of losses after a successful request."""
+        self._num_losses = 0
+
+    async def wait_for_weights(self, label: str, waiting: Callable[[], None]) -> bool:
+        """Returns True once the server has weights `label`, False once it is lost or failed.
+
+        waiting: called at every poll until then.
+        """
+        while self.is_up:
+            if self._label == label:
+                return True
+            waiting()
+            await asyncio.sleep(self._settings.poll_seconds / 5)
+        return False
+
+    async def _mark_lost(self, error: Exception) -> None:
+        """Records a loss of contact; the server fails if contact is lost twice without an answer in between.
+
+        The caller holds the lock.
+        """
+        self._count_loss(error)
+        if self._num_losses > 1:
+            self._mark_failed(str(error))
+
+    def _count_loss(self, error: Exception) -> None:
+        self._set_state(_NEW if self._state is _NEW else _LOST, reason=str(error))
+        self._released_tags = frozenset()
+        self._num_losses += 1
+
+    def _mark_failed(self, reason: str) -> None:
+        self._set_state(_FAILED, reason=reason)
+
+    async def close(self) -> None:
+        """Ends a launched server, and closes the connections to any other."""
+        await self._end()
+        await self.client.close()
+
+    async def _end(self) -> None:  # noqa: B027
+        """Ends the server's process, if this run has launched it."""
+
+    async def pause_for_update(self) -> bool:
+        """Pauses the server and opens it for new weights; returns whether it takes them.
+
+        On True the caller holds the server's lock until it calls `finish_update`.
+        """
+        await self._lock.acquire()
+        try:
+            if WEIGHTS in self._released_tags:
+                await self.client.resume_memory_occupation([WEIGHTS])
+                self._released_tags -= {WEIGHTS}
+            else:
+                await self.client.pause_generation()
+            await self.client.begin_weight_update()
+            self._set_state(_UPDATING)
+            return True
+        except (ServerLost, RequestRefused) as error:
+            await self._mark_lost(error)
+            self._lock.release()
+            return False
+
+    async def finish_update(self, label: str, failure: str | None, *, is_first: bool) -> None:
+        """Ends an update and lets the server generate, or leaves it to `onload` if it shares the trainer's devices.
+
+        failure: why the server does not have weights `label`, or None; the server counts as lost then, and fails if
+        these are its first weights.
+        """
+        try:
+            if failure is not None:
+                raise ServerLost(f"{self.url} does not have the weights: {failure}")
+            await self.client.end_weight_update()
+            if self._config.shares_devices:
+                self._set_state(_UPDATED, label=label)
+            else:
+                await self._continue(label)
+                self._set_state(_CONNECTED, label=label)
+        except (ServerLost, RequestRefused) as error:
+            await self._abandon_update()
+            if is_first:
+                self._mark_failed(str(error))
+            else:
+                await self._mark_lost(error)
+        finally:
+            self._lock.release()
+
+    async def _abandon_update(self) -> None:  # noqa: B027
+        """Leaves the server usable for others after a failed update, where others may use it."""
+
+    async def _continue(self, label: str) -> None:
+        """Resumes a paused server, with all memory that it has released, under weight label `label`."""
+        if self._released_tags:
+            await self.client.resume_memory_occupation(sorted(self._released_tags))
+            self._released_tags = frozenset()
+        await self.client.flush_cache()
+        await self.client.update_weight_version(label)
+        await self.client.continue_generation()
+
+    async def onload(self, label: str) -> None:
+        """Lets an updated server take KV memory and generate. Does nothing if the server does not have `label`."""
+        async with self._lock:
+            if self._label != label:
+                return
+            try:
+                await self._continue(label)
+                self._set_state(_CONNECTED, label=label)
+            except (ServerLost, RequestRefused) as error:
+                await self._mark_lost(error)
+
+    async def offload(self) -> None:
+        """Has the server release its weights and KV cache; ends a launched server that is not up.
+
+        A server that is starting is waited for, because how much memory it takes is unknown until it runs.
+        """
+        async with self._lock:
+            if not self.is_up:
+                await self._end()
+                return
+            try:
+                if not self._released_tags:
+                    await self.client.pause_generation()
+                # Labelled before its memory is released: a run that attaches to the server sees that it has no weights.
+                await self.client.update_weight_version(OFFLOADED)
+                await self.client.release_memory_occupation(sorted({WEIGHTS, KV_CACHE} - self._released_tags))
+                self._released_tags = frozenset({WEIGHTS, KV_CACHE})
+                self._set_state(_OFFLOADED, label=OFFLOADED)
+            except (ServerLost, RequestRefused) as error:
+                await self._mark_lost(error)
+
+    async def _describe(self) -> ServerDescription:
+        """Returns the server's description once it answers and fits the run, and calls gc.freeze() on it."""
+        found = await self._wait_for_description()
+        self._settings.check(self.url, found)
+        check_options(self.url, found, self._config, self._settings.launcher.weight_loader)
+        # On a CPU a flush collects garbage, which takes half a second without this.
         await self.client.freeze_gc()
-        if not self.is_launched:
-            self.label = found.weight_label
-            return
-        while not await self.client.is_healthy(self._settings.config.health_seconds):
-            self._check_alive()
-            await asyncio.sleep(POLL_SECONDS)
-
-    async def _described(self) -> ServerDescription:
-        """What the server says of itself, when it does.
-
-        Raises:
-            ValueError: it is not what the run needs.
-        """
-        url, found, config = self.client.url, await self._until_it_answers(), self._settings.config
-        self._settings.check(url, found)
-        loader = self._settings.launcher.weight_loader
-        if loader not in found.weight_loaders:
-            raise ValueError(
-                f"{url} was started without --custom-weight-loader {loader}, by which it would take and "
-                "audit weights; start it with that option and this package on its PYTHONPATH"
-            )
-        for key, has, wanted in (("tensor", found.tensor, config.tensor), ("device", found.device, config.device)):
-            if has != wanted:
-                raise ValueError(f"{url} has {key} {has}, rollout.sglang.{key} is {wanted}: they must be the same")
-        if config.shares_devices and config.device == "cuda" and not found.saves_memory:
-            raise ValueError(
-                f"{url} was started without --enable-memory-saver, and could not give memory back to a trainer on its "
-                "devices (rollout.sglang.placement=colocated)"
-            )
-        if found.weight_label == OFFLOADED:
-            raise ValueError(f"{url} has given its memory back to a run that did not wake it any more: start it anew")
         return found
 
-    async def _until_it_answers(self) -> ServerDescription:
-        """What the server says of itself; paused ones answer too."""
-        clock, most = asyncio.get_running_loop().time, self._settings.config.startup_seconds
-        deadline = clock() + most
+    async def _wait_for_description(self) -> ServerDescription:
+        """Returns the server's description once it answers; a paused server answers too."""
+        clock, limit = asyncio.get_running_loop().time, self._config.startup_seconds
+        deadline = clock() + limit
         while True:
             self._check_alive()
             try:
-                # Python 3.11's wait_for loses a cancellation that comes together with the answer.
-                async with asyncio.timeout(max(deadline - clock(), POLL_SECONDS)):
+                # Python 3.11's wait_for loses a cancellation that arrives together with the answer.
+                async with asyncio.timeout(max(deadline - clock(), self._settings.poll_seconds)):
                     return await self.client.describe()
             except (ServerLost, TimeoutError) as error:
                 if clock() > deadline:
                     raise ServerLost(
-                        f"{self.client.url} gave no answer in {most:g} seconds "
+                        f"{self.url} gave no answer in {limit:g} seconds "
                         f"(rollout.sglang.startup_seconds){self._end_of_log()}"
                     ) from error
-            await asyncio.sleep(POLL_SECONDS)
+            await asyncio.sleep(self._settings.poll_seconds)
 
-    def _check_alive(self) -> None:
-        if self.process is not None and (code := self.process.exit_code) is not None:
-            raise ServerStartError(
-                f"{self.client.url} ended with exit code {code} while it started{self._end_of_log()}"
-            )
+    def _check_alive(self) -> None:  # noqa: B027
+        """Raises ServerStartError if the server's process, launched by this run, has ended."""
 
     def _end_of_log(self) -> str:
-        return f"; {self.process.log} ends:\n{self.process.log_tail()}" if self.process else ""
+        """Returns the last lines of a launched server's log, for error messages."""
+        return ""
 
-    async def lost(self, error: Exception) -> None:
-        """Whoever works with it has lost contact; nothing happens where somebody else has noticed before."""
+
+class LaunchedServer(SGLangServer):
+    """A server that this run starts when it first connects, restarts when it is lost, and ends."""
+
+    def __init__(self, index: int, url: str, settings: ServerSettings):
+        super().__init__(index, url, settings)
+        self._process: ServerProcess | None = None
+
+    @property
+    def process(self) -> ServerProcess | None:
+        """The child process; None before it starts and after it has been ended."""
+        return self._process
+
+    @property
+    def is_down(self) -> bool:
+        return not self.is_up or (self._process is not None and self._process.exit_code is not None)
+
+    async def _connect(self) -> None:
+        if self._process is not None and self._process.exit_code is not None:
+            raise ServerLost(f"{self.url} ended with exit code {self._process.exit_code}")
         if self.is_up:
-            async with self.lock:
-                await self.mark_lost(error)
+            return
+        if self._process is None:
+            self._process = self._settings.launcher.start(self.index, int(self.url.rsplit(":", 1)[1]))
+        await self._describe()
+        while not await self.client.is_healthy(self._config.health_seconds):
+            self._check_alive()
+            await asyncio.sleep(self._settings.poll_seconds)
+        self._set_state(_CONNECTED)
 
-    async def mark_lost(self, error: Exception) -> None:
-        """Ends what is left of a launched one, so that it is started anew; gives up what cannot be had back.
+    async def _mark_lost(self, error: Exception) -> None:
+        """Ends the process, so that `connect` starts another; the server fails after too many restarts in a row."""
+        self._count_loss(error)
+        await self._end()
+        if self._num_losses > self._config.max_restarts:
+            self._mark_failed(f"{error}; restarted {self._config.max_restarts} times (rollout.sglang.max_restarts)")
 
-        For who holds the lock.
+    async def _end(self) -> None:
+        if self._process is not None:
+            await asyncio.to_thread(self._process.stop)
+            self._process = None
+
+    def _check_alive(self) -> None:
+        if self._process is not None and (code := self._process.exit_code) is not None:
+            raise ServerStartError(f"{self.url} ended with exit code {code} while it started{self._end_of_log()}")
+
+    def _end_of_log(self) -> str:
+        return f"; {self._process.log} ends:\n{self._process.log_tail()}" if self._process else ""
+
+
+class AttachedServer(SGLangServer):
+    """A server that ran before this run, goes on after it, and may serve other runs too."""
+
+    async def _connect(self) -> None:
+        if not self.is_up or self._label is None:
+            self._set_state(_CONNECTED, label=(await self._describe()).weight_label)
+
+    async def _abandon_update(self) -> None:
+        if not self._config.shares_devices:
+            with contextlib.suppress(ServerLost, RequestRefused):
+                await self.client.end_weight_update()
+                await self._continue(NO_WEIGHTS)
+
+
+class RemoteServer(SGLangServer):
+    """A server that another process of this run starts and updates; this process only sends requests to it."""
+
+    transitions: ClassVar[Mapping[ServerState, frozenset[ServerState]]] = {
+        **SGLangServer.transitions,
+        _FAILED: frozenset({_LOST}),
+    }
+
+    async def _connect(self) -> None:
+        if not self.is_up:
+            self._set_state(_CONNECTED)
+
+    def expect_update(self) -> None:
+        """Forgets label, losses and failure: the other process may have updated or restarted the server."""
+        self._num_losses = 0
+        if self._state is _FAILED:
+            self._set_state(_LOST, reason="the other process may have restarted it")
+        elif self._state is _CONNECTED:
+            self._set_state(_CONNECTED)
+
+    async def wait_for_weights(self, label: str, waiting: Callable[[], None]) -> bool:
+        """Returns True once the server says that it has weights `label`, False if it failed.
+
+        The server fails if that takes longer than rollout.sglang.startup_seconds. `waiting` is not called.
         """
-        self.label, self.is_up, self.released_tags = None, False, frozenset()
-        logger.warning("rollout server %d lost: %s", self.index, error)
-        if self.is_launched:
-            await self.end()
-            if not self.restarts.another():
-                most = self._settings.config.max_restarts
-                self.mark_failed(f"{error}; restarted {most} times (rollout.sglang.max_restarts)")
-        elif self.restarts.in_a_row:
-            # Contact was lost again before it answered anything: `_reach` has waited as long as it may.
-            self.mark_failed(str(error))
-        else:
-            self.restarts.another()
-
-    def mark_failed(self, why: str) -> None:
-        self.failed, self.label, self.is_up = why, None, False
-        logger.error("rollout server %d failed: %s", self.index, why)
-
-    async def end(self) -> None:
-        """Ends a launched one, and what it has started."""
-        if self.process is not None:
-            await asyncio.to_thread(self.process.stop)
-            self.process = None
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self._config.startup_seconds
+        while self._state is not _FAILED:
+            if self._label is None:
+                with contextlib.suppress(ServerLost):
+                    self._set_state(_CONNECTED, label=await self.client.weight_label())
+            if self._label == label:
+                return True
+            if clock() > deadline:
+                self._mark_failed(
+                    f"{self.url} did not get the current weights in time (rollout.sglang.startup_seconds)"
+                )
+                return False
+            if self._label is not None:
+                self._set_state(_CONNECTED)
+            await asyncio.sleep(self._settings.poll_seconds / 5)
+        return False

@@ -1,4 +1,4 @@
-"""An SGLang server as a process of ours: its command, its environment, its start and its end."""
+"""An SGLang server as a child process: its command line, its environment, its start and its end."""
 
 from __future__ import annotations
 
@@ -21,54 +21,53 @@ _SHIMS = Path(__file__).parent / "cpu_shims"
 # SGLang refuses prompts that come within 6 tokens of the context's end.
 _CONTEXT_MARGIN = 8
 _LOG_LINES = 25
-# Below those that Linux gives to connections and to whoever asks for any port: a server that is restarted finds its own
-# port free.
+# Below Linux's ephemeral ports, so that a restarted server finds its port free.
 _FREE_PORTS = range(20_000, 32_768)
-# What torchrun tells its processes of their job; a server's ranks, a job of their own, would wait for a store that they
-# believe torchrun to hold.
-_OF_TORCHRUN = {"MASTER_ADDR", "MASTER_PORT", "ROLE_NAME"} | {
+# Variables that torchrun sets for its processes. A server's ranks are a job of their own; with these variables they
+# would wait for torchrun's store.
+_TORCHRUN_VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "ROLE_NAME"} | {
     f"{of}{name}" for of in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")
 }
 _GRACE_SECONDS = 5.0
 
 
 NO_WEIGHTS = "none"
-"""What a server calls its weights until a publication has reached it."""
+"""Weight label of a server that has not been updated yet."""
 OFFLOADED = "asleep"
-"""What it calls them once it has given its memory back, until it is woken with others."""
+"""Weight label of a server that has released its memory, until the next update."""
 
 
 def start_directory(servers: Path) -> Path:
-    """What servers start from, a config.json alone; servers: the `servers` directory of the run."""
+    """Returns the directory with the config.json that servers start from. servers: the run's `servers` directory."""
     return servers / "model"
 
 
 def offloaded_mark(model: Path) -> Path:
-    """A file that is there while servers on the trainer's devices must not be started. model: `start_directory`."""
+    """Returns the file that exists while servers on the trainer's devices must not start. model: `start_directory`."""
     return model.parent / "resting"
 
 
 class ServerStartError(RuntimeError):
-    """A server cannot be started, or ended while it started; the message has the end of its log."""
+    """A server cannot be started, or ended while it started; the message has the last lines of its log."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launcher:
-    """Starts servers of one kind, with random weights."""
+    """Starts servers with random weights and the same options."""
 
     config: SGLangConfig
     model: Path
     """Directory with the config.json."""
     weight_loader: str
-    """Name of the function that takes orders of publications."""
+    """Name of the function that executes the commands of weight updates."""
     dtype: str
     max_sequence_length: int
     logs: Path
     first_device: int = 0
-    """Of the machine: those before are the trainer's."""
+    """Index of the first device of the servers on the machine; devices below it are the trainer's."""
 
     def start(self, index: int, port: int, *, place: int | None = None) -> ServerProcess:
-        """index: names the log. place: which of the servers of its machine it is; None: index.
+        """Starts a server. index: position in the run, for the log's name. place: position on its machine; None: index.
 
         Raises:
             ServerStartError: SGLang is not installed.
@@ -78,25 +77,8 @@ class Launcher:
         return ServerProcess(command, launch_environment(self.config), self.logs / f"server_{index}.log")
 
 
-@dataclass
-class Restarts:
-    """How often in a row one server was started anew, of as often as it may be."""
-
-    most: int
-    in_a_row: int = 0
-
-    def another(self) -> bool:
-        """Counts one more; false where that is one too many."""
-        self.in_a_row += 1
-        return self.in_a_row <= self.most
-
-    def reset(self) -> None:
-        """It has proved itself."""
-        self.in_a_row = 0
-
-
 def _command(launcher: Launcher, port: int, *, device: int) -> list[str]:
-    """The command line of one server. device: its first one, of a GPU server."""
+    """Returns the command line of a server. device: its first GPU."""
     config = launcher.config
     options: dict[str, str | int | float | bool] = {
         "model-path": str(launcher.model.absolute()),
@@ -116,7 +98,7 @@ def _command(launcher: Launcher, port: int, *, device: int) -> list[str]:
         "log-level": "warning",
     }
     if config.device == "cuda":
-        # Where nothing saves memory (on CPU, too) SGLang takes orders to release it, and releases none.
+        # Without the memory saver, and always on CPU, SGLang answers /release_memory_occupation and releases nothing.
         options |= {"base-gpu-id": device, "enable-memory-saver": config.shares_devices}
     if config.device == "cpu":
         options |= {
@@ -134,27 +116,27 @@ def _command(launcher: Launcher, port: int, *, device: int) -> list[str]:
 
 
 def launch_environment(config: SGLangConfig) -> dict[str, str]:
-    """The environment of one server.
+    """Returns the environment of a server.
 
     Raises:
         ServerStartError: SGLang is not installed.
     """
-    own = Path(sys.prefix) / "sglang"  # where `make sglang-deps` puts it
+    own = Path(sys.prefix) / "sglang"  # filled by `make sglang-deps`
     ours = str(Path(oreal_megatron.__file__).parents[1])  # its workers import the weight loader
     inherited = [ours, *(path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path)]
     environment = {
         name: value
         for name, value in os.environ.items()
-        if name not in _OF_TORCHRUN and not name.startswith("TORCHELASTIC_")
+        if name not in _TORCHRUN_VARIABLES and not name.startswith("TORCHELASTIC_")
     }
-    # The margin may go beyond what config.json says of the model; no token is ever there.
+    # The context with its margin may be longer than the model's; no token is ever in the margin.
     environment |= {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
     if config.device == "cuda":
         if importlib.util.find_spec("sglang") is None:
             raise ServerStartError("rollout.backend=sglang: SGLang is not installed; pip install '.[sglang]'")
         return environment | {"PYTHONPATH": os.pathsep.join(inherited)}
     if not (own / "sglang").is_dir():
-        raise ServerStartError(f"rollout.backend=sglang: SGLang is not in {own}; `make sglang-deps` puts it there")
+        raise ServerStartError(f"rollout.backend=sglang: SGLang is not in {own}; run `make sglang-deps`")
     environment |= {
         "PYTHONPATH": os.pathsep.join([str(_SHIMS), str(own), *inherited]),
         "SGLANG_USE_CPU_ENGINE": "1",
@@ -171,10 +153,10 @@ def launch_environment(config: SGLangConfig) -> dict[str, str]:
 
 
 def choose_port(config: SGLangConfig, index: int) -> int:
-    """The port of launched server `index`.
+    """Returns the port of launched server `index`.
 
     Raises:
-        ServerStartError: the configured one is taken, or none is free.
+        ServerStartError: The configured port is taken, or no port is free.
     """
     if config.port is not None:
         ports = [config.port + index]
@@ -191,15 +173,15 @@ def choose_port(config: SGLangConfig, index: int) -> int:
                 taken = error
     raise ServerStartError(
         f"rollout.sglang.port = {config.port}: server {index} cannot listen at {config.host}:{ports[-1]} "
-        f"({taken.strerror}); name other ports, or null for free ones"
+        f"({taken.strerror}); set rollout.sglang.port to another port, or to null for any free port"
     ) from taken
 
 
 class ServerProcess:
-    """A running server and everything it has started: one session, which ends with us, however we end."""
+    """A server process and its children, in one session that ends with this process, even if it is killed."""
 
     def __init__(self, command: list[str], environment: Mapping[str, str], log: Path):
-        """Starts it. Call from a thread that lives as long as the server may: it ends with that thread."""
+        """Starts the process. It ends with the thread that calls this."""
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         with open(log, "ab") as stream:
@@ -216,7 +198,7 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """Of the server, and of its process group."""
+        """Process id of the server and of its process group."""
         return self._process.pid
 
     @property
@@ -228,7 +210,7 @@ class ServerProcess:
         return "\n".join(f"    {line[:300]}" for line in lines)
 
     def stop(self) -> None:
-        """Ends the server and what it has started; returns when they are gone."""
+        """Ends the server and its children; returns when the server is gone."""
         for name, seconds in ((signal.SIGTERM, _GRACE_SECONDS), (signal.SIGKILL, None)):
             try:
                 os.killpg(self.pid, name)

@@ -14,7 +14,6 @@ from oreal_megatron.config import SGLangConfig, TrainConfig
 from oreal_megatron.files import write_atomically
 from oreal_megatron.servers.server_process import (
     Launcher,
-    Restarts,
     ServerProcess,
     ServerStartError,
     choose_port,
@@ -43,7 +42,8 @@ class _Server:
     index: int
     """Number of the server among those of the run."""
     port: int
-    restarts: Restarts
+    num_restarts: int = 0
+    """Restarts in a row: a server that ran for rollout.sglang.startup_seconds begins again at 0."""
     process: ServerProcess | None = None
     """Child process; None before the first start and between two starts."""
     started: float = 0.0
@@ -80,8 +80,7 @@ class NodeServers:
             logs=logs,
         )
         self._servers = [
-            _Server(number, index, choose_port(self._config, number), Restarts(servers.max_restarts))
-            for number, index in enumerate(indices)
+            _Server(number, index, choose_port(self._config, number)) for number, index in enumerate(indices)
         ]
 
     def announce(self, directory: Path) -> None:
@@ -116,9 +115,10 @@ class NodeServers:
             server.process.stop()
             server.process = None
             if time.monotonic() - server.started > self._config.startup_seconds:
-                server.restarts.reset()
-            if not server.restarts.another():
-                logger.error("server %d failed: it ended %d times in a row", server.index, server.restarts.in_a_row)
+                server.num_restarts = 0
+            server.num_restarts += 1
+            if server.num_restarts > self._config.max_restarts:
+                logger.error("server %d failed: it ended %d times in a row", server.index, server.num_restarts)
                 server.has_failed = True
                 return
         model = self._launcher.model

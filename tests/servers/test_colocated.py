@@ -10,7 +10,7 @@ import contextlib
 import pytest
 
 from oreal_megatron.servers.client import ServerClient
-from oreal_megatron.servers.router import NoServerError
+from oreal_megatron.servers.request_queue import NoServerError
 from tests.servers.test_servers import GREEDY, PROMPTS, assert_as_transformers, requests_of
 from tests.tiny_servers import open_servers
 
@@ -103,7 +103,7 @@ def test_a_server_that_nobody_woke_is_refused(servers, single_process, tiny_qwen
     try:
         first.engine.publish(0)
         first.engine.offload()
-        with pytest.raises(NoServerError, match="has given its memory back to a run that did not wake it any more"):
+        with pytest.raises(NoServerError, match="has released its memory to a run"):
             second.engine.publish(0)
     finally:
         first.engine.publish(1)

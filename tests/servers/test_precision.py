@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oreal_megatron.conversion.rules import Box
-from oreal_megatron.servers.router import NoServerError
+from oreal_megatron.servers.request_queue import NoServerError
 from oreal_megatron.servers.server_process import launch_environment
 from oreal_megatron.weight_sync import fp8_blocks
 from tests.servers.conftest import require_sglang

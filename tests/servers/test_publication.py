@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import oreal_megatron.weight_sync.p2p as moving
-from oreal_megatron.servers.router import NoServerError
+from oreal_megatron.servers.request_queue import NoServerError
 from oreal_megatron.weight_sync.types import PausedServer
 from tests.servers.conftest import require_sglang
 from tests.servers.test_servers import GREEDY, PROMPTS, assert_as_transformers, requests_of

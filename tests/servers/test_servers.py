@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from oreal_megatron.config import SamplingConfig
-from oreal_megatron.servers.router import NoServerError
+from oreal_megatron.servers.request_queue import NoServerError
 from oreal_megatron.servers.server_process import ServerStartError
 from oreal_megatron.types import FinishReason, GenerationRequest, WeightSpan
 from tests.tiny_models import save_tiny
@@ -83,7 +83,7 @@ def test_a_server_with_other_weights_gets_none_of_the_prompts_before_ours(server
 
 async def _plant(client, directory):
     await client.update_weights_from_disk(directory)
-    await client.flush()
+    await client.flush_cache()
     await client.update_weight_version("stale")
 
 

@@ -1,8 +1,8 @@
-"""Python imports this at start in every process of an SGLang server on CPU (server_process.py puts it on the path).
+"""Defines operators that torchvision misses on CPU, at the start of every process of an SGLang server on CPU.
 
-The torchvision wheel on PyPI brings compiled operators for CUDA, which do not load beside a CPU torch; its Python side
-then registers shapes for `nms` and `qnms`, which nobody has defined, and its import fails. So they are defined just
-before; nothing calls them. Without effect beside a CUDA torch.
+server_process.py puts this directory on the path. PyPI's torchvision wheel has compiled operators for CUDA, which do
+not load with a CPU torch; its Python side then registers shapes for the missing `nms` and `qnms`, and its import fails.
+This module defines both before torchvision is imported; nothing calls them. With a CUDA torch it does nothing.
 """
 
 import importlib.abc

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from oreal_megatron.servers.client import ServerLost
-from oreal_megatron.servers.server import ServerSettings, SGLangServer
+from oreal_megatron.servers.server import AttachedServer, ServerSettings
 from tests.tiny_servers import servers_config
 
 
@@ -20,7 +20,7 @@ def test_who_waits_for_a_server_that_does_not_answer_can_always_be_stopped(steps
         asked = []
         launcher = SimpleNamespace(weight_loader="loader")
         settings = ServerSettings(config=servers_config(), launcher=launcher, check=lambda url, found: None)
-        server = SGLangServer(0, "http://127.0.0.1:1", "attached", settings)
+        server = AttachedServer(0, "http://127.0.0.1:1", settings)
 
         async def describe() -> None:
             asked.append(asyncio.get_running_loop().create_future())

@@ -1,7 +1,7 @@
-"""Stands for SGLang's compiled kernels, of which PyPI has no CPU build.
+"""Placeholder of SGLang's compiled kernels, of which PyPI has no CPU build.
 
 SGLang from 0.5.16 on imports these names on CPU. They serve speculative decoding and moves of KV caches between tiers;
-a dense model with `--attention-backend torch_native` calls none of them, and a call says what is missing.
+a dense model with `--attention-backend torch_native` calls none of them. A call raises NotImplementedError.
 """
 
 from collections.abc import Callable
