@@ -1,9 +1,10 @@
 """Finds the rank that failed first: its error is the cause, the other ranks only lost contact with it.
 
 A rank that fails writes its number to the job's store before it leaves the process groups. The collectives of the
-other ranks then fail with an error of the transport, and each of these ranks reports the number in one line. A rank that
-is killed writes nothing; its launcher reports it. torchrun ends the remaining ranks as soon as one has ended (SIGTERM,
-and SIGKILL 30 s later).
+other ranks then fail with an error of the transport, and each of these ranks reports the number in one line. A rank
+that is killed writes nothing; its launcher reports it. torchrun ends the remaining ranks as soon as one has ended
+(SIGTERM,
+(SIGTERM, and SIGKILL 30 s later).
 """
 
 from __future__ import annotations
@@ -37,5 +38,5 @@ def lost_peer(error: Exception, store: dist.Store, rank: int) -> LostPeer | None
 
 
 def _is_transport_error(error: Exception) -> bool:
-    """Whether a collective raised the error: a torch class for NCCL and the store, or RuntimeError with gloo in its text."""
+    """Whether a collective raised the error: torch's classes for NCCL and the store, or gloo's RuntimeError."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

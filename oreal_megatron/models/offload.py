@@ -1,4 +1,4 @@
-"""What is on the device, and when: weights and optimizer states that are there only while they are used."""
+"""Offloads weights and optimizer states to host memory while they are not used."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch import Tensor
 class _OffloadedStorage:
     storage: torch.UntypedStorage
     host: Tensor
-    """uint8, pinned where there is a device."""
+    """Bytes of the storage, uint8; pinned if there is a GPU."""
 
 
 class HostOffload:
-    """Tensors whose bytes are on the device inside `on_device()`, and in host memory once they have been parked.
+    """Tensors that are on the device inside `on_device()` and in host memory otherwise.
 
-    Their storages are emptied and filled again, so that every view of them stays what it is: Megatron-Core's flat
-    buffers, and parameters that an optimizer shares with the model. (Megatron-Core's own `offload_to_cpu` of an
-    optimizer puts new tensors in the place of parameters, which then are not the model's any more.)
-    On a CPU the same moves go from host memory to host memory: they save nothing there, and can be tested.
+    Storages are emptied and filled again, so that every view of them stays valid: Megatron-Core's flat buffers, and
+    parameters that an optimizer shares with the model. (Megatron-Core's own `offload_to_cpu` of an optimizer replaces
+    parameters by new tensors that the model does not hold.) On a CPU the same copies go from host memory to host
+    memory, which saves nothing and lets tests run there.
     """
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]], *, enabled: bool):
-        """enabled: false makes everything stay where it is."""
+        """enabled: False leaves the tensors where they are."""
         self._tensors = tensors
         self._enabled = enabled
         self._offloaded: list[_OffloadedStorage] = []
@@ -35,7 +35,7 @@ class HostOffload:
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
-        """Brings the tensors, and parks them when the last user is done."""
+        """Onloads the tensors for the block, and offloads them when the outermost block ends."""
         self._users += 1
         self._onload()
         try:
@@ -45,7 +45,7 @@ class HostOffload:
             self.offload()
 
     def offload(self) -> None:
-        """To host memory, unless somebody is using the tensors."""
+        """Moves the tensors to host memory, unless an `on_device` block is open."""
         if not self._enabled or self._users or self._offloaded:
             return
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in self._tensors() if t.numel()}
@@ -53,7 +53,7 @@ class HostOffload:
             bytes_there = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
             pinned = storage.device.type == "cuda"
             host = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu", pin_memory=pinned)
-            # Waits for the copy: after it the storage is somebody else's.
+            # Waits for the copy before the storage is freed.
             host.copy_(bytes_there)
             self._offloaded.append(_OffloadedStorage(storage, host))
             storage.resize_(0)
@@ -66,15 +66,9 @@ class HostOffload:
             )
         self._offloaded = []
 
-    @property
-    def bytes_on_device(self) -> int:
-        """Of the storages behind the tensors."""
-        storages = [tensor.untyped_storage() for tensor in self._tensors()]
-        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
-
 
 class FrozenModel(HostOffload):
-    """A model that is not trained: the reference."""
+    """A model that is not trained, such as the reference."""
 
     def __init__(self, module: torch.nn.Module, *, offload: bool):
         super().__init__(module.parameters, enabled=offload)

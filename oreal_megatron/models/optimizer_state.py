@@ -1,9 +1,10 @@
-"""AdamW's state by parameter of the model, whichever of Megatron-Core's optimizers holds it: a format for all layouts.
+"""Saves and loads AdamW's state by model parameter, in one format for all of Megatron-Core's optimizers and layouts.
 
-Megatron-Core's own sharded states are three formats that do not load into each other. And in 0.16.1 the distributed
-optimizer's reads parameters from wrong places, with no more than a warning, as soon as gradients are in several buckets
-(overlapped reduction of a large model, tied embeddings over stages); it does not load into torch's AdamW; and that of
-bf16 weights mixes up the fp32 parameters beside them. What is used here are the optimizers' own maps of who holds what.
+Megatron-Core's own sharded states are three formats that do not load into each other. In 0.16.1 the distributed
+optimizer's format reads parameters from wrong places, with only a warning, if gradients are in several buckets
+(overlapped reduction of a large model, tied embeddings over stages); it does not load into torch's AdamW; and the
+format for bf16 weights confuses their fp32 parameters. This module reads the optimizers' own maps of which rank holds
+which part of a parameter.
 """
 
 from __future__ import annotations
@@ -23,28 +24,28 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
 _WEIGHT = "fp32_param"
-"""Name of the fp32 weights, which are kept of parameters that are not fp32 themselves."""
+"""Name of the fp32 master weights of parameters that are not fp32 themselves."""
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """What this rank's AdamW has of a parameter: all of it, or a run of it under the distributed optimizer."""
+    """A rank's part of a parameter's AdamW state: all of it, or a run of it under the distributed optimizer."""
 
     weight: Tensor
-    """fp32; what AdamW updates."""
+    """The fp32 weight that AdamW updates."""
     state: dict[str, Tensor]
-    """AdamW's own, by name."""
+    """AdamW's state tensors by name."""
     start: int
-    """Of the run in the flattened parameter."""
+    """First element of the run in the flattened parameter."""
 
     def tensor(self, name: str) -> Tensor:
         return self.weight if name == _WEIGHT else self.state[name]
 
 
 def sharded_optimizer_state(parts: Iterable[Any], model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-    """The state of Megatron-Core's optimizers `parts` as tensors that are split as the parameters are.
+    """Returns the state of Megatron-Core's optimizers `parts` as tensors that are split like the parameters.
 
-    model: the model's sharded state. is_loading: the tensors are there to be filled. Every rank takes part.
+    Every rank must call it. model: the model's sharded state. is_loading: return empty tensors to be filled.
     """
     parameters, _ = extract_sharded_tensors_and_factories(model)
     sharded = {id(item.data): item for item in nested_values(parameters)}
@@ -59,7 +60,7 @@ def sharded_optimizer_state(parts: Iterable[Any], model: dict[str, Any], *, is_l
 
 
 def load_optimizer_state(parts: Iterable[Any], state: dict[str, Any]) -> None:
-    """Takes this rank's pieces of what was loaded for `sharded_optimizer_state`."""
+    """Copies this rank's part of what was loaded for `sharded_optimizer_state` into the optimizers."""
     loaded = iter(state["tensors"])
     for part in parts:
         pieces = _pieces(part)
@@ -76,7 +77,7 @@ def load_optimizer_state(parts: Iterable[Any], state: dict[str, Any]) -> None:
 
 
 def _pieces(part: Any) -> dict[Tensor, _Piece]:
-    """By parameter of the model, those that this rank's optimizer has anything of."""
+    """Returns this rank's part of every model parameter that its optimizer holds a part of."""
     if isinstance(part, DistributedOptimizer):
         of_model: tuple[Any, ...] = (part.model_float16_groups, part.model_fp32_groups)
         of_adamw: tuple[Any, ...] = (part.shard_fp32_from_float16_groups, part.shard_fp32_groups)
@@ -93,7 +94,7 @@ def _pieces(part: Any) -> dict[Tensor, _Piece]:
 
 
 def _run(part: Any, parameter: Tensor, where: str) -> slice:
-    """Of a parameter that this rank has a piece of: its place in the parameter, or in the bucket's local shard."""
+    """Returns the place of this rank's run in the parameter, or in the bucket's local shard."""
     if not isinstance(part, DistributedOptimizer):
         return slice(0, parameter.numel())
     found = part._get_model_param_range_map(parameter)[where]
@@ -101,7 +102,7 @@ def _run(part: Any, parameter: Tensor, where: str) -> slice:
 
 
 def _parameters(part: Any) -> list[Tensor]:
-    """All that the part updates, on whichever data-parallel rank, in an order that all of them share."""
+    """Returns all parameters that the optimizer updates on any data-parallel rank, in the same order on every rank."""
     if isinstance(part, DistributedOptimizer):
         return [p for buffer in part.buffers for bucket in buffer.buckets for p in bucket.params_list]
     return list(_pieces(part))
@@ -118,7 +119,7 @@ def _empty(part: Any) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
 
 
 def _whole(part: Any) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Every parameter with its state; of the distributed optimizer gathered bucket by bucket, on the host."""
+    """Yields every parameter with its whole state on the host, gathered by bucket from the distributed optimizer."""
     pieces = _pieces(part)
     if not isinstance(part, DistributedOptimizer):
         for parameter, piece in pieces.items():
@@ -144,7 +145,7 @@ def _whole(part: Any) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
 
 
 def _like(sharded: Any, name: str, tensor: Tensor) -> Any:
-    """`tensor` split as the parameter is."""
+    """Returns `tensor`, split like the parameter."""
     key = f"optimizer.state.{name}.{sharded.key}"
     if isinstance(sharded, ShardedTensorFactory):
         return replace(sharded, key=key, data=tensor)
@@ -152,7 +153,7 @@ def _like(sharded: Any, name: str, tensor: Tensor) -> Any:
 
 
 def _steps(part: Any) -> list[int]:
-    """Updates so far: torch's AdamW counts them with each parameter, fused ones with each group, from 1 on."""
+    """Returns the numbers of updates. torch's AdamW counts them by parameter, fused optimizers by group from 1."""
     if isinstance(part.optimizer, torch.optim.AdamW):
         return [int(state["step"]) for state in part.optimizer.state.values()]
     return [int(group.get("step", 0)) for group in part.optimizer.param_groups if group["params"]]

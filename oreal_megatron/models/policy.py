@@ -1,4 +1,4 @@
-"""The policy: a GPTModel that answers with log-probabilities and entropies instead of logits.
+"""The policy: a GPTModel that returns log-probabilities and entropies instead of logits.
 
 Shapes: T packed tokens, R of them before a response token, V vocabulary, V' = V / tensor ranks.
 """
@@ -26,14 +26,14 @@ from oreal_megatron.models.gpt import build_gpt
 from oreal_megatron.models.virtual_stages import ModelChunks
 
 CPU_TILE = 2**20
-"""Logits in a tile for a CPU (4 MiB in fp32): the passes over them then run in its cache, not in memory."""
+"""Number of logits in a tile on a CPU: 4 MiB in fp32, which stays in its cache."""
 
 
 class _Tiles:
-    """Logits [C positions, B tokens of the vocabulary] at a time, in memory that all tiles share.
+    """Iterator over tiles of logits [C positions, B tokens of the vocabulary] in one shared buffer.
 
-    Fresh pages for each would cost a CPU as much as the arithmetic. The blocks of the vocabulary are the outer loop:
-    their rows of the weight stay in the cache for all positions.
+    New pages for every tile would cost a CPU as much as the arithmetic. The outer loop goes over blocks of the
+    vocabulary, whose rows of the weight stay in the cache for all positions.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class _Tiles:
         self._fp32 = self._product if self._is_fp32 else torch.empty_like(self._product, dtype=torch.float32)
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor]]:
-        """(positions, tokens, fp32 logits [C, B] to be written to, column of each target [C, 1], which are in [C])."""
+        """Yields (positions, tokens, fp32 logits [C, B] to overwrite, targets' columns [C, 1], whether inside [C])."""
         for low in range(0, self._weight_VH.size(0), self._block):
             tokens = slice(low, min(low + self._block, self._weight_VH.size(0)))
             weight_BH = self._weight_VH[tokens]
@@ -64,11 +64,11 @@ class _Tiles:
                 yield positions, tokens, logits, column.where(inside, 0).unsqueeze(-1), inside
 
     def spare(self) -> Tensor:
-        """fp32, as many numbers as a full tile has."""
+        """Returns an fp32 buffer of the size of a full tile."""
         return torch.empty_like(self._fp32)
 
     def as_weights(self, logits_CB: Tensor) -> Tensor:
-        """The tile that the iteration gave, in the dtype of the weights."""
+        """Returns the current tile in the dtype of the weights."""
         return logits_CB if self._is_fp32 else self._of_size(self._product, *logits_CB.shape).copy_(logits_CB)
 
     @staticmethod
@@ -77,10 +77,10 @@ class _Tiles:
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Log-probability of each target and entropy of each distribution, a tile of logits at a time.
+    """Computes the log-probability of each target and the entropy of each distribution, a tile of logits at a time.
 
-    The forward pass keeps the running maximum, normaliser and first moment of each position. The backward pass makes
-    each tile again and turns it into its own gradient in place. The entropy carries no gradient.
+    The forward pass keeps the running maximum, normaliser and first moment of each position. The backward pass
+    computes each tile again and turns it into its gradient in place. The entropy carries no gradient.
     weight_VH: this rank's rows of the output layer, the first of them row `first` of the vocabulary.
     """
 
@@ -127,7 +127,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32)
         tiles = _Tiles(hidden_RH, weight_VH, target_R, *ctx.tiling)
         for positions, tokens, dlogits, column, inside in tiles:
-            # Minus the gradient of each log-probability; the rows' own gradients go onto what has few columns.
+            # Minus the gradient of each log-probability; grad_R multiplies the smaller operands below.
             dlogits.sub_(normalizer_R[positions].unsqueeze(-1)).exp_()
             dlogits.scatter_add_(-1, column, -inside.to(dlogits.dtype).unsqueeze(-1))
             dlogits = tiles.as_weights(dlogits)
@@ -139,7 +139,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _move_top(sums_3R: Tensor, top_R: Tensor, highest_R: Tensor) -> None:
-    """Sums relative to `top` become those relative to `highest`, in place, and so does `top`."""
+    """Rescales in place the sums relative to `top` to sums relative to `highest`, and sets `top` to `highest`."""
     shift = top_R - highest_R
     total, moment, _ = sums_3R
     moment.addcmul_(total, shift).mul_(shift.exp())
@@ -148,7 +148,7 @@ def _move_top(sums_3R: Tensor, top_R: Tensor, highest_R: Tensor) -> None:
 
 
 def _add_product(sum_NM: Tensor, left_NK: Tensor, right_KM: Tensor) -> None:
-    """Sum += left @ right, the sum in fp32 whatever the factors are."""
+    """Adds left @ right to `sum_NM`, which is fp32 whatever the factors are."""
     if sum_NM.dtype == left_NK.dtype:
         sum_NM.addmm_(left_NK, right_KM)
     else:
@@ -165,7 +165,7 @@ def token_logprobs(
     size: int | None = None,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
-    """(log-probability of each target, entropy of each distribution), fp32 [R] in nats; the latter without gradient.
+    """Returns (log-probability of each target, entropy of each distribution): fp32 [R], nats; no gradient of entropy.
 
     weight_VH: this tensor rank's rows of the output layer, the first of them row `first` of the vocabulary.
     chunk, size: positions whose logits exist at once, and how many logits of them; None: all of the rank's vocabulary.
@@ -174,7 +174,7 @@ def token_logprobs(
 
 
 class Policy(GPTModel):
-    """A GPTModel whose forward with `labels` gives log-probabilities and entropies of the labelled positions."""
+    """A GPTModel whose forward pass with `labels` returns log-probabilities and entropies of the labelled positions."""
 
     def __init__(self, *, num_tokens: int, logprob_chunk_tokens: int, logprob_tile_size: int | None, **gpt: Any):
         """Builds the model.
@@ -193,7 +193,7 @@ class Policy(GPTModel):
         self.logprob_tile_size = logprob_tile_size
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """With labels [1, T] (IGNORE where none): fp32 [T, 2] of log-probability and entropy in nats, 0 elsewhere."""
+        """Returns fp32 [T, 2], log-probability and entropy in nats, for labels [1, T]; 0 where the label is IGNORE."""
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
         (predicting,) = torch.where(labels[0] != IGNORE)
@@ -201,7 +201,7 @@ class Policy(GPTModel):
         return values_R2.new_zeros(labels.size(1), 2).index_copy(0, predicting, values_R2)
 
     def labelled(self, hidden_states: Tensor, predicting_R: Tensor, target_R: Tensor) -> Tensor:
-        """fp32 [R, 2]: log-probability and entropy in nats of the targets, from the last layer's states [T, 1, H]."""
+        """Returns fp32 [R, 2], log-probability and entropy of the targets in nats, from the last states [T, 1, H]."""
         if self.config.sequence_parallel:
             hidden_TH = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp).squeeze(1)
         else:
@@ -212,8 +212,8 @@ class Policy(GPTModel):
             else self.output_layer.weight
         )
         first = self.pg_collection.tp.rank() * weight.size(0)
-        # Only the last ranks have rows of padding, and of a tiny vocabulary nothing else. The others' weight is not
-        # sliced: the gradient of a slice is a copy of the whole.
+        # Only the last ranks have rows of padding, and with a tiny vocabulary only these. The weight of the other ranks
+        # is not sliced: the gradient of a slice is a copy of the whole weight.
         if self.num_tokens - first < weight.size(0):
             weight = weight[: max(self.num_tokens - first, 0)]
         logprobs_R, entropy_R = token_logprobs(

@@ -5,10 +5,10 @@ takes the three shapes that the project uses:
 
     packed    q [T, heads, dim], k/v [T, groups, dim], segments in PackedSeqParams   training and scoring
     prefill   q [S, B, heads, dim], k/v [S, B, groups, dim], left padding in the mask  generation, first pass
-    decode    q [1, B, heads, dim], k/v [S, B, groups, dim]                            generation, then
+    decode    q [1, B, heads, dim], k/v [S, B, groups, dim]                            generation, later steps
 
 T tokens of a packed micro-batch, S cache slots, B sequences. Under context parallelism a rank brings the queries,
-keys and values of its own tokens of the packed row, and gathers everybody's keys and values.
+keys and values of its own tokens of the packed row, and gathers the keys and values of all ranks.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class SdpaCoreAttention(MegatronModule):
             return self._packed(query, key, value, bounds)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if query.size(0) == 1:
-            # The queries of a group read the same cache: as rows of one query they read it once.
+            # The queries of a group read the same cache, so they are rows of one query that reads it once.
             rows = q.reshape(q.size(0), k.size(1), -1, q.size(3))
             out = self._sdpa(rows, k, v, attn_mask=attention_mask).reshape(q.shape)
         else:
@@ -108,10 +108,10 @@ class SdpaCoreAttention(MegatronModule):
         return out.reshape(query.size(0), -1)
 
     def _packed_over_context(self, query: Tensor, key: Tensor, value: Tensor, bounds: list[int]) -> Tensor:
-        """query, key, value: [T / ranks, heads or groups, dim], this rank's two pieces of every segment."""
+        """Attends to whole segments. query, key, value: [T / ranks, heads or groups, dim], two pieces a segment."""
         size, rank = self.context_group.size(), self.context_group.rank()
         order = whole_row(bounds, size).to(key.device)
-        # Going back, every rank's share of the keys' and values' gradients is summed where they came from.
+        # The backward pass sums every rank's part of the gradients of keys and values on the rank that holds them.
         key, value = (
             gather_from_sequence_parallel_region(x.contiguous(), group=self.context_group).index_select(0, order)
             for x in (key, value)
@@ -134,7 +134,7 @@ class SdpaCoreAttention(MegatronModule):
 
 
 def _similar_lengths(bounds: list[int]) -> list[list[tuple[int, int]]]:
-    """Segments (start, end) of a packed row in runs of similar length, shortest first; empty ones left out."""
+    """Returns the non-empty segments (start, end) of a packed row, grouped by similar length, shortest first."""
     segments = sorted(
         ((start, end) for start, end in itertools.pairwise(bounds) if end > start),
         key=lambda segment: (segment[1] - segment[0], segment[0]),

@@ -313,7 +313,7 @@ class AnswerComparison:
 
     def _by_value(self, parts: tuple[Node, ...]) -> tuple[Node, ...] | None:
         """Sorts constants by their value; None if a part has none."""
-        values = [self.leaves.real_value(part.latex) if isinstance(part, Leaf) else None for part in parts]
+        values: list[Any] = [self.leaves.real_value(p.latex) if isinstance(p, Leaf) else None for p in parts]
         if any(value is None for value in values):
             return None
         return tuple(parts[index] for index in sorted(range(len(parts)), key=values.__getitem__))
