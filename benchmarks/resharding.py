@@ -29,7 +29,7 @@ from oreal_megatron.models.policy import build_policy
 from oreal_megatron.models.virtual_stages import chunks_of
 from oreal_megatron.rollout.sglang_engine import SGLangEngine
 from oreal_megatron.servers.pool import ServerPool
-from oreal_megatron.servers.server import LaunchedServer
+from oreal_megatron.servers.server_kinds import LaunchedServer
 from oreal_megatron.weight_sync.p2p import rounds
 from oreal_megatron.weight_sync.planner import num_elements, plan_resharding
 from oreal_megatron.weight_sync.publisher import build_publisher

@@ -16,14 +16,8 @@ from oreal_megatron.config import SamplingConfig
 from oreal_megatron.files import write_atomically
 from oreal_megatron.servers.request_queue import NoServerError, RequestQueue
 from oreal_megatron.servers.router import Router
-from oreal_megatron.servers.server import (
-    AttachedServer,
-    LaunchedServer,
-    RemoteServer,
-    ServerSettings,
-    ServerState,
-    SGLangServer,
-)
+from oreal_megatron.servers.server import ServerSettings, ServerState, SGLangServer
+from oreal_megatron.servers.server_kinds import AttachedServer, LaunchedServer, RemoteServer
 from oreal_megatron.servers.server_process import choose_port, offloaded_mark
 from oreal_megatron.types import Completion, GenerationRequest
 

@@ -7,7 +7,6 @@ ServerPool and Router call these methods and read the rest.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -25,7 +24,7 @@ from oreal_megatron.servers.client import (
     ServerLost,
 )
 from oreal_megatron.servers.fingerprint import check_options
-from oreal_megatron.servers.server_process import NO_WEIGHTS, OFFLOADED, Launcher, ServerProcess, ServerStartError
+from oreal_megatron.servers.server_process import OFFLOADED, Launcher, ServerStartError
 
 logger = logging.getLogger(__name__)
 
@@ -336,110 +335,3 @@ class SGLangServer(ABC):
     def _end_of_log(self) -> str:
         """Returns the last lines of a launched server's log, for error messages."""
         return ""
-
-
-class LaunchedServer(SGLangServer):
-    """A server that this run starts when it first connects, restarts when it is lost, and ends."""
-
-    def __init__(self, index: int, url: str, settings: ServerSettings):
-        super().__init__(index, url, settings)
-        self._process: ServerProcess | None = None
-
-    @property
-    def process(self) -> ServerProcess | None:
-        """The child process; None before it starts and after it has been ended."""
-        return self._process
-
-    @property
-    def is_down(self) -> bool:
-        return not self.is_up or (self._process is not None and self._process.exit_code is not None)
-
-    async def _connect(self) -> None:
-        if self._process is not None and self._process.exit_code is not None:
-            raise ServerLost(f"{self.url} ended with exit code {self._process.exit_code}")
-        if self.is_up:
-            return
-        if self._process is None:
-            self._process = self._settings.launcher.start(self.index, int(self.url.rsplit(":", 1)[1]))
-        await self._describe()
-        while not await self.client.is_healthy(self._config.health_seconds):
-            self._check_alive()
-            await asyncio.sleep(self._settings.poll_seconds)
-        self._set_state(_CONNECTED)
-
-    async def _mark_lost(self, error: Exception) -> None:
-        """Ends the process, so that `connect` starts another; the server fails after too many restarts in a row."""
-        self._count_loss(error)
-        await self._end()
-        if self._num_losses > self._config.max_restarts:
-            self._mark_failed(f"{error}; restarted {self._config.max_restarts} times (rollout.sglang.max_restarts)")
-
-    async def _end(self) -> None:
-        if self._process is not None:
-            await asyncio.to_thread(self._process.stop)
-            self._process = None
-
-    def _check_alive(self) -> None:
-        if self._process is not None and (code := self._process.exit_code) is not None:
-            raise ServerStartError(f"{self.url} ended with exit code {code} while it started{self._end_of_log()}")
-
-    def _end_of_log(self) -> str:
-        return f"; {self._process.log} ends:\n{self._process.log_tail()}" if self._process else ""
-
-
-class AttachedServer(SGLangServer):
-    """A server that ran before this run, goes on after it, and may serve other runs too."""
-
-    async def _connect(self) -> None:
-        if not self.is_up or self._label is None:
-            self._set_state(_CONNECTED, label=(await self._describe()).weight_label)
-
-    async def _abandon_update(self) -> None:
-        if not self._config.shares_devices:
-            with contextlib.suppress(ServerLost, RequestRefused):
-                await self.client.end_weight_update()
-                await self._continue(NO_WEIGHTS)
-
-
-class RemoteServer(SGLangServer):
-    """A server that another process of this run starts and updates; this process only sends requests to it."""
-
-    transitions: ClassVar[Mapping[ServerState, frozenset[ServerState]]] = {
-        **SGLangServer.transitions,
-        _FAILED: frozenset({_LOST}),
-    }
-
-    async def _connect(self) -> None:
-        if not self.is_up:
-            self._set_state(_CONNECTED)
-
-    def expect_update(self) -> None:
-        """Forgets label, losses and failure: the other process may have updated or restarted the server."""
-        self._num_losses = 0
-        if self._state is _FAILED:
-            self._set_state(_LOST, reason="the other process may have restarted it")
-        elif self._state is _CONNECTED:
-            self._set_state(_CONNECTED)
-
-    async def wait_for_weights(self, label: str, waiting: Callable[[], None]) -> bool:
-        """Returns True once the server says that it has weights `label`, False if it failed.
-
-        The server fails if that takes longer than rollout.sglang.startup_seconds. `waiting` is not called.
-        """
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + self._config.startup_seconds
-        while self._state is not _FAILED:
-            if self._label is None:
-                with contextlib.suppress(ServerLost):
-                    self._set_state(_CONNECTED, label=await self.client.weight_label())
-            if self._label == label:
-                return True
-            if clock() > deadline:
-                self._mark_failed(
-                    f"{self.url} did not get the current weights in time (rollout.sglang.startup_seconds)"
-                )
-                return False
-            if self._label is not None:
-                self._set_state(_CONNECTED)
-            await asyncio.sleep(self._settings.poll_seconds / 5)
-        return False

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from oreal_megatron.servers.client import ServerLost
-from oreal_megatron.servers.server import AttachedServer, ServerSettings
+from oreal_megatron.servers.server import ServerSettings
+from oreal_megatron.servers.server_kinds import AttachedServer
 from tests.tiny_servers import servers_config
 
 
