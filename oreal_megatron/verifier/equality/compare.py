@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 from oreal_megatron.types import Verdict
 from oreal_megatron.verifier.equality.intervals import IntervalComparison
