@@ -1,1 +1,1 @@
-"""Layout arithmetic, process groups and the device seam: the only importer of Megatron's parallel_state."""
+"""Process groups, context parallelism and the CPU backend; the only importer of Megatron's parallel_state."""

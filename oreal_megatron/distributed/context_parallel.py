@@ -1,9 +1,10 @@
-"""Context parallelism: which tokens of a packed row a rank holds, and the way back.
+"""Context parallelism: splits a packed row over ranks, and gathers it again.
 
 Every sequence, padded to a multiple of 2C tokens for C ranks, is cut into 2C pieces; rank c holds pieces c and
-2C - 1 - c of each. Under a causal mask all ranks then do the same work, and Megatron-Core's rotary
-embedding of packed rows, like Transformer Engine's attention, expects this split.
-Shapes: T tokens of a packed row.
+2C - 1 - c of each. Under a causal mask all ranks then do the same work. Megatron-Core's rotary embedding of packed
+rows and Transformer Engine's attention expect this split.
+
+Shapes: N sequences in a packed row of T tokens.
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ from oreal_megatron.distributed.groups import ParallelGroups
 
 
 def tokens_of_rank(bounds: Sequence[int], size: int, rank: int) -> Tensor:
-    """int64 [T / size]: positions in the row of the tokens that `rank` of `size` holds, in its own order.
+    """Returns the positions in the row of the tokens that `rank` holds, in the rank's order: int64 [T / size].
 
-    bounds: [N + 1], where the row's sequences begin and end; every length is a multiple of 2 * size.
+    Args:
+        bounds: [N + 1] starts of the row's sequences and its end; every length is a multiple of 2 * size.
+        size: number of context ranks.
+        rank: context rank.
     """
     return _tokens_of_rank(tuple(bounds), size, rank)
 
 
 def whole_row(bounds: Sequence[int], size: int) -> Tensor:
-    """int64 [T]: for every position of the row, its place among all ranks' tokens, one rank after the other."""
+    """Returns for every position of the row its index in the ranks' tokens, concatenated by rank: int64 [T]."""
     return _whole_row(tuple(bounds), size)
 
 
-# Every layer of both passes asks for the same few rows.
+# Cached: every layer of the forward and the backward pass needs the result for the same few rows.
 @functools.lru_cache(maxsize=32)
 def _tokens_of_rank(bounds: tuple[int, ...], size: int, rank: int) -> Tensor:
     pieces = []
@@ -49,16 +53,16 @@ def _whole_row(bounds: tuple[int, ...], size: int) -> Tensor:
 
 
 def part_of_row(row: Tensor, bounds: Sequence[int], groups: ParallelGroups, dim: int) -> Tensor:
-    """This rank's tokens of `row`; all of them without context parallelism."""
+    """Selects this rank's tokens of `row`, all of them without context parallelism."""
     if groups.context_size == 1:
         return row
     return row.index_select(dim, tokens_of_rank(bounds, groups.context_size, groups.context_rank).to(row.device))
 
 
 def gathered_row(part: Tensor, bounds: Sequence[int], groups: ParallelGroups, dim: int) -> Tensor:
-    """The inverse of `part_of_row`: the whole row on every rank.
+    """Gathers the whole row on every rank: the inverse of `part_of_row`.
 
-    What follows is computed on every rank alike, so each keeps the gradient of its own tokens only.
+    Every rank computes the same with the result, so the gradient is sliced to the rank's own tokens, not summed.
     """
     if groups.context_size == 1:
         return part

@@ -1,7 +1,8 @@
-"""The device seam: Megatron-Core as published, on CUDA where it is there and on CPU over gloo elsewhere.
+"""The CPU backend: runs the published Megatron-Core on CPUs over gloo, where there is no CUDA device.
 
-Megatron-Core has no switch for three assumptions about CUDA. Inside `device_seam()` they are answered for
-CPU; on a machine with CUDA the seam does nothing. Nothing else in the project replaces foreign functions.
+Megatron-Core assumes CUDA in device literals, in calls of torch.cuda and in the state of its random generators, and has
+no switch for that. Inside `cpu_backend()` all three are redirected to the CPU. On a machine with CUDA it does nothing.
+Besides fake_groups.py, no other code in the package replaces functions of libraries.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ _CPU = torch.device("cpu")
 
 
 def device() -> torch.device:
-    """The device that models and batches live on in this process."""
+    """Returns the device of this process's models and batches."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
 
 
 def collective_backend() -> str:
-    """The torch.distributed backend that fits `device()`."""
+    """Returns the torch.distributed backend for `device()`: nccl or gloo."""
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
@@ -38,9 +39,9 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory() -> int | None:
-    """Bytes at the highest since `reset_peak_memory`: allocated on the GPU, or the resident set of this process.
+    """Returns the largest number of bytes since `reset_peak_memory`, allocated on the GPU or resident in host memory.
 
-    None where the system does not tell.
+    None where the system does not report it.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
@@ -51,9 +52,9 @@ def peak_memory() -> int | None:
 
 
 def free_cached_memory() -> None:
-    """Gives the memory of the device that torch keeps for later back to the driver, for other processes."""
+    """Returns the device memory that torch caches to the driver, for other processes."""
     if torch.cuda.is_available():
-        torch.cuda.ipc_collect()  # what another process has read and left
+        torch.cuda.ipc_collect()  # blocks shared with another process that has released them
         torch.cuda.empty_cache()
 
 
@@ -66,7 +67,7 @@ def _names_cuda(value: Any) -> bool:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites the CUDA device literals in Megatron-Core's torch calls."""
+    """Rewrites CUDA device literals in torch calls to the CPU."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -74,7 +75,7 @@ class _CudaMeansCpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]
-        # DDP and the optimizers sort parameters by type() and know 'torch.cuda.*Tensor' names only.
+        # DDP and the optimizers group parameters by type() and accept the names 'torch.cuda.*Tensor' only.
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
@@ -87,7 +88,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 class _NoStream:
-    """Stands in for torch.cuda.Stream where everything runs in order."""
+    """Replaces torch.cuda.Stream on a CPU, where all operations run in order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -101,13 +102,16 @@ class _NoStream:
 
 
 def _nothing() -> Callable[..., None]:
-    # A new function object a name: torch._dynamo indexes torch's functions by identity and refuses duplicates.
+    # A new function for every name: torch._dynamo indexes torch's functions by identity and refuses duplicates.
     return lambda *args, **kwargs: None
 
 
 @contextlib.contextmanager
 def cpu_backend() -> Iterator[None]:
-    """Entered once round everything that touches Megatron-Core. About 1.4 us a torch call on CPU, nothing on CUDA."""
+    """Redirects CUDA to the CPU in the block; enter it once, around everything that uses Megatron-Core.
+
+    Every torch call takes about 1.4 us longer on a CPU. With CUDA there is no cost.
+    """
     if torch.cuda.is_available():
         yield
         return
@@ -135,7 +139,7 @@ def cpu_backend() -> Iterator[None]:
         for name, replacement in replacements.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, replacement))
         stack.enter_context(mock.patch.object(torch.cuda.random, "get_rng_state", get_rng_state))
-        # Megatron's RNG tracker sets the device's generator through this function.
+        # Megatron-Core's RNG tracker sets the state of the device's generator with this function.
         stack.enter_context(mock.patch.object(megatron_random, "_set_cuda_rng_state", set_rng_state))
         stack.enter_context(_CudaMeansCpu())
         yield

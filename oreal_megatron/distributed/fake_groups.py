@@ -1,7 +1,7 @@
-"""The groups of one rank of a job that is not there: no other process, no communication, no memory.
+"""Fake process groups: one process builds and computes as any rank of any layout, without the other ranks.
 
-On torch's `fake` process group every collective returns at once without a result. With fake tensors, which have
-shapes and no data, one process walks through what any rank of any layout would build and compute.
+On torch's `fake` process group every collective returns at once and leaves its output as it is. With fake tensors,
+which have shapes and no data, this takes no memory either.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from oreal_megatron.distributed.groups import ParallelGroups, split_processes
 
 @contextlib.contextmanager
 def fake_groups(config: ParallelConfig, *, rank: int, world: int) -> Iterator[ParallelGroups]:
-    """What `parallel_groups` gives rank `rank` of `world` processes. No process group may exist when it is entered."""
+    """Yields the groups that `parallel_groups` yields on rank `rank` of `world` processes.
+
+    No process group may exist when the block is entered.
+    """
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    # Generators are saved, compared and set back round each layer; fake states have no values for that.
+    # Megatron-Core saves, compares and restores generator states at each layer; fake states have no values.
     no_generators: list[Any] = [
         mock.patch.object(megatron_random.CudaRNGStatesTracker, "fork", lambda *args: contextlib.nullcontext()),
         mock.patch.object(megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None),

@@ -1,4 +1,4 @@
-"""Process groups of one model layout, made once and passed to whoever needs them."""
+"""Process groups of a model layout, created once and passed as an argument."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """Where this process stands: the layout, Megatron's groups, and sizes and ranks by name."""
+    """The layout, Megatron-Core's process groups, and this process's rank in each of them."""
 
     layout: ParallelConfig
     collection: ProcessGroupCollection
@@ -40,79 +40,84 @@ class ParallelGroups:
 
     @property
     def is_first_stage(self) -> bool:
+        """Whether this process has the first pipeline stage."""
         return self.pipeline_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether this process has the last pipeline stage."""
         return self.pipeline_rank == self.pipeline_size - 1
 
     @property
     def rank(self) -> int:
-        """Of this process in the job."""
+        """Global rank of this process."""
         return dist.get_rank()
 
     @property
     def world_size(self) -> int:
-        """Processes of the job."""
+        """Number of processes of the job."""
         return dist.get_world_size()
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that writes files and talks to the user."""
+        """Whether this process has global rank 0, which writes files and prints."""
         return dist.get_rank() == 0
 
     @property
     def leads_replica(self) -> bool:
-        """Whether this process speaks for its model replica: the first of its tensor and context ranks and stages."""
+        """Whether this process is the first of its model replica: tensor, context and pipeline rank 0."""
         return self.tensor_rank == 0 and self.pipeline_rank == 0 and self.context_rank == 0
 
     @property
     def sequence_multiple(self) -> int:
-        """Tokens that the length of every packed sequence must be a multiple of: two pieces a context rank."""
+        """Number of tokens that every packed sequence's length must be a multiple of: two pieces a context rank."""
         return 2 * self.context_size if self.context_size > 1 else 1
 
     def row_multiple(self, rank_tokens: int = 1) -> int:
-        """Tokens that the length of a packed row must be a multiple of, for its split over context and tensor ranks.
+        """Returns the number of tokens that the length of a packed row must be a multiple of.
 
-        rank_tokens: what the part of a context rank must be a multiple of, as FP8 matrix products ask.
+        Context ranks split the row, and tensor ranks under sequence parallelism.
+
+        Args:
+            rank_tokens: number of tokens that a context rank's part must be a multiple of, for FP8 matrix products.
         """
         if rank_tokens > 1:
-            # With and without sequence parallelism alike: scales of whole tensors then do not depend on it.
+            # The same with and without sequence parallelism, so that the scale of a whole tensor does not depend on it.
             return math.lcm(rank_tokens * self.context_size, 2 * self.context_size * self.tensor_size)
         by_tensor = self.context_size * self.tensor_size if self.layout.sequence else 1
         return math.lcm(self.sequence_multiple, by_tensor)
 
     @property
     def micro_batch_multiple(self) -> int:
-        """The interleaved schedule takes micro-batches in groups of as many as there are stages."""
+        """Number that the count of micro-batches must be a multiple of: the stages, under the interleaved schedule."""
         return self.pipeline_size if self.layout.virtual_pipeline > 1 else 1
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of `values` over data-parallel ranks, in fp64 so that its order does not show."""
+        """Returns the sum of `values` over data-parallel ranks, in fp64 so that the order of ranks does not show."""
         total = values.to(device(), torch.float64)
         dist.all_reduce(total, group=self.collection.dp)
         return total
 
     def max_over_world(self, values: torch.Tensor) -> torch.Tensor:
-        """The largest of every process's `values`, element by element."""
+        """Returns the elementwise maximum of `values` over all processes."""
         largest = values.to(device())
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest
 
     def gather_over_data(self, mine: list[T]) -> list[list[T]]:
-        """Every data-parallel rank's list, in rank order, on every rank."""
+        """Returns the lists of all data-parallel ranks, in rank order, on every rank."""
         parts: list[Any] = [None] * self.data_size
         dist.all_gather_object(parts, mine, group=self.collection.dp)
         return parts
 
     def gather_over_world(self, mine: list[T]) -> list[list[T]]:
-        """Every process's list, in rank order, on every process."""
+        """Returns the lists of all processes, in rank order, on every process."""
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, mine)
         return parts
 
     def from_last_stage(self, value: T | None) -> T:
-        """The last pipeline stage's `value`, on every stage."""
+        """Returns the last pipeline stage's `value` on every stage."""
         if self.pipeline_size == 1:
             return value  # type: ignore[return-value]
         box = [value]
@@ -121,13 +126,13 @@ class ParallelGroups:
         return box[0]  # type: ignore[return-value]
 
     def from_main(self, value: T | None) -> T:
-        """Global rank 0's `value`, on every rank."""
+        """Returns global rank 0's `value` on every rank."""
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]  # type: ignore[return-value]
 
     def from_replica_leader(self, value: T | None) -> T:
-        """The `value` of the process that leads this model replica, on every process of the replica."""
+        """Returns the `value` of the first process of this model replica on every process of the replica."""
         box = [value]
         for group in (self.collection.mp, self.collection.cp):
             if dist.get_world_size(group) > 1:
@@ -135,11 +140,11 @@ class ParallelGroups:
         return box[0]  # type: ignore[return-value]
 
     def any_rank(self, mine: bool) -> bool:
-        """Whether `mine` is true on any process of the job; the same answer everywhere."""
+        """Returns on every process of the job whether `mine` is true on any of them."""
         return self._any(mine, [None])
 
     def any_of_replica(self, mine: bool) -> bool:
-        """Whether `mine` is true on any process of this model replica; the same answer on all of them."""
+        """Returns on every process of this model replica whether `mine` is true on any of them."""
         return self._any(mine, [self.collection.mp, self.collection.cp])
 
     def _any(self, mine: bool, groups: Sequence[dist.ProcessGroup | None]) -> bool:
@@ -149,24 +154,30 @@ class ParallelGroups:
         return bool(flag.item())
 
     def seed_generators(self, seed: int) -> None:
-        """Seeds torch's generators and Megatron's, of which every tensor rank and stage has its own.
+        """Seeds the generators of torch and of Megatron-Core, differently on every tensor rank and stage.
 
-        Called at the start of every step with the step's own seed: a resumed run then needs no saved generator state,
-        on any layout.
+        Called at the start of every step with the seed of the step, so that a resumed run needs no saved generator
+        state in any layout.
         """
         tensor_parallel.model_parallel_cuda_manual_seed(seed % 2**31 + 100 * self.pipeline_rank, force_reset_rng=True)
 
     def barrier(self) -> None:
+        """Waits for all processes of the job."""
         dist.barrier()
 
     def count(self, name: str, more: int = 0) -> int:
-        """Adds to a count that all processes of the job share, and returns it; nobody waits for anybody."""
-        # The store that the processes met at. There is no public way to it, and no collective that is not one.
+        """Adds `more` to a counter that all processes of the job share, and returns it, without waiting for them."""
+        # The counter is in the store of the job's rendezvous, to which torch has no public accessor.
         return int(dist.distributed_c10d._get_default_store().add(f"count/{name}", more))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Leaves the block when every process has, with an error on all where one had one (OSError or ValueError)."""
+        """Waits at the end of the block for all processes, and raises on all of them if one of them raised.
+
+        Raises:
+            OSError, ValueError: the block raised it on this process.
+            OSError: the block raised on another process; the message is that of the first such process.
+        """
         failed: OSError | ValueError | None = None
         try:
             yield
@@ -181,11 +192,11 @@ class ParallelGroups:
 
 @contextlib.contextmanager
 def parallel_groups(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGroups]:
-    """Joins the job's processes (torchrun's environment, or one process alone) and splits them by `config`.
+    """Joins the processes of the job, by torchrun's environment or as a single process, and splits them by `config`.
 
     Raises:
         ConfigError: the number of processes is no multiple of tensor x pipeline x context.
-        LostPeer: what went wrong inside began on another rank.
+        LostPeer: the block failed because another rank failed first.
     """
     check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
     timeout = timedelta(seconds=config.timeout_seconds)
@@ -196,27 +207,30 @@ def parallel_groups(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGr
     dist.init_process_group(collective_backend(), store=store, rank=rank, world_size=world, timeout=timeout)
     failed = False
     try:
-        # The groups made here have a timeout of their own, a timedelta's minutes.
+        # Megatron-Core creates groups of its own, which do not take over the default group's timeout.
         yield split_processes(config, seed=seed, distributed_timeout_minutes=config.timeout_seconds / 60)
     except Stopped:
         raise
     except Exception as error:
         failed = True
-        # Before the groups go, which the others notice.
+        # This comes before the groups are destroyed, which the other ranks notice.
         if (lost := lost_peer(error, store, rank)) is not None:
             raise lost from error
         raise
     finally:
         parallel_state.destroy_model_parallel()
-        # NCCL would wait for collectives that never end.
+        # After a failure NCCL would wait for collectives that never end.
         if not (failed and torch.cuda.is_available()):
             dist.destroy_process_group()
 
 
 def split_processes(config: ParallelConfig, *, seed: int, **options: Any) -> ParallelGroups:
-    """Splits the default process group's processes, until `parallel_state.destroy_model_parallel`.
+    """Splits the processes of the default process group, until `parallel_state.destroy_model_parallel`.
 
-    options: more of Megatron-Core's `initialize_model_parallel`.
+    Args:
+        config: the layout.
+        seed: seed of Megatron-Core's generators.
+        options: further arguments of Megatron-Core's `initialize_model_parallel`.
     """
     parallel_state.initialize_model_parallel(
         config.tensor,
@@ -241,12 +255,12 @@ def split_processes(config: ParallelConfig, *, seed: int, **options: Any) -> Par
 
 
 def check_world(config: ParallelConfig, world: int) -> None:
-    """Raises ConfigError where `world` processes do not split into whole model replicas."""
+    """Raises ConfigError if `world` processes do not split into whole model replicas."""
     replica = config.tensor * config.pipeline * config.context
     if world % replica:
         layout = f"tensor {config.tensor} x pipeline {config.pipeline} x context {config.context} = {replica}"
         remedy = (
-            f"{world} process(es) do not split into replicas of {replica}; start a multiple of {replica} "
+            f"{world} process(es) do not split into replicas of {replica}; start a multiple of {replica} processes "
             "(torchrun --nproc-per-node)"
         )
         raise ConfigError([Violation("parallel", layout, remedy)])

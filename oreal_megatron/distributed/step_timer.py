@@ -1,4 +1,4 @@
-"""What a step's phases cost: wall seconds and the peak of memory, phase by phase."""
+"""Wall seconds and peak memory of the phases of a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from oreal_megatron.distributed.groups import ParallelGroups
 
 
 class StepTimer:
-    """Runs from its making. `with clock("score"):` is a phase; the same name again adds to it. Phases don't nest."""
+    """Measures phases: `with timer("score"):` is a phase, and the same name again adds to it.
+
+    The total runs from the construction of the timer. Phases do not nest.
+    """
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -28,10 +31,10 @@ class StepTimer:
             self._peaks[phase] = max(peak, self._peaks.get(phase, 0))
 
     def seconds(self) -> dict[str, float]:
-        """Wall seconds by phase, and in all."""
+        """Returns the wall seconds of every phase, and of the step as `total`."""
         return {**self._seconds, "total": time.perf_counter() - self._start}
 
     def peak_gib(self, groups: ParallelGroups) -> dict[str, float]:
-        """GiB at each phase's highest, on the process that needed most."""
+        """Returns the peak memory of every phase in GiB, of the process that needed most. All processes call it."""
         gathered = [dict(part) for part in groups.gather_over_world(list(self._peaks.items()))]
         return {phase: max(peaks.get(phase, 0) for peaks in gathered) / 2**30 for phase in self._peaks}

@@ -1,4 +1,4 @@
-"""From a model's geometry to Megatron-Core's TransformerConfig, layer spec and GPTModel."""
+"""Builds Megatron-Core's TransformerConfig, layer spec and GPTModel from a model's geometry."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ M = TypeVar("M", bound=GPTModel)
 
 
 class LocalRMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with the mark that sums its gradient over tensor ranks under sequence parallelism.
+    """RMSNorm of torch with the attribute that sums its gradient over tensor ranks under sequence parallelism.
 
     Megatron-Core's WrappedTorchNorm refuses sequence parallelism.
     """
@@ -46,15 +46,15 @@ class LocalRMSNorm(torch.nn.RMSNorm):
 def transformer_config(
     geometry: GeometryConfig, model: ModelConfig, groups: ParallelGroups, fp8: Fp8ModelConfig | None = None
 ) -> TransformerConfig:
-    """Megatron-Core's configuration of a dense decoder: RMSNorm, SwiGLU, RoPE, grouped queries, no dropout.
+    """Returns Megatron-Core's configuration of a dense decoder: RMSNorm, SwiGLU, RoPE, grouped queries, no dropout.
 
     Raises:
-        ValueError: Transformer Engine is asked for and not there.
+        ValueError: Transformer Engine is asked for and does not import.
     """
     if model.implementation == "transformer_engine" and not HAVE_TE:
         raise ValueError(
-            "model.implementation = transformer_engine, but Transformer Engine does not import here; `oreal-doctor` "
-            "says what to install, or use model.implementation=local"
+            "model.implementation = transformer_engine, but Transformer Engine does not import here. Install what "
+            "`oreal-doctor` names, or set model.implementation=local."
         )
     dtype = DTYPES[model.dtype]
     layout = groups.layout
@@ -80,8 +80,8 @@ def transformer_config(
         context_parallel_size=groups.context_size,
         pipeline_model_parallel_size=groups.pipeline_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
-        # Interleaved over two stages, previous and next stage are one peer: batched transfers of both directions
-        # then meet each other's tensors, and gradients are wrong without an error.
+        # With two interleaved stages, the previous and the next stage are the same rank: batched transfers of both
+        # directions would receive each other's tensors, and gradients would be wrong without an error.
         overlap_p2p_comm=layout.virtual_pipeline > 1,
         batch_p2p_comm=layout.virtual_pipeline == 1,
         **_recompute_fields(layout.recompute, transformer_engine),
@@ -96,7 +96,7 @@ def transformer_config(
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         use_cpu_initialization=not transformer_engine,
-        # `draw_weights` does it. Turned off altogether, Megatron-Core would not mark parameters as split either.
+        # `draw_weights` initializes. With perform_initialization=False Megatron-Core would not mark split parameters.
         init_method=torch.nn.Identity(),
         output_layer_init_method=torch.nn.Identity(),
         embedding_init_method=torch.nn.Identity(),
@@ -112,14 +112,14 @@ def _recompute_fields(recompute: str, transformer_engine: bool) -> dict[str, Any
     if recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if recompute == "selective":
-        # Fused attention keeps no scores: to compute it again would save nothing.
+        # Fused attention keeps no scores: recomputing it would save no memory.
         modules = ["mlp"] if transformer_engine else ["core_attn", "mlp"]
         return {"recompute_granularity": "selective", "recompute_modules": modules}
     return {}
 
 
 def fp8_fields(fp8: Fp8ModelConfig | None, *, offload: bool) -> dict[str, Any]:
-    """The fields of TransformerConfig that ask for FP8."""
+    """Returns the fields of TransformerConfig that ask for FP8."""
     if fp8 is None:
         return {}
     return {
@@ -131,10 +131,10 @@ def fp8_fields(fp8: Fp8ModelConfig | None, *, offload: bool) -> dict[str, Any]:
         "num_layers_at_end_in_bf16": fp8.bf16_last_layers,
         "fp8_amax_history_len": fp8.amax_history or 1,
         "fp8_amax_compute_algo": "max",
-        # Delayed scaling agrees on largest values at the end of every pass. Data-parallel ranks make different numbers
-        # of passes and would wait for each other for ever; tensor and context ranks share theirs.
+        # Delayed scaling reduces the largest values at the end of every pass. Data-parallel ranks make different
+        # numbers of passes and would wait for each other for ever; tensor and context ranks make the same number.
         "tp_only_amax_red": True,
-        # Else FP8 copies of the weights stay from one micro-batch to the next, and nobody would park them.
+        # The cached FP8 copies of the weights would stay on the device when the weights are offloaded.
         "disable_parameter_transpose_cache": offload,
     }
 
@@ -142,9 +142,9 @@ def fp8_fields(fp8: Fp8ModelConfig | None, *, offload: bool) -> dict[str, Any]:
 def layer_spec(
     config: TransformerConfig, implementation: str, chunk: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """Layers of a pipeline stage: Transformer Engine's, or Megatron-Core's local ones with SDPA and RMSNorm.
+    """Returns the layers of a model chunk: Transformer Engine's, or Megatron-Core's local layers with SDPA and RMSNorm.
 
-    chunk: which of a stage's runs of layers, under the interleaved schedule.
+    chunk: index of the model chunk in its stage under the interleaved schedule, otherwise None.
     """
     if implementation == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
@@ -154,16 +154,16 @@ def layer_spec(
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = SdpaCoreAttention
     attention.q_layernorm = attention.k_layernorm = LocalRMSNorm if config.qk_layernorm else IdentityOp
-    # The block's submodules rather than the layer alone, so that the final norm is ours too.
+    # The submodules of the block, and not of the layer alone, include the final norm.
     num_layers = get_num_layers_to_build(config, vp_stage=chunk)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=LocalRMSNorm)
 
 
 def check_layers(module: GPTModel, implementation: str) -> None:
-    """Asserts what Megatron-Core leaves to silence: the layers asked for are there, and so is FP8, layer by layer.
+    """Checks that every layer has the classes and the precision that were asked for, which Megatron-Core does not.
 
     Raises:
-        RuntimeError: a layer is of another kind, or computes in another precision.
+        RuntimeError: a layer is of another class, or computes in another precision.
     """
     config = module.config
     linear: tuple[type, ...] = TE_LINEAR_TYPES
@@ -188,7 +188,7 @@ def check_layers(module: GPTModel, implementation: str) -> None:
 
 
 def padded_vocab_size(vocab_size: int, groups: ParallelGroups) -> int:
-    """Rows of embedding and output layer: the next multiple of tensor ranks."""
+    """Returns the rows of embedding and output layer: vocab_size up to the next multiple of the tensor ranks."""
     return -(-vocab_size // groups.tensor_size) * groups.tensor_size
 
 
@@ -234,7 +234,7 @@ def build_gpt(
             pg_collection=groups.collection,
             vp_stage=chunk,
         )
-        # Only generation reads this group, on rows that are not packed: there every context rank has all positions.
+        # Only generation reads this group, on rows that are not packed, where every context rank has all positions.
         module.rotary_pos_emb.cp_group = None
         check_layers(module, model.implementation)
         if seed is not None:

@@ -1,4 +1,4 @@
-"""A stage's model under the interleaved schedule: several GPTModels, each a run of layers."""
+"""Virtual pipeline stages: a stage's model under the interleaved schedule is several GPTModels, its model chunks."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from megatron.core.transformer import TransformerConfig
 
 
 class ModelChunks(torch.nn.ModuleList):
-    """The runs of layers that one pipeline stage holds, in the order of the network.
+    """The model chunks of a pipeline stage, in the order of the network.
 
-    With one run a stage is a plain GPTModel; this class gives several the part of its interface that
-    checkpoints and optimizers use.
+    A stage with a single chunk is a plain GPTModel. This class has the part of GPTModel's interface that checkpoints
+    and optimizers use.
     """
 
     @property
     def config(self) -> TransformerConfig:
-        """Shared by all chunks."""
+        """Configuration, which all chunks share."""
         return self[0].config
 
     def sharded_state_dict(self, prefix: str = "", **options: Any) -> dict[str, Any]:
-        """Like GPTModel's. Entries are named by chunk, since each numbers its layers from 0, as `load_state_dict`
-        expects them; the tensors inside carry their names in the whole network, so any layout can load them."""
+        """Returns the sharded state, as GPTModel does.
+
+        Keys are prefixed with the chunk's index, as `load_state_dict` expects, since every chunk counts its layers from
+        0. The tensors have their names in the whole network, so that every layout can load them.
+        """
         return {
             f"{prefix}{index}.{key.removeprefix(prefix)}": value
             for index, chunk in enumerate(chunks_of(self))
@@ -32,5 +35,5 @@ class ModelChunks(torch.nn.ModuleList):
 
 
 def chunks_of(model: torch.nn.Module) -> list[GPTModel]:
-    """The GPTModels of a stage, in the order of the network."""
+    """Returns the GPTModels of a stage, in the order of the network."""
     return list(model) if isinstance(model, ModelChunks) else [model]  # type: ignore[list-item]

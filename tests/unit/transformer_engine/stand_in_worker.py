@@ -1,4 +1,4 @@
-"""Takes a model with stood-in Transformer Engine layers from building to a loaded checkpoint; see test_layer_spec.py."""
+"""Takes a model with stood-in Transformer Engine layers from building to loading; see test_layer_spec.py."""
 
 from __future__ import annotations
 
