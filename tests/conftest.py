@@ -1,4 +1,4 @@
-"""Shared by all tests: the device seam, one process' groups, and tiny configurations."""
+"""Fixtures of all tests: the CPU backend, the groups of one process, and tiny configurations."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def composed() -> Any:
 
 @pytest.fixture(scope="session")
 def single_process() -> Iterator[Any]:
-    """ParallelGroups of one process, inside the device seam."""
+    """ParallelGroups of one process, inside the CPU backend."""
     from oreal_megatron.config import ParallelConfig
     from oreal_megatron.distributed.cpu_backend import cpu_backend
     from oreal_megatron.distributed.groups import parallel_groups

@@ -3,7 +3,6 @@
 A rank that fails writes its number to the job's store before it leaves the process groups. The collectives of the
 other ranks then fail with an error of the transport, and each of these ranks reports the number in one line. A rank
 that is killed writes nothing; its launcher reports it. torchrun ends the remaining ranks as soon as one has ended
-(SIGTERM,
 (SIGTERM, and SIGKILL 30 s later).
 """
 
@@ -38,5 +37,5 @@ def lost_peer(error: Exception, store: dist.Store, rank: int) -> LostPeer | None
 
 
 def _is_transport_error(error: Exception) -> bool:
-    """Whether a collective raised the error: torch's classes for NCCL and the store, or gloo's RuntimeError."""
+    """Whether a collective raised the error: a DistError of NCCL or the store, or a RuntimeError that names gloo."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

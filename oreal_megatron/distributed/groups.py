@@ -70,7 +70,7 @@ class ParallelGroups:
 
     @property
     def sequence_multiple(self) -> int:
-        """Number that every packed sequence's length must be a multiple of: two pieces a context rank."""
+        """Number of tokens that every packed sequence's length must be a multiple of: two pieces a context rank."""
         return 2 * self.context_size if self.context_size > 1 else 1
 
     def row_multiple(self, rank_tokens: int = 1) -> int:
@@ -93,7 +93,7 @@ class ParallelGroups:
         return self.pipeline_size if self.layout.virtual_pipeline > 1 else 1
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
-        """Returns the fp64 sum of `values` over data-parallel ranks; fp64 hides the order of summation."""
+        """Returns the sum of `values` over data-parallel ranks, in fp64 so that the order of ranks does not show."""
         total = values.to(device(), torch.float64)
         dist.all_reduce(total, group=self.collection.dp)
         return total

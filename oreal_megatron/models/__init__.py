@@ -1,1 +1,1 @@
-"""Policy, reference and token-level reward model on Megatron-Core, and the schedules that run them."""
+"""Policy, reference and token-level reward model on Megatron-Core, with their training, scoring and decoding."""

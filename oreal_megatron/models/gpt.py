@@ -33,9 +33,9 @@ M = TypeVar("M", bound=GPTModel)
 
 
 class LocalRMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, whose gradient Megatron-Core sums over tensor ranks under sequence parallelism.
+    """RMSNorm of torch with the attribute that sums its gradient over tensor ranks under sequence parallelism.
 
-    Megatron-Core's WrappedTorchNorm does not support sequence parallelism.
+    Megatron-Core's WrappedTorchNorm refuses sequence parallelism.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
@@ -49,12 +49,12 @@ def transformer_config(
     """Returns Megatron-Core's configuration of a dense decoder: RMSNorm, SwiGLU, RoPE, grouped queries, no dropout.
 
     Raises:
-        ValueError: Transformer Engine is configured and cannot be imported.
+        ValueError: Transformer Engine is asked for and does not import.
     """
     if model.implementation == "transformer_engine" and not HAVE_TE:
         raise ValueError(
-            "model.implementation = transformer_engine, but Transformer Engine does not import here; `oreal-doctor` "
-            "says what to install, or use model.implementation=local"
+            "model.implementation = transformer_engine, but Transformer Engine does not import here. Install what "
+            "`oreal-doctor` names, or set model.implementation=local."
         )
     dtype = DTYPES[model.dtype]
     layout = groups.layout
@@ -80,8 +80,8 @@ def transformer_config(
         context_parallel_size=groups.context_size,
         pipeline_model_parallel_size=groups.pipeline_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
-        # With two interleaved stages, the previous and the next stage are the same peer: batched transfers of both
-        # directions then receive each other's tensors, and gradients are wrong without an error.
+        # With two interleaved stages, the previous and the next stage are the same rank: batched transfers of both
+        # directions would receive each other's tensors, and gradients would be wrong without an error.
         overlap_p2p_comm=layout.virtual_pipeline > 1,
         batch_p2p_comm=layout.virtual_pipeline == 1,
         **_recompute_fields(layout.recompute, transformer_engine),
@@ -96,7 +96,7 @@ def transformer_config(
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         use_cpu_initialization=not transformer_engine,
-        # `draw_weights` initialises. With perform_initialization=False Megatron-Core would not mark split parameters.
+        # `draw_weights` initializes. With perform_initialization=False Megatron-Core would not mark split parameters.
         init_method=torch.nn.Identity(),
         output_layer_init_method=torch.nn.Identity(),
         embedding_init_method=torch.nn.Identity(),
@@ -112,14 +112,14 @@ def _recompute_fields(recompute: str, transformer_engine: bool) -> dict[str, Any
     if recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if recompute == "selective":
-        # Fused attention keeps no scores, so recomputing it saves no memory.
+        # Fused attention keeps no scores: recomputing it would save no memory.
         modules = ["mlp"] if transformer_engine else ["core_attn", "mlp"]
         return {"recompute_granularity": "selective", "recompute_modules": modules}
     return {}
 
 
 def fp8_fields(fp8: Fp8ModelConfig | None, *, offload: bool) -> dict[str, Any]:
-    """Returns the fields of TransformerConfig that switch FP8 on."""
+    """Returns the fields of TransformerConfig that ask for FP8."""
     if fp8 is None:
         return {}
     return {
@@ -132,9 +132,9 @@ def fp8_fields(fp8: Fp8ModelConfig | None, *, offload: bool) -> dict[str, Any]:
         "fp8_amax_history_len": fp8.amax_history or 1,
         "fp8_amax_compute_algo": "max",
         # Delayed scaling reduces the largest values at the end of every pass. Data-parallel ranks make different
-        # numbers of passes and would wait for each other without end; tensor and context ranks make the same passes.
+        # numbers of passes and would wait for each other for ever; tensor and context ranks make the same number.
         "tp_only_amax_red": True,
-        # Otherwise FP8 copies of the weights stay on the device between micro-batches, where nothing offloads them.
+        # The cached FP8 copies of the weights would stay on the device when the weights are offloaded.
         "disable_parameter_transpose_cache": offload,
     }
 
@@ -142,9 +142,9 @@ def fp8_fields(fp8: Fp8ModelConfig | None, *, offload: bool) -> dict[str, Any]:
 def layer_spec(
     config: TransformerConfig, implementation: str, chunk: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """Returns a pipeline stage's layers: Transformer Engine's, or Megatron-Core's local ones with SDPA and RMSNorm.
+    """Returns the layers of a model chunk: Transformer Engine's, or Megatron-Core's local layers with SDPA and RMSNorm.
 
-    chunk: number of the stage's model chunk under the interleaved schedule; None without it.
+    chunk: index of the model chunk in its stage under the interleaved schedule, otherwise None.
     """
     if implementation == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
@@ -154,18 +154,16 @@ def layer_spec(
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = SdpaCoreAttention
     attention.q_layernorm = attention.k_layernorm = LocalRMSNorm if config.qk_layernorm else IdentityOp
-    # The block's submodules rather than the layer alone, so that the final norm is LocalRMSNorm too.
+    # The submodules of the block, and not of the layer alone, include the final norm.
     num_layers = get_num_layers_to_build(config, vp_stage=chunk)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=LocalRMSNorm)
 
 
 def check_layers(module: GPTModel, implementation: str) -> None:
-    """Checks that every layer is of the configured kind and computes in FP8 where configured.
-
-    Megatron-Core falls back without an error.
+    """Checks that every layer has the classes and the precision that were asked for, which Megatron-Core does not.
 
     Raises:
-        RuntimeError: A layer is of another kind, or computes in another precision.
+        RuntimeError: a layer is of another class, or computes in another precision.
     """
     config = module.config
     linear: tuple[type, ...] = TE_LINEAR_TYPES
@@ -190,7 +188,7 @@ def check_layers(module: GPTModel, implementation: str) -> None:
 
 
 def padded_vocab_size(vocab_size: int, groups: ParallelGroups) -> int:
-    """Returns the rows of embedding and output layer: the next multiple of the number of tensor ranks."""
+    """Returns the rows of embedding and output layer: vocab_size up to the next multiple of the tensor ranks."""
     return -(-vocab_size // groups.tensor_size) * groups.tensor_size
 
 
@@ -236,7 +234,7 @@ def build_gpt(
             pg_collection=groups.collection,
             vp_stage=chunk,
         )
-        # Only generation reads this group, on rows that are not packed, of which every context rank has all positions.
+        # Only generation reads this group, on rows that are not packed, where every context rank has all positions.
         module.rotary_pos_emb.cp_group = None
         check_layers(module, model.implementation)
         if seed is not None:

@@ -1,4 +1,4 @@
-"""Random initial weights that are the same in every layout: each is drawn whole from (seed, its name), then split."""
+"""Initial weights, the same in every layout: each tensor is drawn whole from the seed and its name, then split."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.seeds import derive_seed
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
-# Projections into the residual stream, whose variance grows with depth.
+# Matrices that add to the residual stream, whose variance grows with depth.
 _INTO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 _OVER_VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
 
 
 @torch.no_grad()
 def draw_weights(module: GPTModel, *, vocab_size: int, std: float, seed: int, groups: ParallelGroups) -> None:
-    """Fills every parameter.
+    """Fills every parameter of `module`, whichever part of the network it holds.
 
-    Matrices are drawn from N(0, std), projections into the residual stream from N(0, std / sqrt(2 layers)), as in
-    GPT-2. Norms are ones; biases and rows after `vocab_size` are zeros.
+    Matrices are drawn from N(0, std); matrices that add to the residual stream from N(0, std / sqrt(2 num_layers)), as
+    in GPT-2. Norms are ones. Biases and rows after `vocab_size` are zeros.
     """
     narrow = std / math.sqrt(2.0 * module.config.num_layers)
     for name, parameter in module.named_parameters():
         if name.startswith("output_layer.") and not _is_split(parameter):
-            continue  # a head that is not split over the vocabulary initialises itself
+            continue  # the scalar head of a reward model has its own initial values
         if name.endswith("bias"):
             parameter.zero_()
         elif parameter.dim() == 1:
@@ -43,7 +43,7 @@ def draw_weights(module: GPTModel, *, vocab_size: int, std: float, seed: int, gr
 
 
 def name_in_network(module: GPTModel, name: str) -> str:
-    """Returns a parameter's name in the unsplit network: layers count from 0, and shared weights have one name."""
+    """Returns a parameter's name in the unsplit network: layers count from 0 over all stages."""
     if name == "output_layer.weight" and module.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
     if not (match := _LAYER.match(name)):
@@ -63,7 +63,7 @@ def whole_shape(name: str, parameter: Tensor, vocab_size: int, groups: ParallelG
 
 
 def part_of(name: str, whole: Tensor, parameter: Tensor, groups: ParallelGroups) -> Tensor:
-    """Returns a tensor rank's part of an unsplit parameter; rows of padding are zeros."""
+    """Returns the tensor rank's part of an unsplit parameter; rows of padding are zeros."""
     if not _is_split(parameter):
         return whole
     size, rank = groups.tensor_size, groups.tensor_rank

@@ -1,4 +1,4 @@
-"""Decodes on the trainer's own model with a KV cache, in any pipeline and tensor layout.
+"""Decoding with a KV cache on the trainer's own model, in any tensor and pipeline layout.
 
 Shapes: B sequences, S prompt tokens after left padding, V vocabulary (without padding rows).
 """
@@ -21,10 +21,10 @@ from oreal_megatron.models.virtual_stages import ModelChunks, chunks_of
 
 
 class CachedDecoder:
-    """A batch of sequences and their KV cache.
+    """A batch of sequences with their KV cache.
 
-    Prompts are padded on the left, so that all sequences share cache slots. Rotary embeddings depend on
-    differences of slots only, which padding does not change.
+    Prompts are padded on the left, so that all sequences share cache slots. Rotary embeddings depend on differences of
+    slots only, which the padding does not change.
     """
 
     def __init__(self, model: GPTModel | ModelChunks, groups: ParallelGroups, vocab_size: int):
@@ -35,7 +35,7 @@ class CachedDecoder:
 
     @torch.no_grad()
     def prefill(self, prompts: list[tuple[int, ...]], max_new_tokens: int) -> Tensor:
-        """Reads the prompts. Returns fp32 logits [B, V] of each next token, on every rank."""
+        """Fills the cache with the prompts. Returns the fp32 logits [B, V] of the next tokens on every rank."""
         for chunk in self.chunks:
             chunk.eval()
         longest = max(map(len, prompts))
@@ -43,26 +43,26 @@ class CachedDecoder:
         tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device())
         self.context = StaticInferenceContext(len(prompts), longest + max_new_tokens)
         self.slots = torch.arange(longest + max_new_tokens, device=device())
-        # Kept on the host: reading it from the device at every token would synchronise.
+        # Kept on the host: reading it from the device at each token would synchronize.
         self._is_padded = any(len(prompt) < longest for prompt in prompts)
         if not self._is_padded:
             return self._forward(tokens, None)
         real = self.slots[:longest] >= self.padding[:, None]
         square = torch.ones(longest, longest, dtype=torch.bool, device=device())
-        # A padding position sees itself, since a softmax over no position is NaN.
+        # A padding position attends to itself, since a softmax over no position is NaN.
         mask = real[:, None, :] & square.tril() | square.tril().triu()
         return self._forward(tokens, mask[:, None])
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
-        """Appends one token to every sequence. tokens: int64 [B]. Returns fp32 logits [B, V] of the next."""
+        """Appends `tokens`, int64 [B], to the sequences. Returns the fp32 logits [B, V] of the next tokens."""
         self.context.enable_decode_mode()
         length = self.context.sequence_len_offset + 1
         mask = (self.slots[:length] >= self.padding[:, None])[:, None, None] if self._is_padded else None
         return self._forward(tokens[:, None], mask)
 
     def keep(self, rows: Tensor) -> None:
-        """Keeps these rows of the batch, in this order; a row may occur several times. rows: int64 indices."""
+        """Replaces the batch by its rows `rows`, int64 indices, in this order; a row may occur several times."""
         self.padding = self.padding[rows]
         self._is_padded = bool(self.padding.any())
         cache = self.context.key_value_memory_dict
@@ -71,7 +71,7 @@ class CachedDecoder:
         self.context.max_batch_size = len(rows)
 
     def _forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """Runs a forward pass through all pipeline stages and chunks; every stage gets the last stage's logits."""
+        """Runs one forward pass through all stages and model chunks, and broadcasts the logits to all stages."""
         groups, pipeline = self.groups, self.groups.collection.pp
         previous, following = ((groups.pipeline_rank + way) % groups.pipeline_size for way in (-1, 1))
         start = self.context.sequence_len_offset
@@ -100,7 +100,7 @@ class CachedDecoder:
     def _whole_sequences(self) -> Iterator[None]:
         """Switches sequence parallelism off in the block: a step of one token does not split over ranks.
 
-        Megatron-Core's own switch keeps models by their address and never releases them.
+        Megatron-Core's own switch caches models by their address and never removes them.
         """
         for part, name in self._split_by_sequence:
             setattr(part, name, False)

@@ -81,7 +81,7 @@ class MemoryProfiler:
         one, two = (_decoded_batch(self.geometry, model, layout, footprint.stage, batch, n) for n in (1, 2))
         cache = two.cache - one.cache
         logits = torch.zeros(1, self.geometry.vocab_size or 0)
-        with counted_storages() as drawing:
+        with StorageCounter() as drawing:
             self.draw(logits)
         drawn = batch.num_sequences * (logits.nbytes + drawing.peak)
         return DecodingBytes(footprint.num_layers * cache, max(two.cache + two.running - 2 * cache, drawn))
@@ -97,7 +97,7 @@ def _decoded_batch(
         # Prompts of different lengths are padded, and need a mask.
         prompts = [(0,) * batch.prompt_tokens] * batch.num_sequences
         prompts[-1] = prompts[-1][: max(batch.prompt_tokens - 1, 1)]
-        with counted_storages() as counter:
+        with StorageCounter() as counter:
             decoder.prefill(prompts, batch.new_tokens)
             decoder.step(torch.zeros(batch.num_sequences, dtype=torch.int64))
             kept = counter.now
@@ -218,11 +218,11 @@ def _activation_bytes(module: torch.nn.Module, hidden: Tensor, forward: Callable
     """Measures one micro-batch above the parameters: scored without gradients, then forward and backward."""
     hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in module.parameters()]
     module.eval()
-    with torch.no_grad(), counted_storages() as scoring:
+    with torch.no_grad(), StorageCounter() as scoring:
         scored = forward(hidden + 0)
         del scored
     module.train()
-    with counted_storages() as training:
+    with StorageCounter() as training:
         output = forward((hidden + 0).requires_grad_())
         kept = training.now
         output.sum().backward()
@@ -268,10 +268,3 @@ class StorageCounter(TorchDispatchMode):
                     self._alive.setdefault(reference.cdata, (reference, storage.nbytes()))
         self.peak = max(self.peak, self.now)
         return output
-
-
-@contextmanager
-def counted_storages() -> Iterator[StorageCounter]:
-    """Yields a counter of the storages that are allocated in the block."""
-    with StorageCounter() as counter:
-        yield counter

@@ -1,10 +1,13 @@
-"""Saves and loads AdamW's state by model parameter, in one format for all of Megatron-Core's optimizers and layouts.
+"""AdamW's state by parameter of the model: one checkpoint format for all layouts and all of Megatron-Core's optimizers.
 
-Megatron-Core's own sharded states are three formats that do not load into each other. In 0.16.1 the distributed
-optimizer's format reads parameters from wrong places, with only a warning, if gradients are in several buckets
-(overlapped reduction of a large model, tied embeddings over stages); it does not load into torch's AdamW; and the
-format for bf16 weights confuses their fp32 parameters. This module reads the optimizers' own maps of which rank holds
-which part of a parameter.
+Megatron-Core has three formats of sharded optimizer states that do not load into each other. Two of them are also wrong
+in 0.16.1:
+
+- The distributed optimizer's reads parameters from wrong places, with a warning only, when gradients are in several
+  buckets (overlapped reduction of a large model, tied embeddings over stages). It does not load into torch's AdamW.
+- The format of bf16 weights confuses the states of parameters that are fp32 themselves.
+
+This module uses the optimizers' own maps from parameters to the pieces that a rank holds.
 """
 
 from __future__ import annotations
@@ -24,28 +27,34 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
 _WEIGHT = "fp32_param"
-"""Name of the fp32 master weights of parameters that are not fp32 themselves."""
+"""Name of the fp32 weights, which are part of the state of parameters that are not fp32 themselves."""
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A rank's part of a parameter's AdamW state: all of it, or a run of it under the distributed optimizer."""
+    """The part of a parameter that this rank's AdamW has: all of it, or a range under the distributed optimizer."""
 
     weight: Tensor
     """The fp32 weight that AdamW updates."""
     state: dict[str, Tensor]
-    """AdamW's state tensors by name."""
+    """AdamW's state by name, such as exp_avg."""
     start: int
-    """First element of the run in the flattened parameter."""
+    """Index of the first element in the flattened parameter."""
 
     def tensor(self, name: str) -> Tensor:
+        """Returns the fp32 weight or a tensor of AdamW's state."""
         return self.weight if name == _WEIGHT else self.state[name]
 
 
 def sharded_optimizer_state(parts: Iterable[Any], model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-    """Returns the state of Megatron-Core's optimizers `parts` as tensors that are split like the parameters.
+    """Returns the state of Megatron-Core's optimizers as tensors that are sharded like the parameters.
 
-    Every rank must call it. model: the model's sharded state. is_loading: return empty tensors to be filled.
+    Every rank calls it.
+
+    Args:
+        parts: optimizers, each of which wraps an optimizer of torch or Transformer Engine.
+        model: sharded state of the model.
+        is_loading: whether the tensors are allocated to be filled, without the present state.
     """
     parameters, _ = extract_sharded_tensors_and_factories(model)
     sharded = {id(item.data): item for item in nested_values(parameters)}
@@ -60,7 +69,7 @@ def sharded_optimizer_state(parts: Iterable[Any], model: dict[str, Any], *, is_l
 
 
 def load_optimizer_state(parts: Iterable[Any], state: dict[str, Any]) -> None:
-    """Copies this rank's part of what was loaded for `sharded_optimizer_state` into the optimizers."""
+    """Copies this rank's pieces from the loaded values of `sharded_optimizer_state` into the optimizers."""
     loaded = iter(state["tensors"])
     for part in parts:
         pieces = _pieces(part)
@@ -71,13 +80,13 @@ def load_optimizer_state(parts: Iterable[Any], state: dict[str, Any]) -> None:
             piece = pieces[parameter]
             for name, tensor in whole.items():
                 into = piece.tensor(name)
-                run = tensor.flatten()[piece.start : piece.start + into.numel()]
-                into.data.copy_(run.view(into.shape))
+                mine = tensor.flatten()[piece.start : piece.start + into.numel()]
+                into.data.copy_(mine.view(into.shape))
         _set_step(part, state["step"])
 
 
 def _pieces(part: Any) -> dict[Tensor, _Piece]:
-    """Returns this rank's part of every model parameter that its optimizer holds a part of."""
+    """Returns this rank's pieces by parameter of the model."""
     if isinstance(part, DistributedOptimizer):
         of_model: tuple[Any, ...] = (part.model_float16_groups, part.model_fp32_groups)
         of_adamw: tuple[Any, ...] = (part.shard_fp32_from_float16_groups, part.shard_fp32_groups)
@@ -88,13 +97,13 @@ def _pieces(part: Any) -> dict[Tensor, _Piece]:
         of_model = of_adamw = ([group["params"] for group in part.optimizer.param_groups],)
     flat = itertools.chain.from_iterable
     return {
-        parameter: _Piece(weight, part.optimizer.state[weight], _run(part, parameter, "param").start)
+        parameter: _Piece(weight, part.optimizer.state[weight], _range(part, parameter, "param").start)
         for parameter, weight in zip(flat(flat(of_model)), flat(flat(of_adamw)), strict=True)
     }
 
 
-def _run(part: Any, parameter: Tensor, where: str) -> slice:
-    """Returns the place of this rank's run in the parameter, or in the bucket's local shard."""
+def _range(part: Any, parameter: Tensor, where: str) -> slice:
+    """Returns the range of this rank's piece: in the parameter ("param") or in the bucket's shard ("gbuf_local")."""
     if not isinstance(part, DistributedOptimizer):
         return slice(0, parameter.numel())
     found = part._get_model_param_range_map(parameter)[where]
@@ -102,7 +111,7 @@ def _run(part: Any, parameter: Tensor, where: str) -> slice:
 
 
 def _parameters(part: Any) -> list[Tensor]:
-    """Returns all parameters that the optimizer updates on any data-parallel rank, in the same order on every rank."""
+    """Returns all parameters that the optimizer updates on any data-parallel rank, in the same order on all of them."""
     if isinstance(part, DistributedOptimizer):
         return [p for buffer in part.buffers for bucket in buffer.buckets for p in bucket.params_list]
     return list(_pieces(part))
@@ -119,7 +128,7 @@ def _empty(part: Any) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
 
 
 def _whole(part: Any) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Yields every parameter with its whole state on the host, gathered by bucket from the distributed optimizer."""
+    """Yields every parameter with its whole state; the distributed optimizer's is gathered by bucket, on the host."""
     pieces = _pieces(part)
     if not isinstance(part, DistributedOptimizer):
         for parameter, piece in pieces.items():
@@ -134,7 +143,7 @@ def _whole(part: Any) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
                 local = torch.zeros(size // group.size(), device=bucket.grad_data.device)
                 for parameter in bucket.params_list:
                     if parameter in pieces:
-                        local[_run(part, parameter, "gbuf_local")] = pieces[parameter].tensor(name)
+                        local[_range(part, parameter, "gbuf_local")] = pieces[parameter].tensor(name)
                 shards = [torch.empty_like(local) for _ in range(group.size())]
                 dist.all_gather(shards, local, group=group)
                 gathered[name] = torch.cat([shard.cpu() for shard in shards])
@@ -145,7 +154,7 @@ def _whole(part: Any) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
 
 
 def _like(sharded: Any, name: str, tensor: Tensor) -> Any:
-    """Returns `tensor`, split like the parameter."""
+    """Returns `tensor` sharded like its parameter."""
     key = f"optimizer.state.{name}.{sharded.key}"
     if isinstance(sharded, ShardedTensorFactory):
         return replace(sharded, key=key, data=tensor)
@@ -153,7 +162,7 @@ def _like(sharded: Any, name: str, tensor: Tensor) -> Any:
 
 
 def _steps(part: Any) -> list[int]:
-    """Returns the numbers of updates. torch's AdamW counts them by parameter, fused optimizers by group from 1."""
+    """Returns the counts of updates: torch's AdamW has one a parameter, fused optimizers one a group."""
     if isinstance(part.optimizer, torch.optim.AdamW):
         return [int(state["step"]) for state in part.optimizer.state.values()]
     return [int(group.get("step", 0)) for group in part.optimizer.param_groups if group["params"]]

@@ -18,13 +18,17 @@ from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.models.virtual_stages import chunks_of
 
 LossFunction = Callable[[Tensor, TokenBatch], tuple[Tensor, Any]]
-"""Loss of a micro-batch: (model output, micro-batch) -> (loss divided by global counts, any result for the caller)."""
+"""Function (model output, micro-batch) -> (loss already divided by global counts, any further result)."""
 
 
 def forward_backward(
     chunks: Sequence[DistributedDataParallel], batches: Sequence[TokenBatch], loss: LossFunction, groups: ParallelGroups
 ) -> list[Any]:
-    """Computes gradients of the summed losses, reduced over data ranks. Returns the loss's results on every stage."""
+    """Computes gradients of the summed losses, reduced over data-parallel ranks.
+
+    Returns:
+        The further result of `loss` for every micro-batch, on every stage.
+    """
     for chunk in chunks:
         chunk.zero_grad_buffer()
         chunk.train()
@@ -38,7 +42,7 @@ def score(
     read: Callable[[Tensor, TokenBatch], Any],
     groups: ParallelGroups,
 ) -> list[Any]:
-    """Returns `read(model output, micro-batch)` of every micro-batch on every stage, without gradients."""
+    """Returns `read(model output, micro-batch)` for every micro-batch on every stage, without gradients."""
     model.eval()
 
     def as_loss(output: Tensor, batch: TokenBatch) -> tuple[Tensor, Any]:
@@ -61,7 +65,7 @@ def _run(
         data_iterator=[iter(batches) for _ in chunks] if interleaved else iter(batches),
         model=list(chunks) if interleaved else chunks[0],
         num_microbatches=len(batches),
-        # Lengths vary: with variable_seq_lengths the schedule sends shapes and makes no use of the next two.
+        # Lengths vary: with variable_seq_lengths the schedule sends shapes, and these two have no effect.
         seq_length=batches[0].tokens.size(1),
         micro_batch_size=1,
         forward_only=forward_only,
@@ -80,7 +84,7 @@ def _forward_step(
     output = model(tokens, positions, None, labels=labels, packed_seq_params=packed_params(batch))
 
     def megatron_loss(output: Tensor) -> tuple[Tensor, Tensor, Any]:
-        # The loss needs whole sequences. Its input is a few numbers a token, so every context rank gathers them.
+        # The loss reads whole sequences. They are a few numbers a token, so every context rank gathers them.
         whole = gathered_row(output, bounds, groups, dim=output.dim() - 2)
         value, result = loss(whole, batch)
         return value, torch.ones((), dtype=torch.int, device=value.device), result
@@ -89,7 +93,7 @@ def _forward_step(
 
 
 def packed_params(batch: TokenBatch) -> PackedSeqParams:
-    """Returns the boundaries of the sequences, for attention."""
+    """Returns the bounds of the packed sequences for attention."""
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
@@ -100,5 +104,5 @@ def packed_params(batch: TokenBatch) -> PackedSeqParams:
 
 
 def sum_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
-    """Runs Megatron-Core's finalize_model_grads without its division: losses are divided by global counts already."""
+    """Calls Megatron-Core's finalize_model_grads without its division: losses are already divided by global counts."""
     finalize_model_grads(model, None, **options)

@@ -1,6 +1,7 @@
-"""The policy: a GPTModel that returns log-probabilities and entropies instead of logits.
+"""The policy: a GPTModel that returns log-probabilities and entropies in place of logits.
 
-Shapes: T packed tokens, R of them before a response token, V vocabulary, V' = V / tensor ranks.
+Shapes: T packed tokens, R of them predict a response token, V vocabulary rows of this tensor rank, H hidden size.
+A tile has C positions and B rows of the vocabulary.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from oreal_megatron.models.gpt import build_gpt
 from oreal_megatron.models.virtual_stages import ModelChunks
 
 CPU_TILE = 2**20
-"""Number of logits in a tile on a CPU: 4 MiB in fp32, which stays in its cache."""
+"""Number of logits in a tile on a CPU: 4 MiB in fp32, which fit its cache."""
 
 
 class _Tiles:
-    """Iterator over tiles of logits [C positions, B tokens of the vocabulary] in one shared buffer.
+    """Iterates over tiles of logits [C, B], in memory that all tiles share.
 
-    New pages for every tile would cost a CPU as much as the arithmetic. The outer loop goes over blocks of the
-    vocabulary, whose rows of the weight stay in the cache for all positions.
+    New pages for every tile would cost a CPU as much time as the arithmetic. Blocks of the vocabulary are the outer
+    loop, so that their rows of the weight stay in the cache for all positions.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class _Tiles:
         self._fp32 = self._product if self._is_fp32 else torch.empty_like(self._product, dtype=torch.float32)
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor]]:
-        """Yields (positions, tokens, fp32 logits [C, B] to overwrite, targets' columns [C, 1], whether inside [C])."""
+        """Yields (positions, tokens, writable fp32 logits [C, B], targets' columns [C, 1], whether in the tile [C])."""
         for low in range(0, self._weight_VH.size(0), self._block):
             tokens = slice(low, min(low + self._block, self._weight_VH.size(0)))
             weight_BH = self._weight_VH[tokens]
@@ -64,11 +65,11 @@ class _Tiles:
                 yield positions, tokens, logits, column.where(inside, 0).unsqueeze(-1), inside
 
     def spare(self) -> Tensor:
-        """Returns an fp32 buffer of the size of a full tile."""
+        """Returns an fp32 tensor with as many elements as a full tile."""
         return torch.empty_like(self._fp32)
 
     def as_weights(self, logits_CB: Tensor) -> Tensor:
-        """Returns the current tile in the dtype of the weights."""
+        """Converts the present tile to the dtype of the weights."""
         return logits_CB if self._is_fp32 else self._of_size(self._product, *logits_CB.shape).copy_(logits_CB)
 
     @staticmethod
@@ -77,11 +78,11 @@ class _Tiles:
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Computes the log-probability of each target and the entropy of each distribution, a tile of logits at a time.
+    """Log-probability of each target and entropy of each distribution, computed by tiles of logits.
 
-    The forward pass keeps the running maximum, normaliser and first moment of each position. The backward pass
-    computes each tile again and turns it into its gradient in place. The entropy carries no gradient.
-    weight_VH: this rank's rows of the output layer, the first of them row `first` of the vocabulary.
+    The forward pass keeps the running maximum, normalizer and first moment of each position. The backward pass
+    recomputes each tile and turns it into its own gradient in place. The entropy has no gradient. The arguments are
+    those of `token_logprobs`.
     """
 
     @staticmethod
@@ -95,9 +96,9 @@ class _TokenLogprobs(torch.autograd.Function):
         size: int | None,
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor]:
-        lowest = torch.finfo(torch.float32).min / 2  # not -inf: 0 * inf is no number
+        lowest = torch.finfo(torch.float32).min / 2  # not -inf, since 0 * inf is NaN
         top = torch.full(target_R.shape, lowest, device=hidden_RH.device)
-        # Over the vocabulary: sums of exp(logit - top), of that times (logit - top), and the target's logit.
+        # Sums over the vocabulary: exp(logit - top), exp(logit - top) * (logit - top), and the target's logit.
         sums_3R = torch.zeros(3, *target_R.shape, device=hidden_RH.device)
         tiles = _Tiles(hidden_RH, weight_VH, target_R, first, chunk, size)
         spare = tiles.spare()
@@ -127,7 +128,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32)
         tiles = _Tiles(hidden_RH, weight_VH, target_R, *ctx.tiling)
         for positions, tokens, dlogits, column, inside in tiles:
-            # Minus the gradient of each log-probability; grad_R multiplies the smaller operands below.
+            # The tile becomes minus the gradient of the log-probabilities; `grad_R` multiplies smaller factors below.
             dlogits.sub_(normalizer_R[positions].unsqueeze(-1)).exp_()
             dlogits.scatter_add_(-1, column, -inside.to(dlogits.dtype).unsqueeze(-1))
             dlogits = tiles.as_weights(dlogits)
@@ -139,7 +140,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _move_top(sums_3R: Tensor, top_R: Tensor, highest_R: Tensor) -> None:
-    """Rescales in place the sums relative to `top` to sums relative to `highest`, and sets `top` to `highest`."""
+    """Rescales sums that are relative to `top` to `highest`, and sets `top` to `highest`, in place."""
     shift = top_R - highest_R
     total, moment, _ = sums_3R
     moment.addcmul_(total, shift).mul_(shift.exp())
@@ -148,7 +149,7 @@ def _move_top(sums_3R: Tensor, top_R: Tensor, highest_R: Tensor) -> None:
 
 
 def _add_product(sum_NM: Tensor, left_NK: Tensor, right_KM: Tensor) -> None:
-    """Adds left @ right to `sum_NM`, which is fp32 whatever the factors are."""
+    """Adds left @ right to the fp32 sum, whatever the dtype of the factors."""
     if sum_NM.dtype == left_NK.dtype:
         sum_NM.addmm_(left_NK, right_KM)
     else:
@@ -165,16 +166,25 @@ def token_logprobs(
     size: int | None = None,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (log-probability of each target, entropy of each distribution): fp32 [R], nats; no gradient of entropy.
+    """Computes log-probabilities and entropies without holding all logits.
 
-    weight_VH: this tensor rank's rows of the output layer, the first of them row `first` of the vocabulary.
-    chunk, size: positions whose logits exist at once, and how many logits of them; None: all of the rank's vocabulary.
+    Args:
+        hidden_RH: states of the last layer.
+        weight_VH: this tensor rank's rows of the output layer.
+        target_R: int64 token ids.
+        first: row of the vocabulary that is the first of `weight_VH`.
+        chunk: positions whose logits exist at the same time.
+        size: logits that exist at the same time; None: all of the rank's vocabulary for `chunk` positions.
+        group: tensor-parallel group.
+
+    Returns:
+        (log-probability of each target, entropy of each distribution), fp32 [R] in nats; the latter has no gradient.
     """
     return _TokenLogprobs.apply(hidden_RH, weight_VH, target_R, first, chunk, size, group)
 
 
 class Policy(GPTModel):
-    """A GPTModel whose forward pass with `labels` returns log-probabilities and entropies of the labelled positions."""
+    """A GPTModel whose forward with `labels` returns log-probabilities and entropies of the labelled positions."""
 
     def __init__(self, *, num_tokens: int, logprob_chunk_tokens: int, logprob_tile_size: int | None, **gpt: Any):
         """Builds the model.
@@ -193,7 +203,7 @@ class Policy(GPTModel):
         self.logprob_tile_size = logprob_tile_size
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Returns fp32 [T, 2], log-probability and entropy in nats, for labels [1, T]; 0 where the label is IGNORE."""
+        """Returns fp32 [T, 2], log-probability and entropy in nats, 0 where labels [1, T] are IGNORE."""
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
         (predicting,) = torch.where(labels[0] != IGNORE)
@@ -201,7 +211,7 @@ class Policy(GPTModel):
         return values_R2.new_zeros(labels.size(1), 2).index_copy(0, predicting, values_R2)
 
     def labelled(self, hidden_states: Tensor, predicting_R: Tensor, target_R: Tensor) -> Tensor:
-        """Returns fp32 [R, 2], log-probability and entropy of the targets in nats, from the last states [T, 1, H]."""
+        """Returns the targets' log-probability and entropy in nats, fp32 [R, 2], from the last states [T, 1, H]."""
         if self.config.sequence_parallel:
             hidden_TH = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp).squeeze(1)
         else:
@@ -212,8 +222,8 @@ class Policy(GPTModel):
             else self.output_layer.weight
         )
         first = self.pg_collection.tp.rank() * weight.size(0)
-        # Only the last ranks have rows of padding, and with a tiny vocabulary only these. The weight of the other ranks
-        # is not sliced: the gradient of a slice is a copy of the whole weight.
+        # Only the last ranks have rows of padding, with a tiny vocabulary a rank may have nothing else. Other ranks
+        # do not slice: the gradient of a slice is a copy of the whole weight.
         if self.num_tokens - first < weight.size(0):
             weight = weight[: max(self.num_tokens - first, 0)]
         logprobs_R, entropy_R = token_logprobs(

@@ -1,4 +1,4 @@
-"""The token-level reward model w: a GPTModel whose output layer is one scalar a position (section 3.3 of the paper)."""
+"""The token-level reward model w: a GPTModel with one scalar a position (section 3.3 of the paper)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ScalarHead(torch.nn.Linear):
         self.sequence_parallel = config.sequence_parallel
         self.tensor_group = tensor_group
         for parameter in self.parameters():
-            # Under sequence parallelism each rank sees a part of the tokens, and Megatron-Core sums these gradients.
+            # Under sequence parallelism each rank has some of the tokens: Megatron-Core sums marked gradients.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(  # type: ignore[override]  # the call of an output layer, not that of nn.Linear
@@ -36,7 +36,7 @@ class ScalarHead(torch.nn.Linear):
         """Maps [S, B, H] to fp32 [S, B, 1], with the signature of Megatron-Core's output layers."""
         scores = super().forward(input_.float())
         if self.sequence_parallel:
-            # What follows is computed on every rank alike, so its gradient is sliced, not summed.
+            # Every rank computes the same with the scores, so the gradient is sliced, not summed.
             scores = gather_from_sequence_parallel_region(
                 scores, tensor_parallel_output_grad=False, group=self.tensor_group
             )
@@ -44,7 +44,7 @@ class ScalarHead(torch.nn.Linear):
 
 
 class TokenRewardModel(GPTModel):
-    """A GPTModel whose forward pass returns fp32 scores [1, T, 1] of the state after each token."""
+    """A GPTModel whose forward returns fp32 scores [1, T, 1] of the state after each token."""
 
     def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
@@ -52,7 +52,7 @@ class TokenRewardModel(GPTModel):
             self.output_layer = ScalarHead(self.config, self.pg_collection.tp)
 
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Ignores the labels that a packed batch carries for the policy: with labels GPTModel returns a loss."""
+        """Returns the scores. The labels of a packed batch are ignored: with them GPTModel returns a loss."""
         return super().forward(*args, **kwargs)
 
 

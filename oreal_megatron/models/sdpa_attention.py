@@ -1,14 +1,14 @@
-"""Core attention of the local layer spec, on torch's scaled_dot_product_attention.
+"""Core attention of the local layer spec with torch's scaled_dot_product_attention.
 
-Megatron-Core's own DotProductAttention materialises the score matrix and refuses packed sequences. This one
-takes the three shapes that the project uses:
+Megatron-Core's own DotProductAttention materializes the score matrix and refuses packed sequences. The class here
+accepts the three kinds of input of this package:
 
     packed    q [T, heads, dim], k/v [T, groups, dim], segments in PackedSeqParams   training and scoring
-    prefill   q [S, B, heads, dim], k/v [S, B, groups, dim], left padding in the mask  generation, first pass
-    decode    q [1, B, heads, dim], k/v [S, B, groups, dim]                            generation, later steps
+    prefill   q [S, B, heads, dim], k/v [S, B, groups, dim], left padding in the mask  generation, prompts
+    decode    q [1, B, heads, dim], k/v [S, B, groups, dim]                            generation, next tokens
 
-T tokens of a packed micro-batch, S cache slots, B sequences. Under context parallelism a rank brings the queries,
-keys and values of its own tokens of the packed row, and gathers the keys and values of all ranks.
+T tokens of a packed micro-batch, S cache slots, B sequences. Under context parallelism a rank has the queries, keys and
+values of its own tokens of the packed row, and gathers the keys and values of all ranks.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from torch import Tensor
 
 from oreal_megatron.distributed.context_parallel import tokens_of_rank, whole_row
 
-# Segments whose lengths lie within this factor share one padded call: fewer calls against wasted scores.
+# Segments whose lengths are within this factor share one padded call: a trade of fewer calls for unused scores.
 _LENGTH_SPREAD = 1.25
 
 
 class SdpaCoreAttention(MegatronModule):
-    """Causal attention within segments; a drop-in for `SelfAttentionSubmodules.core_attention`."""
+    """Causal attention within segments; used as `SelfAttentionSubmodules.core_attention`."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class SdpaCoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Returns [T, heads * dim] for packed input, else [S_query, B, heads * dim].
+        """Returns [T, heads * dim] for packed input, otherwise [S_query, B, heads * dim].
 
         attention_mask: None, or bool [B, 1, S_query, S], True where attention is allowed.
         """
@@ -72,7 +72,7 @@ class SdpaCoreAttention(MegatronModule):
             return self._packed(query, key, value, bounds)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if query.size(0) == 1:
-            # The queries of a group read the same cache, so they are rows of one query that reads it once.
+            # The queries of a group use the same cache: as rows of one query they read it once.
             rows = q.reshape(q.size(0), k.size(1), -1, q.size(3))
             out = self._sdpa(rows, k, v, attn_mask=attention_mask).reshape(q.shape)
         else:
@@ -93,7 +93,7 @@ class SdpaCoreAttention(MegatronModule):
                 q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
                 out[start:end] = self._sdpa(q, k, v, is_causal=True)[0].transpose(0, 1)
                 continue
-            # Right padding: the causal rule alone keeps real positions off the padding behind them.
+            # Padding is on the right, so the causal mask alone keeps real positions from attending to it.
             starts = torch.tensor([start for start, _ in segments], device=query.device)
             lengths = torch.tensor([end - start for start, end in segments], device=query.device)
             offsets = torch.arange(longest, device=query.device)
@@ -108,10 +108,10 @@ class SdpaCoreAttention(MegatronModule):
         return out.reshape(query.size(0), -1)
 
     def _packed_over_context(self, query: Tensor, key: Tensor, value: Tensor, bounds: list[int]) -> Tensor:
-        """Attends to whole segments. query, key, value: [T / ranks, heads or groups, dim], two pieces a segment."""
+        """Attends from this rank's two pieces of every segment: query, key, value [T / ranks, heads or groups, dim]."""
         size, rank = self.context_group.size(), self.context_group.rank()
         order = whole_row(bounds, size).to(key.device)
-        # The backward pass sums every rank's part of the gradients of keys and values on the rank that holds them.
+        # The backward pass sums the ranks' gradients of keys and values on the rank that owns them.
         key, value = (
             gather_from_sequence_parallel_region(x.contiguous(), group=self.context_group).index_select(0, order)
             for x in (key, value)
@@ -122,7 +122,7 @@ class SdpaCoreAttention(MegatronModule):
             length = (end - start) // (2 * size)
             for _ in range(2):
                 piece = slice(first, first + length)
-                # Keys up to the last query of the piece, of this segment only.
+                # These are the segment's keys up to the last query of the piece.
                 keys = torch.arange(start, int(mine[first + length - 1]) + 1, device=key.device)
                 q, k, v = (
                     x.transpose(0, 1).unsqueeze(0)
@@ -139,11 +139,11 @@ def _similar_lengths(bounds: list[int]) -> list[list[tuple[int, int]]]:
         ((start, end) for start, end in itertools.pairwise(bounds) if end > start),
         key=lambda segment: (segment[1] - segment[0], segment[0]),
     )
-    runs: list[list[tuple[int, int]]] = []
+    batches: list[list[tuple[int, int]]] = []
     for start, end in segments:
-        shortest = runs[-1][0][1] - runs[-1][0][0] if runs else 0
-        if runs and end - start <= _LENGTH_SPREAD * shortest:
-            runs[-1].append((start, end))
+        shortest = batches[-1][0][1] - batches[-1][0][0] if batches else 0
+        if batches and end - start <= _LENGTH_SPREAD * shortest:
+            batches[-1].append((start, end))
         else:
-            runs.append([(start, end)])
-    return runs
+            batches.append([(start, end)])
+    return batches

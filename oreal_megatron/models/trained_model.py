@@ -1,4 +1,4 @@
-"""A trained model: Megatron-Core's DDP wrapper, optimizer and schedule of one model."""
+"""A model in training: Megatron-Core's DDP, optimizer and learning rate schedule, and the update."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ from oreal_megatron.models.virtual_stages import ModelChunks, chunks_of
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """Figures of an optimizer update."""
+    """Metrics of one optimizer update."""
 
     grad_norm: float
     """Global L2 norm before clipping."""
     lr: float
+    """Learning rate of the update."""
 
 
 class TrainedModel:
-    """A model with its gradient buffers, AdamW, learning-rate schedule and count of updates."""
+    """A model with its gradient buffers, AdamW and learning rate schedule."""
 
     def __init__(self, module: GPTModel | ModelChunks, adamw: AdamWConfig, groups: ParallelGroups, *, num_updates: int):
-        """Wraps a module. num_updates: updates of the run, the length of the schedule if `decay_steps` is null."""
+        """Allocates gradients and states; num_updates: length of the schedule where `decay_steps` is null."""
         config = module.config
         layout = groups.layout
         self.module = module
@@ -50,8 +51,8 @@ class TrainedModel:
                 DistributedDataParallelConfig(
                     grad_reduce_in_fp32=True,
                     use_distributed_optimizer=layout.distributed_optimizer,
-                    # overlap_param_gather stays off: weights are published right after an update, so there is no
-                    # forward pass to overlap their gathering with.
+                    # Gathering of the weights is not overlapped with a forward pass, since they are published right
+                    # after an update.
                     overlap_grad_reduce=layout.overlap_grad_reduce,
                     fp8_param_gather=config.fp8_param,
                 ),
@@ -101,15 +102,15 @@ class TrainedModel:
             end_wd=adamw.weight_decay,
             wd_incr_steps=0,
             wd_incr_style="constant",
-            # A resumed run takes its position from the checkpoint and the schedule from its configuration.
+            # A resumed run takes the position from the checkpoint, and the schedule from its own configuration.
             use_checkpoint_opt_param_scheduler=False,
             override_opt_param_scheduler=True,
         )
 
     def _start_adam(self) -> None:
-        """Sets AdamW's state to zeros, so that a checkpoint holds the same tensors before the first update.
+        """Creates AdamW's zero state, so that a checkpoint has the same tensors before the first update.
 
-        Megatron-Core's own initialisation, made for fused optimizers, lacks the step that torch's AdamW reads.
+        Megatron-Core's own initialization is for fused optimizers and omits the step that torch's AdamW reads.
         """
         for part in self._parts():
             adamw = part.optimizer
@@ -124,26 +125,26 @@ class TrainedModel:
                 }
 
     def optimizer_state(self, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-        """Returns the optimizer's state for a checkpoint. model: the sharded state of the module."""
+        """Returns the optimizer's state for a checkpoint; model: the sharded state of the module."""
         return sharded_optimizer_state(self._parts(), model, is_loading=is_loading)
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Loads the state that was read for `optimizer_state`."""
+        """Restores the loaded values of `optimizer_state`."""
         load_optimizer_state(self._parts(), state)
 
     def _optimizer_tensors(self) -> list[Tensor]:
-        """Returns moments and fp32 master weights, without weights that are the model's own tensors."""
+        """Returns the moments, and the fp32 weights that do not share memory with the model."""
         inner = [part.optimizer for part in self._parts()]
         own = {parameter.untyped_storage().data_ptr() for parameter in self.module.parameters()}
-        held = [p for adamw in inner for group in adamw.param_groups for p in group["params"]]
-        held += [t for adamw in inner for state in adamw.state.values() for t in state.values()]
-        return [t for t in held if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in own]
+        tensors = [p for adamw in inner for group in adamw.param_groups for p in group["params"]]
+        tensors += [t for adamw in inner for state in adamw.state.values() for t in state.values()]
+        return [t for t in tensors if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in own]
 
     @contextlib.contextmanager
     def on_device(self, *, states: bool = False) -> Iterator[None]:
-        """Keeps the weights on the device inside the block; gradients are there from its first backward pass on.
+        """Holds the weights on the device in the block, and frees the gradients at its end.
 
-        states: keep the optimizer's states there too, as a checkpoint needs them; an update onloads them by itself.
+        states: whether the optimizer's states are there too, for a checkpoint; `update` onloads them by itself.
         """
         with self.weights.on_device(), self.states.on_device() if states else contextlib.nullcontext():
             try:
@@ -152,7 +153,7 @@ class TrainedModel:
                 self._free_gradients()
 
     def offload(self) -> None:
-        """Moves weights and states to host memory, if parallel.offload is set, and frees the gradients."""
+        """Offloads weights and states and frees the gradients, if the layout offloads."""
         self._free_gradients()
         self.states.offload()
         self.weights.offload()
@@ -164,26 +165,26 @@ class TrainedModel:
                 chunk.offload_grad_buffers()
 
     def _parts(self) -> list[Any]:
-        """Returns Megatron-Core's optimizers, each around an optimizer of torch or Transformer Engine."""
+        """Returns Megatron-Core's optimizers, each a wrapper of an optimizer of torch or Transformer Engine."""
         return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
 
     def forward_backward(self, batches: Sequence[TokenBatch], loss: LossFunction) -> list[Any]:
-        """Computes gradients of `loss` over all micro-batches of all ranks. Returns the loss's results on this rank."""
-        # After an update every .grad aliases the gradient buffer, and the next micro-batch would count twice.
+        """Computes gradients of `loss` over all ranks' micro-batches; returns the further results of this rank's."""
+        # After an update every .grad is an alias of the gradient buffer: the first micro-batch would count twice.
         self.optimizer.zero_grad()
         for chunk in self.chunks:
             chunk.restore_grad_buffers()
         return forward_backward(self.chunks, batches, loss, self.groups)
 
     def advance_schedule(self) -> None:
-        """Advances the schedule by a step; update u, counted from 1, uses the learning rate of position u."""
+        """Advances the schedule by one; update u, counted from 1, has the learning rate of position u."""
         self.schedule.step(1)
 
     def update(self) -> UpdateReport:
         """Advances the schedule, clips, steps, and reports.
 
         Raises:
-            FloatingPointError: The gradient norm is not finite; nothing was changed.
+            FloatingPointError: the gradient norm is not finite; neither weights nor states were changed.
         """
         with self.states.on_device():
             self.optimizer.prepare_grads()
@@ -191,7 +192,7 @@ class TrainedModel:
             if not math.isfinite(norm):
                 raise FloatingPointError(f"the gradient norm is {norm}")
             self.advance_schedule()
-            # The rest of the optimizer's own step(), which would compute the norm a second time.
+            # This is the rest of the optimizer's own step(), which would compute the norm again.
             for part in self._parts():
                 if self.clip_grad > 0 and (parameters := part.get_parameters()):
                     clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=norm)

@@ -1,4 +1,4 @@
-"""The model of a pipeline stage under the interleaved schedule: several model chunks, each a GPTModel."""
+"""Virtual pipeline stages: a stage's model under the interleaved schedule is several GPTModels, its model chunks."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from megatron.core.transformer import TransformerConfig
 class ModelChunks(torch.nn.ModuleList):
     """The model chunks of a pipeline stage, in the order of the network.
 
-    A stage with one chunk is a plain GPTModel; this class gives several chunks the part of its interface that
-    checkpoints and optimizers use.
+    A stage with a single chunk is a plain GPTModel. This class has the part of GPTModel's interface that checkpoints
+    and optimizers use.
     """
 
     @property
     def config(self) -> TransformerConfig:
-        """The configuration that all chunks share."""
+        """Configuration, which all chunks share."""
         return self[0].config
 
     def sharded_state_dict(self, prefix: str = "", **options: Any) -> dict[str, Any]:
-        """Returns the sharded state of all chunks.
+        """Returns the sharded state, as GPTModel does.
 
-        Entries are named by chunk, since each chunk numbers its layers from 0, as `load_state_dict` expects them. The
-        tensors inside have their names in the whole network, so that any layout can load them.
+        Keys are prefixed with the chunk's index, as `load_state_dict` expects, since every chunk counts its layers from
+        0. The tensors have their names in the whole network, so that every layout can load them.
         """
         return {
             f"{prefix}{index}.{key.removeprefix(prefix)}": value
