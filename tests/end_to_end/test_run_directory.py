@@ -16,11 +16,11 @@ pytestmark = pytest.mark.end_to_end
 
 # What differs from the run that made the initial policy, and what a refusal must name of it.
 OTHERS = {
-    "seed": (("run.seed=1",), ("run.seed = 1", "was 0")),
-    "sft": (("sft.steps=10", "sft.optimizer.lr=0.02"), ("sft.steps = 10", "was 150", "sft.optimizer.lr = 0.02")),
-    "model": (("model.geometry.hidden_size=64",), ("model.geometry.hidden_size = 64", "was 32")),
+    "seed": (("run.seed=1",), ("run.seed = 1", "made with 0")),
+    "sft": (("sft.steps=10", "sft.optimizer.lr=0.02"), ("sft.steps = 10", "made with 150", "sft.optimizer.lr = 0.02")),
+    "model": (("model.geometry.hidden_size=64",), ("model.geometry.hidden_size = 64", "made with 32")),
     "prompt": (("prompt.user='Solve: {question}'",), ("prompt.user = 'Solve: {question}'",)),
-    "data": (("data.arithmetic.max_operand=12",), ("data.arithmetic.max_operand = 12", "was 9")),
+    "data": (("data.arithmetic.max_operand=12",), ("data.arithmetic.max_operand = 12", "made with 9")),
 }
 STOPPED = ("data.pass_rate={samples: 2, max_prompts: null}", "run.num_steps=0", "evaluation=none", "sft.steps=20",
            "rollout.batch_size=2")  # fmt: skip
@@ -46,8 +46,8 @@ def directory(stopped, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        (("run.seed=1",), ("run.seed = 1", "was 0")),
-        (("sft.steps=10", "sft.optimizer.lr=0.02"), ("sft.steps = 10", "was 20", "sft.optimizer.lr = 0.02")),
+        (("run.seed=1",), ("run.seed = 1", "made with 0")),
+        (("sft.steps=10", "sft.optimizer.lr=0.02"), ("sft.steps = 10", "made with 20", "sft.optimizer.lr = 0.02")),
         (("objective.beta=0.5",), ("objective.beta = 0.5",)),
     ],
     ids=["seed", "sft", "objective"],

@@ -105,5 +105,5 @@ def test_an_unsupported_architecture_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["MambaForCausalLM"], "model_type": "mamba"}')
     with pytest.raises(ValueError, match="MambaForCausalLM is not supported; supported are Qwen2ForCausalLM"):
         geometry_of(tmp_path)
-    with pytest.raises(ValueError, match=r"there is no config\.json"):
+    with pytest.raises(ValueError, match=r"has no config\.json"):
         geometry_of(tmp_path / "nowhere")
