@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from oreal_megatron.types import Grade, Verdict  # noqa: E402
 from oreal_megatron.verifier import VerifierConfig, build_verifier  # noqa: E402
-from oreal_megatron.verifier.cli import Row, grade_rows, read_rows  # noqa: E402
+from oreal_megatron.verifier.grade_file import Row, grade_rows, read_rows  # noqa: E402
 
 MIN_RATIO = 4.0
 MIN_PER_SECOND = 250.0

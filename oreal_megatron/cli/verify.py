@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from oreal_megatron.cli.arguments import command_parser, positive
 from oreal_megatron.cli.errors import run_command
-from oreal_megatron.verifier.cli import run
 from oreal_megatron.verifier.config import VerifierConfig
+from oreal_megatron.verifier.grade_file import grade_file
 
 _DESCRIPTION = """\
 Grades answers to mathematics problems.
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    print(run(_config(arguments), arguments.input, arguments.output, arguments.stop_token), file=sys.stderr)
+    print(grade_file(_config(arguments), arguments.input, arguments.output, arguments.stop_token), file=sys.stderr)
     return 0
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from oreal_megatron.types import Grade, GradeRequest, Verdict
 from oreal_megatron.verifier import StagedVerifier
-from oreal_megatron.verifier.cli import grade_rows, read_rows
+from oreal_megatron.verifier.grade_file import grade_rows, read_rows
 
 OWN_CASES = Path(__file__).parent / "cases"
 SHARED_DIR = Path(os.environ.get("OREAL_SHARED_DIR", Path(__file__).resolve().parents[4] / "shared"))

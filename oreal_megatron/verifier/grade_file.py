@@ -1,11 +1,9 @@
-"""`oreal-verify`: reads JSONL with answers, writes JSONL with verdicts."""
+"""Grades a JSONL file of answers into a JSONL file of verdicts."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress
 
@@ -23,22 +19,6 @@ from oreal_megatron.verifier.api import StagedVerifier, build_verifier
 from oreal_megatron.verifier.config import VerifierConfig
 
 _BATCH = 256
-_DESCRIPTION = """\
-Grade answers to mathematics problems.
-
-Each line of INPUT is a JSON object:
-  gold      the right answer (also: gold_answer)
-  answer    what to grade (also: response)
-  kind      "pair": answer is the bare final answer; "response": a whole response with its thinking (default)
-  stopped   whether the response ended with the stop token (optional; see --stop-token)
-  question  the problem, which only a judge looks at (optional)
-  id, label optional: copied to the output, and scored in the summary
-
-Each line of OUTPUT, in the same order: id, verdict (CORRECT | INCORRECT | UNDECIDED), reason, stage, seconds."""
-_EXAMPLE = """\
-example:
-  printf '%s\\n' '{"id": "a", "gold": "\\\\frac{1}{2}", "answer": "0.5", "kind": "pair"}' > answers.jsonl
-  oreal-verify answers.jsonl --output verdicts.jsonl"""
 
 
 @dataclass(frozen=True)
@@ -111,7 +91,7 @@ def summary(rows: Sequence[Row], grades: Sequence[Grade], seconds: float) -> str
     return text
 
 
-def run(config: VerifierConfig, source: Path, output: Path, stop_token: str) -> str:
+def grade_file(config: VerifierConfig, source: Path, output: Path, stop_token: str) -> str:
     """Grades `source` into `output`, which appears when it is complete. Returns the summary."""
     rows = list(read_rows(source, stop_token))
     grades: list[Grade] = []
@@ -130,62 +110,3 @@ def run(config: VerifierConfig, source: Path, output: Path, stop_token: str) -> 
             progress.advance(task, len(batch))
     os.replace(partial, output)
     return summary(rows, grades, time.monotonic() - started)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="oreal-verify",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("input", type=Path, metavar="INPUT", help="JSONL file to read")
-    parser.add_argument("--output", type=Path, required=True, metavar="OUTPUT", help="JSONL file to write")
-    parser.add_argument(
-        "--config", type=Path, help="YAML file with the keys of conf/verifier/*.yaml (default: rules only)"
-    )
-    parser.add_argument(
-        "--num-workers", type=int, help="processes that compare symbolic answers (default: the processors)"
-    )
-    parser.add_argument("--timeout-seconds", type=float, help="limit of one comparison")
-    parser.add_argument("--cache-path", help="verdict cache to read and write")
-    parser.add_argument(
-        "--stop-token",
-        default="<|im_end|>",
-        help="text at the end of a finished response (default: %(default)s). If no line of the file holds it, "
-        "the responses were stored without it and all count as finished.",
-    )
-    return parser
-
-
-def _config(arguments: argparse.Namespace) -> VerifierConfig:
-    fields: dict[str, Any] = {"num_workers": os.cpu_count() or 1}
-    if arguments.config is not None:
-        loaded = yaml.safe_load(arguments.config.read_text())
-        if not isinstance(loaded, dict):
-            raise ValueError(f"{arguments.config}: the file must hold a mapping of verifier keys")
-        fields.update(loaded)
-    for key in ("num_workers", "timeout_seconds", "cache_path"):
-        if getattr(arguments, key) is not None:
-            fields[key] = getattr(arguments, key)
-    return VerifierConfig.model_validate(fields)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns the exit code."""
-    arguments = _parser().parse_args(argv)
-    try:
-        print(run(_config(arguments), arguments.input, arguments.output, arguments.stop_token), file=sys.stderr)
-    except ValidationError as error:
-        for problem in error.errors():
-            key = ".".join(map(str, problem["loc"])) or "verifier"
-            print(f"oreal-verify: {key}: {problem['msg']} (given: {problem.get('input')!r})", file=sys.stderr)
-        return 2
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        print(f"oreal-verify: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
