@@ -28,10 +28,18 @@ _NEGATION_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _OPERATOR_AFTER = re.compile(
-    r"[ \t]*(?:\}[ \t]*)?(?:\^\s*(?!\{?\s*\\circ)|!(?![\s$]*(?:\n|\Z))|<(?![/|\w])|[>≤≥≠±×·÷]|[-−+/][ \t]*[\d\\]"
+    r"(?:[ \t]|\\[,;!])*(?:\}[ \t]*)?(?:\^\s*(?!\{?\s*\\circ)|!(?![\s$]*(?:\n|\Z))|<(?![/|\w])"
+    r"|[>≤≥≠±×·÷]|[-−+/][ \t]*[\d\\]"
     r"|[+/*](?=[A-Za-z\d\\(])|\\(?:cdot|times|pm|div|pi|sqrt|frac|leq?|geq?|neq?|binom|lor|log)(?![A-Za-z])"
     r"|[A-Za-z0-9](?![A-Za-z]))"
 )
+_OPERATION_IN_WORDS = re.compile(
+    r"\s*(?:\$|\\\))?\s*(?:\\text\s*\{\s*)?(?:(?:hundred|thousand|million|billion|trillion|dozen|squared|cubed"
+    r"|factorial|halves|thirds|fourths|fifths)\b|(?:times|plus|minus|choose|over|divided by)\b"
+    r"(?:\s+or\s+minus)?[\s}]*[$\d\\])",
+    re.IGNORECASE,
+)
+_HYPOTHESIS = re.compile(r"\b(?:if|were|would|unless|suppose|had)\b[^.\n]*\Z", re.IGNORECASE)
 _NEXT_WORD = re.compile(r"\s+[A-Za-z](?![A-Za-z])|\s*[A-Za-z]\b(?=\s+[a-z]{2,})|\s+\d|[+/*]+[A-Za-z]{2,}")
 _PERCENT_AFTER = re.compile(r"\s*(?:\}\s*)?(?:\$|\\\))?\s*(?:\\?%|percent\b|\\text\s*\{\s*percent\s*\})")
 _VALUE = (
@@ -61,7 +69,7 @@ _RETRACTION = re.compile(
 def is_part_of_expression(text: str, start: int, end: int) -> bool:
     """Whether an operator, a factor, a relation or a negation stands directly around the box at [start, end)."""
     after = text[end : end + 40]
-    if _OPERATOR_AFTER.match(after) and not _NEXT_WORD.match(after):
+    if _OPERATION_IN_WORDS.match(after) or (_OPERATOR_AFTER.match(after) and not _NEXT_WORD.match(after)):
         return True
     before = _IDLE_BEFORE.sub("", text[max(0, start - _MAX_BEFORE_CHARS) : start])
     if words := _WORDS_IN_FORMULA.search(before):
@@ -94,4 +102,5 @@ def later_values(text: str, end: int) -> tuple[str, ...]:
         values.append(match["value"])
         position = match.end()
     after = text[end : end + _MAX_AFTER_CHARS]
-    return (*values, *(match["value"] for match in _CORRECTION.finditer(after)))
+    corrections = (match for match in _CORRECTION.finditer(after) if not _HYPOTHESIS.search(after, 0, match.start()))
+    return (*values, *(match["value"] for match in corrections))

@@ -84,8 +84,6 @@ class AnswerComparison:
             return self._based(gold, answer)
         return self._leaves(gold, answer)
 
-    # Words
-
     def _texts(self, gold: Node, answer: Node) -> Outcome:
         keys = {words_key(latex_of(node) or "") for node in (gold, answer)}
         if len(keys) == 1 and re.search(r"[^\W\d_]{3,}", keys.pop()):
@@ -110,8 +108,6 @@ class AnswerComparison:
         if len(numbers) == 1 and isinstance(gold, Leaf) and gold.value == Fraction(numbers[0]):
             return unknown("a sentence around the gold value, which rules cannot judge")
         return different("words where the gold answer is a value")
-
-    # Relations
 
     def _relations(self, gold: Node, answer: Node) -> Outcome:
         if isinstance(answer, Relation):
@@ -146,10 +142,9 @@ class AnswerComparison:
         for left, right, operator in zip(relation.items, relation.items[1:], relation.operators, strict=False):
             if not (is_constant(left) and is_constant(right)):
                 continue
-            if operator == "~":
-                if not self._is_rounded(left, right):
-                    return different("the answer states a wrong approximation")
-            elif self.compare(left, right).verdict is Verdict.INCORRECT:
+            if operator == "~" and not self._is_rounded(left, right):
+                return different("the answer states a wrong approximation")
+            if operator == "=" and self.compare(left, right).verdict is Verdict.INCORRECT:
                 return different("the answer states a false equality")
         return None
 
@@ -214,8 +209,6 @@ class AnswerComparison:
             return self.compare(gold, answer)
         same = (values[0] - values[1]) % int(modulus) == 0
         return equal("the same residue") if same else different("different residues")
-
-    # Several parts
 
     def _several(self, gold: Node, answer: Node) -> Outcome:
         if isinstance(gold, Matrix) and isinstance(answer, Matrix):
@@ -283,9 +276,8 @@ class AnswerComparison:
     def _matrices(self, gold: Matrix, answer: Matrix) -> Outcome:
         if (len(gold.rows), len(gold.rows[0])) != (len(answer.rows), len(answer.rows[0])):
             return different("matrices of different shape")
-        pairs = ((g, a) for gold_row, answer_row in zip(gold.rows, answer.rows, strict=True)
-                 for g, a in zip(gold_row, answer_row, strict=True))  # fmt: skip
-        return all_of((self.compare(g, a) for g, a in pairs), "the same matrix")
+        cells = [[cell for row in matrix.rows for cell in row] for matrix in (gold, answer)]
+        return all_of(map(self.compare, *cells), "the same matrix")
 
     def _unordered(self, gold: tuple[Node, ...], answer: tuple[Node, ...], as_set: bool) -> Outcome:
         if len(gold) == len(answer) >= _MANY_PARTS:
@@ -314,12 +306,10 @@ class AnswerComparison:
 
     def _by_value(self, parts: tuple[Node, ...]) -> tuple[Node, ...] | None:
         """Sorts constants by their value; None if a part has none."""
-        values: list[Any] = [self.leaves.real_value(p.latex) if isinstance(p, Leaf) else None for p in parts]
+        values: list[Any] = [self.leaves.real_value(part.latex) if isinstance(part, Leaf) else None for part in parts]
         if any(value is None for value in values):
             return None
-        return tuple(parts[index] for index in sorted(range(len(parts)), key=values.__getitem__))
-
-    # Sets, ratios, bases
+        return tuple(parts[index] for index in sorted(range(len(parts)), key=lambda index: values[index]))
 
     def _operations(self, gold: Node, answer: Node) -> Outcome:
         if (
@@ -362,8 +352,6 @@ class AnswerComparison:
         assert isinstance(answer, Based)
         return self._leaves(gold, Leaf(str(int(answer.digits, answer.base)), Fraction(int(answer.digits, answer.base))))
 
-    # Leaves
-
     def _leaves(self, gold: Node, answer: Node) -> Outcome:
         if not (isinstance(gold, Leaf) and isinstance(answer, Leaf)):
             return different("answers of different kinds")
@@ -371,9 +359,8 @@ class AnswerComparison:
             return self._prose_for_value(gold, answer.latex)
         number_sets = [NUMBER_SET.fullmatch(leaf.latex) for leaf in (gold, answer)]
         if all(number_sets):
-            return (
-                equal("the same set") if text_key(gold.latex) == text_key(answer.latex) else different("different sets")
-            )
+            is_same = text_key(gold.latex) == text_key(answer.latex)
+            return equal("the same set") if is_same else different("different sets")
         if gold.unit is not None and answer.unit is not None and not gold.unit.agrees(answer.unit):
             return different("different units")
         if gold.percent == answer.percent:
