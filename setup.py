@@ -44,11 +44,11 @@ setup(
     },
     data_files=[*conf_files(), ("share/oreal_megatron/slurm", ["slurm/train.sbatch", "slurm/rank.sh"])],
     install_requires=[
-        "torch>=2.13,<2.14",
-        "megatron-core>=0.16.1,<0.17",
+        "torch>=2.11,<2.15",
+        "megatron-core>=0.16.1,<0.20",
         "numpy>=2,<3",
         "psutil>=7",  # megatron-core's checkpoint writer hangs without it
-        "transformers>=5.19,<6",
+        "transformers>=5.17,<6",
         "tokenizers>=0.22",
         "safetensors>=0.6",
         "hydra-core>=1.3.2,<1.4",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 import queue
@@ -26,6 +27,11 @@ from oreal_megatron.files import sync
 from oreal_megatron.stopping import SIGNALS
 
 _PROBE_BYTES = 1 << 24
+# Newer versions of Megatron-Core hand asynchronous saves to nvidia-resiliency-ext unless they are told otherwise; older
+# ones have no such argument.
+_ASYNC_STRATEGY: dict[str, Any] = (
+    {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
+)
 
 
 class CheckpointWriter:
@@ -58,7 +64,9 @@ class CheckpointWriter:
             TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), self._groups.collection.dp_cp
         )
         try:
-            request = dist_checkpointing.save(sharded_state, str(directory), strategy, async_sharded_save=True)
+            request = dist_checkpointing.save(
+                sharded_state, str(directory), strategy, async_sharded_save=True, **_ASYNC_STRATEGY
+            )
         except (CheckpointingException, CheckpointException, RuntimeError) as error:
             raise OSError(_reason(error, directory)) from error
         assert request is not None
