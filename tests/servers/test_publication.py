@@ -170,7 +170,7 @@ def test_a_server_without_the_weight_loader_is_refused_with_the_option(servers, 
     other.engine.close()
 
 
-def test_a_server_killed_mid_publication_stops_nobody_and_comes_back_in_sync(servers, monkeypatch):
+def test_server_killed_mid_publication_comes_back_in_sync(servers, monkeypatch):
     """Killed when the trainer begins to send to it. The publication ends; the next prompts wait for the new server."""
     kill_mid_publication(servers, monkeypatch, servers.pool.servers[0])
     assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
@@ -180,7 +180,7 @@ def test_a_server_killed_mid_publication_stops_nobody_and_comes_back_in_sync(ser
 @pytest.mark.parametrize(
     "transport", ["direct", *(pytest.param(name, marks=pytest.mark.slow) for name in TRANSPORTS[1:])]
 )
-def test_when_one_of_two_servers_is_killed_mid_publication_the_other_has_the_weights(
+def test_server_killed_mid_publication_leaves_the_other_updated(
     transport, single_process, tiny_qwen, tmp_path, monkeypatch
 ):
     require_sglang()

@@ -35,7 +35,9 @@ def texts(path: Path) -> Iterator[tuple[int, str]]:
         for index, statement in enumerate(body):
             if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)):
                 continue
-            is_first = index == 0 and isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            is_first = index == 0 and isinstance(
+                node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+            )
             is_field = index > 0 and isinstance(body[index - 1], ast.Assign | ast.AnnAssign)
             if isinstance(statement.value.value, str) and (is_first or is_field):
                 yield statement.lineno, statement.value.value
