@@ -126,7 +126,7 @@ def test_a_bucket_that_arrives_corrupted_is_caught_and_sent_again(servers, monke
 
 
 def test_a_server_that_kept_its_old_weights_is_caught_by_the_audit(servers, monkeypatch):
-    """A transport that says it has sent, and has not: nobody else would notice."""
+    """A transport reports that it has sent, and has not; only the audit can notice."""
     from oreal_megatron.weight_sync.types import TransferResult
 
     transport = servers.engine._publisher._transport
@@ -201,7 +201,7 @@ def test_server_killed_mid_publication_leaves_the_other_updated(
 
 
 def kill_mid_publication(servers, monkeypatch, server):
-    """Publishes, and kills `member` when it has been asked to load, and has not loaded yet."""
+    """Publishes, and kills `server` between the request to load and the loading."""
     pid = server.process.pid
     with monkeypatch.context() as patch:
         for name in (

@@ -76,7 +76,7 @@ def test_greedy_tokens_are_those_of_the_published_weights(servers):
 
 
 def test_a_server_with_other_weights_gets_none_of_the_prompts_before_ours(servers, tiny_qwen):
-    """Somebody loads the first weights into it."""
+    """Another client loads the first weights into it."""
     servers.engine._loop.run(_plant(servers.pool.servers[0].client, tiny_qwen)).result(120)
     assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
 
