@@ -91,7 +91,8 @@ class ServerPool:
         )
         self._has_reported_no_weights = False
         self._check_usable()
-        self._is_first_update = False
+        # A server that is sent the first weights a second time has not had its first update yet.
+        self._is_first_update &= any(server.state is ServerState.UPDATING for server in self.servers)
 
     async def follow(self, version: int, label: str, urls: Sequence[str]) -> None:
         """Makes this pool use servers that another process of the run has updated to weights `label`."""

@@ -28,7 +28,7 @@ def open_colocated(servers, groups, source, directory):
 
 @pytest.fixture
 def happened(monkeypatch):
-    """What servers were told, and when the policy came and went; the same thing twice in a row once."""
+    """Control requests to servers, and arrivals and departures of the policy, without repetitions in a row."""
     seen: list[str] = []
     real = ServerClient._ask
 
@@ -89,7 +89,7 @@ def test_a_server_and_the_trainer_take_turns(servers, single_process, tiny_qwen,
             *GIVES_BACK,
         ]
     finally:
-        # Whoever comes next finds a server that answers.
+        # The next test finds a server that answers.
         other.engine.publish(2)
         other.engine._on_main(other.pool.onload)
         other.engine.close()

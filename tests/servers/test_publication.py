@@ -126,7 +126,7 @@ def test_a_bucket_that_arrives_corrupted_is_caught_and_sent_again(servers, monke
 
 
 def test_a_server_that_kept_its_old_weights_is_caught_by_the_audit(servers, monkeypatch):
-    """A transport that says it has sent, and has not: nobody else would notice."""
+    """A transport reports that it has sent, and has not; only the audit can notice."""
     from oreal_megatron.weight_sync.types import TransferResult
 
     transport = servers.engine._publisher._transport
@@ -170,7 +170,7 @@ def test_a_server_without_the_weight_loader_is_refused_with_the_option(servers, 
     other.engine.close()
 
 
-def test_a_server_killed_mid_publication_stops_nobody_and_comes_back_in_sync(servers, monkeypatch):
+def test_server_killed_mid_publication_comes_back_in_sync(servers, monkeypatch):
     """Killed when the trainer begins to send to it. The publication ends; the next prompts wait for the new server."""
     kill_mid_publication(servers, monkeypatch, servers.pool.servers[0])
     assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
@@ -180,7 +180,7 @@ def test_a_server_killed_mid_publication_stops_nobody_and_comes_back_in_sync(ser
 @pytest.mark.parametrize(
     "transport", ["direct", *(pytest.param(name, marks=pytest.mark.slow) for name in TRANSPORTS[1:])]
 )
-def test_when_one_of_two_servers_is_killed_mid_publication_the_other_has_the_weights(
+def test_server_killed_mid_publication_leaves_the_other_updated(
     transport, single_process, tiny_qwen, tmp_path, monkeypatch
 ):
     require_sglang()
@@ -201,7 +201,7 @@ def test_when_one_of_two_servers_is_killed_mid_publication_the_other_has_the_wei
 
 
 def kill_mid_publication(servers, monkeypatch, server):
-    """Publishes, and kills `member` when it has been asked to load, and has not loaded yet."""
+    """Publishes, and kills `server` between the request to load and the loading."""
     pid = server.process.pid
     with monkeypatch.context() as patch:
         for name in (

@@ -76,7 +76,7 @@ def test_greedy_tokens_are_those_of_the_published_weights(servers):
 
 
 def test_a_server_with_other_weights_gets_none_of_the_prompts_before_ours(servers, tiny_qwen):
-    """Somebody loads the first weights into it."""
+    """Another client loads the first weights into it."""
     servers.engine._loop.run(_plant(servers.pool.servers[0].client, tiny_qwen)).result(120)
     assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
 
@@ -194,12 +194,12 @@ def test_a_server_ends_when_the_process_that_started_it_is_killed(tmp_path):
     wait_until(lambda: not is_running(pid))
 
 
-def test_a_server_that_is_killed_mid_generation_costs_no_response_and_comes_back_in_sync(servers):
+def test_server_killed_mid_generation_costs_no_response(servers):
     kill_mid_generation(servers, signal.SIGKILL)
 
 
 @pytest.mark.slow
-def test_a_server_that_freezes_mid_generation_costs_no_response_and_comes_back_in_sync(servers):
+def test_server_frozen_mid_generation_costs_no_response(servers):
     """Stopped by a signal it still accepts connections, and answers nothing."""
     kill_mid_generation(servers, signal.SIGSTOP)
 

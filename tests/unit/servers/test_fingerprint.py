@@ -16,7 +16,7 @@ URL = "http://127.0.0.1:30000"
 
 @pytest.fixture
 def described(tmp_path):
-    """What a run's servers start from, and what they must be; changed: by whoever started another."""
+    """Returns a function that makes a description and the expected fingerprint. changed: served config.json."""
     source = save_tiny(tmp_path / "source", "qwen3", tied=False)
     geometry = geometry_of(source)
     common = {"dtype": "bfloat16", "max_positions": 64, "stop_token_id": 7}
