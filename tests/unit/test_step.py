@@ -174,7 +174,7 @@ def storage_bytes(tensors) -> int:
 
 
 def bytes_on_device(model: TrainedModel) -> tuple[int, int]:
-    """(bytes of the weights, bytes of AdamW's states)."""
+    """Returns (bytes of the weights, bytes of AdamW's states)."""
     optimizers = getattr(model.optimizer, "chained_optimizers", [model.optimizer])
     states = [t for part in optimizers for state in part.optimizer.state.values() for t in state.values()]
     return storage_bytes(model.module.parameters()), storage_bytes(states)
@@ -183,10 +183,8 @@ def bytes_on_device(model: TrainedModel) -> tuple[int, int]:
 def test_offloaded_model_frees_memory_and_trains_alike(composed, single_process):
     config = parse_config(composed("objective=oreal_no_rm")).objective
     layout = single_process.layout.model_copy(update={"offload": True})
-    moving, staying = (
-        trained(build_policy, replace(single_process, layout=layout)),
-        trained(build_policy, single_process),
-    )
+    moving = trained(build_policy, replace(single_process, layout=layout))
+    staying = trained(build_policy, single_process)
     for policy in (moving, staying):
         for _ in range(2):
             policy.offload()

@@ -40,7 +40,7 @@ RANKS = [1, 2, 4, 8]
 
 def matrices(g: GeometryConfig, ranks: int) -> list[tuple[float, float]]:
     """Rows and columns of a layer's weights, as a tensor rank holds them."""
-    head = g.head_dim or g.hidden_size // g.num_attention_heads
+    head = g.attention_head_dim
     queries, keys = g.num_attention_heads * head, g.num_query_groups * head
     return [
         ((queries + 2 * keys) / ranks, g.hidden_size),
@@ -85,7 +85,7 @@ def test_of_device_shape_and_server_ranks_for_servers_in_fp8(composed):
         sglang = config.rollout.sglang.model_copy(update={"tensor": ranks})
         asked = config.model_copy(update={"rollout": config.rollout.model_copy(update={"sglang": sglang})})
         found = violations_of(asked, geometry, machine(capability))
-        head = geometry.head_dim or geometry.hidden_size // geometry.num_attention_heads
+        head = geometry.attention_head_dim
         # Each rank's queries, keys and values are matrices of their own; a key-value head may be on several ranks.
         parts = [*matrices(geometry, ranks)[1], head * max(geometry.num_query_groups / ranks, 1)]
         parts += matrices(geometry, ranks)[3]
@@ -97,7 +97,7 @@ def test_of_device_shape_and_server_ranks_for_servers_in_fp8(composed):
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
-def test_megatrons_own_asserts_refuse_what_is_refused_here_and_nothing_else(composed, recipe):
+def test_megatron_asserts_refuse_the_same_fp8_layers(composed, recipe):
     """Layers in bf16 at either end against recipe and pipeline stages; built with what a run builds with."""
     for first, last, stages in itertools.product((0, 1, 2, 3, 5), (0, 2, 3), (1, 2, 4)):
         fp8 = Fp8ModelConfig(
