@@ -57,9 +57,9 @@ def _with_pass_rates(prompts: list[Prompt], run: Run) -> list[Prompt]:
             )
             correct = sum(prompt.pass_rate or 0.0 for prompt in estimated) / max(len(estimated), 1)
             bar.advance(f"mean {correct:.2f}", by=len(part))
-    if groups.is_main:
-        write_estimated(path, known + estimated, source=prompts)
-    groups.barrier()
+    with groups.together():
+        if groups.is_main:
+            write_estimated(path, known + estimated, source=prompts)
     run.sampler.journal.forget("pass_rates_*")
     return known + estimated
 

@@ -39,7 +39,8 @@ def train(run: Run) -> None:
 
     Raises:
         NonFiniteLossError: a loss is not a finite number; the message names step, terms and samples. Checkpoints stay.
-        MismatchError: the rollouts' log-probabilities are not the policy's, beyond rollout.mismatch.stop.
+        MismatchError: the rollouts' log-probabilities are not the policy's, beyond rollout.mismatch.stop. Checkpoints
+            stay.
         Stopped: a stop was asked for; everything until then is saved.
         OSError: the disk refused; the message says which checkpoints are whole.
     """
@@ -63,7 +64,7 @@ def train(run: Run) -> None:
     except Stopped:
         save(run, wait=True)
         raise Stopped(where_stopped(run)) from None
-    except NonFiniteLossError:
+    except (NonFiniteLossError, MismatchError):
         run.store.finish(wait=True)
         raise
     run.store.finish(wait=True)

@@ -48,7 +48,13 @@ class ServerState(Enum):
     """The server gets no more requests."""
 
 
-_NEW, _CONNECTED, _UPDATING, _UPDATED, _OFFLOADED, _LOST, _FAILED = ServerState
+_NEW = ServerState.NEW
+_CONNECTED = ServerState.CONNECTED
+_UPDATING = ServerState.UPDATING
+_UPDATED = ServerState.UPDATED
+_OFFLOADED = ServerState.OFFLOADED
+_LOST = ServerState.LOST
+_FAILED = ServerState.FAILED
 _IS_UP = frozenset({_CONNECTED, _UPDATING, _UPDATED, _OFFLOADED})
 _LOG_LEVELS = {_LOST: logging.WARNING, _FAILED: logging.ERROR}
 
@@ -221,6 +227,9 @@ class SGLangServer(ABC):
         On True the caller holds the server's lock until it calls `finish_update`.
         """
         await self._lock.acquire()
+        if not self.is_up:  # lost while the caller waited for the lock
+            self._lock.release()
+            return False
         try:
             if WEIGHTS in self._released_tags:
                 await self.client.resume_memory_occupation([WEIGHTS])
@@ -231,9 +240,14 @@ class SGLangServer(ABC):
             self._set_state(_UPDATING)
             return True
         except (ServerLost, RequestRefused) as error:
-            await self._mark_lost(error)
-            self._lock.release()
+            try:
+                await self._mark_lost(error)
+            finally:
+                self._lock.release()
             return False
+        except BaseException:
+            self._lock.release()
+            raise
 
     async def finish_update(self, label: str, failure: str | None, *, is_first: bool) -> None:
         """Ends an update and lets the server generate, or leaves it to `onload` if it shares the trainer's devices.

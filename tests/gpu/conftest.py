@@ -1,4 +1,4 @@
-"""`make test-gpu`: what only a GPU can show. Without one every test here is skipped, and says so."""
+"""Fixtures of `make test-gpu`. On a machine without a GPU all tests of the directory are skipped, with the reason."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Case:
     num_sequences: int = 7
     """Odd; fewer than the data-parallel ranks leave a rank without any."""
     saved_by: Case | None = None
-    """The layout that trains the first step; this one goes on from its checkpoint."""
+    """The layout that trains the first step; this layout continues from its checkpoint."""
 
     @property
     def name(self) -> str:
