@@ -285,3 +285,13 @@ async def test_cancelled_generation_leaves_the_pool_usable(fakes):
     server.token_seconds = 0.001
     assert tokens(await generate(pool, requests_of(2))) == expected(requests_of(2))
     await pool.close()
+
+
+@on_loop
+async def test_server_that_answers_between_losses_is_kept(fakes):
+    pool, (server,) = await attached(fakes)
+    for _ in range(3):
+        server.break_("/generate", "drop", times=1)
+        assert tokens(await generate(pool, requests_of(1))) == expected(requests_of(1))
+    assert pool.num_retries == 3 and pool.servers[0].failure is None
+    await pool.close()

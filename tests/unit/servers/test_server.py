@@ -225,6 +225,19 @@ async def test_attached_server_lost_twice_without_an_answer_fails(fakes):
 
 
 @on_loop
+async def test_loss_reported_during_an_update_that_notices_it_counts_once(fakes):
+    server = attached(fakes, fakes.server())
+    await server.connect()
+    assert await server.pause_for_update()
+    reporting = asyncio.create_task(server.report_lost(ServerLost("gone")))
+    await asyncio.sleep(0)
+    await server.finish_update("1-a", "gone", is_first=False)
+    await reporting
+    assert server.state is ServerState.LOST
+    await server.close()
+
+
+@on_loop
 async def test_attached_server_may_be_lost_again_after_an_answer(fakes):
     server = attached(fakes, fakes.server())
     for _ in range(3):
