@@ -50,10 +50,10 @@ docs: setup ## build the documentation into site/; a broken link or anchor is an
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 test: lint sglang-deps test-fast ## run what CI runs: lint and all tests that are not slow and need no GPU
-	$(BIN)/pytest --ignore tests/unit -m 'not slow and not gpu'
+	$(BIN)/pytest -m 'not fast and not slow and not gpu'
 
 test-fast: setup ## run the unit tests, two at a time (3 minutes on 2 cores)
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit -m 'not slow and not gpu' --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit -m 'fast and not slow' --numprocesses 2 --dist worksteal
 
 test-slow: setup ## run the long tests
 	$(BIN)/pytest -m 'slow and not gpu'

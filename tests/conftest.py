@@ -21,6 +21,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(UnexpectedSkips())
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the unit tests that start neither commands nor several processes, which `make test-fast` runs, as fast."""
+    for item in items:
+        is_long = any(item.get_closest_marker(name) for name in ("end_to_end", "distributed"))
+        if ROOT / "tests" / "unit" in item.path.parents and not is_long:
+            item.add_marker("fast")
+
+
 def compose(*overrides: str) -> dict[str, Any]:
     """conf/ composed with `overrides`, as plain data."""
     from hydra import compose as hydra_compose

@@ -298,6 +298,7 @@ def test_failed_write_leaves_no_target(single, tmp_path):
     assert_same_bits(single, back)
 
 
+@pytest.mark.end_to_end
 def test_the_tools_convert_verify_and_end_with_one_line(single, tmp_path):
     megatron, back = tmp_path / "megatron", tmp_path / "back"
     assert tool("hf_to_megatron", single, megatron).returncode == 0

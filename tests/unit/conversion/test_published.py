@@ -64,6 +64,7 @@ def layers_of(shards):
     return sorted({shard.entry.layer for shard in shards if shard.entry.layer is not None})
 
 
+@pytest.mark.end_to_end
 def test_the_tool_prints_what_goes_where():
     command = [sys.executable, ROOT / "tools" / "hf_to_megatron.py", CONFIGS / "Qwen2.5-32B.json", "--plan"]
     shown = subprocess.run(

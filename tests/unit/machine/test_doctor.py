@@ -7,6 +7,7 @@ import pytest
 from oreal_megatron.cli.doctor import main
 
 
+@pytest.mark.end_to_end
 def test_doctor_names_what_is_missing_and_its_installation(capsys):
     asked = ["experiment=oreal_32b", "fp8=blockwise", "parallel.fused_weight_gradients=true"]
     with pytest.raises(SystemExit) as ended:

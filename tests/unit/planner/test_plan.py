@@ -190,6 +190,7 @@ def test_devices_that_do_not_make_replicas_are_an_error():
         configuration("experiment=oreal_32b", "resources.trainer_devices=120")
 
 
+@pytest.mark.end_to_end
 def test_plan_command_prints_words_and_status():
     command = [sys.executable, "-m", "oreal_megatron.cli.plan"]
     fits = subprocess.run([*command, "experiment=oreal_7b"], capture_output=True, text=True)

@@ -44,6 +44,7 @@ def test_fp8_that_megatron_ignores_is_refused_after_building(tmp_path, single_pr
         check_layers(tiny_policy(geometry, single_process, "local"), "transformer_engine")
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("qwen3", False)])
 def test_checkpoints_of_either_implementation_are_the_others(tmp_path, single_process, family, tied):
     hf = save_tiny(tmp_path / "hf", family, tied=tied)
