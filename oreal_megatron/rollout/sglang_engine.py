@@ -18,6 +18,7 @@ from oreal_megatron.distributed.cpu_backend import free_cached_memory
 from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.servers.pool import ServerPool
 from oreal_megatron.servers.request_queue import NoServerError
+from oreal_megatron.servers.server import SGLangServer
 from oreal_megatron.types import Completion, GenerationRequest
 from oreal_megatron.weight_sync.publisher import Publisher
 from oreal_megatron.weight_sync.types import PausedServer
@@ -203,7 +204,11 @@ class SGLangEngine:
         report = {"publication/pause_seconds": clock.lap(), "publication/bytes": 0.0, "publication/failures": 0.0}
         for is_last in (False, True):
             paused = [PausedServer(s.client, s.index, self._loop.run) for s in servers if self._loop]
-            delivery = self._publisher.deliver(paused)
+            try:
+                delivery = self._publisher.deliver(paused)
+            except Exception as error:
+                self._resume_after(error, servers)
+                raise
             report["publication/bytes"] += delivery.num_bytes
             report["publication/failures"] += len(delivery.failures)
             for part, seconds in delivery.seconds.items():
@@ -225,6 +230,13 @@ class SGLangEngine:
             self._loop.run(pool.follow(weight_version, label, urls)).result()
         self.weight_version = weight_version
         return report | {"publication/servers": float(num_current)}
+
+    def _resume_after(self, error: Exception, servers: Sequence[SGLangServer]) -> None:
+        """Ends the update of servers after an error of the trainer, so that attached servers serve others again."""
+        if servers and self._loop is not None:  # only the main process has paused any
+            failures = {server.url: f"{type(error).__name__}: {error}" for server in servers}
+            with contextlib.suppress(NoServerError):
+                self._loop.run(self._pool.finish_update(servers, failures)).result()
 
     def _on_main(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
         """Runs `work` on the main process's event loop while other ranks wait; returns its result there, else None."""

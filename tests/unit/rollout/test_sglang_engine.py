@@ -12,6 +12,7 @@ import pytest
 from oreal_megatron.config import SamplingConfig
 from oreal_megatron.rollout.sglang_engine import SGLangEngine
 from oreal_megatron.servers.request_queue import NoServerError
+from oreal_megatron.servers.server_process import NO_WEIGHTS
 from oreal_megatron.types import GenerationRequest
 from tests.fake_sglang import fake_servers, response
 
@@ -141,6 +142,21 @@ def test_publish_does_not_send_again_to_a_lost_server(open_engine):
     publisher.failures = [{1: ("died", True)}]
     assert engine.publish(1)["publication/servers"] == 1
     assert publisher.delivered[1:] == [[0, 1]]
+
+
+def test_publish_that_raises_leaves_attached_servers_generating(fakes, open_engine, monkeypatch):
+    server = fakes.server()
+    engine, publisher, _ = open_engine(server.url)
+    engine.publish(0)
+
+    def deliver(servers):
+        assert server.is_paused and server.is_updating
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(publisher, "deliver", deliver)
+    with pytest.raises(OSError, match="No space left"):
+        engine.publish(1)
+    assert not server.is_paused and not server.is_updating and server.label == NO_WEIGHTS
 
 
 @pytest.mark.parametrize("num_servers", [1, 2])
