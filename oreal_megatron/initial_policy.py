@@ -108,7 +108,8 @@ def _warm_start(module: Policy | ModelChunks, sft: SftConfig, workspace: Workspa
     with workspace.tracker.progress("warm start", sft.steps) as bar:
         for step, batch in zip(range(sft.steps), batches, strict=False):
             losses.append(_supervised_step(model, batch, step, workspace))
-            if groups.any_rank(workspace.stop.is_made):
+            # After the last step the warm start is complete: it is saved, and the run stops later.
+            if step + 1 < sft.steps and groups.any_rank(workspace.stop.is_made):
                 raise Stopped(
                     f"stopped after {step + 1} of {sft.steps} steps of the warm start: nothing of it is saved, the "
                     "same command starts it again"

@@ -42,6 +42,7 @@ def _with_pass_rates(prompts: list[Prompt], run: Run) -> list[Prompt]:
     assert estimation is not None
     path = run.directory / "pass_rates.jsonl"
     if groups.from_main(path.is_file()):
+        run.sampler.journal.forget("pass_rates_*")  # left by a run that was killed after it wrote the file
         return read_estimated(path, source=prompts)
     known = [prompt for prompt in prompts if prompt.pass_rate is not None]
     unknown = [prompt for prompt in prompts if prompt.pass_rate is None]
