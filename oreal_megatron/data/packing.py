@@ -143,7 +143,7 @@ class SequenceCost:
     @classmethod
     def of_model(cls, g: GeometryConfig, vocab_size: int) -> SequenceCost:
         """Counts the matrix products of a dense decoder, two operations per multiply-add."""
-        head_dim = g.head_dim or g.hidden_size // g.num_attention_heads
+        head_dim = g.attention_head_dim
         queries = g.num_attention_heads * head_dim
         attention = g.hidden_size * 2 * (queries + g.num_query_groups * head_dim)
         return cls(

@@ -26,7 +26,7 @@ class Fingerprint:
     @classmethod
     def of(cls, geometry: GeometryConfig, dtype: str, config_json: Mapping[str, Any]) -> Fingerprint:
         """Returns the fingerprint of a model. geometry: with vocab_size. config_json: names its quantisation."""
-        head_dim = geometry.head_dim or geometry.hidden_size // geometry.num_attention_heads
+        head_dim = geometry.attention_head_dim
         quantisation = config_json.get("quantization_config")
         sizes = geometry.model_dump(exclude={"init_std"})
         return cls({**sizes, "head_dim": head_dim, "dtype": dtype, "quantization_config": quantisation})

@@ -227,10 +227,10 @@ class SGLangServer(ABC):
         On True the caller holds the server's lock until it calls `finish_update`.
         """
         await self._lock.acquire()
-        if not self.is_up:  # lost while the caller waited for the lock
-            self._lock.release()
-            return False
+        is_paused = False
         try:
+            if not self.is_up:  # lost while the caller waited for the lock
+                return False
             if WEIGHTS in self._released_tags:
                 await self.client.resume_memory_occupation([WEIGHTS])
                 self._released_tags -= {WEIGHTS}
@@ -238,16 +238,13 @@ class SGLangServer(ABC):
                 await self.client.pause_generation()
             await self.client.begin_weight_update()
             self._set_state(_UPDATING)
-            return True
+            is_paused = True
         except (ServerLost, RequestRefused) as error:
-            try:
-                await self._mark_lost(error)
-            finally:
+            await self._mark_lost(error)
+        finally:
+            if not is_paused:
                 self._lock.release()
-            return False
-        except BaseException:
-            self._lock.release()
-            raise
+        return is_paused
 
     async def finish_update(self, label: str, failure: str | None, *, is_first: bool) -> None:
         """Ends an update and lets the server generate, or leaves it to `onload` if it shares the trainer's devices.
