@@ -231,7 +231,8 @@ _CONCLUSION = re.compile(
 )
 _CONCLUSION_FROM_NAMES = re.compile(rf"\bso\b|\\therefore|\\implies|\\Rightarrow|{_CONCLUSION.pattern}", re.IGNORECASE)
 _SECOND_THOUGHT = re.compile(
-    r"\b(?:wait|no(?=[,.:;!])|actually|oops|hmm+|sorry|mistake|correction|instead|either|alternatively|or)\b", re.IGNORECASE
+    r"\b(?:wait|no(?=[,.:;!])|actually|oops|hmm+|sorry|mistake|correction|instead|either|alternatively|or)\b",
+    re.IGNORECASE,
 )
 
 
@@ -249,7 +250,7 @@ def _num_steps(text: str, boxes: Sequence[tuple[int, int, str]]) -> int:
     is_concluded = _CONCLUSION.search(last) is not None and _STEP.search(last) is None
     if (is_concluded or _LAST_STEP.search(last)) and all(_STEP.search(gap) for gap in gaps):
         return len(gaps)
-    names = [match[1].strip() if (match := _NAMED.search(gap)) else None for gap in (*gaps, last)]
+    names = [match[1].strip() if (match := _NAMED.search(gap[-80:])) else None for gap in (*gaps, last)]
     is_sum_of_names = _CONCLUSION_FROM_NAMES.search(last) is not None and names[-1] is not None and len(names[-1]) > 1
     return len(gaps) if is_sum_of_names and None not in names and len(set(names)) == len(names) else 0
 
@@ -272,8 +273,8 @@ def _between_marks(response: str, final: str, marks: Sequence[str]) -> tuple[str
 
 
 _GOLD_STATEMENT = re.compile(
-    r"(?:[A-Za-z, ]{0,40}\b)?(?:final|correct)?\s*answers?(?:\s+(?:is|are))?\s*[:=.]?\s*(?:is\s+)?"
-    r"(?P<value>\S.*?)\s*\.?",
+    r"(?:[A-Za-z, ]{0,40}\b)?(?:(?:final|correct)?\s*answers?(?:\s+(?:is|are))?\s*[:=.]?\s*(?:is\s+)?"
+    r"|(?:ans|solution|result|option|choice)(?:\s*[:=]|\s+is\b)\s*:?\s*)(?P<value>\S.*?)\s*\.?",
     re.IGNORECASE | re.DOTALL,
 )
 _GOLD_LIST = re.compile(r"\[\s*(['\"])(.*)\1\s*\]", re.DOTALL)
@@ -286,6 +287,7 @@ def gold_value(gold: str) -> str:
     text = gold.strip()
     if len(text) > MAX_BOX_CHARS:
         return text
+    text = re.sub(r"^<answer>(.*)</answer>$", r"\1", text, flags=re.DOTALL).strip()
     if "####" in text:
         text = text.rpartition("####")[2].strip()
     if _BOX.search(text):

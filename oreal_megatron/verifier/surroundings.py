@@ -18,7 +18,9 @@ _DELIMITER = re.compile(
     r"\\\\|\\\$|\$\$?|\\[()\[\]]|\\(?P<edge>begin|end)\{(?:equation|align|alignat|gather|multline|eqnarray|math|displaymath)\*?\}"
 )
 _CLOSING = {"$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]", "\\begin": "\\end"}
-_ROW_BREAK = re.compile(r"\\\\(?:\[[^\]]{1,20}\])?|\\newline|\\(?:begin|end)\{\w{1,20}\*?\}(?:\{[^{}]{0,20}\})?|\n[ \t]*\n")
+_ROW_BREAK = re.compile(
+    r"\\\\(?:\[[^\]]{1,20}\])?|\\newline|\\(?:begin|end)\{\w{1,20}\*?\}(?:\{[^{}]{0,20}\})?|\n[ \t]*\n"
+)
 _SPACE = r"(?:\s|[&~]|\\[,;:! ]|\\q?quad(?![A-Za-z])|\\(?:displaystyle|left|right|big|Big)(?![A-Za-z]))"
 _SPACE_BEFORE = re.compile(rf"{_SPACE}+\Z")
 _LEADING_SPACE = re.compile(rf"{_SPACE}*")
@@ -46,7 +48,9 @@ _OPERATOR_BEFORE = re.compile(
     r"(?:\\(?:cdot|times|pm|mp|div|leq?|leqslant|geq?|geqslant|neq?|lt|gt|not|sqrt|approx|log|ln|sin|cos|tan|ast|pi)"
     r"|(?<!\*)\*|[/^<>≤≥≠±×·÷√+\-−\d)}])\s*\{?\s*\Z"
 )
-_OPERATOR_AFTER_OPERAND = re.compile(r"(?:(?<![A-Za-z\\])[A-Za-z]|\d|\))\s*(?:[+/^≤≥≠±×÷·]|(?<![=-])[<>]|(?<!\*)\*)\s*\Z")
+_OPERATOR_AFTER_OPERAND = re.compile(
+    r"(?:(?<![A-Za-z\\])[A-Za-z]|\d|\))\s*(?:[+/^≤≥≠±×÷·]|(?<![=-])[<>]|(?<!\*)\*)\s*\Z"
+)
 _SIGN_BEFORE = re.compile(r"(?:^|[\s(=])[-−+±√]\Z")
 _NEGATION_BEFORE = re.compile(
     r"(?:\b(?:not|never|cannot be|neither|rather than|instead of|than|except|excluding|half of|twice|double|minus|"
@@ -77,7 +81,9 @@ _VALUE = (
     r"[$\s*({]*(?:\\\()?(?P<value>-?(?:\d++(?:,\d{3})*+(?:\.\d++)?+(?:/\d++)?+(?:\\?%)?+"
     r"|\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}|\\sqrt\s*\{[^{}]*\}))"
 )
-_SPENT = r"(?![\s$)]*(?:is|are|was|were|does|do|did|fails?|would|will|can|cannot|could|gives?|has|have|leads?|makes?)\b)"
+_SPENT = (
+    r"(?![\s$)]*(?:is|are|was|were|does|do|did|fails?|would|will|can|cannot|could|gives?|has|have|leads?|makes?)\b)"
+)
 _ALTERNATIVE = re.compile(
     r"(?:[\s$)\]}]|\\[)\]])*(?:[.,;]?\s*\(?\s*(?:\\text\s*\{\s*|\\)?\b(?:l?or|and)(?![A-Za-z])\s*\}?"
     r"(?:\s*(?:maybe|perhaps|possibly|even|else|is it|it is))?"
@@ -93,14 +99,16 @@ _EQUALITY = re.compile(
     r"(?:[{}().\s!%]|\\%)*)(?:\\text|\\mathrm|[$,;=]|\\[)\]\\]|\Z)"
 )
 _CORRECTION = re.compile(
-    r"(?:\bcorrection\b|\bshould (?:be|have been)|\bi (?:mean|meant)\b|\bmake (?:that|it)\b|\b(?:scratch|strike|change) that\b"
-    r"|\breplace (?:that|it|this) (?:with|by)\b|\bactually\b|\bnever ?mind\b|\bcorrect (?:this|that|it|myself)\b"
-    r"|\bon (?:second thoughts?|reflection)\b|\binstead\b|\b(?:new|correct|right|true|real|final) (?:answer|value|result)\b"
-    rf"|\banswer (?:is|becomes)\b|(?:^|\n)[*\s]*answer\s*:|[.!]\s+answer\s*:)[^\d\n$\\.]{{0,40}}?{_VALUE}{_SPENT}",
+    r"(?:\b(?:correction|should (?:be|have been)|i (?:mean|meant)|make (?:that|it)|(?:scratch|strike|change) that"
+    r"|actually|replace (?:that|it|this) (?:with|by)|never ?mind|correct (?:this|that|it|myself)|instead"
+    r"|on (?:second thoughts?|reflection)|(?:new|correct|right|true|real|final) (?:answer|value|result)"
+    r"|answer (?:is|becomes))\b|(?:^|\n)[*\s]*answer\s*:|[.!]\s+answer\s*:)"
+    rf"[^\d\n$\\.]{{0,40}}?{_VALUE}{_SPENT}",
     re.IGNORECASE,
 )
 _SECOND_THOUGHT = re.compile(
-    r"(?:\b(?:wait|oops|edit|sorry|hmm+|rather(?! than)|alternatively|instead)\b|(?:^|[.!?:;\-–—]\s*|\bwait,?\s+)no\s*[,:.!;]"
+    r"(?:\b(?:wait|oops|edit|sorry|hmm+|rather(?! than)|alternatively|instead)\b"
+    r"|(?:^|[.!?:;\-–—]\s*|\bwait,?\s+)no\s*[,:.!;]"
     rf"|[.!?]\s+or\b)[^\d\n$\\.]{{0,30}}?{_VALUE}(?:[\s$]*[a-z]{{2,20}})?[\s$*]*(?:[.!?)]|\n|\Z)",
     re.IGNORECASE,
 )
@@ -182,17 +190,23 @@ def is_part_of_expression(text: str, start: int, end: int) -> bool:
     return formula is None and _is_part_of_line(line, text[end : end + 40])
 
 
+def _following(text: str, end: int) -> str:
+    """Returns the text after the box with single spaces and signs, over which the patterns take linear time."""
+    after = re.sub(r"[^\S\n]+", " ", text[end : end + _MAX_AFTER_CHARS])
+    return re.sub(r"(?: ?\n ?)+", "\n", re.sub(r"\$+", "$", after))
+
+
 def withdraws(text: str, end: int) -> bool:
     """Whether the text after the box says that it is wrong."""
-    after = text[end : end + _MAX_AFTER_CHARS]
+    after = _following(text, end)
     return any(not _HYPOTHESIS.search(after, 0, match.start()) for match in _RETRACTION.finditer(after))
 
 
 def with_suffix(text: str, end: int, answer: str) -> str:
-    r"""Returns the boxed answer with what follows the box and belongs to it: a percent sign, or the base of a numeral."""
-    if _PERCENT_AFTER.match(text, end):
+    r"""Returns the boxed answer with the percent sign or the base of a numeral that follows the box."""
+    if _PERCENT_AFTER.match(text, end, end + 60):
         return answer + r"\text{ percent}"
-    base = _BASE_AFTER.match(text, end)
+    base = _BASE_AFTER.match(text, end, end + 60)
     return f"{answer}_{{{base[1] or base[2]}}}" if base else answer
 
 
@@ -203,15 +217,15 @@ def alternatives_before(text: str, start: int) -> tuple[str, ...]:
 
 
 def later_values(text: str, end: int) -> tuple[str, ...]:
-    """Returns the values that the text after the box offers as equal to it, as alternatives, or as corrections of it."""
+    """Returns the values behind the box: equal ones in a chain, alternatives, and corrections."""
+    after = _following(text, end)
     values: list[str] = []
-    position = end
-    while len(values) < _MAX_VALUES and (match := _ALTERNATIVE.match(text, position)):
+    position = 0
+    while len(values) < _MAX_VALUES and (match := _ALTERNATIVE.match(after, position)):
         values.append(match["value"])
         position = match.end()
-    if equality := _EQUALITY.match(text, end, end + 200):
+    if equality := _EQUALITY.match(after, 0, 200):
         values.append(equality["value"])
-    after = text[end : end + _MAX_AFTER_CHARS]
     corrections = (
         match
         for pattern in (_CORRECTION, _SECOND_THOUGHT)

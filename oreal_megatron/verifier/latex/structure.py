@@ -165,6 +165,18 @@ def _matrix(latex: str) -> Matrix | None:
     return Matrix(tuple(cells)) if cells and all(len(row) == len(cells[0]) for row in cells) else None
 
 
+_TRANSPOSE = re.compile(r"(.+[)\]}])\s*\^\s*\{?\s*(?:T|t|\\top|\\intercal|\\text\s*\{\s*T\s*\})\s*\}?", re.DOTALL)
+
+
+def _transposed(latex: str) -> Node | None:
+    """Reads a transposed tuple or matrix."""
+    match = _TRANSPOSE.fullmatch(latex)
+    node = parse(match[1]) if match else None
+    if isinstance(node, Matrix):
+        return Matrix(tuple(zip(*node.rows, strict=True)))
+    return Bracketed(node.parts, "(", ")") if isinstance(node, Bracketed) else None
+
+
 def _based(latex: str) -> Based | None:
     match = _BASED.fullmatch(latex)
     if match is None:
@@ -188,7 +200,7 @@ def _words(latex: str) -> Node | None:
     without = _TEXT_COMMAND.sub("", latex).strip(" .,;:!?-")
     if "\\text" in latex and not without:
         words = " ".join(match[1].strip() for match in _TEXT_COMMAND.finditer(latex)).strip()
-        if re.fullmatch(r"[\d.,/:%\s-]+|[A-Za-z]\s*=\s*[\d./-]+", words):
+        if re.fullmatch(r"[\d.,/:%\s-]+|\d+ to \d+|[A-Za-z]\s*=\s*[\d./-]+", words):
             return parse(words)
         if quantity := re.fullmatch(r"(-?[\d.,/]+)\s+([A-Za-z][A-Za-z ]*)", words):
             return parse(f"{quantity[1]}\\text{{{quantity[2]}}}")
@@ -259,7 +271,7 @@ def _flatten(parts: list[Node]) -> tuple[Node, ...]:
     return tuple(flat)
 
 
-def parse_list(latex: str) -> Collection | None:
+def parse_list(latex: str) -> Collection | Bracketed | None:
     """Reads a list such as `a, b and c` outside of brackets."""
     tokens = tokens_of(latex)
     spans: list[tuple[int, int]] = [(t.start, t.end) for t in tokens if t.depth == 0 and t.text in ",;"]
@@ -279,6 +291,8 @@ def parse_list(latex: str) -> Collection | None:
     parts = [part for part in parts if part]
     if len(parts) < 2:
         return None
+    if all(part.startswith(label) for part, label in zip(parts, ("(1)", "(2)", "(3)", "(4)"), strict=False)):
+        return Bracketed(tuple(parse(part[3:]) for part in parts), "(", ")")
     return Collection(_flatten([parse(part) for part in parts]), alternative=alternative)
 
 
@@ -290,9 +304,16 @@ def _set_operation(latex: str) -> SetOperation | None:
     return _operation(latex, _SET_OPERATORS)
 
 
-def _connective(latex: str) -> SetOperation | None:
+def _connective(latex: str) -> SetOperation | Collection | None:
     """Reads statements joined by connectives, which bind less than relations; set operators bind more."""
-    return _operation(latex, _CONNECTIVES)
+    node = _operation(latex, _CONNECTIVES)
+    if node is not None and node.operator == "or" and all(_is_equation(part) for part in node.parts):
+        return Collection(node.parts, alternative=True)
+    return node
+
+
+def _is_equation(node: Node) -> bool:
+    return isinstance(node, Relation) and node.operators == ("=",)
 
 
 def _operation(latex: str, operators: tuple[tuple[str, str], ...]) -> SetOperation | None:
@@ -353,6 +374,7 @@ def parse(latex: str) -> Node:
         _all_but,
         _system,
         _matrix,
+        _transposed,
         _based,
         _bracketed,
         _point,
