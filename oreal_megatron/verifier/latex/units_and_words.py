@@ -249,5 +249,6 @@ def numbers_in_prose(text: str) -> list[Fraction]:
         else:
             value = Fraction(match[5].replace(",", ""))
             numbers += [value, value / 100] if match[6] else [value]
-    named = (parse_word_number(word) for word in re.findall(r"[a-z]+(?:-[a-z]+)?", text.lower()))
+    words = re.findall(r"[a-z]+(?:-[a-z]+)?", text.lower())
+    named = (parse_word_number(word) for word in words if word != "one")  # "one" may be a pronoun
     return numbers + [number for number in named if number is not None]
