@@ -21,7 +21,8 @@ _CLOSING = {"$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]", "\\begin": "\\end"
 _ROW_BREAK = re.compile(
     r"\\\\(?:\[[^\]]{1,20}\])?|\\newline|\\(?:begin|end)\{\w{1,20}\*?\}(?:\{[^{}]{0,20}\})?|\n[ \t]*\n"
 )
-_SPACE = r"(?:\s|[&~]|\\[,;:! ]|\\q?quad(?![A-Za-z])|\\(?:displaystyle|left|right|big|Big)(?![A-Za-z]))"
+_LAYOUT = "displaystyle|left|right|big|Big|bigg|Bigg|tiny|small|normalsize|large|Large|LARGE|huge|Huge|bf|rm"
+_SPACE = rf"(?:\s|[&~]|\\[,;:! ]|\\q?quad(?![A-Za-z])|\\(?:{_LAYOUT})(?![A-Za-z]))"
 _SPACE_BEFORE = re.compile(rf"{_SPACE}+\Z")
 _LEADING_SPACE = re.compile(rf"{_SPACE}*")
 _ARGUMENT = re.compile(r"(?:[\^_}\]]|\\[A-Za-z]+|\\)\s*\{\Z")
@@ -31,6 +32,7 @@ _TYPEFACE = re.compile(
     r"|displaystyle|large|Large|huge|Huge|centerline)\s*\{\Z"
 )
 _OPEN_TUPLE = re.compile(r"[(\[][^()\[\]]*[,;]\Z")
+_LISTED = re.compile(r"(?:-?\d[\d.]*\s*[,;]\s*)+")
 _WORDS_BEFORE = re.compile(r"\\(?:text|mathrm|textrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}\Z")
 _END_OF_SIDE = re.compile(
     r"(?:(?<![<>!])=|[:,;.]|\\(?:[$#]|implies|impliedby|iff|[Ll]ong[lr]ightarrow|Long[lr]ightarrow|[Rr]ightarrow|to|mapsto|in|equiv"
@@ -40,8 +42,9 @@ _END_OF_SIDE = re.compile(
 _START_OF_REST = re.compile(
     r"(?:\Z|=|[,;](?!\d)|\.(?!\d)|:(?!\s*\d)|\\(?:text|mathrm|textrm|textbf|textit|mbox|operatorname|rm|tag|label|qed|square|Box"
     r"|blacksquare|checkmark|implies|iff|[Rr]ightarrow|Longrightarrow|because|therefore|degree|pmod|notag|nonumber|lor"
-    r"|hspace|vspace|color)(?![A-Za-z])"
+    r"|hspace|vspace|color|approx|simeq|equiv)(?![A-Za-z])"
     r"|\\?%|\^\s*\{?\s*\\(?:circ|degree|text|mathrm|dagger|ast)|°|_|[A-Za-z]{2}|[\u3000-\u9fff□■✓⇒∎。，]"
+    r"|\(\s*[A-Za-z]\s*(?:\\(?:in|geq?|leq?|neq?|gt|lt)(?![A-Za-z])|[=<>])"
     r"|[(\[]\s*(?:\\(?:text|because|mbox|mathrm|mod|pmod)|[A-Za-z]{3})|[)}\]])"
 )
 _OPERATOR_BEFORE = re.compile(
@@ -107,8 +110,10 @@ _CORRECTION = re.compile(
     re.IGNORECASE,
 )
 _SECOND_THOUGHT = re.compile(
-    r"(?:\b(?:wait|oops|edit|sorry|hmm+|rather(?! than)|alternatively|instead)\b"
-    r"|(?:^|[.!?:;\-–—]\s*|\bwait,?\s+)no\s*[,:.!;]"
+    r"(?:\b(?:wait|oops|edit|sorry|hmm+|rather(?! than)|alternatively|instead|update|my bad"
+    r"|(?:let me|i(?:'ll| will)) (?:recompute|recheck|recalculate|redo|re-?evaluate)\b(?:[^\d\n.]{0,30}\.)?"
+    r"|i made an? (?:mistake|error)(?:[^\d\n.]{0,30}\.)?)(?![A-Za-z])"
+    r"|(?:^|[.!?:;(\-–—]\s*|\bwait,?\s+)no\s*[,:.!;]"
     rf"|[.!?]\s+or\b)[^\d\n$\\.]{{0,30}}?{_VALUE}(?:[\s$]*[a-z]{{2,20}})?[\s$*]*(?:[.!?)]|\n|\Z)",
     re.IGNORECASE,
 )
@@ -117,6 +122,13 @@ _RETRACTION = re.compile(
     r"(?:wrong|incorrect|not (?:right|correct|the answer)|a mistake|false)"
     r"|scratch that|ignore (?:that|this|the above)|i made (?:a|an) (?:mistake|error)"
     r"|(?:not|isn't) the (?:right|correct) answer)\b|\(\s*(?:wrong|incorrect|false|not correct|mistake)\s*\)",
+    re.IGNORECASE,
+)
+
+
+_DENIED = re.compile(
+    r"[\s$)]*(?:is|was)\s+(?:wrong|incorrect|false|impossible|a mistake|too (?:small|large|big|low|high)"
+    r"|not (?:the|a|right|correct))\b",
     re.IGNORECASE,
 )
 
@@ -141,6 +153,8 @@ def _without_wrappers(before: str, after: str) -> tuple[str, str]:
         before, after = _SPACE_BEFORE.sub("", before), after[_LEADING_SPACE.match(after).end() :]
         if (typeface := _TYPEFACE.search(before)) and after[:1] == "}":
             before = before[: typeface.start()]
+        elif before.endswith("\\{") and after.startswith("\\}"):
+            before, after = before[:-2], after[1:]
         elif before[-1:] + after[:1] in ("()", "[]", "{}") and not _ARGUMENT.search(before):
             before = before[:-1]
         else:
@@ -152,7 +166,8 @@ def _without_wrappers(before: str, after: str) -> tuple[str, str]:
 def _is_part_of_formula(before: str, after: str) -> bool:
     """Whether the box is only a part of a side in its row of the formula around it."""
     before, after = _without_wrappers(_ROW_BREAK.split(before)[-1], _ROW_BREAK.split(after, maxsplit=1)[0])
-    if not _START_OF_REST.match(after) or (after[:1] in ")]" and _OPEN_TUPLE.search(before)):
+    is_listed = _LISTED.fullmatch(before) or (after[:1] in ")]" and _OPEN_TUPLE.search(before))
+    if is_listed or not _START_OF_REST.match(after):
         return True
     if words := _WORDS_BEFORE.search(before):
         return _NEGATION_BEFORE.search(words[1]) is not None
@@ -199,6 +214,8 @@ def _following(text: str, end: int) -> str:
 def withdraws(text: str, end: int) -> bool:
     """Whether the text after the box says that it is wrong."""
     after = _following(text, end)
+    if _DENIED.match(after):
+        return True
     return any(not _HYPOTHESIS.search(after, 0, match.start()) for match in _RETRACTION.finditer(after))
 
 

@@ -56,7 +56,10 @@ class JudgeFailure(Exception):
 
 
 def build_messages(item: GradeRequest, enforce_json: bool) -> list[dict[str, str]]:
-    """Builds the chat of a request, whose response is the answer alone. The fence is a digest of the texts, so that none of them can hold it."""
+    """Builds the chat of a request whose response is the answer alone.
+
+    The fence is a digest of the texts, so that none of them can hold it.
+    """
     texts = [_clean(item.question)[:_MAX_QUESTION_CHARS], _clean(item.gold_answer), _clean(item.response)]
     fence = "=" * 4 + hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16] + "=" * 4
     labels = ("PROBLEM", "REFERENCE ANSWER", "STUDENT ANSWER")

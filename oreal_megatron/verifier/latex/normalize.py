@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 
@@ -71,7 +72,7 @@ _HTML_SCRIPT = re.compile(r"<(su[bp])>([^<>]{0,50})</\1>")
 _ROW_END = re.compile(
     r"\\\\(?:\*)?(?:\s*\[\s*-?[\d.]{0,8}\s*(?:pt|em|ex|mm|cm|in|px|mu|bp|pc|\\[A-Za-z]{1,20})\s*\])?|\\(?:cr|tabularnewline)(?![A-Za-z])"
 )
-_COLON = re.compile(r"\{\s*:\s*\}|\\math(?:bin|rel|punct)\s*\{\s*:\s*\}|\\colon(?![A-Za-z])")
+_COLON = re.compile(r"\{\s*:\s*\}|\\math(?:bin|rel|punct|ord)\s*\{\s*:\s*\}|\\colon(?![A-Za-z])")
 _THOUSANDS_BRACES = re.compile(r"(?<=\d)\{,\}(?=\d{3})|(?<=\d),\\!\s*(?=\d{3})|(?<=\d)\\,(?=\d{3}(?!\d))")
 _FRACTION = re.compile(r"\\(frac|binom)\s*(?![\s{])(\d|[A-Za-z](?![A-Za-z])|\\[A-Za-z]+)\s*")
 _BARE_ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]{1,20}\])?\s*(\d|[A-Za-z])")
@@ -258,6 +259,7 @@ def text_key(normalized: str) -> str:
     return _IDLE_SPACE.sub("", normalized)
 
 
+@functools.lru_cache(maxsize=512)  # the responses of a group share their gold answer
 def normalize(answer: str) -> str:
     """Returns the answer in its normal spelling: LaTeX commands, no layout, braces around arguments, single spaces."""
     text = _fold_unicode(answer)
@@ -276,6 +278,7 @@ def normalize(answer: str) -> str:
     )
     text = _SPACING_SYMBOL.sub(" ", text.replace(r"\!", ""))
     text = _COLOR.sub(" ", _MEASURED_SPACE.sub(" ", text))
+    text = re.sub(r"(?<=[\d})])\s*\\q?quad\s*(?=[A-Za-z](?:_\{?\w\}?)?\s*=)", ", ", text)
     text = re.sub(r"\\q?quad(?=[A-Za-z])", " ", text)
     text = _UPRIGHT_POWER.sub(r"\1}^{\2}", _SIUNITX.sub(_siunitx, _environments(text)))
     text = unit_vectors(_COMMAND.sub(_rename_command, text))

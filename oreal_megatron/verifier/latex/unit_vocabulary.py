@@ -63,7 +63,7 @@ _COMPARISONS = (
 )
 _OPERATIONS = (
     "squared cubed times plus minus over divided multiplied factorial choose pi sqrt root mod modulo remainder log "
-    "doubled tripled halved ln sin cos tan power raised infinity infinite negative positive double twice "
+    "tens doubled tripled halved ln sin cos tan power raised infinity infinite negative positive double twice "
     "inverse reciprocal"
 )
 _DENIALS = (

@@ -59,6 +59,8 @@ class Unit:
     def agrees(self, other: Unit) -> bool:
         """Whether the two may be the same: one has all the words of the other, such as "apples" and "red apples"."""
         mine, others = set(self.words) - {"/"}, set(other.words) - {"/"}
+        if {self.words, other.words} == {("gbp",), ("lb",)}:
+            return True  # "pounds" may be either
         return self.words == other.words or (
             bool(mine and others) and (mine <= others or others <= mine) and not (mine ^ others) & PHYSICAL_UNITS
         )
