@@ -127,7 +127,7 @@ def compare_answers(gold: str, answer: str, leaves: Leaves) -> Outcome:
         outcome = AnswerComparison(leaves).compare(parse(without_excluded_points(gold_text)), parse(bare))
     if outcome.verdict is Verdict.CORRECT:
         return outcome
-    return _against_prose(gold_text, *(_value_of(text) for text in (gold_text, answer_text)), outcome)
+    return _against_prose(gold_text, _value_of(gold_text), _value_of(answer_text), outcome)
 
 
 def _value_of(text: str) -> Fraction | None:

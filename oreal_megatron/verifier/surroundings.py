@@ -24,7 +24,7 @@ _ROW_BREAK = re.compile(
 _LAYOUT = "displaystyle|left|right|big|Big|bigg|Bigg|tiny|small|normalsize|large|Large|LARGE|huge|Huge|bf|rm"
 _SPACE = rf"(?:\s|[&~]|\\[,;:! ]|\\q?quad(?![A-Za-z])|\\(?:{_LAYOUT})(?![A-Za-z]))"
 _SPACE_BEFORE = re.compile(rf"{_SPACE}+\Z")
-_LEADING_SPACE = re.compile(rf"{_SPACE}*")
+_SPACE_AFTER = re.compile(rf"\A{_SPACE}+")
 _ARGUMENT = re.compile(r"(?:[\^_}\]]|\\[A-Za-z]+|\\)\s*\{\Z")
 _IDLE_BEFORE = re.compile(r"(?:</?\w{1,20}>|\*\*)\s*\Z")
 _TYPEFACE = re.compile(
@@ -150,7 +150,7 @@ def _open_formula(text: str, start: int) -> tuple[int, int, str] | None:
 def _without_wrappers(before: str, after: str) -> tuple[str, str]:
     r"""Returns the two sides without spaces, typefaces such as `\mathbf{...}`, and brackets around the box alone."""
     for _ in range(_MAX_WRAPPERS):
-        before, after = _SPACE_BEFORE.sub("", before), after[_LEADING_SPACE.match(after).end() :]
+        before, after = _SPACE_BEFORE.sub("", before), _SPACE_AFTER.sub("", after)
         if (typeface := _TYPEFACE.search(before)) and after[:1] == "}":
             before = before[: typeface.start()]
         elif before.endswith("\\{") and after.startswith("\\}"):
