@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 from oreal_megatron.types import Verdict
@@ -54,6 +55,8 @@ from oreal_megatron.verifier.outcome import Outcome, all_of, any_of, different, 
 _VARIABLE = re.compile(r"[A-Za-z]|\\[A-Za-z]+")
 
 
+_SAME_VALUE = 1e-40
+"""Difference of two values up to which they count as the same."""
 _MANY_PARTS = 12
 """Number of parts from which lists are compared in the order of their values first."""
 
@@ -259,9 +262,7 @@ class AnswerComparison:
         if len(gold) == len(answer) >= _MANY_PARTS:
             sorted_parts = [self._by_value(parts) for parts in (gold, answer)]
             if sorted_parts[0] is not None and sorted_parts[1] is not None:
-                outcome = self._in_order(sorted_parts[0], sorted_parts[1])
-                if outcome.verdict is Verdict.CORRECT:
-                    return outcome
+                return self._in_order(sorted_parts[0], sorted_parts[1])
         remaining = list(answer)
         for wanted in gold:
             outcomes = [self.compare(wanted, candidate) for candidate in remaining]
@@ -281,11 +282,14 @@ class AnswerComparison:
         return equal("the same values")
 
     def _by_value(self, parts: tuple[Node, ...]) -> tuple[Node, ...] | None:
-        """Sorts constants by their value; None if a part has none."""
+        """Sorts constants by their value; None if a part has none, or two parts have the same."""
         values: list[Any] = [self.leaves.real_value(part.latex) if isinstance(part, Leaf) else None for part in parts]
         if any(value is None for value in values):
             return None
-        return tuple(parts[index] for index in sorted(range(len(parts)), key=lambda index: values[index]))
+        order = sorted(range(len(parts)), key=lambda index: values[index])
+        if any(values[after] - values[before] <= _SAME_VALUE for before, after in pairwise(order)):
+            return None
+        return tuple(parts[index] for index in order)
 
     def _operations(self, gold: Node, answer: Node) -> Outcome:
         if (

@@ -47,6 +47,13 @@ def test_no_hostile_answer_to_a_number_is_undecided(verifier: StagedVerifier) ->
     assert not undecided
 
 
+def test_a_wrong_value_among_many_radicals_is_found_in_linear_time(verifier: StagedVerifier) -> None:
+    """Each value against each other takes longer than the shared verifier's limit."""
+    roots = [f"\\sqrt{{{number}}}+1" for number in range(2, 302)]
+    grade = verifier.grade_answers([pair(", ".join(roots), ", ".join(["\\sqrt{7777}+1", *roots[:0:-1]]))])[0]
+    assert grade.verdict is NO, grade
+
+
 @pytest.mark.parametrize(
     "response",
     [
