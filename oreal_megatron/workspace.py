@@ -30,7 +30,7 @@ from oreal_megatron.preflight import check_startable, geometry_of_run
 from oreal_megatron.rollout.journal import RolloutJournal
 from oreal_megatron.stopping import StopRequest
 from oreal_megatron.types import Benchmark, Prompt
-from oreal_megatron.verifier import Verifier, build_verifier
+from oreal_megatron.verifier import StagedVerifier, build_verifier
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Workspace:
     directory: Path
     groups: ParallelGroups
     tracker: Tracker
-    verifier: Verifier
+    verifier: StagedVerifier
     tokenizer: PreTrainedTokenizerBase
     renderer: PromptRenderer
     journal: RolloutJournal
