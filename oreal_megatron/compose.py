@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,8 +24,10 @@ SITE = "cluster"
 """Name of the group with values of a site. It is composed with a run's configuration and is not part of it."""
 PLACEHOLDERS = "/site/"
 """Prefix of the values that `with_placeholders` fills in."""
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 """Errors that Hydra raises while it composes; `composition_error` explains them."""
+DEMOS = ("arithmetic", "arithmetic_sglang")
+"""Experiments with the settings of a model of 0.15M parameters."""
 _FROM_SITE = re.compile(r"\$\{cluster\.(\w+)\}")
 
 
@@ -33,18 +37,21 @@ def config_directory() -> Path:
     return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "oreal_megatron" / "conf"
 
 
-def composed(overrides: Sequence[str]) -> DictConfig:
+def composed(overrides: Sequence[str], *, config_dir: Path | None = None) -> DictConfig:
     """Returns the configuration that `oreal-train` would compose from these overrides.
 
+    config_dir: a directory with more options of groups, as for `oreal-train --config-dir`.
+
     Raises:
-        ConfigError: an override names an unknown group, option or key.
+        ConfigError: an override names an unknown group, option or key, or cannot be read.
     """
     GlobalHydra.instance().clear()
+    search = [] if config_dir is None else [search_path(config_dir)]
     try:
         with initialize_config_dir(str(config_directory()), version_base="1.3"):
-            whole = compose("config", overrides=list(overrides), return_hydra_config=True)
+            whole = compose("config", overrides=[*overrides, *search], return_hydra_config=True)
     except COMPOSITION_ERRORS as error:
-        raise composition_error(error, overrides) from error
+        raise composition_error(error, overrides, config_dir) from error
     HydraConfig.instance().set_config(whole)  # run.name is the experiment's by default
     OmegaConf.set_readonly(whole.hydra, False)
     OmegaConf.set_struct(whole, False)
@@ -52,40 +59,70 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     return whole
 
 
-def composition_error(error: Exception, overrides: Iterable[str]) -> ConfigError:
+def search_path(config_dir: Path) -> str:
+    """Returns the override that adds a directory with options of groups. Raises ConfigError if it does not exist."""
+    if not config_dir.is_dir():
+        remedy = "There is no such directory. Name one with folders such as objective/ or experiment/."
+        raise ConfigError([Violation("--config-dir", str(config_dir), remedy)])
+    path = _quoted(f"file://{config_dir.resolve()}")
+    return f"hydra.searchpath=[{path}]"
+
+
+def composition_error(error: Exception, overrides: Iterable[str], config_dir: Path | None = None) -> ConfigError:
     """Returns the error with a violation for every override that cannot be composed, or with Hydra's own message."""
     message = " ".join(str(error).split())
+    directories = [config_directory(), *([config_dir] if config_dir is not None and config_dir.is_dir() else [])]
     violations = []
     for override in overrides:
         key, _, value = override.partition("=")
-        if (remedy := _remedy(key, value, message)) is not None:
+        if (remedy := _unreadable(override) or _remedy(key, value, message, directories)) is not None:
             violations.append(Violation(key, value, remedy))
     return ConfigError(violations or [Violation("(composition)", None, message)])
 
 
-def _remedy(key: str, value: str, message: str) -> str | None:
+def _unreadable(override: str) -> str | None:
+    """Returns the remedy for an override that is not in Hydra's grammar; None where it is."""
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        key, equals, value = override.partition("=")
+        if not equals:
+            return f"It is no override. Write {key}=VALUE."
+        quoted = shlex.quote(f"{key}={_quoted(value)}")
+        return f"The value has characters that need quotes, inside of the shell's. Write {quoted}."
+    return None
+
+
+def _quoted(value: str) -> str:
+    """Returns a text as a quoted value of Hydra's grammar, in which a backslash escapes before a quote alone."""
+    return '"' + re.sub(r'(\\*)"', r"\1\1\"", re.sub(r"(\\+)$", r"\1\1", value)) + '"'
+
+
+def _remedy(key: str, value: str, message: str, directories: Sequence[Path]) -> str | None:
     """Returns what is wrong with an override; None where it names an existing group and option, or key.
 
     message: Hydra's, which tells a known key that the composed options do not set.
+    directories: conf/ and, where it is given, --config-dir.
     """
-    if key.startswith(("~", "hydra", "-")):
+    if key.startswith(("hydra", "-")):
         return None
-    directory, name = config_directory(), key.lstrip("+")
-    groups = sorted(path.name for path in directory.iterdir() if path.is_dir() and path.name != "hydra")
+    name = key.lstrip("+~")
+    groups = {path.name for directory in directories for path in directory.iterdir() if path.is_dir()} - {"hydra"}
     if name in groups:
-        options = sorted(path.stem for path in (directory / name).glob("*.yaml"))
-        return None if value in options or "," in value else unknown_key(value, options).replace("key", "option")
+        options = {path.stem for directory in directories for path in (directory / name).glob("*.yaml")}
+        return None if value in options or "," in value else unknown_key(value, options, kind="option")
     first, *path = name.split(".")
     if first not in groups and first not in TrainConfig.model_fields:
         return unknown_key(first, {*groups, *TrainConfig.model_fields})
     if first not in TrainConfig.model_fields:
-        known: Iterable[str] = {key for file in (directory / first).glob("*.yaml") for key in _top_level_keys(file)}
+        files = [file for directory in directories for file in (directory / first).glob("*.yaml")]
+        known: Iterable[str] = {key for file in files for key in _top_level_keys(file)}
         return None if not path or path[0] in known else unknown_key(path[0], known)
     for index, part in enumerate(path):
         fields = fields_at([first, *path[:index]])
         if fields and part not in fields:
             return unknown_key(part, fields)
-    if not key.startswith("+") and f"'{name}'" in message:
+    if not key.startswith(("+", "~")) and f"'{name}'" in message:
         return f"The chosen options do not set this key. Choose an option that does, or write +{name}={value}."
     return None
 
@@ -101,24 +138,45 @@ def validated(config: DictConfig) -> TrainConfig:
         ConfigError: with all violations.
     """
     raw: Any = OmegaConf.to_container(config, resolve=False)
-    violations = [Violation(key, "???", "The key has no value. Set it.") for key in missing_keys(raw)]
+    violations = [Violation(key, "???", missing_value(key)) for key in missing_keys(raw)]
     if violations:
         raise ConfigError(violations)
     return parse_config(resolved(config))
+
+
+def missing_value(key: str) -> str:
+    """Returns the remedy for a key without a value, with the first sentence of the key's description."""
+    *parents, name = key.split(".")
+    field = fields_at(parents).get(name)
+    meaning = (field.description or "").split(". ")[0].rstrip(".") if field is not None else ""
+    return f"It has no value. Set it{': ' + ' '.join(meaning.split()) if meaning else ''}."
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
     """Returns the run's part of the configuration as plain data, with interpolations resolved.
 
     Raises:
-        ConfigError: an interpolation names a key that does not exist.
+        ConfigError: an interpolation names a key that does not exist, or the demo is given another model and data.
     """
     try:
         raw: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError([Violation("(composition)", None, str(error).strip().replace("\n", " "))]) from error
     raw.pop(SITE, None)
+    _check_demo(raw)
     return raw
+
+
+def _check_demo(raw: dict[str, Any]) -> None:
+    """Refuses the demo, which is the default experiment, for a model and prompts that its settings do not fit."""
+    experiment = str(HydraConfig.get().runtime.choices.get("experiment")) if HydraConfig.initialized() else ""
+    given = [key for section, key in (("model", "path"), ("data", "train")) if (raw.get(section) or {}).get(key)]
+    if experiment in DEMOS and given == ["path", "train"]:
+        remedy = (
+            "Its prompt length, learning rates, evaluation and run.name are those of a small model of arithmetic, and "
+            "model.path and data.train are set. Choose experiment=own_model."
+        )
+        raise ConfigError([Violation("experiment", experiment, remedy)])
 
 
 def missing_keys(raw: dict[str, Any]) -> list[str]:

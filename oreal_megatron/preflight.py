@@ -10,7 +10,7 @@ from oreal_megatron.conversion.huggingface import geometry_of
 
 
 def check_startable(config: TrainConfig, num_processes: int) -> None:
-    """Raises ConfigError where the configuration asks for other processes or more devices than there are."""
+    """Raises ConfigError where the configuration asks for processes, devices or paths that are not there."""
     violations = []
     if (servers := config.rollout.sglang) is not None and not servers.urls and servers.device == "cuda":
         first, devices = first_server_device(servers), config.resources.devices_per_node
@@ -24,8 +24,28 @@ def check_startable(config: TrainConfig, num_processes: int) -> None:
     if wanted is not None and wanted != num_processes:
         remedy = f"{num_processes} were started; start {wanted}, or set resources.trainer_devices={num_processes}"
         violations.append(Violation("resources.trainer_devices", wanted, remedy))
+    violations += _missing_paths(config)
     if violations:
         raise ConfigError(violations)
+
+
+def _missing_paths(config: TrainConfig) -> list[Violation]:
+    """Returns a violation for every model directory, tokenizer and data file that does not exist."""
+    directories = {"model.path": config.model.path}
+    if config.model.tokenizer not in ("arithmetic", config.model.path):
+        directories["model.tokenizer"] = config.model.tokenizer
+    files = {"data.train": config.data.train, "sft.demonstrations": config.sft and config.sft.demonstrations}
+    files |= {f"evaluation.benchmarks.{name}.path": item.path for name, item in config.evaluation.benchmarks.items()}
+    violations = [
+        Violation(key, path, "There is no such directory. Set it to a directory of the form of Hugging Face models.")
+        for key, path in directories.items()
+        if path is not None and not Path(path).is_dir()
+    ]
+    return violations + [
+        Violation(key, path, "There is no such file. Set it to a JSONL file.")
+        for key, path in files.items()
+        if path is not None and not Path(path).exists()
+    ]
 
 
 def first_server_device(servers: SGLangConfig) -> int:

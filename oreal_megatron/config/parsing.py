@@ -123,9 +123,12 @@ def fields_at(path: Sequence[Any], annotation: Any = TrainConfig) -> Mapping[str
     return fields_at(path[1:], info.annotation) if info else {}
 
 
-def unknown_key(name: str, known: Iterable[str]) -> str:
-    """Returns the remedy for a key that does not exist: the nearest of the known keys, or all of them."""
+def unknown_key(name: str, known: Iterable[str], *, kind: str = "key") -> str:
+    """Returns the remedy for a key that does not exist: the nearest of the known keys, or all of them.
+
+    kind: what the name stands for: `key`, or `option` of a group.
+    """
     known = sorted(known)
     if close := difflib.get_close_matches(name, known, n=1):
-        return f"There is no such key. Did you mean `{close[0]}`?"
-    return f"There is no such key. Known keys: {', '.join(known)}." if known else "There is no such key."
+        return f"There is no such {kind}. Did you mean `{close[0]}`?"
+    return f"There is no such {kind}. Known {kind}s: {', '.join(known)}." if known else f"There is no such {kind}."
