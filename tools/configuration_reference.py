@@ -27,8 +27,8 @@ authors' release in `conf/objective/oreal.yaml` and `conf/optimizer/released.yam
 
     oreal-train experiment=own_model model.path=DIR data.train=train.jsonl evaluation.benchmarks.heldout.path=test.jsonl
 
-`conf/experiment/own_model.yaml` has prompts of up to 1,024 tokens and responses of up to 3,072, in `runs/own_model`. `evaluation=none` leaves out the
-evaluation, and `run.name=NAME` changes the name and, with it, the directory.
+`conf/experiment/own_model.yaml` has prompts of up to 1,024 tokens and responses of up to 3,072, in `runs/own_model`.
+`evaluation=none` leaves out the evaluation, and `run.name=NAME` changes the name and, with it, the directory.
 
 ## Options of your own
 
@@ -38,13 +38,13 @@ A group's option is a YAML file, and needs no change of the package. `--config-d
     printf 'defaults: [baseline]\\npreset: mine\\neta: 0.25\\n' > mine/objective/mine.yaml
     oreal-train --config-dir mine objective=mine run.name=mine
 
-`oreal-plan`, `oreal-submit` and `oreal-doctor` have `--config-dir` too. `experiment/NAME.yaml` in it is a whole run of your own; it begins with
-`# @package _global_`, as the files of `conf/experiment` do.
+`oreal-plan`, `oreal-submit` and `oreal-doctor` have `--config-dir` too. `experiment/NAME.yaml` in it is a whole run of
+your own; it begins with `# @package _global_`, as the files of `conf/experiment` do.
 
 ## Values with special characters
 
-Hydra reads values by a grammar of its own, in which `<`, `|`, `{`, `[`, `,`, `=` and others have a meaning. Such a value needs double quotes, and the shell's single
-quotes around the whole:
+Hydra reads values by a grammar of its own, in which `<`, `|`, `{`, `[`, `,`, `=` and others have a meaning. Such a value
+needs double quotes, and the shell's single quotes around the whole:
 
     oreal-train 'prompt.stop_token="<|eot_id|>"'
 

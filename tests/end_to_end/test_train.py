@@ -176,7 +176,11 @@ def test_what_a_site_must_give_is_asked_for_all_at_once():
     assert outcome.returncode == 1
     assert "data.train = '???'" in outcome.stderr and "model.path = '???'" in outcome.stderr
     nowhere = command_line("experiment=math_smollm2", "model.path=/nowhere", "data.train=x.jsonl")
-    assert nowhere.returncode == 1 and "model.path = '/nowhere'" in nowhere.stderr and "data.train = 'x.jsonl'" in nowhere.stderr
+    assert (
+        nowhere.returncode == 1
+        and "model.path = '/nowhere'" in nowhere.stderr
+        and "data.train = 'x.jsonl'" in nowhere.stderr
+    )
 
 
 def test_an_unknown_override_names_the_key(tmp_path):
