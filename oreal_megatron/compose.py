@@ -82,15 +82,23 @@ def composition_error(error: Exception, overrides: Iterable[str], config_dir: Pa
 
 def _unreadable(override: str) -> str | None:
     """Returns the remedy for an override that is not in Hydra's grammar; None where it is."""
+    key, equals, value = override.partition("=")
+    if _is_readable(override):
+        return None
+    if not equals:
+        return f"It is no override. Write {key}=VALUE."
+    quoted = f"{key}={_quoted(value)}"
+    if _is_readable(quoted):
+        return f"The value has characters that need quotes, inside of the shell's. Write {shlex.quote(quoted)}."
+    return "The key has characters that a key on the command line cannot have. Set it in a file below --config-dir."
+
+
+def _is_readable(override: str) -> bool:
     try:
         OverridesParser.create().parse_override(override)
     except HydraException:
-        key, equals, value = override.partition("=")
-        if not equals:
-            return f"It is no override. Write {key}=VALUE."
-        quoted = shlex.quote(f"{key}={_quoted(value)}")
-        return f"The value has characters that need quotes, inside of the shell's. Write {quoted}."
-    return None
+        return False
+    return True
 
 
 def _quoted(value: str) -> str:

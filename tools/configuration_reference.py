@@ -5,6 +5,7 @@ python tools/configuration_reference.py > docs/configuration.md
 
 from __future__ import annotations
 
+import argparse
 import sys
 import typing
 from collections.abc import Iterator, Mapping
@@ -43,8 +44,8 @@ your own; it begins with `# @package _global_`, as the files of `conf/experiment
 
 ## Values with special characters
 
-Hydra reads values by a grammar of its own, in which `<`, `|`, `{`, `[`, `,`, `=` and others have a meaning. Such a value
-needs double quotes, and the shell's single quotes around the whole:
+Hydra reads values by a grammar of its own, in which `<`, `|`, `{`, `[`, `,`, `=` and others have a
+meaning. Such a value needs double quotes, and the shell's single quotes around the whole:
 
     oreal-train 'prompt.stop_token="<|eot_id|>"'
 
@@ -93,6 +94,8 @@ def type_name(annotation: object) -> str:
 
 
 def main() -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=formatter).parse_args()
     print(HEADER)
     for path, section in sections(TrainConfig):
         print(f"## `{path}`\n\n{(section.__doc__ or '').strip().splitlines()[0] if section.__doc__ else ''}\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 from oreal_megatron import __version__
 
 VERSION = f"oreal_megatron {__version__}"
-"""What --version shows."""
+"""Text that --version shows."""
 
 
 def command_parser(name: str, description: str, *, example: str) -> argparse.ArgumentParser:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from oreal_megatron.compose import composed, resolved, with_placeholders
-from oreal_megatron.config import GeometryConfig, TrainConfig, parse_config
+from oreal_megatron.compose import PLACEHOLDERS, composed, resolved, with_placeholders
+from oreal_megatron.config import ConfigError, GeometryConfig, TrainConfig, Violation, parse_config
 from oreal_megatron.dry_run import is_dry_run, shrunk
 from oreal_megatron.log import quiet_libraries
 from oreal_megatron.planner.planner import Plan, first_change, make_plan
@@ -78,6 +78,9 @@ def _geometry(config: TrainConfig) -> GeometryConfig:
     if geometry is None:
         from oreal_megatron.conversion.huggingface import geometry_of
 
+        if str(config.model.path).startswith(PLACEHOLDERS):
+            remedy = "A plan reads its config.json. Set it to a Hugging Face directory, or set model.geometry."
+            raise ConfigError([Violation("model.path", "???", remedy)])
         geometry = geometry_of(Path(str(config.model.path)))
     if geometry.vocab_size is None:
         from oreal_megatron.data.tokenizer import load_tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -21,7 +21,7 @@ def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
         ConfigError: with all violations: of every section's schema, and of the checks across sections whose sections
             are valid.
     """
-    violations: list[Violation] = []
+    violations = list(_unwritable(raw))
     sections: dict[str, Any] = {}
     for name, info in TrainConfig.model_fields.items():
         if name not in raw:
@@ -41,6 +41,19 @@ def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
         are_valid = sections.keys() == TrainConfig.model_fields.keys() == raw.keys()
         raise ConfigError(violations, TrainConfig(**sections) if are_valid else None)
     return TrainConfig(**sections)
+
+
+def _unwritable(value: Any, key: str = "") -> Iterator[Violation]:
+    """Yields every text, also those in lists and mappings, that no UTF-8 file or path can hold."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _unwritable(name, f"{key}.{name!a}")
+            yield from _unwritable(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _unwritable(inner, f"{key}.{index}")
+    elif isinstance(value, str) and ("\0" in value or any("\ud800" <= character <= "\udfff" for character in value)):
+        yield Violation(key, value, "It has a zero byte, or bytes that are not UTF-8. Set it to a text of Unicode.")
 
 
 # Keys that may change when a run resumes: length, speed and visibility of the run, not what it computes.

@@ -7,8 +7,8 @@ import shlex
 import pytest
 
 from oreal_megatron.cli import plan, train
-from oreal_megatron.compose import composed, validated
-from oreal_megatron.config import ConfigError, Violation
+from oreal_megatron.compose import composed, resolved, validated
+from oreal_megatron.config import ConfigError, Violation, parse_config
 
 OWN = ["model.path=DIR", "data.train=train.jsonl"]
 
@@ -55,6 +55,7 @@ def test_unreadable_value_is_shown_with_the_quotes_that_make_it_readable(value):
     ("override", "key", "words"),
     [
         ("run.seed", "run.seed", "Write run.seed=VALUE"),
+        ("+evaluation.benchmarks.a/b=1", "+evaluation.benchmarks.a/b", "below --config-dir"),
         ("~objektive", "~objektive", "`objective`"),
         ("+objektive=grpo", "objektive", "`objective`"),
         ("verifier=rulez", "verifier", "no such option. Did you mean `rules`"),
@@ -63,6 +64,27 @@ def test_unreadable_value_is_shown_with_the_quotes_that_make_it_readable(value):
 def test_override_that_fits_nothing_names_the_nearest(override, key, words):
     (violation,) = refused(override)
     assert violation.key == key and words in violation.remedy
+
+
+def test_texts_that_no_file_can_hold_and_numbers_beyond_64_bits_are_refused():
+    wrong = {
+        "run.dir": "",
+        "run.name": "a\0b",
+        "data.train": "\udc80.jsonl",
+        "run.seed": 2**63,
+        "evaluation.benchmarks.a b.path": " ",
+        "optimizer.policy.betas.0": 1.0,
+    }
+    raw = resolved(composed([]))
+    raw["run"] |= {"dir": "", "name": "a\0b", "seed": 2**63}
+    raw["data"]["train"] = "\udc80.jsonl"
+    raw["optimizer"]["policy"]["betas"] = [1.0, 0.9]
+    raw["evaluation"]["benchmarks"]["a b"] = {"path": " ", "samples": 0, "limit": None}
+    raw["evaluation"]["benchmarks"]["../a"] = raw["evaluation"]["benchmarks"]["heldout"]
+    with pytest.raises(ConfigError) as caught:
+        parse_config(raw)
+    found = {violation.key: violation.value for violation in caught.value.violations}
+    assert found.pop("evaluation.benchmarks.../a.[key]") == "../a" and found == wrong
 
 
 @pytest.fixture
@@ -102,6 +124,8 @@ def test_commands_take_options_from_outside(capsys, config_dir, monkeypatch):
     assert ended(plan.main, monkeypatch, "--config-dir", config_dir, "objective=mine") == 0
     assert ended(train.main, monkeypatch, "--config-dir", config_dir, "objective=min") == 1
     assert "`mine`" in capsys.readouterr().err
+    assert ended(plan.main, monkeypatch, "experiment=own_model") == 1
+    assert "model.path = '???': A plan reads its config.json" in capsys.readouterr().err
 
 
 def test_version_of_train_is_the_products(capsys, monkeypatch):

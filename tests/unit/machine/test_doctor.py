@@ -20,3 +20,11 @@ def test_doctor_names_what_is_missing_and_its_installation(capsys):
     # Brackets are part of the command.
     assert "pip install --no-build-isolation 'transformer-engine[pytorch,core_cu" in str(lines)
     assert "pip install '.[sglang]'" in str(lines) or lines["SGLang"].startswith("found")
+
+
+@pytest.mark.end_to_end
+def test_doctor_asks_for_no_gpus_where_the_run_needs_none(capsys):
+    with pytest.raises(SystemExit):
+        main(["experiment=arithmetic"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if " GPUs " in line]
+    assert line.endswith("resources.device=cpu needs none")
