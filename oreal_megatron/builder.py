@@ -26,7 +26,7 @@ from oreal_megatron.rollout.engine import RolloutEngine
 from oreal_megatron.rollout.sampler import Sampler
 from oreal_megatron.rollout.sglang_engine import SGLangEngine
 from oreal_megatron.run_state import Run
-from oreal_megatron.servers.fingerprint import Fingerprint, check_server
+from oreal_megatron.servers.fingerprint import check_server, fingerprint
 from oreal_megatron.servers.pool import ServerPool
 from oreal_megatron.servers.server import ServerSettings
 from oreal_megatron.servers.server_process import Launcher, start_directory
@@ -105,7 +105,7 @@ def _sglang_engine(workspace: Workspace, policy: Policy | ModelChunks, servers: 
         max_positions=config.model.max_sequence_length,
         stop_token_id=workspace.renderer.stop_token_id,
     )
-    expected = Fingerprint.of(geometry, config.served_dtype, described)
+    expected = fingerprint(geometry, config.served_dtype, described)
     launcher = Launcher(
         config=servers,
         model=start_directory(directory / "servers"),

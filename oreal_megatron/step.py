@@ -21,8 +21,11 @@ from oreal_megatron.models.pipeline_schedule import score
 from oreal_megatron.models.trained_model import TrainedModel, UpdateReport
 
 
-class NonFiniteLossError(ArithmeticError):
-    """Raised where a loss, a term or a gradient is not a finite number; the model was not updated."""
+class UpdateRefused(ArithmeticError):
+    """Raised in place of an update that would damage the model.
+
+    A loss, a term or a gradient is not a finite number, or the rollouts' log-probabilities are not the policy's.
+    """
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,6 @@ class ScoredSequences:
     """Mean score of each sequence, which is the logit of its outcome."""
     outcomes: list[bool]
     """Whether each sequence is correct."""
-
-
-class MismatchError(ArithmeticError):
-    """Raised where the rollouts came from other weights or another model than the policy; it was not updated."""
 
 
 def with_reference(
@@ -79,7 +78,7 @@ def update_reward_model(
     num_sequences: number of sequences in the step, over all ranks.
 
     Raises:
-        NonFiniteLossError: on every rank, before the update.
+        UpdateRefused: on every rank, before the update.
     """
     groups = reward_model.groups
 
@@ -113,7 +112,7 @@ def update_policy(
     max_mismatch: limit of the mean |difference| from the rollouts' log-probabilities, in nats; None: no limit.
 
     Raises:
-        NonFiniteLossError, MismatchError: on every rank, before the update.
+        UpdateRefused: on every rank, before the update.
     """
 
     def loss(output: Tensor, batch: TokenBatch) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor]]:
@@ -148,7 +147,7 @@ def update_policy(
     differences = [difference_R[~batch.is_older] for batch, (_, difference_R) in zip(batches, results, strict=True)]
     mismatch = rollout_mismatch(differences, policy.groups)
     if max_mismatch is not None and mismatch.get("rollout_logprob_difference", 0.0) > max_mismatch:
-        raise MismatchError(
+        raise UpdateRefused(
             f"the policy's log-probabilities differ from the rollouts' by {mismatch['rollout_logprob_difference']:.3g} "
             f"nats in the mean, more than rollout.mismatch.stop = {max_mismatch:g} (99th percentile "
             f"{mismatch['rollout_logprob_difference_p99']:.3g}); no update was made. Check that the engine has the "
@@ -227,11 +226,11 @@ def _update(model: TrainedModel, name: str, batches: Sequence[TokenBatch]) -> Up
         return model.update()
     except FloatingPointError as error:
         ids = ", ".join(id for batch in batches for id in batch.ids)
-        raise NonFiniteLossError(f"{name}: {error}, no update was made. The sequences were {ids}") from error
+        raise UpdateRefused(f"{name}: {error}, no update was made. The sequences were {ids}") from error
 
 
 def _check_finite(values: dict[str, list[float]], batches: Sequence[TokenBatch], groups: ParallelGroups) -> None:
-    """Raises NonFiniteLossError on every rank where a micro-batch of any rank has a term that is not finite."""
+    """Raises UpdateRefused on every rank where a micro-batch of any rank has a term that is not finite."""
     bad = [
         (name, value, batches[index].ids)
         for name, per_batch in values.items()
@@ -241,4 +240,4 @@ def _check_finite(values: dict[str, list[float]], batches: Sequence[TokenBatch],
     found = [item for part in groups.gather_over_data(bad) for item in part]
     if found:
         lines = "\n".join(f"  {name} = {value} in a micro-batch of {', '.join(ids)}" for name, value, ids in found)
-        raise NonFiniteLossError(f"terms that are not finite numbers:\n{lines}")
+        raise UpdateRefused(f"terms that are not finite numbers:\n{lines}")

@@ -19,9 +19,8 @@ from oreal_megatron.rollout.sampler import EarlyStop, SampleResult, rollout_seed
 from oreal_megatron.run_state import Run, restore, save
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.step import (
-    MismatchError,
-    NonFiniteLossError,
     ScoredSequences,
+    UpdateRefused,
     update_policy,
     update_reward_model,
     with_reference,
@@ -38,9 +37,8 @@ def train(run: Run) -> None:
     """Trains from the newest checkpoint, if there is one, to run.num_steps; evaluates and saves on the way.
 
     Raises:
-        NonFiniteLossError: a loss is not a finite number; the message names step, terms and samples. Checkpoints stay.
-        MismatchError: the rollouts' log-probabilities are not the policy's, beyond rollout.mismatch.stop. Checkpoints
-            stay.
+        UpdateRefused: a loss is not a finite number, or the rollouts' log-probabilities are not the policy's, beyond
+            rollout.mismatch.stop; the message names step, terms and samples. Checkpoints stay.
         Stopped: a stop was asked for; everything until then is saved.
         OSError: the disk refused; the message says which checkpoints are whole.
     """
@@ -64,7 +62,7 @@ def train(run: Run) -> None:
     except Stopped:
         save(run, wait=True)
         raise Stopped(where_stopped(run)) from None
-    except (NonFiniteLossError, MismatchError):
+    except UpdateRefused:
         run.store.finish(wait=True)
         raise
     run.store.finish(wait=True)
@@ -81,7 +79,7 @@ def train_step(run: Run) -> StepReport:
     """Runs one step: prompts, rollouts, graded groups, trajectories, both updates, published weights.
 
     Raises:
-        NonFiniteLossError, MismatchError: see `train`; the message names the step.
+        UpdateRefused: see `train`; the message names the step.
         Stopped: a stop was asked for while responses were generated.
     """
     config, step, clock = run.config, run.progress.step, StepTimer()
@@ -118,8 +116,8 @@ def train_step(run: Run) -> StepReport:
                 )
         elif config.objective.policy_schedule == "from_first_step":
             run.policy.advance_schedule()
-    except (NonFiniteLossError, MismatchError) as error:
-        raise type(error)(f"step {step}: {error}") from error
+    except UpdateRefused as error:
+        raise UpdateRefused(f"step {step}: {error}") from error
     if not frozen:
         run.progress.weight_version += 1
         with clock("publish"), run.policy.on_device():

@@ -18,7 +18,7 @@ from oreal_megatron.log import PACKAGE
 from oreal_megatron.models.virtual_stages import chunks_of
 from oreal_megatron.rollout.sglang_engine import SGLangEngine
 from oreal_megatron.servers.client import ServerDescription
-from oreal_megatron.servers.fingerprint import Fingerprint, check_server
+from oreal_megatron.servers.fingerprint import check_server, fingerprint
 from oreal_megatron.servers.pool import ServerPool
 from oreal_megatron.servers.server import ServerSettings
 from oreal_megatron.servers.server_process import Launcher, start_directory
@@ -139,7 +139,7 @@ def open_servers(groups: Any, source: Path, directory: Path, **options: Any) -> 
         str(source), geometry, dtype=dtype, fp8=servers.dtype == "fp8", max_positions=MAX_SEQUENCE_LENGTH,
         stop_token_id=STOP,
     )  # fmt: skip
-    expected = Fingerprint.of(geometry, dtype, config)
+    expected = fingerprint(geometry, dtype, config)
     pool = pool_of(
         servers,
         directory,

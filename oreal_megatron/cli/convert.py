@@ -200,12 +200,15 @@ def _compare(arguments: argparse.Namespace) -> int:
         print(f"{arguments.huggingface} is complete: {planned.num_tensors} tensors, {planned.num_elements:,} elements")
         return 0
     with _progress_bar("comparing", planned.num_bytes) as advance:
-        found = compare(arguments.huggingface, arguments.megatron, prefix=_prefix(arguments.model), advance=advance)
-    for line in found.differences:
-        print(f"differs: {line}")
-    equal = found.num_tensors - len(found.differences)
-    print(f"{equal} of {found.num_tensors} Megatron tensors are equal, bit for bit ({found.num_elements:,} elements)")
-    return 1 if found.differences else 0
+        differences = compare(
+            arguments.huggingface, arguments.megatron, prefix=_prefix(arguments.model), advance=advance
+        )
+    for name, difference in differences.items():
+        print(f"differs: {name}: {difference}")
+    num_tensors = len(planned.model.table.entries)
+    equal = num_tensors - len(differences)
+    print(f"{equal} of {num_tensors} Megatron tensors are equal, bit for bit ({planned.num_elements:,} elements)")
+    return 1 if differences else 0
 
 
 def _prefix(model: str | None) -> str:

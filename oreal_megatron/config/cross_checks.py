@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from oreal_megatron.config.divisibility import (
@@ -31,21 +30,13 @@ from oreal_megatron.config.sections import (
     TrackingConfig,
 )
 
-
-@dataclass(frozen=True)
-class _Check:
-    """A check, and the sections that it reads."""
-
-    reads: tuple[str, ...]
-    run: Callable[..., Iterator[Violation]]
-
-
-_CHECKS: list[_Check] = []
+CHECKS: list[tuple[tuple[str, ...], Callable[..., Iterator[Violation]]]] = []
+"""Checks, each with the sections that it reads."""
 
 
 def _check(*reads: str) -> Callable[[Callable[..., Iterator[Violation]]], Callable[..., Iterator[Violation]]]:
     def register(run: Callable[..., Iterator[Violation]]) -> Callable[..., Iterator[Violation]]:
-        _CHECKS.append(_Check(reads, run))
+        CHECKS.append((reads, run))
         return run
 
     return register

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from oreal_megatron.config.cross_checks import _CHECKS
+from oreal_megatron.config.cross_checks import CHECKS
 from oreal_megatron.config.errors import ConfigError, Violation
 from oreal_megatron.config.sections import TrainConfig
 
@@ -34,9 +34,9 @@ def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
             violations += [_from_pydantic(name, raw[name], info.annotation, item) for item in error.errors()]
     for name in raw.keys() - TrainConfig.model_fields.keys():
         violations.append(Violation(name, raw[name], unknown_key(name, TrainConfig.model_fields)))
-    for check in _CHECKS:
-        if all(name in sections for name in check.reads):
-            violations += check.run(*(sections[name] for name in check.reads))
+    for reads, check in CHECKS:
+        if all(name in sections for name in reads):
+            violations += check(*(sections[name] for name in reads))
     if violations:
         are_valid = sections.keys() == TrainConfig.model_fields.keys() == raw.keys()
         raise ConfigError(violations, TrainConfig(**sections) if are_valid else None)

@@ -241,7 +241,7 @@ class Export:
         weights = DistributedWeights(source, prefix)
         weights.check(model.table)
         tensors = {
-            name: (origin.shape, weights.tensors[origin.pieces[0].entry].dtype)
+            name: (origin.shape, weights.tensors[origin.runs[0].tensor].dtype)
             for name, origin in model.table.origins.items()
         }
         shards, index = plan_shards(tensors, SHARD_BYTES)
@@ -335,18 +335,11 @@ def _whole(shape: tuple[int, ...]) -> Box:
     return Box((0, shape[0]), None if len(shape) == 1 else (0, shape[1]))
 
 
-@dataclass(frozen=True)
-class CheckpointComparison:
-    """The result of `compare`."""
-
-    num_tensors: int
-    num_elements: int
-    differences: tuple[str, ...]
-    """Descriptions of the tensors that differ, a line each."""
-
-
-def compare(huggingface: Path, megatron: Path, *, prefix: str = "", advance: Advance = _silent) -> CheckpointComparison:
+def compare(huggingface: Path, megatron: Path, *, prefix: str = "", advance: Advance = _silent) -> dict[str, str]:
     """Compares two checkpoints of a model bit for bit, block by block; padding must be rows of zeros.
+
+    Returns:
+        The difference, as text, of each Megatron tensor that differs, by name.
 
     Raises:
         ValueError: a checkpoint is damaged, or they hold different models.
@@ -356,13 +349,12 @@ def compare(huggingface: Path, megatron: Path, *, prefix: str = "", advance: Adv
     source.check(model.table)
     stored = DistributedWeights(megatron, prefix)
     stored.check(model.table)
-    differences = []
-    num_elements = 0
+    differences = {}
     for entry in model.table.entries.values():
         dtype = source.dtype(entry.runs[0].tensor)
         found = stored.tensors[entry.name]
         if found.dtype != dtype:
-            differences.append(f"{entry.name}: {found.dtype}, and {dtype} in {huggingface}")
+            differences[entry.name] = f"{found.dtype}, and {dtype} in {huggingface}"
             continue
         num_different, first = 0, ""
         for box in in_blocks(entry.whole(found.shape[0]), dtype):
@@ -373,9 +365,8 @@ def compare(huggingface: Path, megatron: Path, *, prefix: str = "", advance: Adv
                 where = (actual != expected) | (actual.isnan() | expected.isnan())
                 num_different += max(int(where.sum()), 1)
                 first = first or f"block of rows {box.rows[0]} to {box.rows[1]}"
-            num_elements += actual.numel()
             advance(actual.nbytes)
         if num_different:
             names = shorten(sorted({run.tensor for run in entry.runs}))
-            differences.append(f"{entry.name} ({names}): {num_different} elements differ, the first in its {first}")
-    return CheckpointComparison(len(model.table.entries), num_elements, tuple(differences))
+            differences[entry.name] = f"{num_different} elements differ from {names}, the first in its {first}"
+    return differences

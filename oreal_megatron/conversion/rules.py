@@ -17,7 +17,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from oreal_megatron.config import GeometryConfig
 
@@ -36,7 +35,7 @@ class Split(enum.Enum):
 
 @dataclass(frozen=True)
 class RowRun:
-    """Rows [start, stop) of a Hugging Face tensor."""
+    """Rows [start, stop) of a tensor."""
 
     tensor: str
     start: int
@@ -74,12 +73,13 @@ class Copy:
 
 @dataclass(frozen=True)
 class Entry:
-    """A Megatron tensor over all ranks: its name, its shape without padding, its split and the rows that make it up."""
+    """A tensor of one format over all ranks, and the rows of the other format's tensors that make it up, in order."""
 
     name: str
     layer: int | None
-    """Global layer number, from 0; None outside the layers."""
+    """Global layer number of a Megatron tensor, from 0; None outside the layers, and for Hugging Face tensors."""
     shape: tuple[int, ...]
+    """Shape without padding."""
     split: Split
     runs: tuple[RowRun, ...]
     is_vocabulary: bool = False
@@ -120,7 +120,7 @@ class Entry:
         return rank * (length // size), (rank + 1) * (length // size)
 
     def sources(self, box: Box) -> Iterator[Copy]:
-        """Yields the Hugging Face rectangles that fill `box`; rows of padding have none."""
+        """Yields the rectangles of the other format's tensors that fill `box`; rows of padding have none."""
         first = 0
         for run in self.runs:
             if (common := overlap((first, first + len(run)), box.rows)) is not None:
@@ -128,33 +128,6 @@ class Entry:
                 source = Box((common[0] + shift, common[1] + shift), box.columns)
                 yield Copy(run.tensor, source, (common[0] - box.rows[0], common[1] - box.rows[0]))
             first += len(run)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows [start, stop) of a Hugging Face tensor, which are rows [first, ...) of Megatron tensor `entry`."""
-
-    start: int
-    stop: int
-    entry: str
-    first: int
-
-
-@dataclass(frozen=True)
-class Origin:
-    """A Hugging Face tensor: its shape, and the places of its rows in Megatron's tensors, in order."""
-
-    name: str
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-
-    def sources(self, box: Box) -> Iterator[Copy]:
-        """Yields the Megatron rectangles that fill `box` of this tensor: the inverse of `Entry.sources`."""
-        for piece in self.pieces:
-            if (common := overlap((piece.start, piece.stop), box.rows)) is not None:
-                shift = piece.first - piece.start
-                source = Box((common[0] + shift, common[1] + shift), box.columns)
-                yield Copy(piece.entry, source, (common[0] - box.rows[0], common[1] - box.rows[0]))
 
 
 def overlap(a: Interval, b: Interval) -> Interval | None:
@@ -174,79 +147,60 @@ class Table:
     written."""
     module_aliases: Mapping[str, str] = field(default_factory=dict)
     """Second Megatron names of tied tensors -> first names; the last pipeline stage has parameters for them."""
-    origins: Mapping[str, Origin] = field(init=False)
+    origins: Mapping[str, Entry] = field(init=False)
     """Hugging Face tensors by name, in the order of a forward pass."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "origins", _inverse(self.entries.values()))
 
 
-def _inverse(entries: Iterable[Entry]) -> dict[str, Origin]:
+def _inverse(entries: Iterable[Entry]) -> dict[str, Entry]:
     """Builds the Hugging Face side. Raises ValueError if rows are missing or occur twice."""
-    pieces: dict[str, list[Piece]] = defaultdict(list)
+    used: dict[str, list[tuple[RowRun, RowRun]]] = defaultdict(list)
+    """Hugging Face tensor -> pairs of its rows and their rows in Megatron's tensor."""
     columns: dict[str, tuple[int, ...]] = {}
     for entry in entries:
         first = 0
         for run in entry.runs:
-            pieces[run.tensor].append(Piece(run.start, run.stop, entry.name, first))
+            used[run.tensor].append((run, RowRun(entry.name, first, first + len(run))))
             columns[run.tensor] = entry.shape[1:]
             first += len(run)
         if first != entry.shape[0]:
             raise ValueError(f"{entry.name} has {entry.shape[0]} rows, its rules give {first}")
     origins = {}
-    for name, parts in pieces.items():
-        parts.sort(key=lambda piece: piece.start)
+    for name, pairs in used.items():
+        pairs.sort(key=lambda pair: pair[0].start)
         end = 0
-        for piece in parts:
-            if piece.start != end:
-                where = f"rows {min(end, piece.start)} to {max(end, piece.start)}"
-                raise ValueError(f"{name}: the rules use {where} {'never' if end < piece.start else 'twice'}")
-            end = piece.stop
-        origins[name] = Origin(name, (end, *columns[name]), tuple(parts))
+        for run, _ in pairs:
+            if run.start != end:
+                where = f"rows {min(end, run.start)} to {max(end, run.start)}"
+                raise ValueError(f"{name}: the rules use {where} {'never' if end < run.start else 'twice'}")
+            end = run.stop
+        origins[name] = Entry(name, None, (end, *columns[name]), Split.NONE, tuple(inside for _, inside in pairs))
     return origins
-
-
-class Rule(Protocol):
-    """A line of a family's table. `{layer}` in names stands for the number of a layer."""
-
-    @property
-    def megatron(self) -> str: ...
-
-    def entry(self, sizes: Mapping[str, int], layer: int | None) -> Entry:
-        """Returns the tensor that the rule describes, for the sizes of a model."""
-        ...
 
 
 @dataclass(frozen=True)
 class Same:
-    """A tensor that is the same in both formats, apart from its name."""
+    """A tensor that is the same in both formats, apart from its name and from rows of zeros behind a vocabulary.
 
-    megatron: str
-    huggingface: str
-    shape: Sequence[str]
-    split: Split = Split.NONE
-
-    def entry(self, sizes: Mapping[str, int], layer: int | None) -> Entry:
-        shape = tuple(sizes[dimension] for dimension in self.shape)
-        run = RowRun(self.huggingface.format(layer=layer), 0, shape[0])
-        return Entry(self.megatron.format(layer=layer), layer, shape, self.split, (run,))
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """A tensor with a row for each token, padded with rows of zeros.
-
-    tied_to: tensor that it is a second name of in models with tied embeddings.
+    `{layer}` in a rule's names stands for the number of a layer.
     """
 
     megatron: str
     huggingface: str
-    tied_to: Vocabulary | None = None
+    shape: Sequence[str]
+    """Names of the dimensions; a tensor with a row for each token begins with `vocabulary`."""
+    split: Split = Split.NONE
+    tied_to: Same | None = None
+    """Tensor that this one is a second name of in models with tied embeddings."""
 
     def entry(self, sizes: Mapping[str, int], layer: int | None) -> Entry:
-        shape = (sizes["vocabulary"], sizes["hidden"])
-        run = RowRun(self.huggingface, 0, shape[0])
-        return Entry(self.megatron, layer, shape, Split.ROWS, (run,), is_vocabulary=True)
+        """Returns the tensor that the rule describes, for the sizes of a model."""
+        shape = tuple(sizes[dimension] for dimension in self.shape)
+        run = RowRun(self.huggingface.format(layer=layer), 0, shape[0])
+        is_vocabulary = self.shape[0] == "vocabulary"
+        return Entry(self.megatron.format(layer=layer), layer, shape, self.split, (run,), is_vocabulary)
 
 
 @dataclass(frozen=True)
@@ -261,6 +215,7 @@ class GroupedQKV:
     """Dimensions after the rows; empty for a bias."""
 
     def entry(self, sizes: Mapping[str, int], layer: int | None) -> Entry:
+        """See `Same.entry`."""
         head_dim = sizes["head_dim"]
         num_groups = sizes["keys"] // head_dim
         queries = sizes["queries"] // num_groups
@@ -287,9 +242,14 @@ class Stacked:
     up: str
 
     def entry(self, sizes: Mapping[str, int], layer: int | None) -> Entry:
+        """See `Same.entry`."""
         runs = tuple(RowRun(name.format(layer=layer), 0, sizes["ffn"]) for name in (self.gate, self.up))
         shape = (2 * sizes["ffn"], sizes["hidden"])
         return Entry(self.megatron.format(layer=layer), layer, shape, Split.HALVES, runs)
+
+
+Rule = Same | GroupedQKV | Stacked
+"""A line of a family's table."""
 
 
 def sizes_of(geometry: GeometryConfig) -> dict[str, int]:
@@ -319,7 +279,7 @@ def build_table(rules: Iterable[Rule], geometry: GeometryConfig) -> Table:
     aliases, module_aliases = {}, {}
     for is_layer, run in itertools.groupby(rules, lambda rule: "{layer}" in rule.megatron):
         for layer, rule in itertools.product(range(geometry.num_layers) if is_layer else (None,), list(run)):
-            if isinstance(rule, Vocabulary) and rule.tied_to is not None and geometry.tied_embeddings:
+            if isinstance(rule, Same) and rule.tied_to is not None and geometry.tied_embeddings:
                 aliases[rule.huggingface] = rule.tied_to.huggingface
                 module_aliases[rule.megatron] = rule.tied_to.megatron
             else:

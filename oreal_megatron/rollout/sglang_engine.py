@@ -196,12 +196,16 @@ class SGLangEngine:
 
         Returns the publication's metrics.
         """
-        clock = _Stopwatch()
+        start = time.perf_counter()
         if self._shares_devices:
             self._leave_devices()
             self._is_offloaded = False
         servers = self._on_main(lambda: self._pool.begin_update(weight_version, wait=wait)) or []
-        report = {"publication/pause_seconds": clock.lap(), "publication/bytes": 0.0, "publication/failures": 0.0}
+        report = {
+            "publication/pause_seconds": time.perf_counter() - start,
+            "publication/bytes": 0.0,
+            "publication/failures": 0.0,
+        }
         for is_last in (False, True):
             paused = [PausedServer(s.client, s.index, self._loop.run) for s in servers if self._loop]
             try:
@@ -217,12 +221,12 @@ class SGLangEngine:
             again = {name for name, failure in delivery.failures.items() if not (failure.is_lost or is_last)}
             reasons = {name: failure.reason for name, failure in delivery.failures.items()}
             done = [server for server in servers if server.url not in again]
-            clock.lap()
+            start = time.perf_counter()
             self._on_main(lambda done=done, reasons=reasons: self._pool.finish_update(done, reasons))
             if not again:
                 break
             servers = [server for server in servers if server.url in again]
-        report["publication/continue_seconds"] = clock.lap()
+        report["publication/continue_seconds"] = time.perf_counter() - start
         pool = self._pool
         found = (pool.label(weight_version), [server.url for server in pool.servers], pool.num_current)
         label, urls, num_current = self._groups.from_main(found)
@@ -289,16 +293,6 @@ class _Outcome:
     error: Exception | None = None
     no_current_weights: bool = False
     """Whether no server has the current weights."""
-
-
-class _Stopwatch:
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        """Returns seconds since the last call."""
-        self._last, before = time.perf_counter(), self._last
-        return self._last - before
 
 
 async def _cancel_others() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +16,22 @@ from oreal_megatron.servers.server_process import OFFLOADED
 _OLDEST_SGLANG = (0, 5, 23)
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """Properties that fix weights and token ids: sizes, biases, norms, vocabulary, rotary embedding, dtype, FP8."""
+def fingerprint(geometry: GeometryConfig, dtype: str, config_json: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the properties that fix a model's weights and token ids: sizes, biases, norms, vocabulary, RoPE, dtype.
 
-    fields: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, geometry: GeometryConfig, dtype: str, config_json: Mapping[str, Any]) -> Fingerprint:
-        """Returns the fingerprint of a model. geometry: with vocab_size. config_json: names its quantisation."""
-        head_dim = geometry.attention_head_dim
-        quantisation = config_json.get("quantization_config")
-        sizes = geometry.model_dump(exclude={"init_std"})
-        return cls({**sizes, "head_dim": head_dim, "dtype": dtype, "quantization_config": quantisation})
-
-    def __str__(self) -> str:
-        text = json.dumps(self.fields, sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+    geometry: with vocab_size. config_json: names the quantisation.
+    """
+    sizes = geometry.model_dump(exclude={"init_std"})
+    quantisation = config_json.get("quantization_config")
+    return {**sizes, "head_dim": geometry.attention_head_dim, "dtype": dtype, "quantization_config": quantisation}
 
 
-def check_server(url: str, description: ServerDescription, expected: Fingerprint) -> None:
+def digest(properties: Mapping[str, Any]) -> str:
+    """Returns a short text that is the same for equal properties."""
+    return hashlib.blake2b(json.dumps(properties, sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+def check_server(url: str, description: ServerDescription, expected: Mapping[str, Any]) -> None:
     """Raises ValueError, which names both sides, if a server has another model or dtype, or is too old."""
     version = tuple(int(part) for part in description.version.split("+")[0].split(".")[:3] if part.isdigit())
     if version < _OLDEST_SGLANG:
@@ -49,16 +44,14 @@ def check_server(url: str, description: ServerDescription, expected: Fingerprint
             f"{url} serves {description.model_path}, whose config.json cannot be read here, so it cannot be compared "
             "with the policy; start the server from a directory that both machines can read"
         )
-    served = Fingerprint.of(geometry_of(path), description.dtype, read_model(path).config)
-    if served.fields != expected.fields:
+    served = fingerprint(geometry_of(path), description.dtype, read_model(path).config)
+    if served != expected:
         differing = ", ".join(
-            f"{name} {served.fields[name]!r} instead of {value!r}"
-            for name, value in expected.fields.items()
-            if served.fields[name] != value
+            f"{name} {served[name]!r} instead of {value!r}" for name, value in expected.items() if served[name] != value
         )
         raise ValueError(
-            f"{url} serves another model: {description.model_path} has fingerprint {served}, the policy {expected}; "
-            f"{differing}"
+            f"{url} serves another model: {description.model_path} has fingerprint {digest(served)}, the policy "
+            f"{digest(expected)}; {differing}"
         )
 
 

@@ -7,7 +7,6 @@ import socket
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -22,12 +21,9 @@ from oreal_megatron.weight_sync.worker import Audit, Command, Receive, Unpack, W
 NamedTensors = list[tuple[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class EncodedCommand:
-    """A command in the form that a server takes; any trainer rank makes it, the main rank sends it."""
-
-    report_key: str
-    payload: bytes
+EncodedCommand = tuple[str, bytes]
+"""The key of a command's report, and the command as bytes that a server takes. Any trainer rank makes it, the main rank
+sends it."""
 
 
 class CommandChannel:
@@ -71,12 +67,12 @@ class CommandChannel:
             parameters=self._parameters[rank],
             task=task,
         )
-        return EncodedCommand(command.report_key, pickled([("command", command.encoded())]))
+        return command.report_key, pickled([("command", command.encoded())])
 
     def send(self, server: PausedServer, commands: Sequence[EncodedCommand]) -> Future[None]:
         """Sends a server one command a tensor-parallel rank; returns the server's answer, for `reports`."""
-        answer = server.update_weights_from_tensor([command.payload for command in commands], LOADER)
-        self._report_keys[answer] = tuple(command.report_key for command in commands)
+        answer = server.update_weights_from_tensor([payload for _, payload in commands], LOADER)
+        self._report_keys[answer] = tuple(report_key for report_key, _ in commands)
         return answer
 
     def reports(self, answer: Future[None]) -> list[WorkerReport]:

@@ -38,7 +38,7 @@ class DiskTransport:
         self._config_json = dict(config_json)
         by_stage: dict[int, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
         for name, origin in shards.table.origins.items():
-            entry = shards.table.entries[origin.pieces[0].entry]
+            entry = shards.table.entries[origin.runs[0].tensor]
             stage, _ = shards.layout.stage_of(entry, shards.geometry.num_layers)
             by_stage.setdefault(stage, {})[name] = (origin.shape, shards.dtype)
         self._files = {

@@ -39,7 +39,7 @@ def test_the_best_checkpoint_is_a_hugging_face_directory(finished):
     for name, kind in models.items():
         kind.from_pretrained(exported / name)
         assert AutoTokenizer.from_pretrained(exported / name).chat_template
-        assert compare(exported / name, finished / "checkpoints" / best, prefix=f"{name}.").differences == ()
+        assert compare(exported / name, finished / "checkpoints" / best, prefix=f"{name}.") == {}
 
 
 def test_every_step_and_evaluation_is_in_the_metrics_with_its_phases(finished):

@@ -21,7 +21,7 @@ from oreal_megatron.initial_policy import make_initial_policy
 from oreal_megatron.pass_rates import prepare
 from oreal_megatron.rollout.sglang_engine import SGLangEngine
 from oreal_megatron.run_state import Run
-from oreal_megatron.step import MismatchError
+from oreal_megatron.step import UpdateRefused
 from oreal_megatron.stopping import StopRequest
 from oreal_megatron.train import train_step
 from oreal_megatron.weight_sync.types import TransferResult
@@ -80,7 +80,7 @@ def main(url: str, model: str, directory: str) -> dict[str, Any]:
         error = None
         try:
             stepped(run)
-        except MismatchError as found:
+        except UpdateRefused as found:
             error = str(found)
         pairs = zip(weights, run.policy.module.parameters(), strict=True)
         is_unchanged = all(torch.equal(old, new) for old, new in pairs)

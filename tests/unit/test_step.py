@@ -15,8 +15,7 @@ from oreal_megatron.models.policy import build_policy
 from oreal_megatron.models.reward_model import build_reward_model
 from oreal_megatron.models.trained_model import TrainedModel
 from oreal_megatron.step import (
-    MismatchError,
-    NonFiniteLossError,
+    UpdateRefused,
     _aligned,
     rollout_mismatch,
     update_policy,
@@ -113,7 +112,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(composed, single_process)
     batches = with_token_weights(micro_batches(sequences(), 1000, CPU), None, config)
     batches = with_reference(policy.module, batches, single_process)
     batches[0].advantages[0] = math.nan
-    with pytest.raises(NonFiniteLossError, match=r"positive = nan in a micro-batch of .*6.*0"):
+    with pytest.raises(UpdateRefused, match=r"positive = nan in a micro-batch of .*6.*0"):
         update_policy(policy, batches, config, TokenCounts(correct=20, incorrect=15))
     assert all(torch.equal(a, b) for a, b in zip(before, policy.module.parameters(), strict=True))
 
@@ -141,7 +140,7 @@ def test_rollouts_of_another_model_are_not_trained_on(composed, single_process):
     before = [p.detach().clone() for p in policy.module.parameters()]
     batches = with_token_weights(micro_batches(sequences(), 1000, CPU), None, config)
     batches = with_reference(policy.module, batches, single_process)
-    with pytest.raises(MismatchError, match=r"more than rollout.mismatch.stop = 0.5 \(99th percentile"):
+    with pytest.raises(UpdateRefused, match=r"more than rollout.mismatch.stop = 0.5 \(99th percentile"):
         update_policy(policy, batches, config, TokenCounts(correct=20, incorrect=15), max_mismatch=0.5)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.module.parameters(), strict=True))
 
@@ -164,7 +163,7 @@ def test_older_tokens_are_no_mismatch_and_get_importance_weights(composed, singl
     assert metrics["policy/rollout_logprob_difference_max"] < 1e-5
     assert metrics["policy/importance_weight"] == pytest.approx((2.0 + 0.5 + 1.0 + 1.0) / 4)
     assert metrics["policy/importance_truncated"] == 0.25
-    with pytest.raises(MismatchError):
+    with pytest.raises(UpdateRefused):
         update(0)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from oreal_megatron.config import GeometryConfig
-from oreal_megatron.conversion.rules import GroupedQKV, Rule, Same, Split, Stacked, Table, Vocabulary, build_table
+from oreal_megatron.conversion.rules import GroupedQKV, Rule, Same, Split, Stacked, Table, build_table
 
 Head = Literal["causal", "scalar"]
 """The part after the decoder: the output layer of a language model, or the score of a reward model."""
@@ -17,7 +17,7 @@ ATTENTION = LAYER + "self_attention."
 HF_LAYER = "model.layers.{layer}."
 HF_ATTENTION = HF_LAYER + "self_attn."
 
-EMBEDDING = Vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight")
+EMBEDDING = Same("embedding.word_embeddings.weight", "model.embed_tokens.weight", ["vocabulary", "hidden"], Split.ROWS)
 # Megatron's names are those of its distributed checkpoints, where a norm belongs to the linear layer after it, as in
 # Transformer Engine's fused layers. naming.py has the names of modules.
 LAYERS: tuple[Rule, ...] = (
@@ -35,7 +35,7 @@ LAYERS: tuple[Rule, ...] = (
 )
 FINAL_NORM = Same("decoder.final_layernorm.weight", "model.norm.weight", ["hidden"])
 HEADS: Mapping[Head, tuple[Rule, ...]] = {
-    "causal": (Vocabulary("output_layer.weight", "lm_head.weight", tied_to=EMBEDDING),),
+    "causal": (Same("output_layer.weight", "lm_head.weight", ["vocabulary", "hidden"], Split.ROWS, tied_to=EMBEDDING),),
     "scalar": (
         Same("output_layer.weight", "score.weight", ["score", "hidden"]),
         Same("output_layer.bias", "score.bias", ["score"]),

@@ -8,7 +8,7 @@ import pytest
 
 from oreal_megatron.conversion.huggingface import geometry_of, served_config
 from oreal_megatron.servers.client import ServerDescription
-from oreal_megatron.servers.fingerprint import Fingerprint, check_server
+from oreal_megatron.servers.fingerprint import check_server, fingerprint
 from tests.tiny_models import save_tiny
 
 URL = "http://127.0.0.1:30000"
@@ -36,7 +36,7 @@ def described(tmp_path):
             weight_loaders=(),
             saves_memory=True,
         )
-        return server, Fingerprint.of(geometry, "bfloat16", expected)
+        return server, fingerprint(geometry, "bfloat16", expected)
 
     return make
 
