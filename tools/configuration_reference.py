@@ -31,6 +31,17 @@ authors' release in `conf/objective/oreal.yaml` and `conf/optimizer/released.yam
 `conf/experiment/own_model.yaml` has prompts of up to 1,024 tokens and responses of up to 3,072, in `runs/own_model`.
 `evaluation=none` leaves out the evaluation, and `run.name=NAME` changes the name and, with it, the directory.
 
+Prompts and problems are JSONL files in UTF-8, demonstrations likewise:
+
+```json
+{"question": "What is 6 times 7?", "gold_answer": "42"}
+{"question": "What is 6 times 7?", "response": "It is $\\\\boxed{42}$."}
+```
+
+`id` and `pass_rate` are optional, other keys are not read. A file of another format (Parquet, a data set's directory, a JSON array), or with other
+names for these keys, is refused with the command that converts it. Lines without a gold answer are refused with their
+number; `data.empty_golds=skip` leaves them out. Questions that are on several lines are counted when the run starts.
+
 ## Options of your own
 
 A group's option is a YAML file, and needs no change of the package. `--config-dir` adds a directory of them:

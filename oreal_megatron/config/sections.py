@@ -191,6 +191,9 @@ class DataConfig(Section):
 
     train: Text | None
     """JSONL file with question, gold_answer and, optionally, pass_rate and id. null: generated arithmetic."""
+    empty_golds: Literal["skip"] | None = None
+    """Treatment of lines without a gold_answer in data.train and in the files of benchmarks. null: refuse the file;
+    skip: leave the lines out."""
     arithmetic: ArithmeticConfig | None
     """Generated arithmetic: the prompts where data.train is null, and the held-out problems and demonstrations where no
     file is named for them. null: nothing is generated."""
