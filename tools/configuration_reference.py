@@ -38,9 +38,10 @@ Prompts and problems are JSONL files in UTF-8, demonstrations likewise:
 {"question": "What is 6 times 7?", "response": "It is $\\\\boxed{42}$."}
 ```
 
-`id` and `pass_rate` are optional, other keys are not read. A file of another format (Parquet, a data set's directory, a JSON array), or with other
-names for these keys, is refused with the command that converts it. Lines without a gold answer are refused with their
-number; `data.empty_golds=skip` leaves them out. Questions that are on several lines are counted when the run starts.
+`id` and `pass_rate` are optional, other keys are not read. A file of another format (Parquet, a data set's directory, a
+JSON array), or with other names for these keys, is refused with the command that converts it. Lines without a gold
+answer are refused with their number; `data.empty_golds=skip` leaves them out. Questions that are on several lines are
+counted when the run starts.
 
 ## Options of your own
 

@@ -99,7 +99,8 @@ def test_empty_golds_are_counted_and_named_and_left_out_on_request(tmp_path, cap
 
 def test_repeated_questions_are_counted_and_other_golds_named(tmp_path, caplog):
     path = tmp_path / "p.jsonl"
-    path.write_text(LINE + '{"question": "r", "gold_answer": "2"}\n' + LINE + '{"question": "r ", "gold_answer": "3"}\n')
+    other = '{"question": "r", "gold_answer": "2"}\n'
+    path.write_text(LINE + other + LINE + other.replace("2", "3"))
     assert len(read_prompts(path)) == 4
     assert "4 lines have 2 different questions (lines 1 and 3 are equal)" in caplog.text
     assert "1 questions have several gold answers" in caplog.text and "('2' on line 2, '3' on line 4)" in caplog.text
@@ -111,5 +112,5 @@ def test_prompts_that_the_verifier_never_decides_are_counted(caplog):
     assert caplog.text == ""
     _check_decided(prompts, prompts[1:], has_others=False)
     assert "1 of 3 prompts have no pass rate" in caplog.text and "first: a" in caplog.text
-    with pytest.raises(ValueError, match="3 of 3 prompts have no pass rate.*'Some sentence'"):
+    with pytest.raises(ValueError, match=r"3 of 3 prompts have no pass rate.*'Some sentence'"):
         _check_decided(prompts, [], has_others=False)
