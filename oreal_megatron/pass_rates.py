@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 def prepare(run: Run) -> None:
     """Sets the run's prompt stream: training prompts balanced by pass rate, estimated where data.pass_rate asks for it.
 
-    Pass rates are kept in pass_rates.jsonl of the run's directory; a resumed run reads them from there.
+    A run without training prompts gets none. Pass rates are kept in pass_rates.jsonl of the run's directory; a resumed
+    run reads them from there.
 
     Raises:
         Stopped: a stop was asked for; finished rollouts are in the journal.
@@ -28,6 +29,8 @@ def prepare(run: Run) -> None:
     """
     config, prompts = run.config, list(run.train_prompts)
     offload(run)
+    if not prompts:  # the run evaluates its initial policy and has no steps
+        return
     if config.data.pass_rate is not None:
         with run.engine.generation_context(run.policy.on_device):
             prompts = _with_pass_rates(prompts, run)

@@ -153,8 +153,8 @@ def _train_prompts(config: TrainConfig, renderer: PromptRenderer, generated: Ari
     if config.data.train is not None:
         prompts = read_prompts(config.data.train, empty_golds=config.data.empty_golds)
         return _fitting(prompts, f"data.train = {config.data.train}", renderer, config)
-    assert generated is not None
-    return _fitting(generated.train, "data.arithmetic", renderer, config)
+    # The configuration has no prompts where run.num_steps is 0 alone.
+    return [] if generated is None else _fitting(generated.train, "data.arithmetic", renderer, config)
 
 
 def _benchmarks(config: TrainConfig, renderer: PromptRenderer, generated: ArithmeticData | None) -> list[Benchmark]:

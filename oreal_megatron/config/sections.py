@@ -190,7 +190,8 @@ class DataConfig(Section):
     """The stream of training prompts."""
 
     train: Text | None
-    """JSONL file with question, gold_answer and, optionally, pass_rate and id. null: generated arithmetic."""
+    """JSONL file with question, gold_answer and, optionally, pass_rate and id. null: generated arithmetic, or no
+    prompts where run.num_steps is 0."""
     empty_golds: Literal["skip"] | None = None
     """Treatment of lines without a gold_answer in data.train and in the files of benchmarks. null: refuse the file;
     skip: leave the lines out."""
@@ -345,7 +346,7 @@ class RunConfig(Section):
     seed: NonNegative
     """Seed that every other seed of the run is derived from."""
     num_steps: NonNegative
-    """Number of steps. 0: only prepare and evaluate the initial policy."""
+    """Number of steps. 0: only make the initial policy and evaluate it, for which data.train may be null."""
     mode: Literal["train", "rollout", "replay"]
     """Parts of a step that run. train: all; rollout: generate, verify and save trajectories; replay: train on saved
     trajectories."""

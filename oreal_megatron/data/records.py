@@ -11,7 +11,7 @@ from typing import Any
 _OTHER_FORMATS = {
     b"PAR1": (
         "a Parquet file",
-        "python -c \"import pandas; "
+        'python -c "import pandas; '
         "pandas.read_parquet('{path}').to_json('{stem}.jsonl', orient='records', lines=True)\"",
     ),
     b"\x1f\x8b": ("compressed with gzip", "gunzip --keep '{path}'"),

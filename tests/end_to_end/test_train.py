@@ -18,8 +18,8 @@ def test_a_run_leaves_what_a_person_looks_for(finished):
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["model"]["geometry"]["hidden_size"] == 32 and "???" not in str(config)
     report = (finished / "report.html").read_text()
-    assert "<svg" in report and "Held-out problems solved" in report and "http://www.w3.org" in report
-    assert "greedy pass@1 on heldout, before and after" in report
+    assert "<svg" in report and "Evaluation: problems solved" in report and "http://www.w3.org" in report
+    assert "greedy pass@1 on heldout (16 problems),\nbefore and after 4 steps" in report
     assert "<script src" not in report and "<link" not in report  # opens without a server or a network
     lines = (finished / "trajectories" / "step_000003.jsonl").read_text().splitlines()
     assert len(lines) == 8 * 4
