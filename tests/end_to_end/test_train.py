@@ -183,6 +183,20 @@ def test_what_a_site_must_give_is_asked_for_all_at_once():
     )
 
 
+def test_model_and_problems_of_ones_own_are_evaluated_without_training_prompts(finished, tmp_path):
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join(f'{{"question": "Compute {i}+1.", "gold_answer": "{i + 1}"}}\n' for i in range(3)))
+    own = [f"model.path={finished}/huggingface/best/policy", f"evaluation.benchmarks.heldout.path={problems}"]
+    quiet = ["tracking.wandb=disabled", "tracking.tensorboard=false", "run.export=none", "prompt=chat"]
+    outcome = command_line(
+        "experiment=own_model", "data.train=null", "run.num_steps=0", f"run.dir={tmp_path}/run", *own, *quiet,
+        "rollout.sampling.max_new_tokens=24",
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stderr
+    assert "heldout: problems 3  undecided 0  greedy_pass@1" in outcome.stdout and "0/0" not in outcome.stdout
+    assert "(3 problems),\nthe initial policy, before any step" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_an_unknown_override_names_the_key(tmp_path):
     outcome = invoke(f"run.dir={tmp_path}", "objective.kl_typ=k3")
     assert outcome.returncode == 1 and "`kl_type`" in outcome.stderr
