@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from oreal_megatron.overrides import config_directory
+
 MAX_PROCESSES = 8
 MAX_SERVERS = 2
 # Options of conf/ that replace the experiment's: those of the arithmetic demo.
@@ -113,6 +115,4 @@ def num_processes(config: DictConfig) -> int:
 
 
 def _option(group: str, option: str) -> Any:
-    from oreal_megatron.compose import config_directory
-
     return yaml.safe_load((Path(config_directory()) / group / f"{option}.yaml").read_text())

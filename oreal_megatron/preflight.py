@@ -16,13 +16,13 @@ def check_startable(config: TrainConfig, num_processes: int) -> None:
         first, devices = first_server_device(servers), config.resources.devices_per_node
         if first + servers.num_servers * servers.tensor > devices:
             remedy = (
-                f"servers of {servers.tensor} device(s) each, from device {first} on, exceed the {devices} devices of "
-                "the main process's machine; start them elsewhere and name them in rollout.sglang.urls"
+                f"Servers of {servers.tensor} device(s) each, from device {first} on, exceed the {devices} devices of "
+                "the main process's machine. Start them elsewhere and name them in rollout.sglang.urls."
             )
             violations.append(Violation("rollout.sglang.num_servers", servers.num_servers, remedy))
     wanted = config.resources.trainer_devices
     if wanted is not None and wanted != num_processes:
-        remedy = f"{num_processes} were started; start {wanted}, or set resources.trainer_devices={num_processes}"
+        remedy = f"{num_processes} were started. Start {wanted}, or set resources.trainer_devices={num_processes}."
         violations.append(Violation("resources.trainer_devices", wanted, remedy))
     violations += _missing_paths(config)
     if violations:
@@ -78,7 +78,7 @@ def geometry_of_run(model: ModelConfig) -> GeometryConfig:
             Violation(
                 f"model.geometry.{name}",
                 getattr(expected, name),
-                f"{model.path} has {getattr(found, name)}; set it to that",
+                f"{model.path} has {getattr(found, name)}. Set it to that.",
             )
             for name in sizes
             if getattr(expected, name) not in (None, getattr(found, name))

@@ -14,10 +14,17 @@ from omegaconf import DictConfig
 
 from oreal_megatron.cli.arguments import VERSION
 from oreal_megatron.cli.errors import ending_on_errors, run_command
-from oreal_megatron.compose import COMPOSITION_ERRORS, composition_error, config_directory, search_path, validated
+from oreal_megatron.compose import validated
 from oreal_megatron.config import TrainConfig
 from oreal_megatron.dry_run import is_dry_run, shrunk
 from oreal_megatron.log import quiet_libraries
+from oreal_megatron.overrides import (
+    COMPOSITION_ERRORS,
+    check_overrides,
+    composition_error,
+    config_directory,
+    search_path,
+)
 from oreal_megatron.stopping import StopRequest
 
 logger = logging.getLogger("oreal_megatron.cli.train")  # the same name where this module runs as __main__
@@ -35,12 +42,13 @@ def _compose_and_train() -> None:
     # Hydra then raises its errors instead of printing them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     arguments = get_args_parser().parse_args()
-    if arguments.config_dir is not None:
-        search_path(Path(arguments.config_dir))
+    config_dir = None if arguments.config_dir is None else Path(arguments.config_dir)
+    if config_dir is not None:
+        search_path(config_dir)
+    check_overrides(arguments.overrides, config_dir)
     try:
         _train()
     except COMPOSITION_ERRORS as error:
-        config_dir = None if arguments.config_dir is None else Path(arguments.config_dir)
         raise composition_error(error, arguments.overrides, config_dir) from error
 
 
