@@ -21,17 +21,8 @@ def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
         ConfigError: with all violations: of every section's schema, and of the checks across sections whose sections
             are valid.
     """
-    violations = list(_unwritable(raw))
-    sections: dict[str, Any] = {}
-    for name, info in TrainConfig.model_fields.items():
-        if name not in raw:
-            violations.append(Violation(name, None, f"The section is missing. Choose an option of the group {name}."))
-            continue
-        try:
-            adapter: TypeAdapter[Any] = TypeAdapter(info.annotation)  # type: ignore[arg-type]
-            sections[name] = adapter.validate_python(raw[name])
-        except ValidationError as error:
-            violations += [_from_pydantic(name, raw[name], info.annotation, item) for item in error.errors()]
+    sections, violations = parse_sections(raw, TrainConfig.model_fields)
+    violations = [*_unwritable(raw), *violations]
     for name in raw.keys() - TrainConfig.model_fields.keys():
         violations.append(Violation(name, raw[name], unknown_key(name, TrainConfig.model_fields)))
     for reads, check in CHECKS:
@@ -41,6 +32,23 @@ def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
         are_valid = sections.keys() == TrainConfig.model_fields.keys() == raw.keys()
         raise ConfigError(violations, TrainConfig(**sections) if are_valid else None)
     return TrainConfig(**sections)
+
+
+def parse_sections(raw: Mapping[str, Any], names: Iterable[str]) -> tuple[dict[str, Any], list[Violation]]:
+    """Validates sections by themselves. Returns those that are valid by name, and the violations of the others."""
+    sections: dict[str, Any] = {}
+    violations: list[Violation] = []
+    for name in names:
+        if name not in raw:
+            violations.append(Violation(name, None, f"The section is missing. Choose an option of the group {name}."))
+            continue
+        annotation = TrainConfig.model_fields[name].annotation
+        try:
+            adapter: TypeAdapter[Any] = TypeAdapter(annotation)  # type: ignore[arg-type]
+            sections[name] = adapter.validate_python(raw[name])
+        except ValidationError as error:
+            violations += [_from_pydantic(name, raw[name], annotation, item) for item in error.errors()]
+    return sections, violations
 
 
 def _unwritable(value: Any, key: str = "") -> Iterator[Violation]:

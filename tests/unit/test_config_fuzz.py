@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import os
 from typing import Any
 
@@ -14,7 +15,9 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, assume, given, reject, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
+from oreal_megatron.cli.planning import planned_config
 from oreal_megatron.compose import composed, resolved, validated
 from oreal_megatron.config import ConfigError, TrainConfig, check_layout, check_resume, parse_config
 from oreal_megatron.dry_run import is_dry_run, shrunk
@@ -145,13 +148,14 @@ def overrides(draw) -> list[str]:
             st.sampled_from(["{}={}", "{}={}", '{}="{}"', "{}='{}'", "+{}={}", "++{}={}", "~{}", "{}", "{}=[{}]"])
         )
         found.append(quoted.format(key, value))
-    return found
+    return [*found, *draw(st.sampled_from([[], ["run.dry_run=true"], ["experiment=oreal_7b", "run.dry_run=true"]]))]
 
 
 def check_overrides(overrides: list[str]) -> None:
     try:
         raw = composed(overrides)
         survives(validated(shrunk(raw) if is_dry_run(raw) else raw))
+        planned_config(overrides, Console(file=io.StringIO()), config_dir=None)
     except ConfigError as error:
         assert len(str(error).split("\n")) == 1 + len(error.violations) and "Traceback" not in str(error), str(error)
 
