@@ -15,7 +15,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from oreal_megatron.config import ConfigError, TrainConfig, Violation, fields_at, parse_config
 from oreal_megatron.overrides import (
-    COMPOSITION_ERRORS,
     check_overrides,
     composition_error,
     config_directory,
@@ -45,7 +44,7 @@ def composed(overrides: Sequence[str], *, config_dir: Path | None = None) -> Dic
     try:
         with initialize_config_dir(str(config_directory()), version_base="1.3"):
             whole = compose("config", overrides=[*overrides, *search], return_hydra_config=True)
-    except COMPOSITION_ERRORS as error:
+    except Exception as error:  # Hydra raises errors of every kind, and nothing but Hydra runs here
         raise composition_error(error, overrides, config_dir) from error
     HydraConfig.instance().set_config(whole)  # run.name is the experiment's by default
     OmegaConf.set_readonly(whole.hydra, False)

@@ -13,12 +13,8 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
 from oreal_megatron.config import ConfigError, TrainConfig, Violation, fields_at, unknown_key
-
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
-"""Errors that Hydra raises while it composes; `composition_error` explains them."""
 
 
 def config_directory() -> Path:
@@ -150,5 +146,5 @@ def _is_value(path: Sequence[str]) -> bool:
 def _top_level_keys(file: Path) -> Iterable[str]:
     try:
         return (yaml.safe_load(file.read_text()) or {}).keys()
-    except yaml.YAMLError:  # Hydra names the file
+    except (yaml.YAMLError, ValueError, AttributeError):  # Hydra names the file
         return ()

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from oreal_megatron.cli.arguments import VERSION
@@ -19,7 +20,6 @@ from oreal_megatron.config import TrainConfig
 from oreal_megatron.dry_run import is_dry_run, shrunk
 from oreal_megatron.log import quiet_libraries
 from oreal_megatron.overrides import (
-    COMPOSITION_ERRORS,
     check_overrides,
     composition_error,
     config_directory,
@@ -46,9 +46,12 @@ def _compose_and_train() -> None:
     if config_dir is not None:
         search_path(config_dir)
     check_overrides(arguments.overrides, config_dir)
+    HydraConfig.instance().cfg = None
     try:
         _train()
-    except COMPOSITION_ERRORS as error:
+    except Exception as error:
+        if HydraConfig.initialized():  # the configuration was composed
+            raise
         raise composition_error(error, arguments.overrides, config_dir) from error
 
 

@@ -104,10 +104,24 @@ def test_options_from_outside_compose_and_are_suggested(config_dir):
     assert violation.key == "--config-dir"
 
 
-def test_file_that_is_no_yaml_is_named(config_dir):
-    (config_dir / "objective" / "mine.yaml").write_text("preset: {a: ???}\n")
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"preset: {a: ???}\n", "mine.yaml"),
+        (b"\xff\xfe\x00", "codec can't decode"),
+        (b"defaults: 3", "defaults must be a list"),
+        (b"defaults: [nope]", "objective/nope"),
+        (b"defaults: [mine]", "recursion"),
+        (b"3", "int"),
+    ],
+)
+def test_file_that_is_no_option_is_one_message(capsys, config_dir, content, monkeypatch, words):
+    (config_dir / "objective" / "mine.yaml").write_bytes(content)
     (violation,) = refused("objective=mine", config_dir=config_dir)
-    assert "mine.yaml" in violation.remedy and "line 1" in violation.remedy
+    assert words in violation.remedy
+    assert ended(train.main, monkeypatch, "--config-dir", config_dir, "objective=mine") == 1
+    err = capsys.readouterr().err
+    assert words in err and "Traceback" not in err
 
 
 def ended(main, monkeypatch, *arguments) -> int | str | None:
