@@ -22,11 +22,13 @@ def _as_tuple(value: Any) -> Any:
 def _not_empty(value: str) -> str:
     if not value.strip():
         raise ValueError("It is empty. Set it to a text.")
+    if any(character < " " for character in value):
+        raise ValueError("It has control characters, such as a new line. Set it to a text without them.")
     return value
 
 
 Text = Annotated[str, AfterValidator(_not_empty)]
-"""A text that is not empty, such as a name or a path."""
+"""A text in one line that is not empty, such as a name or a path."""
 
 
 def _file_name(value: str) -> str:

@@ -134,7 +134,7 @@ class PromptConfig(Section):
     """System message. null: none."""
     user: str
     """User message. `{question}` in it is replaced by the question."""
-    stop_token: Text
+    stop_token: Annotated[str, Field(min_length=1)]
     """Token that ends a response, as text."""
     thinking_end_marks: Strings
     """Marks that end the reasoning of a response. The text after the last mark is the final answer."""

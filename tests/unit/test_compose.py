@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from oreal_megatron.cli import plan, train
+from oreal_megatron.cli import plan, submit, train
 from oreal_megatron.compose import composed, resolved, validated
 from oreal_megatron.config import ConfigError, Violation, parse_config
 
@@ -70,6 +70,7 @@ def test_texts_that_no_file_can_hold_and_numbers_beyond_64_bits_are_refused():
     wrong = {
         "run.dir": "",
         "run.name": "a\0b",
+        "model.tokenizer": "a\nb",
         "data.train": "\udc80.jsonl",
         "run.seed": 2**63,
         "evaluation.benchmarks.a b.path": " ",
@@ -78,6 +79,7 @@ def test_texts_that_no_file_can_hold_and_numbers_beyond_64_bits_are_refused():
     raw = resolved(composed([]))
     raw["run"] |= {"dir": "", "name": "a\0b", "seed": 2**63}
     raw["data"]["train"] = "\udc80.jsonl"
+    raw["model"]["tokenizer"] = "a\nb"
     raw["optimizer"]["policy"]["betas"] = [1.0, 0.9]
     raw["evaluation"]["benchmarks"]["a b"] = {"path": " ", "samples": 0, "limit": None}
     raw["evaluation"]["benchmarks"]["../a"] = raw["evaluation"]["benchmarks"]["heldout"]
@@ -140,6 +142,17 @@ def test_commands_take_options_from_outside(capsys, config_dir, monkeypatch):
     assert "`mine`" in capsys.readouterr().err
     assert ended(plan.main, monkeypatch, "experiment=own_model") == 1
     assert "model.path = '???': A plan reads its config.json" in capsys.readouterr().err
+
+
+def test_job_gets_the_options_from_outside(config_dir, monkeypatch, tmp_path):
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho would start\n")  # in the place of SLURM, which is asked alone
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    site = ["cluster=single_machine_test", f"cluster.runs={tmp_path}", "resources.trainer_devices=1"]
+    run = ["objective=mine", f"run.dir={tmp_path}/run", "--test-only"]
+    assert ended(submit.main, monkeypatch, "--config-dir", config_dir, *site, *run) == 0
+    script = (tmp_path / "run" / "slurm" / "job.sbatch").read_text()
+    assert f"arguments=('--config-dir={config_dir}' cluster=single_machine_test" in script
 
 
 def test_version_of_train_is_the_products(capsys, monkeypatch):
