@@ -8,10 +8,11 @@ import sys
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 
 from oreal_megatron.config import ConfigError, TrainConfig, Violation, fields_at, unknown_key
@@ -123,10 +124,15 @@ def _remedy(override: Override, value: str, directories: Sequence[Path], message
 
 def _option_remedy(override: Override, group: str, directories: Sequence[Path]) -> str | None:
     """Returns what is wrong with the value of a group; None for names of its options and lists of these."""
-    if override.is_sweep_override() or override.is_delete():
+    if override.is_delete():
         return None
-    value = override.value()
-    names = value if isinstance(value, list) else [value]
+    if override.value_type in (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP):
+        names: list[Any] = list(override.sweep_string_iterator())
+    elif override.is_sweep_override():
+        return None
+    else:
+        value = override.value()
+        names = value if isinstance(value, list) else [value]
     options = {path.stem for directory in directories for path in (directory / group).glob("*.yaml")}
     for name in names:
         if not isinstance(name, str) or name not in options:

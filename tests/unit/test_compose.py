@@ -58,6 +58,7 @@ def test_unreadable_value_is_shown_with_the_quotes_that_make_it_readable(value):
         ("+evaluation.benchmarks.a/b=1", "+evaluation.benchmarks.a/b", "below --config-dir"),
         ("~objektive", "~objektive", "`objective`"),
         ("+objektive=grpo", "objektive", "`objective`"),
+        ("verifier=rules,rulez", "verifier", "no such option. Did you mean `rules`"),
         ("verifier=rulez", "verifier", "no such option. Did you mean `rules`"),
     ],
 )

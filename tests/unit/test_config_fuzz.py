@@ -142,7 +142,23 @@ def overrides(draw) -> list[str]:
         _, place = draw(st.sampled_from(PLACES))
         key = draw(st.one_of(st.just(".".join(map(str, place))), st.sampled_from(GROUPS), KEY_TEXTS))
         value = draw(
-            st.one_of(TEXTS, SCALARS.map(str), st.sampled_from(["9" * 5000, "1e999", "[1,", "{a:1}", "[1,2]"]))
+            st.one_of(
+                TEXTS,
+                SCALARS.map(str),
+                st.sampled_from(
+                    [
+                        "9" * 5000,
+                        "1e999",
+                        "[1,",
+                        "{a:1}",
+                        "[1,2]",
+                        "glob(r*)",
+                        "choice(oreal,grpo)",
+                        "range(1,3)",
+                        "interval(0,1)",
+                    ]
+                ),
+            )
         )
         quoted = draw(
             st.sampled_from(["{}={}", "{}={}", '{}="{}"', "{}='{}'", "+{}={}", "++{}={}", "~{}", "{}", "{}=[{}]"])
