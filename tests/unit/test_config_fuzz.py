@@ -176,7 +176,7 @@ def check_overrides(overrides: list[str]) -> None:
         assert len(str(error).split("\n")) == 1 + len(error.violations) and "Traceback" not in str(error), str(error)
 
 
-@reduced(800)
+@reduced(600)
 @given(changed())
 def test_any_value_is_a_configuration_or_a_message(case):
     check(*case)
@@ -189,7 +189,7 @@ def test_many_values_are_a_configuration_or_a_message(case):
     check(*case)
 
 
-@reduced(250)
+@reduced(150)
 @given(overrides())
 def test_any_override_is_a_configuration_or_a_message(overrides):
     check_overrides(overrides)
