@@ -5,7 +5,8 @@
 Prints, for each file of labelled cases and for each kind of fault in the cases of this repository, accuracy, false
 positives and false negatives of both; then verifications a second on one core, p50 and p99, and the limits for them.
 The exit code is 1 if a limit is missed.
-Needs math-verify (pip install math-verify) and the labelled cases (OREAL_SHARED_DIR, default ../shared).
+Needs math-verify (pip install math-verify) and a directory of labelled cases: --cases, or verifier_cases
+below OREAL_SHARED_DIR.
 """
 
 from __future__ import annotations
@@ -106,9 +107,7 @@ def percentile(seconds: list[float], share: float) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = Path(os.environ.get("OREAL_SHARED_DIR", ROOT.parent / "shared"))
-    parser.add_argument(
-        "--cases", type=Path, default=shared / "verifier_cases", help="directory (default: %(default)s)"
-    )
+    parser.add_argument("--cases", type=Path, default=shared / "verifier_cases", help="directory of labelled cases")
     parser.add_argument("--repeat", type=int, default=3, help="runs of the speed part; the median counts (default: 3)")
     parser.add_argument("--speed-only", action="store_true", help="leave out the accuracy table")
     arguments = parser.parse_args()
