@@ -119,7 +119,7 @@ def measure(groups: ParallelGroups, shards: PolicyShards, arguments: argparse.Na
         )
         for name in arguments.transports
     }
-    engine = SGLangEngine(pool, publishers["direct"], groups, vocab_size=VOCABULARY, timeout_seconds=1200)
+    engine = SGLangEngine(pool, publishers["direct"], groups, timeout_seconds=1200)
     try:
         reports = taken(engine, pool, publishers, groups, arguments.pairs)
     finally:

@@ -95,8 +95,7 @@ def _engine(workspace: Workspace, policy: Policy | ModelChunks) -> RolloutEngine
 
 
 def _sglang_engine(workspace: Workspace, policy: Policy | ModelChunks, servers: SGLangConfig) -> SGLangEngine:
-    config, directory = workspace.config, workspace.directory
-    geometry = workspace.geometry.model_copy(update={"vocab_size": workspace.vocab_size})
+    config, directory, geometry = workspace.config, workspace.directory, workspace.geometry
     described = served_config(
         config.model.path,
         geometry,
@@ -131,7 +130,6 @@ def _sglang_engine(workspace: Workspace, policy: Policy | ModelChunks, servers: 
         pool,
         publisher,
         workspace.groups,
-        vocab_size=workspace.vocab_size,
         timeout_seconds=config.parallel.timeout_seconds,
         shares_devices=servers.shares_devices,
     )
@@ -193,8 +191,7 @@ def _exporter(workspace: Workspace) -> Exporter:
     config, groups = workspace.config, workspace.groups
     with groups.together():
         if groups.is_main and config.run.export != "none":
-            geometry = workspace.geometry.model_copy(update={"vocab_size": workspace.vocab_size})
             stop = workspace.renderer.stop_token_id
-            write_assets(workspace.directory, geometry, config.model, workspace.tokenizer, stop_token_id=stop)
+            write_assets(workspace.directory, workspace.geometry, config.model, workspace.tokenizer, stop_token_id=stop)
     models = ("policy", "reward_model") if config.objective.uses_reward_model else ("policy",)
     return Exporter(workspace.directory, workspace.store, groups, which=config.run.export, models=models)

@@ -53,9 +53,9 @@ class Workspace:
     journal: RolloutJournal
     store: CheckpointStore
     geometry: GeometryConfig
-    """Shape of policy, reference and reward model; its vocab_size is the configuration's, see `vocab_size`."""
+    """Shape of policy, reference and reward model, with vocab_size."""
     vocab_size: int
-    """Rows of the embedding: those of the geometry, or as many as the tokenizer has, whichever are more."""
+    """Rows of the embedding, without padding: those of config.json or model.geometry, whatever the tokenizer has."""
     packer: Packer
     generated: ArithmeticData | None
     """Generated problems and demonstrations, where data.arithmetic is given."""
@@ -97,10 +97,18 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
         verifier = stack.enter_context(contextlib.closing(build_verifier(config.verifier)))
         tokenizer = load_tokenizer(config.model.tokenizer)
         journal = stack.enter_context(contextlib.closing(RolloutJournal(directory / "journal", groups)))
-        renderer = PromptRenderer(tokenizer, config.prompt)
         geometry = geometry_of_run(config.model)
         check_layout(geometry, config.parallel, config.rollout.sglang)
-        vocab_size = max(geometry.vocab_size or 0, len(tokenizer))
+        vocab_size = geometry.vocab_size or len(tokenizer)
+        geometry = geometry.model_copy(update={"vocab_size": vocab_size})
+        renderer = PromptRenderer(tokenizer, config.prompt, vocab_size=vocab_size)
+        if renderer.may_exceed_model:
+            logger.warning(
+                "model.tokenizer = %s has token ids beyond the %d rows of the model's embedding: they are never "
+                "generated, and a prompt or demonstration that has one is refused",
+                config.model.tokenizer,
+                vocab_size,
+            )
         generated = generate_arithmetic(config.data.arithmetic, config.run.seed) if config.data.arithmetic else None
         yield Workspace(
             config=config,

@@ -154,7 +154,6 @@ def open_servers(groups: Any, source: Path, directory: Path, **options: Any) -> 
         pool,
         build_publisher(servers, shards, directory=directory / "weights", config_json=config),
         groups,
-        vocab_size=geometry.vocab_size or 0,
         timeout_seconds=600,
         shares_devices=servers.shares_devices,
     )

@@ -41,7 +41,8 @@ class GeometryConfig(Section):
     head_dim: Positive | None = None
     """Dimension of one attention head. null: hidden_size / num_attention_heads."""
     vocab_size: Positive | None = None
-    """Rows of the embedding, before padding for tensor parallelism. null: the tokenizer's number of tokens."""
+    """Rows of the embedding, before padding for tensor parallelism. Token ids beyond them are refused and never
+    generated. null: the tokenizer's number of tokens."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary embeddings' frequencies."""
     rope_scaling_factor: PositiveFloat | None = None
