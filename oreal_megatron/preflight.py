@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from oreal_megatron.config import ConfigError, GeometryConfig, ModelConfig, SGLangConfig, TrainConfig, Violation
-from oreal_megatron.conversion.huggingface import geometry_of
+from oreal_megatron.conversion.huggingface import geometry_of, max_positions, read_model
 
 
 def check_startable(config: TrainConfig, num_processes: int) -> None:
@@ -37,13 +37,21 @@ def geometry_of_run(model: ModelConfig) -> GeometryConfig:
     """Returns model.geometry, or the geometry of model.path, which must agree with model.geometry where both are given.
 
     Raises:
-        ConfigError: a size differs; the message names all that do.
+        ConfigError: a size differs, and the message names all that do; or model.max_sequence_length is above the
+            longest sequence that the model is made for.
         ValueError: model.path cannot be read.
     """
     if model.path is None:
         assert model.geometry is not None
         return model.geometry
     found = geometry_of(Path(model.path))
+    longest = max_positions(read_model(Path(model.path)))
+    if longest is not None and model.max_sequence_length > longest:
+        remedy = (
+            f"The config.json of {model.path} is for {longest} positions, scaling included. Set it to at most "
+            f"{longest}, or change rope_scaling or max_position_embeddings there if the model is good beyond."
+        )
+        raise ConfigError([Violation("model.max_sequence_length", model.max_sequence_length, remedy)])
     if (expected := model.geometry) is not None:
         # Plans depend on sizes alone; the numerics (rotary base, epsilon) come from the directory.
         sizes = (

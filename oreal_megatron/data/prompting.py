@@ -61,7 +61,7 @@ class PromptRenderer:
         if self._config.system is not None:
             messages.insert(0, {"role": "system", "content": self._config.system})
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self._encoded(text)
+        return self._encoded(str(text))
 
     def response_ids(self, text: str) -> tuple[int, ...]:
         """Returns the token ids of a finished response, with the stop token.

@@ -44,8 +44,8 @@ class SGLangEngine:
     ):
         """Starts an event loop where this process leads a replica.
 
-        timeout_seconds: limit of the groups' collectives. shares_devices: whether servers take turns with the trainer on
-        its devices.
+        timeout_seconds: limit of the groups' collectives. shares_devices: whether servers take turns with the trainer
+        on its devices.
         """
         self.weight_version = 0
         self._shares_devices = shares_devices

@@ -25,9 +25,7 @@ def test_renderer_refuses_every_text_with_a_token_that_the_model_has_no_row_for(
     assert short.question_ids("Compute 1+1.") == whole.question_ids("Compute 1+1.")
     assert whole.response_ids("\\boxed{2}") == (BOX, *short.response_ids("2}"))
     for render in (short.question_ids, short.response_ids):
-        with pytest.raises(
-            ValueError, match=rf"'\\\\boxed\{{' with id {BOX}, and the model's embedding has {BOX} rows"
-        ):
+        with pytest.raises(ValueError, match=f"with id {BOX}, and the model's embedding has {BOX} rows"):
             render("It is \\boxed{2}")
 
 
