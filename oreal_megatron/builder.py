@@ -85,6 +85,7 @@ def _engine(workspace: Workspace, policy: Policy | ModelChunks) -> RolloutEngine
             lambda: CachedDecoder(policy, workspace.groups, workspace.vocab_size),
             stop_token_id=workspace.renderer.stop_token_id,
             batch_size=config.rollout.batch_size,
+            text_of=workspace.renderer.response_text,
         )
     else:
         engine = _sglang_engine(workspace, policy, config.rollout.sglang)

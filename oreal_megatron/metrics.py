@@ -107,7 +107,7 @@ class Tracker:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task(title, total=total, completed=completed, note="")
@@ -134,7 +134,11 @@ class Tracker:
         """Writes an evaluation's report, and logs its metrics."""
         self._write(report.to_json())
         self._log({f"evaluation/{name}": value for name, value in report.metrics.items()}, report.step)
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in report.metrics.items())
+        counts = ("/problems", "/undecided")
+        shown = "  ".join(
+            f"{name} {value:.0f}" if name.endswith(counts) else f"{name} {value:.3f}"
+            for name, value in report.metrics.items()
+        )
         logger.info("evaluation after %d steps  %s", report.step, shown)
 
     def trajectories(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:

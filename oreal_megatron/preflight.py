@@ -7,10 +7,11 @@ from pathlib import Path
 
 from oreal_megatron.config import ConfigError, GeometryConfig, ModelConfig, SGLangConfig, TrainConfig, Violation
 from oreal_megatron.conversion.huggingface import geometry_of, max_positions, read_model
+from oreal_megatron.servers.server_process import installation_problem
 
 
 def check_startable(config: TrainConfig, num_processes: int) -> None:
-    """Raises ConfigError where the configuration asks for other processes or more devices than there are."""
+    """Raises ConfigError where the configuration asks for processes, devices or servers that there are not."""
     violations = []
     if (servers := config.rollout.sglang) is not None and not servers.urls and servers.device == "cuda":
         first, devices = first_server_device(servers), config.resources.devices_per_node
@@ -20,6 +21,9 @@ def check_startable(config: TrainConfig, num_processes: int) -> None:
                 "the main process's machine; start them elsewhere and name them in rollout.sglang.urls"
             )
             violations.append(Violation("rollout.sglang.num_servers", servers.num_servers, remedy))
+    launched = None if servers is None or servers.urls or config.run.mode == "replay" else servers
+    if launched is not None and (problem := installation_problem(launched)) is not None:
+        violations.append(Violation("rollout.backend", "sglang", f"{problem}, or set rollout=embedded."))
     wanted = config.resources.trainer_devices
     if wanted is not None and wanted != num_processes:
         remedy = f"{num_processes} were started; start {wanted}, or set resources.trainer_devices={num_processes}"

@@ -75,6 +75,7 @@ def _headline(evaluations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         lines.append(
             {
                 "benchmark": name.partition("/")[0],
+                "problems": evaluations[-1]["metrics"].get(name.replace("greedy_pass@1", "problems")),
                 "before": scores[0][0],
                 "after": scores[-1][0],
                 "best": best,

@@ -165,6 +165,11 @@ def _train_prompts(config: TrainConfig, renderer: PromptRenderer, generated: Ari
 
 
 def _benchmarks(config: TrainConfig, renderer: PromptRenderer, generated: ArithmeticData | None) -> list[Benchmark]:
+    """Returns the benchmarks, each with all of its prompts.
+
+    Raises:
+        ValueError: a prompt is longer than prompt.max_prompt_tokens.
+    """
     benchmarks = []
     for name, item in config.evaluation.benchmarks.items():
         if item.path is not None:
@@ -172,8 +177,17 @@ def _benchmarks(config: TrainConfig, renderer: PromptRenderer, generated: Arithm
         else:
             assert generated is not None
             prompts = generated.heldout
-        fitting = _fitting(prompts, f"evaluation.benchmarks.{name}", renderer, config)
-        benchmarks.append(Benchmark(name=name, prompts=tuple(fitting[: item.limit]), samples=item.samples))
+        prompts = prompts[: item.limit]
+        _, overlong = renderer.without_overlong(prompts)
+        if overlong:
+            longest = max(len(renderer.question_ids(prompt.question)) for prompt in overlong)
+            raise ValueError(
+                f"evaluation.benchmarks.{name}: {len(overlong)} of {len(prompts)} prompts are longer than "
+                f"prompt.max_prompt_tokens = {config.prompt.max_prompt_tokens} (first: {overlong[0].id}), and a score "
+                f"without them would be that of another benchmark. Set prompt.max_prompt_tokens={longest}, or remove "
+                "them from the file under another name"
+            )
+        benchmarks.append(Benchmark(name=name, prompts=tuple(prompts), samples=item.samples))
     return benchmarks
 
 

@@ -100,7 +100,8 @@ class PromptConfig(Section):
     thinking_end_marks: Strings
     """Marks that end the reasoning of a response. The text after the last mark is the final answer."""
     max_prompt_tokens: Positive
-    """Longest prompt, in tokens. Longer prompts are left out."""
+    """Longest prompt, in tokens. Longer training prompts are left out, and a benchmark with longer prompts is
+    refused."""
 
 
 class ArithmeticConfig(Section):

@@ -51,3 +51,18 @@ def test_a_prompt_or_stop_token_without_a_row_is_refused_with_its_id(tmp_path):
     refused = own_run(model, tmp_path / "run")
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
     assert "'Compute ' with id 103, and the model's embedding has 103 rows: set model.tokenizer" in refused.stderr
+
+
+def test_what_does_not_fit_the_run_is_refused_before_any_work(tmp_path):
+    model = save_tiny(tmp_path / "model", "qwen2", tied=True, max_position_embeddings=128)
+    long = own_run(model, tmp_path / "long", "model.max_sequence_length=129")
+    assert "model.max_sequence_length = 129" in long.stderr and "is for 128 positions" in long.stderr
+    exam = tmp_path / "exam.jsonl"
+    records = [{"id": str(n), "question": "1+" * n + "1", "gold_answer": str(n + 1)} for n in (1, 40)]
+    exam.write_text("".join(json.dumps(record) + "\n" for record in records))
+    overlong = own_run(
+        model, tmp_path / "overlong", f"+evaluation.benchmarks={{exam: {{path: {exam}, samples: 0, limit: null}}}}"
+    )
+    assert "evaluation.benchmarks.exam: 1 of 2 prompts are longer than prompt.max_prompt_tokens = 64" in overlong.stderr
+    for refused in (long, overlong):
+        assert refused.returncode == 1 and "Traceback" not in refused.stderr
