@@ -109,7 +109,7 @@ class Tracker:
             TimeElapsedColumn(),
             TextColumn("remaining"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task(title, total=total, completed=completed, note="")

@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 
 from oreal_megatron.config import ConfigError, GeometryConfig, ModelConfig, SGLangConfig, TrainConfig, Violation
-from oreal_megatron.conversion.huggingface import geometry_of
+from oreal_megatron.conversion.huggingface import geometry_of, max_positions, read_model
+from oreal_megatron.servers.server_process import installation_problem
 
 
 def check_startable(config: TrainConfig, num_processes: int) -> None:
-    """Raises ConfigError where the configuration asks for processes, devices or paths that are not there."""
+    """Raises ConfigError where the configuration asks for processes, devices, servers or paths that are not there."""
     violations = []
     if (servers := config.rollout.sglang) is not None and not servers.urls and servers.device == "cuda":
         first, devices = first_server_device(servers), config.resources.devices_per_node
@@ -20,6 +21,9 @@ def check_startable(config: TrainConfig, num_processes: int) -> None:
                 "the main process's machine. Start them elsewhere and name them in rollout.sglang.urls."
             )
             violations.append(Violation("rollout.sglang.num_servers", servers.num_servers, remedy))
+    launched = None if servers is None or servers.urls or config.run.mode == "replay" else servers
+    if launched is not None and (problem := installation_problem(launched)) is not None:
+        violations.append(Violation("rollout.backend", "sglang", f"{problem}, or set rollout=embedded."))
     wanted = config.resources.trainer_devices
     if wanted is not None and wanted != num_processes:
         remedy = f"{num_processes} were started. Start {wanted}, or set resources.trainer_devices={num_processes}."
@@ -57,13 +61,21 @@ def geometry_of_run(model: ModelConfig) -> GeometryConfig:
     """Returns model.geometry, or the geometry of model.path, which must agree with model.geometry where both are given.
 
     Raises:
-        ConfigError: a size differs; the message names all that do.
+        ConfigError: a size differs, and the message names all that do; or model.max_sequence_length is above the
+            longest sequence that the model is made for.
         ValueError: model.path cannot be read.
     """
     if model.path is None:
         assert model.geometry is not None
         return model.geometry
     found = geometry_of(Path(model.path))
+    longest = max_positions(read_model(Path(model.path)))
+    if longest is not None and model.max_sequence_length > longest:
+        remedy = (
+            f"The config.json of {model.path} is for {longest} positions, scaling included. Set it to at most "
+            f"{longest}, or change rope_scaling or max_position_embeddings there if the model is good beyond."
+        )
+        raise ConfigError([Violation("model.max_sequence_length", model.max_sequence_length, remedy)])
     if (expected := model.geometry) is not None:
         # Plans depend on sizes alone; the numerics (rotary base, epsilon) come from the directory.
         sizes = (

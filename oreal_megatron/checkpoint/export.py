@@ -19,7 +19,7 @@ from oreal_megatron.checkpoint.store import INITIAL, CheckpointStore, step_name
 from oreal_megatron.config import GeometryConfig, ModelConfig
 from oreal_megatron.conversion.convert import WEIGHTS, Export
 from oreal_megatron.conversion.families.decoder import Head
-from oreal_megatron.conversion.huggingface import config_json, read_model
+from oreal_megatron.conversion.huggingface import config_json
 from oreal_megatron.conversion.output import copy_beside
 from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.files import write_atomically
@@ -106,19 +106,13 @@ def write_assets(
 ) -> None:
     """Writes huggingface/assets of a run: the files of model.path, or the files of a model of `geometry`.
 
-    geometry: its vocab_size is the run's number of rows.
+    geometry: with vocab_size.
     """
     assets = directory / "huggingface" / "assets"
     shutil.rmtree(assets, ignore_errors=True)
     assets.mkdir(parents=True)
     if model.path is not None:
         copy_beside(Path(model.path), assets, without=WEIGHTS)
-        config = dict(read_model(assets).config)
-        if config["vocab_size"] != geometry.vocab_size:
-            # The tokenizer has more tokens than the directory's embedding has rows.
-            write_atomically(
-                assets / "config.json", json.dumps({**config, "vocab_size": geometry.vocab_size}, indent=2)
-            )
         return
     config = config_json(geometry, "causal", dtype=model.dtype, max_positions=model.max_sequence_length)
     write_atomically(assets / "config.json", json.dumps(config, indent=2) + "\n")

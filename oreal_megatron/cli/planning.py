@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from oreal_megatron.compose import PLACEHOLDERS, composed, resolved, with_placeholders
 from oreal_megatron.config import ConfigError, GeometryConfig, TrainConfig, Violation, parse_config
@@ -26,7 +27,7 @@ def suggest(console: Console, planned: Plan, replan: Callable[[TrainConfig], Pla
     else:
         overrides, changed = change
         seconds = "" if changed.step_seconds is None else f", {changed.step_seconds:,.0f} s a step"
-        console.print(f"change first: [bold]{overrides}[/] ({changed.memory.share:.0%} of memory{seconds})")
+        console.print(f"change first: [bold]{escape(overrides)}[/] ({changed.memory.share:.0%} of memory{seconds})")
     return 1
 
 
@@ -44,7 +45,7 @@ def planned_config(overrides: list[str], console: Console, *, config_dir: Path |
     missing = with_placeholders(raw)
     own = [key for key in missing if not key.startswith("cluster.")]
     if own:
-        console.print(f"[yellow]without values yet: {', '.join(own)}[/]")
+        console.print(f"[yellow]without values yet: {escape(', '.join(own))}[/]")
     return parse_config(resolved(raw))
 
 

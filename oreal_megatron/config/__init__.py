@@ -13,6 +13,7 @@ from oreal_megatron.config.divisibility import (
 )
 from oreal_megatron.config.errors import ConfigError, Violation
 from oreal_megatron.config.fields import NonNegative, Positive, Section, Strings
+from oreal_megatron.config.geometry import GeometryConfig, RopeScalingConfig
 from oreal_megatron.config.objective import ObjectiveConfig, TokenWeightConfig
 from oreal_megatron.config.parsing import (
     check_resume,
@@ -30,7 +31,6 @@ from oreal_megatron.config.sections import (
     BalanceBin,
     Fp8Config,
     Fp8ModelConfig,
-    GeometryConfig,
     ModelConfig,
     ParallelConfig,
     PromptConfig,
@@ -53,6 +53,7 @@ __all__ = [
     "ParallelConfig",
     "Positive",
     "PromptConfig",
+    "RopeScalingConfig",
     "SGLangConfig",
     "SamplingConfig",
     "Section",

@@ -329,6 +329,10 @@ def _check_objective(objective: ObjectiveConfig, rollout: RolloutConfig) -> Iter
     if o.selection == "pair" and o.keep_groups != "mixed":
         remedy = "Only mixed groups have a correct and an incorrect response. Set objective.keep_groups=mixed."
         yield Violation("objective.selection", o.selection, remedy)
+    if o.uses_reward_model and o.selection in ("correct", "incorrect"):
+        remedy = "The reward model would learn from responses of one outcome alone and give them all the same score. "
+        remedy += "Set objective.selection=all or pair, or objective.token_weights.source=ones."
+        yield Violation("objective.selection", o.selection, remedy)
     if o.actor_freeze_steps and not o.uses_reward_model:
         remedy = "Without a reward model nothing would train in these steps. Set objective.actor_freeze_steps=0."
         yield Violation("objective.actor_freeze_steps", o.actor_freeze_steps, remedy)

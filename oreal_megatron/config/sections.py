@@ -22,47 +22,10 @@ from oreal_megatron.config.fields import (
     Text,
 )
 from oreal_megatron.config.fp8_recipes import RecipeName
+from oreal_megatron.config.geometry import GeometryConfig
 from oreal_megatron.config.objective import ObjectiveConfig
 from oreal_megatron.config.rollout import RolloutConfig, SamplingConfig
 from oreal_megatron.verifier.config import VerifierConfig
-
-
-class GeometryConfig(Section):
-    """Shape of a decoder-only transformer with RMSNorm, SwiGLU, rotary embeddings and grouped-query attention."""
-
-    num_layers: Positive
-    """Number of transformer layers."""
-    hidden_size: Positive
-    """Width of the residual stream."""
-    ffn_hidden_size: Positive
-    """Width of the feed-forward layers, of the gate and of the up projection each."""
-    num_attention_heads: Positive
-    """Number of query heads."""
-    num_query_groups: Positive
-    """Number of key-value heads. Must divide num_attention_heads."""
-    head_dim: Positive | None = None
-    """Dimension of one attention head. null: hidden_size / num_attention_heads."""
-    vocab_size: Positive | None = None
-    """Rows of the embedding, before padding for tensor parallelism. null: the tokenizer's number of tokens."""
-    rope_theta: PositiveFloat = 10000.0
-    """Base of the rotary embeddings' frequencies."""
-    rope_scaling_factor: PositiveFloat | None = None
-    """Factor of Llama 3.1's scaling of the rotary embeddings. null: no scaling."""
-    norm_eps: PositiveFloat = 1e-6
-    """Epsilon of RMSNorm."""
-    qkv_bias: bool = True
-    """Biases on the query, key and value projections, as in Qwen2."""
-    qk_norm: bool = False
-    """RMSNorm on the queries and keys of each head, as in Qwen3."""
-    tied_embeddings: bool = False
-    """Use the embedding as the output layer too."""
-    init_std: PositiveFloat = 0.02
-    """Standard deviation of random initial weights. Unused where weights are loaded."""
-
-    @property
-    def attention_head_dim(self) -> int:
-        """Dimension of one attention head: head_dim, or hidden_size / num_attention_heads where it is null."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 class ModelConfig(Section):
@@ -139,7 +102,8 @@ class PromptConfig(Section):
     thinking_end_marks: Strings
     """Marks that end the reasoning of a response. The text after the last mark is the final answer."""
     max_prompt_tokens: Positive
-    """Longest prompt, in tokens. Longer prompts are left out."""
+    """Longest prompt, in tokens. Longer training prompts are left out, and a benchmark with longer prompts is
+    refused."""
 
 
 class ArithmeticConfig(Section):

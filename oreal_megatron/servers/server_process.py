@@ -20,6 +20,7 @@ from oreal_megatron.config import SGLangConfig
 _SHIMS = Path(__file__).parent / "cpu_shims"
 # SGLang refuses prompts that come within 6 tokens of the context's end.
 _CONTEXT_MARGIN = 8
+_CPU_SGLANG = Path(sys.prefix) / "sglang"  # filled by `make sglang-deps`
 _LOG_LINES = 25
 # Below Linux's ephemeral ports, so that a restarted server finds its port free.
 _FREE_PORTS = range(20_000, 32_768)
@@ -115,13 +116,22 @@ def _command(launcher: Launcher, port: int, *, device: int) -> list[str]:
     return command
 
 
+def installation_problem(config: SGLangConfig) -> str | None:
+    """Returns why servers cannot be launched here, with the command that installs SGLang; None if they can."""
+    if config.device == "cuda":
+        installed = importlib.util.find_spec("sglang") is not None
+        return None if installed else "SGLang is not installed: run `pip install '.[sglang]'`"
+    return None if (_CPU_SGLANG / "sglang").is_dir() else f"SGLang is not in {_CPU_SGLANG}: run `make sglang-deps`"
+
+
 def launch_environment(config: SGLangConfig) -> dict[str, str]:
     """Returns the environment of a server.
 
     Raises:
         ServerStartError: SGLang is not installed.
     """
-    own = Path(sys.prefix) / "sglang"  # filled by `make sglang-deps`
+    if (problem := installation_problem(config)) is not None:
+        raise ServerStartError(f"rollout.backend = sglang: {problem}")
     ours = str(Path(oreal_megatron.__file__).parents[1])  # its workers import the weight loader
     inherited = [ours, *(path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path)]
     environment = {
@@ -132,13 +142,9 @@ def launch_environment(config: SGLangConfig) -> dict[str, str]:
     # The context with its margin may be longer than the model's; no token is ever in the margin.
     environment |= {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
     if config.device == "cuda":
-        if importlib.util.find_spec("sglang") is None:
-            raise ServerStartError("rollout.backend=sglang: SGLang is not installed; pip install '.[sglang]'")
         return environment | {"PYTHONPATH": os.pathsep.join(inherited)}
-    if not (own / "sglang").is_dir():
-        raise ServerStartError(f"rollout.backend=sglang: SGLang is not in {own}; run `make sglang-deps`")
     environment |= {
-        "PYTHONPATH": os.pathsep.join([str(_SHIMS), str(own), *inherited]),
+        "PYTHONPATH": os.pathsep.join([str(_SHIMS), str(_CPU_SGLANG), *inherited]),
         "SGLANG_USE_CPU_ENGINE": "1",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",

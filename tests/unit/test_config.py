@@ -107,6 +107,7 @@ def test_violations_come_all_at_once(composed):
         ("rollout=sglang +rollout.sglang.arguments.quantization=fp8", ARGUMENT + "quantization"),
         ("rollout=sglang +rollout.sglang.arguments.dtype=half", ARGUMENT + "dtype"),
         ("objective.selection=pair objective.keep_groups=all", "objective.selection"),
+        ("objective=oreal objective.selection=correct", "objective.selection"),
         ("rollout.long_tail={oversample:1.5,until:useful,carry_updates:1}", "rollout.backend"),
         ("objective=grpo objective.importance_limit=2.0", "objective.importance_limit"),
         ("rollout=sglang rollout.sglang.placement=colocated resources.trainer_devices=1", "rollout.sglang.transport"),
