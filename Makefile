@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 GPU_PYTHON ?= python
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup sglang-deps slurm-deps demo test test-fast test-slow lint docs test-gpu bench bench-rollout \
+.PHONY: help setup lock sglang-deps slurm-deps demo test test-fast test-slow lint docs test-gpu bench bench-rollout \
 	bench-memory bench-reshard bench-verifier bench-conversion bench-objectives bench-fp8 clean
 
 help: ## print this list
@@ -19,10 +19,10 @@ help: ## print this list
 
 setup: $(READY) ## create the environment in .venv
 
-$(READY): setup.py requirements/cpu.txt
+$(READY): setup.py requirements/cpu.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --requirement requirements/cpu.txt
-	$(BIN)/pip install --quiet --editable '.[dev,gguf]'
+	$(BIN)/pip install --quiet --requirement requirements/cpu.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
 	@touch $@
 
 $(VENV)/sglang/.ready: requirements/sglang_cpu.txt | setup
@@ -31,6 +31,17 @@ $(VENV)/sglang/.ready: requirements/sglang_cpu.txt | setup
 	@touch $@
 
 sglang-deps: $(VENV)/sglang/.ready ## install SGLang for CPU into a directory that only server processes see
+
+# Each lock file begins with its command. Without --upgrade uv keeps what the file has and setup.py still allows.
+LOCK = $(BIN)/uv --config-file requirements/uv.toml pip compile --quiet --no-emit-index-url --no-annotate $(UPGRADE)
+
+lock: setup ## write requirements/*.lock again after a change of setup.py; with UPGRADE=--upgrade, to the newest versions
+	$(LOCK) --python-version 3.11 --python-platform x86_64-manylinux_2_28 --extra dev --extra gguf \
+	  setup.py requirements/cpu.in -o requirements/cpu.lock
+	$(LOCK) --python-version 3.12 --python-platform x86_64-manylinux_2_34 --extra sglang --extra te \
+	  setup.py -o requirements/cuda13.lock
+	$(LOCK) --python-version 3.12 --python-platform x86_64-manylinux_2_34 \
+	  requirements/servers.in -o requirements/servers.lock
 
 demo: setup ## train on arithmetic: warm start, 50 steps, three evaluations, report.html (4 minutes)
 	$(BIN)/oreal-train experiment=arithmetic
