@@ -7,6 +7,7 @@ from pathlib import Path
 
 from oreal_megatron.config import ConfigError, GeometryConfig, ModelConfig, SGLangConfig, TrainConfig, Violation
 from oreal_megatron.conversion.huggingface import geometry_of
+from oreal_megatron.servers.server_process import interpreter_problem
 
 
 def check_startable(config: TrainConfig, num_processes: int) -> None:
@@ -20,6 +21,9 @@ def check_startable(config: TrainConfig, num_processes: int) -> None:
                 "the main process's machine; start them elsewhere and name them in rollout.sglang.urls"
             )
             violations.append(Violation("rollout.sglang.num_servers", servers.num_servers, remedy))
+    python = servers.python if servers is not None and not servers.urls else None
+    if python is not None and (problem := interpreter_problem(python)) is not None:
+        violations.append(Violation("rollout.sglang.python", python, problem))
     wanted = config.resources.trainer_devices
     if wanted is not None and wanted != num_processes:
         remedy = f"{num_processes} were started; start {wanted}, or set resources.trainer_devices={num_processes}"

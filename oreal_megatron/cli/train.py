@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from oreal_megatron.cli.errors import ending_on_errors, run_command
 from oreal_megatron.compose import COMPOSITION_ERRORS, composition_error, config_directory, validated
 from oreal_megatron.config import TrainConfig
+from oreal_megatron.distributed.environment import NCCL_WITHOUT_CUMEM
 from oreal_megatron.dry_run import is_dry_run, shrunk
 from oreal_megatron.log import quiet_libraries
 from oreal_megatron.stopping import StopRequest
@@ -28,6 +29,7 @@ def main() -> NoReturn:
 def _compose_and_train() -> None:
     # Hydra then raises its errors instead of printing them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ.setdefault(*NCCL_WITHOUT_CUMEM)  # before torch is imported
     try:
         _train()
     except COMPOSITION_ERRORS as error:
