@@ -7,11 +7,14 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The environment of `make test-megatron-0.19`, which needs Python 3.12.
+PYTHON_NEWEST ?= python3.12
+NEWEST := .venv-newest
 # The environment of `make setup` has a CPU torch.
 GPU_PYTHON ?= python
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup lock sglang-deps slurm-deps demo test test-fast test-slow lint docs test-gpu bench bench-rollout \
+.PHONY: help setup lock sglang-deps slurm-deps demo test test-fast test-slow lint docs test-gpu test-megatron-0.19 bench bench-rollout \
 	bench-memory bench-reshard bench-verifier bench-conversion bench-objectives bench-fp8 clean
 
 help: ## print this list
@@ -50,11 +53,12 @@ slurm-deps: ## install shellcheck and the SLURM daemons that tests/slurm needs (
 	apt-get update --quiet
 	DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends slurmctld slurmd slurm-client munge shellcheck
 
-lint: setup docs ## run ruff, import contracts, types and documentation links; shellcheck if it is installed
+lint: setup docs ## run ruff, import contracts, types and documentation links; hadolint and shellcheck if they are installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
+	! test -x $(BIN)/hadolint || $(BIN)/hadolint docker/Dockerfile*
 	! command -v shellcheck >/dev/null || shellcheck .ci/run slurm/*.sbatch slurm/*.sh slurm/test_cluster/*.sh
 
 docs: setup ## build the documentation into site/; a broken link or anchor is an error
@@ -68,6 +72,20 @@ test-fast: setup ## run the unit tests, two at a time (3 minutes on 2 cores)
 
 test-slow: setup ## run the long tests
 	$(BIN)/pytest -m 'slow and not gpu'
+
+# The versions of cuda13.lock, with a torch that is built for CUDA, on CPU.
+$(NEWEST)/.ready: setup.py requirements/cuda13.lock requirements/sglang_cpu.txt
+	$(PYTHON_NEWEST) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --constraint requirements/cuda13.lock --editable '.[dev,gguf]'
+	rm -rf $(NEWEST)/sglang
+	sed --quiet 's/==.*//p' requirements/sglang_cpu.txt | xargs $(NEWEST)/bin/pip install --quiet --no-deps \
+	  --target $(NEWEST)/sglang --constraint requirements/cuda13.lock
+	@touch $@
+
+test-megatron-0.19: $(NEWEST)/.ready ## run parity, publication, conversion, planner, checkpoints and kills on Python 3.12 and megatron-core 0.19
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest -m 'not slow and not gpu' tests/parity tests/distributed tests/unit/planner \
+	  tests/unit/checkpoint tests/unit/models tests/unit/conversion tests/unit/transformer_engine \
+	  tests/end_to_end/test_kills.py tests/servers/test_publication.py
 
 test-gpu: ## run the tests that need GPUs, in an environment with a CUDA torch (GPU_PYTHON)
 	$(GPU_PYTHON) -m pytest tests/gpu -m gpu
