@@ -7,7 +7,7 @@ from pathlib import Path
 
 from oreal_megatron.config import ConfigError, GeometryConfig, ModelConfig, SGLangConfig, TrainConfig, Violation
 from oreal_megatron.conversion.huggingface import geometry_of, max_positions, read_model
-from oreal_megatron.servers.server_process import installation_problem
+from oreal_megatron.servers.server_process import installation_problem, interpreter_problem
 
 
 def check_startable(config: TrainConfig, num_processes: int) -> None:
@@ -22,7 +22,10 @@ def check_startable(config: TrainConfig, num_processes: int) -> None:
             )
             violations.append(Violation("rollout.sglang.num_servers", servers.num_servers, remedy))
     launched = None if servers is None or servers.urls or config.run.mode == "replay" else servers
-    if launched is not None and (problem := installation_problem(launched)) is not None:
+    if launched is not None and launched.python is not None:
+        if (problem := interpreter_problem(launched.python)) is not None:
+            violations.append(Violation("rollout.sglang.python", launched.python, problem))
+    elif launched is not None and (problem := installation_problem(launched)) is not None:
         violations.append(Violation("rollout.backend", "sglang", f"{problem}, or set rollout=embedded."))
     wanted = config.resources.trainer_devices
     if wanted is not None and wanted != num_processes:

@@ -17,6 +17,7 @@ from oreal_megatron.cli.arguments import VERSION
 from oreal_megatron.cli.errors import ending_on_errors, run_command
 from oreal_megatron.compose import validated
 from oreal_megatron.config import TrainConfig
+from oreal_megatron.distributed.environment import NCCL_WITHOUT_CUMEM
 from oreal_megatron.dry_run import is_dry_run, shrunk
 from oreal_megatron.log import quiet_libraries
 from oreal_megatron.overrides import (
@@ -47,6 +48,7 @@ def _compose_and_train() -> None:
         search_path(config_dir)
     check_overrides(arguments.overrides, config_dir)
     HydraConfig.instance().cfg = None
+    os.environ.setdefault(*NCCL_WITHOUT_CUMEM)  # before torch is imported
     try:
         _train()
     except Exception as error:

@@ -61,6 +61,8 @@ class SGLangConfig(Section):
     block of 128 x 128, all else in bfloat16. Weights are converted when they are published, and audited as served."""
     device: Literal["cpu", "cuda"]
     """Kind of device of the servers. Launched servers on `cpu` use the SGLang that `make sglang-deps` installs."""
+    python: Text | None = None
+    """Python interpreter that runs launched servers, of an environment with SGLang. null: the trainer's."""
     host: Text
     """Address at which launched servers listen."""
     port: Annotated[int, Field(gt=0, le=65535)] | None

@@ -11,9 +11,7 @@ from typing import Any
 from oreal_megatron.config import GeometryConfig, SGLangConfig
 from oreal_megatron.conversion.huggingface import geometry_of, read_model
 from oreal_megatron.servers.client import ServerDescription
-from oreal_megatron.servers.server_process import OFFLOADED
-
-_OLDEST_SGLANG = (0, 5, 23)
+from oreal_megatron.servers.server_process import OFFLOADED, check_version
 
 
 def fingerprint(geometry: GeometryConfig, dtype: str, config_json: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,11 +31,7 @@ def digest(properties: Mapping[str, Any]) -> str:
 
 def check_server(url: str, description: ServerDescription, expected: Mapping[str, Any]) -> None:
     """Raises ValueError, which names both sides, if a server has another model or dtype, or is too old."""
-    version = tuple(int(part) for part in description.version.split("+")[0].split(".")[:3] if part.isdigit())
-    if version < _OLDEST_SGLANG:
-        raise ValueError(
-            f"{url} runs SGLang {description.version}; {'.'.join(map(str, _OLDEST_SGLANG))} or newer is needed"
-        )
+    check_version(url, description.version)
     path = Path(description.model_path)
     if not (path / "config.json").is_file():
         raise ValueError(
