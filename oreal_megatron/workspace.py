@@ -88,7 +88,8 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
             if groups.is_main:
                 stack.enter_context(locked(directory))
         claim_directory(directory, config, groups)
-        tracker = stack.enter_context(contextlib.closing(Tracker(config, directory, is_main=groups.is_main)))
+        with groups.together():
+            tracker = stack.enter_context(contextlib.closing(Tracker(config, directory, is_main=groups.is_main)))
         console = tracker.console if groups.is_main else None
         stack.enter_context(run_logging(directory, rank=groups.rank, level=config.tracking.log_level, console=console))
         logger.info(

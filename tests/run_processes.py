@@ -58,8 +58,8 @@ class RunProcess:
         (os.killpg if with_children else os.kill)(self._process.pid, signal.SIGKILL)
         assert self.wait() == -signal.SIGKILL
 
-    def signal(self, number: signal.Signals) -> None:
-        os.kill(self._process.pid, number)
+    def signal(self, number: signal.Signals, *, with_children: bool = False) -> None:
+        (os.killpg if with_children else os.kill)(self._process.pid, number)
 
     def said(self) -> str:
         """Output of this start."""

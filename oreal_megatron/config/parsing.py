@@ -47,6 +47,8 @@ def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
 _MAY_CHANGE = (
     "run.dir",  # the directory may have been moved
     "run.num_steps",
+    "optimizer.policy.decay_steps",  # null means run.num_steps
+    "optimizer.reward_model.decay_steps",
     "run.checkpoint_every",
     "run.keep_checkpoints",
     "run.export",

@@ -16,6 +16,7 @@ from oreal_megatron.config.fields import (
     Positive,
     PositiveFloat,
     Section,
+    Seed,
     Share,
     Strings,
 )
@@ -337,7 +338,7 @@ class RunConfig(Section):
     dir: str
     """Directory that the run writes to. A run that is started again in the same directory continues from its newest
     checkpoint."""
-    seed: NonNegative
+    seed: Seed
     """Seed that every other seed of the run is derived from."""
     num_steps: NonNegative
     """Number of steps. 0: only prepare and evaluate the initial policy."""

@@ -211,6 +211,9 @@ def parallel_groups(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGr
         yield split_processes(config, seed=seed, distributed_timeout_minutes=config.timeout_seconds / 60)
     except Stopped:
         raise
+    except KeyboardInterrupt:
+        failed = True
+        raise
     except Exception as error:
         failed = True
         # This comes before the groups are destroyed, which the other ranks notice.
