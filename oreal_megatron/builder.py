@@ -13,6 +13,7 @@ from oreal_megatron.checkpoint.store import INITIAL, damages_of, load_checkpoint
 from oreal_megatron.config import AdamWConfig, Fp8ModelConfig, SGLangConfig
 from oreal_megatron.conversion.huggingface import served_config
 from oreal_megatron.distributed.cpu_backend import device
+from oreal_megatron.files import kept_id
 from oreal_megatron.initial_policy import new_policy
 from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.models.offload import FrozenModel
@@ -119,6 +120,7 @@ def _sglang_engine(workspace: Workspace, policy: Policy | ModelChunks, servers: 
         config=servers,
         launcher=launcher,
         check=lambda url, description: check_server(url, description, expected),
+        run=workspace.groups.from_main(kept_id(directory / "servers" / "run_id") if workspace.groups.is_main else ""),
     )
     pool = ServerPool(settings, stop_token_id=workspace.renderer.stop_token_id, config_json=described)
     publisher = build_publisher(

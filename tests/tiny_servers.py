@@ -70,7 +70,7 @@ def pool_of(
         max_sequence_length=max_sequence_length,
         logs=directory / "servers",
     )
-    settings = ServerSettings(config=servers, launcher=launcher, check=check)
+    settings = ServerSettings(config=servers, launcher=launcher, check=check, run="test")
     return ServerPool(settings, stop_token_id=stop_token_id, config_json=config_json)
 
 
