@@ -60,6 +60,7 @@ def pool_of(
     max_sequence_length: int,
     stop_token_id: int,
     check: Callable[[str, ServerDescription], None] = lambda url, description: None,
+    run: str = "test",
 ) -> ServerPool:
     """Returns a pool of servers. directory: of the run."""
     launcher = Launcher(
@@ -70,7 +71,7 @@ def pool_of(
         max_sequence_length=max_sequence_length,
         logs=directory / "servers",
     )
-    settings = ServerSettings(config=servers, launcher=launcher, check=check, run="test")
+    settings = ServerSettings(config=servers, launcher=launcher, check=check, run=run)
     return ServerPool(settings, stop_token_id=stop_token_id, config_json=config_json)
 
 
@@ -125,10 +126,10 @@ class Servers:
         return [completion for _, completion in sorted(pairs, key=lambda pair: pair[0])]
 
 
-def open_servers(groups: Any, source: Path, directory: Path, **options: Any) -> Servers:
+def open_servers(groups: Any, source: Path, directory: Path, *, run: str = "test", **options: Any) -> Servers:
     """Returns an engine with the Megatron policy of a Hugging Face directory, before the first publication.
 
-    options: see `servers_config`.
+    run: id of the run in labels of weights. options: see `servers_config`.
     """
     policy, geometry = as_policy(source, groups), geometry_of(source)
     said: list[str] = []
@@ -148,6 +149,7 @@ def open_servers(groups: Any, source: Path, directory: Path, **options: Any) -> 
         max_sequence_length=MAX_SEQUENCE_LENGTH,
         stop_token_id=STOP,
         check=lambda url, description: check_server(url, description, expected),
+        run=run,
     )
     shards = PolicyShards(chunks_of(policy), geometry, groups, getattr(torch, dtype))
     engine = SGLangEngine(
