@@ -35,7 +35,7 @@ class ServerPool:
         self._settings = settings
         self._config = settings.config
         self._stop_token_id = stop_token_id
-        self._config_json = config_json
+        self.config_json = config_json
         self._token = uuid.uuid4().hex[:8]
         self._version = 0
         self._label: str | None = None
@@ -107,7 +107,7 @@ class ServerPool:
     def _create_servers(self) -> None:
         model = self._settings.launcher.model
         model.mkdir(parents=True, exist_ok=True)
-        write_atomically(model / "config.json", json.dumps(self._config_json, indent=2) + "\n")
+        write_atomically(model / "config.json", json.dumps(self.config_json, indent=2) + "\n")
         if self._config.urls:
             self.servers = [AttachedServer(i, url, self._settings) for i, url in enumerate(self._config.urls)]
         else:
