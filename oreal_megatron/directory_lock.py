@@ -24,6 +24,8 @@ from typing import IO, Any, Literal
 
 import psutil
 
+from oreal_megatron.files import naming
+
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "lock"
@@ -55,7 +57,8 @@ def locked(directory: Path) -> Iterator[None]:
         ) from error
     with os.fdopen(descriptor, "r+b", buffering=0) as file:
         _acquire(file, directory)
-        _write(file, json.dumps(_this_process()))
+        with naming(directory / LOCK_FILE):
+            _write(file, json.dumps(_this_process()))
         try:
             yield
         finally:
@@ -124,7 +127,8 @@ def _mount_options(directory: Path) -> set[str]:
     """Returns the mount options of the file system that holds a directory."""
     path = directory.resolve()
     mounts = [mount for mount in psutil.disk_partitions(all=True) if path.is_relative_to(mount.mountpoint)]
-    return set(max(mounts, key=lambda mount: len(mount.mountpoint)).opts.split(","))
+    innermost = sorted(mounts, key=lambda mount: len(mount.mountpoint))[-1:]  # none in some containers
+    return {option for mount in innermost for option in mount.opts.split(",")}
 
 
 def _owner(file: IO[bytes]) -> dict[str, Any] | None:
