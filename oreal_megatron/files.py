@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -65,6 +66,13 @@ def whole_lines(path: Path) -> list[str]:
     """Returns the finished lines of a log, without line ends; none where there is no file."""
     content = path.read_bytes() if path.is_file() else b""
     return content.decode(errors="replace").split("\n")[:-1]
+
+
+def kept_id(path: Path) -> str:
+    """Returns the random id, 16 hexadecimal digits, that a file holds; writes the file where there is none."""
+    if not path.is_file():
+        write_atomically(path, uuid.uuid4().hex[:16])
+    return path.read_text()
 
 
 def sync(path: Path) -> None:

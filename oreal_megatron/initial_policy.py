@@ -5,6 +5,7 @@ Policy, reference and reward model start from this checkpoint, so a resumed run 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import random
@@ -18,7 +19,16 @@ from torch import Tensor
 from oreal_megatron.checkpoint.manifest import read_manifest
 from oreal_megatron.checkpoint.state import weights_only
 from oreal_megatron.checkpoint.store import INITIAL
-from oreal_megatron.config import Fp8ModelConfig, SftConfig, TrainConfig, check_settings, settings_of
+from oreal_megatron.config import (
+    ConfigError,
+    Fp8ModelConfig,
+    SftConfig,
+    TrainConfig,
+    Violation,
+    check_settings,
+    settings_of,
+)
+from oreal_megatron.conversion.convert import WEIGHTS
 from oreal_megatron.conversion.module import load_weights
 from oreal_megatron.data.arithmetic import Demonstration
 from oreal_megatron.data.packing import PackedSequence, TokenBatch
@@ -33,7 +43,9 @@ from oreal_megatron.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
-_CONTENT = "sft.demonstrations (content)"
+_CONTENT = " (content)"
+"""Ending of a key that holds a digest of the file or directory that the key without it names."""
+_SAMPLED_BYTES = 1 << 20
 
 
 def make_initial_policy(workspace: Workspace) -> None:
@@ -74,29 +86,58 @@ def new_policy(
 
 
 def initial_settings(config: TrainConfig) -> dict[str, Any]:
-    """Returns the settings that the weights of the initial policy depend on, and a digest of the demonstrations' file.
+    """Returns the settings that the weights of the initial policy depend on, and digests of the files that they name.
 
     Layout and implementation are left out: they change the weights by rounding only.
     """
     sections = ["run.seed", "model.path", "model.geometry", "model.tokenizer", "model.dtype", "sft"]
-    content = {}
+    digests = {}
+    if config.model.path is not None:
+        digests[f"model.path{_CONTENT}"] = weights_fingerprint(Path(config.model.path))
     if config.sft is not None:
         sections += ["prompt.system", "prompt.user", "prompt.stop_token"]
         if config.sft.demonstrations is None:
             sections.append("data.arithmetic")
         elif Path(config.sft.demonstrations).is_file():
-            content[_CONTENT] = fingerprint(read_demonstrations(config.sft.demonstrations))
+            digests[f"sft.demonstrations{_CONTENT}"] = fingerprint(read_demonstrations(config.sft.demonstrations))
     settings = settings_of(config).items()
-    return content | {key: value for key, value in settings if any(f"{key}.".startswith(f"{s}.") for s in sections)}
+    return digests | {key: value for key, value in settings if any(f"{key}.".startswith(f"{s}.") for s in sections)}
+
+
+def weights_fingerprint(directory: Path) -> str:
+    """Returns 16 hex digits that depend on the names, sizes, and parts of the content of a directory's weight files.
+
+    The first, the middle and the last MiB of every file are read: tensors' names and shapes, and samples of values.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(path for path in directory.iterdir() if path.name.endswith(WEIGHTS)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for start in (0, size // 2, max(size - _SAMPLED_BYTES, 0)):
+                file.seek(start)
+                digest.update(file.read(_SAMPLED_BYTES))
+    return digest.hexdigest()
 
 
 def _check_made_from(checkpoint: Path, settings: dict[str, Any]) -> None:
-    """Raises ConfigError where the checkpoint was made with other settings; one of version 0.1.0 names none."""
+    """Raises ConfigError where the checkpoint was made with other settings, or from files that have changed since.
+
+    A checkpoint of version 0.1.0 names no settings. A file that was removed since is not needed any more.
+    """
     made_from = (read_manifest(checkpoint) or {}).get("made_from")
-    if made_from is not None:
-        if _CONTENT not in settings:  # the file was removed since, and is not needed any more
-            made_from.pop(_CONTENT, None)
-        check_settings(made_from, settings, str(checkpoint))
+    if made_from is None:
+        return
+    before, now = ({k: v for k, v in all.items() if not k.endswith(_CONTENT)} for all in (made_from, settings))
+    check_settings(before, now, str(checkpoint))
+    remedy = f"Its content has changed since {checkpoint} was made from it. Restore it, or name another run.dir."
+    changed = sorted(
+        key.removesuffix(_CONTENT)
+        for key in made_from.keys() & settings.keys()
+        if key.endswith(_CONTENT) and made_from[key] != settings[key]
+    )
+    if changed:
+        raise ConfigError([Violation(key, settings[key], remedy) for key in changed])
 
 
 def _warm_start(module: Policy | ModelChunks, sft: SftConfig, workspace: Workspace) -> None:

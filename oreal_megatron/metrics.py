@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import math
-import uuid
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +15,8 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from oreal_megatron.config import TrainConfig
-from oreal_megatron.files import append_line, open_log, whole_lines, write_atomically
+from oreal_megatron.config import ConfigError, TrainConfig, Violation
+from oreal_megatron.files import append_line, kept_id, open_log, whole_lines, write_atomically
 from oreal_megatron.losses.advantages import Selection
 from oreal_megatron.types import EvaluationReport, FinishReason, GradedRollout, StepReport
 
@@ -40,6 +40,7 @@ class Tracker:
     """Writes reports to every place that the tracking section names; does nothing on ranks but the main rank."""
 
     def __init__(self, config: TrainConfig, directory: Path, *, is_main: bool):
+        """Opens the wandb run. Raises ConfigError where wandb refuses, for example without an API key."""
         self._config = config
         self._directory = directory
         self._is_main = is_main
@@ -50,10 +51,15 @@ class Tracker:
         self._file: IO[bytes] | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
+        if is_main and config.tracking.wandb != "disabled":
+            self._wandb = self._open_wandb()
         self._progress: Progress | None = None
 
     def start(self, first_step: int, *, is_evaluated: bool) -> None:
-        """Opens the files and trackers to go on from `first_step`; records of later steps are removed.
+        """Opens the files to go on from `first_step`; records of later steps are removed.
+
+        Where earlier records are missing or cannot be read, a warning says which, and the file is kept as
+        metrics.jsonl.damaged.
 
         is_evaluated: whether the evaluation after `first_step` steps was made, so that its record is kept.
         """
@@ -62,13 +68,10 @@ class Tracker:
         path = self._directory / METRICS_FILE
         _drop_from(path, first_step, is_evaluated)
         self._file = open_log(path)
-        tracking = self._config.tracking
-        if tracking.tensorboard:
+        if self._config.tracking.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(self._directory / "tensorboard"), purge_step=first_step)
-        if tracking.wandb != "disabled":
-            self._wandb = self._open_wandb()
 
     def _open_wandb(self) -> Any:
         try:
@@ -77,23 +80,22 @@ class Tracker:
             logger.warning("tracking.wandb is off, since wandb is not installed; install it with `pip install wandb`")
             return None
         run = self._config.run
-        return wandb.init(
-            project=self._config.tracking.wandb_project,
-            name=run.name,
-            id=self._wandb_id(),
-            resume="allow",
-            mode=self._config.tracking.wandb,
-            dir=str(self._directory),
-            config=self._config.model_dump(mode="json"),
-            settings=wandb.Settings(silent=True),
-        )
-
-    def _wandb_id(self) -> str:
-        """Returns the id of the directory's wandb run, which is kept in the file wandb_id."""
-        path = self._directory / "wandb_id"
-        if not path.is_file():
-            write_atomically(path, uuid.uuid4().hex[:16])
-        return path.read_text()
+        mode = self._config.tracking.wandb
+        try:
+            return wandb.init(
+                project=self._config.tracking.wandb_project,
+                name=run.name,
+                id=kept_id(self._directory / "wandb_id"),
+                resume="allow",
+                mode=mode,
+                dir=str(self._directory),
+                config=self._config.model_dump(mode="json"),
+                settings=wandb.Settings(silent=True),
+            )
+        except wandb.Error as error:
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            remedy = f"wandb says: {reason}. Run `wandb login` or set WANDB_API_KEY, or set tracking.wandb=offline."
+            raise ConfigError([Violation("tracking.wandb", mode, remedy)]) from error
 
     @contextlib.contextmanager
     def progress(self, title: str, total: int, completed: int = 0) -> Iterator[ProgressBar]:
@@ -204,20 +206,43 @@ def read_metrics(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
     Raises:
         ValueError: another line is not a metrics record; the message names file and line.
     """
-    records = []
     path = directory / METRICS_FILE
-    for number, line in enumerate(whole_lines(path), start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not a metrics record: {error}") from error
+    records, damaged = _read(path)
+    if damaged:
+        raise ValueError(f"{'; '.join(damaged)}. Remove these lines, or resume the run, which leaves them out")
     return [r for r in records if r["kind"] == "step"], [r for r in records if r["kind"] == "evaluation"]
 
 
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Returns the records of a file, and for each line that is none its file, number and problem."""
+    records, damaged = [], []
+    for number, line in enumerate(whole_lines(path), start=1):
+        try:
+            record = json.loads(line)
+            if record["kind"] not in ("step", "evaluation"):
+                raise ValueError(f"kind is {record['kind']!r}")
+            if not isinstance(record["step"], int) or not isinstance(record["metrics"], dict):
+                raise TypeError("step is not a number, or metrics not an object")
+            records.append(record)
+        except (KeyError, TypeError, ValueError) as error:
+            damaged.append(f"{path}:{number}: not a metrics record: {error!r}")
+    return records, damaged
+
+
 def _drop_from(path: Path, first_step: int, is_evaluated: bool) -> None:
-    steps, evaluations = read_metrics(path.parent)
-    kept = [r for r in evaluations if r["step"] < first_step + is_evaluated]
-    kept += [r for r in steps if r["step"] < first_step]
+    """Removes the records of what runs again, from `first_step` on; warns of earlier steps that have no record."""
+    records, damaged = _read(path)
+    missing = sorted(set(range(first_step)) - {r["step"] for r in records if r["kind"] == "step"})
+    if damaged:
+        copy = path.with_name(path.name + ".damaged")
+        shutil.copyfile(path, copy)
+        logger.warning("%s; left out, and kept in %s", "; ".join(damaged), copy.name)
+    if missing:
+        which = (
+            f"step {missing[0]}" if len(missing) == 1 else f"{len(missing)} steps from {missing[0]} to {missing[-1]}"
+        )
+        logger.warning("%s has no record of %s of %d that were trained; the run goes on", path, which, first_step)
+    kept = [r for r in records if r["step"] < first_step + (is_evaluated and r["kind"] == "evaluation")]
     kept.sort(key=lambda r: (r["step"], r["kind"] == "step"))
     write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
 

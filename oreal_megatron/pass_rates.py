@@ -15,6 +15,8 @@ from oreal_megatron.seeds import derive_seed
 from oreal_megatron.types import Prompt, decided
 
 logger = logging.getLogger(__name__)
+_UNITS = 16
+"""Generation batches that are sampled together; fixed, so that the journal serves any number of replicas."""
 
 
 def prepare(run: Run) -> None:
@@ -55,7 +57,7 @@ def _with_pass_rates(prompts: list[Prompt], run: Run) -> list[Prompt]:
     if estimation.max_prompts is not None and len(unknown) > estimation.max_prompts:
         unknown = random.Random(derive_seed(run.config.run.seed, "estimate")).sample(unknown, estimation.max_prompts)
     estimated: list[Prompt] = []
-    size = max(run.config.rollout.batch_size // estimation.samples, 1) * groups.data_size
+    size = max(run.config.rollout.batch_size // estimation.samples, 1) * _UNITS
     with run.tracker.progress("pass rates", len(unknown)) as bar:
         for start in range(0, len(unknown), size):
             part = unknown[start : start + size]

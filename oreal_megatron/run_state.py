@@ -133,6 +133,9 @@ def restore(run: Run) -> bool:
             load_trained("policy", run.policy, state)
             if run.reward_model is not None:
                 load_trained("reward_model", run.reward_model, state)
+        for name, trained in (("policy", run.policy), ("reward_model", run.reward_model)):
+            if trained is not None:
+                _warn_of_schedule(name, state[f"{name}.schedule"]["lr_decay_steps"], trained)
         best = state["progress"].pop("best")
         run.progress = RunProgress(**state["progress"], best=Best(**best) if best else None)
         run.stream.load_state_dict(state["stream"])
@@ -140,3 +143,20 @@ def restore(run: Run) -> bool:
         logger.info("resumed from checkpoint %s", step_name(step))
     run.store.remember_best(run.progress.best)
     return step is not None
+
+
+def _warn_of_schedule(name: str, saved_decay_steps: int, trained: TrainedModel) -> None:
+    """Logs a warning where the cosine has another length than in the checkpoint, so that the learning rate jumps."""
+    schedule = trained.schedule
+    if schedule.lr_decay_steps != saved_decay_steps:
+        logger.warning(
+            "optimizer.%s: the cosine of the learning rate has %d updates now and had %d in the checkpoint, so update "
+            "%d has a learning rate of %.3g; optimizer.%s.decay_steps=%d keeps the earlier one",
+            name,
+            schedule.lr_decay_steps,
+            saved_decay_steps,
+            schedule.num_steps,
+            schedule.get_lr({}),
+            name,
+            saved_decay_steps,
+        )

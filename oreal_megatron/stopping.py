@@ -1,7 +1,8 @@
 """Stopping on request: signals of the scheduler ask a run to save and to end.
 
 A scheduler announces the time limit, or a preemption, with a signal (SLURM: `--signal=USR1@600`, or SIGTERM). The
-run then stops at the next point where nothing is lost, saves a checkpoint and exits with `EXIT_STOPPED`.
+run then stops at the next point where nothing is lost, saves a checkpoint and exits with `EXIT_STOPPED`. Ctrl-C does
+the same.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from types import FrameType
 EXIT_STOPPED = 75
 """Exit status (EX_TEMPFAIL) of a run that a signal stopped; everything is saved, and the same command goes on."""
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Stopped(Exception):
@@ -39,7 +40,10 @@ class StopRequest:
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Takes SIGTERM and SIGUSR1 as requests to stop, until the block is left."""
+        """Takes SIGTERM, SIGUSR1 and Ctrl-C as requests to stop, until the block is left.
+
+        Ctrl-C after a request raises KeyboardInterrupt, and once more ends the process at once.
+        """
         before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         try:
             yield
@@ -50,5 +54,9 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = signal.Signals(number).name
+            more = " (Ctrl-C again: at once)" if number == signal.SIGINT else ""
             # The interrupted code may hold the console's lock.
-            os.write(2, f"{self.signal}: stopping as soon as nothing is lost\n".encode())
+            os.write(2, f"{self.signal}: stopping as soon as nothing is lost{more}\n".encode())
+        elif number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)  # for code that does not return to the interpreter
+            raise KeyboardInterrupt

@@ -177,7 +177,7 @@ def replayed(run: Run) -> SampleResult:
         ValueError: there is no file for the step, or a line of it is not a trajectory record.
     """
     assert run.config.run.replay_dir is not None
-    path = Path(run.config.run.replay_dir) / f"step_{run.progress.step:06d}.jsonl"
+    path = Path(run.config.run.replay_dir) / f"{step_name(run.progress.step)}.jsonl"
     if not path.is_file():
         raise ValueError(
             f"run.replay_dir: there is no {path}; set run.num_steps to the number of steps that were saved"
@@ -261,4 +261,4 @@ def save_trajectories(
     ]
     weights = dict(pair for part in run.groups.gather_over_data(mine) for pair in part)
     records = to_records(groups, selection.trajectories, weights, token_texts=run.renderer.token_texts)
-    run.tracker.trajectories(f"trajectories/step_{run.progress.step:06d}", records)
+    run.tracker.trajectories(f"trajectories/{step_name(run.progress.step)}", records)

@@ -20,6 +20,7 @@ from oreal_megatron.data.packing import Packer
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.data.prompts import read_prompts
 from oreal_megatron.data.tokenizer import load_tokenizer
+from oreal_megatron.directory_lock import locked
 from oreal_megatron.distributed.cpu_backend import cpu_backend
 from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
 from oreal_megatron.files import write_atomically
@@ -72,6 +73,7 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
 
     Raises:
         ConfigError: the configuration does not fit the machine, or the directory holds a run of another configuration.
+        OSError: another live run has the directory, or it cannot be written to.
         ValueError: data, tokenizer, model directory or layout cannot be used.
     """
     check_startable(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -82,8 +84,12 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
     with contextlib.ExitStack() as stack:
         stack.enter_context(cpu_backend())
         groups = stack.enter_context(parallel_groups(config.parallel, seed=config.run.seed))
+        with groups.together():
+            if groups.is_main:
+                stack.enter_context(locked(directory))
         claim_directory(directory, config, groups)
-        tracker = stack.enter_context(contextlib.closing(Tracker(config, directory, is_main=groups.is_main)))
+        with groups.together():
+            tracker = stack.enter_context(contextlib.closing(Tracker(config, directory, is_main=groups.is_main)))
         console = tracker.console if groups.is_main else None
         stack.enter_context(run_logging(directory, rank=groups.rank, level=config.tracking.log_level, console=console))
         logger.info(

@@ -7,7 +7,7 @@ fi
 set -u
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
 # Signals to the step reach the process below as well: this shell only has to outlive them.
-trap : USR1 TERM
+trap : USR1 TERM INT
 "$@" &
 child=$!
 wait "$child"

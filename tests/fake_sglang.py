@@ -331,14 +331,14 @@ class FakeServers:
         """Returns the server that was last launched for an index."""
         return next(server for number, server in reversed(self.started) if number == index)
 
-    def settings(self, check: Any = lambda url, found: None, **options: Any) -> ServerSettings:
+    def settings(self, check: Any = lambda url, found: None, run: str = "run", **options: Any) -> ServerSettings:
         """Returns settings with short time limits. options: of rollout.sglang."""
         config = sglang_config(**options)
         launcher = FakeLauncher(
             config=config, model=self._directory / "servers" / "model", weight_loader=LOADER, dtype="float32",
             max_sequence_length=256, logs=self._directory, fakes=self,
         )  # fmt: skip
-        return ServerSettings(config=config, launcher=launcher, check=check, poll_seconds=0.01)
+        return ServerSettings(config=config, launcher=launcher, check=check, run=run, poll_seconds=0.01)
 
     def pool(self, *urls: str, **options: Any) -> ServerPool:
         """Returns a pool; without URLs it launches servers. options: of rollout.sglang."""

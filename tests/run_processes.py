@@ -34,6 +34,10 @@ class RunProcess:
         self._process.start()
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def is_over(self) -> bool:
         return self._process.exitcode is not None
 
@@ -58,23 +62,30 @@ class RunProcess:
         (os.killpg if with_children else os.kill)(self._process.pid, signal.SIGKILL)
         assert self.wait() == -signal.SIGKILL
 
-    def signal(self, number: signal.Signals) -> None:
-        os.kill(self._process.pid, number)
+    def signal(self, number: signal.Signals, *, with_children: bool = False) -> None:
+        (os.killpg if with_children else os.kill)(self._process.pid, number)
 
     def said(self) -> str:
         """Output of this start."""
         return self.log.read_text()[self._earlier :] if self.log.is_file() else ""
 
 
-def together(directory: Path, *overrides: str, num_processes: int) -> str:
-    """Runs the ranks of a job to their successful end; returns the output of rank 0."""
+def start_ranks(directory: Path, *overrides: str, num_processes: int) -> list[RunProcess]:
+    """Starts the ranks of a job; they share one log."""
+    if num_processes == 1:
+        return [RunProcess(directory, *overrides)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         job = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    ranks = [
+    return [
         RunProcess(directory, *overrides, environment={**job, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(num_processes)
     ]
+
+
+def together(directory: Path, *overrides: str, num_processes: int) -> str:
+    """Runs the ranks of a job to their successful end; returns the output of rank 0."""
+    ranks = start_ranks(directory, *overrides, num_processes=num_processes)
     assert [rank.wait() for rank in ranks] == [0] * num_processes, ranks[0].said()
     return ranks[0].said()
 

@@ -13,6 +13,7 @@ import torch
 from oreal_megatron.compose import composed, validated
 from oreal_megatron.config import SGLangConfig
 from oreal_megatron.conversion.huggingface import geometry_of
+from oreal_megatron.files import write_atomically
 from oreal_megatron.log import PACKAGE
 from oreal_megatron.models.virtual_stages import chunks_of
 from oreal_megatron.rollout.build_sglang import build_sglang_engine
@@ -27,6 +28,9 @@ MAX_SEQUENCE_LENGTH = 256
 def has_sglang() -> bool:
     """Returns whether `make sglang-deps` has installed SGLang."""
     return (Path(sys.prefix) / "sglang" / "sglang").is_dir()
+
+
+RUN = "test"
 
 
 def servers_config(**options: Any) -> SGLangConfig:
@@ -96,11 +100,13 @@ class Servers:
         return [completion for _, completion in sorted(pairs, key=lambda pair: pair[0])]
 
 
-def open_servers(groups: Any, source: Path, directory: Path, **options: Any) -> Servers:
+def open_servers(groups: Any, source: Path, directory: Path, *, run: str = RUN, **options: Any) -> Servers:
     """Returns an engine with the Megatron policy of a Hugging Face directory, before the first publication.
 
-    options: see `servers_config`.
+    run: id of the run, which may take the servers of another engine of the same run. options: see `servers_config`.
     """
+    if groups.is_main:
+        write_atomically(directory / "servers" / "run_id", run)
     policy, geometry = as_policy(source, groups), geometry_of(source)
     said: list[str] = []
     logging.getLogger(PACKAGE).addHandler(ListHandler(said))

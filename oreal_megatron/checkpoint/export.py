@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +25,7 @@ from oreal_megatron.conversion.output import copy_beside
 from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.files import write_atomically
 
+_MODEL_FILES = ("config.json", "generation_config.json", "LICENSE", "NOTICE")
 _HEADS: dict[str, Head] = {"policy": "causal", "reward_model": "scalar"}
 
 
@@ -104,7 +106,10 @@ def write_assets(
     *,
     stop_token_id: int,
 ) -> None:
-    """Writes huggingface/assets of a run: the files of model.path, or the files of a model of `geometry`.
+    """Writes huggingface/assets of a run: config.json, generation_config.json, and the tokenizer of its prompts.
+
+    Files of model.path are copied where they describe the exported model. Generation ends at the token that ended the
+    run's responses, or at one that model.path names.
 
     geometry: with vocab_size.
     """
@@ -112,13 +117,27 @@ def write_assets(
     shutil.rmtree(assets, ignore_errors=True)
     assets.mkdir(parents=True)
     if model.path is not None:
-        copy_beside(Path(model.path), assets, without=WEIGHTS)
-        return
-    config = config_json(geometry, "causal", dtype=model.dtype, max_positions=model.max_sequence_length)
-    write_atomically(assets / "config.json", json.dumps(config, indent=2) + "\n")
-    generation = {"eos_token_id": stop_token_id, "pad_token_id": tokenizer.pad_token_id}
-    write_atomically(assets / "generation_config.json", json.dumps(generation, indent=2) + "\n")
-    tokenizer.save_pretrained(assets)
+        # Of a model with another tokenizer, the tokenizer's files would stay beside the run's own.
+        is_own = Path(model.tokenizer).resolve() == Path(model.path).resolve()
+        copy_beside(Path(model.path), assets, without=WEIGHTS, only=None if is_own else _MODEL_FILES)
+        config = dict(read_model(assets).config)
+    else:
+        is_own = False
+        config = config_json(geometry, "causal", dtype=model.dtype, max_positions=model.max_sequence_length)
+    if not is_own:
+        tokenizer.save_pretrained(assets)
+    path = assets / "generation_config.json"
+    generation = json.loads(path.read_text()) if path.is_file() else {"pad_token_id": tokenizer.pad_token_id}
+    ends = [stop_token_id, *_ends(config), *_ends(generation)]
+    end = {"eos_token_id": ends[0] if len(set(ends)) == 1 else list(dict.fromkeys(ends))}
+    write_atomically(assets / "config.json", json.dumps({**config, **end}, indent=2) + "\n")
+    write_atomically(path, json.dumps({**generation, **end}, indent=2) + "\n")
+
+
+def _ends(config: Mapping[str, Any]) -> list[int]:
+    """Returns the end tokens that a config.json or generation_config.json names: none, a number, or a list."""
+    ends = config.get("eos_token_id")
+    return [ends] if isinstance(ends, int) else list(ends or ())
 
 
 def _link(path: Path, target: str) -> None:

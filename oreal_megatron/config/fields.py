@@ -10,6 +10,8 @@ LARGEST = 2**63 - 1
 """Largest integer that torch and the files of a run hold."""
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
+Seed = Annotated[int, Field(ge=0, lt=2**62)]
+"""Number that torch takes as a seed, also after Megatron-Core has added its offsets."""
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -17,6 +17,7 @@ from oreal_megatron.config.fields import (
     Positive,
     PositiveFloat,
     Section,
+    Seed,
     Share,
     Strings,
     Text,
@@ -307,7 +308,7 @@ class RunConfig(Section):
     dir: Text
     """Directory that the run writes to. A run that is started again in the same directory continues from its newest
     checkpoint."""
-    seed: NonNegative
+    seed: Seed
     """Seed that every other seed of the run is derived from."""
     num_steps: NonNegative
     """Number of steps. 0: only make the initial policy and evaluate it, for which data.train may be null."""

@@ -86,8 +86,13 @@ def explained(error: OSError, target: Path) -> OSError:
     return error
 
 
-def copy_beside(source: Path, target: Path, *, without: tuple[str, ...]) -> None:
-    """Copies a directory's files (not its directories) unchanged, except those whose name ends in one of `without`."""
+def copy_beside(source: Path, target: Path, *, without: tuple[str, ...], only: tuple[str, ...] | None = None) -> None:
+    """Copies a directory's files (not its directories) unchanged.
+
+    without: endings of the names of files that are left out. only: names of the files that are copied; None: all.
+    """
     for file in sorted(source.iterdir()):
+        if only is not None and file.name not in only:
+            continue
         if file.is_file() and not file.name.endswith(without) and not file.name.startswith("."):
             shutil.copyfile(file, target / file.name)

@@ -217,6 +217,9 @@ def parallel_groups(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGr
         yield split_processes(config, seed=seed, host_backend="gloo", distributed_timeout_minutes=minutes)
     except Stopped:
         raise
+    except KeyboardInterrupt:
+        failed = True
+        raise
     except Exception as error:
         failed = True
         # This comes before the groups are destroyed, which the other ranks notice.

@@ -9,6 +9,7 @@ import torch
 from oreal_megatron.config import GeometryConfig, SGLangConfig
 from oreal_megatron.conversion.huggingface import served_config
 from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.files import kept_id
 from oreal_megatron.models.policy import Policy
 from oreal_megatron.models.virtual_stages import ModelChunks, chunks_of
 from oreal_megatron.rollout.sglang_engine import SGLangEngine
@@ -37,7 +38,7 @@ def build_sglang_engine(
 ) -> SGLangEngine:
     """Builds an engine whose servers start, or are attached to, at its first publication. Every rank calls it.
 
-    geometry: with vocab_size. directory: of the run, for the servers' logs and the weights of the transport `disk`.
+    geometry: with vocab_size. directory: of the run, for its id, servers' logs and the weights of the transport `disk`.
     dtype: dtype that servers compute in. timeout_seconds: limit of the groups' collectives. model_path: the policy's
     Hugging Face directory; None if only its geometry is known. first_device: index of the servers' first device on a
     machine.
@@ -67,6 +68,7 @@ def build_sglang_engine(
         config=servers,
         launcher=launcher,
         check=lambda url, description: check_server(url, description, expected),
+        run=groups.from_main(kept_id(directory / "servers" / "run_id") if groups.is_main else ""),
     )
     publisher = build_publisher(
         servers,

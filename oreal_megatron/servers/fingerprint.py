@@ -11,7 +11,7 @@ from typing import Any
 from oreal_megatron.config import GeometryConfig, SGLangConfig
 from oreal_megatron.conversion.huggingface import geometry_of, read_model
 from oreal_megatron.servers.client import ServerDescription
-from oreal_megatron.servers.server_process import OFFLOADED, check_version
+from oreal_megatron.servers.server_process import NO_WEIGHTS, OFFLOADED, check_version, run_of_label
 
 
 def fingerprint(geometry: GeometryConfig, dtype: str, config_json: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,8 +49,11 @@ def check_server(url: str, description: ServerDescription, expected: Mapping[str
         )
 
 
-def check_options(url: str, found: ServerDescription, config: SGLangConfig, weight_loader: str) -> None:
-    """Raises ValueError, which names the option, if a server was started with options that the run cannot use."""
+def check_options(url: str, found: ServerDescription, config: SGLangConfig, weight_loader: str, run: str) -> None:
+    """Raises ValueError, which names the remedy, if the run cannot use a server's options, or another run uses it.
+
+    run: id of this run in labels of weights.
+    """
     if weight_loader not in found.weight_loaders:
         raise ValueError(
             f"{url} was started without --custom-weight-loader {weight_loader}, which loads and audits weights; start "
@@ -69,3 +72,10 @@ def check_options(url: str, found: ServerDescription, config: SGLangConfig, weig
         )
     if found.weight_label == OFFLOADED:
         raise ValueError(f"{url} has released its memory to a run that ended without resuming it; restart the server")
+    if run_of_label(found.weight_label) not in (None, run):
+        raise ValueError(
+            f"{url} has weights {found.weight_label} of another run, which may be live; name other servers in "
+            "rollout.sglang.urls. If that run has ended without freeing the server, restart the server, or run: curl "
+            f"{url}/update_weight_version -H 'Content-Type: application/json' -d "
+            f'\'{{"new_version": "{NO_WEIGHTS}", "abort_all_requests": false}}\''
+        )

@@ -18,7 +18,7 @@ from oreal_megatron.servers.request_queue import NoServerError, RequestQueue
 from oreal_megatron.servers.router import Router
 from oreal_megatron.servers.server import ServerSettings, ServerState, SGLangServer
 from oreal_megatron.servers.server_kinds import AttachedServer, LaunchedServer, RemoteServer
-from oreal_megatron.servers.server_process import choose_port, offloaded_mark
+from oreal_megatron.servers.server_process import choose_port, offloaded_mark, weight_label
 from oreal_megatron.types import Completion, GenerationRequest
 
 
@@ -58,8 +58,8 @@ class ServerPool:
         self._has_reported_no_weights = False
 
     def label(self, version: int) -> str:
-        """Returns the servers' label of weight version `version`, which is unique to this run."""
-        return f"{version}-{self._token}"
+        """Returns the servers' label of weight version `version`, which is unique to this start of the run."""
+        return weight_label(version, self._settings.run, self._token)
 
     @property
     def num_current(self) -> int:

@@ -18,7 +18,7 @@ NOTHING = Completion(token_ids=(), logprobs=(), finish_reason=None, weight_spans
 """A response before its first token."""
 
 
-class NoServerError(RuntimeError):
+class NoServerError(ConnectionError):
     """No server is left that could answer."""
 
     @classmethod

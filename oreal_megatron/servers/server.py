@@ -67,6 +67,8 @@ class ServerSettings:
     launcher: Launcher
     check: Callable[[str, ServerDescription], None]
     """Check of a server's URL and description; raises ValueError if the server does not fit the run."""
+    run: str
+    """Id of the run, which stays over its restarts; a part of the weights' labels."""
     poll_seconds: float = 0.5
     """Seconds between two attempts to reach a server."""
 
@@ -317,7 +319,7 @@ class SGLangServer(ABC):
         """Returns the server's description once it answers and fits the run, and calls gc.freeze() on it."""
         found = await self._wait_for_description()
         self._settings.check(self.url, found)
-        check_options(self.url, found, self._config, self._settings.launcher.weight_loader)
+        check_options(self.url, found, self._config, self._settings.launcher.weight_loader, self._settings.run)
         # On a CPU a flush collects garbage, which takes half a second without this.
         await self.client.freeze_gc()
         return found

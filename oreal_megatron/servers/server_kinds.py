@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from oreal_megatron.servers.client import RequestRefused, ServerLost
 from oreal_megatron.servers.server import ServerSettings, ServerState, SGLangServer
-from oreal_megatron.servers.server_process import NO_WEIGHTS, ServerProcess, ServerStartError
+from oreal_megatron.servers.server_process import NO_WEIGHTS, ServerProcess, ServerStartError, run_of_label
 
 
 class LaunchedServer(SGLangServer):
@@ -62,11 +62,16 @@ class LaunchedServer(SGLangServer):
 
 
 class AttachedServer(SGLangServer):
-    """A server that ran before this run, goes on after it, and may serve other runs too."""
+    """A server that ran before this run and goes on after it; it serves one run at a time, which its label names."""
 
     async def _connect(self) -> None:
         if not self.is_up or self._label is None:
             self._set_state(ServerState.CONNECTED, label=(await self._describe()).weight_label)
+
+    async def _end(self) -> None:
+        if self._label is not None and run_of_label(self._label) == self._settings.run:
+            with contextlib.suppress(ServerLost, RequestRefused):
+                await self.client.update_weight_version(NO_WEIGHTS)  # free for another run
 
     async def _abandon_update(self) -> None:
         if not self._config.shares_devices:

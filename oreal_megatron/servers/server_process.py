@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -47,6 +48,17 @@ OFFLOADED = "asleep"
 def start_directory(servers: Path) -> Path:
     """Returns the directory with the config.json that servers start from. servers: the run's `servers` directory."""
     return servers / "model"
+
+
+def weight_label(version: int, run: str, start: str) -> str:
+    """Returns the servers' label of a weight version. run: id of the run; start: id of this start of it."""
+    return f"{version}-{run}-{start}"
+
+
+def run_of_label(label: str) -> str | None:
+    """Returns the id of the run whose weights a `weight_label` names; None for any other label."""
+    match = re.fullmatch(r"\d+-([0-9a-z]+)-[0-9a-z]+", label)
+    return match[1] if match else None
 
 
 def offloaded_mark(model: Path) -> Path:

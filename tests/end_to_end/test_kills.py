@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -62,7 +63,7 @@ def assert_same_run(killed: Path, whole: Path, num_steps: int) -> None:
     trajectories = trajectories_of(killed)
     assert trajectories == trajectories_of(whole)
     assert (killed / "checkpoints/best.json").read_text() == (whole / "checkpoints/best.json").read_text()
-    mine, expected = (content_of(d / "checkpoints" / f"step_{num_steps:06d}") for d in (killed, whole))
+    mine, expected = (but_evaluation(content_of(d / "checkpoints" / f"step_{num_steps:06d}")) for d in (killed, whole))
     for part in ("/policy.", "/reward_model.", "exp_avg_sq.policy.", "exp_avg.reward_", "/common/stream/offset"):
         assert any(part in name for name in expected), (part, sorted(expected))
     assert mine.keys() == expected.keys()
@@ -75,6 +76,11 @@ def assert_same_run(killed: Path, whole: Path, num_steps: int) -> None:
         assert len(ids) == len(set(ids)) == PROMPTS
     units = journalled(killed)
     assert len(units) == len(set(units)), "a journalled unit was generated again"
+
+
+def but_evaluation(content: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out the last evaluation: a stop during it saves the step without it, and a resume evaluates again."""
+    return {name: item for name, item in content.items() if not re.search("/progress/(evaluated_step|best)", name)}
 
 
 def check(warm, kinds: list[str], num_steps: int, seed: int, *overrides: str) -> None:
@@ -112,13 +118,13 @@ def whole(finished, tmp_path_factory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_stops_within_a_step_and_loses_nothing(warm, whole, single_process, number):
     directory = warm()
     process = RunProcess(directory, *STOPPED)
     goal = 9  # in the third step's rollouts, without a checkpoint so far
     assert process.wait_until(lambda: sum(1 for _ in steps_of(directory)) >= goal)
-    process.signal(number)
+    process.signal(number, with_children=number == signal.SIGINT)  # Ctrl-C reaches all processes of a terminal
     assert process.wait() == 75, process.said()
     assert (
         f"{number.name}: stopping" in process.said()

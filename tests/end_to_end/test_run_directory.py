@@ -84,9 +84,12 @@ def test_initial_policy_of_other_settings_is_refused(warm, other):
 
 def test_configuration_is_saved_before_anything_is_made(tmp_path):
     directory = tmp_path / "run"
-    process = RunProcess(directory)
+    process = RunProcess(directory, "sft.steps=100000")
     assert process.wait_until(lambda: (directory / "config.yaml").is_file())
     assert not (directory / "checkpoints/initial").exists()
+    refused = invoke(f"run.dir={directory}", "run.seed=1")  # while the first run is live
+    assert refused.returncode == 1 and "Another run is live here: process" in refused.stderr, refused.stderr
+    assert not process.is_over
     process.signal(signal.SIGTERM)
     assert process.wait() == 75 and "of the warm start" in process.said()
     # Nothing was made with that configuration, so another one may take the directory.

@@ -21,7 +21,7 @@ from tests.servers.test_servers import GREEDY, PROMPTS, assert_as_transformers, 
 from tests.servers.trainer_worker import NUM_TOKENS
 from tests.servers.trainer_worker import PROMPTS as PUBLISHED_PROMPTS
 from tests.tiny_models import save_tiny
-from tests.tiny_servers import STOP, open_servers
+from tests.tiny_servers import RUN, STOP, open_servers
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(3000)]
 
@@ -141,6 +141,8 @@ def test_a_server_that_kept_its_old_weights_is_caught_by_the_audit(servers, monk
 def test_a_stale_server_that_no_audit_looks_at_is_caught_by_the_mismatch(servers, tiny_qwen, tmp_path):
     """Above the first threshold the run says so, above the second it ends before it trains on such rollouts."""
     url = servers.pool.servers[0].client.url
+    (tmp_path / "run/servers").mkdir(parents=True)
+    (tmp_path / "run/servers/run_id").write_text(RUN)  # the run whose weights the server has
     command = [sys.executable, "-m", "tests.servers.stale_worker", url, str(tiny_qwen), str(tmp_path / "run")]
     outcome = subprocess.run(
         [*command, str(tmp_path / "output.json")],

@@ -87,11 +87,12 @@ async def _plant(client, directory):
     await client.update_weight_version("stale")
 
 
-def test_two_runs_at_one_server_each_get_their_own_weights(servers, single_process, tiny_qwen, tmp_path):
-    other = open_servers(single_process, tiny_qwen, tmp_path, urls=(servers.pool.servers[0].client.url,))
+def test_server_of_a_live_run_is_refused_to_another_run(servers, single_process, tiny_qwen, tmp_path):
+    url = servers.pool.servers[0].client.url
+    other = open_servers(single_process, tiny_qwen, tmp_path, urls=(url,), run="other")
     try:
-        other.engine.publish(5)
-        assert_as_transformers(other.generate(requests_of(PROMPTS), GREEDY), tiny_qwen)
+        with pytest.raises(NoServerError, match="of another run, which may be live"):
+            other.engine.publish(5)
         ours = servers.generate(requests_of(PROMPTS), GREEDY)
         assert_as_transformers(ours, servers.written())
     finally:

@@ -89,6 +89,7 @@ def test_violations_come_all_at_once(composed):
         ("sft=none", "model.path"),
         ("optimizer.policy.min_lr=1.0", "optimizer.policy.min_lr"),
         ("run.mode=replay", "run.replay_dir"),
+        ("run.seed=99999999999999999999", "run.seed"),
         ("parallel.tensor=3", "parallel.tensor"),
         ("parallel.sequence=true", "parallel.sequence"),
         ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline"),

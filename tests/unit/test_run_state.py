@@ -1,12 +1,19 @@
-"""Saving a run: a checkpoint that is still being written is completed, not written again."""
+"""Saving and restoring a run: a pending checkpoint is completed, and another learning rate is said."""
 
 from __future__ import annotations
 
+import math
 import time
 from types import SimpleNamespace
 
+import pytest
+
 from oreal_megatron.checkpoint.store import Best, CheckpointStore, step_name
-from oreal_megatron.run_state import RunProgress, save
+from oreal_megatron.config import AdamWConfig
+from oreal_megatron.models.policy import build_policy
+from oreal_megatron.models.trained_model import TrainedModel
+from oreal_megatron.run_state import RunProgress, _warn_of_schedule, save
+from tests.tiny_models import GEOMETRY, MODEL, VOCABULARY
 from tests.unit.checkpoint.test_store import state, writing
 
 __all__ = ["writing"]  # a fixture
@@ -27,3 +34,18 @@ def test_save_waits_for_a_checkpoint_that_is_being_written(tmp_path, single_proc
     save(run, wait=True)  # nothing else of a run is needed: the step has its checkpoint
     assert store.steps == [2] and store.newest_whole() == 2
     assert not list(store.directory.glob("*.partial-*"))
+
+
+@pytest.mark.parametrize("saved", [4, 9])
+def test_another_length_of_the_cosine_is_said_with_the_learning_rate_and_the_remedy(single_process, caplog, saved):
+    policy = build_policy(GEOMETRY, MODEL, single_process, vocab_size=VOCABULARY, seed=0)
+    adamw = AdamWConfig(lr=1e-3, min_lr=1e-4, warmup_steps=0, decay_steps=None, weight_decay=0.0, betas=(0.9, 0.95),
+                        eps=1e-4, clip_grad=1.0)  # fmt: skip
+    trained = TrainedModel(policy, adamw, single_process, num_updates=9)
+    trained.schedule.step(4)
+    _warn_of_schedule("policy", saved, trained)
+    if saved == 9:
+        assert not caplog.text
+    else:
+        lr = 1e-4 + 9e-4 * 0.5 * (1 + math.cos(math.pi * 4 / 9))
+        assert f"update 4 has a learning rate of {lr:.3g}; optimizer.policy.decay_steps=4 keeps" in caplog.text

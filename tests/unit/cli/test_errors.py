@@ -10,6 +10,7 @@ from oreal_megatron import __version__
 from oreal_megatron.cli import convert, doctor, plan, report, serve, submit, train, verify
 from oreal_megatron.cli.errors import run_command
 from oreal_megatron.config import ConfigError, Violation
+from oreal_megatron.servers.request_queue import NoServerError
 from oreal_megatron.stopping import LostPeer, Stopped
 
 WRONG = "objektive=grpo"
@@ -51,6 +52,11 @@ def end_of(error: BaseException | None, *, continues: bool = False) -> int | str
         (ZeroDivisionError("no tokens"), 1, "error: no tokens"),
         (FileNotFoundError(2, "No such file", "x"), 1, "error: [Errno 2] No such file: 'x'"),
         (Stopped("checkpoint step_000002 is saved"), 75, "checkpoint step_000002 is saved"),
+        (
+            NoServerError.of({"http://a": "died"}, 1),
+            1,
+            "cannot be used:\n  http://a: died",
+        ),
         (LostPeer("rank 1 failed"), 1, "rank 1 failed"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],

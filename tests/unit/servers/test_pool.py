@@ -8,7 +8,7 @@ import pytest
 
 from oreal_megatron.servers.request_queue import NoServerError
 from oreal_megatron.servers.server import ServerState
-from oreal_megatron.servers.server_process import offloaded_mark
+from oreal_megatron.servers.server_process import NO_WEIGHTS, offloaded_mark
 from tests.fake_sglang import free_port, response
 from tests.unit.servers.conftest import generate, on_loop, requests_of, until, update
 
@@ -32,6 +32,36 @@ async def test_first_update_launches_every_server_and_labels_it(fakes):
 @on_loop
 async def test_label_is_unique_to_the_run(fakes):
     assert fakes.pool().label(1) != fakes.pool().label(1)
+
+
+@on_loop
+async def test_server_of_a_live_run_is_refused_to_another_until_that_run_ends(fakes):
+    fake = fakes.server()
+    live, other = fakes.pool(fake.url, run="live"), fakes.pool(fake.url, run="other")
+    await update(live, 3)
+    label = fake.label
+    with pytest.raises(NoServerError, match=rf"{fake.url}: .*weights {label} of another run.*update_weight_version"):
+        await update(other, 0)
+    assert fake.label == label and live.num_current == 1
+    assert len(await generate(live, requests_of(4))) == 4
+    await other.close()
+    assert fake.label == label
+    await live.close()
+    assert fake.label == NO_WEIGHTS
+    late = fakes.pool(fake.url, run="other")
+    assert await update(late, 0) == [0]
+    await late.close()
+
+
+@on_loop
+async def test_restarted_run_takes_the_servers_that_it_left_when_it_was_killed(fakes):
+    fake = fakes.server()
+    killed, again = fakes.pool(fake.url), fakes.pool(fake.url)
+    await update(killed, 3)
+    assert await update(again, 3) == [0]  # the killed process may have had other weights of that version
+    assert fake.label == again.label(3) != killed.label(3)
+    await again.close()
+    await killed.close()
 
 
 @on_loop

@@ -265,6 +265,7 @@ async def test_silent_server_fails_after_startup_seconds(fakes):
         ({"tp_size": 2}, "rollout.sglang.tensor"),
         ({"device": "cuda"}, "rollout.sglang.device"),
         ({"weight_version": "asleep"}, "released its memory"),
+        ({"weight_version": "3-another-5e"}, "weights 3-another-5e of another run, which may be live"),
     ],
 )
 @on_loop

@@ -71,7 +71,7 @@ def clients_after(*, num_replicas: int, num_prompts: int, max_concurrency: int, 
     lengths = [min(int(random_lengths.lognormvariate(7.5, 0.6)) + 1, LIMIT) for _ in range(num_requests)]
     clients = [SleepingClient(number, lengths) for number in range(SERVERS)]
     config = sglang_config(max_concurrency=max_concurrency, health_seconds=60.0, startup_seconds=600.0)
-    settings = ServerSettings(config=config, launcher=SimpleNamespace(), check=lambda url, found: None)  # type: ignore[arg-type]
+    settings = ServerSettings(config=config, launcher=SimpleNamespace(), check=lambda url, found: None, run="run")  # type: ignore[arg-type]
     done: Counter[int] = Counter()
 
     async def replica(number: int) -> None:
