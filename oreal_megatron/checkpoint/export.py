@@ -20,7 +20,7 @@ from oreal_megatron.checkpoint.store import INITIAL, CheckpointStore, step_name
 from oreal_megatron.config import GeometryConfig, ModelConfig
 from oreal_megatron.conversion.convert import WEIGHTS, Export
 from oreal_megatron.conversion.families.decoder import Head
-from oreal_megatron.conversion.huggingface import config_json
+from oreal_megatron.conversion.huggingface import config_json, read_model
 from oreal_megatron.conversion.output import copy_beside
 from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.files import write_atomically
