@@ -10,6 +10,8 @@ audit under 0.5 s, extra memory of a process under two buckets.
 from __future__ import annotations
 
 import argparse
+import os
+import socket
 import statistics
 import tempfile
 from collections import defaultdict
@@ -19,14 +21,15 @@ from typing import Any
 import psutil
 import torch
 
+from oreal_megatron.compose import composed, validated
 from oreal_megatron.config import GeometryConfig, ModelConfig, ParallelConfig
 from oreal_megatron.conversion.families import family_of
-from oreal_megatron.conversion.huggingface import config_json
 from oreal_megatron.conversion.layout import Layout
 from oreal_megatron.distributed.cpu_backend import cpu_backend, peak_memory, reset_peak_memory
 from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
 from oreal_megatron.models.policy import build_policy
 from oreal_megatron.models.virtual_stages import chunks_of
+from oreal_megatron.rollout.build_sglang import build_sglang_engine
 from oreal_megatron.rollout.sglang_engine import SGLangEngine
 from oreal_megatron.servers.pool import ServerPool
 from oreal_megatron.servers.server_kinds import LaunchedServer
@@ -35,8 +38,6 @@ from oreal_megatron.weight_sync.planner import num_elements, plan_resharding
 from oreal_megatron.weight_sync.publisher import build_publisher
 from oreal_megatron.weight_sync.sglang_layout import SGLangLayout
 from oreal_megatron.weight_sync.source import PolicyShards
-from tests.ranks import run_ranks
-from tests.tiny_servers import pool_of, servers_config
 
 WORLD, SERVER_RANKS = 4, 2
 PARTS = ("pause", "plan", "transfer", "load", "audit", "continue")
@@ -76,13 +77,21 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=QWEN_05B.num_layers, help="of the model, to try it out")
     parser.add_argument("--transports", nargs="+", default=["direct", "broadcast", "disk", "ipc"])
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        run_ranks(WORLD, trainer, arguments, Path(name))
+        torch.multiprocessing.spawn(trainer, (free_port(), arguments, Path(name)), nprocs=WORLD)
     simulate()
 
 
-def trainer(rank: int, arguments: argparse.Namespace, directory: Path) -> None:
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def trainer(rank: int, port: int, arguments: argparse.Namespace, directory: Path) -> None:
+    where = {"RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in where.items()}
+    torch.set_num_threads(1)
     layout = ParallelConfig(tensor=2, pipeline=2, micro_batch_tokens=64, timeout_seconds=1200)
     geometry = QWEN_05B.model_copy(update={"num_layers": arguments.layers})
     with cpu_backend(), parallel_groups(layout, seed=0) as groups:
@@ -95,33 +104,45 @@ def trainer(rank: int, arguments: argparse.Namespace, directory: Path) -> None:
             max_sequence_length=128,
         )
         policy = build_policy(geometry, model, groups, vocab_size=VOCABULARY, seed=0)
-        measure(groups, PolicyShards(chunks_of(policy), geometry, groups), arguments, directory)
+        measure(groups, policy, geometry, arguments, directory)
 
 
-def measure(groups: ParallelGroups, shards: PolicyShards, arguments: argparse.Namespace, directory: Path) -> None:
-    servers = servers_config(
-        tensor=SERVER_RANKS,
-        control_seconds=600.0,
-        bucket_mib=arguments.bucket_mib,
-        arguments={"max-total-tokens": 1024, "disable-overlap-schedule": True},
+def measure(
+    groups: ParallelGroups, policy: Any, geometry: GeometryConfig, arguments: argparse.Namespace, directory: Path
+) -> None:
+    options = (
+        f"tensor={SERVER_RANKS}",
+        "control_seconds=600",
+        f"bucket_mib={arguments.bucket_mib}",
+        "arguments={max-total-tokens:1024,disable-overlap-schedule:true}",
     )
-    described = {
-        **config_json(shards.geometry, "causal", dtype="bfloat16", max_positions=128),
-        "eos_token_id": 0,
-    }
-    pool = pool_of(servers, directory, described, dtype="bfloat16", max_sequence_length=128, stop_token_id=0)
+    overrides = ["experiment=arithmetic", "rollout=sglang_cpu", "parallel.timeout_seconds=1200"]
+    overrides += [f"rollout.sglang.{option}" for option in options]
+    servers = validated(composed(overrides)).rollout.sglang
+    assert servers is not None
+    engine = build_sglang_engine(
+        servers,
+        policy,
+        geometry,
+        groups,
+        directory=directory,
+        dtype="bfloat16",
+        stop_token_id=0,
+        max_sequence_length=128,
+        timeout_seconds=1200,
+    )
+    shards = PolicyShards(chunks_of(policy), geometry, groups)
     publishers = {
         name: build_publisher(
             servers.model_copy(update={"transport": name}),
             shards,
             directory=directory / "disk",
-            config_json=described,
+            config_json=engine.pool.config_json,
         )
         for name in arguments.transports
     }
-    engine = SGLangEngine(pool, publishers["direct"], groups, timeout_seconds=1200)
     try:
-        reports = taken(engine, pool, publishers, groups, arguments.pairs)
+        reports = taken(engine, publishers, groups, arguments.pairs)
     finally:
         engine.close()
     if groups.is_main:
@@ -131,15 +152,15 @@ def measure(groups: ParallelGroups, shards: PolicyShards, arguments: argparse.Na
 
 
 def taken(
-    engine: SGLangEngine, pool: ServerPool, publishers: dict[str, Any], groups: ParallelGroups, pairs: int
+    engine: SGLangEngine, publishers: dict[str, Any], groups: ParallelGroups, pairs: int
 ) -> dict[str, list[dict[str, float]]]:
     """By transport: what each publication reports, the first ones, which join groups, apart at index 0."""
     reports = defaultdict(list)
     version = 0
     for _ in range(1 + pairs):
         for name, publisher in publishers.items():
-            engine._publisher = publisher
-            workers = server_processes(pool) if groups.is_main and version else []
+            engine.publisher = publisher
+            workers = server_processes(engine.pool) if groups.is_main and version else []
             before = started(workers)
             report = dict(engine.publish(version))
             version += 1

@@ -16,14 +16,35 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from benchmarks.pairs import compare
-from oreal_megatron.config import ParallelConfig, SamplingConfig
+from oreal_megatron.compose import composed, validated
+from oreal_megatron.config import GeometryConfig, ModelConfig, ParallelConfig, SamplingConfig
 from oreal_megatron.distributed.cpu_backend import cpu_backend
 from oreal_megatron.distributed.groups import parallel_groups
+from oreal_megatron.models.policy import build_policy
+from oreal_megatron.rollout.build_sglang import build_sglang_engine
 from oreal_megatron.types import GenerationRequest
-from tests.tiny_models import save_tiny
-from tests.tiny_servers import STOP, open_servers
 
 CONCURRENCY = 32
+STOP = 7
+GEOMETRY = GeometryConfig(
+    num_layers=2,
+    hidden_size=48,
+    ffn_hidden_size=96,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_dim=12,
+    vocab_size=120,
+    qkv_bias=True,
+    init_std=0.2,
+)
+MODEL = ModelConfig(
+    path=None,
+    geometry=GEOMETRY,
+    tokenizer="unused",
+    implementation="local",
+    dtype="float32",
+    max_sequence_length=256,
+)
 
 
 async def bare_load(url: str, bodies: list[bytes]) -> None:
@@ -54,8 +75,20 @@ def main() -> None:
     layout = ParallelConfig(tensor=1, pipeline=1, micro_batch_tokens=512)
     with tempfile.TemporaryDirectory() as name, cpu_backend(), parallel_groups(layout, seed=0) as groups:
         directory = Path(name)
-        model = save_tiny(directory / "model", "qwen2", tied=False)
-        servers = open_servers(groups, model, directory, max_concurrency=CONCURRENCY)
+        options = (f"rollout.sglang.max_concurrency={CONCURRENCY}", "rollout.sglang.startup_seconds=900")
+        servers = validated(composed(["experiment=arithmetic", "rollout=sglang_cpu", *options])).rollout.sglang
+        assert servers is not None
+        engine = build_sglang_engine(
+            servers,
+            build_policy(GEOMETRY, MODEL, groups, vocab_size=120, seed=0),
+            GEOMETRY,
+            groups,
+            directory=directory,
+            dtype="float32",
+            stop_token_id=STOP,
+            max_sequence_length=MODEL.max_sequence_length,
+            timeout_seconds=600,
+        )
         prompts = [[8 + (7 * i + j) % 100 for j in range(16)] for i in range(arguments.requests)]
         sampling = SamplingConfig(temperature=0.0, top_p=1.0, max_new_tokens=arguments.tokens)
         requests = [
@@ -66,17 +99,18 @@ def main() -> None:
             json.dumps({"input_ids": ids, "sampling_params": parameters, "return_logprob": True}).encode()
             for ids in prompts
         ]
+        units = [[request] for request in requests]
         try:
-            servers.engine.publish(0)
-            url = servers.pool.servers[0].client.url
-            num_tokens = sum(len(c.token_ids) for c in servers.generate(requests, sampling))
+            engine.publish(0)
+            url = engine.pool.servers[0].client.url
+            num_tokens = sum(len(c.token_ids) for _, answers in engine.generate(units, sampling) for c in answers)
             ours, bare, ratio = compare(
-                lambda: servers.generate(requests, sampling),
+                lambda: list(engine.generate(units, sampling)),
                 lambda: asyncio.run(bare_load(url, bodies)),
                 pairs=arguments.pairs,
             )
         finally:
-            servers.engine.close()
+            engine.close()
     print(f"{len(requests)} responses, {num_tokens} tokens, {CONCURRENCY} in flight")
     print(
         f"client {ours:.2f} s ({num_tokens / ours:.0f} tokens/s), bare {bare:.2f} s ({num_tokens / bare:.0f} tokens/s)"

@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from oreal_megatron.checkpoint.export import Exporter, write_assets
 from oreal_megatron.checkpoint.state import load_weights_only, weights_only
 from oreal_megatron.checkpoint.store import INITIAL, damages_of, load_checkpoint
-from oreal_megatron.config import AdamWConfig, Fp8ModelConfig, SGLangConfig
-from oreal_megatron.conversion.huggingface import served_config
+from oreal_megatron.config import AdamWConfig, Fp8ModelConfig
 from oreal_megatron.distributed.cpu_backend import device
 from oreal_megatron.initial_policy import new_policy
 from oreal_megatron.models.kv_decoder import CachedDecoder
@@ -19,20 +16,13 @@ from oreal_megatron.models.offload import FrozenModel
 from oreal_megatron.models.policy import Policy
 from oreal_megatron.models.reward_model import TokenRewardModel, build_reward_model
 from oreal_megatron.models.trained_model import TrainedModel
-from oreal_megatron.models.virtual_stages import ModelChunks, chunks_of
+from oreal_megatron.models.virtual_stages import ModelChunks
 from oreal_megatron.preflight import first_server_device
+from oreal_megatron.rollout.build_sglang import build_sglang_engine
 from oreal_megatron.rollout.embedded import EmbeddedEngine
 from oreal_megatron.rollout.engine import RolloutEngine
 from oreal_megatron.rollout.sampler import Sampler
-from oreal_megatron.rollout.sglang_engine import SGLangEngine
 from oreal_megatron.run_state import Run
-from oreal_megatron.servers.fingerprint import check_server, fingerprint
-from oreal_megatron.servers.pool import ServerPool
-from oreal_megatron.servers.server import ServerSettings
-from oreal_megatron.servers.server_process import Launcher, start_directory
-from oreal_megatron.weight_sync.publisher import build_publisher
-from oreal_megatron.weight_sync.sglang_layout import LOADER
-from oreal_megatron.weight_sync.source import PolicyShards
 from oreal_megatron.workspace import Workspace
 
 
@@ -88,52 +78,23 @@ def _engine(workspace: Workspace, policy: Policy | ModelChunks) -> RolloutEngine
             text_of=workspace.renderer.response_text,
         )
     else:
-        engine = _sglang_engine(workspace, policy, config.rollout.sglang)
+        engine = build_sglang_engine(
+            config.rollout.sglang,
+            policy,
+            workspace.geometry,
+            workspace.groups,
+            directory=workspace.directory,
+            dtype=config.served_dtype,
+            stop_token_id=workspace.renderer.stop_token_id,
+            max_sequence_length=config.model.max_sequence_length,
+            timeout_seconds=config.parallel.timeout_seconds,
+            model_path=config.model.path,
+            first_device=first_server_device(config.rollout.sglang),
+        )
     workspace.close_later(engine.close)
     engine.publish(0)
     engine.offload()
     return engine
-
-
-def _sglang_engine(workspace: Workspace, policy: Policy | ModelChunks, servers: SGLangConfig) -> SGLangEngine:
-    config, directory, geometry = workspace.config, workspace.directory, workspace.geometry
-    described = served_config(
-        config.model.path,
-        geometry,
-        dtype=config.served_dtype,
-        fp8=servers.dtype == "fp8",
-        max_positions=config.model.max_sequence_length,
-        stop_token_id=workspace.renderer.stop_token_id,
-    )
-    expected = fingerprint(geometry, config.served_dtype, described)
-    launcher = Launcher(
-        config=servers,
-        model=start_directory(directory / "servers"),
-        weight_loader=LOADER,
-        dtype=config.served_dtype,
-        max_sequence_length=config.model.max_sequence_length,
-        logs=directory / "servers",
-        first_device=first_server_device(servers),
-    )
-    settings = ServerSettings(
-        config=servers,
-        launcher=launcher,
-        check=lambda url, description: check_server(url, description, expected),
-    )
-    pool = ServerPool(settings, stop_token_id=workspace.renderer.stop_token_id, config_json=described)
-    publisher = build_publisher(
-        servers,
-        PolicyShards(chunks_of(policy), geometry, workspace.groups, getattr(torch, config.served_dtype)),
-        directory=Path(servers.weights_dir) if servers.weights_dir is not None else directory / "weights",
-        config_json=described,
-    )
-    return SGLangEngine(
-        pool,
-        publisher,
-        workspace.groups,
-        timeout_seconds=config.parallel.timeout_seconds,
-        shares_devices=servers.shares_devices,
-    )
 
 
 def _trained(workspace: Workspace, module: Any, adamw: AdamWConfig, num_updates: int) -> TrainedModel:

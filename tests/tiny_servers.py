@@ -1,10 +1,9 @@
-"""SGLang servers on CPU with a policy that is published to them, for tests and benchmarks."""
+"""SGLang servers on CPU with a policy that is published to them, for tests."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,11 @@ import torch
 
 from oreal_megatron.compose import composed, validated
 from oreal_megatron.config import SGLangConfig
-from oreal_megatron.conversion.huggingface import geometry_of, served_config
+from oreal_megatron.conversion.huggingface import geometry_of
 from oreal_megatron.log import PACKAGE
 from oreal_megatron.models.virtual_stages import chunks_of
-from oreal_megatron.rollout.sglang_engine import SGLangEngine
-from oreal_megatron.servers.client import ServerDescription
-from oreal_megatron.servers.fingerprint import check_server, fingerprint
-from oreal_megatron.servers.pool import ServerPool
-from oreal_megatron.servers.server import ServerSettings
-from oreal_megatron.servers.server_process import Launcher, start_directory
+from oreal_megatron.rollout.build_sglang import build_sglang_engine
 from oreal_megatron.weight_sync.disk import DiskTransport
-from oreal_megatron.weight_sync.publisher import build_publisher
-from oreal_megatron.weight_sync.sglang_layout import LOADER
 from oreal_megatron.weight_sync.source import PolicyShards
 from tests.tiny_models import as_policy
 
@@ -51,29 +43,6 @@ def servers_config(**options: Any) -> SGLangConfig:
     return SGLangConfig(**{**config.model_dump(), **patient, **options})
 
 
-def pool_of(
-    servers: SGLangConfig,
-    directory: Path,
-    config_json: Mapping[str, Any],
-    *,
-    dtype: str,
-    max_sequence_length: int,
-    stop_token_id: int,
-    check: Callable[[str, ServerDescription], None] = lambda url, description: None,
-) -> ServerPool:
-    """Returns a pool of servers. directory: of the run."""
-    launcher = Launcher(
-        config=servers,
-        model=start_directory(directory / "servers"),
-        weight_loader=LOADER,
-        dtype=dtype,
-        max_sequence_length=max_sequence_length,
-        logs=directory / "servers",
-    )
-    settings = ServerSettings(config=servers, launcher=launcher, check=check)
-    return ServerPool(settings, stop_token_id=stop_token_id, config_json=config_json)
-
-
 class ListHandler(logging.Handler):
     """Appends every message to a list."""
 
@@ -90,15 +59,17 @@ class Servers:
     """An engine, the policy that it publishes, and the messages that it logged."""
 
     engine: Any
-    pool: Any
     policy: Any
     shards: Any
-    config_json: dict[str, Any]
     directory: Path
     said: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._initial = [parameter.detach().clone() for parameter in self.policy.parameters()]
+
+    @property
+    def pool(self) -> Any:
+        return self.engine.pool
 
     def perturb(self) -> None:
         """Gives the policy new weights of the same magnitude, so that rounding errors stay alike."""
@@ -109,7 +80,7 @@ class Servers:
 
     def written(self) -> Path:
         """Writes the policy's present weights as a Hugging Face directory, for transformers."""
-        DiskTransport(self.shards, self.directory / "written", config_json=self.config_json).prepare(0)
+        DiskTransport(self.shards, self.directory / "written", config_json=self.engine.pool.config_json).prepare(0)
         return self.directory / "written" / "version_000000"
 
     def generate(self, requests: Any, sampling: Any, num_enough: int | None = None) -> list[Any]:
@@ -135,26 +106,18 @@ def open_servers(groups: Any, source: Path, directory: Path, **options: Any) -> 
     logging.getLogger(PACKAGE).addHandler(ListHandler(said))
     servers = servers_config(**options)
     dtype = "float32" if servers.dtype is None else "bfloat16"
-    config = served_config(
-        str(source), geometry, dtype=dtype, fp8=servers.dtype == "fp8", max_positions=MAX_SEQUENCE_LENGTH,
-        stop_token_id=STOP,
-    )  # fmt: skip
-    expected = fingerprint(geometry, dtype, config)
-    pool = pool_of(
+    engine = build_sglang_engine(
         servers,
-        directory,
-        config,
-        dtype=dtype,
-        max_sequence_length=MAX_SEQUENCE_LENGTH,
-        stop_token_id=STOP,
-        check=lambda url, description: check_server(url, description, expected),
-    )
-    shards = PolicyShards(chunks_of(policy), geometry, groups, getattr(torch, dtype))
-    engine = SGLangEngine(
-        pool,
-        build_publisher(servers, shards, directory=directory / "weights", config_json=config),
+        policy,
+        geometry,
         groups,
+        directory=directory,
+        dtype=dtype,
+        stop_token_id=STOP,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
         timeout_seconds=600,
-        shares_devices=servers.shares_devices,
+        model_path=str(source),
     )
-    return Servers(engine, pool, policy, shards, config, directory, said)
+    return Servers(
+        engine, policy, PolicyShards(chunks_of(policy), geometry, groups, getattr(torch, dtype)), directory, said
+    )

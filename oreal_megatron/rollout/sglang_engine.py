@@ -50,8 +50,8 @@ class SGLangEngine:
         self.weight_version = 0
         self._shares_devices = shares_devices
         self._is_offloaded = False
-        self._pool = pool
-        self._publisher = publisher
+        self.pool = pool
+        self.publisher = publisher
         self._groups = groups
         self._heartbeat_seconds = timeout_seconds / 4
         self._loop = _LoopThread() if groups.leads_replica else None
@@ -109,10 +109,10 @@ class SGLangEngine:
             if None not in parts[position]:
                 finished.put(_Outcome(value=(position, parts[position])))
 
-        self._pool.on_no_current_weights = lambda: finished.put(_Outcome(no_current_weights=True))
+        self.pool.on_no_current_weights = lambda: finished.put(_Outcome(no_current_weights=True))
         try:
             requests = [request for unit in units for request in unit]
-            await self._pool.generate(requests, sampling, completed, is_enough)
+            await self.pool.generate(requests, sampling, completed, is_enough)
             finished.put(_Outcome())
         except Exception as error:
             finished.put(_Outcome(error=error))
@@ -124,7 +124,7 @@ class SGLangEngine:
             NoServerError: No server is left; at the first publication, a server does not answer, cannot start, serves
                 another model, or does not take the weights.
         """
-        self._publisher.prepare(weight_version)
+        self.publisher.prepare(weight_version)
         return self._deliver(weight_version, wait=False)
 
     @contextlib.contextmanager
@@ -142,7 +142,7 @@ class SGLangEngine:
             with policy_on_device():
                 self.publish(self.weight_version)
         self._leave_devices()
-        self._on_main(self._pool.onload)
+        self._on_main(self.pool.onload)
         yield
         self.offload()
 
@@ -153,7 +153,7 @@ class SGLangEngine:
             NoServerError: No server is left.
         """
         if self._shares_devices and not self._is_offloaded:
-            self._on_main(self._pool.offload)
+            self._on_main(self.pool.offload)
             self._is_offloaded = True
 
     def _leave_devices(self) -> None:
@@ -187,7 +187,7 @@ class SGLangEngine:
         if self._shares_devices:
             self._leave_devices()
             self._is_offloaded = False
-        servers = self._on_main(lambda: self._pool.begin_update(weight_version, wait=wait)) or []
+        servers = self._on_main(lambda: self.pool.begin_update(weight_version, wait=wait)) or []
         report = {
             "publication/pause_seconds": time.perf_counter() - start,
             "publication/bytes": 0.0,
@@ -196,7 +196,7 @@ class SGLangEngine:
         for is_last in (False, True):
             paused = [PausedServer(s.client, s.index, self._loop.run) for s in servers if self._loop]
             try:
-                delivery = self._publisher.deliver(paused)
+                delivery = self.publisher.deliver(paused)
             except Exception as error:
                 self._resume_after(error, servers)
                 raise
@@ -209,12 +209,12 @@ class SGLangEngine:
             reasons = {name: failure.reason for name, failure in delivery.failures.items()}
             done = [server for server in servers if server.url not in again]
             start = time.perf_counter()
-            self._on_main(lambda done=done, reasons=reasons: self._pool.finish_update(done, reasons))
+            self._on_main(lambda done=done, reasons=reasons: self.pool.finish_update(done, reasons))
             if not again:
                 break
             servers = [server for server in servers if server.url in again]
         report["publication/continue_seconds"] = time.perf_counter() - start
-        pool = self._pool
+        pool = self.pool
         found = (pool.label(weight_version), [server.url for server in pool.servers], pool.num_current)
         label, urls, num_current = self._groups.from_main(found)
         if self._loop is not None and not self._groups.is_main:
@@ -227,7 +227,7 @@ class SGLangEngine:
         if servers and self._loop is not None:  # only the main process has paused any
             failures = {server.url: f"{type(error).__name__}: {error}" for server in servers}
             with contextlib.suppress(NoServerError):
-                self._loop.run(self._pool.finish_update(servers, failures)).result()
+                self._loop.run(self.pool.finish_update(servers, failures)).result()
 
     def _on_main(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
         """Runs `work` on the main process's event loop while other ranks wait; returns its result there, else None."""
@@ -268,10 +268,10 @@ class SGLangEngine:
     def close(self) -> None:
         if self._loop is not None:
             self._loop.run(_cancel_others()).result()  # or a task restarts a server that is ended now
-            self._loop.run(self._pool.close()).result()
+            self._loop.run(self.pool.close()).result()
             self._loop.stop()
             self._loop = None
-        self._publisher.close()
+        self.publisher.close()
 
 
 @dataclass(frozen=True)

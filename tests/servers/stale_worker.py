@@ -96,7 +96,7 @@ def main(url: str, model: str, directory: str) -> dict[str, Any]:
 
 def plant(engine: SGLangEngine) -> None:
     """From now on nothing is sent, and nothing compared: the server gets new labels alone."""
-    publisher: Any = engine._publisher
+    publisher: Any = engine.publisher
     publisher._transport.send = lambda servers: TransferResult()
     publisher._auditor.audit = lambda servers: ({}, 0.0)
 

@@ -129,7 +129,7 @@ def test_a_server_that_kept_its_old_weights_is_caught_by_the_audit(servers, monk
     """A transport reports that it has sent, and has not; only the audit can notice."""
     from oreal_megatron.weight_sync.types import TransferResult
 
-    transport = servers.engine._publisher._transport
+    transport = servers.engine.publisher._transport
     servers.perturb()
     with monkeypatch.context() as once:
         once.setattr(transport, "send", lambda paused: once.undo() or TransferResult())
