@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from oreal_megatron.config import ParallelConfig, RopeScalingConfig, SamplingConfig
+from oreal_megatron.config import SamplingConfig
 from oreal_megatron.conversion.convert import to_huggingface, to_megatron
 from oreal_megatron.conversion.huggingface import config_json, geometry_of, max_positions, read_model, served_config
 from oreal_megatron.conversion.layout import Layout
@@ -16,7 +16,7 @@ from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.models.pipeline_schedule import score
 from oreal_megatron.rollout.embedded import EmbeddedEngine
 from oreal_megatron.types import GenerationRequest
-from tests.tiny_models import GEOMETRY, MODEL, as_policy, save_tiny
+from tests.tiny_models import as_policy, save_tiny
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "factor": 3.0, "original_max_position_embeddings": 64, "low_freq_factor": 1.0}
@@ -130,17 +130,3 @@ def test_mistral_with_a_sliding_window_is_refused(tmp_path, window):
     directory = changed(tiny(tmp_path / "hf", "mistral"), sliding_window=window)  # absent, it is 4096
     with pytest.raises(ValueError, match=f"sliding_window = {window or 4096} is not supported for MistralForCausalLM"):
         geometry_of(directory)
-
-
-def test_memory_of_a_scaled_model_is_that_of_the_model_without_scaling():
-    from oreal_megatron.models.memory_profile import DecodedBatch, MemoryProfiler
-
-    plain = GEOMETRY.model_copy(update={"vocab_size": 64})
-    scaled = plain.model_copy(update={"rope_scaling": RopeScalingConfig(**YARN)})
-    layout = ParallelConfig(tensor=2, pipeline=1, micro_batch_tokens=128)
-    batch = DecodedBatch(num_sequences=2, prompt_tokens=8, new_tokens=8)
-    one, other = (
-        MemoryProfiler(geometry, MODEL, lambda logits: logits.argmax(-1)).stages(layout, row_tokens=128, batch=batch)
-        for geometry in (plain, scaled)
-    )
-    assert one == other
