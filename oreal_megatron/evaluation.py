@@ -36,6 +36,8 @@ class BenchmarkResult:
         """`benchmark/name` -> value. UNDECIDED responses are left out of every average; nan where none is decided."""
         k = self.benchmark.samples
         values = {
+            "problems": float(len(self.greedy)),
+            "undecided": float(len(self.greedy) - len(decided(self.greedy))),
             "greedy_pass@1": _mean([float(graded.is_correct) for graded in decided(self.greedy)]),
             "response_tokens": _mean([float(len(graded.rollout.response_ids)) for graded in self.greedy]),
             "stopped": _mean([float(g.rollout.finish_reason is FinishReason.STOP) for g in self.greedy]),

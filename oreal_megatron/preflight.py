@@ -11,14 +11,14 @@ from oreal_megatron.servers.server_process import interpreter_problem
 
 
 def check_startable(config: TrainConfig, num_processes: int) -> None:
-    """Raises ConfigError where the configuration asks for other processes or more devices than there are."""
+    """Raises ConfigError where the configuration asks for processes, devices or paths that are not there."""
     violations = []
     if (servers := config.rollout.sglang) is not None and not servers.urls and servers.device == "cuda":
         first, devices = first_server_device(servers), config.resources.devices_per_node
         if first + servers.num_servers * servers.tensor > devices:
             remedy = (
-                f"servers of {servers.tensor} device(s) each, from device {first} on, exceed the {devices} devices of "
-                "the main process's machine; start them elsewhere and name them in rollout.sglang.urls"
+                f"Servers of {servers.tensor} device(s) each, from device {first} on, exceed the {devices} devices of "
+                "the main process's machine. Start them elsewhere and name them in rollout.sglang.urls."
             )
             violations.append(Violation("rollout.sglang.num_servers", servers.num_servers, remedy))
     python = servers.python if servers is not None and not servers.urls else None
@@ -26,10 +26,30 @@ def check_startable(config: TrainConfig, num_processes: int) -> None:
         violations.append(Violation("rollout.sglang.python", python, problem))
     wanted = config.resources.trainer_devices
     if wanted is not None and wanted != num_processes:
-        remedy = f"{num_processes} were started; start {wanted}, or set resources.trainer_devices={num_processes}"
+        remedy = f"{num_processes} were started. Start {wanted}, or set resources.trainer_devices={num_processes}."
         violations.append(Violation("resources.trainer_devices", wanted, remedy))
+    violations += _missing_paths(config)
     if violations:
         raise ConfigError(violations)
+
+
+def _missing_paths(config: TrainConfig) -> list[Violation]:
+    """Returns a violation for every model directory, tokenizer and data file that does not exist."""
+    directories = {"model.path": config.model.path}
+    if config.model.tokenizer not in ("arithmetic", config.model.path):
+        directories["model.tokenizer"] = config.model.tokenizer
+    files = {"data.train": config.data.train, "sft.demonstrations": config.sft.demonstrations if config.sft else None}
+    files |= {f"evaluation.benchmarks.{name}.path": item.path for name, item in config.evaluation.benchmarks.items()}
+    violations = [
+        Violation(key, path, "There is no such directory. Set it to a directory of the form of Hugging Face models.")
+        for key, path in directories.items()
+        if path is not None and not Path(path).is_dir()
+    ]
+    return violations + [
+        Violation(key, path, "There is no such file. Set it to a JSONL file.")
+        for key, path in files.items()
+        if path is not None and not Path(path).exists()
+    ]
 
 
 def first_server_device(servers: SGLangConfig) -> int:
@@ -62,7 +82,7 @@ def geometry_of_run(model: ModelConfig) -> GeometryConfig:
             Violation(
                 f"model.geometry.{name}",
                 getattr(expected, name),
-                f"{model.path} has {getattr(found, name)}; set it to that",
+                f"{model.path} has {getattr(found, name)}. Set it to that.",
             )
             for name in sizes
             if getattr(expected, name) not in (None, getattr(found, name))

@@ -30,7 +30,7 @@ from oreal_megatron.preflight import check_startable, geometry_of_run
 from oreal_megatron.rollout.journal import RolloutJournal
 from oreal_megatron.stopping import StopRequest
 from oreal_megatron.types import Benchmark, Prompt
-from oreal_megatron.verifier import Verifier, build_verifier
+from oreal_megatron.verifier import StagedVerifier, build_verifier
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Workspace:
     directory: Path
     groups: ParallelGroups
     tracker: Tracker
-    verifier: Verifier
+    verifier: StagedVerifier
     tokenizer: PreTrainedTokenizerBase
     renderer: PromptRenderer
     journal: RolloutJournal
@@ -151,16 +151,17 @@ def claim_directory(directory: Path, config: TrainConfig, groups: ParallelGroups
 
 def _train_prompts(config: TrainConfig, renderer: PromptRenderer, generated: ArithmeticData | None) -> list[Prompt]:
     if config.data.train is not None:
-        return _fitting(read_prompts(config.data.train), f"data.train = {config.data.train}", renderer, config)
-    assert generated is not None
-    return _fitting(generated.train, "data.arithmetic", renderer, config)
+        prompts = read_prompts(config.data.train, empty_golds=config.data.empty_golds)
+        return _fitting(prompts, f"data.train = {config.data.train}", renderer, config)
+    # The configuration has no prompts where run.num_steps is 0 alone.
+    return [] if generated is None else _fitting(generated.train, "data.arithmetic", renderer, config)
 
 
 def _benchmarks(config: TrainConfig, renderer: PromptRenderer, generated: ArithmeticData | None) -> list[Benchmark]:
     benchmarks = []
     for name, item in config.evaluation.benchmarks.items():
         if item.path is not None:
-            prompts: Sequence[Prompt] = read_prompts(item.path)
+            prompts: Sequence[Prompt] = read_prompts(item.path, empty_golds=config.data.empty_golds)
         else:
             assert generated is not None
             prompts = generated.heldout

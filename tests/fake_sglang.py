@@ -39,6 +39,11 @@ def _defaults() -> dict[str, Any]:
     return {**config.model_dump(), **short, "max_restarts": 2}
 
 
+def sglang_config(**options: Any) -> SGLangConfig:
+    """Returns settings with short time limits. options: of rollout.sglang."""
+    return SGLangConfig(**{**_defaults(), **options})
+
+
 def next_token(ids: Sequence[int]) -> int:
     """Returns the token after `ids`, which is never the stop token."""
     return 10 + (31 * sum(ids) + 7 * len(ids)) % 89
@@ -328,7 +333,7 @@ class FakeServers:
 
     def settings(self, check: Any = lambda url, found: None, **options: Any) -> ServerSettings:
         """Returns settings with short time limits. options: of rollout.sglang."""
-        config = SGLangConfig(**{**_defaults(), **options})
+        config = sglang_config(**options)
         launcher = FakeLauncher(
             config=config, model=self._directory / "servers" / "model", weight_loader=LOADER, dtype="float32",
             max_sequence_length=256, logs=self._directory, fakes=self,

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _submit(console: Console, arguments: argparse.Namespace) -> int:
-    raw = composed(arguments.overrides)
+    raw = composed(arguments.overrides, config_dir=arguments.config_dir)
     if is_dry_run(raw):
         for key, (before, small) in layout_mapping(raw).items():
             console.print(f"dry run: {key} {before} becomes {small}")
@@ -61,7 +61,7 @@ def _submit(console: Console, arguments: argparse.Namespace) -> int:
         planned = replan(config)
     print_plan(console, planned)
     if config.run.dry_run:
-        whole = planned_config([*arguments.overrides, "run.dry_run=false"], console)
+        whole = planned_config([*arguments.overrides, "run.dry_run=false"], console, config_dir=arguments.config_dir)
         console.print(f"the experiment with its own layout: {planner_of(whole)(whole).memory.verdict}")
     status = suggest(console, planned, replan)
     if status and not arguments.force:
@@ -69,7 +69,8 @@ def _submit(console: Console, arguments: argparse.Namespace) -> int:
         return status
     directory = Path(config.run.dir).resolve() / "slurm"
     script = directory / "job.sbatch"
-    overrides = [*arguments.overrides, f"run.dir={Path(config.run.dir).resolve()}"]
+    options = [] if arguments.config_dir is None else [f"--config-dir={arguments.config_dir.resolve()}"]
+    overrides = [*options, *arguments.overrides, f"run.dir={Path(config.run.dir).resolve()}"]
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(script, rendered(config, cluster, nodes, overrides, script))
     console.print(f"\n[bold]{script}[/]")

@@ -19,6 +19,7 @@ from oreal_megatron.config.parsing import (
     check_settings,
     fields_at,
     parse_config,
+    parse_sections,
     settings_of,
     unknown_key,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "check_settings",
     "fields_at",
     "parse_config",
+    "parse_sections",
     "served_shape_violations",
     "serving_violations",
     "settings_of",

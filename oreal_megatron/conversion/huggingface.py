@@ -81,6 +81,11 @@ def _family(file: Path, config: Mapping[str, Any]) -> tuple[Family, Head]:
     if architecture not in known:
         raise ValueError(f"{file}: {architecture} is not supported; supported are {', '.join(known)}")
     family, head = known[architecture]
+    if (method := config.get("quantization_config")) is not None:
+        raise ValueError(
+            f"{file}: quantization_config = {method!r} is not supported, weights are read as they are. Name a "
+            "directory without quantisation; where its weights are plain, remove the key."
+        )
     for key, value in family.only.items():
         if config.get(key, value) != value:
             raise ValueError(f"{file}: {key} = {config[key]!r} is not supported for {architecture}, only {value!r}")

@@ -75,7 +75,13 @@ def build_sglang_engine(
         config_json=described,
     )
     return SGLangEngine(
-        ServerPool(settings, stop_token_id=stop_token_id, config_json=described),
+        ServerPool(
+            settings,
+            stop_token_id=stop_token_id,
+            config_json=described,
+            replica=groups.data_rank,
+            num_replicas=groups.data_size,
+        ),
         publisher,
         groups,
         vocab_size=geometry.vocab_size or 0,

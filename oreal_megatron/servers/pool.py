@@ -25,8 +25,20 @@ from oreal_megatron.types import Completion, GenerationRequest
 class ServerPool:
     """The servers of a run, which share one version of the policy's weights."""
 
-    def __init__(self, settings: ServerSettings, *, stop_token_id: int, config_json: Mapping[str, Any]):
-        """config_json: the model's config.json, which launched servers start from."""
+    def __init__(
+        self,
+        settings: ServerSettings,
+        *,
+        stop_token_id: int,
+        config_json: Mapping[str, Any],
+        replica: int = 0,
+        num_replicas: int = 1,
+    ):
+        """Makes a pool without servers, which the first update creates.
+
+        config_json: the model's config.json, which launched servers start from. replica, num_replicas: number of this
+        process's model replica, and of all replicas, which send requests to the same servers.
+        """
         self.servers: Sequence[SGLangServer] = ()
         self.num_retries = 0
         """Responses that were requested again, over the life of the pool."""
@@ -36,6 +48,7 @@ class ServerPool:
         self._config = settings.config
         self._stop_token_id = stop_token_id
         self.config_json = config_json
+        self._replica, self._num_replicas = replica, num_replicas
         self._token = uuid.uuid4().hex[:8]
         self._version = 0
         self._label: str | None = None
@@ -188,6 +201,8 @@ class ServerPool:
             label=self._label,
             token=self._token,
             stop_token_id=self._stop_token_id,
+            replica=self._replica,
+            num_replicas=self._num_replicas,
             no_current_weights=self._no_current_weights,
         )
         try:
@@ -204,4 +219,5 @@ class ServerPool:
         """Ends launched servers; attached servers go on."""
         for task in self._reconnecting:
             task.cancel()
+        await asyncio.gather(*self._reconnecting, return_exceptions=True)
         await asyncio.gather(*(server.close() for server in self.servers))

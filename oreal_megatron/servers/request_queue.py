@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,8 @@ class RequestQueue:
     ):
         self.requests = requests
         self.sampling = sampling
-        self.pending: asyncio.Queue[int] = asyncio.Queue()
+        self.pending: dict[tuple[int, ...], deque[int]] = {}
+        """Requests that are at no server, by prompt; a prompt without pending requests has no entry."""
         self.at_servers: dict[str, ServerClient] = {}
         """Clients of the servers that work on a request, by request id."""
         self.finished = asyncio.Event()
@@ -48,11 +50,12 @@ class RequestQueue:
         self._is_done = [False] * len(requests)
         self._attempts = [0] * len(requests)
         self._num_left = len(requests)
+        self._num_answers = self._num_new_tokens = 0
         for index, request in enumerate(requests):
             if request.partial is not None and request.partial.finish_reason is not None:
                 self.complete(index, request.partial)
             else:
-                self.pending.put_nowait(index)
+                self._append(index)
         if not requests:
             self.finished.set()
 
@@ -64,8 +67,26 @@ class RequestQueue:
         if self._num_left == 0:
             self.finished.set()
 
+    def _append(self, index: int) -> None:
+        self.pending.setdefault(self.requests[index].prompt_ids, deque()).append(index)
+
+    def take(self, prompt_ids: tuple[int, ...]) -> int:
+        """Removes and returns the next pending request of a prompt."""
+        waiting = self.pending[prompt_ids]
+        index = waiting.popleft()
+        if not waiting:
+            del self.pending[prompt_ids]
+        return index
+
+    def untake(self, index: int) -> None:
+        """Makes a request pending again that was taken and not sent."""
+        if self.is_ending:
+            self._complete_partial(index)
+        else:
+            self._append(index)
+
     def put_back(self, index: int, error: Exception) -> None:
-        """Makes a request pending again. Raises NoServerError if it keeps losing servers."""
+        """Makes a request pending again that was sent. Raises NoServerError if it keeps losing servers."""
         if self.is_ending:
             self._complete_partial(index)
             return
@@ -75,21 +96,33 @@ class RequestQueue:
                 f"a prompt of {len(self.requests[index].prompt_ids)} tokens was lost {_MAX_ATTEMPTS} times "
                 f"(token ids {list(self.requests[index].prompt_ids[:20])}...), the last time by: {error}"
             ) from error
-        self.pending.put_nowait(index)
+        self._append(index)
 
     def end(self) -> None:
         """Completes pending requests with the tokens that they have; requests at servers complete once they answer."""
         self.is_ending = True
-        while not self.pending.empty():
-            self._complete_partial(self.pending.get_nowait())
+        for index in [index for waiting in self.pending.values() for index in waiting]:
+            self._complete_partial(index)
+        self.pending.clear()
 
     def _complete_partial(self, index: int) -> None:
         self.complete(index, self.requests[index].partial or NOTHING)
+
+    def expected_tokens(self, index: int) -> float:
+        """Estimates the tokens of a request at a server: what it reads, and the mean response so far."""
+        limit = self._max_new_tokens(index)
+        mean = self._num_new_tokens / self._num_answers if self._num_answers else limit / 2
+        request = self.requests[index]
+        return len(request.prompt_ids) + len((request.partial or NOTHING).token_ids) + min(limit, mean)
 
     def input_ids(self, index: int) -> tuple[int, ...]:
         """Returns the token ids that the server reads: the prompt and the partial response."""
         request = self.requests[index]
         return request.prompt_ids + (request.partial or NOTHING).token_ids
+
+    def _max_new_tokens(self, index: int) -> int:
+        request = self.requests[index]
+        return request.max_new_tokens - len((request.partial or NOTHING).token_ids)
 
     def options(self, index: int, stop_token_id: int) -> dict[str, Any]:
         """Returns SGLang's sampling parameters of a request."""
@@ -101,7 +134,7 @@ class RequestQueue:
             "top_k": -1,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
-            "max_new_tokens": request.max_new_tokens - len((request.partial or NOTHING).token_ids),
+            "max_new_tokens": self._max_new_tokens(index),
             "stop_token_ids": [stop_token_id],
             "sampling_seed": request.seed,
         }
@@ -109,6 +142,8 @@ class RequestQueue:
     def completion(self, index: int, generated: Generated, *, version: int, stop_token_id: int) -> Completion:
         """Returns the partial response extended by `generated`. version: weights that generated `generated`."""
         request = self.requests[index]
+        self._num_answers += 1
+        self._num_new_tokens += len(generated.token_ids)
         partial = request.partial or NOTHING
         tokens = partial.token_ids + generated.token_ids
         if tokens[-1:] == (stop_token_id,):  # an abort may come with the last token

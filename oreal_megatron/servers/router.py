@@ -1,6 +1,8 @@
 """Routes requests to servers that have the current weights, until every request is answered once.
 
-Every server is kept at its full concurrency. Requests of a server that is lost go to the other servers, or wait for it.
+A request goes to the server with the fewest tokens under way. The samples of a prompt go to one server, whose prefix
+cache then holds the prompt, unless other servers would have less than their share. Requests of a server that is lost go
+to the other servers, or wait for it.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Sequence
+from math import ceil
 from typing import Any
 
 from oreal_megatron.servers.client import Generated, RequestRefused, ServerLost
@@ -17,6 +20,9 @@ from oreal_megatron.types import Completion
 
 # Seconds between two calls of `is_enough`, and between two rounds of aborts afterwards.
 _ENOUGH_SECONDS = 0.1
+# Seconds in which servers that are up may become ready before the first request is sent; without them, the first server
+# that is ready would get everything.
+_OPENING_SECONDS = 5.0
 
 
 class Router:
@@ -32,12 +38,16 @@ class Router:
         label: str,
         token: str,
         stop_token_id: int,
+        replica: int,
+        num_replicas: int,
         no_current_weights: Callable[[], None],
     ):
         """Binds a queue to servers.
 
         version, label: weights that a server must have to get requests. token: prefix of request ids, unique to the
-        run. no_current_weights: called repeatedly while a server waits for weights that no server has.
+        run. replica, num_replicas: number of this model replica, and of all replicas, each of which has a router of its
+        own for the same servers and about as many requests. no_current_weights: called repeatedly while a server waits
+        for weights that no server has.
         """
         self._queue = queue
         self._servers = servers
@@ -47,6 +57,19 @@ class Router:
         self._token = token
         self._stop_token_id = stop_token_id
         self._no_current_weights = no_current_weights
+        # Replicas begin at different servers, or their first requests would all go to the same ones.
+        first = replica * len(servers) // num_replicas
+        self._order = [*servers[first:], *servers[:first]]
+        self._max_at_server = ceil(settings.config.max_concurrency / num_replicas)
+        # Without a limit, the samples of a few prompts would leave servers without work.
+        self._max_of_prompt = ceil(num_replicas * len(queue.requests) / max(len(servers), 1))
+        self._may_place = False
+        self._inboxes: dict[SGLangServer, asyncio.Queue[int]] = {}
+        """Requests on their way to the servers that take requests now."""
+        self._at_server: dict[SGLangServer, set[int]] = {server: set() for server in servers}
+        """Requests in the inbox of a server, or sent to it."""
+        self._server_of: dict[tuple[int, ...], tuple[SGLangServer, int]] = {}
+        """Prompt -> the server of its next sample, and the number of samples for which this holds."""
         self.num_retries = 0
         """Responses that were requested again."""
 
@@ -57,26 +80,27 @@ class Router:
             return
         serving: list[asyncio.Task[None]] = [asyncio.create_task(self._serve(server)) for server in self._servers]
         waiting: asyncio.Task[Any] = asyncio.create_task(queue.finished.wait())
-        ending = asyncio.create_task(self._end_early(is_enough))
+        opening = asyncio.get_running_loop().call_later(_OPENING_SECONDS, self._begin)
+        ending = [asyncio.create_task(self._end_early(is_enough))] if is_enough is not None else []
         try:
             while not queue.finished.is_set():
-                await asyncio.wait([waiting, *serving], return_when=asyncio.FIRST_COMPLETED)
-                for task in serving:
+                await asyncio.wait([waiting, *ending, *serving], return_when=asyncio.FIRST_COMPLETED)
+                for task in (*ending, *serving):
                     if task.done():
                         _raise_failure(task)
+                ending = [task for task in ending if not task.done()]
                 serving = [task for task in serving if not task.done()]
                 if not serving and not queue.finished.is_set():
                     raise NoServerError.of({s.url: s.failure for s in self._servers}, len(self._servers))
         finally:
-            for task in (waiting, ending, *serving):
+            opening.cancel()
+            for task in (waiting, *ending, *serving):
                 task.cancel()
-            await asyncio.gather(waiting, ending, *serving, return_exceptions=True)
+            await asyncio.gather(waiting, *ending, *serving, return_exceptions=True)
 
-    async def _end_early(self, is_enough: Callable[[], bool] | None) -> None:
-        """Aborts the remaining requests once `is_enough` returns True."""
-        if is_enough is None:
-            return
-        while not is_enough():
+    async def _end_early(self, is_enough: Callable[[], bool]) -> None:
+        """Aborts the remaining requests once `is_enough` returns True, which may ask another process and wait."""
+        while not await asyncio.to_thread(is_enough):
             await asyncio.sleep(_ENOUGH_SECONDS)
         self._queue.end()
         while self._queue.at_servers:  # an abort that overtakes its request has no effect
@@ -85,20 +109,73 @@ class Router:
             await asyncio.sleep(_ENOUGH_SECONDS)
 
     async def _serve(self, server: SGLangServer) -> None:
-        """Keeps a server at its full concurrency until it has failed; cancelled once the queue is finished."""
+        """Has a server answer requests until it has failed; cancelled once the queue is finished."""
         while True:
             await self._wait_until_ready(server)
             if server.state is ServerState.FAILED:
                 return
             try:
-                async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(self._watch(server))
-                    for _ in range(min(self._settings.config.max_concurrency, len(self._queue.requests))):
-                        tasks.create_task(self._send_requests(server))
+                await self._open(server)
             except* ServerLost as group:
                 await server.report_lost(_first(group))
             except* _StaleAnswer as group:
                 server.report_stale(_first(group))
+
+    async def _open(self, server: SGLangServer) -> None:
+        """Gives a server requests until it is lost or answers with other weights; raises ServerLost or _StaleAnswer."""
+        inbox: asyncio.Queue[int] = asyncio.Queue()
+        self._inboxes[server] = inbox
+        if not any(self._may_open(server) for server in self._servers):
+            self._begin()
+        self._place()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._watch(server))
+                for _ in range(min(self._max_at_server, len(self._queue.requests))):
+                    tasks.create_task(self._send_requests(server, inbox))
+        finally:
+            del self._inboxes[server]
+            while not inbox.empty():
+                index = inbox.get_nowait()
+                self._at_server[server].remove(index)
+                if not self._queue.finished.is_set():
+                    self._queue.untake(index)
+            self._place()
+
+    def _may_open(self, server: SGLangServer) -> bool:
+        """Returns whether a server is about to take requests, as far as this process knows."""
+        is_gone = server.state in (ServerState.LOST, ServerState.FAILED)
+        return server not in self._inboxes and not is_gone and server.label in (None, self._label)
+
+    def _begin(self) -> None:
+        """Ends the time in which servers become ready."""
+        self._may_place = True
+        self._place()
+
+    def _place(self) -> None:
+        """Gives pending requests to servers that have room."""
+        queue = self._queue
+        while self._may_place and queue.pending and (room := self._servers_with_room()):
+            prompt_ids = next((ids for ids in queue.pending if self._preferred(ids) in room), None)
+            if prompt_ids is None:
+                prompt_ids = min(queue.pending, key=lambda ids: self._preferred(ids) is not None)
+                self._server_of[prompt_ids] = (min(room, key=self._tokens_under_way), self._max_of_prompt)
+            server, num_samples = self._server_of[prompt_ids]
+            self._server_of[prompt_ids] = (server, num_samples - 1)
+            index = queue.take(prompt_ids)
+            self._at_server[server].add(index)
+            self._inboxes[server].put_nowait(index)
+
+    def _servers_with_room(self) -> list[SGLangServer]:
+        return [s for s in self._order if s in self._inboxes and len(self._at_server[s]) < self._max_at_server]
+
+    def _preferred(self, prompt_ids: tuple[int, ...]) -> SGLangServer | None:
+        """Returns the server that has read the prompt; None if it has its share of the prompt's samples."""
+        server, num_samples = self._server_of.get(prompt_ids, (None, 0))
+        return server if num_samples > 0 else None
+
+    def _tokens_under_way(self, server: SGLangServer) -> float:
+        return sum(self._queue.expected_tokens(index) for index in self._at_server[server])
 
     async def _wait_until_ready(self, server: SGLangServer) -> None:
         """Returns once the server has the current weights or has failed."""
@@ -112,11 +189,15 @@ class Router:
             if await server.wait_for_weights(self._label, waiting):
                 return
 
-    async def _send_requests(self, server: SGLangServer) -> None:
-        """Sends pending requests to the server, one after another."""
+    async def _send_requests(self, server: SGLangServer, inbox: asyncio.Queue[int]) -> None:
+        """Sends the server its requests, one after another."""
         queue = self._queue
         while True:
-            index = await queue.pending.get()
+            index = await inbox.get()
+            if queue.is_ending:
+                self._at_server[server].remove(index)
+                queue.untake(index)
+                continue
             rid = f"{self._token}-{uuid.uuid4().hex[:12]}"
             queue.at_servers[rid] = server.client
             try:
@@ -126,15 +207,20 @@ class Router:
                 completion = self._completion(server, index, generated)
             except (ServerLost, _StaleAnswer, asyncio.CancelledError) as error:
                 if not queue.finished.is_set():
-                    self._put_back(index, error if isinstance(error, Exception) else ServerLost(server.url))
+                    lost_with = (
+                        ServerLost(f"{server.url} was lost") if isinstance(error, asyncio.CancelledError) else error
+                    )
+                    self._put_back(index, lost_with)
                 raise
             finally:
                 del queue.at_servers[rid]
+                self._at_server[server].remove(index)
             if completion.finish_reason is None and not queue.is_ending:
                 self._put_back(index, ServerLost(f"{server.url}: another client aborted {rid}"))
-                continue
-            server.report_answer()
-            queue.complete(index, completion)
+            else:
+                server.report_answer()
+                queue.complete(index, completion)
+            self._place()
 
     def _put_back(self, index: int, error: Exception) -> None:
         self.num_retries += 1

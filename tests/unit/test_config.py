@@ -38,7 +38,11 @@ def test_objective_composes(composed, preset):
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
 def test_experiment_composes(composed, experiment):
     # What an experiment leaves to the site must be given; anything does for composing.
-    site = {"math_smollm2": ["model.path=/site/model", "data.train=/site/prompts.jsonl"]}
+    given = ["model.path=/site/model", "data.train=/site/prompts.jsonl"]
+    site = {
+        "math_smollm2": given,
+        "own_model": [*given, "evaluation.benchmarks.heldout.path=/site/problems.jsonl"],
+    }
     everywhere = ["cluster.models=/site", "cluster.data=/site"]
     assert parse_config(composed(f"experiment={experiment}", *everywhere, *site.get(experiment, []))).run.num_steps > 0
 

@@ -36,7 +36,15 @@ def test_metrics_leave_undecided_responses_out():
     result = evaluate_benchmark(Benchmark(name="b", prompts=prompts, samples=2), generate, sampling)
     assert temperatures == [0.0, 0.7]
     assert result.metrics == pytest.approx(
-        {"b/greedy_pass@1": 1 / 2, "b/response_tokens": 4.0, "b/stopped": 1.0, "b/avg@2": 2 / 5, "b/pass@2": 2 / 3}
+        {
+            "b/problems": 3.0,
+            "b/undecided": 1.0,
+            "b/greedy_pass@1": 1 / 2,
+            "b/response_tokens": 4.0,
+            "b/stopped": 1.0,
+            "b/avg@2": 2 / 5,
+            "b/pass@2": 2 / 3,
+        }
     )
 
 

@@ -134,6 +134,10 @@ def test_a_tied_output_layer_that_is_not_the_embedding(tmp_path):
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rotary embeddings {'rope_type': 'yarn'"),
         ({"use_sliding_window": True}, "use_sliding_window = True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantization_config = {'quant_method': 'fp8'} is not supported",
+        ),
         ({"architectures": ["Qwen2ForTokenClassification"]}, "2 labels"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 
 import pytest
@@ -46,7 +47,7 @@ def test_queue_without_requests_is_finished():
 
 def test_finished_partial_is_the_completion_and_is_not_sent():
     queue, found = queue_of(request(DONE), request())
-    assert found == {0: DONE} and queue.pending.qsize() == 1 and not queue.finished.is_set()
+    assert found == {0: DONE} and queue.pending == {(5, 6): deque([1])} and not queue.finished.is_set()
     queue.complete(1, DONE)
     assert queue.finished.is_set()
 
@@ -89,15 +90,14 @@ def test_completion_under_the_same_weights_has_one_span():
 def test_request_that_is_lost_four_times_raises():
     queue, _ = queue_of(request())
     for _ in range(3):
-        index = queue.pending.get_nowait()
-        queue.put_back(index, ServerLost("gone"))
+        queue.put_back(queue.take((5, 6)), ServerLost("gone"))
     with pytest.raises(NoServerError, match=r"2 tokens was lost 4 times.*\[5, 6\].*gone"):
-        queue.put_back(queue.pending.get_nowait(), ServerLost("gone"))
+        queue.put_back(queue.take((5, 6)), ServerLost("gone"))
 
 
 def test_end_completes_pending_requests_with_what_they_have():
     queue, found = queue_of(request(), request(PARTIAL), request(PARTIAL))
-    at_server = queue.pending.get_nowait()
+    at_server = queue.take((5, 6))
     queue.end()
     assert found == {1: PARTIAL, 2: PARTIAL} and not queue.finished.is_set()
     queue.put_back(at_server, ServerLost("gone"))
@@ -107,3 +107,10 @@ def test_end_completes_pending_requests_with_what_they_have():
 def test_error_names_every_failed_server():
     error = NoServerError.of({"http://a": "died", "http://b": "another model"}, 3)
     assert "2 of 3" in str(error) and "http://a: died" in str(error) and "http://b: another model" in str(error)
+
+
+def test_expected_tokens_follow_the_answers_of_the_call():
+    queue, _ = queue_of(request(), request(PARTIAL))
+    assert [queue.expected_tokens(index) for index in (0, 1)] == [2 + 4, 4 + 3]
+    queue.completion(0, generated(3, STOP, finish="stop"), version=4, stop_token_id=STOP)
+    assert [queue.expected_tokens(index) for index in (0, 1)] == [2 + 2, 4 + 2]

@@ -263,6 +263,18 @@ async def test_early_stop_does_not_wait_for_a_lost_server(fakes):
 
 
 @on_loop
+async def test_error_of_the_condition_for_an_early_stop_is_raised(fakes):
+    pool, _ = await attached(fakes)
+
+    def is_enough():
+        raise ConnectionError("the store of the count is gone")
+
+    with pytest.raises(ConnectionError, match="store of the count"):
+        await generate(pool, requests_of(2, 2000), is_enough)
+    await pool.close()
+
+
+@on_loop
 async def test_no_server_left_raises_with_the_reason_of_each(fakes):
     pool, servers = await attached(fakes, 2, startup_seconds=1.0)
     running = asyncio.create_task(generate(pool, requests_of(4, 200)))
