@@ -42,13 +42,13 @@ def main() -> NoReturn:
 def _compose_and_train() -> None:
     # Hydra then raises its errors instead of printing them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ.setdefault(*NCCL_WITHOUT_CUMEM)  # before torch is imported
     arguments = get_args_parser().parse_args()
     config_dir = None if arguments.config_dir is None else Path(arguments.config_dir)
     if config_dir is not None:
         search_path(config_dir)
     check_overrides(arguments.overrides, config_dir)
     HydraConfig.instance().cfg = None
-    os.environ.setdefault(*NCCL_WITHOUT_CUMEM)  # before torch is imported
     try:
         _train()
     except Exception as error:

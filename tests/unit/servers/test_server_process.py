@@ -90,6 +90,7 @@ def test_trainer_sets_it_before_torch_is_imported(monkeypatch):
     monkeypatch.setenv("NCCL_CUMEM_ENABLE", "")
     monkeypatch.delenv("NCCL_CUMEM_ENABLE")
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "argv", ["oreal-train"])
     found = []
     monkeypatch.setattr(train, "_train", lambda: found.append(os.environ["NCCL_CUMEM_ENABLE"]))
     train._compose_and_train()
