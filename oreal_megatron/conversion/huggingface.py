@@ -40,8 +40,10 @@ class HuggingFaceModel:
         return str(self.config.get("dtype", self.config.get("torch_dtype", "float32")))
 
 
-def read_model(path: Path) -> HuggingFaceModel:
+def read_model(path: Path, *, is_served: bool = False) -> HuggingFaceModel:
     """Reads the config.json of a model directory, or a config.json.
+
+    is_served: the directory is a server's, whose weights may be quantised; they are not read from it.
 
     Raises:
         ValueError: the file is missing, or the model is not supported; names the file, the key and the supported
@@ -52,7 +54,7 @@ def read_model(path: Path) -> HuggingFaceModel:
         raise ValueError(f"{path}: the directory has no config.json")
     try:
         config = json.loads(file.read_text())
-        family, head = _family(file, config)
+        family, head = _family(file, config, is_served=is_served)
         geometry = _geometry(file, config, family)
     except KeyError as error:
         raise ValueError(f"{file}: key {error} is missing") from error
@@ -61,13 +63,13 @@ def read_model(path: Path) -> HuggingFaceModel:
     return HuggingFaceModel(path, family, head, geometry, config)
 
 
-def geometry_of(path: Path) -> GeometryConfig:
-    """Returns the geometry of a language model's directory, as named by `model.path`.
+def geometry_of(path: Path, *, is_served: bool = False) -> GeometryConfig:
+    """Returns the geometry of a language model's directory, as named by `model.path`. is_served: see `read_model`.
 
     Raises:
         ValueError: see `read_model`; or the directory holds a reward model.
     """
-    model = read_model(path)
+    model = read_model(path, is_served=is_served)
     if model.head != "causal":
         raise ValueError(
             f"model.path = {path}: the directory holds a reward model ({model.family.architectures[model.head]}). "
@@ -76,13 +78,13 @@ def geometry_of(path: Path) -> GeometryConfig:
     return model.geometry
 
 
-def _family(file: Path, config: Mapping[str, Any]) -> tuple[Family, Head]:
+def _family(file: Path, config: Mapping[str, Any], *, is_served: bool) -> tuple[Family, Head]:
     architecture = (config.get("architectures") or ["?"])[0]
     known = {name: (family, head) for family in FAMILIES for head, name in family.architectures.items()}
     if architecture not in known:
         raise ValueError(f"{file}: {architecture} is not supported; supported are {', '.join(known)}")
     family, head = known[architecture]
-    if (method := config.get("quantization_config")) is not None:
+    if (method := config.get("quantization_config")) is not None and not is_served:
         raise ValueError(
             f"{file}: quantization_config = {method!r} is not supported, weights are read as they are. Name a "
             "directory without quantisation; where its weights are plain, remove the key."

@@ -38,7 +38,7 @@ def check_server(url: str, description: ServerDescription, expected: Mapping[str
             f"{url} serves {description.model_path}, whose config.json cannot be read here, so it cannot be compared "
             "with the policy; start the server from a directory that both machines can read"
         )
-    served = fingerprint(geometry_of(path), description.dtype, read_model(path).config)
+    served = fingerprint(geometry_of(path, is_served=True), description.dtype, read_model(path, is_served=True).config)
     if served != expected:
         differing = ", ".join(
             f"{name} {served[name]!r} instead of {value!r}" for name, value in expected.items() if served[name] != value
