@@ -11,13 +11,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from oreal_megatron.config import SamplingConfig
+from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.types import Completion, FinishReason, GenerationRequest, WeightSpan
 
 # Finished sequences leave the batch once fewer than this share is running: a removal copies the others' KV cache.
@@ -26,23 +26,12 @@ _COMPACT_BELOW = 0.75
 _NUCLEUS = 256
 
 
-class Decoder(Protocol):
-    """Interface of models.kv_decoder.CachedDecoder."""
-
-    def prefill(self, prompts: list[tuple[int, ...]], max_new_tokens: int) -> Tensor: ...
-
-    def step(self, tokens: Tensor) -> Tensor: ...
-
-    def keep(self, rows: Tensor) -> None:
-        """Keeps these rows of the batch, in this order; a row may occur several times."""
-
-
 class EmbeddedEngine:
     """A RolloutEngine that generates with the policy that is being trained."""
 
     def __init__(
         self,
-        new_decoder: Callable[[], Decoder],
+        new_decoder: Callable[[], CachedDecoder],
         *,
         stop_token_id: int,
         batch_size: int,

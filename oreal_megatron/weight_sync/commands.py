@@ -17,7 +17,7 @@ from oreal_megatron.weight_sync.planner import ReshardingPlan
 from oreal_megatron.weight_sync.sglang_layout import LOADER
 from oreal_megatron.weight_sync.source import PolicyShards
 from oreal_megatron.weight_sync.types import PausedServer, TransferFailure
-from oreal_megatron.weight_sync.worker import Audit, Command, Describe, Receive, Unpack, WorkerReport
+from oreal_megatron.weight_sync.worker import Command, Question, Receive, Unpack, WorkerReport
 
 NamedTensors = list[tuple[str, Tensor]]
 
@@ -55,7 +55,7 @@ class CommandChannel:
 
     def encode(
         self,
-        task: Receive | Unpack | Audit | Describe,
+        task: Receive | Unpack | Question,
         rank: int,
         pickled: Callable[[NamedTensors], bytes] = pickle.dumps,
     ) -> EncodedCommand:
@@ -118,7 +118,7 @@ class CommandChannel:
         if self._groups.is_main:
             ranks = range(self.tensor)
             answers = {
-                server.name: self.send(server, [self.encode(Describe(), rank) for rank in ranks]) for server in servers
+                server.name: self.send(server, [self.encode("nccl", rank) for rank in ranks]) for server in servers
             }
             for name, answer in answers.items():
                 try:

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -60,14 +60,8 @@ class Unpack:
     """File to map the bucket from; None if the bucket comes with the command."""
 
 
-@dataclass(frozen=True)
-class Audit:
-    """Task to report checksums of all parameters."""
-
-
-@dataclass(frozen=True)
-class Describe:
-    """Task to report what every report has: the version of NCCL."""
+Question = Literal["checksums", "nccl"]
+"""Task that changes nothing: report checksums of all parameters, or only what every report has: NCCL's version."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +77,7 @@ class Command:
     """Dtype of the transfer."""
     parameters: Mapping[str, tuple[str, tuple[int, ...]]]
     """Parameters that the trainer expects the worker to have: name -> (dtype, shape)."""
-    task: Receive | Unpack | Audit | Describe
+    task: Receive | Unpack | Question
 
     def encoded(self) -> Tensor:
         """Returns the command as a tensor, uint8 [n], because the endpoint carries only tensors."""
@@ -152,7 +146,7 @@ class Worker:
                 self._receive(task, parameters, dtype, store)
             case Unpack() as task:
                 self._unpack(task, parameters, dtype, buffers)
-            case Audit():
+            case "checksums":
                 return {name: whole(parameter) for name, parameter in parameters.items()}
         return None
 
