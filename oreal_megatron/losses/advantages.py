@@ -1,4 +1,4 @@
-"""Selection of trajectories from graded rollouts: group statistics, shaped rewards, and choice. No torch."""
+"""Advantages of graded rollouts, and the selection of those that train: group statistics, shaped rewards, choice."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from oreal_megatron.config import GeometryConfig, ParallelConfig
 from oreal_megatron.conversion.families import family_of
 from oreal_megatron.conversion.huggingface import geometry_of
-from oreal_megatron.distributed.cpu_backend import cpu_backend
+from oreal_megatron.distributed.cpu_backend import collective_backend, cpu_backend
 from oreal_megatron.distributed.groups import parallel_groups
 from oreal_megatron.weight_sync import worker
 from oreal_megatron.weight_sync.audit import Auditor
@@ -161,8 +161,14 @@ def execute(setting: Setting, shards: PolicyShards, servers: list[Any], source: 
     channel = CommandChannel(shards, plan, timeout_seconds=60)
     auditor = Auditor(shards, plan, channel)
     kinds = {"direct": DirectTransport, "ipc": IpcTransport}
+    uses_nccl = collective_backend() == "nccl"
     publishers = {
-        name: Publisher(kinds[name](shards, plan, channel, bucket_bytes=setting.bucket_bytes), auditor)
+        name: Publisher(
+            kinds[name](shards, plan, channel, bucket_bytes=setting.bucket_bytes),
+            auditor,
+            channel,
+            uses_nccl=uses_nccl and name == "direct",
+        )
         for name in dict.fromkeys(setting.transports)
     }
     for number, transport in enumerate(setting.transports, start=1):
