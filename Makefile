@@ -7,11 +7,14 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The environment of `make test-megatron-0.19`, which needs Python 3.12.
+PYTHON_NEWEST ?= python3.12
+NEWEST := .venv-newest
 # The environment of `make setup` has a CPU torch.
 GPU_PYTHON ?= python
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup sglang-deps slurm-deps demo test test-fast test-slow lint docs test-gpu bench bench-rollout \
+.PHONY: help setup lock sglang-deps slurm-deps demo test test-fast test-slow lint docs test-gpu test-megatron-0.19 bench bench-rollout \
 	bench-memory bench-reshard bench-verifier bench-conversion bench-objectives bench-fp8 clean
 
 help: ## print this list
@@ -19,10 +22,10 @@ help: ## print this list
 
 setup: $(READY) ## create the environment in .venv
 
-$(READY): setup.py requirements/cpu.txt
+$(READY): setup.py requirements/cpu.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --requirement requirements/cpu.txt
-	$(BIN)/pip install --quiet --editable '.[dev,gguf]'
+	$(BIN)/pip install --quiet --requirement requirements/cpu.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
 	@touch $@
 
 $(VENV)/sglang/.ready: requirements/sglang_cpu.txt | setup
@@ -32,6 +35,17 @@ $(VENV)/sglang/.ready: requirements/sglang_cpu.txt | setup
 
 sglang-deps: $(VENV)/sglang/.ready ## install SGLang for CPU into a directory that only server processes see
 
+# Each lock file begins with its command. Without --upgrade uv keeps what the file has and setup.py still allows.
+LOCK = $(BIN)/uv --config-file requirements/uv.toml pip compile --quiet --no-emit-index-url --no-annotate $(UPGRADE)
+
+lock: setup ## write requirements/*.lock again after a change of setup.py; with UPGRADE=--upgrade, to the newest versions
+	$(LOCK) --python-version 3.11 --python-platform x86_64-manylinux_2_28 --extra dev --extra gguf \
+	  setup.py requirements/cpu.in -o requirements/cpu.lock
+	$(LOCK) --python-version 3.12 --python-platform x86_64-manylinux_2_34 --extra sglang --extra te \
+	  setup.py -o requirements/cuda13.lock
+	$(LOCK) --python-version 3.12 --python-platform x86_64-manylinux_2_34 \
+	  requirements/servers.in -o requirements/servers.lock
+
 demo: setup ## train on arithmetic: warm start, 50 steps, three evaluations, report.html (4 minutes)
 	$(BIN)/oreal-train experiment=arithmetic
 
@@ -39,11 +53,12 @@ slurm-deps: ## install shellcheck and the SLURM daemons that tests/slurm needs (
 	apt-get update --quiet
 	DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends slurmctld slurmd slurm-client munge shellcheck
 
-lint: setup docs ## run ruff, import contracts, types and documentation links; shellcheck if it is installed
+lint: setup docs ## run ruff, import contracts, types and documentation links; hadolint and shellcheck if they are installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
+	! test -x $(BIN)/hadolint || $(BIN)/hadolint docker/Dockerfile*
 	! command -v shellcheck >/dev/null || shellcheck .ci/run slurm/*.sbatch slurm/*.sh slurm/test_cluster/*.sh
 
 docs: setup ## build the documentation into site/; a broken link or anchor is an error
@@ -57,6 +72,20 @@ test-fast: setup ## run the unit tests, two at a time (3 minutes on 2 cores)
 
 test-slow: setup ## run the long tests
 	$(BIN)/pytest -m 'slow and not gpu'
+
+# The versions of cuda13.lock, with a torch that is built for CUDA, on CPU.
+$(NEWEST)/.ready: setup.py requirements/cuda13.lock requirements/sglang_cpu.txt
+	$(PYTHON_NEWEST) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --constraint requirements/cuda13.lock --editable '.[dev,gguf]'
+	rm -rf $(NEWEST)/sglang
+	sed --quiet 's/==.*//p' requirements/sglang_cpu.txt | xargs $(NEWEST)/bin/pip install --quiet --no-deps \
+	  --target $(NEWEST)/sglang --constraint requirements/cuda13.lock
+	@touch $@
+
+test-megatron-0.19: $(NEWEST)/.ready ## run parity, publication, conversion, planner, checkpoints and kills on Python 3.12 and megatron-core 0.19
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest -m 'not slow and not gpu' tests/parity tests/distributed tests/unit/planner \
+	  tests/unit/checkpoint tests/unit/models tests/unit/conversion tests/unit/transformer_engine \
+	  tests/end_to_end/test_kills.py tests/servers/test_publication.py
 
 test-gpu: ## run the tests that need GPUs, in an environment with a CUDA torch (GPU_PYTHON)
 	$(GPU_PYTHON) -m pytest tests/gpu -m gpu

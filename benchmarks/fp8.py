@@ -180,7 +180,7 @@ def warm_started(run: Path, settings: Sequence[str], groups: ParallelGroups, *, 
     """The initial policy of a run of generated arithmetic."""
     config = validated(composed(settings))
     tokenizer = load_tokenizer("arithmetic")
-    renderer = PromptRenderer(tokenizer, config.prompt)
+    renderer = PromptRenderer(tokenizer, config.prompt, vocab_size=len(tokenizer))
     store = CheckpointStore(run / "checkpoints", groups, keep=1)
 
     assert config.model.geometry is not None and config.data.arithmetic is not None

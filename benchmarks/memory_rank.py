@@ -6,9 +6,9 @@ the policy; its weights sent to a process in the place of a server; a checkpoint
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
-import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -44,7 +44,9 @@ from oreal_megatron.weight_sync.source import PolicyShards
 
 
 def main() -> None:
-    name = sys.argv[1]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("layout", help="name of a layout of benchmarks/memory.py")
+    name = parser.parse_args().layout
     config = configuration(name)
     torch.set_num_threads(1)
     with cpu_backend(), parallel_groups(config.parallel, seed=0) as groups:

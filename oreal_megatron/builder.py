@@ -75,12 +75,13 @@ def _engine(workspace: Workspace, policy: Policy | ModelChunks) -> RolloutEngine
             lambda: CachedDecoder(policy, workspace.groups, workspace.vocab_size),
             stop_token_id=workspace.renderer.stop_token_id,
             batch_size=config.rollout.batch_size,
+            text_of=workspace.renderer.response_text,
         )
     else:
         engine = build_sglang_engine(
             config.rollout.sglang,
             policy,
-            workspace.geometry.model_copy(update={"vocab_size": workspace.vocab_size}),
+            workspace.geometry,
             workspace.groups,
             directory=workspace.directory,
             dtype=config.served_dtype,
@@ -152,8 +153,7 @@ def _exporter(workspace: Workspace) -> Exporter:
     config, groups = workspace.config, workspace.groups
     with groups.together():
         if groups.is_main and config.run.export != "none":
-            geometry = workspace.geometry.model_copy(update={"vocab_size": workspace.vocab_size})
             stop = workspace.renderer.stop_token_id
-            write_assets(workspace.directory, geometry, config.model, workspace.tokenizer, stop_token_id=stop)
+            write_assets(workspace.directory, workspace.geometry, config.model, workspace.tokenizer, stop_token_id=stop)
     models = ("policy", "reward_model") if config.objective.uses_reward_model else ("policy",)
     return Exporter(workspace.directory, workspace.store, groups, which=config.run.export, models=models)

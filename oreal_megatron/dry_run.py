@@ -12,9 +12,15 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from oreal_megatron.config import ConfigError, Violation, parse_sections
+from oreal_megatron.overrides import config_directory
 
 MAX_PROCESSES = 8
 MAX_SERVERS = 2
+# Sections that a dry run takes values from.
+_READ = ("objective", "rollout", "parallel", "resources")
 # Options of conf/ that replace the experiment's: those of the arithmetic demo.
 _STAND_INS = {"model": "arithmetic_small", "fp8": "none", "data": "arithmetic", "prompt": "chat", "sft": "arithmetic"}
 _SMALL = {
@@ -57,7 +63,12 @@ def is_dry_run(config: DictConfig) -> bool:
 
 
 def shrunk(config: DictConfig) -> DictConfig:
-    """Returns the experiment as a dry run, which reads no values of a site but the run's directory."""
+    """Returns the experiment as a dry run, which reads no values of a site but the run's directory.
+
+    Raises:
+        ConfigError: a section that the dry run is derived from is not valid.
+    """
+    _check_sections(config)
     small: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
     OmegaConf.set_struct(small, False)
     for group, option in _STAND_INS.items():
@@ -66,7 +77,7 @@ def shrunk(config: DictConfig) -> DictConfig:
         OmegaConf.update(small, key, value, merge=False)
     for key, (_, value) in layout_mapping(config).items():
         OmegaConf.update(small, key, value)
-    if config.rollout.backend == "sglang":
+    if OmegaConf.select(config, "rollout.sglang") is not None:
         for key, value in _SMALL_SERVERS.items():
             OmegaConf.update(small, f"rollout.sglang.{key}", value, merge=False)
     layers = 2 * small.parallel.pipeline * small.parallel.virtual_pipeline
@@ -77,8 +88,20 @@ def shrunk(config: DictConfig) -> DictConfig:
     resources = {"device": "cpu", "devices_per_node": MAX_PROCESSES, "trainer_devices": num_processes(config)}
     small.resources = OmegaConf.create(resources)
     # run.dir contains run.name in most experiments, and then changes with it.
-    small.run.name = f"dry_run_{config.run.name}"
+    name = OmegaConf.select(config, "run.name")
+    OmegaConf.update(small, "run.name", f"dry_run_{name}")
     return small
+
+
+def _check_sections(config: DictConfig) -> None:
+    try:
+        raw: Any = {name: OmegaConf.to_container(config[name], resolve=True) for name in _READ if name in config}
+    except (OmegaConfBaseException, ValueError) as error:  # ValueError: a section is a plain value
+        raise ConfigError([Violation("(composition)", None, " ".join(str(error).split()))]) from error
+    # Values of a site are not needed: they are ??? until it gives them.
+    violations = [v for v in parse_sections(raw, _READ)[1] if v.key != "resources.trainer_devices" or v.value != "???"]
+    if violations:
+        raise ConfigError(violations)
 
 
 def layout_mapping(config: DictConfig) -> dict[str, tuple[Any, Any]]:
@@ -93,7 +116,7 @@ def layout_mapping(config: DictConfig) -> dict[str, tuple[Any, Any]]:
         if reduced != value:
             mapping[f"parallel.{name}"] = (value, reduced)
     assert processes <= MAX_PROCESSES
-    if config.rollout.backend == "sglang":
+    if OmegaConf.select(config, "rollout.sglang") is not None:
         servers: Any = OmegaConf.to_container(config.rollout.sglang, resolve=True)
         for name, most in (("num_servers", MAX_SERVERS), ("tensor", 2)):
             if servers[name] > most:
@@ -113,6 +136,4 @@ def num_processes(config: DictConfig) -> int:
 
 
 def _option(group: str, option: str) -> Any:
-    from oreal_megatron.compose import config_directory
-
     return yaml.safe_load((Path(config_directory()) / group / f"{option}.yaml").read_text())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,33 +20,6 @@ Generate = Callable[[Sequence[Prompt], int, SamplingConfig], list[list[GradedRol
 """(prompts, samples per prompt, sampling) -> a group of graded rollouts per prompt."""
 
 
-@dataclass(frozen=True)
-class BenchmarkResult:
-    """The graded responses of one benchmark, and their metrics."""
-
-    benchmark: Benchmark
-    greedy: list[GradedRollout]
-    """Greedy response of each prompt."""
-    sampled: list[list[GradedRollout]]
-    """k sampled responses per prompt; empty where k is 0."""
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """`benchmark/name` -> value. UNDECIDED responses are left out of every average; nan where none is decided."""
-        k = self.benchmark.samples
-        values = {
-            "greedy_pass@1": _mean([float(graded.is_correct) for graded in decided(self.greedy)]),
-            "response_tokens": _mean([float(len(graded.rollout.response_ids)) for graded in self.greedy]),
-            "stopped": _mean([float(g.rollout.finish_reason is FinishReason.STOP) for g in self.greedy]),
-        }
-        if k:
-            outcomes = [[float(graded.is_correct) for graded in decided(group)] for group in self.sampled]
-            values[f"avg@{k}"] = _mean([value for group in outcomes for value in group])
-            if k > 1:
-                values[f"pass@{k}"] = _mean([max(group) for group in outcomes if group])
-        return {f"{self.benchmark.name}/{name}": value for name, value in values.items()}
-
-
 def evaluate_run(run: Run) -> EvaluationReport:
     """Evaluates the policy on every benchmark, and the reward model on the policy's samples; logs and returns both."""
     start = time.perf_counter()
@@ -58,9 +30,9 @@ def evaluate_run(run: Run) -> EvaluationReport:
             evaluate_benchmark(benchmark, _generator(run), run.config.evaluation.sampling)
             for benchmark in run.benchmarks
         ]
-    for benchmark, result in zip(run.benchmarks, results, strict=True):
-        metrics |= result.metrics
-        groups = result.sampled or [[graded] for graded in result.greedy]
+    for benchmark, (greedy, sampled) in zip(run.benchmarks, results, strict=True):
+        metrics |= benchmark_metrics(benchmark, greedy, sampled)
+        groups = sampled or [[graded] for graded in greedy]
         scores = _reward_model_scores(run, groups)
         if scores:
             scored = [graded for group in groups for graded in decided(group)]
@@ -73,12 +45,34 @@ def evaluate_run(run: Run) -> EvaluationReport:
     return report
 
 
-def evaluate_benchmark(benchmark: Benchmark, generate: Generate, sampling: SamplingConfig) -> BenchmarkResult:
-    """Generates a greedy response per prompt, and `benchmark.samples` by `sampling`; both share its token limit."""
+def evaluate_benchmark(
+    benchmark: Benchmark, generate: Generate, sampling: SamplingConfig
+) -> tuple[list[GradedRollout], list[list[GradedRollout]]]:
+    """Returns a greedy response per prompt, and `benchmark.samples` by `sampling`; both share its token limit."""
     greedy_sampling = sampling.model_copy(update={"temperature": 0.0, "top_p": 1.0})
     greedy = generate(benchmark.prompts, 1, greedy_sampling)
     sampled = generate(benchmark.prompts, benchmark.samples, sampling) if benchmark.samples else []
-    return BenchmarkResult(benchmark, [group[0] for group in greedy], sampled)
+    return [group[0] for group in greedy], sampled
+
+
+def benchmark_metrics(
+    benchmark: Benchmark, greedy: Sequence[GradedRollout], sampled: Sequence[Sequence[GradedRollout]]
+) -> dict[str, float]:
+    """Returns `benchmark/name` -> value. UNDECIDED responses are left out of averages; nan where none is decided."""
+    k = benchmark.samples
+    values = {
+        "problems": float(len(greedy)),
+        "undecided": float(len(greedy) - len(decided(greedy))),
+        "greedy_pass@1": _mean([float(graded.is_correct) for graded in decided(greedy)]),
+        "response_tokens": _mean([float(len(graded.rollout.response_ids)) for graded in greedy]),
+        "stopped": _mean([float(g.rollout.finish_reason is FinishReason.STOP) for g in greedy]),
+    }
+    if k:
+        outcomes = [[float(graded.is_correct) for graded in decided(group)] for group in sampled]
+        values[f"avg@{k}"] = _mean([value for group in outcomes for value in group])
+        if k > 1:
+            values[f"pass@{k}"] = _mean([max(group) for group in outcomes if group])
+    return {f"{benchmark.name}/{name}": value for name, value in values.items()}
 
 
 def area_under_curve(scores: Sequence[float], outcomes: Sequence[bool]) -> float:

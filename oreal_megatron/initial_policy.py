@@ -188,9 +188,15 @@ def _supervised_step(model: TrainedModel, batch: Sequence[Demonstration], step: 
 
 def _demonstrations(sft: SftConfig, workspace: Workspace) -> Sequence[Demonstration]:
     if sft.demonstrations is not None:
-        return read_demonstrations(sft.demonstrations)
-    assert workspace.generated is not None
-    return workspace.generated.demonstrations
+        demonstrations: Sequence[Demonstration] = read_demonstrations(sft.demonstrations)
+    else:
+        assert workspace.generated is not None
+        demonstrations = workspace.generated.demonstrations
+    if workspace.renderer.may_exceed_model:  # refused here, and not in the middle of the warm start
+        for demonstration in demonstrations:
+            workspace.renderer.question_ids(demonstration.question)
+            workspace.renderer.response_ids(demonstration.response)
+    return demonstrations
 
 
 def _batches(demonstrations: Sequence[Demonstration], size: int, seed: int) -> Iterator[list[Demonstration]]:

@@ -26,13 +26,13 @@ METRICS_FILE = "metrics.jsonl"
 
 # Metrics that the console shows of a step, in this order: key, label, format.
 _SHOWN = (
-    ("reward/pass_rate", "pass", "{:.2f}"),
+    ("reward/pass_rate", "correct", "{:.0%}"),
     ("data/kept_groups", "groups", "{:.0f}"),
     ("loss/policy", "loss", "{:+.4f}"),
-    ("loss/kl", "kl", "{:.4f}"),
-    ("loss/reward_model", "rm", "{:.3f}"),
-    ("reward_model/auc", "auc", "{:.2f}"),
-    ("rollout/response_tokens", "len", "{:.0f}"),
+    ("loss/kl", "KL", "{:.4f}"),
+    ("loss/reward_model", "reward model loss", "{:.3f}"),
+    ("reward_model/auc", "reward model AUC", "{:.2f}"),
+    ("rollout/response_tokens", "tokens", "{:.0f}"),
 )
 
 
@@ -99,30 +99,33 @@ class Tracker:
 
     @contextlib.contextmanager
     def progress(self, title: str, total: int, completed: int = 0) -> Iterator[ProgressBar]:
-        """Shows a progress bar followed by a note; without a terminal, logs a line at every tenth of the way."""
-        if not self._fancy:
+        """Shows a progress bar followed by a note; without a terminal, logs a note at every tenth of the way."""
+        if not self._fancy or not total:
             yield ProgressBar(None, None, title, total, completed)
             return
         columns = (
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
+            TextColumn("elapsed"),
             TimeElapsedColumn(),
+            TextColumn("remaining"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task(title, total=total, completed=completed, note="")
             yield ProgressBar(progress, task, title, total, completed)
 
-    def step(self, report: StepReport) -> str:
-        """Writes a step's report; returns its main metrics as a line."""
+    def step(self, report: StepReport) -> None:
+        """Writes a step's report, and logs its main metrics as a line."""
         self._write(report.to_json())
         seconds = {f"seconds/{phase}": value for phase, value in report.seconds.items()}
         peaks = {f"peak_gib/{phase}": value for phase, value in report.peak_gib.items()}
         self._log({**report.metrics, **seconds, **peaks}, report.step)
         if report.skipped:
-            return f"updated nothing: {report.skipped}"
+            logger.info("step %d  updated nothing: %s", report.step, report.skipped)
+            return
         parts = [
             f"{label} {form.format(report.metrics[key])}"
             for key, label, form in _SHOWN
@@ -130,14 +133,17 @@ class Tracker:
         ]
         if report.metrics.get("policy/frozen"):
             parts.append("policy frozen")
-        return "  ".join([*parts, f"{report.seconds['total']:.1f}s"])
+        logger.info("step %d  %s  in %.1f s", report.step, "  ".join(parts), report.seconds["total"])
 
     def evaluation(self, report: EvaluationReport) -> None:
         """Writes an evaluation's report, and logs its metrics."""
         self._write(report.to_json())
         self._log({f"evaluation/{name}": value for name, value in report.metrics.items()}, report.step)
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in report.metrics.items())
-        logger.info("evaluation after %d steps  %s", report.step, shown)
+        when = f"after {report.step} steps" if report.step else "before the first step"
+        for benchmark in dict.fromkeys(name.partition("/")[0] for name in report.metrics):
+            own = {name: value for name, value in report.metrics.items() if name.startswith(f"{benchmark}/")}
+            shown = "  ".join(f"{name.partition('/')[2]} {shown_value(name, value)}" for name, value in own.items())
+            logger.info("evaluation %s  %s: %s", when, benchmark, shown)
 
     def trajectories(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         """Writes records to `name`.jsonl below the run's directory, one JSON object per line."""
@@ -168,6 +174,16 @@ class Tracker:
             self._wandb.log({**finite, "step": step}, step=step)
 
 
+def shown_value(name: str, value: float | None) -> str:
+    """Returns an evaluation's metric as people read it: shares in percent, `-` where there is none (null or nan)."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    kind = name.rpartition("/")[2]
+    if "@" in kind or kind == "stopped":
+        return f"{value:.1%}"
+    return f"{value:.2f}" if kind.endswith("auc") else f"{value:.0f}" if value == int(value) else f"{value:.1f}"
+
+
 class ProgressBar:
     """Progress bar on a terminal, or lines in the log without a terminal."""
 
@@ -175,12 +191,12 @@ class ProgressBar:
         self._progress, self._task, self._title, self._total = progress, task, title, total
         self._done = done
 
-    def advance(self, note: str = "", *, by: int = 1, always: bool = False) -> None:
-        """Advances the bar by `by`. always: without a terminal, logs a line each time, not at every tenth alone."""
+    def advance(self, note: str = "", *, by: int = 1) -> None:
+        """Advances the bar by `by`, and shows the note."""
         before, self._done = self._done, self._done + by
         if self._progress is not None:
             self._progress.update(self._task, advance=by, note=note)
-        elif always or before * 10 // self._total != self._done * 10 // self._total:
+        elif note and before * 10 // self._total != self._done * 10 // self._total:
             logger.info("%s %d/%d  %s", self._title, self._done, self._total, note)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from oreal_megatron.run_state import Run, offload
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.types import Prompt, decided
 
+logger = logging.getLogger(__name__)
 _UNITS = 16
 """Generation batches that are sampled together; fixed, so that the journal serves any number of replicas."""
 
@@ -20,7 +22,8 @@ _UNITS = 16
 def prepare(run: Run) -> None:
     """Sets the run's prompt stream: training prompts balanced by pass rate, estimated where data.pass_rate asks for it.
 
-    Pass rates are kept in pass_rates.jsonl of the run's directory; a resumed run reads them from there.
+    A run without training prompts gets none. Pass rates are kept in pass_rates.jsonl of the run's directory; a resumed
+    run reads them from there.
 
     Raises:
         Stopped: a stop was asked for; finished rollouts are in the journal.
@@ -28,6 +31,8 @@ def prepare(run: Run) -> None:
     """
     config, prompts = run.config, list(run.train_prompts)
     offload(run)
+    if not prompts:  # the run evaluates its initial policy and has no steps
+        return
     if config.data.pass_rate is not None:
         with run.engine.generation_context(run.policy.on_device):
             prompts = _with_pass_rates(prompts, run)
@@ -61,11 +66,31 @@ def _with_pass_rates(prompts: list[Prompt], run: Run) -> list[Prompt]:
             )
             correct = sum(prompt.pass_rate or 0.0 for prompt in estimated) / max(len(estimated), 1)
             bar.advance(f"mean {correct:.2f}", by=len(part))
+    _check_decided(unknown, estimated, has_others=bool(known))
     with groups.together():
         if groups.is_main:
             write_estimated(path, known + estimated, source=prompts)
     run.sampler.journal.forget("pass_rates_*")
     return known + estimated
+
+
+def _check_decided(asked: list[Prompt], estimated: list[Prompt], *, has_others: bool) -> None:
+    """Logs how many prompts have no pass rate, because the verifier decided none of their responses.
+
+    Raises:
+        ValueError: no prompt has a pass rate.
+    """
+    rated = {prompt.id for prompt in estimated}
+    lost = [prompt for prompt in asked if prompt.id not in rated]
+    if not lost:
+        return
+    message = (
+        f"{len(lost)} of {len(asked)} prompts have no pass rate, because the verifier left all of their responses "
+        f"UNDECIDED (first: {lost[0].id}, gold_answer {lost[0].gold_answer[:80]!r})"
+    )
+    if not rated and not has_others:
+        raise ValueError(f"{message}. Give data.train gold answers without words; docs/verifier.md has their forms.")
+    logger.warning("%s; they are left out", message)
 
 
 def _estimated(

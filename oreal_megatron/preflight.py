@@ -6,26 +6,53 @@ import os
 from pathlib import Path
 
 from oreal_megatron.config import ConfigError, GeometryConfig, ModelConfig, SGLangConfig, TrainConfig, Violation
-from oreal_megatron.conversion.huggingface import geometry_of
+from oreal_megatron.conversion.huggingface import geometry_of, max_positions, read_model
+from oreal_megatron.servers.server_process import installation_problem, interpreter_problem
 
 
 def check_startable(config: TrainConfig, num_processes: int) -> None:
-    """Raises ConfigError where the configuration asks for other processes or more devices than there are."""
+    """Raises ConfigError where the configuration asks for processes, devices, servers or paths that are not there."""
     violations = []
     if (servers := config.rollout.sglang) is not None and not servers.urls and servers.device == "cuda":
         first, devices = first_server_device(servers), config.resources.devices_per_node
         if first + servers.num_servers * servers.tensor > devices:
             remedy = (
-                f"servers of {servers.tensor} device(s) each, from device {first} on, exceed the {devices} devices of "
-                "the main process's machine; start them elsewhere and name them in rollout.sglang.urls"
+                f"Servers of {servers.tensor} device(s) each, from device {first} on, exceed the {devices} devices of "
+                "the main process's machine. Start them elsewhere and name them in rollout.sglang.urls."
             )
             violations.append(Violation("rollout.sglang.num_servers", servers.num_servers, remedy))
+    launched = None if servers is None or servers.urls or config.run.mode == "replay" else servers
+    if launched is not None and launched.python is not None:
+        if (problem := interpreter_problem(launched.python)) is not None:
+            violations.append(Violation("rollout.sglang.python", launched.python, problem))
+    elif launched is not None and (problem := installation_problem(launched)) is not None:
+        violations.append(Violation("rollout.backend", "sglang", f"{problem}, or set rollout=embedded."))
     wanted = config.resources.trainer_devices
     if wanted is not None and wanted != num_processes:
-        remedy = f"{num_processes} were started; start {wanted}, or set resources.trainer_devices={num_processes}"
+        remedy = f"{num_processes} were started. Start {wanted}, or set resources.trainer_devices={num_processes}."
         violations.append(Violation("resources.trainer_devices", wanted, remedy))
+    violations += _missing_paths(config)
     if violations:
         raise ConfigError(violations)
+
+
+def _missing_paths(config: TrainConfig) -> list[Violation]:
+    """Returns a violation for every model directory, tokenizer and data file that does not exist."""
+    directories = {"model.path": config.model.path}
+    if config.model.tokenizer not in ("arithmetic", config.model.path):
+        directories["model.tokenizer"] = config.model.tokenizer
+    files = {"data.train": config.data.train, "sft.demonstrations": config.sft.demonstrations if config.sft else None}
+    files |= {f"evaluation.benchmarks.{name}.path": item.path for name, item in config.evaluation.benchmarks.items()}
+    violations = [
+        Violation(key, path, "There is no such directory. Set it to a directory of the form of Hugging Face models.")
+        for key, path in directories.items()
+        if path is not None and not Path(path).is_dir()
+    ]
+    return violations + [
+        Violation(key, path, "There is no such file. Set it to a JSONL file.")
+        for key, path in files.items()
+        if path is not None and not Path(path).exists()
+    ]
 
 
 def first_server_device(servers: SGLangConfig) -> int:
@@ -37,13 +64,21 @@ def geometry_of_run(model: ModelConfig) -> GeometryConfig:
     """Returns model.geometry, or the geometry of model.path, which must agree with model.geometry where both are given.
 
     Raises:
-        ConfigError: a size differs; the message names all that do.
+        ConfigError: a size differs, and the message names all that do; or model.max_sequence_length is above the
+            longest sequence that the model is made for.
         ValueError: model.path cannot be read.
     """
     if model.path is None:
         assert model.geometry is not None
         return model.geometry
     found = geometry_of(Path(model.path))
+    longest = max_positions(read_model(Path(model.path)))
+    if longest is not None and model.max_sequence_length > longest:
+        remedy = (
+            f"The config.json of {model.path} is for {longest} positions, scaling included. Set it to at most "
+            f"{longest}, or change rope_scaling or max_position_embeddings there if the model is good beyond."
+        )
+        raise ConfigError([Violation("model.max_sequence_length", model.max_sequence_length, remedy)])
     if (expected := model.geometry) is not None:
         # Plans depend on sizes alone; the numerics (rotary base, epsilon) come from the directory.
         sizes = (
@@ -58,7 +93,7 @@ def geometry_of_run(model: ModelConfig) -> GeometryConfig:
             Violation(
                 f"model.geometry.{name}",
                 getattr(expected, name),
-                f"{model.path} has {getattr(found, name)}; set it to that",
+                f"{model.path} has {getattr(found, name)}. Set it to that.",
             )
             for name in sizes
             if getattr(expected, name) not in (None, getattr(found, name))

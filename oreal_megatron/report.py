@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
+import platform
 from collections.abc import Sequence
-from importlib import resources
+from datetime import UTC, datetime
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
 
+from oreal_megatron import __version__
 from oreal_megatron.files import write_atomically
-from oreal_megatron.metrics import read_metrics
+from oreal_megatron.metrics import read_metrics, shown_value
 from oreal_megatron.types import Verdict
 
-# Panels of the figure: title, then (label, key) of each line.
+# Panels: title, unit, factor, then (label, key) of each line.
 _PANELS = (
-    ("Correct responses in training", (("pass rate", "reward/pass_rate"),)),
-    ("Groups to learn from", (("kept", "data/kept_groups"), ("all", "data/groups"))),
-    ("Policy loss terms", (("positive", "loss/positive"), ("negative", "loss/negative"))),
-    ("KL to the reference (nats a token)", (("k3", "loss/kl"), ("k1", "policy/kl_k1"))),
-    ("Entropy (nats a token)", (("entropy", "policy/entropy"),)),
-    ("Response length (tokens)", (("mean", "rollout/response_tokens"),)),
-    ("Reward model loss", (("cross-entropy", "loss/reward_model"),)),
-    ("Reward model AUC on fresh pairs", (("AUC", "reward_model/auc"),)),
-    ("Mean token weight", (("weight", "policy/token_weight"),)),
+    ("Correct responses in training", "%", 100, (("correct", "reward/pass_rate"),)),
+    ("Groups of a step", "groups", 1, (("used for training", "data/kept_groups"), ("all", "data/groups"))),
+    ("Loss of the policy", "loss", 1, (("correct", "loss/positive"), ("incorrect", "loss/negative"))),
+    ("KL to the reference model", "nats per token", 1, (("k3 (loss)", "loss/kl"), ("k1", "policy/kl_k1"))),
+    ("Entropy of the policy", "nats per token", 1, (("entropy", "policy/entropy"),)),
+    ("Length of responses", "tokens", 1, (("mean", "rollout/response_tokens"),)),
+    ("Loss of the reward model", "cross-entropy", 1, (("cross-entropy", "loss/reward_model"),)),
+    ("AUC of the reward model", "AUC (0.5: guessing)", 1, (("AUC", "reward_model/auc"),)),
+    ("Mean token weight", "weight", 1, (("weight", "policy/token_weight"),)),
 )
+_PACKAGES = ("torch", "megatron-core", "transformers")
 _NUM_EXAMPLES = 6
 
 
@@ -56,9 +61,14 @@ def write_report(directory: Path) -> Path:
             num_steps=len(steps),
             skipped=[record for record in steps if record["skipped"]],
             seconds=_mean_seconds(steps),
-            pass_figure=_pass_figure(evaluations),
-            figure=_training_figure(steps),
-            calibration_figure=_calibration_figure(directory),
+            evaluation_figures=[
+                f for f in (_pass_figure(evaluations), _calibration_figure(directory)) if f is not None
+            ],
+            training_figures=_training_figures(steps),
+            shown_value=shown_value,
+            written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            version=__version__,
+            versions=_versions(),
             examples=_examples(directory, steps),
         ),
     )
@@ -66,54 +76,63 @@ def write_report(directory: Path) -> Path:
 
 
 def _headline(evaluations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns greedy pass@1 of every benchmark in percent: before training, at the end, and at its best."""
+    """Returns greedy pass@1 of every benchmark as text: at the first and the last evaluation, and at its best."""
     names = [name for name in (evaluations[0]["metrics"] if evaluations else ()) if name.endswith("/greedy_pass@1")]
     lines = []
     for name in names:
-        scores = [(100 * record["metrics"][name], record["step"]) for record in evaluations]
-        best, step = max(scores, key=lambda score: score[0])
+        benchmark = name.partition("/")[0]
+        scores = [(record["metrics"].get(name), record["step"]) for record in evaluations]
+        best, step = max(scores, key=lambda score: -1.0 if score[0] is None else score[0])
+        problems = evaluations[-1]["metrics"].get(f"{benchmark}/problems")
         lines.append(
             {
-                "benchmark": name.partition("/")[0],
-                "before": scores[0][0],
-                "after": scores[-1][0],
-                "best": best,
+                "benchmark": benchmark,
+                "problems": None if problems is None else int(problems),
+                "first": shown_value(name, scores[0][0]),
+                "last": shown_value(name, scores[-1][0]),
+                "steps": scores[-1][1],
+                "best": shown_value(name, best),
                 "best_step": step,
             }
         )
     return lines
 
 
+def _versions() -> str:
+    """Returns the versions of Python and of the packages that compute, as installed where the report is written."""
+    found = [f"Python {platform.python_version()}"]
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{package} {metadata.version(package)}")
+    return ", ".join(found)
+
+
 def _pass_figure(evaluations: Sequence[dict[str, Any]]) -> str | None:
     names = sorted({name for record in evaluations for name in record["metrics"] if "pass@" in name or "avg@" in name})
-    if not names:
+    if not names or len(evaluations) < 2:
         return None
-    figure, axes = _subplots(1, 1, width=6.4)
+    figure, axis = _panel("Evaluation: problems solved", "after step", "%")
     for name in names:
-        points = [(r["step"], 100 * r["metrics"][name]) for r in evaluations if r["metrics"].get(name) is not None]
-        axes[0].plot(*zip(*points, strict=True), marker="o", label=name)
-    axes[0].set(title="Held-out problems solved", xlabel="step", ylabel="%", ylim=(0, 100))
-    axes[0].legend()
+        _plot(axis, name, [(r["step"], r["metrics"].get(name)) for r in evaluations], 100, marker="o")
+    axis.set_ylim(0, 100)
+    if axis.lines:
+        axis.legend()
     return _svg(figure)
 
 
-def _training_figure(steps: Sequence[dict[str, Any]]) -> str | None:
-    panels = [panel for panel in _PANELS if any(key in r["metrics"] for r in steps for _, key in panel[1])]
-    if not panels:
-        return None
-    rows = math.ceil(len(panels) / 3)
-    figure, axes = _subplots(rows, 3, width=13)
-    for axis, (title, lines) in zip(axes, panels, strict=False):
+def _training_figures(steps: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns a figure for each panel whose metrics the run has."""
+    figures = []
+    for title, unit, factor, lines in _PANELS:
+        if not any(key in record["metrics"] for record in steps for _, key in lines):
+            continue
+        figure, axis = _panel(title, "step", unit)
         for label, key in lines:
-            points = [(r["step"], r["metrics"][key]) for r in steps if r["metrics"].get(key) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=label)
-        axis.set(title=title, xlabel="step")
-        if len(lines) > 1:
+            _plot(axis, label, [(r["step"], r["metrics"].get(key)) for r in steps], factor)
+        if len(axis.lines) > 1:
             axis.legend()
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    return _svg(figure)
+        figures.append(_svg(figure))
+    return figures
 
 
 def _calibration_figure(directory: Path) -> str | None:
@@ -130,14 +149,11 @@ def _calibration_figure(directory: Path) -> str | None:
     scored.sort()
     num_bins = min(10, len(scored))
     bins = [scored[len(scored) * i // num_bins : len(scored) * (i + 1) // num_bins] for i in range(num_bins)]
-    figure, axes = _subplots(1, 1, width=4.2)
-    axes[0].plot([0, 1], [0, 1], color="0.7", linestyle="--")
-    axes[0].plot(
-        [sum(p for p, _ in bin) / len(bin) for bin in bins],
-        [sum(correct for _, correct in bin) / len(bin) for bin in bins],
-        marker="o",
-    )
-    axes[0].set(title="Reward model, tenths of the samples", xlabel="predicted", ylabel="correct")
+    figure, axis = _panel("Calibration of the reward model", "predicted chance of correct (%)", "correct (%)")
+    axis.plot([0, 100], [0, 100], color="0.7", linestyle="--", label="perfect")
+    means = [(100 * sum(p for p, _ in bin) / len(bin), sum(correct for _, correct in bin) / len(bin)) for bin in bins]
+    _plot(axis, f"{num_bins} groups of about {len(scored) // num_bins} responses", means, 100, marker="o")
+    axis.legend()
     return _svg(figure)
 
 
@@ -177,14 +193,22 @@ def _mean_seconds(steps: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {phase: sum(r["seconds"].get(phase, 0.0) for r in steps) / len(steps) for phase in fullest}
 
 
-def _subplots(rows: int, columns: int, *, width: float) -> tuple[Any, list[Any]]:
+def _panel(title: str, xlabel: str, ylabel: str) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(rows, columns, figsize=(width, 3.4 * rows), squeeze=False, layout="constrained")
-    return figure, list(axes.flat)
+    figure, axis = pyplot.subplots(figsize=(4.6, 3.4), layout="constrained")
+    axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    return figure, axis
+
+
+def _plot(axis: Any, label: str, points: Sequence[tuple[float, float | None]], factor: float, **style: Any) -> None:
+    """Draws a line through the points that have a value, multiplied by `factor`."""
+    known = [(x, factor * y) for x, y in points if y is not None]
+    if known:
+        axis.plot(*zip(*known, strict=True), label=label, **style)
 
 
 def _svg(figure: Any) -> str:

@@ -50,15 +50,17 @@ def train(run: Run) -> None:
     run.tracker.start(progress.step, is_evaluated=progress.evaluated_step == progress.step)
     try:
         evaluate_and_save(run)
-        with run.tracker.progress("step", config.num_steps, completed=progress.step) as bar:
+        with run.tracker.progress("steps", config.num_steps, completed=progress.step) as bar:
             while progress.step < config.num_steps:
                 if run.groups.any_rank(run.stop.is_made):
                     raise Stopped("stopped between two steps")
-                report = train_step(run)
-                bar.advance(run.tracker.step(report), always=True)
+                run.tracker.step(train_step(run))
+                bar.advance()
                 progress.step += 1
                 run.store.finish(wait=False)
                 evaluate_and_save(run)
+        if not config.num_steps:
+            logger.info("run.num_steps = 0: nothing is trained")
     except Stopped:
         save(run, wait=True)
         raise Stopped(where_stopped(run)) from None

@@ -32,7 +32,7 @@ from oreal_megatron.preflight import check_startable, geometry_of_run
 from oreal_megatron.rollout.journal import RolloutJournal
 from oreal_megatron.stopping import StopRequest
 from oreal_megatron.types import Benchmark, Prompt
-from oreal_megatron.verifier import Verifier, build_verifier
+from oreal_megatron.verifier import StagedVerifier, build_verifier
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +49,15 @@ class Workspace:
     directory: Path
     groups: ParallelGroups
     tracker: Tracker
-    verifier: Verifier
+    verifier: StagedVerifier
     tokenizer: PreTrainedTokenizerBase
     renderer: PromptRenderer
     journal: RolloutJournal
     store: CheckpointStore
     geometry: GeometryConfig
-    """Shape of policy, reference and reward model; its vocab_size is the configuration's, see `vocab_size`."""
+    """Shape of policy, reference and reward model, with vocab_size."""
     vocab_size: int
-    """Rows of the embedding: those of the geometry, or as many as the tokenizer has, whichever are more."""
+    """Rows of the embedding, without padding: those of config.json or model.geometry, whatever the tokenizer has."""
     packer: Packer
     generated: ArithmeticData | None
     """Generated problems and demonstrations, where data.arithmetic is given."""
@@ -104,10 +104,18 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
         verifier = stack.enter_context(contextlib.closing(build_verifier(config.verifier)))
         tokenizer = load_tokenizer(config.model.tokenizer)
         journal = stack.enter_context(contextlib.closing(RolloutJournal(directory / "journal", groups)))
-        renderer = PromptRenderer(tokenizer, config.prompt)
         geometry = geometry_of_run(config.model)
         check_layout(geometry, config.parallel, config.rollout.sglang)
-        vocab_size = max(geometry.vocab_size or 0, len(tokenizer))
+        vocab_size = geometry.vocab_size or len(tokenizer)
+        geometry = geometry.model_copy(update={"vocab_size": vocab_size})
+        renderer = PromptRenderer(tokenizer, config.prompt, vocab_size=vocab_size)
+        if renderer.may_exceed_model:
+            logger.warning(
+                "model.tokenizer = %s has token ids beyond the %d rows of the model's embedding: they are never "
+                "generated, and a prompt or demonstration that has one is refused",
+                config.model.tokenizer,
+                vocab_size,
+            )
         generated = generate_arithmetic(config.data.arithmetic, config.run.seed) if config.data.arithmetic else None
         yield Workspace(
             config=config,
@@ -163,21 +171,36 @@ def claim_directory(directory: Path, config: TrainConfig, groups: ParallelGroups
 
 def _train_prompts(config: TrainConfig, renderer: PromptRenderer, generated: ArithmeticData | None) -> list[Prompt]:
     if config.data.train is not None:
-        return _fitting(read_prompts(config.data.train), f"data.train = {config.data.train}", renderer, config)
-    assert generated is not None
-    return _fitting(generated.train, "data.arithmetic", renderer, config)
+        prompts = read_prompts(config.data.train, empty_golds=config.data.empty_golds)
+        return _fitting(prompts, f"data.train = {config.data.train}", renderer, config)
+    # The configuration has no prompts where run.num_steps is 0 alone.
+    return [] if generated is None else _fitting(generated.train, "data.arithmetic", renderer, config)
 
 
 def _benchmarks(config: TrainConfig, renderer: PromptRenderer, generated: ArithmeticData | None) -> list[Benchmark]:
+    """Returns the benchmarks, each with all of its prompts.
+
+    Raises:
+        ValueError: a prompt is longer than prompt.max_prompt_tokens.
+    """
     benchmarks = []
     for name, item in config.evaluation.benchmarks.items():
         if item.path is not None:
-            prompts: Sequence[Prompt] = read_prompts(item.path)
+            prompts: Sequence[Prompt] = read_prompts(item.path, empty_golds=config.data.empty_golds)
         else:
             assert generated is not None
             prompts = generated.heldout
-        fitting = _fitting(prompts, f"evaluation.benchmarks.{name}", renderer, config)
-        benchmarks.append(Benchmark(name=name, prompts=tuple(fitting[: item.limit]), samples=item.samples))
+        prompts = prompts[: item.limit]
+        _, overlong = renderer.without_overlong(prompts)
+        if overlong:
+            longest = max(len(renderer.question_ids(prompt.question)) for prompt in overlong)
+            raise ValueError(
+                f"evaluation.benchmarks.{name}: {len(overlong)} of {len(prompts)} prompts are longer than "
+                f"prompt.max_prompt_tokens = {config.prompt.max_prompt_tokens} (first: {overlong[0].id}), and a score "
+                f"without them would be that of another benchmark. Set prompt.max_prompt_tokens={longest}, or remove "
+                "them from the file under another name"
+            )
+        benchmarks.append(Benchmark(name=name, prompts=tuple(prompts), samples=item.samples))
     return benchmarks
 
 

@@ -44,17 +44,16 @@ def save_tiny(
     """A random model, every bias and norm away from its initial value; head dimension 16, which 4 heads do not fill."""
     import transformers
 
-    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
     config = getattr(transformers, f"{name}Config")(
         vocab_size=vocabulary,
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_groups,
-        max_position_embeddings=256,
         tie_word_embeddings=tied,
         **({"num_labels": 1} if head == "scalar" else {}),
         **(
-            {"hidden_size": 48, "intermediate_size": ffn, "initializer_range": 0.2}
+            {"max_position_embeddings": 256, "hidden_size": 48, "intermediate_size": ffn, "initializer_range": 0.2}
             | ({"head_dim": 16} if family != "qwen2" else {})
             | more
         ),

@@ -111,7 +111,7 @@ def write_assets(
     Files of model.path are copied where they describe the exported model. Generation ends at the token that ended the
     run's responses, or at one that model.path names.
 
-    geometry: its vocab_size is the run's number of rows.
+    geometry: with vocab_size.
     """
     assets = directory / "huggingface" / "assets"
     shutil.rmtree(assets, ignore_errors=True)
@@ -120,7 +120,7 @@ def write_assets(
         # Of a model with another tokenizer, the tokenizer's files would stay beside the run's own.
         is_own = Path(model.tokenizer).resolve() == Path(model.path).resolve()
         copy_beside(Path(model.path), assets, without=WEIGHTS, only=None if is_own else _MODEL_FILES)
-        config = {**read_model(assets).config, "vocab_size": geometry.vocab_size}
+        config = dict(read_model(assets).config)
     else:
         is_own = False
         config = config_json(geometry, "causal", dtype=model.dtype, max_positions=model.max_sequence_length)

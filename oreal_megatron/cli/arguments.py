@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from oreal_megatron import __version__
+
+VERSION = f"oreal_megatron {__version__}"
+"""Text that --version shows."""
 
 
 def command_parser(name: str, description: str, *, example: str) -> argparse.ArgumentParser:
@@ -15,13 +19,16 @@ def command_parser(name: str, description: str, *, example: str) -> argparse.Arg
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"oreal_megatron {__version__}")
+    parser.add_argument("--version", action="version", version=VERSION)
     return parser
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Adds the overrides of the configuration as positional arguments, `overrides`."""
+    """Adds the overrides of the configuration as positional arguments, `overrides`, and --config-dir."""
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, as for oreal-train")
+    parser.add_argument(
+        "--config-dir", type=Path, metavar="DIR", help="directory with more options of groups, as for oreal-train"
+    )
 
 
 def positive(text: str) -> int:

@@ -218,7 +218,13 @@ def _prefix(model: str | None) -> str:
 @contextlib.contextmanager
 def _progress_bar(title: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
     """Shows a bar of bytes on stderr, and gives the function that advances it."""
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(title, total=num_bytes)
         yield lambda done: progress.advance(task, done)

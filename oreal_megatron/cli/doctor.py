@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _doctor(console: Console, arguments: argparse.Namespace) -> int:
-    config = planned_config(arguments.overrides, console)
+    config = planned_config(arguments.overrides, console, config_dir=arguments.config_dir)
     with console.status("examining this machine"):
         findings = examine(config)
     for finding in findings:

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _plan(console: Console, arguments: argparse.Namespace) -> int:
-    config = planned_config(arguments.overrides, console)
+    config = planned_config(arguments.overrides, console, config_dir=arguments.config_dir)
     measured = read_measured(arguments.measured) if arguments.measured else None
     replan = planner_of(config, devices=arguments.devices, measured=measured)
     if arguments.search:

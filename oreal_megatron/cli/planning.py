@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
-from oreal_megatron.compose import composed, resolved, with_placeholders
-from oreal_megatron.config import GeometryConfig, TrainConfig, parse_config
+from oreal_megatron.compose import PLACEHOLDERS, composed, resolved, with_placeholders
+from oreal_megatron.config import ConfigError, GeometryConfig, TrainConfig, Violation, parse_config
 from oreal_megatron.dry_run import is_dry_run, shrunk
+from oreal_megatron.log import quiet_libraries
 from oreal_megatron.planner.planner import Plan, first_change, make_plan
 from oreal_megatron.planner.step_time import Measured
 
@@ -25,23 +27,25 @@ def suggest(console: Console, planned: Plan, replan: Callable[[TrainConfig], Pla
     else:
         overrides, changed = change
         seconds = "" if changed.step_seconds is None else f", {changed.step_seconds:,.0f} s a step"
-        console.print(f"change first: [bold]{overrides}[/] ({changed.memory.share:.0%} of memory{seconds})")
+        console.print(f"change first: [bold]{escape(overrides)}[/] ({changed.memory.share:.0%} of memory{seconds})")
     return 1
 
 
-def planned_config(overrides: list[str], console: Console) -> TrainConfig:
+def planned_config(overrides: list[str], console: Console, *, config_dir: Path | None) -> TrainConfig:
     """Returns the configuration with placeholders for values of the site, which no plan depends on.
+
+    config_dir: a directory with more options of groups, as for `oreal-train --config-dir`.
 
     Raises:
         ConfigError: with all violations.
     """
-    raw = composed(overrides)
+    raw = composed(overrides, config_dir=config_dir)
     if is_dry_run(raw):
         raw = shrunk(raw)
     missing = with_placeholders(raw)
     own = [key for key in missing if not key.startswith("cluster.")]
     if own:
-        console.print(f"[yellow]without values yet: {', '.join(own)}[/]")
+        console.print(f"[yellow]without values yet: {escape(', '.join(own))}[/]")
     return parse_config(resolved(raw))
 
 
@@ -55,6 +59,7 @@ def planner_of(
     config: TrainConfig, *, devices: int | None = None, measured: Measured | None = None
 ) -> Callable[[TrainConfig], Plan]:
     """Returns a function that plans variants of a configuration with the same model."""
+    quiet_libraries()
     from oreal_megatron.models.memory_profile import MemoryProfiler
     from oreal_megatron.rollout.embedded import sample
 
@@ -74,6 +79,9 @@ def _geometry(config: TrainConfig) -> GeometryConfig:
     if geometry is None:
         from oreal_megatron.conversion.huggingface import geometry_of
 
+        if str(config.model.path).startswith(PLACEHOLDERS):
+            remedy = "A plan reads its config.json. Set it to a Hugging Face directory, or set model.geometry."
+            raise ConfigError([Violation("model.path", "???", remedy)])
         geometry = geometry_of(Path(str(config.model.path)))
     if geometry.vocab_size is None:
         from oreal_megatron.data.tokenizer import load_tokenizer

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    raw = composed(arguments.overrides)
+    raw = composed(arguments.overrides, config_dir=arguments.config_dir)
     config = validated(shrunk(raw) if is_dry_run(raw) else raw)
     servers = config.rollout.sglang
     if servers is None:

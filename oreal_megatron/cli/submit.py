@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
+from rich.markup import escape
 
 from oreal_megatron.cli.arguments import add_overrides, command_parser, positive
 from oreal_megatron.cli.errors import run_command
@@ -41,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _submit(console: Console, arguments: argparse.Namespace) -> int:
-    raw = composed(arguments.overrides)
+    raw = composed(arguments.overrides, config_dir=arguments.config_dir)
     if is_dry_run(raw):
         for key, (before, small) in layout_mapping(raw).items():
-            console.print(f"dry run: {key} {before} becomes {small}")
+            console.print(f"dry run: {key} {before} becomes {small}", markup=False)
         raw = shrunk(raw)
     config, cluster, nodes = checked(
         raw,
@@ -61,20 +62,21 @@ def _submit(console: Console, arguments: argparse.Namespace) -> int:
         planned = replan(config)
     print_plan(console, planned)
     if config.run.dry_run:
-        whole = planned_config([*arguments.overrides, "run.dry_run=false"], console)
-        console.print(f"the experiment with its own layout: {planner_of(whole)(whole).memory.verdict}")
+        whole = planned_config([*arguments.overrides, "run.dry_run=false"], console, config_dir=arguments.config_dir)
+        console.print(f"the experiment with its own layout: {planner_of(whole)(whole).memory.verdict}", markup=False)
     status = suggest(console, planned, replan)
     if status and not arguments.force:
         console.print("not submitted (--force submits it nevertheless)")
         return status
     directory = Path(config.run.dir).resolve() / "slurm"
     script = directory / "job.sbatch"
-    overrides = [*arguments.overrides, f"run.dir={Path(config.run.dir).resolve()}"]
+    options = [] if arguments.config_dir is None else [f"--config-dir={arguments.config_dir.resolve()}"]
+    overrides = [*options, *arguments.overrides, f"run.dir={Path(config.run.dir).resolve()}"]
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(script, rendered(config, cluster, nodes, overrides, script))
-    console.print(f"\n[bold]{script}[/]")
+    console.print(f"\n[bold]{escape(str(script))}[/]")
     console.print(script.read_text(), markup=False)
-    console.print(tested(script))
+    console.print(tested(script), markup=False)
     if arguments.test_only:
         return 0
     job = None
@@ -83,7 +85,8 @@ def _submit(console: Console, arguments: argparse.Namespace) -> int:
         console.print(f"[bold]submitted job {job}[/]")
     console.print(
         f"follow it:  tail -F {directory}/job-{job}.log {directory}/logs-{job}/trainer_rank_0.log\n"
-        f"stop it:    scancel --batch --signal=TERM {job}   (saves and queues again)   scancel {job}   (ends it)"
+        f"stop it:    scancel --batch --signal=TERM {job}   (saves and queues again)   scancel {job}   (ends it)",
+        markup=False,
     )
     return 0
 

@@ -5,16 +5,27 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from oreal_megatron.cli.arguments import VERSION
 from oreal_megatron.cli.errors import ending_on_errors, run_command
-from oreal_megatron.compose import COMPOSITION_ERRORS, composition_error, config_directory, validated
+from oreal_megatron.compose import validated
 from oreal_megatron.config import TrainConfig
+from oreal_megatron.distributed.environment import NCCL_WITHOUT_CUMEM
 from oreal_megatron.dry_run import is_dry_run, shrunk
 from oreal_megatron.log import quiet_libraries
+from oreal_megatron.overrides import (
+    check_overrides,
+    composition_error,
+    config_directory,
+    search_path,
+)
 from oreal_megatron.stopping import StopRequest
 
 logger = logging.getLogger("oreal_megatron.cli.train")  # the same name where this module runs as __main__
@@ -22,17 +33,28 @@ logger = logging.getLogger("oreal_megatron.cli.train")  # the same name where th
 
 def main() -> NoReturn:
     """Runs `oreal-train`: one OREAL run, or a sweep of runs."""
+    if "--version" in sys.argv[1:]:  # Hydra's flag shows Hydra's version
+        print(VERSION)
+        sys.exit()
     run_command(_compose_and_train, continues=True)
 
 
 def _compose_and_train() -> None:
     # Hydra then raises its errors instead of printing them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ.setdefault(*NCCL_WITHOUT_CUMEM)  # before torch is imported
+    arguments = get_args_parser().parse_args()
+    config_dir = None if arguments.config_dir is None else Path(arguments.config_dir)
+    if config_dir is not None:
+        search_path(config_dir)
+    check_overrides(arguments.overrides, config_dir)
+    HydraConfig.instance().cfg = None
     try:
         _train()
-    except COMPOSITION_ERRORS as error:
-        overrides = [argument for argument in sys.argv[1:] if "=" in argument]
-        raise composition_error(error, overrides) from error
+    except Exception as error:
+        if HydraConfig.initialized():  # the configuration was composed
+            raise
+        raise composition_error(error, arguments.overrides, config_dir) from error
 
 
 @hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")

@@ -13,12 +13,14 @@ from oreal_megatron.config.divisibility import (
 )
 from oreal_megatron.config.errors import ConfigError, Violation
 from oreal_megatron.config.fields import NonNegative, Positive, Section, Strings
+from oreal_megatron.config.geometry import GeometryConfig, RopeScalingConfig
 from oreal_megatron.config.objective import ObjectiveConfig, TokenWeightConfig
 from oreal_megatron.config.parsing import (
     check_resume,
     check_settings,
     fields_at,
     parse_config,
+    parse_sections,
     settings_of,
     unknown_key,
 )
@@ -29,7 +31,6 @@ from oreal_megatron.config.sections import (
     BalanceBin,
     Fp8Config,
     Fp8ModelConfig,
-    GeometryConfig,
     ModelConfig,
     ParallelConfig,
     PromptConfig,
@@ -52,6 +53,7 @@ __all__ = [
     "ParallelConfig",
     "Positive",
     "PromptConfig",
+    "RopeScalingConfig",
     "SGLangConfig",
     "SamplingConfig",
     "Section",
@@ -65,6 +67,7 @@ __all__ = [
     "check_settings",
     "fields_at",
     "parse_config",
+    "parse_sections",
     "served_shape_violations",
     "serving_violations",
     "settings_of",

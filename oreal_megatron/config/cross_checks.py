@@ -153,10 +153,11 @@ def _check_prompt(prompt: PromptConfig) -> Iterator[Violation]:
         yield Violation("prompt.user", prompt.user, "It has no place for the question. Put {question} into it.")
 
 
-@_check("data")
-def _check_data(data: DataConfig) -> Iterator[Violation]:
-    if data.train is None and data.arithmetic is None:
-        yield Violation("data.train", None, "There are no prompts. Set data.train to a JSONL file, or data=arithmetic.")
+@_check("data", "run")
+def _check_data(data: DataConfig, run: RunConfig) -> Iterator[Violation]:
+    if data.train is None and data.arithmetic is None and run.num_steps:
+        remedy = "There are no prompts. Set data.train to a JSONL file, data=arithmetic, or run.num_steps=0."
+        yield Violation("data.train", None, remedy)
     if (a := data.arithmetic) is not None and a.min_terms > a.max_terms:
         remedy = f"Set it to at most data.arithmetic.max_terms={a.max_terms}."
         yield Violation("data.arithmetic.min_terms", a.min_terms, remedy)
@@ -327,6 +328,10 @@ def _check_objective(objective: ObjectiveConfig, rollout: RolloutConfig) -> Iter
         )
     if o.selection == "pair" and o.keep_groups != "mixed":
         remedy = "Only mixed groups have a correct and an incorrect response. Set objective.keep_groups=mixed."
+        yield Violation("objective.selection", o.selection, remedy)
+    if o.uses_reward_model and o.selection in ("correct", "incorrect"):
+        remedy = "The reward model would learn from responses of one outcome alone and give them all the same score. "
+        remedy += "Set objective.selection=all or pair, or objective.token_weights.source=ones."
         yield Violation("objective.selection", o.selection, remedy)
     if o.actor_freeze_steps and not o.uses_reward_model:
         remedy = "Without a reward model nothing would train in these steps. Set objective.actor_freeze_steps=0."

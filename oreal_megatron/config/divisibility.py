@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from oreal_megatron.config.errors import ConfigError, Violation
 from oreal_megatron.config.fp8_recipes import Capability
+from oreal_megatron.config.geometry import GeometryConfig
 from oreal_megatron.config.rollout import SGLangConfig
-from oreal_megatron.config.sections import GeometryConfig, ParallelConfig
+from oreal_megatron.config.sections import ParallelConfig
 
 SERVED_BLOCK = 128
 """Rows and columns of a served weight that share a scale."""
@@ -17,11 +18,15 @@ def check_layout(geometry: GeometryConfig, parallel: ParallelConfig, servers: SG
     """Checks the geometry of a model directory, which is known only after the configuration was validated.
 
     Raises:
-        ConfigError: the trainer's layout or the servers' does not divide the model.
+        ConfigError: the trainer's layout or the servers' does not divide the model, or servers cannot scale its RoPE.
     """
     violations = list(layout_violations(geometry, parallel))
     if servers is not None:
         violations += served_head_violations(servers, geometry)
+        if (scaling := geometry.rope_scaling) is not None and scaling.attention_factor is not None:
+            remedy = "SGLang does not read it, so servers would generate with other probabilities. Remove it from "
+            remedy += "config.json, or set rollout=embedded."
+            violations.append(Violation("rope_scaling.attention_factor", scaling.attention_factor, remedy))
     if violations:
         raise ConfigError(violations)
 

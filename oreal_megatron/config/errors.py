@@ -19,7 +19,8 @@ class Violation:
 
     def __str__(self) -> str:
         shown = repr(self.value)
-        return f"{self.key} = {shown if len(shown) <= 80 else shown[:77] + '...'}: {self.remedy}"
+        key = self.key if self.key.isprintable() else ascii(self.key)[1:-1]  # one line for each violation
+        return f"{key} = {shown if len(shown) <= 80 else shown[:77] + '...'}: {self.remedy}"
 
 
 class ConfigError(ValueError):

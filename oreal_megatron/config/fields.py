@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+LARGEST = 2**63 - 1
+"""Largest integer that torch and the files of a run hold."""
+Positive = Annotated[int, Field(gt=0, le=LARGEST)]
+NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
 """Number that torch takes as a seed, also after Megatron-Core has added its offsets."""
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -19,10 +21,32 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _not_empty(value: str) -> str:
+    if not value.strip():
+        raise ValueError("It is empty. Set it to a text.")
+    if any(character < " " for character in value):
+        raise ValueError("It has control characters, such as a new line. Set it to a text without them.")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_not_empty)]
+"""A text in one line that is not empty, such as a name or a path."""
+
+
+def _file_name(value: str) -> str:
+    if not value.strip() or "/" in value or value.startswith("."):
+        raise ValueError("It is part of file names. Give it a name without `/` that does not begin with a dot.")
+    return value
+
+
+FileName = Annotated[str, AfterValidator(_file_name)]
+"""A name that becomes a part of file names."""
 AsTuple = BeforeValidator(_as_tuple)
 """Turns a list of YAML into the tuple that a frozen section needs."""
 Strings = Annotated[tuple[str, ...], AsTuple]
-FloatPair = Annotated[tuple[float, float], AsTuple]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+FloatPair = Annotated[tuple[Finite, Finite], AsTuple]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):

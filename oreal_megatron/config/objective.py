@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from oreal_megatron.config.fields import FloatPair, NonNegative, NonNegativeFloat, PositiveFloat, Section
+from oreal_megatron.config.fields import FloatPair, NonNegative, NonNegativeFloat, PositiveFloat, Section, Text
 
 
 class TokenWeightConfig(Section):
@@ -30,7 +30,7 @@ class TokenWeightConfig(Section):
 class ObjectiveConfig(Section):
     """The objective of a step. conf/objective has presets."""
 
-    preset: str
+    preset: Text
     """Name of the objective in logs and reports."""
     reward_values: FloatPair
     """Rewards of an incorrect and of a correct response."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -21,17 +21,8 @@ def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
         ConfigError: with all violations: of every section's schema, and of the checks across sections whose sections
             are valid.
     """
-    violations: list[Violation] = []
-    sections: dict[str, Any] = {}
-    for name, info in TrainConfig.model_fields.items():
-        if name not in raw:
-            violations.append(Violation(name, None, f"The section is missing. Choose an option of the group {name}."))
-            continue
-        try:
-            adapter: TypeAdapter[Any] = TypeAdapter(info.annotation)  # type: ignore[arg-type]
-            sections[name] = adapter.validate_python(raw[name])
-        except ValidationError as error:
-            violations += [_from_pydantic(name, raw[name], info.annotation, item) for item in error.errors()]
+    sections, violations = parse_sections(raw, TrainConfig.model_fields)
+    violations = [*_unwritable(raw), *violations]
     for name in raw.keys() - TrainConfig.model_fields.keys():
         violations.append(Violation(name, raw[name], unknown_key(name, TrainConfig.model_fields)))
     for reads, check in CHECKS:
@@ -41,6 +32,36 @@ def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
         are_valid = sections.keys() == TrainConfig.model_fields.keys() == raw.keys()
         raise ConfigError(violations, TrainConfig(**sections) if are_valid else None)
     return TrainConfig(**sections)
+
+
+def parse_sections(raw: Mapping[str, Any], names: Iterable[str]) -> tuple[dict[str, Any], list[Violation]]:
+    """Validates sections by themselves. Returns those that are valid by name, and the violations of the others."""
+    sections: dict[str, Any] = {}
+    violations: list[Violation] = []
+    for name in names:
+        if name not in raw:
+            violations.append(Violation(name, None, f"The section is missing. Choose an option of the group {name}."))
+            continue
+        annotation = TrainConfig.model_fields[name].annotation
+        try:
+            adapter: TypeAdapter[Any] = TypeAdapter(annotation)  # type: ignore[arg-type]
+            sections[name] = adapter.validate_python(raw[name])
+        except ValidationError as error:
+            violations += [_from_pydantic(name, raw[name], annotation, item) for item in error.errors()]
+    return sections, violations
+
+
+def _unwritable(value: Any, key: str = "") -> Iterator[Violation]:
+    """Yields every text, also those in lists and mappings, that no UTF-8 file or path can hold."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _unwritable(name, f"{key}.{name!a}")
+            yield from _unwritable(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _unwritable(inner, f"{key}.{index}")
+    elif isinstance(value, str) and ("\0" in value or any("\ud800" <= character <= "\udfff" for character in value)):
+        yield Violation(key, value, "It has a zero byte, or bytes that are not UTF-8. Set it to a text of Unicode.")
 
 
 # Keys that may change when a run resumes: length, speed and visibility of the run, not what it computes.
@@ -125,9 +146,12 @@ def fields_at(path: Sequence[Any], annotation: Any = TrainConfig) -> Mapping[str
     return fields_at(path[1:], info.annotation) if info else {}
 
 
-def unknown_key(name: str, known: Iterable[str]) -> str:
-    """Returns the remedy for a key that does not exist: the nearest of the known keys, or all of them."""
+def unknown_key(name: str, known: Iterable[str], *, kind: str = "key") -> str:
+    """Returns the remedy for a key that does not exist: the nearest of the known keys, or all of them.
+
+    kind: what the name stands for: `key`, or `option` of a group.
+    """
     known = sorted(known)
     if close := difflib.get_close_matches(name, known, n=1):
-        return f"There is no such key. Did you mean `{close[0]}`?"
-    return f"There is no such key. Known keys: {', '.join(known)}." if known else "There is no such key."
+        return f"There is no such {kind}. Did you mean `{close[0]}`?"
+    return f"There is no such {kind}. Known {kind}s: {', '.join(known)}." if known else f"There is no such {kind}."

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from oreal_megatron.config.fields import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, Strings
+from oreal_megatron.config.fields import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, Strings, Text
 
 OPTIONS_SET_BY_RUN = {
     "model-path": "from the policy's configuration",
@@ -61,7 +61,9 @@ class SGLangConfig(Section):
     block of 128 x 128, all else in bfloat16. Weights are converted when they are published, and audited as served."""
     device: Literal["cpu", "cuda"]
     """Kind of device of the servers. Launched servers on `cpu` use the SGLang that `make sglang-deps` installs."""
-    host: str
+    python: Text | None = None
+    """Python interpreter that runs launched servers, of an environment with SGLang. null: the trainer's."""
+    host: Text
     """Address at which launched servers listen."""
     port: Annotated[int, Field(gt=0, le=65535)] | None
     """Port of the first launched server; the others get the ports after it. null: free ports."""
@@ -74,7 +76,7 @@ class SGLangConfig(Section):
     bucket_mib: Positive
     """Size of the buckets in which weights move, in MiB. A process needs memory for two buckets, and for three where
     `ipc` or `broadcast` collect a bucket for other ranks."""
-    weights_dir: str | None
+    weights_dir: Text | None
     """Directory that `transport: disk` writes the latest weights to. null: weights/ in run.dir."""
     startup_seconds: PositiveFloat
     """Seconds that a server may take to answer after its start or after lost contact, before it counts as failed."""

@@ -10,7 +10,8 @@ from pydantic import Field
 
 from oreal_megatron.config.fields import (
     AsTuple,
-    FloatPair,
+    Decay,
+    FileName,
     NonNegative,
     NonNegativeFloat,
     Positive,
@@ -19,61 +20,25 @@ from oreal_megatron.config.fields import (
     Seed,
     Share,
     Strings,
+    Text,
 )
 from oreal_megatron.config.fp8_recipes import RecipeName
+from oreal_megatron.config.geometry import GeometryConfig
 from oreal_megatron.config.objective import ObjectiveConfig
 from oreal_megatron.config.rollout import RolloutConfig, SamplingConfig
 from oreal_megatron.verifier.config import VerifierConfig
 
 
-class GeometryConfig(Section):
-    """Shape of a decoder-only transformer with RMSNorm, SwiGLU, rotary embeddings and grouped-query attention."""
-
-    num_layers: Positive
-    """Number of transformer layers."""
-    hidden_size: Positive
-    """Width of the residual stream."""
-    ffn_hidden_size: Positive
-    """Width of the feed-forward layers, of the gate and of the up projection each."""
-    num_attention_heads: Positive
-    """Number of query heads."""
-    num_query_groups: Positive
-    """Number of key-value heads. Must divide num_attention_heads."""
-    head_dim: Positive | None = None
-    """Dimension of one attention head. null: hidden_size / num_attention_heads."""
-    vocab_size: Positive | None = None
-    """Rows of the embedding, before padding for tensor parallelism. null: the tokenizer's number of tokens."""
-    rope_theta: PositiveFloat = 10000.0
-    """Base of the rotary embeddings' frequencies."""
-    rope_scaling_factor: PositiveFloat | None = None
-    """Factor of Llama 3.1's scaling of the rotary embeddings. null: no scaling."""
-    norm_eps: PositiveFloat = 1e-6
-    """Epsilon of RMSNorm."""
-    qkv_bias: bool = True
-    """Biases on the query, key and value projections, as in Qwen2."""
-    qk_norm: bool = False
-    """RMSNorm on the queries and keys of each head, as in Qwen3."""
-    tied_embeddings: bool = False
-    """Use the embedding as the output layer too."""
-    init_std: PositiveFloat = 0.02
-    """Standard deviation of random initial weights. Unused where weights are loaded."""
-
-    @property
-    def attention_head_dim(self) -> int:
-        """Dimension of one attention head: head_dim, or hidden_size / num_attention_heads where it is null."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
-
-
 class ModelConfig(Section):
     """The model that policy, reference and reward model start from."""
 
-    path: str | None
+    path: Text | None
     """Hugging Face model directory with config.json, tokenizer and safetensors. null: random weights with the shape of
     model.geometry."""
     geometry: GeometryConfig | None
     """Shape of a model with random weights. With model.path, the shape that its config.json must have; null: accept
     any."""
-    tokenizer: str
+    tokenizer: Text
     """Hugging Face directory of the tokenizer, or `arithmetic` for the built-in tokenizer of data=arithmetic."""
     implementation: Literal["local", "transformer_engine"]
     """Layers of the model. local: Megatron-Core's own, on any device; transformer_engine: Transformer Engine's, which
@@ -83,7 +48,7 @@ class ModelConfig(Section):
     float32."""
     max_sequence_length: Positive
     """Longest prompt and response together, in tokens."""
-    reward_model: str | None = None
+    reward_model: Text | None = None
     """Checkpoint directory of another run, whose reward model's weights this run's reward model starts from. null: the
     initial policy with a scalar head of zeros."""
     logprob_chunk_tokens: Positive = 1024
@@ -133,12 +98,13 @@ class PromptConfig(Section):
     """System message. null: none."""
     user: str
     """User message. `{question}` in it is replaced by the question."""
-    stop_token: str
+    stop_token: Annotated[str, Field(min_length=1)]
     """Token that ends a response, as text."""
     thinking_end_marks: Strings
     """Marks that end the reasoning of a response. The text after the last mark is the final answer."""
     max_prompt_tokens: Positive
-    """Longest prompt, in tokens. Longer prompts are left out."""
+    """Longest prompt, in tokens. Longer training prompts are left out, and a benchmark with longer prompts is
+    refused."""
 
 
 class ArithmeticConfig(Section):
@@ -188,8 +154,12 @@ class BalanceBin(Section):
 class DataConfig(Section):
     """The stream of training prompts."""
 
-    train: str | None
-    """JSONL file with question, gold_answer and, optionally, pass_rate and id. null: generated arithmetic."""
+    train: Text | None
+    """JSONL file with question, gold_answer and, optionally, pass_rate and id. null: generated arithmetic, or no
+    prompts where run.num_steps is 0."""
+    empty_golds: Literal["skip"] | None = None
+    """Treatment of lines without a gold_answer in data.train and in the files of benchmarks. null: refuse the file;
+    skip: leave the lines out."""
     arithmetic: ArithmeticConfig | None
     """Generated arithmetic: the prompts where data.train is null, and the held-out problems and demonstrations where no
     file is named for them. null: nothing is generated."""
@@ -216,7 +186,7 @@ class AdamWConfig(Section):
     """Number of updates after which the learning rate is min_lr. null: as many as the run has."""
     weight_decay: NonNegativeFloat
     """Decoupled weight decay."""
-    betas: FloatPair
+    betas: Annotated[tuple[Decay, Decay], AsTuple]
     """Exponential decay rates of Adam's two moments."""
     eps: PositiveFloat
     """Number added to Adam's denominator."""
@@ -282,7 +252,7 @@ class SftConfig(Section):
     """Number of updates."""
     batch_size: Positive
     """Demonstrations in an update."""
-    demonstrations: str | None
+    demonstrations: Text | None
     """JSONL file with question and response. null: the worked solutions of data.arithmetic."""
     optimizer: AdamWConfig
     """Optimizer of the warm start."""
@@ -291,7 +261,7 @@ class SftConfig(Section):
 class BenchmarkConfig(Section):
     """Evaluation set NAME."""
 
-    path: str | None
+    path: Text | None
     """JSONL file with question and gold_answer. null: the held-out problems of data.arithmetic."""
     samples: NonNegative
     """Number k of samples for each question, for avg@k and pass@k. Greedy pass@1 is always measured. 0: only greedy."""
@@ -302,7 +272,7 @@ class BenchmarkConfig(Section):
 class EvaluationConfig(Section):
     """Evaluation of the policy on benchmarks."""
 
-    benchmarks: Mapping[str, BenchmarkConfig]
+    benchmarks: Mapping[FileName, BenchmarkConfig]
     """Evaluation sets by name."""
     every: NonNegative
     """Steps between evaluations. The policy is always evaluated before the first and after the last step. 0: only
@@ -322,7 +292,7 @@ class TrackingConfig(Section):
     """Write metrics for TensorBoard to run.dir."""
     wandb: Literal["disabled", "offline", "online"]
     """Mode of Weights & Biases. offline: write to run.dir, for `wandb sync`."""
-    wandb_project: str
+    wandb_project: Text
     """Project in Weights & Biases."""
     trajectories: bool
     """Write every step's graded rollouts to trajectories/ below run.dir."""
@@ -333,19 +303,19 @@ class TrackingConfig(Section):
 class RunConfig(Section):
     """The run: its directory, its length, its checkpoints."""
 
-    name: str
+    name: Text
     """Name of the run in wandb, in the report and in SLURM."""
-    dir: str
+    dir: Text
     """Directory that the run writes to. A run that is started again in the same directory continues from its newest
     checkpoint."""
     seed: Seed
     """Seed that every other seed of the run is derived from."""
     num_steps: NonNegative
-    """Number of steps. 0: only prepare and evaluate the initial policy."""
+    """Number of steps. 0: only make the initial policy and evaluate it, for which data.train may be null."""
     mode: Literal["train", "rollout", "replay"]
     """Parts of a step that run. train: all; rollout: generate, verify and save trajectories; replay: train on saved
     trajectories."""
-    replay_dir: str | None
+    replay_dir: Text | None
     """The trajectories/ directory of another run, for `mode: replay`. null for all other modes."""
     checkpoint_every: NonNegative
     """Steps between checkpoints. 0: only at the end."""

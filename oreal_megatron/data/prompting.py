@@ -13,10 +13,16 @@ from oreal_megatron.types import Prompt
 class PromptRenderer:
     """Renders prompts with the tokenizer's chat template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig):
-        """Makes a renderer. Raises ValueError where the tokenizer has no such stop token, or no chat template."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig, *, vocab_size: int):
+        """Makes a renderer for a model whose embedding has `vocab_size` rows.
+
+        Raises:
+            ValueError: the tokenizer has no such stop token, or no chat template, or the model has no row for the stop
+                token.
+        """
         self._tokenizer = tokenizer
         self._config = config
+        self._vocab_size = vocab_size
         stop_token_id = tokenizer.convert_tokens_to_ids(config.stop_token)
         if not isinstance(stop_token_id, int) or stop_token_id == tokenizer.unk_token_id:
             raise ValueError(
@@ -27,7 +33,10 @@ class PromptRenderer:
             raise ValueError(
                 "model.tokenizer has no chat template, with which prompts are rendered; name a tokenizer that has one"
             )
+        self._check_rows([stop_token_id], f"prompt.stop_token = {config.stop_token!r}")
         self.stop_token_id = stop_token_id
+        self.may_exceed_model = max(tokenizer.get_vocab().values()) >= vocab_size
+        """Whether the tokenizer has token ids for which the model has no row."""
         self._cache: dict[str, tuple[int, ...]] = {}
 
     def token_ids(self, prompt: Prompt) -> tuple[int, ...]:
@@ -43,16 +52,38 @@ class PromptRenderer:
         return self._cache[prompt.question]
 
     def question_ids(self, question: str) -> tuple[int, ...]:
-        """Returns the token ids of the whole prompt, up to where the assistant begins."""
+        """Returns the token ids of the whole prompt, up to where the assistant begins.
+
+        Raises:
+            ValueError: the model has no row for one of them.
+        """
         messages = [{"role": "user", "content": self._config.user.replace("{question}", question)}]
         if self._config.system is not None:
             messages.insert(0, {"role": "system", "content": self._config.system})
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        return self._encoded(str(text))
 
     def response_ids(self, text: str) -> tuple[int, ...]:
-        """Returns the token ids of a finished response, with the stop token."""
-        return (*self._tokenizer.encode(text, add_special_tokens=False), self.stop_token_id)
+        """Returns the token ids of a finished response, with the stop token.
+
+        Raises:
+            ValueError: the model has no row for one of them.
+        """
+        return (*self._encoded(text), self.stop_token_id)
+
+    def _encoded(self, text: str) -> tuple[int, ...]:
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        self._check_rows(ids, f"the text {text if len(text) <= 200 else text[:197] + '...'!r}")
+        return tuple(ids)
+
+    def _check_rows(self, ids: Sequence[int], source: str) -> None:
+        """Raises ValueError where the model has no row for a token id. source: the ids' origin, for the message."""
+        if (highest := max(ids, default=0)) >= self._vocab_size:
+            raise ValueError(
+                f"{source} has the token {self._tokenizer.convert_ids_to_tokens(highest)!r} with id {highest}, and the "
+                f"model's embedding has {self._vocab_size} rows: set model.tokenizer to the tokenizer that the model "
+                "was trained with, or add rows to the model for the new tokens (transformers: resize_token_embeddings)"
+            )
 
     def response_text(self, token_ids: Sequence[int]) -> str:
         """Returns the text of a response, without the stop token; other special tokens stay visible."""

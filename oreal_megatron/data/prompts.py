@@ -4,41 +4,107 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from oreal_megatron.config import BalanceBin
 from oreal_megatron.data.arithmetic import Demonstration
+from oreal_megatron.data.records import read_records, text_at
 from oreal_megatron.files import write_atomically
 from oreal_megatron.types import Prompt
 
+logger = logging.getLogger(__name__)
 
-def read_prompts(path: str | Path) -> list[Prompt]:
+_PROMPT_KEYS = ("question", "gold_answer")
+_DEMONSTRATION_KEYS = ("question", "response")
+
+
+def read_prompts(path: str | Path, *, empty_golds: Literal["skip"] | None = None) -> list[Prompt]:
     """Reads lines with `question`, `gold_answer`, and optionally `pass_rate` and `id` (default: the line number).
+
+    Logs how many questions occur on several lines, and how many of these with different gold answers.
+
+    empty_golds: `skip` leaves out lines whose gold_answer is empty, and logs their number.
 
     Raises:
         ValueError: a line is not such an object, an id occurs twice, or the file is empty; names file and line.
     """
     prompts: dict[str, Prompt] = {}
-    for number, record in _records(path):
+    lines: dict[str, int] = {}
+    without_gold = []
+    for number, record in read_records(path):
         where = f"{path}:{number}"
+        question = text_at(record, "question", where, wanted=_PROMPT_KEYS)
+        if not question.strip():
+            raise ValueError(f"{where}: `question` is {question!r}. Remove the line, or give it a question.")
+        gold_answer = (
+            "" if record.get("gold_answer", 0) is None else text_at(record, "gold_answer", where, wanted=_PROMPT_KEYS)
+        )
+        if not gold_answer.strip():
+            without_gold.append(number)
+            continue
         pass_rate = record.get("pass_rate")
         if pass_rate is not None and not (isinstance(pass_rate, int | float) and 0 <= pass_rate <= 1):
             raise ValueError(f"{where}: pass_rate is {pass_rate!r}, not a number in [0, 1]")
         prompt = Prompt(
             id=str(record.get("id", f"{Path(path).stem}-{number:06d}")),
-            question=_text(record, "question", where),
-            gold_answer=_text(record, "gold_answer", where),
+            question=question,
+            gold_answer=gold_answer,
             pass_rate=None if pass_rate is None else float(pass_rate),
         )
         if prompt.id in prompts:
             raise ValueError(f"{where}: id {prompt.id!r} occurs twice")
         prompts[prompt.id] = prompt
-    if not prompts:
-        raise ValueError(f"{path}: no prompts in it; every line must be a JSON object with question and gold_answer")
+        lines[prompt.id] = number
+    _check_golds(path, without_gold, len(prompts), empty_golds)
+    _log_repeated(path, list(prompts.values()), lines)
     return list(prompts.values())
+
+
+def _check_golds(path: str | Path, without_gold: list[int], num_prompts: int, empty_golds: str | None) -> None:
+    """Logs the lines without a gold answer, or refuses the file; refuses a file without a prompt."""
+    count, first = len(without_gold), ", ".join(map(str, without_gold[:5]))
+    missing = f"{path}: gold_answer is empty on {count} of {num_prompts + count} lines ({first}{', ...' * (count > 5)})"
+    if without_gold and empty_golds is None:
+        raise ValueError(f"{missing}. Give them gold answers, or set data.empty_golds=skip to leave them out.")
+    if not num_prompts:
+        raise ValueError(f"{path}: no prompts in it; every line must be a JSON object with question and gold_answer")
+    if without_gold:
+        logger.warning("%s; they are left out", missing)
+
+
+def _log_repeated(path: str | Path, prompts: Sequence[Prompt], lines: dict[str, int]) -> None:
+    """Logs questions that are on several lines. lines: line number by prompt id."""
+    by_question: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_question.setdefault(prompt.question.strip(), []).append(prompt)
+    repeated = [group for group in by_question.values() if len(group) > 1]
+    if not repeated:
+        return
+    first = " and ".join(str(lines[prompt.id]) for prompt in repeated[0][:2])
+    logger.warning(
+        "%s: %d lines have %d different questions (lines %s are equal); every line is a prompt of its own, so a "
+        "step may draw a question several times",
+        path,
+        len(prompts),
+        len(by_question),
+        first,
+    )
+    differing = [group for group in repeated if len({prompt.gold_answer.strip() for prompt in group}) > 1]
+    if differing:
+        golds = list(dict.fromkeys((prompt.gold_answer.strip(), lines[prompt.id]) for prompt in differing[0]))
+        other = next(gold for gold in golds if gold[0] != golds[0][0])
+        logger.warning(
+            "%s: %d questions have several gold answers, and responses are graded against each (%r on line %d, %r on "
+            "line %d); keep one of them",
+            path,
+            len(differing),
+            *golds[0],
+            *other,
+        )
 
 
 def write_estimated(path: Path, prompts: Iterable[Prompt], *, source: Sequence[Prompt]) -> None:
@@ -54,7 +120,7 @@ def read_estimated(path: Path, *, source: Sequence[Prompt]) -> list[Prompt]:
         ValueError: the file was written for other prompts.
     """
     now = fingerprint(source)
-    for number, record in _records(path):
+    for number, record in read_records(path):
         if record.get("source") != now:
             raise ValueError(
                 f"{path}:{number}: was estimated from other data (fingerprint {record.get('source')}) than data.train "
@@ -73,10 +139,14 @@ def fingerprint(records: Iterable[Prompt | Demonstration]) -> str:
 
 def read_demonstrations(path: str | Path) -> list[Demonstration]:
     """Reads lines with `question` and `response`. Raises ValueError as `read_prompts` does."""
-    found = [
-        Demonstration(_text(record, "question", f"{path}:{n}"), _text(record, "response", f"{path}:{n}"))
-        for n, record in _records(path)
-    ]
+    found = []
+    for number, record in read_records(path):
+        question, response = (
+            text_at(record, key, f"{path}:{number}", wanted=_DEMONSTRATION_KEYS) for key in _DEMONSTRATION_KEYS
+        )
+        if not question.strip() or not response.strip():
+            raise ValueError(f"{path}:{number}: `question` or `response` is empty. Remove the line.")
+        found.append(Demonstration(question, response))
     if not found:
         raise ValueError(
             f"{path}: no demonstrations in it; every line must be a JSON object with question and response"
@@ -98,29 +168,3 @@ def balanced(prompts: Sequence[Prompt], bins: Sequence[BalanceBin]) -> list[Prom
         if prompt.pass_rate is not None and bin.low <= prompt.pass_rate < bin.high
         for _ in range(bin.repeat)
     ]
-
-
-def _records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}:{number}: a JSON object is expected, not {type(record).__name__}")
-        yield number, record
-
-
-def _text(record: dict[str, Any], key: str, where: str) -> str:
-    value = record.get(key)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: `{key}` is {value!r}, a text is expected")
-    return value

@@ -35,7 +35,7 @@ def fake_groups(config: ParallelConfig, *, rank: int, world: int) -> Iterator[Pa
         mock.patch.object(torch, "set_rng_state", lambda state: None),
     ]
     try:
-        groups = split_processes(config, seed=0, create_gloo_process_groups=False)
+        groups = split_processes(config, seed=0, host_backend="fake", create_gloo_process_groups=False)
         with contextlib.ExitStack() as stack:
             for patch in no_generators:
                 stack.enter_context(patch)

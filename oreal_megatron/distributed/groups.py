@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.utils._pytree import tree_map_only
 
 from oreal_megatron.config import ConfigError, ParallelConfig, Violation
 from oreal_megatron.distributed.cpu_backend import collective_backend, device
@@ -37,6 +39,12 @@ class ParallelGroups:
     context_rank: int
     data_size: int
     data_rank: int
+    host: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)
+    """Gloo groups of `world`, and of this process's `replica`, `data`-parallel ranks and `pipeline`.
+
+    Python objects and waits go through them: a process that waits inside NCCL occupies its GPU, on which a colocated
+    server may generate.
+    """
 
     @property
     def is_first_stage(self) -> bool:
@@ -107,50 +115,47 @@ class ParallelGroups:
     def gather_over_data(self, mine: list[T]) -> list[list[T]]:
         """Returns the lists of all data-parallel ranks, in rank order, on every rank."""
         parts: list[Any] = [None] * self.data_size
-        dist.all_gather_object(parts, mine, group=self.collection.dp)
+        dist.all_gather_object(parts, mine, group=self.host["data"])
         return parts
 
     def gather_over_world(self, mine: list[T]) -> list[list[T]]:
         """Returns the lists of all processes, in rank order, on every process."""
         parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, mine)
+        dist.all_gather_object(parts, mine, group=self.host["world"])
         return parts
 
     def from_last_stage(self, value: T | None) -> T:
-        """Returns the last pipeline stage's `value` on every stage."""
+        """Returns the last pipeline stage's `value` on every stage, tensors in it on this process's device."""
         if self.pipeline_size == 1:
             return value  # type: ignore[return-value]
-        box = [value]
-        last = dist.get_global_rank(self.collection.pp, self.pipeline_size - 1)
-        dist.broadcast_object_list(box, src=last, group=self.collection.pp)
-        return box[0]  # type: ignore[return-value]
+        # A pickled CUDA tensor would come back on the sender's device.
+        box = [tree_map_only(torch.Tensor, torch.Tensor.cpu, value)]
+        dist.broadcast_object_list(box, group=self.host["pipeline"], group_src=self.pipeline_size - 1)
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device()), box[0])  # type: ignore[no-any-return]
 
     def from_main(self, value: T | None) -> T:
         """Returns global rank 0's `value` on every rank."""
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.host["world"])
         return box[0]  # type: ignore[return-value]
 
     def from_replica_leader(self, value: T | None) -> T:
         """Returns the `value` of the first process of this model replica on every process of the replica."""
         box = [value]
-        for group in (self.collection.mp, self.collection.cp):
-            if dist.get_world_size(group) > 1:
-                dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
+        dist.broadcast_object_list(box, group=self.host["replica"], group_src=0)
         return box[0]  # type: ignore[return-value]
 
     def any_rank(self, mine: bool) -> bool:
         """Returns on every process of the job whether `mine` is true on any of them."""
-        return self._any(mine, [None])
+        return self._any(mine, "world")
 
     def any_of_replica(self, mine: bool) -> bool:
         """Returns on every process of this model replica whether `mine` is true on any of them."""
-        return self._any(mine, [self.collection.mp, self.collection.cp])
+        return self._any(mine, "replica")
 
-    def _any(self, mine: bool, groups: Sequence[dist.ProcessGroup | None]) -> bool:
-        flag = torch.tensor([int(mine)], device=device())
-        for group in groups:
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+    def _any(self, mine: bool, scope: str) -> bool:
+        flag = torch.tensor([int(mine)], device="cpu")
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.host[scope])
         return bool(flag.item())
 
     def seed_generators(self, seed: int) -> None:
@@ -163,7 +168,7 @@ class ParallelGroups:
 
     def barrier(self) -> None:
         """Waits for all processes of the job."""
-        dist.barrier()
+        dist.barrier(group=self.host["world"])
 
     def count(self, name: str, more: int = 0) -> int:
         """Adds `more` to a counter that all processes of the job share, and returns it, without waiting for them."""
@@ -208,7 +213,8 @@ def parallel_groups(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGr
     failed = False
     try:
         # Megatron-Core creates groups of its own, which do not take over the default group's timeout.
-        yield split_processes(config, seed=seed, distributed_timeout_minutes=config.timeout_seconds / 60)
+        minutes = config.timeout_seconds / 60
+        yield split_processes(config, seed=seed, host_backend="gloo", distributed_timeout_minutes=minutes)
     except Stopped:
         raise
     except KeyboardInterrupt:
@@ -227,12 +233,13 @@ def parallel_groups(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGr
             dist.destroy_process_group()
 
 
-def split_processes(config: ParallelConfig, *, seed: int, **options: Any) -> ParallelGroups:
+def split_processes(config: ParallelConfig, *, seed: int, host_backend: str, **options: Any) -> ParallelGroups:
     """Splits the processes of the default process group, until `parallel_state.destroy_model_parallel`.
 
     Args:
         config: the layout.
         seed: seed of Megatron-Core's generators.
+        host_backend: backend of the groups of host memory.
         options: further arguments of Megatron-Core's `initialize_model_parallel`.
     """
     parallel_state.initialize_model_parallel(
@@ -254,7 +261,28 @@ def split_processes(config: ParallelConfig, *, seed: int, **options: Any) -> Par
         context_rank=parallel_state.get_context_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
+        host=_host_groups(config, host_backend),
     )
+
+
+def _host_groups(config: ParallelConfig, backend: str) -> dict[str, dist.ProcessGroup]:
+    """Returns this process's groups for objects and waits. Every process calls it."""
+    timeout = timedelta(seconds=config.timeout_seconds)
+    # Megatron-Core's order: tensor ranks change fastest, then context, data and pipeline ranks.
+    ranks = np.arange(dist.get_world_size()).reshape(config.pipeline, -1, config.context, config.tensor)
+    lists = {
+        "world": ranks.reshape(1, -1),
+        "replica": np.moveaxis(ranks, 1, 0).reshape(ranks.shape[1], -1),
+        "data": np.moveaxis(ranks, 1, -1).reshape(-1, ranks.shape[1]),
+        "pipeline": np.moveaxis(ranks, 0, -1).reshape(-1, config.pipeline),
+    }
+    found = {}
+    for scope, members in lists.items():
+        for some in members.tolist():
+            group = dist.new_group(some, timeout=timeout, backend=backend)
+            if dist.get_rank() in some:
+                found[scope] = group
+    return found
 
 
 def check_world(config: ParallelConfig, world: int) -> None:

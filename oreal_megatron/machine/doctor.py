@@ -52,7 +52,9 @@ def examine(config: TrainConfig) -> list[Finding]:
             seen if enough or not on_gpu else None,
             on_gpu,
             f"resources.devices_per_node is {config.resources.devices_per_node} x {wanted}, found: "
-            f"{cards or 'no nvidia-smi'}. Run this on a compute node (srun), or override resources.",
+            f"{cards or 'no nvidia-smi'}. Run this on a compute node (srun), or override resources."
+            if on_gpu
+            else "resources.device=cpu needs none",
         ),
         Finding("torch", machine.torch.found, True, _because(machine.torch, "make setup")),
         Finding("CUDA in torch", cuda, on_gpu, "pip install a torch wheel for CUDA; see nvidia-smi's version"),

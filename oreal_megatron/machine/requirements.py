@@ -102,7 +102,8 @@ def install_line(machine: Machine) -> str:
     low, high = TRANSFORMER_ENGINE
     major = machine.cuda_version[0] or 13
     package = f"transformer-engine[pytorch,core_cu{major}]>={_dotted(low)},<{_dotted(high)}"
-    line = f"pip install --no-build-isolation '{package}'"
+    # Its extension for torch is compiled beside the installed torch, with these packages.
+    line = f"pip install setuptools wheel ninja pybind11 && pip install --no-build-isolation '{package}'"
     if machine.cuda is None:
         return f"install a torch built for CUDA (found: {machine.torch.found}), then {line}"
     return line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -20,6 +21,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from oreal_megatron.config import Fp8ModelConfig, GeometryConfig, ModelConfig
 from oreal_megatron.distributed.groups import ParallelGroups
@@ -58,6 +62,7 @@ def transformer_config(
         )
     dtype = DTYPES[model.dtype]
     layout = groups.layout
+    _, attention_factor = scaled_rope(geometry)
     transformer_engine = model.implementation == "transformer_engine"
     return TransformerConfig(
         num_layers=geometry.num_layers,
@@ -90,6 +95,8 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         attention_softmax_in_fp32=True,
+        # The rotary embeddings multiply queries and keys by the attention factor. Here it holds for fused ones too.
+        softmax_scale=attention_factor**2 / math.sqrt(geometry.attention_head_dim) if attention_factor != 1.0 else None,
         # Losses are divided by global counts before the backward pass; gradients are plain sums.
         calculate_per_token_loss=True,
         # Packed micro-batches differ in length; the dispatcher's name is checked even without experts.
@@ -106,6 +113,25 @@ def transformer_config(
         bias_dropout_fusion=transformer_engine,
         apply_rope_fusion=transformer_engine,
     )
+
+
+def scaled_rope(geometry: GeometryConfig) -> tuple[Tensor | None, float]:
+    """Returns scaled inverse frequencies, fp32 [head_dim / 2], and the attention factor, both by transformers.
+
+    Without a scaling they are None and 1: Megatron-Core's own frequencies hold.
+    """
+    scaling = geometry.rope_scaling
+    if scaling is None:
+        return None, 1.0
+    original = scaling.original_max_position_embeddings or 1
+    config = LlamaConfig(
+        hidden_size=geometry.hidden_size,
+        num_attention_heads=geometry.num_attention_heads,
+        head_dim=geometry.attention_head_dim,
+        max_position_embeddings=math.ceil(scaling.factor * original),  # read for warnings only
+        rope_parameters={"rope_theta": geometry.rope_theta, **scaling.parameters},
+    )
+    return ROPE_INIT_FUNCTIONS[scaling.rope_type](config, torch.device("cpu"))
 
 
 def _recompute_fields(recompute: str, transformer_engine: bool) -> dict[str, Any]:
@@ -214,6 +240,7 @@ def build_gpt(
         RuntimeError: a layer is not what `model` and `fp8` ask for (see `check_layers`).
     """
     config = transformer_config(geometry, model, groups, fp8)
+    frequencies, _ = scaled_rope(geometry)
     num_chunks = groups.layout.virtual_pipeline
 
     def chunk_of(chunk: int | None) -> M:
@@ -229,11 +256,11 @@ def build_gpt(
             share_embeddings_and_output_weights=tied_embeddings,
             position_embedding_type="rope",
             rotary_base=geometry.rope_theta,
-            rope_scaling=geometry.rope_scaling_factor is not None,
-            rope_scaling_factor=geometry.rope_scaling_factor or 1.0,
             pg_collection=groups.collection,
             vp_stage=chunk,
         )
+        if frequencies is not None:
+            module.rotary_pos_emb.inv_freq = frequencies.to(module.rotary_pos_emb.inv_freq.device)
         # Only generation reads this group, on rows that are not packed, where every context rank has all positions.
         module.rotary_pos_emb.cp_group = None
         check_layers(module, model.implementation)

@@ -33,7 +33,7 @@ from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.models.policy import Policy, build_policy
 from oreal_megatron.models.reward_model import build_reward_model
 from oreal_megatron.models.virtual_stages import ModelChunks, chunks_of
-from oreal_megatron.planner.footprints import ActivationBytes, DecodedBatch, DecodingBytes, RankFootprint
+from oreal_megatron.planner.footprints import ActivationBytes, DecodedBatch, RankFootprint
 
 
 @dataclass(frozen=True)
@@ -69,28 +69,33 @@ class MemoryProfiler:
                 if like not in measured:
                     footprint = _stage(self.geometry, model, layout, like, row_tokens, self.on_cpu)
                     if batch is not None:
-                        decoding = self._decoding(model, layout, footprint, batch)
-                        footprint = replace(footprint, decoding=decoding)
+                        cache, running = self._decoding(model, layout, footprint, batch)
+                        footprint = replace(footprint, decoding_cache=cache, decoding_running=running)
                     measured[like] = footprint
         return [measured[s if s in layout_ends else 1] for s in range(layout.pipeline)]
 
     def _decoding(
         self, model: ModelConfig, layout: ParallelConfig, footprint: RankFootprint, batch: DecodedBatch
-    ) -> DecodingBytes:
-        """Extrapolates from one and two layers: every layer keeps its cache, and only one layer runs at a time."""
-        one, two = (_decoded_batch(self.geometry, model, layout, footprint.stage, batch, n) for n in (1, 2))
-        cache = two.cache - one.cache
+    ) -> tuple[int, int]:
+        """Returns (bytes of the cache, most other bytes) of generation.
+
+        Extrapolates from one and two layers: every layer keeps its cache, and only one layer runs at a time.
+        """
+        (one_cache, _), (two_cache, two_running) = (
+            _decoded_batch(self.geometry, model, layout, footprint.stage, batch, n) for n in (1, 2)
+        )
+        cache = two_cache - one_cache
         logits = torch.zeros(1, self.geometry.vocab_size or 0)
         with StorageCounter() as drawing:
             self.draw(logits)
         drawn = batch.num_sequences * (logits.nbytes + drawing.peak)
-        return DecodingBytes(footprint.num_layers * cache, max(two.cache + two.running - 2 * cache, drawn))
+        return footprint.num_layers * cache, max(two_cache + two_running - 2 * cache, drawn)
 
 
 @functools.cache
 def _decoded_batch(
     geometry: GeometryConfig, model: ModelConfig, layout: ParallelConfig, stage: int, batch: DecodedBatch, layers: int
-) -> DecodingBytes:
+) -> tuple[int, int]:
     """Measures a stage of `layers` layers: the cache after the first token, and the peak of all other bytes."""
     with _sampled_stage(layout, stage) as (_, groups):
         decoder = CachedDecoder(_policy(geometry, model, groups, layers), groups, geometry.vocab_size or 0)
@@ -101,7 +106,7 @@ def _decoded_batch(
             decoder.prefill(prompts, batch.new_tokens)
             decoder.step(torch.zeros(batch.num_sequences, dtype=torch.int64))
             kept = counter.now
-    return DecodingBytes(kept, counter.peak - kept)
+    return kept, counter.peak - kept
 
 
 @functools.cache
@@ -140,7 +145,8 @@ def _stage(
         outside_kept=max(2 * one.kept - two.kept, 0),
         layers=ActivationBytes(two.kept, two.scoring_peak + gathered, two.training_peak + 2 * gathered),
         head=head,
-        decoding=None,
+        decoding_cache=0,
+        decoding_running=0,
     )
 
 

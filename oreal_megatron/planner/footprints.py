@@ -26,16 +26,6 @@ class DecodedBatch:
     new_tokens: int
 
 
-@dataclass(frozen=True)
-class DecodingBytes:
-    """Bytes that a stage needs to generate a batch, besides its parameters and buffers."""
-
-    cache: int
-    """Bytes of keys and values of the stage's layers."""
-    running: int
-    """Most other bytes: of the pass that reads the prompts, or of drawing a token."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class RankFootprint:
     """Sizes and bytes of a rank of one pipeline stage."""
@@ -58,5 +48,7 @@ class RankFootprint:
     """Bytes of a micro-batch in two layers."""
     head: ActivationBytes
     """Bytes of a micro-batch in the policy's log-probabilities; 0 for all stages but the last."""
-    decoding: DecodingBytes | None
-    """Bytes of generation; None where servers generate."""
+    decoding_cache: int
+    """Bytes of keys and values of the stage's layers while a batch is generated; 0 where servers generate."""
+    decoding_running: int
+    """Most other bytes of generation: of the pass that reads the prompts, or of drawing a token; 0 as above."""

@@ -141,8 +141,8 @@ def _trainer_phases(sizes: Sizes, footprint: RankFootprint, device: Device) -> l
 
     # Colocated servers fill the rest of the device: whether they fit is checked by the room for their KV cache.
     generating: dict[str, int] = {}
-    if (decoding := footprint.decoding) is not None:
-        generating = {"KV cache": decoding.cache, "activations": decoding.running}
+    if footprint.decoding_cache:
+        generating = {"KV cache": footprint.decoding_cache, "activations": footprint.decoding_running}
     phases = [phase("generate", policy_weights if generating else {}, generating)]
     scoring = {"activations": max(footprint.layers.scoring_peak, footprint.head.scoring_peak)}
     phases.append(phase("score", reference, scoring | offloaded))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from oreal_megatron.planner import hardware
@@ -30,7 +31,7 @@ def print_plan(console: Console, plan: Plan, measured: Measured | None = None) -
         f"({memory.worst.where}, {memory.worst.phase})"
     )
     for problem in memory.problems:
-        console.print(f"  [red]{problem}[/]")
+        console.print(f"  [red]{escape(problem)}[/]")
 
 
 def layout_text(plan: Plan) -> str:
@@ -55,7 +56,9 @@ def layout_text(plan: Plan) -> str:
 def _print_layout(console: Console, plan: Plan) -> None:
     config, sizes = plan.sizes.config, plan.sizes
     servers = config.rollout.sglang
-    console.print(f"[bold]{config.run.name}[/]: {sizes.num_devices} trainer processes on {plan.memory.device.name}")
+    console.print(
+        f"[bold]{escape(config.run.name)}[/]: {sizes.num_devices} trainer processes on {plan.memory.device.name}"
+    )
     console.print(f"  layout    {layout_text(plan)}")
     if servers is not None:
         console.print(f"  servers   {servers.num_servers} x TP{servers.tensor}, {servers.placement}")

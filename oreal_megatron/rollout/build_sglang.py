@@ -86,7 +86,6 @@ def build_sglang_engine(
         ),
         publisher,
         groups,
-        vocab_size=geometry.vocab_size or 0,
         timeout_seconds=timeout_seconds,
         shares_devices=servers.shares_devices,
     )

@@ -7,16 +7,17 @@ Shapes: B sequences still running in a batch, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from oreal_megatron.config import SamplingConfig
+from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.types import Completion, FinishReason, GenerationRequest, WeightSpan
 
 # Finished sequences leave the batch once fewer than this share is running: a removal copies the others' KV cache.
@@ -25,30 +26,22 @@ _COMPACT_BELOW = 0.75
 _NUCLEUS = 256
 
 
-class Decoder(Protocol):
-    """Interface of models.kv_decoder.CachedDecoder."""
-
-    def prefill(self, prompts: list[tuple[int, ...]], max_new_tokens: int) -> Tensor: ...
-
-    def step(self, tokens: Tensor) -> Tensor: ...
-
-    def keep(self, rows: Tensor) -> None:
-        """Keeps these rows of the batch, in this order; a row may occur several times."""
-
-
 class EmbeddedEngine:
     """A RolloutEngine that generates with the policy that is being trained."""
 
     def __init__(
         self,
-        new_decoder: Callable[[], Decoder],
+        new_decoder: Callable[[], CachedDecoder],
         *,
         stop_token_id: int,
         batch_size: int,
+        text_of: Callable[[Sequence[int]], str] = str,
     ):
+        """Makes an engine. text_of: returns the text of token ids, for messages."""
         self._new_decoder = new_decoder
         self._stop_token_id = stop_token_id
         self._batch_size = batch_size
+        self._text_of = text_of
         self.weight_version = 0
 
     def units(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
@@ -97,7 +90,12 @@ class EmbeddedEngine:
             logits = logits[rows]
         for index in range(limit):
             chosen, logprobs = sample(logits, running.uniforms(index, logits.device), sampling)
-            running.append(chosen, logprobs, self._stop_token_id)
+            if (broken := running.append(chosen, logprobs, self._stop_token_id)) is not None:
+                raise FloatingPointError(
+                    f"the policy's logits are not numbers at token {index} of the response to the prompt "
+                    f"{self._text_of(requests[broken].prompt_ids)!r}: check the weights of model.path for NaN and "
+                    "infinity, or lower the learning rate if the policy has been updated"
+                )
             if not running.alive.any():
                 break
             if running.alive.mean() < _COMPACT_BELOW:
@@ -137,14 +135,18 @@ class _Running:
         values = [self.noise[row][min(index, self.limits[row] - 1)] for row in self.rows]
         return torch.tensor(values, dtype=torch.float32, device=device)
 
-    def append(self, chosen: Tensor, logprobs: Tensor, stop_token_id: int) -> None:
+    def append(self, chosen: Tensor, logprobs: Tensor, stop_token_id: int) -> int | None:
+        """Appends a token to every running sequence. Returns the first sequence whose log-probability is NaN."""
         for position, (row, token, logprob) in enumerate(
             zip(self.rows, chosen.tolist(), logprobs.tolist(), strict=True)
         ):
             if self.alive[position]:
+                if math.isnan(logprob):
+                    return int(row)
                 self.tokens[row].append(token)
                 self.logprobs[row].append(logprob)
                 self.alive[position] = token != stop_token_id and len(self.tokens[row]) < self.limits[row]
+        return None
 
     def compact(self) -> None:
         self.rows = self.rows[self.alive]
@@ -161,6 +163,7 @@ def sample(logits_BV: Tensor, uniform_B: Tensor, sampling: SamplingConfig) -> tu
     The nucleus is the smallest set of most likely tokens whose probability reaches top_p.
     logits_BV: fp32 [B, V]. uniform_B: fp32 [B] in [0, 1).
     Returns token ids int64 [B], and their log softmax(logits / temperature), fp32 [B]; of plain logits when greedy.
+    Where a row's logits are not numbers, its log-probability is NaN.
     """
     if sampling.temperature == 0:
         chosen = logits_BV.argmax(-1)
@@ -170,8 +173,8 @@ def sample(logits_BV: Tensor, uniform_B: Tensor, sampling: SamplingConfig) -> tu
     cumulative = ordered.cumsum(-1)
     kept = cumulative - ordered < sampling.top_p
     mass = ordered.where(kept, 0.0).sum(-1, keepdim=True)
-    # Where rounding leaves the target above the cumulative sum, the last kept token is drawn.
-    rank = (cumulative <= uniform_B[:, None] * mass).sum(-1).minimum(kept.sum(-1) - 1)
+    # Where rounding leaves the target above the cumulative sum, the last kept token is drawn. NaN keeps none.
+    rank = (cumulative <= uniform_B[:, None] * mass).sum(-1).minimum((kept.sum(-1) - 1).clamp_min(0))
     chosen = order.gather(-1, rank[:, None]).squeeze(-1)
     return chosen, logprobs_BV.gather(-1, chosen[:, None]).squeeze(-1)
 

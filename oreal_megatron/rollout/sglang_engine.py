@@ -39,14 +39,13 @@ class SGLangEngine:
         publisher: Publisher,
         groups: ParallelGroups,
         *,
-        vocab_size: int,
         timeout_seconds: float,
         shares_devices: bool = False,
     ):
         """Starts an event loop where this process leads a replica.
 
-        vocab_size: upper bound of token ids in prompts. timeout_seconds: limit of the groups' collectives.
-        shares_devices: whether servers take turns with the trainer on its devices.
+        timeout_seconds: limit of the groups' collectives. shares_devices: whether servers take turns with the trainer
+        on its devices.
         """
         self.weight_version = 0
         self._shares_devices = shares_devices
@@ -54,7 +53,6 @@ class SGLangEngine:
         self.pool = pool
         self.publisher = publisher
         self._groups = groups
-        self._vocab_size = vocab_size
         self._heartbeat_seconds = timeout_seconds / 4
         self._loop = _LoopThread() if groups.leads_replica else None
 
@@ -74,11 +72,9 @@ class SGLangEngine:
         """See RolloutEngine.
 
         Raises:
-            ValueError: A prompt has a token id that the model has no embedding for, which would end the server; or a
-                server refuses the prompt.
+            ValueError: A server refuses a prompt.
             NoServerError: No server is left.
         """
-        self._check_vocabulary(units)
         finished: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
         generation = None
         if self._loop is not None:
@@ -120,15 +116,6 @@ class SGLangEngine:
             finished.put(_Outcome())
         except Exception as error:
             finished.put(_Outcome(error=error))
-
-    def _check_vocabulary(self, units: Sequence[Sequence[GenerationRequest]]) -> None:
-        for request in (request for unit in units for request in unit):
-            unknown = [token for token in request.prompt_ids if not 0 <= token < self._vocab_size]
-            if unknown:
-                raise ValueError(
-                    f"a prompt has token id {unknown[0]}, the model's vocabulary ends at {self._vocab_size - 1}: "
-                    "set model.tokenizer to the tokenizer of model.path"
-                )
 
     def publish(self, weight_version: int) -> dict[str, float]:
         """See RolloutEngine. A server that is being restarted gets the weights later: see `_resend_weights`.

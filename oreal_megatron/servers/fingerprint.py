@@ -11,9 +11,7 @@ from typing import Any
 from oreal_megatron.config import GeometryConfig, SGLangConfig
 from oreal_megatron.conversion.huggingface import geometry_of, read_model
 from oreal_megatron.servers.client import ServerDescription
-from oreal_megatron.servers.server_process import NO_WEIGHTS, OFFLOADED, run_of_label
-
-_OLDEST_SGLANG = (0, 5, 23)
+from oreal_megatron.servers.server_process import NO_WEIGHTS, OFFLOADED, check_version, run_of_label
 
 
 def fingerprint(geometry: GeometryConfig, dtype: str, config_json: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,18 +31,14 @@ def digest(properties: Mapping[str, Any]) -> str:
 
 def check_server(url: str, description: ServerDescription, expected: Mapping[str, Any]) -> None:
     """Raises ValueError, which names both sides, if a server has another model or dtype, or is too old."""
-    version = tuple(int(part) for part in description.version.split("+")[0].split(".")[:3] if part.isdigit())
-    if version < _OLDEST_SGLANG:
-        raise ValueError(
-            f"{url} runs SGLang {description.version}; {'.'.join(map(str, _OLDEST_SGLANG))} or newer is needed"
-        )
+    check_version(url, description.version)
     path = Path(description.model_path)
     if not (path / "config.json").is_file():
         raise ValueError(
             f"{url} serves {description.model_path}, whose config.json cannot be read here, so it cannot be compared "
             "with the policy; start the server from a directory that both machines can read"
         )
-    served = fingerprint(geometry_of(path), description.dtype, read_model(path).config)
+    served = fingerprint(geometry_of(path, is_served=True), description.dtype, read_model(path, is_served=True).config)
     if served != expected:
         differing = ", ".join(
             f"{name} {served[name]!r} instead of {value!r}" for name, value in expected.items() if served[name] != value

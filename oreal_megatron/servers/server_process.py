@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import os
 import random
@@ -17,10 +19,12 @@ from pathlib import Path
 
 import oreal_megatron
 from oreal_megatron.config import SGLangConfig
+from oreal_megatron.distributed.environment import NCCL_WITHOUT_CUMEM
 
 _SHIMS = Path(__file__).parent / "cpu_shims"
 # SGLang refuses prompts that come within 6 tokens of the context's end.
 _CONTEXT_MARGIN = 8
+_CPU_SGLANG = Path(sys.prefix) / "sglang"  # filled by `make sglang-deps`
 _LOG_LINES = 25
 # Below Linux's ephemeral ports, so that a restarted server finds its port free.
 _FREE_PORTS = range(20_000, 32_768)
@@ -30,6 +34,9 @@ _TORCHRUN_VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "ROLE_NAME"} | {
     f"{of}{name}" for of in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")
 }
 _GRACE_SECONDS = 5.0
+_PROBE_SECONDS = 120
+_OLDEST_SGLANG = (0, 5, 23)
+_PACKAGE = Path(oreal_megatron.__file__).parent
 
 
 NO_WEIGHTS = "none"
@@ -82,11 +89,22 @@ class Launcher:
         """Starts a server. index: position in the run, for the log's name. place: position on its machine; None: index.
 
         Raises:
-            ServerStartError: SGLang is not installed.
+            ServerStartError: SGLang is not installed, or rollout.sglang.python does not run.
         """
         place = index if place is None else place
         command = _command(self, port, device=self.first_device + place * self.config.tensor)
-        return ServerProcess(command, launch_environment(self.config), self.logs / f"server_{index}.log")
+        imports = _PACKAGE.parent
+        if self.config.python is not None:
+            if (problem := interpreter_problem(self.config.python)) is not None:
+                raise ServerStartError(f"rollout.sglang.python = {self.config.python}: {problem}")
+            # A directory with this package alone: beside an installed one are all packages of the trainer's.
+            imports = self.logs / "imports"
+            imports.mkdir(parents=True, exist_ok=True)
+            if not (imports / _PACKAGE.name).exists():
+                with contextlib.suppress(FileExistsError):  # another process of the run's
+                    (imports / _PACKAGE.name).symlink_to(_PACKAGE)
+        environment = launch_environment(self.config, imports=imports.absolute())
+        return ServerProcess(command, environment, self.logs / f"server_{index}.log")
 
 
 def _command(launcher: Launcher, port: int, *, device: int) -> list[str]:
@@ -120,22 +138,64 @@ def _command(launcher: Launcher, port: int, *, device: int) -> list[str]:
             "sleep-on-idle": True,
         }
     options |= {name.replace("_", "-"): value for name, value in config.arguments.items()}
-    command = [sys.executable, "-m", "sglang.launch_server"]
+    command = [config.python or sys.executable, "-m", "sglang.launch_server"]
     for name, value in options.items():
         if value is not False:
             command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return command
 
 
-def launch_environment(config: SGLangConfig) -> dict[str, str]:
-    """Returns the environment of a server.
+def check_version(where: str, version: str) -> None:
+    """Raises ValueError if SGLang at `where` (a server's URL, an interpreter) is too old."""
+    if tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit()) < _OLDEST_SGLANG:
+        raise ValueError(f"{where} runs SGLang {version}; {'.'.join(map(str, _OLDEST_SGLANG))} or newer is needed")
+
+
+@functools.cache
+def interpreter_problem(python: str) -> str | None:
+    """Returns why a Python interpreter cannot run servers; None if its environment has an SGLang that is new enough."""
+    code = "import importlib.metadata; print(importlib.metadata.version('sglang'))"
+    # The packages on PYTHONPATH are for the trainer's version of Python.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    try:
+        found = subprocess.run(
+            [python, "-c", code], capture_output=True, text=True, timeout=_PROBE_SECONDS, env=environment
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"it cannot be run ({error}); name the Python of an environment with SGLang"
+    if found.returncode:
+        reason = (found.stderr.strip().splitlines() or [f"it ended with {found.returncode}"])[-1]
+        return f"SGLang is not installed there ({reason}); install requirements/servers.lock there"
+    try:
+        check_version("it", found.stdout.strip())
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def installation_problem(config: SGLangConfig) -> str | None:
+    """Returns why servers cannot be launched in the trainer's environment, with a remedy; None if they can."""
+    if config.device == "cuda":
+        if importlib.util.find_spec("sglang") is not None:
+            return None
+        return (
+            "SGLang is not installed: run `pip install '.[sglang]'`, name the interpreter of an environment that has "
+            "it in rollout.sglang.python"
+        )
+    return None if (_CPU_SGLANG / "sglang").is_dir() else f"SGLang is not in {_CPU_SGLANG}: run `make sglang-deps`"
+
+
+def launch_environment(config: SGLangConfig, *, imports: Path = _PACKAGE.parent) -> dict[str, str]:
+    """Returns the environment of a server. imports: directory from which its workers import the weight loader.
 
     Raises:
-        ServerStartError: SGLang is not installed.
+        ServerStartError: SGLang is not in this environment, where the servers have none of their own.
     """
-    own = Path(sys.prefix) / "sglang"  # filled by `make sglang-deps`
-    ours = str(Path(oreal_megatron.__file__).parents[1])  # its workers import the weight loader
-    inherited = [ours, *(path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path)]
+    if config.python is None and (problem := installation_problem(config)) is not None:
+        raise ServerStartError(f"rollout.backend = sglang: {problem}")
+    search_path = [str(imports)]
+    if config.python is None:  # the packages on PYTHONPATH are for the trainer's version of Python
+        search_path += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -143,14 +203,15 @@ def launch_environment(config: SGLangConfig) -> dict[str, str]:
     }
     # The context with its margin may be longer than the model's; no token is ever in the margin.
     environment |= {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+    environment.setdefault(*NCCL_WITHOUT_CUMEM)
+    if config.python is not None:  # its tools compile kernels
+        environment["PATH"] = os.pathsep.join([str(Path(config.python).parent), environment.get("PATH", os.defpath)])
     if config.device == "cuda":
-        if importlib.util.find_spec("sglang") is None:
-            raise ServerStartError("rollout.backend=sglang: SGLang is not installed; pip install '.[sglang]'")
-        return environment | {"PYTHONPATH": os.pathsep.join(inherited)}
-    if not (own / "sglang").is_dir():
-        raise ServerStartError(f"rollout.backend=sglang: SGLang is not in {own}; run `make sglang-deps`")
+        return environment | {"PYTHONPATH": os.pathsep.join(search_path)}
+    if config.python is None:
+        search_path.insert(0, str(_CPU_SGLANG))
     environment |= {
-        "PYTHONPATH": os.pathsep.join([str(_SHIMS), str(own), *inherited]),
+        "PYTHONPATH": os.pathsep.join([str(_SHIMS), *search_path]),
         "SGLANG_USE_CPU_ENGINE": "1",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",

@@ -109,11 +109,11 @@ def rendered(
 
 def _header(config: TrainConfig, cluster: ClusterConfig, nodes: Allocation, logs: Path) -> Iterator[str]:
     apart = nodes_of_another_kind(cluster, nodes)
-    yield f"--job-name={config.run.name}"
+    yield f"--job-name={shlex.quote(config.run.name)}"
     yield f"--signal=B:USR1@{cluster.signal_seconds}"
     yield "--requeue"
     yield "--open-mode=append"
-    yield f"--output={logs}/job-%j.log"
+    yield f"--output={shlex.quote(f'{logs}/job-%j.log')}"
     yield from _component(config, cluster, nodes.num_nodes - apart)
     if apart:
         yield "hetjob"

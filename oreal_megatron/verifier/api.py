@@ -4,43 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from oreal_megatron.types import Grade, GradeRequest, Verdict
 from oreal_megatron.verifier.cache import VerdictCache, cache_key
 from oreal_megatron.verifier.config import JudgeMode, VerifierConfig
 from oreal_megatron.verifier.equality.leaves import NeedsSympy, RationalLeaves
 from oreal_megatron.verifier.extract import Extraction, extract
-from oreal_megatron.verifier.judge.judge import Judge, JudgeItem
+from oreal_megatron.verifier.judge.judge import Judge
 from oreal_megatron.verifier.metrics import VerifierMetrics
 from oreal_megatron.verifier.outcome import RULES, Outcome
 from oreal_megatron.verifier.rules import compare_final
 from oreal_megatron.verifier.workers.pool import Job, WorkerPool
-
-
-class Verifier(Protocol):
-    """Grades responses."""
-
-    def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
-        """Returns a grade for each request, in order. Never raises for a bad answer."""
-        ...
-
-    def drain_metrics(self) -> Mapping[str, float]:
-        """Returns `verifier/name` -> value over the responses graded since the last call."""
-        ...
-
-    def close(self) -> None:
-        """Releases processes and connections."""
-        ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 
 @dataclass
@@ -166,7 +144,7 @@ class StagedVerifier:
 
     def _ask_judge(self, cases: Sequence[_Case]) -> None:
         assert self._judge is not None
-        items = [JudgeItem(case.request.question, case.request.gold_answer, case.answer) for case in cases]
+        items = [replace(case.request, response=case.answer) for case in cases]
         started = time.perf_counter()
         outcomes = self._judge.judge(items)
         seconds = time.perf_counter() - started

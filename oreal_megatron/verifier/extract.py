@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from oreal_megatron.verifier.latex.normalize import matching_brace
 from oreal_megatron.verifier.latex.rational import parse_rational
 from oreal_megatron.verifier.latex.units_and_words import parse_word_number
-from oreal_megatron.verifier.surroundings import is_part_of_expression, is_percentage, later_values, withdraws
+from oreal_megatron.verifier.surroundings import (
+    alternatives_before,
+    is_part_of_expression,
+    later_values,
+    with_suffix,
+    withdraws,
+)
 
 MAX_BOX_CHARS = 8_192
 """Length of the longest box that is read; a longer box is refused."""
@@ -47,9 +53,13 @@ _JOINER = re.compile(
     re.IGNORECASE,
 )
 _CODE = re.compile(
-    r"```.*?(?:```|\Z)|`[^`\n]{0,400}`|<!--.*?(?:-->|\Z)|\\begin\{verbatim\}.*?(?:\\end\{verbatim\}|\Z)", re.DOTALL
+    r"```.*?(?:```|\Z)|`[^`\n]{0,400}`|<!--.*?(?:-->|\Z)|\\begin\{verbatim\}.*?(?:\\end\{verbatim\}|\Z)"
+    r"|\\verb(?P<verb>[|!+]).{0,400}?(?P=verb)|<(?P<struck>del|s|strike)>.{0,400}?</(?P=struck)>"
+    r"|(?<![\w$\\=~])~~(?=[^\s~])[^\n~]{0,400}~~",
+    re.DOTALL,
 )
-_HIDDEN = re.compile(r"\\[hv]?phantom\s*\{")
+"""Text that is shown, or struck out, and not stated."""
+_HIDDEN = re.compile(r"\\(?:[hv]?phantom|[bx]?cancel|sout|st)\s*\{")
 _STATEMENT = re.compile(
     r"(?:<answer>|\banswer\s+is|\bcorrect\s+(?:option|choice)\s+is|\banswer\W{0,3}\s*(?=[:：=])|\bfinal\s+answer\b(?!\s+is)|^####|最终答案|最后答案|答案)"
     r"\s*(?:是|为)?\s*(?:\*\*)?\s*[:：=]?\s*(?:\*\*)?\s*",
@@ -59,17 +69,21 @@ _STATEMENT_END = re.compile(r"(?:</answer>|[.。!](?=\s|$)|[。\n])")
 
 
 _ANNOUNCED = re.compile(r"\banswer\W{0,3}(?:\s*is)?\W{0,6}\Z", re.IGNORECASE)
+_MAX_CODE_BOX = 200
+
+
+def _is_announced_box(inside: str, before: str) -> bool:
+    """Whether quoted text is nothing but a box, and announced as the answer."""
+    inside = inside.strip().strip("$ ")
+    is_box = _BOX.match(inside) is not None and matching_brace(inside, inside.find("{")) == len(inside) - 1
+    return is_box and len(inside) <= _MAX_CODE_BOX and _ANNOUNCED.search(before[-40:]) is not None
 
 
 def _without_code(match: re.Match[str]) -> str:
     """Removes program text, except for code that is nothing but a box and that is announced as the answer."""
-    inside = re.sub(r"^```\w*\n?|`", "", match[0]).strip().strip("$ ")
-    before = match.string[max(0, match.start() - 40) : match.start()]
-    is_box = _BOX.match(inside) is not None and matching_brace(inside, inside.find("{")) == len(inside) - 1
-    return f" {inside} " if is_box and len(inside) <= _MAX_CODE_BOX and _ANNOUNCED.search(before) else " "
-
-
-_MAX_CODE_BOX = 200
+    inside = re.sub(r"^```\w*\n?|`|^\\verb.|(?<=\})[|!+]$", "", match[0])
+    is_answer = _is_announced_box(inside, match.string[max(0, match.start() - 40) : match.start()])
+    return f" {inside.strip().strip('$ ')} " if is_answer else " "
 
 
 def final_part(response: str, thinking_end_marks: Sequence[str]) -> str | None:
@@ -84,22 +98,29 @@ def final_part(response: str, thinking_end_marks: Sequence[str]) -> str | None:
     return response[start:]
 
 
+_QUOTES = (("“", "”"), ("``", "''"), ('"', '"'))
+
+
 def _inside_quotes(text: str, start: int, end: int) -> bool:
-    """Whether [start, end) stands between double quotation marks within its paragraph."""
+    """Whether [start, end) stands between double quotation marks within its paragraph, other than as the answer."""
     paragraph_start = text.rfind("\n\n", 0, start) + 1
     paragraph_end = text.find("\n\n", end)
     before = text[max(paragraph_start, start - 2_000) : start]
     after = text[end : min(paragraph_end if paragraph_end >= 0 else len(text), end + 2_000)]
-    if before.count("“") > before.count("”") and "”" in after:
-        return True
-    if before.count("``") > before.count("''") and "''" in after:
-        return True
-    before = before[before.rfind("\n") + 1 :]  # straight marks are paired within a line
-    after = after.partition("\n")[0]
-    opening = before.rfind('"')
-    # An inch sign follows a digit; an opening quotation mark does not follow a letter or digit.
-    opens = opening == 0 or (opening > 0 and not before[opening - 1].isalnum())
-    return opens and before.count('"') % 2 == 1 and '"' in after
+    for opening, closing in _QUOTES:
+        if opening == closing:  # straight marks are paired within a line
+            before, after = before[before.rfind("\n") + 1 :], after.partition("\n")[0]
+            position = before.rfind(opening)
+            # An inch sign follows a digit; an opening quotation mark does not follow a letter or digit.
+            opens = position == 0 or (position > 0 and not before[position - 1].isalnum())
+            is_quoted = opens and before.count(opening) % 2 == 1 and closing in after
+        else:
+            position = before.rfind(opening)
+            is_quoted = before.count(opening) > before.count(closing) and closing in after
+        if is_quoted:
+            inside = before[position + len(opening) :] + text[start:end] + after.partition(closing)[0]
+            return not _is_announced_box(inside, before[:position])
+    return False
 
 
 def _boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
@@ -133,17 +154,22 @@ def _is_bare(text: str) -> bool:
     return not words or re.fullmatch(r"[A-Za-z]+\.?", text) is not None
 
 
-def _stated_answer(text: str) -> str | None:
-    """Returns the answer of the last explicit statement without a box ("The answer is 7."), or None."""
+def _stated_answer(text: str) -> Extraction:
+    """Extracts the answer of the last explicit statement without a box ("The answer is 7.")."""
+    missing = Extraction(refusal="no boxed answer and no explicit statement of one")
     end_of_text = text[-MAX_STATEMENT_SEARCH:]
     statements = list(_STATEMENT.finditer(end_of_text))
     if not statements:
-        return text.strip() if _is_bare(text.strip()) else None
+        return Extraction(answers=(text.strip(),)) if _is_bare(text.strip()) else missing
     rest = end_of_text[statements[-1].end() :].strip()
     end = _STATEMENT_END.search(rest)
     stated = (rest[: end.start()] if end else rest).strip().strip("*").strip()
     stated = re.split(r"\b(?:is|are|equals)\s", stated)[-1].strip()  # "the largest n is 34"
-    return stated if 0 < len(stated) <= MAX_STATEMENT_CHARS else None
+    if not 0 < len(stated) <= MAX_STATEMENT_CHARS:
+        return missing
+    if end is not None and withdraws(rest, end.start()):
+        return Extraction(refusal="the text after the answer withdraws it")
+    return Extraction(answers=(stated,), earlier=later_values(rest, end.start()) if end else ())
 
 
 def _joined(text: str, start: int, end: int) -> bool:
@@ -168,10 +194,7 @@ def extract(response: str, thinking_end_marks: Sequence[str]) -> Extraction:
     if not boxes:
         if "\\boxed" in final:
             return Extraction(refusal="the only box is inside a quotation or code")
-        stated = _stated_answer(visible)
-        if stated is None:
-            return Extraction(refusal="no boxed answer and no explicit statement of one")
-        return Extraction(answers=(stated,))
+        return _stated_answer(visible)
     if any(_HIDDEN.search(visible, max(0, start - 30), start) for start, _, _ in boxes):
         return Extraction(refusal="a box is hidden in a phantom")
     first = len(boxes) - 1
@@ -183,29 +206,33 @@ def extract(response: str, thinking_end_marks: Sequence[str]) -> Extraction:
     if withdraws(visible, end):
         return Extraction(refusal="the text after the box withdraws it")
     answers = tuple(content for _, _, content in boxes[first:])
-    if is_percentage(visible, end):
-        answers = (*answers[:-1], answers[-1] + r"\text{ percent}")
     if any(not answer.strip() for answer in answers):
         return Extraction(refusal="the box is empty")
     if any(len(content) > MAX_BOX_CHARS for _, _, content in boxes):
         return Extraction(refusal=f"a box holds more than {MAX_BOX_CHARS} characters")
+    answers = (*answers[:-1], with_suffix(visible, end, answers[-1]))
     steps = 0 if _later_retracts(visible, boxes[:first], boxes[first][0]) else _num_steps(visible, boxes[: first + 1])
-    earlier = tuple(content for _, _, content in boxes[steps:first]) + later_values(visible, end)
+    others = (*alternatives_before(visible, start), *later_values(visible, end))
+    earlier = (*(content for _, _, content in boxes[steps:first]), *others)
     return Extraction(answers=answers, earlier=(*_between_marks(response, final, thinking_end_marks), *earlier))
 
 
 _STEP = re.compile(
     r"(?:^|\n|[.;,:]\s|\s)(?:\*{0,2}(?:step|part|case|question)\s*\(?\w{1,3}\)?"
-    r"|\(\s*(?:[a-h]|[ivx]{1,4}|\d)\s*\))",
+    r"|\(\s*(?:[a-h]|[ivx]{1,4}|\d)\s*\))|(?:^|\n)\s*(?:[a-h]|[ivx]{1,4}|\d)[.)]\s",
     re.IGNORECASE,
 )
+_LAST_STEP = re.compile(r"\bstep\s*\(?\w{1,3}\)?[^\n]*\Z", re.IGNORECASE)
+_NAMED = re.compile(r"(?<![\w\\])((?:[A-Za-z](?:_\{?\w{1,3}\}?)?\s*[-+*/]?\s*){1,6})=\s*\Z")
 _CONCLUSION = re.compile(
     r"\b(?:(?:final |the )?answer|therefore|hence|thus|in total|altogether|finally|overall"
     r"|the (?:sum|total|product|difference|result))\b",
     re.IGNORECASE,
 )
+_CONCLUSION_FROM_NAMES = re.compile(rf"\bso\b|\\therefore|\\implies|\\Rightarrow|{_CONCLUSION.pattern}", re.IGNORECASE)
 _SECOND_THOUGHT = re.compile(
-    r"\b(?:wait|no,|actually|mistake|correction|instead|either|alternatively|or)\b", re.IGNORECASE
+    r"\b(?:wait|no(?=[,.:;!])|actually|oops|hmm+|sorry|mistake|correction|instead|either|alternatively|or)\b",
+    re.IGNORECASE,
 )
 
 
@@ -215,10 +242,17 @@ def _later_retracts(text: str, steps: Sequence[tuple[int, int, str]], end: int) 
 
 
 def _num_steps(text: str, boxes: Sequence[tuple[int, int, str]]) -> int:
-    """Returns how many boxes before the last are labelled steps or parts, if a conclusion introduces the last one."""
-    gaps = [text[boxes[i - 1][1] if i else 0 : box[0]] for i, box in enumerate(boxes)]
-    is_concluded = _CONCLUSION.search(gaps[-1]) is not None and _STEP.search(gaps[-1]) is None
-    return len(boxes) - 1 if is_concluded and all(_STEP.search(gap) for gap in gaps[:-1]) else 0
+    """Returns how many boxes before the last are steps to it: labelled ones, or values of other names.
+
+    A conclusion must introduce the last box, or it is the last of the labelled steps.
+    """
+    *gaps, last = [text[boxes[i - 1][1] if i else 0 : box[0]] for i, box in enumerate(boxes)]
+    is_concluded = _CONCLUSION.search(last) is not None and _STEP.search(last) is None
+    if (is_concluded or _LAST_STEP.search(last)) and all(_STEP.search(gap) for gap in gaps):
+        return len(gaps)
+    names = [match[1].strip() if (match := _NAMED.search(gap[-80:])) else None for gap in (*gaps, last)]
+    is_sum_of_names = _CONCLUSION_FROM_NAMES.search(last) is not None and names[-1] is not None and len(names[-1]) > 1
+    return len(gaps) if is_sum_of_names and None not in names and len(set(names)) == len(names) else 0
 
 
 def _between_marks(response: str, final: str, marks: Sequence[str]) -> tuple[str, ...]:
@@ -239,8 +273,8 @@ def _between_marks(response: str, final: str, marks: Sequence[str]) -> tuple[str
 
 
 _GOLD_STATEMENT = re.compile(
-    r"(?:[A-Za-z, ]{0,40}\b)?(?:final|correct)?\s*answers?(?:\s+(?:is|are))?\s*[:=.]?\s*(?:is\s+)?"
-    r"(?P<value>\S.*?)\s*\.?",
+    r"(?:[A-Za-z, ]{0,40}\b)?(?:(?:final|correct)?\s*answers?(?:\s+(?:is|are))?\s*[:=.]?\s*(?:is\s+)?"
+    r"|(?:ans|solution|result|option|choice)(?:\s*[:=]|\s+is\b)\s*:?\s*)(?P<value>\S.*?)\s*\.?",
     re.IGNORECASE | re.DOTALL,
 )
 _GOLD_LIST = re.compile(r"\[\s*(['\"])(.*)\1\s*\]", re.DOTALL)
@@ -253,6 +287,7 @@ def gold_value(gold: str) -> str:
     text = gold.strip()
     if len(text) > MAX_BOX_CHARS:
         return text
+    text = re.sub(r"^<answer>(.*)</answer>$", r"\1", text, flags=re.DOTALL).strip()
     if "####" in text:
         text = text.rpartition("####")[2].strip()
     if _BOX.search(text):

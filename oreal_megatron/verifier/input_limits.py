@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-MAX_EXPRESSION_CHARS = 2_000
+MAX_EXPRESSION_CHARS = 8_192
 MAX_DEPTH = 40
 MAX_LITERAL_DIGITS = 4_000
 MAX_EXPONENT = 20_000

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 
 from oreal_megatron.types import Verdict
 from oreal_megatron.verifier.equality.compare import AnswerComparison
 from oreal_megatron.verifier.equality.leaves import Leaves, NeedsSympy
+from oreal_megatron.verifier.equality.letters import choice_outcome, labelled_choice
 from oreal_megatron.verifier.extract import gold_value
 from oreal_megatron.verifier.input_limits import Refused, check_answer, is_hedged, looks_like_code
+from oreal_megatron.verifier.latex.nodes import Leaf
 from oreal_megatron.verifier.latex.normalize import normalize, text_key
-from oreal_megatron.verifier.latex.notation import without_excluded_points
+from oreal_megatron.verifier.latex.notation import usual_number, without_excluded_points
+from oreal_megatron.verifier.latex.rational import parse_rational
 from oreal_megatron.verifier.latex.structure import parse
+from oreal_megatron.verifier.latex.units_and_words import numbers_in_prose
 from oreal_megatron.verifier.outcome import Outcome, different, equal, rejected, unknown
 
 MAX_ANSWER_CHARS = 8_192
@@ -25,6 +30,7 @@ _INTEGER_PARAMETER = re.compile(
 )
 _PARAMETERS = {"Z": "kappa", "N": "iota"}
 _SENTENCE_WORDS = 6
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 
 
 def name_parameter(text: str) -> str:
@@ -40,79 +46,25 @@ def name_parameter(text: str) -> str:
     return re.sub(rf"(?<![A-Za-z\\]){letter}(?![A-Za-z])", lambda _: f"\\{parameter} ", rest).strip(" ,")
 
 
-_CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)?\s*[.:]?")
-_CHOICE_OF_TEXT = re.compile(
-    r"(?:\(\s*([A-H])\s*\)|([A-H])\s*[.:)])\s*(?!\\(?:cup|cap|in|to|times|cdot|setminus)(?![A-Za-z]))([^\s,;=^_+*/(-].*)",
-    re.DOTALL,
+_CHOOSE_CALL = re.compile(r"(?:(?<![A-Za-z\\])C|\\text\s*\{\s*C\s*\})\s*\(\s*([\w+-]{1,8})\s*,\s*([\w+-]{1,8})\s*\)")
+_PERMUTE_CALL = re.compile(
+    r"[PA]\s*(?:\(\s*(\d{1,4})\s*,\s*(\d{1,4})\s*\)|_\s*(?:\{(\d{1,4})\}|(\d))\s*\^\s*(?:\{(\d{1,4})\}|(\d)))"
 )
-_ANOTHER_CHOICE = re.compile(r"\(\s*[A-H]\s*\)|(?<![A-Za-z])[A-H]\s*[.:)]|\b(?:or|and)\s+[A-H]\b")
-_LETTERS = re.compile(r"[A-H](?:\s*,?\s*(?:and)?\s*[A-H]){0,7}")
-
-
-def _without_text_command(text: str) -> str:
-    return re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).strip()
-
-
-def _choices(text: str) -> tuple[str, bool] | None:
-    """Returns the letters of an answer that consists of letters, and whether their order is free; else None.
-
-    The order is free for several choices with separators in alphabetical order, such as `A, C`. Letters without
-    separators, or in another order, are a sequence.
-    """
-    plain = re.sub(r"(?i)^(?:option|choice|answer)\s*:?\s+", "", _without_text_command(text))
-    if match := _CHOICE.fullmatch(plain):
-        return match[1], False
-    letters = "".join(re.findall("[A-Z]", plain))
-    if _LETTERS.fullmatch(plain) and letters != plain:
-        if len(set(letters)) < len(letters):
-            return None
-        return letters, letters == "".join(sorted(letters))
-    return (plain, False) if re.fullmatch("[A-Z]{2,20}", plain) else None
-
-
-def _choice_outcome(gold: str, answer: str) -> Outcome | None:
-    """Compares choices and sequences of letters, if the gold answer is one."""
-    wanted, given = _choices(gold), _choices(answer)
-    if wanted is None:
-        return None
-    letters, is_free = wanted
-    if given is None:
-        labelled = _CHOICE_OF_TEXT.fullmatch(_without_text_command(answer))
-        if labelled is None or _ANOTHER_CHOICE.search(labelled[3]):
-            is_same_letter = letters in "ABCDE" and re.fullmatch(rf"\(?\s*{letters.lower()}\s*\)?", answer) is not None
-            return equal("the same choice in lower case") if len(letters) == 1 and is_same_letter else None
-        given = (labelled[1] or labelled[2], False)
-    if given[0] == letters or (is_free and sorted(given[0]) == sorted(letters)):
-        return equal("the same choice")
-    if sorted(given[0]) == sorted(letters):
-        if len(letters) == 2 and "\\text" not in gold:
-            return unknown("two letters in another order: choices, a product, or a sequence")
-        return different("the same letters in another order")
-    return (
-        None
-        if letters.isalpha() and len(letters) > 1 and not set(letters) <= set("ABCDEFGH")
-        else different("another choice")
-    )
-
-
-def _labelled_choice(gold: str, answer: str) -> Outcome | str | None:
-    r"""Compares a letter with a gold answer such as `(D) \frac{3}{4}`; else returns its value, if it has a letter."""
-    labelled = _CHOICE_OF_TEXT.fullmatch(_without_text_command(gold))
-    if labelled is None or _ANOTHER_CHOICE.search(labelled[3]):
-        return None
-    outcome = _choice_outcome(labelled[1] or labelled[2], answer)
-    return outcome if outcome is not None else labelled[3]
-
-
-_CHOOSE_CALL = re.compile(r"(?<![A-Za-z\\])C\s*\(\s*([\w+-]{1,8})\s*,\s*([\w+-]{1,8})\s*\)")
+_INTEGER_NAME = r"(?:\\kappa|[kmntj])"
 _LINEAR_IN_INTEGER = re.compile(
-    r"([a-z])\s*=\s*(?:(\d*)\s*\\kappa\s*(?:([+-])\s*(\d+))?|(-?)\s*(\d+)\s*\+\s*(\d*)\s*\\kappa)\s*(?:\\text\s*\{\s*\})?"
+    rf"([a-z])\s*=\s*(?:(\d*)\s*{_INTEGER_NAME}\s*(?:([+-])\s*(\d+))?|(-?)\s*(\d+)\s*\+\s*(\d*)\s*{_INTEGER_NAME})"
+    r"\s*(?:\\text\s*\{\s*\})?"
 )
 
 
 def _with_binomials(text: str, other: str) -> str:
     r"""Rewrites `C(10,3)` to `\binom{10}{3}`, unless the other answer has several parts, as a point C has."""
-    return text if "," in other else _CHOOSE_CALL.sub(r"\\binom{\1}{\2}", text)
+    if "," in other:
+        return text
+    if match := _PERMUTE_CALL.fullmatch(text):
+        total, chosen = match[1] or match[3] or match[4], match[2] or match[5] or match[6]
+        return rf"\binom{{{total}}}{{{chosen}}}\cdot {chosen}!"
+    return _CHOOSE_CALL.sub(r"\\binom{\1}{\2}", text)
 
 
 def _as_congruence(text: str, other: str) -> str:
@@ -132,10 +84,11 @@ def _refused(gold: str, answer: str) -> Outcome | None:
     if not re.search(r"\w|\\[A-Za-z]|\\\{\s*\\\}", answer) or re.fullmatch(r"(?:\\ldots|[?.\s])*", answer):
         return rejected("nothing that could be an answer")
     try:
-        check_answer(answer)
         check_answer(gold)
+        check_answer(answer)
     except Refused as refusal:
-        return unknown(f"refused: {refusal}")
+        reason = f"refused: {refusal}"
+        return unknown(reason) if parse_rational(gold) is None else different(f"{reason}, for a plain number")
     return None
 
 
@@ -157,12 +110,13 @@ def compare_answers(gold: str, answer: str, leaves: Leaves) -> Outcome:
     if max(len(gold), len(answer)) > leaves.max_chars:
         raise NeedsSympy  # normalisation is not linear in hostile text: a worker does it, which can be killed
     gold_text, answer_text = normalize(gold), normalize(answer)
-    if isinstance(labelled := _labelled_choice(gold_text, answer_text), Outcome):
+    answer_text = usual_number(answer_text, gold_text)
+    if isinstance(labelled := labelled_choice(gold_text, answer_text), Outcome):
         return labelled
     gold_text = labelled or gold_text
     if text_key(gold_text) == text_key(answer_text):
         return equal("the same text")
-    outcome = _refused(gold_text, answer_text) or _choice_outcome(gold_text, answer_text)
+    outcome = _refused(gold_text, answer_text) or choice_outcome(gold_text, answer_text)
     if outcome is not None:
         return outcome
     gold_text, answer_text = _with_binomials(gold_text, answer_text), _with_binomials(answer_text, gold_text)
@@ -171,13 +125,26 @@ def compare_answers(gold: str, answer: str, leaves: Leaves) -> Outcome:
     outcome = AnswerComparison(leaves).compare(parse(gold_named), parse(answer_named))
     if outcome.verdict is Verdict.INCORRECT and (bare := without_excluded_points(answer_text)) != answer_text:
         outcome = AnswerComparison(leaves).compare(parse(without_excluded_points(gold_text)), parse(bare))
-    if outcome.verdict is Verdict.INCORRECT and _is_sentence(gold_text):
+    if outcome.verdict is Verdict.CORRECT:
+        return outcome
+    return _against_prose(gold_text, _value_of(gold_text), _value_of(answer_text), outcome)
+
+
+def _value_of(text: str) -> Fraction | None:
+    node = parse(text)
+    return node.value if isinstance(node, Leaf) else None
+
+
+def _against_prose(gold: str, gold_value: Fraction | None, value: Fraction | None, outcome: Outcome) -> Outcome:
+    """Returns the outcome for a gold answer in words: INCORRECT for a number that differs from all that it states."""
+    stated = numbers_in_prose(gold) if value is not None and gold_value is None else []
+    is_sentence = len(_WORD.findall(gold)) >= _SENTENCE_WORDS
+    is_this_number = stated == [value] and (len(_WORD.findall(gold)) > 1 or "approx" in gold)
+    if is_sentence and stated and value not in stated:
+        return different("a number that the gold answer does not state")
+    if outcome.verdict is Verdict.INCORRECT and (is_sentence or is_this_number):
         return unknown("the gold answer is a sentence, which rules cannot compare")
     return outcome
-
-
-def _is_sentence(text: str) -> bool:
-    return len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)) >= _SENTENCE_WORDS
 
 
 def compare_final(gold: str, answers: Sequence[str], earlier: Sequence[str], leaves: Leaves) -> Outcome:

@@ -22,7 +22,6 @@ from oreal_megatron.weight_sync.planner import ReshardingPlan, TransferOp, ops_b
 from oreal_megatron.weight_sync.sglang_layout import scales_of
 from oreal_megatron.weight_sync.source import PolicyShards
 from oreal_megatron.weight_sync.types import PausedServer, TransferFailure
-from oreal_megatron.weight_sync.worker import Audit
 
 
 class Auditor:
@@ -47,7 +46,7 @@ class Auditor:
         if groups.is_main:
             ranks = range(channel.tensor)
             answers = {
-                server.name: channel.send(server, [channel.encode(Audit(), r) for r in ranks]) for server in servers
+                server.name: channel.send(server, [channel.encode("checksums", r) for r in ranks]) for server in servers
             }
         expected = [added(parts) for parts in zip(*groups.gather_over_world(self._expected()), strict=True)]
         failures: dict[str, TransferFailure] = {}

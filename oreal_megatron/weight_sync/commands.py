@@ -12,11 +12,12 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch import Tensor
 
+from oreal_megatron.weight_sync.p2p import nccl_version
 from oreal_megatron.weight_sync.planner import ReshardingPlan
 from oreal_megatron.weight_sync.sglang_layout import LOADER
 from oreal_megatron.weight_sync.source import PolicyShards
 from oreal_megatron.weight_sync.types import PausedServer, TransferFailure
-from oreal_megatron.weight_sync.worker import Audit, Command, Receive, Unpack, WorkerReport
+from oreal_megatron.weight_sync.worker import Command, Question, Receive, Unpack, WorkerReport
 
 NamedTensors = list[tuple[str, Tensor]]
 
@@ -35,6 +36,7 @@ class CommandChannel:
     def __init__(self, shards: PolicyShards, plan: ReshardingPlan, *, timeout_seconds: float):
         """timeout_seconds: time that a worker waits for other processes."""
         self.timeout_seconds = timeout_seconds
+        self._groups = shards.groups
         self.tensor = plan.tensor
         self.dtype = str(shards.dtype).removeprefix("torch.")
         self._parameters: list[Mapping[str, tuple[str, tuple[int, ...]]]] = [
@@ -52,7 +54,10 @@ class CommandChannel:
         self.host, self.port = shards.groups.from_main(address)
 
     def encode(
-        self, task: Receive | Unpack | Audit, rank: int, pickled: Callable[[NamedTensors], bytes] = pickle.dumps
+        self,
+        task: Receive | Unpack | Question,
+        rank: int,
+        pickled: Callable[[NamedTensors], bytes] = pickle.dumps,
     ) -> EncodedCommand:
         """Encodes a task for the worker of tensor-parallel rank `rank`.
 
@@ -102,6 +107,34 @@ class CommandChannel:
             return TransferFailure(str(error), is_lost=isinstance(error, ConnectionError))
         errors = [f"tensor-parallel rank {rank}: {report.error}" for rank, report in enumerate(reports) if report.error]
         return TransferFailure(errors[0]) if errors else None
+
+    def nccl_mismatches(self, servers: Sequence[PausedServer]) -> dict[str, TransferFailure]:
+        """Returns failures of the servers whose NCCL is another version than the trainer's, by name, on every rank.
+
+        servers: read on the main rank only.
+        """
+        ours = nccl_version()
+        failures: dict[str, TransferFailure] = {}
+        if self._groups.is_main:
+            ranks = range(self.tensor)
+            answers = {
+                server.name: self.send(server, [self.encode("nccl", rank) for rank in ranks]) for server in servers
+            }
+            for name, answer in answers.items():
+                try:
+                    reports = self.reports(answer)
+                except (ConnectionError, ValueError) as error:
+                    failures[name] = TransferFailure(str(error), is_lost=isinstance(error, ConnectionError))
+                    continue
+                if errors := [report.error for report in reports if report.error]:
+                    failures[name] = TransferFailure(errors[0])
+                elif others := {report.nccl for report in reports} - {ours}:
+                    failures[name] = TransferFailure(
+                        f"its NCCL is {' and '.join(map(str, others))}, the trainer's is {ours}, and NCCL connects "
+                        "equal versions only; install the same torch in both environments, as in requirements/*.lock, "
+                        "or set rollout.sglang.transport=ipc or disk"
+                    )
+        return self._groups.from_main(failures)
 
     def close(self) -> None:
         self.store = None

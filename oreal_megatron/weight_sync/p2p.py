@@ -41,6 +41,11 @@ class Rendezvous:
         return self.num_senders + self.num_receivers
 
 
+def nccl_version() -> str | None:
+    """Returns the version of the NCCL that torch uses, such as 2.30.7; None if torch is built without NCCL."""
+    return ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else None
+
+
 def join(rendezvous: Rendezvous, rank: int, backend: str) -> Any:
     """Joins the process group of a rendezvous, which is independent of the default group.
 

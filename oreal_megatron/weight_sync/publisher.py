@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from oreal_megatron.config import SGLangConfig
+from oreal_megatron.distributed.cpu_backend import collective_backend
 from oreal_megatron.weight_sync.audit import Auditor
 from oreal_megatron.weight_sync.broadcast import BroadcastTransport
 from oreal_megatron.weight_sync.commands import CommandChannel
@@ -26,9 +27,12 @@ from oreal_megatron.weight_sync.types import PausedServer, TransferResult, Trans
 class Publisher:
     """Sends the policy's weights to servers and audits them. Every trainer rank calls every method."""
 
-    def __init__(self, transport: Transport, auditor: Auditor):
+    def __init__(self, transport: Transport, auditor: Auditor, channel: CommandChannel, *, uses_nccl: bool):
+        """uses_nccl: whether the transport connects trainer and servers by NCCL."""
         self._transport = transport
         self._auditor = auditor
+        self._channel = channel
+        self._uses_nccl = uses_nccl
 
     def prepare(self, weight_version: int) -> None:
         """See Transport."""
@@ -37,11 +41,14 @@ class Publisher:
     def deliver(self, servers: Sequence[PausedServer]) -> TransferResult:
         """Sends the weights to all `servers` and audits those that report success.
 
-        servers: read on the main rank only.
+        A server with another version of NCCL than the trainer's is refused before it joins a group: NCCL itself would
+        end the processes of both sides, or wait. servers: read on the main rank only.
         """
-        sent = self._transport.send(servers)
-        failures, seconds = self._auditor.audit([server for server in servers if server.name not in sent.failures])
-        return replace(sent, failures={**sent.failures, **failures}, seconds={**sent.seconds, "audit": seconds})
+        failures = self._channel.nccl_mismatches(servers) if self._uses_nccl else {}
+        sent = self._transport.send([server for server in servers if server.name not in failures])
+        failures |= sent.failures
+        found, seconds = self._auditor.audit([server for server in servers if server.name not in failures])
+        return replace(sent, failures={**failures, **found}, seconds={**sent.seconds, "audit": seconds})
 
     def close(self) -> None:
         self._transport.close()
@@ -77,4 +84,5 @@ def build_publisher(
             transport = IpcTransport(shards, plan, channel, bucket_bytes=bucket_bytes)
         case "disk":
             transport = DiskTransport(shards, directory, config_json=config_json)
-    return Publisher(transport, Auditor(shards, plan, channel))
+    uses_nccl = servers.transport in ("direct", "broadcast") and collective_backend() == "nccl"
+    return Publisher(transport, Auditor(shards, plan, channel), channel, uses_nccl=uses_nccl)

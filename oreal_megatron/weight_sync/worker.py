@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from oreal_megatron.weight_sync.checksums import whole
 from oreal_megatron.weight_sync.fp8_blocks import E4M3, quantise_into
-from oreal_megatron.weight_sync.p2p import Receiver, Rendezvous, join, unpack
+from oreal_megatron.weight_sync.p2p import Receiver, Rendezvous, join, nccl_version, unpack
 from oreal_megatron.weight_sync.planner import TransferOp, num_elements
 from oreal_megatron.weight_sync.sglang_layout import scales_of
 
@@ -60,9 +60,8 @@ class Unpack:
     """File to map the bucket from; None if the bucket comes with the command."""
 
 
-@dataclass(frozen=True)
-class Audit:
-    """Task to report checksums of all parameters."""
+Question = Literal["checksums", "nccl"]
+"""Task that changes nothing: report checksums of all parameters, or only what every report has: NCCL's version."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Command:
     """Dtype of the transfer."""
     parameters: Mapping[str, tuple[str, tuple[int, ...]]]
     """Parameters that the trainer expects the worker to have: name -> (dtype, shape)."""
-    task: Receive | Unpack | Audit
+    task: Receive | Unpack | Question
 
     def encoded(self) -> Tensor:
         """Returns the command as a tensor, uint8 [n], because the endpoint carries only tensors."""
@@ -108,6 +107,8 @@ class WorkerReport:
     error: str | None = None
     checksums: Mapping[str, int] | None = None
     seconds: float = 0.0
+    nccl: str | None = None
+    """Version of NCCL in the worker's environment; None if its torch is built without NCCL."""
 
     def encoded(self) -> str:
         return json.dumps(asdict(self))
@@ -145,7 +146,7 @@ class Worker:
                 self._receive(task, parameters, dtype, store)
             case Unpack() as task:
                 self._unpack(task, parameters, dtype, buffers)
-            case Audit():
+            case "checksums":
                 return {name: whole(parameter) for name, parameter in parameters.items()}
         return None
 
@@ -251,7 +252,7 @@ def load(model: torch.nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) ->
             checksums = _WORKER.execute(command, parameters, [buffer for _, buffer in buffers], store)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the trainer reuses a shared bucket as soon as it reads the report
-        report = WorkerReport(checksums=checksums, seconds=time.perf_counter() - start)
+        report = WorkerReport(checksums=checksums, seconds=time.perf_counter() - start, nccl=nccl_version())
     except Exception:
         report = WorkerReport(error=traceback.format_exc())
     try:

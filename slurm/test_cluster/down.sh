@@ -1,5 +1,9 @@
 #!/usr/bin/env bash
 # Ends what up.sh started, by process id: slurm/test_cluster/down.sh DIRECTORY
+if [ "${1:---help}" = --help ]; then
+  awk 'NR > 1 { if (!/^#/ || /^# ===/) exit; sub(/^# ?/, ""); print }' "$0"
+  exit
+fi
 set -uo pipefail
 base=$(cd "$1" && pwd)
 export SLURM_CONF=$base/slurm.conf

@@ -6,6 +6,10 @@
 #
 # Each node has 16 imagined CPUs and 8 imagined GPUs (links to /dev/null). Partition `batch` can be preempted by
 # `urgent`. Needs `make slurm-deps`.
+if [ "${1:---help}" = --help ]; then
+  awk 'NR > 1 { if (!/^#/ || /^# ===/) exit; sub(/^# ?/, ""); print }' "$0"
+  exit
+fi
 set -euo pipefail
 PATH=$PATH:/usr/sbin
 for program in munged slurmctld slurmd; do

@@ -40,7 +40,7 @@ def run_with_kills(directory: Path, overrides: tuple[str, ...], kinds: list[str]
             left = partials(directory)
             alive = process.wait_until(lambda left=left: bool(partials(directory) - left))
         else:
-            alive = process.wait_until(lambda process=process: "step " in process.said())
+            alive = process.wait_until(lambda process=process: " INFO step " in process.said())
             time.sleep(rng.uniform(0, 2))
         time.sleep(rng.uniform(0, 0.1))
         if process.is_over or not alive:

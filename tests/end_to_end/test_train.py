@@ -18,8 +18,8 @@ def test_a_run_leaves_what_a_person_looks_for(finished):
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["model"]["geometry"]["hidden_size"] == 32 and "???" not in str(config)
     report = (finished / "report.html").read_text()
-    assert "<svg" in report and "Held-out problems solved" in report and "http://www.w3.org" in report
-    assert "greedy pass@1 on heldout, before and after" in report
+    assert "<svg" in report and "Evaluation: problems solved" in report and "http://www.w3.org" in report
+    assert "greedy pass@1 on heldout (16 problems),\nbefore and after 4 steps" in report
     assert "<script src" not in report and "<link" not in report  # opens without a server or a network
     lines = (finished / "trajectories" / "step_000003.jsonl").read_text().splitlines()
     assert len(lines) == 8 * 4
@@ -176,7 +176,25 @@ def test_what_a_site_must_give_is_asked_for_all_at_once():
     assert outcome.returncode == 1
     assert "data.train = '???'" in outcome.stderr and "model.path = '???'" in outcome.stderr
     nowhere = command_line("experiment=math_smollm2", "model.path=/nowhere", "data.train=x.jsonl")
-    assert nowhere.returncode == 1 and "model.tokenizer = /nowhere: neither" in nowhere.stderr
+    assert (
+        nowhere.returncode == 1
+        and "model.path = '/nowhere'" in nowhere.stderr
+        and "data.train = 'x.jsonl'" in nowhere.stderr
+    )
+
+
+def test_model_and_problems_of_ones_own_are_evaluated_without_training_prompts(finished, tmp_path):
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join(f'{{"question": "Compute {i}+1.", "gold_answer": "{i + 1}"}}\n' for i in range(3)))
+    own = [f"model.path={finished}/huggingface/best/policy", f"evaluation.benchmarks.heldout.path={problems}"]
+    quiet = ["tracking.wandb=disabled", "tracking.tensorboard=false", "run.export=none", "prompt=chat"]
+    outcome = command_line(
+        "experiment=own_model", "data.train=null", "run.num_steps=0", f"run.dir={tmp_path}/run", *own, *quiet,
+        "rollout.sampling.max_new_tokens=24",
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stderr
+    assert "heldout: problems 3  undecided 0  greedy_pass@1" in outcome.stdout and "0/0" not in outcome.stdout
+    assert "(3 problems),\nthe initial policy, before any step" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_an_unknown_override_names_the_key(tmp_path):

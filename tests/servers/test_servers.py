@@ -148,12 +148,6 @@ def test_a_prompt_may_fill_the_context(servers):
     assert len(completion.token_ids) == 1
 
 
-def test_a_token_id_outside_the_vocabulary_never_reaches_a_server(servers):
-    with pytest.raises(ValueError, match="token id 120, the model's vocabulary ends at 119"):
-        servers.generate(requests_of([(5, 120)]), GREEDY)
-    assert len(servers.generate(requests_of(PROMPTS), GREEDY)) == len(PROMPTS)
-
-
 def test_another_model_behind_a_url_is_refused_with_both_fingerprints(servers, single_process, tmp_path):
     larger = save_tiny(tmp_path / "larger", "qwen2", tied=False, ffn=80, num_layers=3)
     other = open_servers(single_process, larger, tmp_path, urls=(servers.pool.servers[0].client.url,))

@@ -38,7 +38,11 @@ def test_objective_composes(composed, preset):
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
 def test_experiment_composes(composed, experiment):
     # What an experiment leaves to the site must be given; anything does for composing.
-    site = {"math_smollm2": ["model.path=/site/model", "data.train=/site/prompts.jsonl"]}
+    given = ["model.path=/site/model", "data.train=/site/prompts.jsonl"]
+    site = {
+        "math_smollm2": given,
+        "own_model": [*given, "evaluation.benchmarks.heldout.path=/site/problems.jsonl"],
+    }
     everywhere = ["cluster.models=/site", "cluster.data=/site"]
     assert parse_config(composed(f"experiment={experiment}", *everywhere, *site.get(experiment, []))).run.num_steps > 0
 
@@ -104,6 +108,7 @@ def test_violations_come_all_at_once(composed):
         ("rollout=sglang +rollout.sglang.arguments.quantization=fp8", ARGUMENT + "quantization"),
         ("rollout=sglang +rollout.sglang.arguments.dtype=half", ARGUMENT + "dtype"),
         ("objective.selection=pair objective.keep_groups=all", "objective.selection"),
+        ("objective=oreal objective.selection=correct", "objective.selection"),
         ("rollout.long_tail={oversample:1.5,until:useful,carry_updates:1}", "rollout.backend"),
         ("objective=grpo objective.importance_limit=2.0", "objective.importance_limit"),
         ("rollout=sglang rollout.sglang.placement=colocated resources.trainer_devices=1", "rollout.sglang.transport"),

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from oreal_megatron.config import SamplingConfig
-from oreal_megatron.evaluation import area_under_curve, evaluate_benchmark
+from oreal_megatron.evaluation import area_under_curve, benchmark_metrics, evaluate_benchmark
 from oreal_megatron.types import Benchmark, FinishReason, Grade, GradedRollout, Prompt, Rollout, Verdict
 
 C, W, U = Verdict.CORRECT, Verdict.INCORRECT, Verdict.UNDECIDED
@@ -33,10 +33,19 @@ def test_metrics_leave_undecided_responses_out():
         return [[graded(p, i, v, 4) for i, v in enumerate(row)] for p, row in zip(asked, table, strict=True)]
 
     sampling = SamplingConfig(temperature=0.7, top_p=0.9, max_new_tokens=8)
-    result = evaluate_benchmark(Benchmark(name="b", prompts=prompts, samples=2), generate, sampling)
+    benchmark = Benchmark(name="b", prompts=prompts, samples=2)
+    greedy, sampled = evaluate_benchmark(benchmark, generate, sampling)
     assert temperatures == [0.0, 0.7]
-    assert result.metrics == pytest.approx(
-        {"b/greedy_pass@1": 1 / 2, "b/response_tokens": 4.0, "b/stopped": 1.0, "b/avg@2": 2 / 5, "b/pass@2": 2 / 3}
+    assert benchmark_metrics(benchmark, greedy, sampled) == pytest.approx(
+        {
+            "b/problems": 3.0,
+            "b/undecided": 1.0,
+            "b/greedy_pass@1": 1 / 2,
+            "b/response_tokens": 4.0,
+            "b/stopped": 1.0,
+            "b/avg@2": 2 / 5,
+            "b/pass@2": 2 / 3,
+        }
     )
 
 

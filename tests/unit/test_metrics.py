@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
+import math
 
 import pytest
+from rich.console import Console
 
 from oreal_megatron.config import ConfigError, parse_config
-from oreal_megatron.metrics import Tracker, read_metrics
+from oreal_megatron.log import run_logging
+from oreal_megatron.metrics import Tracker, read_metrics, shown_value
 from oreal_megatron.types import EvaluationReport, StepReport
 
+PARTS = {"reward/pass_rate": 0.5, "loss/reward_model": 0.69, "reward_model/auc": math.nan}
 QUIET = ("tracking.console=quiet", "tracking.wandb=disabled", "tracking.tensorboard=false")
 
 
@@ -112,3 +118,45 @@ def test_a_directory_goes_on_in_its_wandb_run(composed, tmp_path):
         tracker.close()
     names = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert names and {name.rpartition("-")[2] for name in names} == {(tmp_path / "wandb_id").read_text()}
+
+
+@pytest.fixture
+def terminal(composed, tmp_path):
+    """A tracker on a terminal, and the text that it has shown."""
+    tracker = Tracker(parse_config(composed(*QUIET, "tracking.console=rich")), tmp_path, is_main=True)
+    tracker.console, tracker._fancy = Console(file=io.StringIO(), force_terminal=True, width=200), True
+    with run_logging(tmp_path, rank=0, level="INFO", console=tracker.console):
+        yield tracker, tracker.console.file.getvalue
+
+
+def test_each_step_has_a_line_of_words_with_its_number_in_metrics(terminal, tmp_path):
+    tracker, shown = terminal
+    tracker.start(0, is_evaluated=False)
+    with tracker.progress("steps", 2) as bar:
+        for number in range(2):
+            tracker.step(StepReport(step=number, metrics=PARTS, seconds={"total": 1.25}))
+            bar.advance()
+    for number in range(2):
+        assert shown().count(f"step {number}  correct 50%  reward model loss 0.690  in 1.2 s") == 1
+    assert "nan" not in shown() and "remaining" in shown() and "2/2" in shown()
+    assert [record["step"] for record in read_metrics(tmp_path)[0]] == [0, 1]
+
+
+def test_bar_without_a_way_to_go_is_not_shown(terminal):
+    tracker, shown = terminal
+    with tracker.progress("pass rates", 0):
+        pass
+    assert shown() == ""
+
+
+def test_evaluation_says_how_many_problems_and_shares_in_percent(tracker, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("oreal_megatron"), "propagate", True)
+    caplog.set_level("INFO", "oreal_megatron")
+    values = {"b/problems": 30.0, "b/greedy_pass@1": 0.3, "b/avg@4": math.nan, "b/response_tokens": 12.25}
+    tracker(0).evaluation(EvaluationReport(step=0, metrics=values, seconds=1.0))
+    said = "evaluation before the first step  b: problems 30  greedy_pass@1 30.0%  avg@4 -  response_tokens 12.2"
+    assert said in caplog.text
+
+
+def test_shown_values():
+    assert shown_value("b/reward_model_auc", 0.756) == "0.76" and shown_value("b/pass@4", None) == "-"

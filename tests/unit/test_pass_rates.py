@@ -11,7 +11,7 @@ from oreal_megatron.config import parse_config
 from oreal_megatron.metrics import Tracker
 from oreal_megatron.pass_rates import _with_pass_rates
 from oreal_megatron.rollout.sampler import SampleResult
-from oreal_megatron.types import Prompt
+from oreal_megatron.types import Prompt, Verdict
 
 
 @pytest.mark.parametrize("data_size", [1, 4, 64])
@@ -26,7 +26,7 @@ def test_batches_do_not_depend_on_the_number_of_replicas(composed, tmp_path, dat
 
     def sample(prompts, *, batch_name, **options):
         sampled[batch_name] = [prompt.id for prompt in prompts]
-        return SampleResult(groups=[[] for _ in prompts], unfinished=[], metrics={})
+        return SampleResult(groups=[[answered] for _ in prompts], unfinished=[], metrics={})
 
     groups = SimpleNamespace(
         data_size=data_size, is_main=False, from_main=lambda value: value, together=contextlib.nullcontext
@@ -36,8 +36,9 @@ def test_batches_do_not_depend_on_the_number_of_replicas(composed, tmp_path, dat
         config=config, groups=groups, directory=tmp_path, tracker=Tracker(config, tmp_path, is_main=True),
         sampler=SimpleNamespace(sample=sample, journal=journal),
     )  # fmt: skip
+    answered = SimpleNamespace(verdict=Verdict.CORRECT, is_correct=True)
     prompts = [Prompt(id=f"{i}", question=f"{i}+1", gold_answer="1") for i in range(70)]
-    assert _with_pass_rates(prompts, run) == []  # no response is decided
+    assert [prompt.pass_rate for prompt in _with_pass_rates(prompts, run)] == [1.0] * 70
     assert sampled == {
         f"pass_rates_{part:06d}": [f"{i}" for i in range(70)][32 * part : 32 * part + 32] for part in range(3)
     }

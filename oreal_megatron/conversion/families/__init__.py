@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from oreal_megatron.config import GeometryConfig
-from oreal_megatron.conversion.families import llama, qwen2, qwen3
+from oreal_megatron.conversion.families import llama, mistral, qwen2, qwen3
 from oreal_megatron.conversion.families.decoder import Family
 
-FAMILIES: tuple[Family, ...] = (qwen2.FAMILY, qwen3.FAMILY, llama.FAMILY)
+FAMILIES: tuple[Family, ...] = (qwen2.FAMILY, qwen3.FAMILY, llama.FAMILY, mistral.FAMILY)
 
 
 def family_of(geometry: GeometryConfig) -> Family:

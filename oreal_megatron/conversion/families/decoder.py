@@ -56,6 +56,8 @@ class Family:
     extra_layer_rules: tuple[Rule, ...] = ()
     only: Mapping[str, Any] = field(default_factory=dict)
     """Keys of config.json with their only supported value."""
+    absent: Mapping[str, Any] = field(default_factory=dict)
+    """Values that transformers gives to keys of `only` that are absent, where they are others."""
 
     def table(self, geometry: GeometryConfig, head: Head) -> Table:
         """Builds the conversion table of a model."""

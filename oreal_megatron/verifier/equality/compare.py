@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 from oreal_megatron.types import Verdict
 from oreal_megatron.verifier.equality.intervals import IntervalComparison
 from oreal_megatron.verifier.equality.leaves import Leaves
+from oreal_megatron.verifier.equality.words import compare_words, prose_for_value
 from oreal_megatron.verifier.latex.node_queries import (
     NUMBER_SET,
     REVERSIBLE,
@@ -31,7 +33,7 @@ from oreal_megatron.verifier.latex.node_queries import (
     rename_argument,
     reversed_relation,
     same_time_of_day,
-    words_of,
+    with_unit_letter,
 )
 from oreal_megatron.verifier.latex.nodes import (
     Based,
@@ -46,13 +48,15 @@ from oreal_megatron.verifier.latex.nodes import (
     Text,
 )
 from oreal_megatron.verifier.latex.normalize import text_key
-from oreal_megatron.verifier.latex.units_and_words import COMPARATIVE, DEGREES, DENIAL, PERCENT, is_prose, words_key
+from oreal_megatron.verifier.latex.units_and_words import DEGREES, PERCENT, is_prose
 from oreal_megatron.verifier.latex.variable_names import is_constant, named_parts, strip_name
 from oreal_megatron.verifier.outcome import Outcome, all_of, any_of, different, equal, unknown
 
 _VARIABLE = re.compile(r"[A-Za-z]|\\[A-Za-z]+")
 
 
+_SAME_VALUE = 1e-40
+"""Difference of two values up to which they count as the same."""
 _MANY_PARTS = 12
 """Number of parts from which lists are compared in the order of their values first."""
 
@@ -67,7 +71,7 @@ class AnswerComparison:
     def compare(self, gold: Node, answer: Node) -> Outcome:
         """Returns whether the two are equal, different, or beyond these rules."""
         if isinstance(gold, Text) or isinstance(answer, Text):
-            return self._texts(gold, answer)
+            return compare_words(gold, answer)
         if is_set_like(gold) or is_set_like(answer):
             outcome = self.intervals.compare(gold, answer)
             if outcome is not None:
@@ -83,31 +87,6 @@ class AnswerComparison:
         if isinstance(gold, Based) or isinstance(answer, Based):
             return self._based(gold, answer)
         return self._leaves(gold, answer)
-
-    def _texts(self, gold: Node, answer: Node) -> Outcome:
-        keys = {words_key(latex_of(node) or "") for node in (gold, answer)}
-        if len(keys) == 1 and re.search(r"[^\W\d_]{3,}", keys.pop()):
-            return equal("the same words")
-        gold_words, answer_words = words_of(gold), words_of(answer)
-        if gold_words is None:
-            assert isinstance(answer, Text)
-            return self._prose_for_value(gold, answer.words)
-        if answer_words is None:
-            return different("a value where the gold answer is words")
-        gold_key, answer_key = words_key(gold_words), words_key(answer_words)
-        if gold_key == answer_key and (len(gold_key) > 1 or gold_words.lower() == answer_words.lower()):
-            return equal("the same words")
-        if len(gold_key.split()) <= 3:
-            return different("different words")
-        return unknown("the gold answer is a sentence, which rules cannot compare")
-
-    def _prose_for_value(self, gold: Node, words: str) -> Outcome:
-        numbers = re.findall(r"\d+(?:\.\d+)?", words)
-        if COMPARATIVE.search(words) or DENIAL.search(words):
-            return different("words that state something else than a value")
-        if len(numbers) == 1 and isinstance(gold, Leaf) and gold.value == Fraction(numbers[0]):
-            return unknown("a sentence around the gold value, which rules cannot judge")
-        return different("words where the gold answer is a value")
 
     def _relations(self, gold: Node, answer: Node) -> Outcome:
         if isinstance(answer, Relation):
@@ -283,9 +262,7 @@ class AnswerComparison:
         if len(gold) == len(answer) >= _MANY_PARTS:
             sorted_parts = [self._by_value(parts) for parts in (gold, answer)]
             if sorted_parts[0] is not None and sorted_parts[1] is not None:
-                outcome = self._in_order(sorted_parts[0], sorted_parts[1])
-                if outcome.verdict is Verdict.CORRECT:
-                    return outcome
+                return self._in_order(sorted_parts[0], sorted_parts[1])
         remaining = list(answer)
         for wanted in gold:
             outcomes = [self.compare(wanted, candidate) for candidate in remaining]
@@ -305,11 +282,14 @@ class AnswerComparison:
         return equal("the same values")
 
     def _by_value(self, parts: tuple[Node, ...]) -> tuple[Node, ...] | None:
-        """Sorts constants by their value; None if a part has none."""
+        """Sorts constants by their value; None if a part has none, or two parts have the same."""
         values: list[Any] = [self.leaves.real_value(part.latex) if isinstance(part, Leaf) else None for part in parts]
         if any(value is None for value in values):
             return None
-        return tuple(parts[index] for index in sorted(range(len(parts)), key=lambda index: values[index]))
+        order = sorted(range(len(parts)), key=lambda index: values[index])
+        if any(values[after] - values[before] <= _SAME_VALUE for before, after in pairwise(order)):
+            return None
+        return tuple(parts[index] for index in order)
 
     def _operations(self, gold: Node, answer: Node) -> Outcome:
         if (
@@ -335,7 +315,7 @@ class AnswerComparison:
             return all_of(quotients, "the same ratio")
         ratio = gold if isinstance(gold, Ratio) else answer
         assert isinstance(ratio, Ratio)
-        if len(ratio.parts) != 2 or (ratio.clock and latex_of(ratio.parts[1]) is None):
+        if len(ratio.parts) != 2 or latex_of(ratio.parts[1]) in (None, "00", "0"):
             return different("a ratio or time against a number")
         quotient = Leaf(quotient_of(ratio, 1))
         return self._leaves(quotient, answer) if ratio is gold else self._leaves(gold, quotient)
@@ -356,17 +336,20 @@ class AnswerComparison:
         if not (isinstance(gold, Leaf) and isinstance(answer, Leaf)):
             return different("answers of different kinds")
         if answer.value is None and is_prose(answer.latex) and not is_prose(gold.latex):
-            return self._prose_for_value(gold, answer.latex)
+            return prose_for_value(gold, answer.latex)
         number_sets = [NUMBER_SET.fullmatch(leaf.latex) for leaf in (gold, answer)]
         if all(number_sets):
             is_same = text_key(gold.latex) == text_key(answer.latex)
             return equal("the same set") if is_same else different("different sets")
         if gold.unit is not None and answer.unit is not None and not gold.unit.agrees(answer.unit):
-            return different("different units")
+            amounts = amount_of(gold), amount_of(answer)
+            same = amounts[0] is not None and amounts[0] == amounts[1]
+            return equal("the same amount in another unit") if same else different("different units")
+        answer = with_unit_letter(answer, gold)
         if gold.percent == answer.percent:
             outcome = self._numbers(gold, answer)
             if outcome.verdict is not Verdict.CORRECT:
-                return self._angles(gold, answer) or outcome
+                return self._angles(gold, answer) or self._quarters(gold, answer) or outcome
             if gold.unit is None and answer.unit is not None and not answer.unit.is_known:
                 return unknown("words after the value that are no known unit")
             return outcome
@@ -378,6 +361,17 @@ class AnswerComparison:
         if same_digits.verdict is Verdict.CORRECT:
             return same_digits
         return self._numbers(as_fraction(gold), as_fraction(answer))
+
+    def _quarters(self, gold: Leaf, answer: Leaf) -> Outcome | None:
+        """Compares `7 quarters` with 7/4; the quarters may also be coins."""
+        if (
+            gold.unit is None
+            and answer.unit is not None
+            and answer.unit.words == ("quarter",)
+            and answer.value is not None
+        ):
+            return self._numbers(gold, Leaf(f"\\frac{{{answer.latex}}}{{4}}", answer.value / 4))
+        return None
 
     def _angles(self, gold: Leaf, answer: Leaf) -> Outcome | None:
         """Compares degrees with radians: 60 degrees is a third of pi. A number without pi is no angle in radians."""

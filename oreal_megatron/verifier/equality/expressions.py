@@ -24,6 +24,7 @@ MAX_DIGITS = 4_000
 MAX_INTEGRAND_OPERATIONS = 40
 MAX_EXACT_BITS = 200_000
 BITS_PER_DIGIT = 3.33
+_HALF_OPEN = re.compile(r"\([^()\[\]]*,[^()\[\]]*\]|\[[^()\[\]]*,[^()\[\]]*\)")
 _BARE_LOG = re.compile(r"\\log(?![A-Za-z])(?!\s*_)")
 # The coordinates are irregular, so that no identity holds by accident, and have both signs, so that |x| differs from x.
 _POINTS = ("0.73205", "-1.61827", "2.23719", "0.31871", "-0.57119", "3.14279", "1.41367", "-2.71913", "0.11293")
@@ -83,6 +84,8 @@ def _height(tree: sympy.Basic) -> float:
         return float(int(tree.p).bit_length() + int(tree.q).bit_length())
     if tree.is_Pow:
         exponent = exact_value(tree.exp)
+        if tree.base.is_Symbol and tree.exp.is_Integer:
+            return 0.0  # at the points the powers of a name are neither large nor close to each other
         times = 1.0 if exponent is None else max(1.0, abs(float(exponent)))
         return _height(tree.base) * times + _height(tree.exp)
     if isinstance(tree, _WHOLE_FUNCTIONS):
@@ -213,14 +216,21 @@ class SymbolicLeaves:
         try:
             gold_tree = read(gold)
         except (Refused, Unreadable) as error:
+            if _HALF_OPEN.search(gold) and parse_rational(answer) is not None:
+                return different("a number where the gold answer holds an interval")
             return unknown(f"the gold answer cannot be read: {error}")
+        is_number = parse_rational(gold) is not None
         try:
             answer_tree = read(answer)
         except Unreadable as error:
             return different(f"not a readable expression: {error}")
         except Refused as error:
-            return unknown(f"refused: {error}")
-        return self.equal_trees(gold_tree, answer_tree)
+            reason = f"refused: {error}"
+            return different(f"{reason}, for a plain number") if is_number else unknown(reason)
+        outcome = self.equal_trees(gold_tree, answer_tree)
+        if is_number and outcome.verdict is Verdict.UNDECIDED:
+            return different(f"no closed form, for a plain number: {outcome.reason}")
+        return outcome
 
     def equal_trees(self, gold: sympy.Basic, answer: sympy.Basic) -> Outcome:
         """Returns whether two trees have the same value."""

@@ -13,10 +13,9 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from oreal_megatron.types import Verdict
+from oreal_megatron.types import GradeRequest, Verdict
 from oreal_megatron.verifier.config import JudgeConfig
 from oreal_megatron.verifier.judge.endpoints import Endpoints
 from oreal_megatron.verifier.outcome import Outcome
@@ -48,15 +47,6 @@ _SCHEMA = {
 }
 
 
-@dataclass(frozen=True)
-class JudgeItem:
-    """A question to the judge."""
-
-    question: str
-    gold_answer: str
-    answer: str
-
-
 class JudgeFailure(Exception):
     """Raised for a request that gave no verdict; `retry` says whether a repetition may give one."""
 
@@ -65,9 +55,12 @@ class JudgeFailure(Exception):
         self.retry = retry
 
 
-def build_messages(item: JudgeItem, enforce_json: bool) -> list[dict[str, str]]:
-    """Builds the chat of a request. The fence is a digest of the texts, so that none of them can hold it."""
-    texts = [_clean(item.question)[:_MAX_QUESTION_CHARS], _clean(item.gold_answer), _clean(item.answer)]
+def build_messages(item: GradeRequest, enforce_json: bool) -> list[dict[str, str]]:
+    """Builds the chat of a request whose response is the answer alone.
+
+    The fence is a digest of the texts, so that none of them can hold it.
+    """
+    texts = [_clean(item.question)[:_MAX_QUESTION_CHARS], _clean(item.gold_answer), _clean(item.response)]
     fence = "=" * 4 + hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16] + "=" * 4
     labels = ("PROBLEM", "REFERENCE ANSWER", "STUDENT ANSWER")
     body = "\n".join(f"{label}\n{fence}\n{text}\n{fence}" for label, text in zip(labels, texts, strict=True))
@@ -111,14 +104,14 @@ class Judge:
         self.config = config
         self._endpoints = Endpoints(config.endpoints, config.breaker_failures, config.breaker_seconds)
 
-    def judge(self, items: Sequence[JudgeItem]) -> list[Outcome]:
+    def judge(self, items: Sequence[GradeRequest]) -> list[Outcome]:
         """Returns an outcome for each item, in order. May be called inside and outside of an event loop."""
         if not items:
             return []
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge") as thread:
             return thread.submit(asyncio.run, self._judge_all(items)).result()
 
-    async def _judge_all(self, items: Sequence[JudgeItem]) -> list[Outcome]:
+    async def _judge_all(self, items: Sequence[GradeRequest]) -> list[Outcome]:
         import httpx
 
         turn = asyncio.Semaphore(self.config.max_concurrency)
@@ -131,7 +124,7 @@ class Judge:
         ) as client:
             return await asyncio.gather(*(self._judge_one(client, turn, item) for item in items))
 
-    async def _judge_one(self, client: httpx.AsyncClient, turn: asyncio.Semaphore, item: JudgeItem) -> Outcome:
+    async def _judge_one(self, client: httpx.AsyncClient, turn: asyncio.Semaphore, item: GradeRequest) -> Outcome:
         async with turn:
             failure = "no judge endpoint is available"
             for attempt in range(self.config.max_attempts):
@@ -152,7 +145,7 @@ class Judge:
                     return Outcome(verdict, f"the verdict of {self.config.model}", STAGE)
             return Outcome(Verdict.UNDECIDED, f"the judge gave no verdict: {failure}"[:300], STAGE)
 
-    async def _ask(self, client: httpx.AsyncClient, url: str, item: JudgeItem) -> Verdict:
+    async def _ask(self, client: httpx.AsyncClient, url: str, item: GradeRequest) -> Verdict:
         import httpx
 
         try:
@@ -172,7 +165,7 @@ class Judge:
             raise JudgeFailure(f"not a chat completion: {response.text[:80]!r}") from None
         return parse_reply(content, self.config.enforce_json)
 
-    def _request(self, item: JudgeItem) -> dict[str, Any]:
+    def _request(self, item: GradeRequest) -> dict[str, Any]:
         request: dict[str, Any] = {
             "model": self.config.model,
             "messages": build_messages(item, self.config.enforce_json),

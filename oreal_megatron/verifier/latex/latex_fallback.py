@@ -20,6 +20,7 @@ from oreal_megatron.verifier.latex.latex_parser import GREEK, OutsideGrammar, re
 from oreal_megatron.verifier.latex.rational import parse_rational
 
 MAX_TREE_NODES = 3_000
+MAX_FULL_PARSER_CHARS = 2_000
 
 _CONFIG = ConversionConfig(interpret_as_mixed_fractions=True, lowercase_symbols=False)
 _NOT_EXPRESSIONS = (sympy.Set, sympy.Tuple, sympy.core.relational.Relational, sympy.logic.boolalg.BooleanFunction)
@@ -98,6 +99,7 @@ _STEPS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]
     (_THOUSANDS, lambda m: m[0].replace(",", "")),
     (_DECIMAL, lambda m: _decimal_to_fraction(m[0])),
     (_SIGNED_POWER, r"^{\1}"),
+    (re.compile(r"\\log\s*_\s*(\d)(?=\d)"), r"\\log_{\1} "),
     (_UNBRACED_POWER, r"^{\1} \\cdot "),  # LaTeX typesets 2^10 as 2^1 times 0
     (_DEGREES, r"(\1 \\cdot \\frac{\\pi}{180})"),
     (re.compile(r"\\lg(?![A-Za-z])"), r"\\log_{10}"),
@@ -109,6 +111,8 @@ def prepare(latex: str) -> str:
     """Rewrites notation that the grammar lacks or reads inexactly: decimals, degrees, names of several letters."""
     if "@" in latex:
         raise Unreadable("the sign @")  # it marks words below
+    if re.search(r"\d\s*_", latex):
+        raise Unreadable("a number with an index that is no base of its digits")
     for pattern, replacement in _STEPS:
         latex = pattern.sub(replacement, latex)
     words: list[str] = []
@@ -116,7 +120,7 @@ def prepare(latex: str) -> str:
     def keep(match: re.Match[str]) -> str:
         letters = re.sub(r"[^A-Za-z0-9]", "", match[1])
         if not letters:
-            if re.search(r"[\w+!?*%<>=^]", match[1]):
+            if re.search(r"[^\s.,;:()'\"-]", match[1]):
                 raise Unreadable("words of another script, or an operator in roman type")
             return " "
         words.append(letters)
@@ -151,6 +155,8 @@ def read(latex: str) -> sympy.Basic:
     try:
         return read_common(latex)
     except OutsideGrammar:
+        if len(latex) > MAX_FULL_PARSER_CHARS:
+            raise Refused(f"an expression of more than {MAX_FULL_PARSER_CHARS} characters") from None
         tree = parse_full(prepare(latex))
     if not isinstance(tree, sympy.Basic) or isinstance(tree, _NOT_EXPRESSIONS):
         raise Unreadable("not a single expression")

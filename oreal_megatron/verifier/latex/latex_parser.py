@@ -38,7 +38,7 @@ _TOKEN = re.compile(
 )
 _END = ""
 _TERM_ENDS = frozenset({"+", "-", ")", "]", "}", "|", "\\rfloor", "\\rceil", _END})
-MAX_TOKENS = 600
+MAX_TOKENS = 12_000
 
 
 class OutsideGrammar(ValueError):

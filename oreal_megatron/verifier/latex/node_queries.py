@@ -16,6 +16,7 @@ from oreal_megatron.verifier.latex.nodes import (
     SetOperation,
     Text,
 )
+from oreal_megatron.verifier.latex.rational import parse_rational
 
 
 def latex_of(node: Node) -> str | None:
@@ -148,7 +149,10 @@ def are_indexed_roots(named: dict[str, Node]) -> bool:
 
 _SIZES = {
     "s": (1, "time"), "min": (60, "time"), "h": (3600, "time"), "day": (86_400, "time"), "week": (604_800, "time"),
-    "in": (1, "length"), "ft": (12, "length"), "yd": (36, "length"),
+    "in": (1, "length"), "ft": (12, "length"), "yd": (36, "length"), "mm": (1, "metric length"),
+    "cm": (10, "metric length"), "m": (1_000, "metric length"), "km": (10**6, "metric length"), "mg": (1, "mass"),
+    "g": (1_000, "mass"), "kg": (10**6, "mass"), "ml": (1, "volume"), "l": (1_000, "volume"), "cent": (1, "dollars"),
+    "usd": (100, "dollars"),
 }  # fmt: skip
 
 
@@ -164,6 +168,17 @@ def amount_of(node: Node) -> tuple[Fraction, str] | None:
     if len(sizes) < len(parts) or len({dimension for _, _, dimension in sizes}) > 1:
         return None
     return sum((value * size for value, size, _ in sizes), Fraction(0)), sizes[0][2]
+
+
+_UNIT_LETTER = re.compile(r"(.*[\d})])\s*([mgshlLJNW])")
+
+
+def with_unit_letter(answer: Leaf, gold: Leaf) -> Leaf:
+    """Returns `12 h` as 12 hours if the gold answer has this unit; else the letter is a variable."""
+    match = _UNIT_LETTER.fullmatch(answer.latex) if answer.unit is None and gold.unit is not None else None
+    if match is None or gold.unit is None or gold.unit.words != (match[2].lower(),):
+        return answer
+    return Leaf(match[1], parse_rational(match[1]), gold.unit)
 
 
 def same_time_of_day(gold: Ratio, answer: Ratio) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 
@@ -28,7 +29,8 @@ _UNICODE = {
     "º": r"\degree ", "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"',
     "∠": r"\angle ",
     "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
-    "¢": r"\text{ cents}", "€": r"\euro ", "£": r"\pounds ", "¥": r"\yen ", "、": ",", "。": ".", "…": r"\ldots ",
+    "¢": r"\text{ cents}", "€": r"\euro ", "£": r"\pounds ", "¥": r"\yen ", "₹": r"\rupees ", "、": ",",
+    "。": ".", "…": r"\ldots ",
     "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
 }  # fmt: skip
 
@@ -40,7 +42,8 @@ _COMMANDS = {
     "hbox": "text", "dbinom": "binom", "tbinom": "binom", "simeq": "approx", "cong": "approx", "doteq": "approx",
     "lbrace": "{", "rbrace": "}", "lbrack": "[", "rbrack": "]", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|",
     "arcsin": "arcsin", "wedge": "land", "vee": "lor", "lnot": "neg", "rightarrow": "to", "dots": "ldots",
-    "cdots": "ldots", "backslash": "setminus", "smallsetminus": "setminus", "textdollar": "$", "fbox": "boxed",
+    "cdots": "ldots", "backslash": "setminus", "smallsetminus": "setminus", "textdollar": "$", "mathdollar": "dollar",
+    "fbox": "boxed",
     "varphi": "phi", "varepsilon": "epsilon", "bigcup": "bigcup", "textdegree": "degree", "degrees": "degree",
     "lang": "langle", "rang": "rangle", "bmod": "mod", "iff": "Leftrightarrow", "implies": "Rightarrow",
 }  # fmt: skip
@@ -67,11 +70,11 @@ _COLOR = re.compile(r"\\(?:text)?color(?:box)?\s*\{#?[A-Za-z0-9!]{0,30}\}")
 _MEASURED_SPACE = re.compile(r"\\(?:[hvm]space|tag|label|rule)\*?\s*\{[^{}]{0,30}\}(?:\s*\{[^{}]{0,30}\})?")
 _HTML_SCRIPT = re.compile(r"<(su[bp])>([^<>]{0,50})</\1>")
 _ROW_END = re.compile(
-    r"\\\\(?:\*)?(?:\s*\[\s*-?[\d.]{1,8}\s*(?:pt|em|ex|mm|cm|in|px|mu)\s*\])?|\\(?:cr|tabularnewline)(?![A-Za-z])"
+    r"\\\\(?:\*)?(?:\s*\[\s*-?[\d.]{0,8}\s*(?:pt|em|ex|mm|cm|in|px|mu|bp|pc|\\[A-Za-z]{1,20})\s*\])?|\\(?:cr|tabularnewline)(?![A-Za-z])"
 )
-_COLON = re.compile(r"\{\s*:\s*\}|\\math(?:bin|rel|punct)\s*\{\s*:\s*\}|\\colon(?![A-Za-z])")
+_COLON = re.compile(r"\{\s*:\s*\}|\\math(?:bin|rel|punct|ord)\s*\{\s*:\s*\}|\\colon(?![A-Za-z])")
 _THOUSANDS_BRACES = re.compile(r"(?<=\d)\{,\}(?=\d{3})|(?<=\d),\\!\s*(?=\d{3})|(?<=\d)\\,(?=\d{3}(?!\d))")
-_FRACTION = re.compile(r"\\frac\s*(?![\s{])(\d|[A-Za-z](?![A-Za-z])|\\[A-Za-z]+)\s*")
+_FRACTION = re.compile(r"\\(frac|binom)\s*(?![\s{])(\d|[A-Za-z](?![A-Za-z])|\\[A-Za-z]+)\s*")
 _BARE_ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]{1,20}\])?\s*(\d|[A-Za-z])")
 _DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)(?![A-Za-z])|\^\s*\{\s*\\degree\s*\}|\^\s*\\degree(?![A-Za-z])")
 _PLAIN_FUNCTION = re.compile(
@@ -134,6 +137,11 @@ _UPRIGHT = re.compile(r"\\(?:mathrm|operatorname)\s*\{\s*([^{}]*?)\s*\}")
 _UPRIGHT_UNIT = re.compile(
     r"(?<=[\d})])([\s~]*)\\(?:mathrm|operatorname)\s*\{[\s~]*([a-zA-Z]|min)\s*\}(?=\s*(?:$|[\\^/.]))"
 )
+_UPRIGHT_POWER = re.compile(r"(\\mathrm\s*\{[^{}]*)\^\s*\{?\s*(-?\d)\s*\}?\s*\}")
+_SIUNITX = re.compile(
+    r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{\s*\\?([^{}\\]*)\}|\\num\s*\{([^{}]*)\}|\\unit\s*\{\s*\\?([^{}\\]*)\}"
+)
+_PLAIN_TEX_MATRIX = re.compile(r"\\([pbB]?matrix)\s*(?=\{)")
 _UPRIGHT_LETTER = re.compile(r"\\(?:mathrm|operatorname)\s*([A-Za-z])(?![A-Za-z])")
 _FUNCTIONS = frozenset([
     "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "arccot", "sinh", "cosh", "tanh", "log",
@@ -175,10 +183,10 @@ _TYPEFACE = re.compile(rf"\\(?:{'|'.join(sorted(_UNWRAPPED_COMMANDS))})(?![A-Za-
 
 def _brace_fractions(text: str) -> str:
     r"""Rewrites `\frac12` to `\frac{1}{2}`, `\frac1{72}` to `\frac{1}{72}`, `\frac{1}c` to `\frac{1}{c}`."""
-    text = _FRACTION.sub(r"\\frac{\1}", text)
+    text = _FRACTION.sub(r"\\\1{\2}", text)
     pieces: list[str] = []
     position = 0
-    for match in re.finditer(r"\\frac\s*\{", text):
+    for match in re.finditer(r"\\(?:frac|binom)\s*\{", text):
         if match.start() < position:
             continue
         close = matching_brace(text, match.end() - 1)
@@ -188,6 +196,23 @@ def _brace_fractions(text: str) -> str:
         if after:
             pieces.append(text[position : close + 1] + "{" + after[1] + "}")
             position = after.end()
+    return "".join(pieces) + text[position:]
+
+
+def _siunitx(match: re.Match[str]) -> str:
+    return match[3] or f"{match[1] or ''}\\text{{ {match[2] or match[4]}}}"
+
+
+def _environments(text: str) -> str:
+    r"""Rewrites `\pmatrix{...}` of plain TeX to `\begin{pmatrix}...\end{pmatrix}`."""
+    pieces, position = [], 0
+    for match in _PLAIN_TEX_MATRIX.finditer(text):
+        close = matching_brace(text, match.end())
+        if close < 0 or match.start() < position:
+            continue
+        inside = text[match.end() + 1 : close]
+        pieces.append(f"{text[position : match.start()]}\\begin{{{match[1]}}}{inside}\\end{{{match[1]}}}")
+        position = close + 1
     return "".join(pieces) + text[position:]
 
 
@@ -234,6 +259,7 @@ def text_key(normalized: str) -> str:
     return _IDLE_SPACE.sub("", normalized)
 
 
+@functools.lru_cache(maxsize=512)  # the responses of a group share their gold answer
 def normalize(answer: str) -> str:
     """Returns the answer in its normal spelling: LaTeX commands, no layout, braces around arguments, single spaces."""
     text = _fold_unicode(answer)
@@ -252,7 +278,9 @@ def normalize(answer: str) -> str:
     )
     text = _SPACING_SYMBOL.sub(" ", text.replace(r"\!", ""))
     text = _COLOR.sub(" ", _MEASURED_SPACE.sub(" ", text))
+    text = re.sub(r"(?<=[\d})])\s*\\q?quad\s*(?=[A-Za-z](?:_\{?\w\}?)?\s*=)", ", ", text)
     text = re.sub(r"\\q?quad(?=[A-Za-z])", " ", text)
+    text = _UPRIGHT_POWER.sub(r"\1}^{\2}", _SIUNITX.sub(_siunitx, _environments(text)))
     text = unit_vectors(_COMMAND.sub(_rename_command, text))
     text = _UPRIGHT_UNIT.sub(
         lambda m: m[2] if m[2] not in UNIT_LETTERS and m[2] != "min" else f"{m[1]}\\text{{{m[2]}}}", text

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from oreal_megatron.verifier.latex.units_and_words import COMPARATIVE, FRACTION_WORDS
+from oreal_megatron.verifier.latex.rational import parse_rational
+from oreal_megatron.verifier.latex.units_and_words import COMPARATIVE, FRACTION_WORDS, parse_word_number
 
 _MODULUS = re.compile(  # \text{ mod }12, \text{(mod 12)}, (\mod 12)
     r"\(?\s*\\text\s*\{\s*\(?\s*mod(?:ulo)?\s*(\w*)\s*\)?\s*\}\s*\{?\s*(\w*)\s*\}?\s*\)?"
@@ -21,7 +22,9 @@ _RAISED_CHOICES = re.compile(r"(?<![A-Za-z\\])C\s*_\s*\{?\s*(\d{1,4})\s*\}?\s*\^
 _LETTER_CHOICES = re.compile(  # C_n^3, C_{n+1}^{k}: chosen from the lower index, as the upper one is smaller
     r"(?<![A-Za-z\\])C\s*_\s*(?:\{\s*([\dn-z+\-]*[a-z][\dn-z+\-]*)\s*\}|([a-z]))\s*\^\s*(?:\{\s*([\da-z+\-]{1,9})\s*\}|([\da-z]))"
 )
-_MAPPING = re.compile(r"^(?:([A-Za-z])\s*:\s*)?(?:[^,:]{1,40},\s*)?([a-z])\s*\\mapsto\s*(?![A-Za-z])(.+)$", re.DOTALL)
+_MAPPING = re.compile(
+    r"^(?:([A-Za-z])\s*:\s*(?=.*\\(?:mapsto|to)))?(?:[^,:]{1,40},\s*)?([a-z])\s*\\mapsto\s*(?![A-Za-z])(.+)$", re.DOTALL
+)
 _BASE_NAMES = {
     "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
     "twelve": 12, "sixteen": 16,
@@ -49,6 +52,15 @@ def _chinese(match: re.Match[str]) -> str:
     return rf"\text{{{words}}}"
 
 
+_BASE = re.compile(
+    r"(?<![\w.])(\w{1,60})\s*(?:\\text\s*\{\s*)?\(?\s*(?:in\s+)?base\s*[-\s]?\s*(?:\}\s*)?"
+    rf"(\d{{1,2}}|{'|'.join(_BASE_NAMES)})\s*\)?\s*\}}?$"
+)
+_PARTS = {**FRACTION_WORDS, "quarter": 4}
+_PREFIXED = re.compile(r"^0([xbo])([0-9A-Fa-f]+)$")
+_PREFIXES = {"x": 16, "b": 2, "o": 8}
+
+
 _NOTATIONS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
     (_CHINESE, _chinese),
     (re.compile(rf"\\text\{{[{_CJK}]*(?:答案|结果|等于)(?:是|为)?\}}\s*(?=\S)"), ""),
@@ -57,8 +69,26 @@ _NOTATIONS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], 
     (_SCRIPTED_CHOICES, _binomial),
     (_RAISED_CHOICES, _binomial),
     (_LETTER_CHOICES, lambda m: f"\\binom{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}"),
+    (re.compile(r"^([A-Za-z])\s*:\s*([a-z])\s*\\to\s*(?=[^\\]|\\(?:frac|sqrt))"), r"\1:\2\\mapsto "),
     (_MAPPING, lambda m: f"{m[1] or 'f'}({m[2]})={m[3]}"),
-    (re.compile(r"\(\s*(\w{1,60})\s*\)\s*(?=_\s*[\d{])"), r"\1"),  # (101)_2
+    (re.compile(r"(?:\(|\{|\\overline\s*\{)\s*(\w{1,60})\s*[)}]\s*(?=_\s*[\d{])"), r"\1"),  # (101)_2
+    (re.compile(r"(?<=\w)\s*_\s*\{\s*\(\s*(\d{1,2})\s*\)\s*\}$"), r"_{\1}"),
+    (_BASE, lambda m: f"{m[1]}_{{{_BASE_NAMES.get(m[2], m[2])}}}" if re.search(r"\d", m[1]) else m[0]),
+    (re.compile(r"\\mathbb\s*([A-Z])"), r"\\mathbb{\1}"),
+    (
+        re.compile(r"^\(\s*(-?[\d./]+)\s*\|\s*(-?[\d./]+)\s*(?:\|\s*(-?[\d./]+)\s*)?\)$"),
+        lambda m: f"({','.join(filter(None, m.groups()))})",
+    ),
+    (re.compile(r"(?<=[\d})])(?:\s|\\,)*\\Omega(?![A-Za-z])(?=\s*$)"), r"\\text{ ohm}"),
+    (re.compile(r"(?i)\bper\s+cent\b"), "percent"),
+    (re.compile(r"(?i)\bo'clock\b"), "oclock"),
+    (re.compile(r"\\text\s*\{\s*\\(dollar|euro|pounds|yen|rupees)\s*\}"), r"\\\1 "),
+    (re.compile(r"^(?:US|U\.S\.)\s*(?=\\dollar)"), ""),
+    (re.compile(r"^(-?\d[\d,.]*)\s*(\\(?:dollar|euro|pounds|yen|rupees))\s*$"), r"\2 \1"),
+    (
+        re.compile(r"^(-?\d+)\s*(?:\\text\s*\{\s*)?and\s+(?:an?|one)\s+(half|third|quarter|fourth|fifth)\s*\}?$"),
+        lambda m: f"{m[1]}\\frac{{1}}{{{_PARTS[m[2]]}}}",
+    ),
     (
         re.compile(rf"_\s*\{{?\s*\\text\s*\{{\s*({'|'.join(_BASE_NAMES)})\s*\}}\s*\}}?"),
         lambda m: f"_{{{_BASE_NAMES[m[1]]}}}",
@@ -69,7 +99,7 @@ _NOTATIONS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], 
         re.compile(r"\\text\s*\{\s*(\d{1,2}\s*:\s*[0-5]\d)\s*([AaPp])\.?\s?[Mm]\.?\s*\}"),
         lambda m: rf"{m[1]}\text{{ {m[2].lower()}m}}",
     ),
-    (re.compile(r"(?<=\d)\s*([ap])\.\s?m\.?(?![A-Za-z])"), r"\\text{ \1m}"),
+    (re.compile(r"(?<=\d)\s*([AaPp])\.\s?[Mm]\.?(?![A-Za-z])"), lambda m: rf"\text{{ {m[1].lower()}m}}"),
     (re.compile(r"^(-?\d+\s*\\pmod\s*\{\s*\w+\s*\})$"), r"x\\equiv \1"),
     (re.compile(r"^(?:\\text\s*\{\s*)?(USD|EUR|GBP|Rs)\.?\s*\}?\s*(?=\d)"), lambda m: f"\\{_CURRENCIES[m[1]]} "),
 )
@@ -102,18 +132,30 @@ def unit_vectors(text: str) -> str:
 
 _FRACTION_TAIL = re.compile(r"(-?\d+)\s*\\text\s*\{\s*([a-z]+?)s?\s*\}")
 _OPERATION_TAIL = re.compile(
-    r"(-?\d+)\s*\\text\s*\{\s*(squared|cubed|factorial|choose|over|divided by|(?:square )?root|sqrt)\s*"
+    r"(-?\d+)\s*\\text\s*\{\s*(squared|cubed|factorial|choose|over|divided by|times|plus|minus"
+    r"|(?:square )?root|sqrt|pi)\s*"
     r"(?:\(?(\d+)\)?\s*\}|\}\s*(\d+)|\})"
 )
 
 
+_SIGNS = {"times": "\\cdot ", "plus": "+", "minus": "-"}
+_NUMBER_IN_WORDS = re.compile(r"(-?\d+)\s*\\text\s*\{\s*\(([a-z\s-]+)\)\s*\}")
+
+
 def _operation(match: re.Match[str]) -> str:
     number, operand = match[1], match[3] or match[4]
-    unary = {"squared": f"({number})^{{2}}", "cubed": f"({number})^{{3}}", "factorial": f"({number})!"}
+    unary = {
+        "squared": f"({number})^{{2}}",
+        "cubed": f"({number})^{{3}}",
+        "factorial": f"({number})!",
+        "pi": f"{number}\\pi ",
+    }
     if match[2] in unary:
         return match[0] if operand else unary[match[2]]
     if not operand:
         return match[0]
+    if match[2] in _SIGNS:
+        return f"{number}{_SIGNS[match[2]]}{operand}"
     if match[2] == "choose":
         return f"\\binom{{{number}}}{{{operand}}}"
     return f"\\frac{{{number}}}{{{operand}}}" if match[2] in ("over", "divided by") else f"{number}\\sqrt{{{operand}}}"
@@ -123,6 +165,8 @@ def operations_in_words(text: str) -> str:
     r"""Rewrites `7\text{ halves}` to `\frac{7}{2}`, `7\text{ choose }2` to `\binom{7}{2}`, and so on."""
     if (match := _FRACTION_TAIL.fullmatch(text)) and match[2] in FRACTION_WORDS and match[2] != "half":
         return f"\\frac{{{match[1]}}}{{{FRACTION_WORDS[match[2]]}}}"
+    if (match := _NUMBER_IN_WORDS.fullmatch(text)) and parse_word_number(match[2]) == int(match[1]):
+        return match[1]
     match = _OPERATION_TAIL.fullmatch(text)
     return _operation(match) if match else text
 
@@ -136,7 +180,8 @@ _STATEMENT = re.compile(
     rf"(?:\}}\s*(?=[^\s}}])|({_NUMBER})\s*\.?\s*\}}$)"
 )
 _INTRODUCTION = re.compile(
-    r"^\\text\s*\{\s*(?:thus|so|hence|therefore|then|we get|we have|ans(?:wer)?\.?)\s*[,:.]?\s*\}\s*[,:]?\s*(?=\S)",
+    r"^\\text\s*\{\s*(?:thus|so|hence|therefore|then|exactly|precisely|we get|we have|ans(?:wer)?\.?)"
+    r"\s*[,:.]?\s*\}\s*[,:]?\s*(?=\S)",
     re.IGNORECASE,
 )
 _FOR_ALL = re.compile(
@@ -147,7 +192,7 @@ _DENIAL = re.compile(r"\b(?:not|no|wrong|incorrect|false|except|neither|never|ca
 
 
 def _statement(match: re.Match[str]) -> str:
-    if COMPARATIVE.search(match[1]) or _DENIAL.search(match[1]):
+    if not re.search("[A-Za-z]", match[1]) or COMPARATIVE.search(match[1]) or _DENIAL.search(match[1]):
         return match[0]
     return rf"\text{{{match[1]}}}={match[2] or ''}"
 
@@ -175,3 +220,30 @@ def without_excluded_points(text: str) -> str:
     if match is None or re.search(r"[=<>,]|\\(?:le|ge|ne|in|cup|cap|mathbb)(?![A-Za-z])", match["expression"]):
         return text
     return match["expression"] if re.search(rf"(?<![A-Za-z\\]){match['name']}", match["expression"]) else text
+
+
+_INDIAN = re.compile(r"\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?")
+_DOTTED_GROUPS = re.compile(r"(-?\d{1,3}(?:\.\d{3}){2,})|(-?\d{1,3}(?:'\d{3})+)(?:\.(\d+))?")
+_DECIMAL_COMMA = re.compile(r"(-?)(\d{1,3}(?:[. ]\d{3})*|\d+)\s*\{?,\}?(\d+)(\s*%)?")
+
+
+def usual_number(text: str, gold: str) -> str:
+    """Rewrites a number with the separators of other languages: `1.234.567`, `1'234`, `1.234,5`, `12,34,567`, `0x2F`.
+
+    A text that could also be a list, such as `3,5`, is a number only where it then has the value of the gold answer.
+    """
+    if match := _DOTTED_GROUPS.fullmatch(text):
+        return re.sub(r"[.']", "", match[1] or match[2]) + (f".{match[3]}" if match[3] else "")
+    if "_" in gold and (match := _PREFIXED.fullmatch(text)):
+        return f"{match[2].upper()}_{{{_PREFIXES[match[1]]}}}"
+    wanted = parse_rational(gold.rstrip("% "))
+    if wanted is None:
+        return text
+    if wanted.denominator > 1 and (match := _DECIMAL_COMMA.fullmatch(text)):
+        number = f"{match[1]}{re.sub('[. ]', '', match[2])}.{match[3]}"
+        is_grouped = len(match[3]) == 3 and match[2] != "0" and not re.search("[. ]", match[2])
+        if not is_grouped and parse_rational(number) == wanted:
+            return number + (match[4] or "")
+    if _INDIAN.fullmatch(text) and parse_rational(text.replace(",", "")) == wanted:
+        return text.replace(",", "")
+    return text

@@ -6,7 +6,6 @@ The leaves stay LaTeX of single expressions, which `equality` compares.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from oreal_megatron.verifier.latex.nodes import (
     Based,
@@ -39,7 +38,7 @@ RELATIONS = {
     "=": "=", "<": "<", ">": ">", "\\lt": "<", "\\gt": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!=",
     "\\approx": "~", "\\sim": "~", "\\in": "in", "\\equiv": "mod", "\\to": "->", "\\Rightarrow": "=>",
 }  # fmt: skip
-_BASED = re.compile(r"([0-9A-Za-z]*\d[0-9A-Za-z]*|[A-Fa-f]{2,})\s*_\s*(?:\{\s*(\d{1,2})\s*\}|(\d{1,2}))")
+_BASED = re.compile(r"(-?)([0-9A-Za-z]*\d[0-9A-Za-z]*|[A-Fa-f]{2,})\s*_\s*(?:\{\s*(\d{1,2})\s*\}|(\d{1,2}))")
 _ROWS = re.compile(
     r"(?:\\\{\s*)?\\begin\{(cases|aligned|array|gathered|matrix)\}(?:\s*\{[lcr| ]{0,60}\})?(.*)\\end\{\1\}(?:\s*\.)?",
     re.DOTALL,
@@ -50,25 +49,15 @@ _TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
 _PLAIN_WORDS = re.compile(r"[A-Za-z][A-Za-z' ,.\-!?]*")
 
 
-@dataclass(frozen=True)
-class Token:
-    """A LaTeX token with its place in the text and its bracket depth."""
-
-    text: str
-    start: int
-    end: int
-    depth: int
-
-
-def tokens_of(latex: str) -> list[Token]:
-    """Returns the tokens. `(0,1]` counts as balanced: any closing bracket closes any opening bracket."""
-    tokens: list[Token] = []
+def tokens_of(latex: str) -> list[tuple[re.Match[str], int]]:
+    """Returns the LaTeX tokens, each with its depth in brackets; any closing bracket closes any opening bracket."""
+    tokens: list[tuple[re.Match[str], int]] = []
     depth = 0
     for match in _TOKEN.finditer(latex):
         text = match[0]
         if text in _CLOSING:
             depth -= 1
-        tokens.append(Token(text, match.start(), match.end(), depth))
+        tokens.append((match, depth))
         if text in _OPENING:
             depth += 1
     return tokens
@@ -77,21 +66,21 @@ def tokens_of(latex: str) -> list[Token]:
 def split_top(latex: str, separators: frozenset[str]) -> list[str]:
     """Splits the text at separators that are outside of all brackets."""
     parts, position = [], 0
-    for token in tokens_of(latex):
-        if token.depth == 0 and token.text in separators:
-            parts.append(latex[position : token.start].strip())
-            position = token.end
+    for token, depth in tokens_of(latex):
+        if depth == 0 and token[0] in separators:
+            parts.append(latex[position : token.start()].strip())
+            position = token.end()
     parts.append(latex[position:].strip())
     return parts
 
 
 def _split_relation(latex: str) -> Node | None:
     items, operators, position = [], [], 0
-    for token in tokens_of(latex):
-        if token.depth == 0 and token.text in RELATIONS:
-            items.append(latex[position : token.start].strip())
-            operators.append(RELATIONS[token.text])
-            position = token.end
+    for token, depth in tokens_of(latex):
+        if depth == 0 and token[0] in RELATIONS:
+            items.append(latex[position : token.start()].strip())
+            operators.append(RELATIONS[token[0]])
+            position = token.end()
     if not operators:
         return None
     items.append(latex[position:].strip())
@@ -116,16 +105,15 @@ def _set_of(inside: str) -> Node:
 
 def _bracketed(latex: str) -> Node | None:
     tokens = tokens_of(latex)
-    if (
-        len(tokens) < 2
-        or tokens[0].text not in ("(", "[", "\\{", "\\langle", "]")
-        or tokens[-1].text not in _CLOSING | {"["}
-    ):
+    if len(tokens) < 2:
         return None
-    if any(token.depth <= 0 for token in tokens[1:-1]) and tokens[0].text != "]":
+    (first, _), *middle, (last, _) = tokens
+    opening, closing = first[0], last[0]
+    if opening not in ("(", "[", "\\{", "\\langle", "]") or closing not in _CLOSING | {"["}:
         return None
-    opening, closing = tokens[0].text, tokens[-1].text
-    inside = latex[tokens[0].end : tokens[-1].start].strip()
+    if any(depth <= 0 for _, depth in middle) and opening != "]":
+        return None
+    inside = latex[first.end() : last.start()].strip()
     if closing == "[":
         closing = ")"  # ]0,1[ as the French write (0,1)
     opening = "(" if opening == "]" else opening
@@ -165,18 +153,30 @@ def _matrix(latex: str) -> Matrix | None:
     return Matrix(tuple(cells)) if cells and all(len(row) == len(cells[0]) for row in cells) else None
 
 
+_TRANSPOSE = re.compile(r"(.+[)\]}])\s*\^\s*\{?\s*(?:T|t|\\top|\\intercal|\\text\s*\{\s*T\s*\})\s*\}?", re.DOTALL)
+
+
+def _transposed(latex: str) -> Node | None:
+    """Reads a transposed tuple or matrix."""
+    match = _TRANSPOSE.fullmatch(latex)
+    node = parse(match[1]) if match else None
+    if isinstance(node, Matrix):
+        return Matrix(tuple(zip(*node.rows, strict=True)))
+    return Bracketed(node.parts, "(", ")") if isinstance(node, Bracketed) else None
+
+
 def _based(latex: str) -> Based | None:
     match = _BASED.fullmatch(latex)
     if match is None:
         return None
-    digits, base = match[1].upper(), int(match[2] or match[3])
+    digits, base = match[2].upper(), int(match[3] or match[4])
     if not 2 <= base <= 36:
         return None
     try:
         int(digits, base)
     except ValueError:
         return None
-    return Based(digits.lstrip("0") or "0", base)
+    return Based(match[1] + (digits.lstrip("0") or "0"), base)
 
 
 def _text(words: str, latex: str) -> Node:
@@ -188,7 +188,7 @@ def _words(latex: str) -> Node | None:
     without = _TEXT_COMMAND.sub("", latex).strip(" .,;:!?-")
     if "\\text" in latex and not without:
         words = " ".join(match[1].strip() for match in _TEXT_COMMAND.finditer(latex)).strip()
-        if re.fullmatch(r"[\d.,/:%\s-]+|[A-Za-z]\s*=\s*[\d./-]+", words):
+        if re.fullmatch(r"[\d.,/:%\s-]+|\d+ to \d+|[A-Za-z]\s*=\s*[\d./-]+", words):
             return parse(words)
         if quantity := re.fullmatch(r"(-?[\d.,/]+)\s+([A-Za-z][A-Za-z ]*)", words):
             return parse(f"{quantity[1]}\\text{{{quantity[2]}}}")
@@ -259,11 +259,11 @@ def _flatten(parts: list[Node]) -> tuple[Node, ...]:
     return tuple(flat)
 
 
-def parse_list(latex: str) -> Collection | None:
+def parse_list(latex: str) -> Collection | Bracketed | None:
     """Reads a list such as `a, b and c` outside of brackets."""
     tokens = tokens_of(latex)
-    spans: list[tuple[int, int]] = [(t.start, t.end) for t in tokens if t.depth == 0 and t.text in ",;"]
-    depth_at = {token.start: token.depth for token in tokens}
+    spans: list[tuple[int, int]] = [token.span() for token, depth in tokens if depth == 0 and token[0] in ",;"]
+    depth_at = {token.start(): depth for token, depth in tokens}
     alternative = False
     for match in _WORD_SEPARATOR.finditer(latex):
         if depth_at.get(match.start()) == 0:
@@ -279,6 +279,8 @@ def parse_list(latex: str) -> Collection | None:
     parts = [part for part in parts if part]
     if len(parts) < 2:
         return None
+    if all(part.startswith(label) for part, label in zip(parts, ("(1)", "(2)", "(3)", "(4)"), strict=False)):
+        return Bracketed(tuple(parse(part[3:]) for part in parts), "(", ")")
     return Collection(_flatten([parse(part) for part in parts]), alternative=alternative)
 
 
@@ -290,9 +292,16 @@ def _set_operation(latex: str) -> SetOperation | None:
     return _operation(latex, _SET_OPERATORS)
 
 
-def _connective(latex: str) -> SetOperation | None:
+def _connective(latex: str) -> SetOperation | Collection | None:
     """Reads statements joined by connectives, which bind less than relations; set operators bind more."""
-    return _operation(latex, _CONNECTIVES)
+    node = _operation(latex, _CONNECTIVES)
+    if node is not None and node.operator == "or" and all(_is_equation(part) for part in node.parts):
+        return Collection(node.parts, alternative=True)
+    return node
+
+
+def _is_equation(node: Node) -> bool:
+    return isinstance(node, Relation) and node.operators == ("=",)
 
 
 def _operation(latex: str, operators: tuple[tuple[str, str], ...]) -> SetOperation | None:
@@ -353,6 +362,7 @@ def parse(latex: str) -> Node:
         _all_but,
         _system,
         _matrix,
+        _transposed,
         _based,
         _bracketed,
         _point,

@@ -14,7 +14,7 @@ SAME_UNIT = {
     "gm": "g", "kilogram": "kg", "milligram": "mg", "pound": "lb", "ounce": "oz", "liter": "l", "litre": "l",
     "milliliter": "ml", "degree": "deg", "cent": "cent", "dollar": "usd", "buck": "usd", "euro": "eur", "mph": "mi/h",
     "kph": "km/h", "kmph": "km/h", "joule": "j", "newton": "n", "watt": "w", "sq": "square", "percent": "percent",
-    "radian": "rad", "rupee": "inr", "lbs": "lb", "yen": "jpy", "am": "am", "pm": "pm",
+    "radian": "rad", "rupee": "inr", "lbs": "lb", "yen": "jpy", "ohm": "ohm", "am": "am", "pm": "pm",
 }  # fmt: skip
 PHYSICAL_UNITS = frozenset(SAME_UNIT.values()) | {
     "square", "cubic", "2", "3", "mm", "cm", "km", "kg", "mg", "ml", "hz",
@@ -45,7 +45,7 @@ _COUNTED = (
     "answer vote year song video message email hour lesson session shelf shelve drawer bulb lamp light battery "
     "computer phone machine toothpick share item object thing gift present prize medal trophy point goal run score "
     "time turn trial toss roll throw flip graph matrix matrice polynomial equation sequence string code password "
-    "subgroup"
+    "subgroup oclock"
 )
 _ATTRIBUTES = (
     "of in the a an per each every all total different distinct possible such altogether left "
@@ -58,12 +58,13 @@ KNOWN_WORDS = frozenset(f"{_FURTHER_UNITS} {_COUNTED} {_ATTRIBUTES}".split()) | 
 
 _COMPARISONS = (
     "or and not no never none maybe perhaps possibly either neither if then but except unless is are was equals "
-    "approximately about around least most than more less greater fewer between to half almost nearly roughly above "
-    "below under up down"
+    "approximately approx about around least most than more less greater fewer between to half almost nearly roughly "
+    "above below under up down"
 )
 _OPERATIONS = (
     "squared cubed times plus minus over divided multiplied factorial choose pi sqrt root mod modulo remainder log "
-    "ln sin cos tan power raised infinity infinite negative positive double twice inverse reciprocal"
+    "tens doubled tripled halved ln sin cos tan power raised infinity infinite negative positive double twice "
+    "inverse reciprocal"
 )
 _DENIALS = (
     "wrong incorrect false guess guessed guessing untrue invalid impossible mistaken error ish so cannot isnt nope "

@@ -59,6 +59,8 @@ class Unit:
     def agrees(self, other: Unit) -> bool:
         """Whether the two may be the same: one has all the words of the other, such as "apples" and "red apples"."""
         mine, others = set(self.words) - {"/"}, set(other.words) - {"/"}
+        if {self.words, other.words} == {("gbp",), ("lb",)}:
+            return True  # "pounds" may be either
         return self.words == other.words or (
             bool(mine and others) and (mine <= others or others <= mine) and not (mine ^ others) & PHYSICAL_UNITS
         )
@@ -86,8 +88,9 @@ def _singular(word: str) -> str:
 def _unit_of(text: str) -> Unit | None:
     """Returns the unit in a piece of text; None if it holds words that change the meaning of the number."""
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).replace("\\degree", " degree ").replace("\\cdot", " ")
+    text = re.sub(r"([A-Za-z]+)\s*\^\s*\{?\s*-1\s*\}?", r"/\1", text)
     text = re.sub(r"([ap])\.\s?m\.?", r"\1m", text, flags=re.IGNORECASE)
-    if re.search(r"[+!?<>=*|%]|(?:^|\s)-\s*\d|\.\s*\d", text):
+    if re.search(r"[^\w\s().,;:'\"/^{}\\-]|(?:^|\s)-\s*\d|\.\s*\d", text):
         return None
     words: list[str] = []
     is_known = True
@@ -97,7 +100,7 @@ def _unit_of(text: str) -> Unit | None:
             if written not in UNIT_LETTERS + LETTERS_OF_GOLD_UNITS and word != "a":
                 return None
             is_known &= written in UNIT_LETTERS or word == "a"
-        if _changes_value(word):
+        if _changes_value(word) and text.strip() != "times":
             return None
         word = "/" if word == "per" else word
         word = SAME_UNIT.get(word) or SAME_UNIT.get(_singular(word)) or _singular(word)
@@ -184,6 +187,10 @@ def parse_word_number(text: str) -> Fraction | None:
     words = re.findall("[a-z]+", re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text.lower()))
     if not words or len(words) > 20 or re.search(r"[^a-z\s\-,]", re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text.lower())):
         return None
+    if _singular(words[-1]) in {*FRACTION_WORDS, "quarter"}:
+        count = Fraction(1) if words[:-1] in (["a"], ["one"], []) else parse_word_number(" ".join(words[:-1]))
+        parts = {**FRACTION_WORDS, "quarter": 4}[_singular(words[-1])]
+        return None if count is None or (len(words) == 1 and words != ["half"]) else count / parts
     total = current = 0
     seen = False
     for word in words:
@@ -199,13 +206,13 @@ def parse_word_number(text: str) -> Fraction | None:
     return Fraction(total + current) if seen else None
 
 
-_FILLER = frozenset(["a", "an", "the", "is", "are", "of", "it", "be"])
+_FILLER = frozenset(["a", "an", "the", "is", "are", "of", "it", "be", "on", "at"])
 _SAME_PHRASE = (
     ("no solution", "no solutions exist", "no real solution", "no real solutions exist", "no real number", "empty set",
      "there is no solution", "there are no solutions", "there is no real solution", "there are no real solutions",
      "none"),
-    ("infinitely many", "infinitely many solutions", "there are infinitely many solutions"),
-    ("does not exist", "dne"), ("infinity", "infinite"), ("all real number", "all reals", "set of all real numbers"),
+    ("infinity", "infinite", "infinitely many", "infinitely many solutions", "there are infinitely many solutions"),
+    ("does not exist", "dne"), ("all real number", "all reals", "set of all real numbers"),
 )  # fmt: skip
 
 
@@ -220,3 +227,30 @@ def words_key(text: str) -> str:
     """Returns the key of a phrase: lower case, singular, without articles and punctuation."""
     key = _plain_key(text)
     return _PHRASES.get(key, key)
+
+
+_NUMBER_IN_PROSE = re.compile(
+    r"\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d+)\s*/\s*(\d+)|(\d[\d,]*(?:\.\d+)?)(\s*%)?"
+)
+_COMPUTED = re.compile(
+    r"\\(?:sqrt|pi|log|ln|sin|cos|tan|binom|cdot|times)|\d\s*[!^*+]|[*^+-]\s*\d|\b(?:twice|double|triple|half|third|quarter|dozen"
+    r"|hundred|thousand|million|billion|squared|cubed|plus|minus|negative|less|more|sum|product|quotient)s?\b",
+    re.IGNORECASE,
+)
+
+
+def numbers_in_prose(text: str) -> list[Fraction]:
+    """Returns the numbers that words state, in digits or words; none where the words compute with numbers."""
+    if _COMPUTED.search(text) or not re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", text):
+        return []
+    numbers: list[Fraction] = []
+    for match in _NUMBER_IN_PROSE.finditer(text):
+        top, bottom = int(match[1] or match[3] or 0), int(match[2] or match[4] or 0)
+        if match[5] is None:
+            numbers += [Fraction(top, bottom)] if bottom else []
+        else:
+            value = Fraction(match[5].replace(",", ""))
+            numbers += [value, value / 100] if match[6] else [value]
+    words = re.findall(r"[a-z]+(?:-[a-z]+)?", text.lower())
+    named = (parse_word_number(word) for word in words if word != "one")  # "one" may be a pronoun
+    return numbers + [number for number in named if number is not None]

@@ -98,7 +98,7 @@ def flip(path: Path) -> None:
         ("__0_0.distcp", truncate, r"__0_0.distcp has \d+ bytes, \d+ were written"),
         ("__0_0.distcp", Path.unlink, "__0_0.distcp is missing"),
         ("__0_0.distcp", flip, "__0_0.distcp does not hold the bytes that were written"),
-        ("common.pt", truncate, "common.pt has"),
+        ("metadata.json", truncate, "metadata.json has"),
         (".metadata", flip, ".metadata does not hold"),
         ("manifest.json", truncate, "manifest.json is missing or cannot be read"),
     ],
@@ -122,7 +122,7 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(
 
 def test_damage_to_all_checkpoints_is_an_error_that_says_what_to_do(store, tmp_path, single_process):
     store.save(step_name(1), state())
-    truncate(store.directory / step_name(1) / "common.pt")
+    truncate(store.directory / step_name(1) / ".metadata")
     with pytest.raises(ValueError, match=r"step_000001 is damaged .* none before it; restore it .*, or remove it"):
         new_store(tmp_path, single_process).newest_whole()
 
@@ -130,7 +130,7 @@ def test_damage_to_all_checkpoints_is_an_error_that_says_what_to_do(store, tmp_p
 def test_what_killed_saves_and_removals_leave_is_cleared_and_named(store, tmp_path, single_process, caplog):
     store.save(step_name(1), state())
     (store.directory / "step_000002.partial-0123abcd").mkdir()
-    (store.directory / "step_000002.partial-0123abcd" / "common.pt").write_text("half")
+    (store.directory / "step_000002.partial-0123abcd" / ".metadata").write_text("half")
     (store.directory / "step_000000.removed").mkdir()
     again = new_store(tmp_path, single_process)
     assert names(again) == {step_name(1)}

@@ -131,9 +131,13 @@ def test_a_tied_output_layer_that_is_not_the_embedding(tmp_path):
     ("changed", "message"),
     [
         ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rotary embeddings {'rope_type': 'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "rotary embeddings of rope_type 'dynamic'"),
         ({"use_sliding_window": True}, "use_sliding_window = True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantization_config = {'quant_method': 'fp8'} is not supported",
+        ),
         ({"architectures": ["Qwen2ForTokenClassification"]}, "2 labels"),
     ],
 )

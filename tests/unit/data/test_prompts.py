@@ -54,7 +54,8 @@ def test_published_files_need_no_id_and_no_pass_rate(tmp_path):
     [
         ("{not json", "p.jsonl:2: not JSON"),
         ("[1]", "p.jsonl:2: a JSON object is expected, not list"),
-        ('{"question": "q"}', "p.jsonl:2: `gold_answer` is None"),
+        ('{"question": "q"}', "p.jsonl:2: `gold_answer` is missing. Keys of the line: question. Name its keys"),
+        ('{"question": "q", "gold_answer": ["1"]}', "p.jsonl:2: `gold_answer` is ['1'], a text is expected"),
         ('{"question": "", "gold_answer": "1"}', "p.jsonl:2: `question` is ''"),
         ('{"question": "q", "gold_answer": "1", "pass_rate": 1.5}', "p.jsonl:2: pass_rate is 1.5"),
         ('{"question": "q", "gold_answer": "1", "id": "p-000001"}', "p.jsonl:2: id 'p-000001' occurs twice"),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from oreal_megatron.cli.doctor import main
+from oreal_megatron.machine import doctor
 
 
 @pytest.mark.end_to_end
-def test_doctor_names_what_is_missing_and_its_installation(capsys):
+def test_doctor_names_what_is_missing_and_its_installation(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "probe", functools.cache(doctor.probe))
     asked = ["experiment=oreal_32b", "fp8=blockwise", "parallel.fused_weight_gradients=true"]
     with pytest.raises(SystemExit) as ended:
         main(asked)
@@ -20,3 +24,8 @@ def test_doctor_names_what_is_missing_and_its_installation(capsys):
     # Brackets are part of the command.
     assert "pip install --no-build-isolation 'transformer-engine[pytorch,core_cu" in str(lines)
     assert "pip install '.[sglang]'" in str(lines) or lines["SGLang"].startswith("found")
+    # A run on CPU asks for no GPUs.
+    with pytest.raises(SystemExit):
+        main(["experiment=arithmetic"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if " GPUs " in line]
+    assert line.endswith("resources.device=cpu needs none")

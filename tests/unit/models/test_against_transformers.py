@@ -12,6 +12,7 @@ from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.models.pipeline_schedule import score
 from oreal_megatron.rollout.embedded import EmbeddedEngine
 from oreal_megatron.types import FinishReason, GenerationRequest
+from tests.tiny_models import as_policy, save_tiny
 
 CPU = torch.device("cpu")
 STOP = 7
@@ -107,3 +108,19 @@ def test_an_unsupported_architecture_is_named(tmp_path):
         geometry_of(tmp_path)
     with pytest.raises(ValueError, match=r"has no config\.json"):
         geometry_of(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_numbers_name_the_prompt(single_process, tmp_path, temperature):
+    policy = as_policy(save_tiny(tmp_path / "hf", "qwen2", tied=False), single_process)
+    with torch.no_grad():
+        policy.decoder.layers[1].mlp.linear_fc2.weight[0, 0] = torch.nan
+    engine = EmbeddedEngine(
+        lambda: CachedDecoder(policy, single_process, 120),
+        stop_token_id=STOP,
+        batch_size=2,
+        text_of=lambda ids: f"<{ids[0]}>",
+    )
+    requests = [GenerationRequest(prompt_ids=(n, 3), seed=0, max_new_tokens=4) for n in (5, 6)]
+    with pytest.raises(FloatingPointError, match="not numbers at token 0 of the response to the prompt '<5>'"):
+        generated(engine, requests, SamplingConfig(temperature=temperature, top_p=0.9, max_new_tokens=4))

@@ -10,9 +10,17 @@ import torch
 
 from oreal_megatron.cli.planning import num_devices, planner_of
 from oreal_megatron.compose import composed, resolved, with_placeholders
-from oreal_megatron.config import ConfigError, GeometryConfig, ModelConfig, ParallelConfig, TrainConfig, parse_config
+from oreal_megatron.config import (
+    ConfigError,
+    GeometryConfig,
+    ModelConfig,
+    ParallelConfig,
+    RopeScalingConfig,
+    TrainConfig,
+    parse_config,
+)
 from oreal_megatron.models.memory_profile import MemoryProfiler
-from oreal_megatron.planner.footprints import RankFootprint
+from oreal_megatron.planner.footprints import DecodedBatch, RankFootprint
 from oreal_megatron.planner.planner import Plan, first_change, search
 from oreal_megatron.planner.sizes import num_parameters
 from oreal_megatron.planner.step_time import assumed_workload, read_measured
@@ -42,6 +50,18 @@ def profiler(geometry: GeometryConfig = SMALL) -> MemoryProfiler:
 def stages(**options) -> list[RankFootprint]:
     layout = ParallelConfig(**{"tensor": 1, "pipeline": 1, "micro_batch_tokens": 256, **options})
     return profiler().stages(layout, row_tokens=256, batch=None)
+
+
+def decoding_stages(geometry: GeometryConfig) -> list[RankFootprint]:
+    layout = ParallelConfig(tensor=2, pipeline=1, micro_batch_tokens=128)
+    batch = DecodedBatch(num_sequences=2, prompt_tokens=8, new_tokens=8)
+    return profiler(geometry).stages(layout, row_tokens=128, batch=batch)
+
+
+def test_a_scaled_model_has_the_footprint_of_the_model_without_scaling(apart):
+    yarn = RopeScalingConfig(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+    scaled = SMALL.model_copy(update={"rope_scaling": yarn})
+    assert apart(decoding_stages, scaled) == apart(decoding_stages, SMALL)
 
 
 def plan_of(*overrides: str) -> Plan:

@@ -8,10 +8,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from oreal_megatron.cli.planning import num_devices, planner_of
-from oreal_megatron.compose import composed, config_directory, missing_keys, resolved, validated, with_placeholders
+from oreal_megatron.compose import composed, missing_keys, resolved, validated, with_placeholders
 from oreal_megatron.config import ConfigError, TrainConfig, parse_config
 from oreal_megatron.data.arithmetic import generate_arithmetic
 from oreal_megatron.dry_run import MAX_PROCESSES, MAX_SERVERS, num_processes, shrunk
+from oreal_megatron.overrides import config_directory
 from oreal_megatron.planner.planner import Plan
 from oreal_megatron.slurm.checks import checked
 from oreal_megatron.slurm.cluster import LOCAL_FILE_SYSTEMS, file_system

@@ -75,7 +75,7 @@ def open_engine(fakes):
     def open_(*urls, groups=None, **options):
         pool, publisher = fakes.pool(*urls, **options), Publisher()
         engine = SGLangEngine(
-            pool, publisher, groups or Groups(), vocab_size=120, timeout_seconds=1.0,
+            pool, publisher, groups or Groups(), timeout_seconds=1.0,
             shares_devices=options == COLOCATED,
         )  # fmt: skip
         engines.append(engine)
@@ -172,16 +172,6 @@ def test_first_publish_to_another_model_raises(fakes, open_engine):
     with pytest.raises(NoServerError, match=r"rollout\.sglang\.tensor"):
         engine.publish(0)
     assert not publisher.delivered
-
-
-def test_prompt_outside_the_vocabulary_is_not_sent(fakes, open_engine):
-    fake = fakes.server()
-    engine, _, _ = open_engine(fake.url)
-    engine.publish(0)
-    request = GenerationRequest(prompt_ids=(5, 120), seed=0, max_new_tokens=4)
-    with pytest.raises(ValueError, match=r"token id 120.*119"):
-        list(engine.generate([[request]], GREEDY))
-    assert not fake.prompts
 
 
 def kill_when_busy(fakes):

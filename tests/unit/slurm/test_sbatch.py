@@ -39,12 +39,12 @@ def test_roles_that_do_not_spread_are_named_together():
     assert [v.key for v in caught.value.violations] == ["resources.trainer_devices", "rollout.sglang.num_servers"]
 
 
-def header(*overrides: str) -> list[str]:
+def header(*overrides: str, name: str = "run", directory: str = "/r") -> list[str]:
     names = ("account=a", "partition=train", "models=/m", "data=/d", "runs=/r", "venv=null")
     raw = composed(["cluster=slurm", *(f"cluster.{name}" for name in names), *overrides])
     site: Any = OmegaConf.to_container(raw["cluster"], resolve=True)
-    config = recipe("oreal_32b_disaggregated")
-    script = rendered(config, parse_cluster(site), allocation(config, 64), ["a=b c"], Path("/r/job.sbatch"))
+    config = recipe("oreal_32b_disaggregated", f"run.name='{name}'")
+    script = rendered(config, parse_cluster(site), allocation(config, 64), ["a=b c"], Path(directory, "job.sbatch"))
     assert "arguments=('a=b c')" in script
     return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
 
@@ -56,6 +56,11 @@ def test_servers_of_another_kind_are_a_second_component():
     assert {"--partition=train", "--constraint=h100", "--nodes=8", "--gpus-per-node=8"} <= set(first)
     assert {"--partition=serve", "--account=a", "--nodes=8", "--gpus-per-node=8"} <= set(second)
     assert "--constraint=h100" not in second
+
+
+def test_names_with_spaces_are_one_word_of_the_header():
+    lines = header(name="my run #2", directory="/my runs")
+    assert "--job-name='my run #2'" in lines and "--output='/my runs/job-%j.log'" in lines
 
 
 def test_time_limits_are_read():

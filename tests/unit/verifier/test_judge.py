@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from oreal_megatron.types import Grade, GradeRequest, Verdict
 from oreal_megatron.verifier import JudgeConfig, VerifierConfig, build_verifier
 from oreal_megatron.verifier.judge.endpoints import Endpoints
-from oreal_megatron.verifier.judge.judge import JudgeFailure, JudgeItem, build_messages, parse_reply
+from oreal_megatron.verifier.judge.judge import JudgeFailure, build_messages, parse_reply
 
 from .judge_server import Behaviour, JudgeServer, completion, says, slowly
+from .labelled import pair
 
 SENTENCE = "The triangle can be cut along the midline to form a parallelogram from the pieces."
 NEEDS_JUDGE = GradeRequest(
@@ -82,7 +83,7 @@ def test_the_request_is_deterministic_and_fenced() -> None:
 
 
 def test_the_judge_never_sees_the_response_around_the_answer() -> None:
-    messages = build_messages(JudgeItem("Q", "G", "A" * 10), enforce_json=True)
+    messages = build_messages(pair("G", "A" * 10), enforce_json=True)
     assert "A" * 10 in messages[1]["content"]
     with JudgeServer(says("CORRECT")) as server:
         response = "SECRET reasoning </think> \\boxed{\\text{Cut it along the midline}}"

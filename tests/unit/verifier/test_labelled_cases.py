@@ -20,6 +20,7 @@ from .labelled import answer_of, grade_file, score
         ("public", "core", 0.995, 1),
         ("mutations", None, 0.998, 3),
         ("variants", None, 1.0, 0),
+        ("kinds", None, 0.995, 0),
         ("reports", None, 0.97, 1),
     ],
 )

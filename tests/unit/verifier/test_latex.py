@@ -197,7 +197,7 @@ def test_unreadable(latex: str) -> None:
         "\\binom{1000000}{500000}",
         "(" * 41 + "1" + ")" * 41,
         "1" * 4_001,
-        "x" * 2_001,
+        "x" * 8_193,
     ],
 )
 def test_caps(latex: str) -> None:

@@ -94,8 +94,12 @@ class LayerNormLinear(Linear):
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    def __init__(self, hidden_size, eps, sequence_parallel, zero_centered_gamma, params_dtype, device):
-        super().__init__(hidden_size, eps, dtype=params_dtype, device=device)
+    def __init__(
+        self, normalized_shape=None, *, eps, sequence_parallel, zero_centered_gamma, params_dtype, device,
+        hidden_size=None,
+    ):  # fmt: skip
+        # megatron-core up to 0.16 passes Transformer Engine's older name hidden_size.
+        super().__init__(normalized_shape or hidden_size, eps, dtype=params_dtype, device=device)
         self.weight.sequence_parallel = sequence_parallel
 
 

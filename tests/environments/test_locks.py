@@ -1,0 +1,96 @@
+"""The lock files fit setup.py, and the environments for GPUs resolve anew. uv reads metadata and installs nothing."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+REQUIREMENTS = ROOT / "requirements"
+LOCKS = ("cpu", "cuda13", "servers")
+SOURCES = ("antlr4-python3-runtime", "transformer-engine-torch")
+"""Packages without wheels. The first is pure Python."""
+_UNREACHABLE = ("error sending request", "dns error", "Failed to fetch", "Connection refused")
+
+
+def pins(lock: Path) -> dict[str, str]:
+    """Package -> version, of a lock file."""
+    lines = lock.read_text().splitlines()
+    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+
+
+def uv(*arguments: str) -> str:
+    """Runs uv and returns its output. Skips the test, with the reason, where there is no uv or no package index."""
+    if (path := shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv")) is None:
+        pytest.skip("uv is not installed: the environments were not resolved (pip install uv)")
+    found = subprocess.run([path, *arguments, "--quiet"], cwd=ROOT, capture_output=True, text=True)
+    if any(word in found.stderr for word in _UNREACHABLE):
+        pytest.skip(f"no package index answers: the environments were not resolved ({found.stderr.splitlines()[-1]})")
+    assert found.returncode == 0, f"uv {shlex.join(arguments)} finds no environment:\n{found.stderr}"
+    return found.stdout
+
+
+def compiled(lock: Path, *, python: str | None = None) -> dict[str, str]:
+    """Runs the command that a lock file begins with, and returns the pins that it writes to `lock`.
+
+    lock: the command keeps the pins that are there already. python: another version of Python for the environment.
+    """
+    header = (REQUIREMENTS / lock.name).read_text().splitlines()[1]
+    command = shlex.split(header.removeprefix("#"))
+    command[command.index("-o") + 1] = str(lock)
+    if python is not None:
+        command[command.index("--python-version") + 1] = python
+    assert command[0] == "uv"
+    uv(*command[1:])
+    return pins(lock)
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_a_lock_file_is_what_make_lock_writes(tmp_path, name):
+    shutil.copy(REQUIREMENTS / f"{name}.lock", lock := tmp_path / f"{name}.lock")
+    assert compiled(lock) == pins(REQUIREMENTS / f"{name}.lock"), "setup.py has changed: run `make lock`"
+
+
+@pytest.mark.parametrize(
+    ("name", "python"), [("cuda13", "3.11"), ("cuda13", "3.12"), ("cuda13", "3.13"), ("servers", "3.12")]
+)
+def test_an_environment_for_gpus_resolves_anew(tmp_path, name, python):
+    found = compiled(tmp_path / f"{name}.lock", python=python)
+    assert {"torch", "sglang", "nvidia-nccl-cu13"} <= found.keys()
+
+
+@pytest.mark.parametrize(("name", "python"), [("cpu", "3.11"), ("cuda13", "3.12")])
+def test_locked_packages_come_as_wheels(name, python):
+    """No environment needs a compiler, except for Transformer Engine's extension, which is compiled beside torch."""
+    platform = ("--python-version", python, "--python-platform", "x86_64-manylinux_2_34")
+    sources = (f"--no-binary={package}" for package in SOURCES)
+    found = uv("pip", "compile", f"requirements/{name}.lock", "--no-deps", *platform, "--only-binary=:all:", *sources)
+    assert found.count("==") == len(pins(REQUIREMENTS / f"{name}.lock"))
+
+
+def test_trainer_and_servers_have_the_same_nccl_and_sglang():
+    together, apart = pins(REQUIREMENTS / "cuda13.lock"), pins(REQUIREMENTS / "servers.lock")
+    for name in ("nvidia-nccl-cu13", "torch", "sglang"):
+        assert together[name] == apart[name], name
+
+
+def test_lock_files_name_no_package_index():
+    for name in LOCKS:
+        assert "://" not in (REQUIREMENTS / f"{name}.lock").read_text(), name
+
+
+def test_servers_lock_has_what_a_servers_worker_imports():
+    """Servers import the weight loader from the trainer's checkout, with the packages of their own environment."""
+    code = "import sys; import oreal_megatron.weight_sync.worker; print({name.split('.')[0] for name in sys.modules})"
+    loaded = ast.literal_eval(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+    own = {re.sub(r"[-.]", "_", name) for name in pins(REQUIREMENTS / "servers.lock")}
+    foreign = {name for name in loaded if not name.startswith("_") and name not in sys.stdlib_module_names}
+    assert foreign - own <= {"oreal_megatron", "torchgen"}  # torchgen is part of torch

@@ -1,0 +1,116 @@
+"""Data files as people have them: other formats, other names, empty and repeated records."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shlex
+import shutil
+import subprocess
+
+import pytest
+
+from oreal_megatron.config import parse_config
+from oreal_megatron.data.prompts import read_demonstrations, read_prompts
+from oreal_megatron.pass_rates import _check_decided
+from oreal_megatron.types import Prompt
+
+LINE = '{"question": "q", "gold_answer": "1"}\n'
+
+
+def refused(path, content: bytes | str = b"", read=read_prompts) -> str:
+    if content:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ValueError) as caught:
+        read(path)
+    return str(caught.value)
+
+
+def test_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + LINE.encode())
+    assert [prompt.question for prompt in read_prompts(path)] == ["q"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"PAR1\x15\x04", ("a Parquet file", "pandas.read_parquet(")),
+        (gzip.compress(LINE.encode()), ("compressed with gzip", "gunzip --keep")),
+        (LINE.encode("utf-16"), ("UTF-16 text", "iconv --from-code UTF-16")),
+        (LINE.encode() + b"caf\xe9\n", ("p.jsonl:2: the line is not UTF-8", "iconv")),
+        (f"[{LINE.strip()}, {LINE.strip()}]", ("is one JSON array", "jq --compact-output '.[]'")),
+        (json.dumps([json.loads(LINE)] * 2, indent=2), ("is one JSON array", "jq --compact-output '.[]'")),
+        (json.dumps(json.loads(LINE), indent=2), ("goes over several lines", "jq --compact-output '.'")),
+        ("question,gold_answer\nq,1\n", ("p.jsonl:1: not JSON", "Every line must be a JSON object")),
+        ("[" * 100000, ("p.jsonl:1: not JSON", "Every line")),
+    ],
+)
+def test_file_of_another_format_is_refused_with_the_command_that_converts_it(tmp_path, content, words):
+    message = refused(tmp_path / "p.jsonl", content)
+    assert all(word in message for word in words), message
+
+
+def test_data_set_directory_is_refused_with_the_call_that_converts_it(tmp_path):
+    message = refused(tmp_path)
+    assert "is a directory" in message and "load_from_disk(" in message
+
+
+GSM8K = {"question": "How many?", "answer": "2+2=4\n#### 4"}
+DAPO = {"prompt": [{"content": "How many?", "role": "user"}], "reward_model": {"ground_truth": "4", "style": "rule"}}
+NUMINA = {"source": "x", "problem": "How many?", "solution": "It is 4.", "answer": "4"}
+
+
+@pytest.mark.parametrize(
+    ("record", "keys", "program"),
+    [
+        (GSM8K, "question, answer", '{question: .question, gold_answer: (.answer | split("#### ") | last)}'),
+        (DAPO, "prompt, reward_model", "{question: .prompt[0].content, gold_answer: .reward_model.ground_truth}"),
+        (NUMINA, "source, problem, solution, answer", "{question: .problem, gold_answer: .answer}"),
+    ],
+)
+def test_keys_of_public_data_sets_are_named_with_the_command_that_renames_them(tmp_path, record, keys, program):
+    path = tmp_path / "p.jsonl"
+    message = refused(path, json.dumps(record) + "\n")
+    assert f"Keys of the line: {keys}." in message and program in message
+    if shutil.which("jq") is not None:
+        command = [str(path) if part == "FILE" else part for part in shlex.split(message.split("These fit: ")[1])]
+        renamed = subprocess.run(command[:-2], capture_output=True, text=True, check=True).stdout
+        assert json.loads(renamed) == {"question": "How many?", "gold_answer": "4"}
+
+
+def test_keys_that_no_name_fits_are_named(tmp_path):
+    assert "Keys of the line: q, a. Name its keys question and gold_answer." in refused(
+        tmp_path / "p.jsonl", '{"q": "1+1", "a": 2}\n'
+    )
+    message = refused(tmp_path / "d.jsonl", '{"question": "1+1", "output": "2"}\n', read_demonstrations)
+    assert "{question: .question, response: .output}" in message
+
+
+def test_empty_golds_are_counted_and_named_and_left_out_on_request(tmp_path, caplog, composed):
+    path = tmp_path / "p.jsonl"
+    path.write_text(LINE + '{"question": "r", "gold_answer": " "}\n{"question": "s", "gold_answer": null}\n')
+    message = refused(path)
+    assert "gold_answer is empty on 2 of 3 lines (2, 3)" in message and "data.empty_golds=skip" in message
+    assert [prompt.question for prompt in read_prompts(path, empty_golds="skip")] == ["q"]
+    assert "empty on 2 of 3 lines (2, 3); they are left out" in caplog.text
+    assert parse_config(composed("data.empty_golds=skip")).data.empty_golds == "skip"
+
+
+def test_repeated_questions_are_counted_and_other_golds_named(tmp_path, caplog):
+    path = tmp_path / "p.jsonl"
+    other = '{"question": "r", "gold_answer": "2"}\n'
+    path.write_text(LINE + other + LINE + other.replace("2", "3"))
+    assert len(read_prompts(path)) == 4
+    assert "4 lines have 2 different questions (lines 1 and 3 are equal)" in caplog.text
+    assert "1 questions have several gold answers" in caplog.text and "('2' on line 2, '3' on line 4)" in caplog.text
+
+
+def test_prompts_that_the_verifier_never_decides_are_counted(caplog):
+    prompts = [Prompt(id=id, question="q", gold_answer="Some sentence") for id in "abc"]
+    _check_decided(prompts, prompts, has_others=False)
+    assert caplog.text == ""
+    _check_decided(prompts, prompts[1:], has_others=False)
+    assert "1 of 3 prompts have no pass rate" in caplog.text and "first: a" in caplog.text
+    with pytest.raises(ValueError, match=r"3 of 3 prompts have no pass rate.*'Some sentence'"):
+        _check_decided(prompts, [], has_others=False)
