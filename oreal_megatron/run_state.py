@@ -13,7 +13,7 @@ from typing import Any
 from oreal_megatron.checkpoint.export import Exporter
 from oreal_megatron.checkpoint.state import load_trained, trained_state
 from oreal_megatron.checkpoint.store import Best, CheckpointStore, step_name
-from oreal_megatron.config import TrainConfig
+from oreal_megatron.config import TrainConfig, settings_of
 from oreal_megatron.data.packing import Packer
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.data.stream import PromptStream
@@ -111,7 +111,13 @@ def save(run: Run, *, wait: bool) -> None:
         state["progress"] = asdict(progress)
         state["stream"] = run.stream.state_dict()
         state["global_rng"] = run.global_rng.getstate()
-        run.store.save(name, state, best=progress.best, wait=wait or not run.config.run.async_checkpoints)
+        run.store.save(
+            name,
+            state,
+            best=progress.best,
+            wait=wait or not run.config.run.async_checkpoints,
+            made_from=settings_of(run.config),
+        )
 
 
 def restore(run: Run) -> bool:

@@ -13,6 +13,7 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerBase
 
+from oreal_megatron.checkpoint.manifest import read_manifest
 from oreal_megatron.checkpoint.store import CheckpointStore
 from oreal_megatron.config import GeometryConfig, TrainConfig, check_layout, check_resume
 from oreal_megatron.data.arithmetic import ArithmeticData, generate_arithmetic
@@ -145,8 +146,9 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
 def claim_directory(directory: Path, config: TrainConfig, groups: ParallelGroups) -> None:
     """Writes config.yaml, unless the directory holds the state of a run that was configured otherwise.
 
-    The journal has a copy, so that its rollouts are not taken for another run's where config.yaml was removed. A
-    directory without checkpoints, rollouts and pass rates takes any configuration.
+    The journal has a copy, so that its rollouts are not taken for another run's where config.yaml was removed, and
+    every checkpoint names its settings. A directory without checkpoints, rollouts and pass rates takes any
+    configuration.
 
     Raises:
         ConfigError: with every key that differs and may not. On ranks other than the main one, an OSError says so.
@@ -159,6 +161,10 @@ def claim_directory(directory: Path, config: TrainConfig, groups: ParallelGroups
                 for path in paths:
                     if path.is_file():
                         check_resume(yaml.safe_load(path.read_text()), config, str(path))
+                for checkpoint in sorted((directory / "checkpoints").glob("step_??????"))[-1:]:
+                    # Without settings: it is damaged, or of version 0.1.0.
+                    if settings := (read_manifest(checkpoint) or {}).get("made_from"):
+                        check_resume(settings, config, str(checkpoint))
             for path in paths:
                 write_atomically(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 

@@ -99,10 +99,10 @@ def _run(arguments: tuple[str, ...], log: str, max_file_bytes: int | None, envir
 
 
 def journalled(directory: Path) -> list[str]:
-    """The units in a run's journal."""
+    """The units in a run's journal, each with its batch: two evaluations of the same weights have the same units."""
     paths = (directory / "journal").glob("*.replica_*.jsonl")
-    lines = [line for path in paths for line in path.read_text().split("\n")[:-1]]
-    return [json.loads(line)["unit"] for line in lines]
+    lines = [(path.name.split(".")[0], line) for path in paths for line in path.read_text().split("\n")[:-1]]
+    return [f"{batch} {json.loads(line)['unit']}" for batch, line in lines]
 
 
 def trajectories_of(directory: Path) -> dict[str, list[dict[str, Any]]]:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.end_to_end
 
 STEPS = 6
 RUN = (*UNITS, f"run.num_steps={STEPS}", "run.checkpoint_every=1", "run.async_checkpoints=true", "run.export=best")
-COLD = ("sft.steps=30", "data.pass_rate={samples: 2, max_prompts: null}")  # with a warm start and pass rates
+COLD = ("sft.steps=100", "data.pass_rate={samples: 2, max_prompts: null}")  # with a warm start and pass rates
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL)
 IS_LIVE = "rank 0 INFO"
 """Part of the first line that a run logs; from then on it handles signals."""
