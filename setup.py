@@ -66,7 +66,7 @@ setup(
         "wandb>=0.21",
     ],
     extras_require={
-        # GPU machines only. Neither has been tested on a GPU yet.
+        # GPU machines only; docs/gpu.md says what has run on one.
         "sglang": ["sglang==0.5.23"],
         # Transformer Engine compiles its torch extension: docs/install.md installs what that needs first.
         "te": ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12", "setuptools>=77", "wheel", "ninja", "pybind11"],

@@ -38,11 +38,11 @@ _LOCAL_LOCKS = {"nolock", "local_lock=all", "local_lock=posix", "localflock"}
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path, *, max_wait_seconds: float = _LEASE_SECONDS) -> Iterator[None]:
     """Holds the lock of a run's directory until the block is left.
 
     The lock of a process that has ended is taken without a question. A process on another machine may be lost with its
-    machine: its lock is waited for as long as a file system needs to notice that.
+    machine: its lock is waited for as long as a file system needs to notice that, at most `max_wait_seconds`.
 
     Raises:
         OSError: another run holds the lock, or may hold it; the message names its process and the remedy. Or the
@@ -56,7 +56,7 @@ def locked(directory: Path) -> Iterator[None]:
             f"run.dir = {str(directory)!r}: The run cannot write there ({error}). Name another directory."
         ) from error
     with os.fdopen(descriptor, "r+b", buffering=0) as file:
-        _acquire(file, directory)
+        _acquire(file, directory, min(_LEASE_SECONDS, max_wait_seconds))
         with naming(directory / LOCK_FILE):
             _write(file, json.dumps(_this_process()))
         try:
@@ -65,15 +65,15 @@ def locked(directory: Path) -> Iterator[None]:
             _write(file, "")
 
 
-def _acquire(file: IO[bytes], directory: Path) -> None:
-    deadline = time.monotonic() + _LEASE_SECONDS
+def _acquire(file: IO[bytes], directory: Path, max_wait_seconds: float) -> None:
+    deadline = time.monotonic() + max_wait_seconds
     is_announced = False
     while (outcome := _try_lock(file)) == "held":
         owner = _owner(file)  # None between the lock and the first write
         if (owner is not None and owner["boot"] == _boot()) or time.monotonic() > deadline:
             raise OSError(_refusal(directory, owner))
         if owner is not None and not is_announced:
-            limit = f"up to {_LEASE_SECONDS:.0f} s, in case that machine is lost"
+            limit = f"up to {max_wait_seconds:.0f} s, in case that machine is lost"
             logger.warning("%s is locked by %s; waiting %s", directory, _described(owner), limit)
             is_announced = True
         time.sleep(_POLL_SECONDS)
@@ -132,11 +132,12 @@ def _mount_options(directory: Path) -> set[str]:
 
 
 def _owner(file: IO[bytes]) -> dict[str, Any] | None:
-    """Returns what the lock file says of its owner; None where it is empty or was cut."""
+    """Returns what the lock file says of its owner; None where it is empty, was cut, or is no such file."""
     try:
-        return json.loads(os.pread(file.fileno(), _MAX_BYTES, 0))
+        owner = json.loads(os.pread(file.fileno(), _MAX_BYTES, 0))
     except ValueError:
         return None
+    return owner if isinstance(owner, dict) and owner.keys() >= _this_process().keys() else None
 
 
 def _write(file: IO[bytes], text: str) -> None:

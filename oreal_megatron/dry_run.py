@@ -51,6 +51,7 @@ _SMALL = {
 }
 _SMALL_SERVERS: dict[str, Any] = {
     "device": "cpu",
+    "python": None,
     "max_concurrency": 16,
     "memory_share": 0.5,
     "arguments": {"max-total-tokens": 8192, "disable-overlap-schedule": True},

@@ -128,7 +128,7 @@ def _check_made_from(checkpoint: Path, settings: dict[str, Any]) -> None:
     made_from = (read_manifest(checkpoint) or {}).get("made_from")
     if made_from is None:
         return
-    before, now = ({k: v for k, v in all.items() if not k.endswith(_CONTENT)} for all in (made_from, settings))
+    before, now = ({k: v for k, v in some.items() if not k.endswith(_CONTENT)} for some in (made_from, settings))
     check_settings(before, now, str(checkpoint))
     remedy = f"Its content has changed since {checkpoint} was made from it. Restore it, or name another run.dir."
     changed = sorted(

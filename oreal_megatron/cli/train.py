@@ -10,7 +10,6 @@ from typing import NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from oreal_megatron.cli.arguments import VERSION
@@ -48,17 +47,22 @@ def _compose_and_train() -> None:
     if config_dir is not None:
         search_path(config_dir)
     check_overrides(arguments.overrides, config_dir)
-    HydraConfig.instance().cfg = None
+    _composed.clear()
     try:
         _train()
     except Exception as error:
-        if HydraConfig.initialized():  # the configuration was composed
+        if _composed:
             raise
         raise composition_error(error, arguments.overrides, config_dir) from error
 
 
+_composed: list[DictConfig] = []
+"""The configuration, once Hydra has composed it: an error after that is the run's, not the command line's."""
+
+
 @hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")
 def _train(composed: DictConfig) -> None:
+    _composed.append(composed)
     if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
         # A sweep's job (conf/hydra/launcher/slurm.yaml): its processes get their ranks here.
         from submitit.helpers import TorchDistributedEnvironment

@@ -25,7 +25,7 @@ def check_layout(geometry: GeometryConfig, parallel: ParallelConfig, servers: SG
         violations += served_head_violations(servers, geometry)
         if (scaling := geometry.rope_scaling) is not None and scaling.attention_factor is not None:
             remedy = "SGLang does not read it, so servers would generate with other probabilities. Remove it from "
-            remedy += "config.json, or set rollout=embedded."
+            remedy += "config.json or model.geometry, or set rollout=embedded."
             violations.append(Violation("rope_scaling.attention_factor", scaling.attention_factor, remedy))
     if violations:
         raise ConfigError(violations)

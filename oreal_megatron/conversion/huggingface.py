@@ -201,7 +201,7 @@ def served_config(
         config = dict(read_model(Path(path)).config)
         if geometry.rope_scaling is not None:
             # SGLang takes the longest sequence from here, whatever the scaling's factor.
-            config["max_position_embeddings"] = max(max_positions, config["max_position_embeddings"])
+            config["max_position_embeddings"] = max(max_positions, config.get("max_position_embeddings", 0))
             for name in ("rope_scaling", "rope_parameters"):
                 if config.get(name):
                     config[name] = {**config[name], **geometry.rope_scaling.parameters}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -100,9 +100,9 @@ class Launcher:
             # A directory with this package alone: beside an installed one are all packages of the trainer's.
             imports = self.logs / "imports"
             imports.mkdir(parents=True, exist_ok=True)
-            if not (imports / _PACKAGE.name).exists():
-                with contextlib.suppress(FileExistsError):  # another process of the run's
-                    (imports / _PACKAGE.name).symlink_to(_PACKAGE)
+            link = imports / f"{_PACKAGE.name}.{os.getpid()}"
+            link.symlink_to(_PACKAGE)
+            link.replace(imports / _PACKAGE.name)  # an earlier start may have run from another checkout
         environment = launch_environment(self.config, imports=imports.absolute())
         return ServerProcess(command, environment, self.logs / f"server_{index}.log")
 
@@ -179,8 +179,8 @@ def installation_problem(config: SGLangConfig) -> str | None:
         if importlib.util.find_spec("sglang") is not None:
             return None
         return (
-            "SGLang is not installed: run `pip install '.[sglang]'`, name the interpreter of an environment that has "
-            "it in rollout.sglang.python"
+            "SGLang is not installed: run `pip install '.[sglang]'`, or name the interpreter of an environment that "
+            "has it in rollout.sglang.python"
         )
     return None if (_CPU_SGLANG / "sglang").is_dir() else f"SGLang is not in {_CPU_SGLANG}: run `make sglang-deps`"
 
@@ -205,7 +205,8 @@ def launch_environment(config: SGLangConfig, *, imports: Path = _PACKAGE.parent)
     environment |= {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
     environment.setdefault(*NCCL_WITHOUT_CUMEM)
     if config.python is not None:  # its tools compile kernels
-        environment["PATH"] = os.pathsep.join([str(Path(config.python).parent), environment.get("PATH", os.defpath)])
+        found = shutil.which(config.python) or config.python
+        environment["PATH"] = os.pathsep.join([str(Path(found).parent), environment.get("PATH", os.defpath)])
     if config.device == "cuda":
         return environment | {"PYTHONPATH": os.pathsep.join(search_path)}
     if config.python is None:

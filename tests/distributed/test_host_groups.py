@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from unittest import mock
 
 import torch
@@ -39,4 +40,5 @@ def without_tensor_collectives(rank: int) -> None:
 
 
 def test_objects_arrive_without_collectives_of_tensors():
-    run_ranks(4, without_tensor_collectives)
+    # Not forked: this process may have process groups.
+    run_ranks(4, without_tensor_collectives, processes=multiprocessing.get_context("spawn"))

@@ -190,7 +190,7 @@ def test_model_and_problems_of_ones_own_are_evaluated_without_training_prompts(f
     quiet = ["tracking.wandb=disabled", "tracking.tensorboard=false", "run.export=none", "prompt=chat"]
     outcome = command_line(
         "experiment=own_model", "data.train=null", "run.num_steps=0", f"run.dir={tmp_path}/run", *own, *quiet,
-        "rollout.sampling.max_new_tokens=24",
+        "rollout.sampling.max_new_tokens=24", "prompt.max_prompt_tokens=64", "model.max_sequence_length=128",
     )  # fmt: skip
     assert outcome.returncode == 0, outcome.stderr
     assert "heldout: problems 3  undecided 0  greedy_pass@1" in outcome.stdout and "0/0" not in outcome.stdout

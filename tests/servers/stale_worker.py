@@ -55,7 +55,10 @@ def main(url: str, model: str, directory: str) -> dict[str, Any]:
                 f"rollout.sglang.urls=['{url}']",
                 "optimizer.policy={lr: 1.0e-2, min_lr: 1.0e-2, warmup_steps: 0}",
                 "parallel.micro_batch_tokens=512",
-                "tracking={console: plain, tensorboard: false, wandb: disabled, report: false}",
+                "tracking.console=plain",
+                "tracking.tensorboard=false",
+                "tracking.wandb=disabled",
+                "tracking.report=false",
                 "run.threads=1",
                 f"run.dir={directory}",
             ]
