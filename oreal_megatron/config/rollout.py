@@ -68,7 +68,8 @@ class SGLangConfig(Section):
     port: Annotated[int, Field(gt=0, le=65535)] | None
     """Port of the first launched server; the others get the ports after it. null: free ports."""
     max_concurrency: Positive
-    """Largest number of requests in flight at one server, over all data-parallel replicas."""
+    """Largest number of requests in flight at one server, over all data-parallel replicas, each of which may send at
+    least one."""
     transport: Literal["direct", "broadcast", "ipc", "disk"]
     """Way of new weights to the servers. direct: each server rank receives exactly its own bytes; broadcast: every
     server rank receives whole tensors, through SGLang's own endpoint; ipc: through memory of one machine; disk: through

@@ -60,16 +60,22 @@ class Router:
         # Replicas begin at different servers, or their first requests would all go to the same ones.
         first = replica * len(servers) // num_replicas
         self._order = [*servers[first:], *servers[:first]]
-        self._max_at_server = ceil(settings.config.max_concurrency / num_replicas)
+        # This replica's share of the limit, and at least one.
+        share = settings.config.max_concurrency + num_replicas - 1 - replica
+        self._max_at_server = max(share // num_replicas, 1)
         # Without a limit, the samples of a few prompts would leave servers without work.
         self._max_of_prompt = ceil(num_replicas * len(queue.requests) / max(len(servers), 1))
         self._may_place = False
         self._inboxes: dict[SGLangServer, asyncio.Queue[int]] = {}
         """Requests on their way to the servers that take requests now."""
-        self._at_server: dict[SGLangServer, set[int]] = {server: set() for server in servers}
-        """Requests in the inbox of a server, or sent to it."""
-        self._server_of: dict[tuple[int, ...], tuple[SGLangServer, int]] = {}
-        """Prompt -> the server of its next sample, and the number of samples for which this holds."""
+        self._at_server: dict[SGLangServer, dict[int, float]] = {server: {} for server in servers}
+        """Requests in the inbox of a server, or sent to it, with the tokens that each was expected to take."""
+        self._tokens_under_way = dict.fromkeys(servers, 0.0)
+        """Sums of these tokens."""
+        self._prompts_of: dict[SGLangServer | None, dict[tuple[int, ...], int]]
+        """Pending prompts by the server that has read them, each with the number of samples that it gets yet; by None
+        those that no server has."""
+        self._prompts_of = {None: dict.fromkeys(queue.pending, 0), **{server: {} for server in servers}}
         self.num_retries = 0
         """Responses that were requested again."""
 
@@ -135,11 +141,13 @@ class Router:
                     tasks.create_task(self._send_requests(server, inbox))
         finally:
             del self._inboxes[server]
+            self._prompts_of[None] |= self._prompts_of[server]
+            self._prompts_of[server].clear()
             while not inbox.empty():
                 index = inbox.get_nowait()
-                self._at_server[server].remove(index)
+                self._remove(server, index)
                 if not self._queue.finished.is_set():
-                    self._queue.untake(index)
+                    self._untake(index)
             self._place()
 
     def _may_open(self, server: SGLangServer) -> bool:
@@ -156,26 +164,36 @@ class Router:
         """Gives pending requests to servers that have room."""
         queue = self._queue
         while self._may_place and queue.pending and (room := self._servers_with_room()):
-            prompt_ids = next((ids for ids in queue.pending if self._preferred(ids) in room), None)
-            if prompt_ids is None:
-                prompt_ids = min(queue.pending, key=lambda ids: self._preferred(ids) is not None)
-                self._server_of[prompt_ids] = (min(room, key=self._tokens_under_way), self._max_of_prompt)
-            server, num_samples = self._server_of[prompt_ids]
-            self._server_of[prompt_ids] = (server, num_samples - 1)
-            index = queue.take(prompt_ids)
-            self._at_server[server].add(index)
-            self._inboxes[server].put_nowait(index)
+            server = next((server for server in room if self._prompts_of[server]), None)
+            if server is None:
+                server = min(room, key=self._tokens_under_way.__getitem__)
+                # A prompt that no server has, or else one whose server has no room.
+                prompts, prompt_ids = next((prompts, ids) for prompts in self._prompts_of.values() for ids in prompts)
+                del prompts[prompt_ids]
+                self._prompts_of[server][prompt_ids] = self._max_of_prompt
+            self._place_sample(server)
+
+    def _place_sample(self, server: SGLangServer) -> None:
+        """Gives a server the next sample of the first prompt that it has."""
+        prompts = self._prompts_of[server]
+        prompt_ids = next(iter(prompts))
+        index = self._queue.take(prompt_ids)
+        prompts[prompt_ids] -= 1
+        if prompt_ids not in self._queue.pending:
+            del prompts[prompt_ids]
+        elif not prompts[prompt_ids]:
+            self._prompts_of[None][prompt_ids] = prompts.pop(prompt_ids)
+        expected = self._queue.expected_tokens(index)
+        self._at_server[server][index] = expected
+        self._tokens_under_way[server] += expected
+        self._inboxes[server].put_nowait(index)
+
+    def _remove(self, server: SGLangServer, index: int) -> None:
+        """Ends the count of a request at a server."""
+        self._tokens_under_way[server] -= self._at_server[server].pop(index)
 
     def _servers_with_room(self) -> list[SGLangServer]:
         return [s for s in self._order if s in self._inboxes and len(self._at_server[s]) < self._max_at_server]
-
-    def _preferred(self, prompt_ids: tuple[int, ...]) -> SGLangServer | None:
-        """Returns the server that has read the prompt; None if it has its share of the prompt's samples."""
-        server, num_samples = self._server_of.get(prompt_ids, (None, 0))
-        return server if num_samples > 0 else None
-
-    def _tokens_under_way(self, server: SGLangServer) -> float:
-        return sum(self._queue.expected_tokens(index) for index in self._at_server[server])
 
     async def _wait_until_ready(self, server: SGLangServer) -> None:
         """Returns once the server has the current weights or has failed."""
@@ -195,7 +213,7 @@ class Router:
         while True:
             index = await inbox.get()
             if queue.is_ending:
-                self._at_server[server].remove(index)
+                self._remove(server, index)
                 queue.untake(index)
                 continue
             rid = f"{self._token}-{uuid.uuid4().hex[:12]}"
@@ -214,7 +232,7 @@ class Router:
                 raise
             finally:
                 del queue.at_servers[rid]
-                self._at_server[server].remove(index)
+                self._remove(server, index)
             if completion.finish_reason is None and not queue.is_ending:
                 self._put_back(index, ServerLost(f"{server.url}: another client aborted {rid}"))
             else:
@@ -225,6 +243,17 @@ class Router:
     def _put_back(self, index: int, error: Exception) -> None:
         self.num_retries += 1
         self._queue.put_back(index, error)
+        self._note_pending(index)
+
+    def _untake(self, index: int) -> None:
+        self._queue.untake(index)
+        self._note_pending(index)
+
+    def _note_pending(self, index: int) -> None:
+        """Lets any server have the prompt of a request that may be pending again, unless a server has it."""
+        prompt_ids = self._queue.requests[index].prompt_ids
+        if prompt_ids in self._queue.pending and not any(prompt_ids in some for some in self._prompts_of.values()):
+            self._prompts_of[None][prompt_ids] = 0
 
     def _completion(self, server: SGLangServer, index: int, generated: Generated) -> Completion:
         if generated.token_ids and generated.weight_labels != {self._label}:
