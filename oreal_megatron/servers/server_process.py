@@ -101,6 +101,7 @@ class Launcher:
             imports = self.logs / "imports"
             imports.mkdir(parents=True, exist_ok=True)
             link = imports / f"{_PACKAGE.name}.{os.getpid()}"
+            link.unlink(missing_ok=True)
             link.symlink_to(_PACKAGE)
             link.replace(imports / _PACKAGE.name)  # an earlier start may have run from another checkout
         environment = launch_environment(self.config, imports=imports.absolute())
