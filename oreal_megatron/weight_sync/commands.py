@@ -101,12 +101,16 @@ class CommandChannel:
 
     def failure(self, answer: Future[None]) -> TransferFailure | None:
         """Waits for a server's answer and returns the reason why a command failed, or None."""
+        return self._answered(answer)[1]
+
+    def _answered(self, answer: Future[None]) -> tuple[list[WorkerReport], TransferFailure | None]:
+        """Waits for a server's answer; returns every worker's report, and the reason why a command failed, or None."""
         try:
             reports = self.reports(answer)
         except (ConnectionError, ValueError) as error:
-            return TransferFailure(str(error), is_lost=isinstance(error, ConnectionError))
+            return [], TransferFailure(str(error), is_lost=isinstance(error, ConnectionError))
         errors = [f"tensor-parallel rank {rank}: {report.error}" for rank, report in enumerate(reports) if report.error]
-        return TransferFailure(errors[0]) if errors else None
+        return reports, TransferFailure(errors[0]) if errors else None
 
     def nccl_mismatches(self, servers: Sequence[PausedServer]) -> dict[str, TransferFailure]:
         """Returns failures of the servers whose NCCL is another version than the trainer's, by name, on every rank.
@@ -121,13 +125,9 @@ class CommandChannel:
                 server.name: self.send(server, [self.encode("nccl", rank) for rank in ranks]) for server in servers
             }
             for name, answer in answers.items():
-                try:
-                    reports = self.reports(answer)
-                except (ConnectionError, ValueError) as error:
-                    failures[name] = TransferFailure(str(error), is_lost=isinstance(error, ConnectionError))
-                    continue
-                if errors := [report.error for report in reports if report.error]:
-                    failures[name] = TransferFailure(errors[0])
+                reports, failure = self._answered(answer)
+                if failure is not None:
+                    failures[name] = failure
                 elif others := {report.nccl for report in reports} - {ours}:
                     failures[name] = TransferFailure(
                         f"its NCCL is {' and '.join(map(str, others))}, the trainer's is {ours}, and NCCL connects "
