@@ -36,7 +36,7 @@ def test_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
     ("content", "words"),
     [
         (b"PAR1\x15\x04", ("a Parquet file", "pandas.read_parquet(")),
-        (gzip.compress(LINE.encode()), ("compressed with gzip", "gunzip --keep")),
+        (gzip.compress(LINE.encode(), mtime=0), ("compressed with gzip", "gunzip --keep")),
         (LINE.encode("utf-16"), ("UTF-16 text", "iconv --from-code UTF-16")),
         (LINE.encode() + b"caf\xe9\n", ("p.jsonl:2: the line is not UTF-8", "iconv")),
         (f"[{LINE.strip()}, {LINE.strip()}]", ("is one JSON array", "jq --compact-output '.[]'")),
