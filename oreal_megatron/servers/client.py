@@ -24,7 +24,7 @@ WEIGHTS, KV_CACHE = "weights", "kv_cache"
 _CONNECT_SECONDS = 10.0
 # SGLang closes connections that were idle for 5 seconds; a request that is sent at that moment would be lost.
 _IDLE_SECONDS = 2.0
-# Seconds of silence on a connection after which TCP asks the other end for a sign of life, and between two such questions.
+# Seconds of silence after which TCP probes a connection, and between two probes.
 _PROBE_SECONDS = 5.0
 # Connections for control requests while requests for generation take all others.
 _SPARE_CONNECTIONS = 8
@@ -96,8 +96,11 @@ class ServerClient:
     """A client of one server, for one event loop. Every method may raise ServerLost or RequestRefused."""
 
     def __init__(self, url: str, *, max_concurrency: int, control_seconds: float, health_seconds: float):
-        """control_seconds, health_seconds: see rollout.sglang. A connection without a sign of life for `health_seconds`
-        is closed, and one that the server's host does not know any more within 5 seconds."""
+        """Opens no connection yet.
+
+        control_seconds, health_seconds: see rollout.sglang. A connection without a sign of life for `health_seconds` is
+        closed, and a connection that the server's host does not know any more is closed within 5 seconds.
+        """
         self.url = url
         self._control_seconds = control_seconds
         connections = max_concurrency + _SPARE_CONNECTIONS
