@@ -29,8 +29,12 @@ def search_path(config_dir: Path) -> str:
     if not config_dir.is_dir():
         remedy = "There is no such directory. Name one with folders such as objective/ or experiment/."
         raise ConfigError([Violation("--config-dir", str(config_dir), remedy)])
-    path = _quoted(f"file://{config_dir.resolve()}")
-    return f"hydra.searchpath=[{path}]"
+    return f"hydra.searchpath=[{literal(f'file://{config_dir.resolve()}')}]"
+
+
+def literal(text: str) -> str:
+    """Returns the value of an override that Hydra reads as exactly this text: quoted, and without interpolations."""
+    return _quoted(re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
 
 
 def check_overrides(overrides: Sequence[str], config_dir: Path | None = None) -> None:

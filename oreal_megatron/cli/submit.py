@@ -16,6 +16,7 @@ from oreal_megatron.cli.planning import num_devices, planned_config, planner_of,
 from oreal_megatron.compose import composed
 from oreal_megatron.dry_run import is_dry_run, layout_mapping, shrunk
 from oreal_megatron.files import write_atomically
+from oreal_megatron.overrides import literal
 from oreal_megatron.planner.tables import print_plan
 from oreal_megatron.slurm.checks import checked
 from oreal_megatron.slurm.sbatch import allocation, rendered, submitted, tested
@@ -56,6 +57,7 @@ def _submit(console: Console, arguments: argparse.Namespace) -> int:
             server_nodes=arguments.server_nodes,
             judge_nodes=cluster.judge_nodes,
         ),
+        config_dir=arguments.config_dir,
     )
     replan = planner_of(config)
     with console.status("planning"):
@@ -71,7 +73,7 @@ def _submit(console: Console, arguments: argparse.Namespace) -> int:
     directory = Path(config.run.dir).resolve() / "slurm"
     script = directory / "job.sbatch"
     options = [] if arguments.config_dir is None else [f"--config-dir={arguments.config_dir.resolve()}"]
-    overrides = [*options, *arguments.overrides, f"run.dir={Path(config.run.dir).resolve()}"]
+    overrides = [*options, *arguments.overrides, f"run.dir={literal(str(directory.parent))}"]
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(script, rendered(config, cluster, nodes, overrides, script))
     console.print(f"\n[bold]{escape(str(script))}[/]")

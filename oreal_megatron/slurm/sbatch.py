@@ -99,7 +99,7 @@ def rendered(
     """
     text = (slurm_directory() / "train.sbatch").read_text()
     body = text[text.index("# === run ===\n") :].replace('arguments=("$@")', f"arguments=({shlex.join(overrides)})")
-    header = "\n".join(f"#SBATCH {option}" for option in _header(config, cluster, nodes, script.parent))
+    header = "\n".join(f"#SBATCH {_batch_option(option)}" for option in _header(config, cluster, nodes, script.parent))
     settings = "\n".join(_settings(cluster, nodes, script))
     return (
         f"#!/bin/bash\n# {config.run.name}: rendered by oreal-submit from slurm/train.sbatch\n# === header ===\n"
@@ -107,13 +107,21 @@ def rendered(
     )
 
 
+def _batch_option(option: str) -> str:
+    """Returns an option in the words of a script's header, in which a backslash escapes even between quotes."""
+    name, equals, value = option.partition("=")
+    # sbatch takes the words hetjob and packjob anywhere in a line for the start of a component.
+    escaped = re.sub(r"(?i)[\"\\]|(?<=het)(?=job)|(?<=pack)(?=job)", r"\\\g<0>", value)
+    return option if re.fullmatch(r"[\w./:@%+,-]*", escaped, re.ASCII) else f'{name}{equals}"{escaped}"'
+
+
 def _header(config: TrainConfig, cluster: ClusterConfig, nodes: Allocation, logs: Path) -> Iterator[str]:
     apart = nodes_of_another_kind(cluster, nodes)
-    yield f"--job-name={shlex.quote(config.run.name)}"
+    yield f"--job-name={config.run.name}"
     yield f"--signal=B:USR1@{cluster.signal_seconds}"
     yield "--requeue"
     yield "--open-mode=append"
-    yield f"--output={shlex.quote(f'{logs}/job-%j.log')}"
+    yield f"--output={str(logs).replace('%', '%%')}/job-%j.log"
     yield from _component(config, cluster, nodes.num_nodes - apart)
     if apart:
         yield "hetjob"
@@ -147,14 +155,14 @@ def _settings(cluster: ClusterConfig, nodes: Allocation, script: Path) -> Iterat
     python = Path(cluster.venv) / "bin" if cluster.venv else Path(sys.executable).parent
     if cluster.container is None:
         yield f"export PATH={shlex.quote(str(python))}:$PATH"
+        yield "container=()"
     else:
-        mounts = ",".join(cluster.mounts)
-        image = f"--container-image={cluster.container} --container-mounts={mounts}"
-        yield f"export OREAL_CONTAINER={shlex.quote(image)}"
+        options = (f"--container-image={cluster.container}", f"--container-mounts={','.join(cluster.mounts)}")
+        yield f"container=({shlex.join(options)})"
     if cluster.interface is not None:
-        yield f"export GLOO_SOCKET_IFNAME={cluster.interface} NCCL_SOCKET_IFNAME={cluster.interface}"
+        interface = shlex.quote(cluster.interface)
+        yield f"export GLOO_SOCKET_IFNAME={interface} NCCL_SOCKET_IFNAME={interface}"
     yield from (f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items())
-    yield f"export OREAL_SLURM={shlex.quote(str(slurm_directory()))}"
     yield f"export OREAL_SCRIPT={shlex.quote(str(script))}"
     yield f"export OREAL_LOGS={shlex.quote(str(script.parent))}/logs-$SLURM_JOB_ID"
     yield f"export OREAL_TRAINER_NODES={nodes.trainer_nodes} OREAL_PROCESSES_PER_NODE={nodes.processes_per_node}"

@@ -39,7 +39,7 @@ def assert_resumed(slurm, job: str, directory: Path, *overrides: str, timeout: f
 
 
 def test_a_run_stopped_by_a_signal_resumes_to_the_same_figures(slurm, tmp_path):
-    directory = tmp_path / "stopped"
+    directory = tmp_path / "stopped (a=b, c) #1 ~é %t"
     job = submitted_run(directory)
     slurm.until(lambda: has_steps(directory, 1))
     slurm("scancel", "--batch", "--signal=USR1", job)

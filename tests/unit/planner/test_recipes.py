@@ -113,7 +113,11 @@ def test_recipe_lacks_only_the_site():
 def refused(*overrides: str) -> dict[str, str]:
     """Key -> remedy of every violation of a submission."""
     with pytest.raises(ConfigError) as caught:
-        checked(composed(list(overrides)), lambda config, cluster: allocation(config, num_devices(config, None)))
+        checked(
+            composed(list(overrides)),
+            lambda config, cluster: allocation(config, num_devices(config, None)),
+            config_dir=None,
+        )
     return {violation.key: violation.remedy for violation in caught.value.violations}
 
 
