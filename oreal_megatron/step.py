@@ -18,7 +18,7 @@ from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.losses.policy_terms import TokenCounts, policy_terms, reward_model_term
 from oreal_megatron.losses.token_weights import token_weights
 from oreal_megatron.models.pipeline_schedule import score
-from oreal_megatron.models.trained_model import TrainedModel, UpdateReport
+from oreal_megatron.models.trained_model import TrainedModel
 
 
 class UpdateRefused(ArithmeticError):
@@ -91,11 +91,10 @@ def update_reward_model(
     results = reward_model.forward_backward(batches, loss)
     scores, losses = [scores for scores, _ in results], [value for _, value in results]
     _check_finite({"reward_model": losses}, batches, groups)
-    report = _update(reward_model, "reward model", batches)
+    metrics = _update(reward_model, "reward model", batches)
     return _scored(scores, batches), {
         "loss/reward_model": groups.sum_over_data(torch.tensor(math.fsum(losses))).item(),
-        "reward_model/grad_norm": report.grad_norm,
-        "reward_model/lr": report.lr,
+        **{f"reward_model/{name}": value for name, value in metrics.items()},
     }
 
 
@@ -155,7 +154,7 @@ def update_policy(
         )
     if config.importance_limit is not None:
         mismatch |= _importance([difference_R for _, difference_R in results], config.importance_limit, policy.groups)
-    report = _update(policy, "policy", batches)
+    update = _update(policy, "policy", batches)
     total = dict(zip(names, policy.groups.sum_over_data(local.sum(0)).tolist(), strict=True))
     positive = total["positive"] / counts.of_positive(config)
     negative = total["negative"] / counts.of_negative(config)
@@ -165,9 +164,7 @@ def update_policy(
         "loss/negative": negative,
         "loss/kl": mean.pop("kl"),
         "loss/policy": positive + config.eta * negative + config.beta * total["kl"] / max(counts.all, 1),
-        **{f"policy/{name}": value for name, value in (mean | mismatch).items()},
-        "policy/grad_norm": report.grad_norm,
-        "policy/lr": report.lr,
+        **{f"policy/{name}": value for name, value in (mean | mismatch | update).items()},
     }
 
 
@@ -247,7 +244,7 @@ def _scored(scores: list[Tensor], batches: Sequence[TokenBatch]) -> ScoredSequen
     )
 
 
-def _update(model: TrainedModel, name: str, batches: Sequence[TokenBatch]) -> UpdateReport:
+def _update(model: TrainedModel, name: str, batches: Sequence[TokenBatch]) -> dict[str, float]:
     try:
         return model.update()
     except FloatingPointError as error:

@@ -71,7 +71,7 @@ def planner_of(
         on_cpu=config.resources.device == "cpu",
     )
     count = num_devices(config, devices)
-    return lambda variant: make_plan(variant, geometry, profiler, num_devices=count, measured=measured)
+    return lambda variant: make_plan(variant, geometry, profiler.stages, num_devices=count, measured=measured)
 
 
 def _geometry(config: TrainConfig) -> GeometryConfig:

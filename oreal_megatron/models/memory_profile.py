@@ -47,7 +47,7 @@ class MemoryProfiler:
     on_cpu: bool = False
     """Whether the run will be on a CPU, where log-probabilities are computed in smaller tiles."""
 
-    def stages(self, layout: ParallelConfig, *, row_tokens: int, batch: DecodedBatch | None) -> list[RankFootprint]:
+    def stages(self, layout: ParallelConfig, row_tokens: int, batch: DecodedBatch | None) -> list[RankFootprint]:
         """Returns one footprint a pipeline stage; the tensor, context and data ranks of a stage are alike.
 
         Args:

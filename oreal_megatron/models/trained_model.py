@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,16 +23,6 @@ from oreal_megatron.models.offload import HostOffload
 from oreal_megatron.models.optimizer_state import load_optimizer_state, sharded_optimizer_state
 from oreal_megatron.models.pipeline_schedule import LossFunction, forward_backward, sum_gradients
 from oreal_megatron.models.virtual_stages import ModelChunks, chunks_of
-
-
-@dataclass(frozen=True)
-class UpdateReport:
-    """Metrics of one optimizer update."""
-
-    grad_norm: float
-    """Global L2 norm before clipping."""
-    lr: float
-    """Learning rate of the update."""
 
 
 class TrainedModel:
@@ -180,8 +169,8 @@ class TrainedModel:
         """Advances the schedule by one; update u, counted from 1, has the learning rate of position u."""
         self.schedule.step(1)
 
-    def update(self) -> UpdateReport:
-        """Advances the schedule, clips, steps, and reports.
+    def update(self) -> dict[str, float]:
+        """Advances the schedule, clips and steps. Returns the metrics `grad_norm` (before clipping) and `lr`.
 
         Raises:
             FloatingPointError: the gradient norm is not finite; neither weights nor states were changed.
@@ -197,4 +186,4 @@ class TrainedModel:
                 if self.clip_grad > 0 and (parameters := part.get_parameters()):
                     clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=norm)
             self.optimizer.step_with_ready_grads()
-        return UpdateReport(grad_norm=norm, lr=float(self.optimizer.param_groups[0]["lr"]))
+        return {"grad_norm": norm, "lr": float(self.optimizer.param_groups[0]["lr"])}

@@ -32,16 +32,6 @@ class PhaseMemory:
         return sum(self.parts.values())
 
 
-@dataclass(frozen=True)
-class SharedDevice:
-    """Shares of a device's memory while colocated servers generate."""
-
-    taken: float
-    """Share for a server's weights and KV cache."""
-    left: float
-    """Share that the trainer and the server's workspace leave for them."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class KvCache:
     """Room for sequences that are being generated."""
@@ -56,8 +46,10 @@ class KvCache:
     """Number of sequences of the longest length that fit at the same time."""
     bytes_per_token: int
     """Bytes of one token on one device."""
-    shared: SharedDevice | None = None
-    """Shares of the device, for colocated servers on CUDA; None otherwise."""
+    memory_share: float = 0.0
+    """Share of a device that a server's weights and KV cache take; 0 on a trainer rank."""
+    share_left: float | None = None
+    """Share of a device that the trainer leaves for them; None where they do not share a CUDA device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +81,11 @@ class MemoryPlan:
                 f"{self.worst.where} needs {amount(self.worst.total)} to {self.worst.phase}, "
                 f"{self.device.name} has {amount(self.device.memory)}, of which a plan may use {FULL:.0%}"
             )
-        if (shared := self.kv_cache.shared) is not None and shared.taken > shared.left:
+        taken, left = self.kv_cache.memory_share, self.kv_cache.share_left
+        if left is not None and taken > left:
             found.append(
-                f"servers take {shared.taken:.0%} of a device on which the trainer leaves {shared.left:.0%} while they "
-                f"generate. Set rollout.sglang.memory_share={max(int(100 * shared.left), 1) / 100}."
+                f"servers take {taken:.0%} of a device on which the trainer leaves {left:.0%} while they generate. "
+                f"Set rollout.sglang.memory_share={max(int(100 * left), 1) / 100}."
             )
         if self.kv_cache.sequences_at_limit < 1:
             found.append(
@@ -276,12 +269,12 @@ def _kv_cache(
             bytes_per_token=sizes.kv_bytes_per_token // _kv_split(sizes, config.parallel.tensor),
         ), ()
     weights = served_weights(sizes, servers)
-    allowed, shared = int(servers.memory_share * device.memory), None
+    allowed, share_left = int(servers.memory_share * device.memory), None
     if _colocated(config):
         resident = max(memory.total for memory in phases if memory.phase == "generate")
         left = int(FULL * device.memory) - resident - device.server_workspace
         if servers.device == "cuda":
-            shared = SharedDevice(servers.memory_share, left / device.memory)
+            share_left = left / device.memory
         allowed = min(allowed, left)
     per_token = 2 * sizes.kv_bytes_per_token // sizes.element // _kv_split(sizes, servers.tensor)
     tokens = max(allowed - weights, 0) // per_token
@@ -294,7 +287,8 @@ def _kv_cache(
         tokens=tokens,
         sequences_at_limit=tokens // limit,
         bytes_per_token=per_token,
-        shared=shared,
+        memory_share=servers.memory_share,
+        share_left=share_left,
     )
     if _colocated(config):
         return kv_cache, ()  # the KV cache fills the device, so its use says nothing

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from oreal_megatron.config import ConfigError, GeometryConfig, ParallelConfig, TrainConfig, check_layout
 from oreal_megatron.planner.footprints import DecodedBatch, RankFootprint
@@ -13,12 +12,8 @@ from oreal_megatron.planner.memory import MemoryPlan, decoded_batch, memory_plan
 from oreal_megatron.planner.sizes import Sizes, row_tokens
 from oreal_megatron.planner.step_time import Disk, Measured, Workload, assumed_workload, disk, phase_seconds
 
-
-class Profiler(Protocol):
-    """Interface of models.memory_profile.MemoryProfiler, which is an argument because this package imports no torch."""
-
-    def stages(self, layout: ParallelConfig, *, row_tokens: int, batch: DecodedBatch | None) -> list[RankFootprint]:
-        """Returns the footprint of a rank of each pipeline stage."""
+Profile = Callable[[ParallelConfig, int, DecodedBatch | None], list[RankFootprint]]
+"""Type of models.memory_profile.MemoryProfiler.stages, an argument because this package imports no torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +36,7 @@ class Plan:
 def make_plan(
     config: TrainConfig,
     geometry: GeometryConfig,
-    profiler: Profiler,
+    profile: Profile,
     *,
     num_devices: int,
     measured: Measured | None = None,
@@ -59,7 +54,7 @@ def make_plan(
     sizes = Sizes(config, geometry, num_devices)
     device = device_named(config.resources.device, sharing=num_devices)
     batch = decoded_batch(config) if config.rollout.backend == "embedded" else None
-    footprints = profiler.stages(config.parallel, row_tokens=row_tokens(config), batch=batch)
+    footprints = profile(config.parallel, row_tokens(config), batch)
     memory = memory_plan(sizes, footprints, device)
     work = assumed_workload(config, measured.mean_response_tokens if measured else None)
     return Plan(

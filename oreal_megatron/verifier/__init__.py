@@ -1,6 +1,6 @@
 """The verifier: grades responses as CORRECT, INCORRECT or UNDECIDED. Imports no torch."""
 
 from oreal_megatron.verifier.api import StagedVerifier, build_verifier
-from oreal_megatron.verifier.config import JudgeConfig, JudgeMode, VerifierConfig
+from oreal_megatron.verifier.config import JudgeConfig, VerifierConfig
 
-__all__ = ["JudgeConfig", "JudgeMode", "StagedVerifier", "VerifierConfig", "build_verifier"]
+__all__ = ["JudgeConfig", "StagedVerifier", "VerifierConfig", "build_verifier"]

@@ -11,7 +11,7 @@ from typing import Self
 
 from oreal_megatron.types import Grade, GradeRequest, Verdict
 from oreal_megatron.verifier.cache import VerdictCache, cache_key
-from oreal_megatron.verifier.config import JudgeMode, VerifierConfig
+from oreal_megatron.verifier.config import VerifierConfig
 from oreal_megatron.verifier.equality.leaves import NeedsSympy, RationalLeaves
 from oreal_megatron.verifier.extract import Extraction, extract
 from oreal_megatron.verifier.judge.judge import Judge
@@ -47,7 +47,7 @@ class StagedVerifier:
         self.config = config
         self._pool = WorkerPool(config.num_workers, config.timeout_seconds, config.memory_limit_mb)
         self._cache = VerdictCache(config.cache_path) if config.cache_path is not None else None
-        self._judge = Judge(config.judge) if config.judge.mode is not JudgeMode.OFF else None
+        self._judge = Judge(config.judge) if config.judge.mode != "off" else None
         self._metrics = VerifierMetrics()
 
     def __enter__(self) -> Self:
@@ -139,7 +139,7 @@ class StagedVerifier:
         if outcome is None or outcome.stage != RULES or len(case.answer) > self.config.judge.max_answer_chars:
             return False
         if outcome.verdict is Verdict.INCORRECT:
-            return self.config.judge.mode is JudgeMode.RECHECK_NEGATIVES
+            return self.config.judge.mode == "recheck_negatives"
         return outcome.verdict is Verdict.UNDECIDED
 
     def _ask_judge(self, cases: Sequence[_Case]) -> None:

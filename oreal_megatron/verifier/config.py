@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-
-
-class JudgeMode(StrEnum):
-    """The responses that the model judge sees."""
-
-    OFF = "off"
-    UNDECIDED = "undecided"
-    RECHECK_NEGATIVES = "recheck_negatives"
 
 
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _as_mode(value: Any) -> JudgeMode:
-    if value not in tuple(JudgeMode):
-        raise ValueError(f"set it to {', '.join(repr(str(mode)) for mode in JudgeMode)}")
-    return JudgeMode(value)
-
-
-# YAML has lists and strings, where the frozen and strict sections have tuples and modes.
+# YAML has lists, where the frozen and strict sections have tuples.
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
-Mode = Annotated[JudgeMode, BeforeValidator(_as_mode)]
 
 
 class JudgeConfig(BaseModel):
@@ -36,8 +20,8 @@ class JudgeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    mode: Mode = Field(
-        default=JudgeMode.OFF,
+    mode: Literal["off", "undecided", "recheck_negatives"] = Field(
+        default="off",
         description="off: rules only. undecided: the judge sees the answers that the rules could not decide. "
         "recheck_negatives: it also sees the answers that the rules call INCORRECT, as in the authors' release.",
     )
@@ -80,9 +64,9 @@ class JudgeConfig(BaseModel):
 
     @model_validator(mode="after")
     def _judge_has_a_server(self) -> Self:
-        if self.mode is not JudgeMode.OFF and not (self.endpoints and self.model):
+        if self.mode != "off" and not (self.endpoints and self.model):
             raise ValueError(
-                f"verifier.judge.mode is {self.mode.value!r} but endpoints is {list(self.endpoints)} and model is "
+                f"verifier.judge.mode is {self.mode!r} but endpoints is {list(self.endpoints)} and model is "
                 f"{self.model!r}. Name at least one endpoint and the model, or set verifier.judge.mode=off."
             )
         return self

@@ -20,7 +20,7 @@ from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.models.offload import FrozenModel
 from oreal_megatron.models.policy import build_policy
 from oreal_megatron.models.reward_model import build_reward_model
-from oreal_megatron.models.trained_model import TrainedModel, UpdateReport
+from oreal_megatron.models.trained_model import TrainedModel
 from oreal_megatron.models.virtual_stages import chunks_of
 from oreal_megatron.step import update_policy, update_reward_model, with_reference, with_token_weights
 
@@ -57,7 +57,7 @@ class Outcome:
 class Recorded(TrainedModel):
     """Keeps the gradients that each update is given."""
 
-    def update(self) -> UpdateReport:
+    def update(self) -> dict[str, float]:
         self.gradients = {name: p.main_grad.detach().clone() for name, _, p in named(self)}
         return super().update()
 

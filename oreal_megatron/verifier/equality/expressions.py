@@ -14,7 +14,8 @@ from mpmath import mp
 from oreal_megatron.types import Verdict
 from oreal_megatron.verifier.equality.evaluate import CannotEvaluate, Undefined, evaluate
 from oreal_megatron.verifier.input_limits import MAX_FACTORIAL, Refused
-from oreal_megatron.verifier.latex.latex_fallback import Unreadable, read
+from oreal_megatron.verifier.latex.latex_fallback import read
+from oreal_megatron.verifier.latex.latex_parser import Unreadable
 from oreal_megatron.verifier.latex.normalize import text_key
 from oreal_megatron.verifier.latex.rational import parse_rational
 from oreal_megatron.verifier.outcome import Outcome, different, equal, unknown

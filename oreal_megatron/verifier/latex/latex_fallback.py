@@ -16,7 +16,7 @@ from antlr4.atn.PredictionMode import PredictionMode
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
 
 from oreal_megatron.verifier.input_limits import Refused, check_expression
-from oreal_megatron.verifier.latex.latex_parser import GREEK, OutsideGrammar, read_common
+from oreal_megatron.verifier.latex.latex_parser import GREEK, Unreadable, read_common
 from oreal_megatron.verifier.latex.rational import parse_rational
 
 MAX_TREE_NODES = 3_000
@@ -37,10 +37,6 @@ _GREEK_LETTER = rf"\\(?:{'|'.join(sorted(GREEK))})(?![A-Za-z])"
 _SYMBOL = re.compile(rf"(?P<greek>{_GREEK_LETTER})|\\[A-Za-z]+|(?P<letter>[A-Za-z])")
 _SUBSCRIPT = re.compile(r"\s*_\s*(?:\{([^{}]{0,40}(?:\{[^{}]{0,20}\}[^{}]{0,20})?)\}|(\\[A-Za-z]+|\w))")
 _POWER_NEXT = re.compile(r"\s*\^")
-
-
-class Unreadable(ValueError):
-    """Raised for a text that the parser does not accept."""
 
 
 class _FastParser(_Latex2Sympy):
@@ -154,7 +150,7 @@ def read(latex: str) -> sympy.Basic:
         return sympy.Rational(value.numerator, value.denominator)
     try:
         return read_common(latex)
-    except OutsideGrammar:
+    except Unreadable:
         if len(latex) > MAX_FULL_PARSER_CHARS:
             raise Refused(f"an expression of more than {MAX_FULL_PARSER_CHARS} characters") from None
         tree = parse_full(prepare(latex))

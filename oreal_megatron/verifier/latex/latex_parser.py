@@ -1,7 +1,7 @@
 """A recursive-descent parser of common LaTeX expressions: numbers, symbols, arithmetic, roots, functions.
 
 It is about fifty times faster than the full parser and covers nearly all final answers. Text that is outside of its
-grammar, or that could be read in two ways, raises `OutsideGrammar` and goes to the full parser. Trees are built
+grammar, or that could be read in two ways, raises `Unreadable` and goes to the full parser. Trees are built
 unevaluated: no power or factorial is computed here.
 """
 
@@ -41,20 +41,20 @@ _TERM_ENDS = frozenset({"+", "-", ")", "]", "}", "|", "\\rfloor", "\\rceil", _EN
 MAX_TOKENS = 12_000
 
 
-class OutsideGrammar(ValueError):
-    """Raised for a text that the full parser has to read."""
+class Unreadable(ValueError):
+    """Raised for a text that a parser does not accept."""
 
 
 def _tokens(latex: str) -> list[str]:
     tokens, position = [], 0
     for match in _TOKEN.finditer(latex):
         if match.start() != position:
-            raise OutsideGrammar(latex[position : match.start()])
+            raise Unreadable(latex[position : match.start()])
         position = match.end()
         if not match[0].isspace():
             tokens.append(match[0])
     if position != len(latex) or len(tokens) > MAX_TOKENS:
-        raise OutsideGrammar(latex[position:])
+        raise Unreadable(latex[position:])
     return tokens
 
 
@@ -85,14 +85,14 @@ class _Parser:
     def take(self, expected: str | None = None) -> str:
         token = self.next
         if token == _END or (expected is not None and token != expected):
-            raise OutsideGrammar(f"{token!r} where {expected!r} was expected")
+            raise Unreadable(f"{token!r} where {expected!r} was expected")
         self.position += 1
         return token
 
     def read_all(self) -> sympy.Basic:
         tree = self.sum()
         if self.next != _END:
-            raise OutsideGrammar(self.next)
+            raise Unreadable(self.next)
         return tree
 
     def sum(self) -> sympy.Basic:
@@ -106,7 +106,7 @@ class _Parser:
             return self.term()
         negative = self.take() == "-"
         if self.next in ("+", "-"):
-            raise OutsideGrammar("two signs")
+            raise Unreadable("two signs")
         return product([sympy.Integer(-1), self.term()]) if negative else self.term()
 
     def term(self) -> sympy.Basic:
@@ -115,9 +115,9 @@ class _Parser:
         while self.next not in _TERM_ENDS:
             operator = self.take() if self.next in ("*", "/", "\\cdot", "\\times", "\\div") else None
             if operator is None and self.next[0] in "{0123456789.":
-                raise OutsideGrammar("a number after a factor")
+                raise Unreadable("a number after a factor")
             if operator is not None and self.next == "-":
-                raise OutsideGrammar("a signed factor")
+                raise Unreadable("a signed factor")
             factor = self.factor()
             factors.append(_inverse(factor) if operator in ("/", "\\div") else factor)
         return product(factors)
@@ -135,7 +135,7 @@ class _Parser:
             ):
                 whole, top, bottom = int(self.take()), int(parts[1]), int(parts[4])
                 if not 0 < top < bottom:
-                    raise OutsideGrammar("a product or a mixed number")
+                    raise Unreadable("a product or a mixed number")
                 self.position += 7
                 return self.power_of(Rational(whole * bottom + top, bottom))
         return self.factor()
@@ -150,7 +150,7 @@ class _Parser:
             if self.take() == "\\degree":
                 base = product([base, Rational(1, 180), sympy.pi])
             elif self.next == "!":
-                raise OutsideGrammar("a double factorial")
+                raise Unreadable("a double factorial")
             else:
                 base = _apply(sympy.factorial, base)
         if self.next != "^":
@@ -158,7 +158,7 @@ class _Parser:
         self.take()
         power = Pow(base, self.exponent(), evaluate=False)
         if self.next in ("^", "!", "_"):
-            raise OutsideGrammar("a power of a power")
+            raise Unreadable("a power of a power")
         return power
 
     def exponent(self) -> sympy.Basic:
@@ -167,11 +167,11 @@ class _Parser:
         token = self.take()
         if token.isdigit():
             if len(token) > 1:  # LaTeX typesets only the first digit as the exponent
-                raise OutsideGrammar("an exponent without braces")
+                raise Unreadable("an exponent without braces")
             return sympy.Integer(token)
         if len(token) == 1 and token.isalpha():
             return self.symbol(token)
-        raise OutsideGrammar(token)
+        raise Unreadable(token)
 
     def group(self, opening: str, closing: str) -> sympy.Basic:
         self.take(opening)
@@ -187,7 +187,7 @@ class _Parser:
         if token[:1] in "0123456789." and token:
             value = parse_rational(token)
             if value is None:
-                raise OutsideGrammar(token)
+                raise Unreadable(token)
             return Rational(value.numerator, value.denominator)
         if len(token) == 1 and token.isalpha():
             return self.symbol(token)
@@ -204,7 +204,7 @@ class _Parser:
             return _apply(sympy.binomial, self.group("{", "}"), self.group("{", "}"))
         if token[1:] in GREEK and token[0] == "\\":
             return self.symbol(token[1:])
-        raise OutsideGrammar(token)
+        raise Unreadable(token)
 
     def brackets(self, opening: str) -> sympy.Basic:
         inside = self.group(opening, _BRACKETS[opening])
@@ -225,7 +225,7 @@ class _Parser:
         elif name == "e":
             return sympy.E
         if self.next == "(" and len(name) == 1 and self.is_call():
-            raise OutsideGrammar("a function of a symbol")
+            raise Unreadable("a function of a symbol")
         return sympy.Symbol(name)
 
     def is_call(self) -> bool:
@@ -242,7 +242,7 @@ class _Parser:
             letters += re.sub(r"[^A-Za-z0-9]", "", self.take())
         self.take()
         if not letters:
-            raise OutsideGrammar("an empty subscript")
+            raise Unreadable("an empty subscript")
         return letters
 
     def function(self) -> sympy.Basic:
@@ -258,7 +258,7 @@ class _Parser:
             power = self.exponent()
             if power == -1 or (power.is_Mul and power.args[0] == -1):
                 if name not in _INVERSES or power != product([sympy.Integer(-1), sympy.Integer(1)]):
-                    raise OutsideGrammar("a negative power of a function")
+                    raise Unreadable("a negative power of a function")
                 function, power = _INVERSES[name], None
         argument = self.argument()
         value = _apply(function, argument) if base is None else _apply(sympy.log, argument, base)
@@ -269,12 +269,12 @@ class _Parser:
         if self.next in ("(", "{", "["):
             tree = self.brackets(self.next)
             if self.next in ("^", "!", "/", "\\degree"):
-                raise OutsideGrammar("an operator behind a function's argument")
+                raise Unreadable("an operator behind a function's argument")
             return tree
         factors = [self.factor()]
         while self.next not in _TERM_ENDS and not (self.next.startswith("\\") and self.next[1:] in _FUNCTIONS):
             if self.next in ("*", "/", "\\cdot", "\\times", "\\div", "(", "[", "|"):
-                raise OutsideGrammar("an argument without brackets that may end here")
+                raise Unreadable("an argument without brackets that may end here")
             factors.append(self.factor())
         return product(factors)
 
@@ -283,8 +283,8 @@ _BRACKETS = {"(": ")", "[": "]", "{": "}", "|": "|", "\\lfloor": "\\rfloor", "\\
 
 
 def read_common(latex: str) -> sympy.Basic:
-    """Returns the tree of an expression of the common grammar. Raises OutsideGrammar."""
+    """Returns the tree of an expression of the common grammar. Raises Unreadable."""
     try:
         return _Parser(latex).read_all()
     except (TypeError, ValueError) as error:
-        raise OutsideGrammar(str(error)) from None
+        raise Unreadable(str(error)) from None

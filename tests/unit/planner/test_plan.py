@@ -49,13 +49,13 @@ def profiler(geometry: GeometryConfig = SMALL) -> MemoryProfiler:
 
 def stages(**options) -> list[RankFootprint]:
     layout = ParallelConfig(**{"tensor": 1, "pipeline": 1, "micro_batch_tokens": 256, **options})
-    return profiler().stages(layout, row_tokens=256, batch=None)
+    return profiler().stages(layout, 256, None)
 
 
 def decoding_stages(geometry: GeometryConfig) -> list[RankFootprint]:
     layout = ParallelConfig(tensor=2, pipeline=1, micro_batch_tokens=128)
     batch = DecodedBatch(num_sequences=2, prompt_tokens=8, new_tokens=8)
-    return profiler(geometry).stages(layout, row_tokens=128, batch=batch)
+    return profiler(geometry).stages(layout, 128, batch)
 
 
 def test_a_scaled_model_has_the_footprint_of_the_model_without_scaling(apart):

@@ -15,8 +15,8 @@ from oreal_megatron.types import Verdict
 from oreal_megatron.verifier.equality.evaluate import CannotEvaluate, evaluate
 from oreal_megatron.verifier.equality.expressions import SymbolicLeaves, exact_value
 from oreal_megatron.verifier.input_limits import Refused, check_expression
-from oreal_megatron.verifier.latex.latex_fallback import Unreadable, parse_full, prepare, read
-from oreal_megatron.verifier.latex.latex_parser import OutsideGrammar, read_common
+from oreal_megatron.verifier.latex.latex_fallback import parse_full, prepare, read
+from oreal_megatron.verifier.latex.latex_parser import Unreadable, read_common
 from oreal_megatron.verifier.latex.nodes import Bracketed, Collection, Leaf, Matrix, Relation, Text
 from oreal_megatron.verifier.latex.normalize import normalize, text_key
 from oreal_megatron.verifier.latex.rational import parse_rational
@@ -176,7 +176,7 @@ def test_both_readers_read_the_same(latex: str) -> None:
     ],
 )
 def test_the_fast_reader_is_timid(latex: str) -> None:
-    with pytest.raises(OutsideGrammar):
+    with pytest.raises(Unreadable):
         read_common(latex)
 
 
