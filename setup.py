@@ -53,6 +53,7 @@ setup(
         "safetensors>=0.6",
         "hydra-core>=1.3.2,<1.4",
         "omegaconf>=2.3,<2.4",
+        "orjson>=3.10",
         "pydantic>=2.11,<3",
         "pyyaml>=6",
         "sympy>=1.13,<2",

@@ -64,7 +64,7 @@ def benchmark_metrics(
         "problems": float(len(greedy)),
         "undecided": float(len(greedy) - len(decided(greedy))),
         "greedy_pass@1": _mean([float(graded.is_correct) for graded in decided(greedy)]),
-        "response_tokens": _mean([float(len(graded.rollout.response_ids)) for graded in greedy]),
+        "response_tokens": _mean([float(graded.rollout.num_response_tokens) for graded in greedy]),
         "stopped": _mean([float(g.rollout.finish_reason is FinishReason.STOP) for g in greedy]),
     }
     if k:
@@ -115,7 +115,7 @@ def _reward_model_scores(run: Run, groups: Sequence[Sequence[GradedRollout]]) ->
         for group in groups
         for graded in decided(group)
     ]
-    batches = run.packer.batches(sequences)
+    batches = run.packer.batches_from_main(sequences, run.groups)
     alignment = run.config.objective.token_weights.alignment
     with run.reward_model.on_device():
         scored = score_sequences(run.reward_model.module, batches, alignment, run.groups)

@@ -9,9 +9,16 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import orjson
+
+
+def json_line(record: Mapping[str, Any]) -> bytes:
+    """Returns a record as one line of JSON, with its line end. Numpy arrays are lists; NaN and infinity are null."""
+    return orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -20,12 +27,21 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         OSError: the message names `path`; an earlier file is untouched.
     """
+    write_parts_atomically(path, [text.encode()])
+
+
+def write_parts_atomically(path: Path, parts: Iterable[bytes]) -> None:
+    """Writes a file as `write_atomically` does, from parts that are made one after the other.
+
+    Raises:
+        OSError: the message names `path`; an earlier file is untouched.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
         with naming(path):
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with partial.open("wb") as file:
+                file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -50,22 +66,23 @@ def open_log(path: Path) -> IO[bytes]:
         return file
 
 
-def append_line(file: IO[bytes], line: str) -> None:
-    """Appends one line to an open log; on return it is on the disk.
+def append_line(file: IO[bytes], line: bytes) -> None:
+    """Appends a line, which ends with a line end, to an open log; on return it is on the disk.
 
     Raises:
         OSError: the message names the file; readers leave out a line that was written in part.
     """
     with naming(Path(file.name)):
-        file.write(line.encode() + b"\n")
+        file.write(line)
         file.flush()
         os.fsync(file.fileno())
 
 
-def whole_lines(path: Path) -> list[str]:
-    """Returns the finished lines of a log, without line ends; none where there is no file."""
-    content = path.read_bytes() if path.is_file() else b""
-    return content.decode(errors="replace").split("\n")[:-1]
+def whole_lines(path: Path) -> Iterator[bytes]:
+    """Yields the finished lines of a log, without line ends; none where there is no file."""
+    if path.is_file():
+        with path.open("rb") as file:
+            yield from (line[:-1] for line in file if line.endswith(b"\n"))
 
 
 def kept_id(path: Path) -> str:

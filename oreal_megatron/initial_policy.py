@@ -156,7 +156,8 @@ def _warm_start(module: Policy | ModelChunks, sft: SftConfig, workspace: Workspa
                     "same command starts it again"
                 )
             bar.advance(f"nll {losses[-1]:.3f}")
-    workspace.tracker.trajectories("warm_start", [{"step": i, "nll": loss} for i, loss in enumerate(losses)])
+    workspace.tracker.trajectories("warm_start", ({"step": i, "nll": loss} for i, loss in enumerate(losses)))
+    workspace.tracker.finish_trajectories()
 
 
 def _supervised_step(model: TrainedModel, batch: Sequence[Demonstration], step: int, workspace: Workspace) -> float:

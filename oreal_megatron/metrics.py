@@ -8,15 +8,25 @@ import logging
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
+import orjson
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from oreal_megatron.config import ConfigError, TrainConfig, Violation
-from oreal_megatron.files import append_line, kept_id, open_log, whole_lines, write_atomically
+from oreal_megatron.files import (
+    append_line,
+    json_line,
+    kept_id,
+    open_log,
+    whole_lines,
+    write_atomically,
+    write_parts_atomically,
+)
 from oreal_megatron.losses.advantages import Selection
 from oreal_megatron.types import EvaluationReport, FinishReason, GradedRollout, StepReport
 
@@ -53,7 +63,8 @@ class Tracker:
         self._wandb: Any = None
         if is_main and config.tracking.wandb != "disabled":
             self._wandb = self._open_wandb()
-        self._progress: Progress | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="trajectories")
+        self._being_written: Future[None] | None = None
 
     def start(self, first_step: int, *, is_evaluated: bool) -> None:
         """Opens the files to go on from `first_step`; records of later steps are removed.
@@ -145,14 +156,34 @@ class Tracker:
             shown = "  ".join(f"{name.partition('/')[2]} {shown_value(name, value)}" for name, value in own.items())
             logger.info("evaluation %s  %s: %s", when, benchmark, shown)
 
-    def trajectories(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
-        """Writes records to `name`.jsonl below the run's directory, one JSON object per line."""
+    def trajectories(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
+        """Writes records to `name`.jsonl below the run's directory, one JSON object per line, while the run goes on.
+
+        records: iterated in a thread. The file before it is waited for, so that at most one step's records are kept.
+
+        Raises:
+            OSError: the file before it could not be written.
+        """
         if self._is_main:
-            lines = "".join(json.dumps(record) + "\n" for record in records)
-            write_atomically(self._directory / f"{name}.jsonl", lines)
+            self.finish_trajectories()
+            path = self._directory / f"{name}.jsonl"
+            self._being_written = self._writer.submit(write_parts_atomically, path, map(json_line, records))
+
+    def finish_trajectories(self) -> None:
+        """Returns once the records given to `trajectories` are on the disk.
+
+        Raises:
+            OSError: they could not be written.
+        """
+        written, self._being_written = self._being_written, None
+        if written is not None:
+            written.result()
 
     def close(self) -> None:
-        """Closes the files and trackers."""
+        """Closes the files and trackers; an error of records that nothing has waited for is logged."""
+        self._writer.shutdown()
+        if self._being_written is not None and (error := self._being_written.exception()):
+            logger.error("%s", error)
         if self._file is not None:
             self._file.close()
         if self._tensorboard is not None:
@@ -162,7 +193,7 @@ class Tracker:
 
     def _write(self, record: Mapping[str, Any]) -> None:
         if self._file is not None:
-            append_line(self._file, json.dumps(_without_nan(record)))
+            append_line(self._file, json_line(record))
 
     def _log(self, values: Mapping[str, float], step: int) -> None:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
@@ -218,7 +249,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     records, damaged = [], []
     for number, line in enumerate(whole_lines(path), start=1):
         try:
-            record = json.loads(line)
+            record = orjson.loads(line)
             if record["kind"] not in ("step", "evaluation"):
                 raise ValueError(f"kind is {record['kind']!r}")
             if not isinstance(record["step"], int) or not isinstance(record["metrics"], dict):
@@ -247,13 +278,6 @@ def _drop_from(path: Path, first_step: int, is_evaluated: bool) -> None:
     write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def _without_nan(value: Any) -> Any:
-    """Returns the value with null in the place of NaN and infinities, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def rollout_metrics(groups: Sequence[Sequence[GradedRollout]], selection: Selection) -> dict[str, float]:
     """Returns metrics of a step's responses, and of the selection that trains."""
     rollouts = [graded.rollout for group in groups for graded in group]
@@ -262,7 +286,7 @@ def rollout_metrics(groups: Sequence[Sequence[GradedRollout]], selection: Select
     return {
         **{f"verifier/share_by_{stage}": number / count for stage, number in sorted(stages.items())},
         "rollout/responses": float(len(rollouts)),
-        "rollout/response_tokens": sum(len(rollout.response_ids) for rollout in rollouts) / count,
+        "rollout/response_tokens": sum(rollout.num_response_tokens for rollout in rollouts) / count,
         "rollout/stopped": sum(rollout.finish_reason is FinishReason.STOP for rollout in rollouts) / count,
         "reward/pass_rate": selection.pass_rate,
         "reward/undecided": float(selection.num_undecided),

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
+import itertools
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import orjson
 import yaml
 
 from oreal_megatron import __version__
@@ -138,10 +139,10 @@ def _training_figures(steps: Sequence[dict[str, Any]]) -> list[str]:
 def _calibration_figure(directory: Path) -> str | None:
     """Plots the predicted probability against the share of correct responses, at the last evaluation."""
     files = sorted((directory / "evaluations").glob("*.jsonl"), key=lambda path: path.stem[-6:])
-    records = [json.loads(line) for line in files[-1].read_text().splitlines()] if files else []
     scored = [
         (1 / (1 + math.exp(-r["reward_model_logit"])), Verdict(r["grade"]["verdict"]) is Verdict.CORRECT)
-        for r in records
+        for path in files[-1:]
+        for r in _records(path)
         if "reward_model_logit" in r
     ]
     if not scored:
@@ -163,11 +164,16 @@ def _examples(directory: Path, steps: Sequence[dict[str, Any]]) -> list[dict[str
         path = directory / "trajectories" / f"step_{record['step']:06d}.jsonl"
         if not path.is_file():
             continue
-        rollouts = [json.loads(line) for line in path.read_text().splitlines()]
-        weighted = [r for r in rollouts if r.get("token_weights") and r.get("token_texts")]
-        if weighted:
-            return [_example(r, record["step"]) for r in weighted[:_NUM_EXAMPLES]]
+        weighted = (r for r in _records(path) if r.get("token_weights") and r.get("token_texts"))
+        if examples := [_example(r, record["step"]) for r in itertools.islice(weighted, _NUM_EXAMPLES)]:
+            return examples
     return []
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the records of a file of trajectories."""
+    with path.open("rb") as file:
+        yield from map(orjson.loads, file)
 
 
 def _example(record: dict[str, Any], step: int) -> dict[str, Any]:

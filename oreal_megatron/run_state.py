@@ -94,6 +94,7 @@ def save(run: Run, *, wait: bool) -> None:
     """
     progress = run.progress
     name = step_name(progress.step)
+    run.tracker.finish_trajectories()  # a resume from this checkpoint does not write them again
     if run.config.run.mode == "rollout":
         return
     if wait:

@@ -175,19 +175,45 @@ def rollout_mismatch(differences: Sequence[Tensor], groups: ParallelGroups) -> d
     Returns the mean, 99th percentile and maximum of the absolute difference; the k3 estimate of KL(rollout || policy);
     and the effective sample size of the importance weights pi / pi_rollout as a share of the tokens, in (0, 1].
     """
-    mine = torch.cat([torch.zeros(0), *(difference.detach().float().cpu() for difference in differences)])
-    all_R = torch.cat([part for parts in groups.gather_over_data([mine]) for part in parts]).double()
-    if not len(all_R):
+    parts = [difference.detach().float() for difference in differences if len(difference)]
+    local = torch.zeros(5, dtype=torch.float64)
+    for difference_R in map(Tensor.double, parts):
+        weights_R = difference_R.exp()
+        terms = (difference_R.abs(), weights_R - 1 - difference_R, weights_R, weights_R**2)
+        local += torch.stack([difference_R.new_tensor(len(difference_R)), *(term.sum() for term in terms)]).cpu()
+    count, absolute, kl, weight, square = groups.sum_over_data(local).tolist()
+    if not count:
         return {}
-    weights_R = all_R.exp()
+    largest = torch.stack([difference_R.abs().max().cpu() for difference_R in parts] or [torch.zeros(())]).max()
     return {
-        "rollout_logprob_difference": all_R.abs().mean().item(),
-        # The smallest value that 99% of the tokens do not exceed; torch.quantile refuses more than 16M elements.
-        "rollout_logprob_difference_p99": all_R.abs().kthvalue(math.ceil(0.99 * len(all_R))).values.item(),
-        "rollout_logprob_difference_max": all_R.abs().max().item(),
-        "rollout_kl_k3": (weights_R - 1 - all_R).mean().item(),
-        "rollout_effective_samples": (weights_R.sum() ** 2 / (len(all_R) * (weights_R**2).sum())).item(),
+        "rollout_logprob_difference": absolute / count,
+        "rollout_logprob_difference_p99": _smallest(parts, math.ceil(0.99 * count), groups),
+        "rollout_logprob_difference_max": groups.max_over_world(largest).item(),
+        "rollout_kl_k3": kl / count,
+        "rollout_effective_samples": weight**2 / (count * square),
     }
+
+
+def _smallest(parts: Sequence[Tensor], k: int, groups: ParallelGroups) -> float:
+    """Returns the k-th smallest absolute value over all data-parallel ranks, k from 1, exactly.
+
+    parts: fp32 [R] each. The bits of floats that are not negative are ordered as the floats are: two histograms, of the
+    upper and then the lower 16 bits, find the value without gathering the others.
+    """
+    bits = [part.abs().view(torch.int32) for part in parts]
+    upper, k = _bin_of(k, [part >> 16 for part in bits], groups)
+    lower, _ = _bin_of(k, [part[part >> 16 == upper] & 0xFFFF for part in bits], groups)
+    return torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32).item()
+
+
+def _bin_of(k: int, parts: Sequence[Tensor], groups: ParallelGroups) -> tuple[int, int]:
+    """Returns the k-th smallest of ints below 65,536 over all data-parallel ranks, and its place among equal ones."""
+    counts = torch.zeros(1 << 16, dtype=torch.float64)
+    for part in parts:
+        counts += part.bincount(minlength=1 << 16).cpu()
+    below = groups.sum_over_data(counts).cumsum(0)
+    found = int(torch.searchsorted(below, k))
+    return found, k - (int(below[found - 1]) if found else 0)
 
 
 def _importance(differences: Sequence[Tensor], limit: float, groups: ParallelGroups) -> dict[str, float]:

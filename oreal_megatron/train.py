@@ -15,7 +15,7 @@ from oreal_megatron.evaluation import area_under_curve, evaluate_run
 from oreal_megatron.losses.advantages import Selection, is_useful, select_trajectories
 from oreal_megatron.losses.policy_terms import TokenCounts
 from oreal_megatron.metrics import rollout_metrics
-from oreal_megatron.rollout.sampler import EarlyStop, SampleResult, rollout_seeds
+from oreal_megatron.rollout.sampler import EarlyStop, SampleResult, on_every_rank, rollout_seeds
 from oreal_megatron.run_state import Run, restore, save
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.step import (
@@ -67,6 +67,7 @@ def train(run: Run) -> None:
     except UpdateRefused:
         run.store.finish(wait=True)
         raise
+    run.tracker.finish_trajectories()
     run.store.finish(wait=True)
 
 
@@ -174,15 +175,20 @@ def replayed(run: Run) -> SampleResult:
     """Reads the graded rollouts of this step from run.replay_dir.
 
     Raises:
-        ValueError: there is no file for the step, or a line of it is not a trajectory record.
+        ValueError: there is no file for the step, or a line of it is not a trajectory record. OSError on other ranks
+            than the main rank, which reads the file.
     """
     assert run.config.run.replay_dir is not None
     path = Path(run.config.run.replay_dir) / f"{step_name(run.progress.step)}.jsonl"
-    if not path.is_file():
-        raise ValueError(
-            f"run.replay_dir: there is no {path}; set run.num_steps to the number of steps that were saved"
-        )
-    return SampleResult(groups=read_groups(path), unfinished=[], metrics={})
+    graded: list[list[GradedRollout]] = []
+    with run.groups.together():
+        if run.groups.is_main:
+            if not path.is_file():
+                raise ValueError(
+                    f"run.replay_dir: there is no {path}; set run.num_steps to the number of steps that were saved"
+                )
+            graded = read_groups(path)
+    return SampleResult(groups=on_every_rank(graded, run.groups), unfinished=[], metrics={})
 
 
 def packed(run: Run, trajectories: Sequence[Trajectory]) -> tuple[TokenCounts, list[TokenBatch]]:
@@ -191,10 +197,11 @@ def packed(run: Run, trajectories: Sequence[Trajectory]) -> tuple[TokenCounts, l
     version = 0 if run.config.run.mode == "replay" else run.progress.weight_version
     sequences = [PackedSequence.from_trajectory(trajectory, weight_version=version) for trajectory in trajectories]
     counts = TokenCounts(
-        correct=sum(len(s.response_ids) for s in sequences if s.correct),
-        incorrect=sum(len(s.response_ids) for s in sequences if not s.correct),
+        correct=sum(t.rollout.num_response_tokens for t in trajectories if t.correct),
+        incorrect=sum(t.rollout.num_response_tokens for t in trajectories if not t.correct),
     )
-    return counts, run.packer.batches(sequences, as_released=run.config.objective.sampler == "release")
+    as_released = run.config.objective.sampler == "release"
+    return counts, run.packer.batches_from_main(sequences, run.groups, as_released=as_released)
 
 
 def evaluate_and_save(run: Run) -> None:
@@ -250,15 +257,18 @@ def step_auc(run: Run, scored: ScoredSequences) -> float:
 def save_trajectories(
     run: Run, groups: Sequence[Sequence[GradedRollout]], selection: Selection, batches: Sequence[TokenBatch] = ()
 ) -> None:
-    """Writes the step's rollouts with grades, advantages and token weights to trajectories/step_NNNNNN.jsonl."""
+    """Writes the step's rollouts with grades, advantages and token weights to trajectories/step_NNNNNN.jsonl.
+
+    The file is written behind the next step, and is waited for before a checkpoint of a later step.
+    """
     if not run.config.tracking.trajectories or run.config.run.mode == "replay":
         return
     mine = [
-        (id, weights.tolist())
+        (id, weights_R.numpy())
         for batch in batches
         if batch.token_weights is not None
-        for id, weights in zip(batch.ids, batch.split_by_sequence(batch.token_weights), strict=True)
+        for id, weights_R in zip(batch.ids, batch.split_by_sequence(batch.token_weights.cpu()), strict=True)
     ]
-    weights = dict(pair for part in run.groups.gather_over_data(mine) for pair in part)
+    weights = dict(pair for part in run.groups.gather_to_main(mine) for pair in part)
     records = to_records(groups, selection.trajectories, weights, token_texts=run.renderer.token_texts)
     run.tracker.trajectories(f"trajectories/{step_name(run.progress.step)}", records)

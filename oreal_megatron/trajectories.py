@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import orjson
 
 from oreal_megatron.types import GradedRollout, Trajectory
 
@@ -13,17 +15,16 @@ from oreal_megatron.types import GradedRollout, Trajectory
 def to_records(
     groups: Sequence[Sequence[GradedRollout]],
     trained: Sequence[Trajectory] = (),
-    token_weights: Mapping[str, Sequence[float]] | None = None,
+    token_weights: Mapping[str, np.ndarray] | None = None,
     scores: Mapping[str, float] | None = None,
     token_texts: Callable[[Sequence[int]], list[str]] | None = None,
-) -> list[dict[str, Any]]:
-    """Returns one record per rollout.
+) -> Iterator[dict[str, Any]]:
+    """Yields a record for each rollout, to be written by `files.json_line`.
 
-    trained: trajectories whose advantages are added. token_weights, scores (logits of the reward model): by rollout id.
-    token_texts: returns the tokens of a response as text; added where a rollout has token weights.
+    trained: trajectories whose advantages are added. token_weights (fp32 [T]), scores (logits of the reward model): by
+    rollout id. token_texts: returns the tokens of a response as text; added where a rollout has token weights.
     """
     advantages = {trajectory.id: trajectory.advantage for trajectory in trained}
-    records = []
     for group_index, group in enumerate(groups):
         for graded in group:
             rollout = graded.rollout
@@ -32,13 +33,12 @@ def to_records(
             if id in advantages:
                 record["advantage"] = advantages[id]
             if token_weights and id in token_weights:
-                record["token_weights"] = [round(weight, 4) for weight in token_weights[id]]
+                record["token_weights"] = token_weights[id].round(4)
                 if token_texts is not None:
-                    record["token_texts"] = token_texts(rollout.response_ids)
+                    record["token_texts"] = token_texts(rollout.response_ids.tolist())
             if scores and id in scores:
                 record["reward_model_logit"] = scores[id]
-            records.append(record)
-    return records
+            yield record
 
 
 def read_groups(path: Path) -> list[list[GradedRollout]]:
@@ -48,10 +48,11 @@ def read_groups(path: Path) -> list[list[GradedRollout]]:
         ValueError: a line is not a trajectory record; the message names file and line.
     """
     groups: dict[int, list[GradedRollout]] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            groups.setdefault(record["group"], []).append(GradedRollout.from_json(record))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}:{number}: not a trajectory record: {error!r}") from error
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = orjson.loads(line)
+                groups.setdefault(record["group"], []).append(GradedRollout.from_json(record))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}:{number}: not a trajectory record: {error!r}") from error
     return list(groups.values())

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 
 class Verdict(enum.StrEnum):
@@ -50,19 +52,26 @@ class WeightSpan:
     end: int
 
 
-@dataclass(frozen=True, kw_only=True)
+_NO_TOKENS = np.empty(0, np.int32)
+_NO_LOGPROBS = np.empty(0, np.float32)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Rollout:
-    """A finished response to a prompt."""
+    """A finished response to a prompt.
+
+    The main process has all of it; the other processes have it without its tokens, log-probabilities and text.
+    """
 
     prompt: Prompt
     sample_index: int
     """Index within the prompt's group, 0 to K-1."""
     prompt_ids: tuple[int, ...]
     """Token ids of the rendered prompt."""
-    response_ids: tuple[int, ...]
-    """Token ids of the response, with the stop token if it ends with it."""
-    logprobs: tuple[float, ...]
-    """Log softmax(logits / temperature) of each response token, before top-p, in nats."""
+    response_ids: np.ndarray
+    """Token ids of the response, int32 [T], with the stop token if it ends with it."""
+    logprobs: np.ndarray
+    """Log softmax(logits / temperature) of each response token, fp32 [T], before top-p, in nats."""
     text: str
     """Text of the response, without the stop token."""
     finish_reason: FinishReason
@@ -73,6 +82,15 @@ class Rollout:
     def id(self) -> str:
         """Id that is unique within a step."""
         return f"{self.prompt.id}#{self.sample_index}"
+
+    @property
+    def num_response_tokens(self) -> int:
+        """Number of response tokens T, which every process knows."""
+        return self.weight_spans[-1].end if self.weight_spans else 0
+
+    def without_tokens(self) -> Rollout:
+        """Returns the rollout as processes other than the main process have it."""
+        return replace(self, response_ids=_NO_TOKENS, logprobs=_NO_LOGPROBS, text="")
 
     def num_older_tokens(self, version: int) -> int:
         """Number of tokens, all at the response's start, that weights older than `version` generated."""
@@ -120,7 +138,7 @@ class GradedRollout:
         return self.grade.verdict is Verdict.CORRECT
 
     def to_json(self) -> dict[str, Any]:
-        # `asdict` would copy every token and log-probability separately.
+        """Returns a record for `files.json_line`."""
         return {
             **vars(self.rollout),
             "prompt": dict(vars(self.rollout.prompt)),
@@ -136,8 +154,8 @@ class GradedRollout:
                 prompt=Prompt(**record["prompt"]),
                 sample_index=record["sample_index"],
                 prompt_ids=tuple(record["prompt_ids"]),
-                response_ids=tuple(record["response_ids"]),
-                logprobs=tuple(record["logprobs"]),
+                response_ids=np.asarray(record["response_ids"], np.int32),
+                logprobs=np.asarray(record["logprobs"], np.float32),
                 text=record["text"],
                 finish_reason=FinishReason(record["finish_reason"]),
                 weight_spans=tuple(WeightSpan(**span) for span in record["weight_spans"]),

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,11 +35,11 @@ class PackedSequence:
     """A sequence to train on or to score; the policy terms read `correct`, `advantage` and `rollout_logprobs`."""
 
     id: str
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int] | np.ndarray
     correct: bool = True
     advantage: float = 0.0
-    rollout_logprobs: tuple[float, ...] = ()
+    rollout_logprobs: Sequence[float] | np.ndarray = ()
     num_older_tokens: int = 0
     """Number of response tokens, at the start, that weights of earlier steps generated."""
 
@@ -161,7 +162,7 @@ class SequenceCost:
 
 @dataclass(frozen=True)
 class Packer:
-    """Packs a step's sequences into the micro-batches of a rank; every rank passes the same sequences."""
+    """Packs a step's sequences into the micro-batches of a rank."""
 
     num_ranks: int
     """Number of data-parallel ranks."""
@@ -191,15 +192,33 @@ class Packer:
             device=device(),
         )
 
-    def batches(self, sequences: Sequence[PackedSequence], *, as_released: bool = False) -> list[TokenBatch]:
-        """Returns this rank's share of the sequences as micro-batches; the last ones may be empty.
+    def batches(self, sequences: Sequence[PackedSequence]) -> list[TokenBatch]:
+        """Returns this rank's share of sequences that every rank passes, as micro-batches; the last ones may be empty.
 
-        as_released: distributes sequences as the release does, which repeats some of them.
+        The content of a step's responses is on the main rank only: see `batches_from_main`.
         """
-        if as_released:
-            mine = assign_as_released(sequences, self.num_ranks)[self.rank]
-        else:
-            mine = assign(sequences, self.num_ranks, self.cost)[self.rank]
+        return self._filled(assign(sequences, self.num_ranks, self.cost)[self.rank])
+
+    def batches_from_main(
+        self, sequences: Sequence[PackedSequence], groups: ParallelGroups, *, as_released: bool = False
+    ) -> list[TokenBatch]:
+        """Returns this rank's share of the main rank's sequences, as `batches` does. Every rank calls it.
+
+        sequences: read on the main rank only. as_released: distributes sequences as the release does, which repeats
+        some of them.
+
+        Raises:
+            ValueError, OSError: as_released, and there are fewer sequences than ranks.
+        """
+        parts = None
+        with groups.together():
+            if groups.is_main and as_released:
+                parts = assign_as_released(sequences, self.num_ranks)
+            elif groups.is_main:
+                parts = assign(sequences, self.num_ranks, self.cost)
+        return self._filled(groups.scatter_from_main(parts))
+
+    def _filled(self, mine: Sequence[PackedSequence]) -> list[TokenBatch]:
         filled = micro_batches(mine, self.token_budget, self.device, self.padding)
         missing = -len(filled) % self.count_multiple
         return filled + [pack([], self.device, self.padding) for _ in range(missing)]
@@ -207,40 +226,30 @@ class Packer:
 
 def pack(sequences: Sequence[PackedSequence], device: torch.device, padding: Padding = NO_PADDING) -> TokenBatch:
     """Lays whole sequences end to end; without any, makes a row of padding that trains nothing."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    labels: list[int] = []
-    bounds = [0]
-    for sequence in sequences or [PackedSequence(id="", prompt_ids=(0,), response_ids=())]:
-        row = [*sequence.prompt_ids, *sequence.response_ids]
-        length = padding.of(len(row))
-        if len(bounds) == max(len(sequences), 1):
-            length += -(bounds[-1] + length) % padding.row
-        fill = length - len(row)
-        tokens += row + [0] * fill
-        positions += range(length)
-        labels += [IGNORE] * (len(sequence.prompt_ids) - 1) + [*sequence.response_ids, IGNORE] + [IGNORE] * fill
-        bounds.append(len(tokens))
+    rows = sequences or [PackedSequence(id="", prompt_ids=(0,), response_ids=())]
+    lengths = [padding.of(sequence.num_tokens) for sequence in rows]
+    lengths[-1] += -sum(lengths) % padding.row
+    bounds = [0, *itertools.accumulate(lengths)]
+    tokens_T = np.zeros(bounds[-1], np.int64)
+    labels_T = np.full(bounds[-1], IGNORE, np.int64)
+    for sequence, start in zip(rows, bounds, strict=False):
+        response, end = start + len(sequence.prompt_ids), start + sequence.num_tokens
+        tokens_T[start:response] = sequence.prompt_ids
+        tokens_T[response:end] = labels_T[response - 1 : end - 1] = sequence.response_ids
+    logprobs = [np.asarray(sequence.rollout_logprobs, np.float32) for sequence in rows]
+    is_older = [np.arange(len(sequence.response_ids)) < sequence.num_older_tokens for sequence in rows]
     return TokenBatch(
         ids=tuple(sequence.id for sequence in sequences),
-        tokens=torch.tensor([tokens], device=device),
-        positions=torch.tensor([positions], device=device),
-        labels=torch.tensor([labels], device=device),
+        tokens=torch.from_numpy(tokens_T[None]).to(device),
+        positions=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])[None]).to(device),
+        labels=torch.from_numpy(labels_T[None]).to(device),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=device),
-        max_seqlen=max(end - start for start, end in itertools.pairwise(bounds)),
+        max_seqlen=max(lengths),
         response_lengths=tuple(len(sequence.response_ids) for sequence in sequences),
         correct=torch.tensor([sequence.correct for sequence in sequences], dtype=torch.bool, device=device),
         advantages=torch.tensor([sequence.advantage for sequence in sequences], dtype=torch.float32, device=device),
-        rollout_logprobs=torch.tensor(
-            [value for sequence in sequences for value in sequence.rollout_logprobs],
-            dtype=torch.float32,
-            device=device,
-        ),
-        is_older=torch.tensor(
-            [i < sequence.num_older_tokens for sequence in sequences for i in range(len(sequence.response_ids))],
-            dtype=torch.bool,
-            device=device,
-        ),
+        rollout_logprobs=torch.from_numpy(np.concatenate(logprobs)).to(device),
+        is_older=torch.from_numpy(np.concatenate(is_older)).to(device),
     )
 
 

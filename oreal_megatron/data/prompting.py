@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -38,6 +39,7 @@ class PromptRenderer:
         self.may_exceed_model = max(tokenizer.get_vocab().values()) >= vocab_size
         """Whether the tokenizer has token ids for which the model has no row."""
         self._cache: dict[str, tuple[int, ...]] = {}
+        self._token_text = functools.cache(lambda token: str(tokenizer.decode([token])))
 
     def token_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Returns the token ids of a prompt. Raises ValueError where they exceed prompt.max_prompt_tokens."""
@@ -94,7 +96,7 @@ class PromptRenderer:
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """Returns the text of each token by itself, for display."""
-        return [str(self._tokenizer.decode([token])) for token in token_ids]
+        return [self._token_text(token) for token in token_ids]
 
     def without_overlong(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
         """Returns (prompts that fit prompt.max_prompt_tokens, the other prompts)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -124,6 +124,34 @@ class ParallelGroups:
         dist.all_gather_object(parts, mine, group=self.host["world"])
         return parts
 
+    def gather_to_main(self, mine: T) -> list[T]:
+        """Returns the values of the first processes of all model replicas, in their order, on the main process.
+
+        The other processes get an empty list. All processes call it.
+        """
+        if self.is_main:
+            return [mine, *(self._received(replica) for replica in range(1, self.data_size))]
+        if self.leads_replica:
+            dist.send_object_list([mine], group_dst=0, group=self.host["data"])
+        return []
+
+    def scatter_from_main(self, parts: Sequence[T] | None) -> T:
+        """Returns part r of the main process's `parts` on every process of model replica r."""
+        mine = None
+        if self.is_main:
+            assert parts is not None
+            for replica in range(1, self.data_size):
+                dist.send_object_list([parts[replica]], group_dst=replica, group=self.host["data"])
+            mine = parts[0]
+        elif self.leads_replica:
+            mine = self._received(0)
+        return self.from_replica_leader(mine)
+
+    def _received(self, replica: int) -> Any:
+        box = [None]
+        dist.recv_object_list(box, group_src=replica, group=self.host["data"])
+        return box[0]
+
     def from_last_stage(self, value: T | None) -> T:
         """Returns the last pipeline stage's `value` on every stage, tensors in it on this process's device."""
         if self.pipeline_size == 1:
@@ -141,6 +169,8 @@ class ParallelGroups:
 
     def from_replica_leader(self, value: T | None) -> T:
         """Returns the `value` of the first process of this model replica on every process of the replica."""
+        if self.world_size == self.data_size:
+            return value  # type: ignore[return-value]
         box = [value]
         dist.broadcast_object_list(box, group=self.host["replica"], group_src=0)
         return box[0]  # type: ignore[return-value]

@@ -201,8 +201,8 @@ def disk(sizes: Sizes, work: Workload) -> Disk:
     checkpoint = parameters * state * trained
     initial = parameters * sizes.element
     nodes = ceil(sizes.num_devices / config.resources.devices_per_node)
-    # JSON has about 30 bytes for the id and the log-probability of a token, and 4 for its text.
-    per_step = work.rollouts * (work.mean_tokens * 30 + work.mean_response_tokens * 4)
+    # JSON has about 20 bytes for the id and the log-probability of a token, and 4 for its text.
+    per_step = work.rollouts * (work.mean_tokens * 20 + work.mean_response_tokens * 4)
     return Disk(
         checkpoint=checkpoint,
         checkpoints=checkpoint * (config.run.keep_checkpoints + 2) + initial,

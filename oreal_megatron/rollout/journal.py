@@ -15,9 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+import orjson
+
 from oreal_megatron.config import SamplingConfig
 from oreal_megatron.distributed.groups import ParallelGroups
-from oreal_megatron.files import append_line, open_log, whole_lines, write_atomically
+from oreal_megatron.files import append_line, json_line, open_log, whole_lines, write_parts_atomically
 from oreal_megatron.types import Completion, GenerationRequest, GradedRollout, Prompt
 
 _OF_STEP = re.compile(r"[a-z]+_(\d{6})\.(replica_\d+|begun)\.jsonl")
@@ -45,7 +47,7 @@ class RolloutJournal:
         for path in sorted(self.directory.glob(f"{batch_name}.replica_*.jsonl")):
             for line in whole_lines(path):
                 try:
-                    record = json.loads(line)
+                    record = orjson.loads(line)
                     units[record["unit"]] = [GradedRollout.from_json(item) for item in record["rollouts"]]
                 except (KeyError, TypeError, ValueError):
                     continue
@@ -62,7 +64,7 @@ class RolloutJournal:
             path = self.directory / f"{batch_name}.replica_{self._groups.data_rank}.jsonl"
             self._open = batch_name, open_log(path)
         record = {"unit": unit, "rollouts": [graded.to_json() for graded in rollouts]}
-        append_line(self._open[1], json.dumps(record))
+        append_line(self._open[1], json_line(record))
 
     def keep_partial(self, batch_name: str, partial: PartialResponses) -> None:
         """Keeps responses for a batch to go on with, replacing earlier ones. Called by the main process.
@@ -70,18 +72,18 @@ class RolloutJournal:
         Raises:
             OSError: the disk refused.
         """
-        lines = [
-            json.dumps({"prompt": prompt, "sample": sample, "completion": completion.to_json()})
+        lines = (
+            json_line({"prompt": prompt, "sample": sample, "completion": completion.to_json()})
             for (prompt, sample), completion in partial.items()
-        ]
-        write_atomically(self.directory / f"{batch_name}.begun.jsonl", "".join(line + "\n" for line in lines))
+        )
+        write_parts_atomically(self.directory / f"{batch_name}.begun.jsonl", lines)
 
     def partial(self, batch_name: str) -> dict[tuple[str, int], Completion]:
         """Returns the responses kept for a batch, without damaged lines; empty on all ranks but the main rank."""
         kept: dict[tuple[str, int], Completion] = {}
         for line in whole_lines(self.directory / f"{batch_name}.begun.jsonl") if self._groups.is_main else ():
             try:
-                record = json.loads(line)
+                record = orjson.loads(line)
                 kept[record["prompt"], record["sample"]] = Completion.from_json(record["completion"])
             except (KeyError, TypeError, ValueError):
                 continue

@@ -6,7 +6,9 @@ import contextlib
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from oreal_megatron.config import SamplingConfig
 from oreal_megatron.data.prompting import PromptRenderer
@@ -46,7 +48,10 @@ class EarlyStop:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleResult:
-    """Complete groups, and the prompts of the other groups, both in the order of the prompts."""
+    """Complete groups, and the prompts of the other groups, both in the order of the prompts.
+
+    Only the main rank has the tokens of the groups.
+    """
 
     groups: list[list[GradedRollout]]
     unfinished: list[Prompt]
@@ -90,7 +95,7 @@ class Sampler:
         clock: StepTimer = lambda phase: contextlib.nullcontext(),
         early_stop: EarlyStop | None = None,
     ) -> SampleResult:
-        """Returns a group of `num_samples` graded rollouts per prompt, on every rank.
+        """Returns a group of `num_samples` graded rollouts per prompt; tokens, on the main rank alone.
 
         batch_name: names the journal's files, for example `step_000003`. seed_of: (prompt, sample index) -> seed; see
         `rollout_seeds`. clock: times the phases generate and verify. early_stop: ends sampling early; responses that
@@ -112,20 +117,22 @@ class Sampler:
         tally = None if early_stop is None else _Tally(self._groups, early_stop)
         todo, finished = self._todo(call, tally)
         broken_off = self._generate(call, todo, finished, tally, clock)
-        parts = [part[0] for part in self._groups.gather_over_world([(finished, broken_off)])]
+        parts = self._groups.gather_to_main((finished, broken_off))
         by_prompt = call.by_prompt({index: unit for units, _ in parts for index, unit in units.items()})
-        groups = [by_prompt[prompt.id] for prompt in prompts if prompt.id in by_prompt]
+        groups = on_every_rank([by_prompt[p.id] for p in prompts if p.id in by_prompt], self._groups)
         if early_stop is not None:
             rest = {at: completion for _, some in parts for at, completion in some.items()}
+            num_tokens = self._groups.from_main(sum(len(completion.token_ids) for completion in rest.values()))
             if todo:  # a call that was killed after it ended early has kept them already
                 self._keep(rest, early_stop.next_batch)
             metrics |= {
                 "rollout/asked_groups": float(len(prompts)),
                 "rollout/unfinished_groups": float(len(prompts) - len(groups)),
-                "rollout/unfinished_tokens": float(sum(len(completion.token_ids) for completion in rest.values())),
+                "rollout/unfinished_tokens": float(num_tokens),
                 **_staleness(groups, self._engine.weight_version),
             }
-        unfinished = [prompt for prompt in prompts if prompt.id not in by_prompt]
+        complete = {group[0].rollout.prompt.id for group in groups}
+        unfinished = [prompt for prompt in prompts if prompt.id not in complete]
         return SampleResult(groups=groups, unfinished=unfinished, metrics=metrics)
 
     def _partial(self, batch_name: str, max_staleness: int) -> tuple[PartialResponses, dict[str, float]]:
@@ -218,8 +225,8 @@ class Sampler:
             prompt=prompt,
             sample_index=sample_index,
             prompt_ids=request.prompt_ids,
-            response_ids=completion.token_ids,
-            logprobs=completion.logprobs,
+            response_ids=np.asarray(completion.token_ids, np.int32),
+            logprobs=np.asarray(completion.logprobs, np.float32),
             text=self._renderer.response_text(completion.token_ids),
             finish_reason=completion.finish_reason,
             weight_spans=completion.weight_spans,
@@ -293,10 +300,19 @@ class _Tally:
         return self._groups.count(self._name) >= self._early_stop.num_groups
 
 
+def on_every_rank(graded: list[list[GradedRollout]], groups: ParallelGroups) -> list[list[GradedRollout]]:
+    """Returns the main rank's groups: whole on the main rank, without tokens on the other ranks."""
+    light = None
+    if groups.is_main:
+        light = [[replace(one, rollout=one.rollout.without_tokens()) for one in group] for group in graded]
+    light = groups.from_main(light)
+    return graded if groups.is_main else light
+
+
 def _staleness(groups: Sequence[Sequence[GradedRollout]], version: int) -> dict[str, float]:
     """Returns metrics of the staleness of the groups' tokens, at weight version `version`."""
     rollouts = [graded.rollout for group in groups for graded in group]
-    num_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+    num_tokens = sum(rollout.num_response_tokens for rollout in rollouts)
     older = sum(rollout.num_older_tokens(version) for rollout in rollouts)
     oldest = min((rollout.weight_spans[0].version for rollout in rollouts), default=version)
     return {"rollout/older_tokens": older / max(num_tokens, 1), "rollout/oldest_updates": float(version - oldest)}

@@ -107,7 +107,9 @@ class SGLangEngine:
             position, place = unit_of[index]
             parts[position][place] = completion
             if None not in parts[position]:
+                # The unit is not kept here: its tokens as Python numbers take eight times their bytes.
                 finished.put(_Outcome(value=(position, parts[position])))
+                parts[position] = []
 
         self.pool.on_no_current_weights = lambda: finished.put(_Outcome(no_current_weights=True))
         try:

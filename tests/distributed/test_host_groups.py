@@ -36,6 +36,10 @@ def without_tensor_collectives(rank: int) -> None:
         assert groups.gather_over_data([rank]) == [[2 * groups.pipeline_rank], [2 * groups.pipeline_rank + 1]]
         assert groups.any_rank(rank == 3) and not groups.any_rank(False)
         assert groups.any_of_replica(rank == 3) == (groups.data_rank == 1)
+        first_stage = groups.pipeline_rank == 0
+        mine = groups.gather_to_main({"rank": rank} if first_stage else None)
+        assert mine == ([{"rank": 0}, {"rank": 1}] if groups.is_main else [])
+        assert groups.scatter_from_main(["a", "b"] if groups.is_main else None) == "ab"[groups.data_rank]
         groups.barrier()
 
 

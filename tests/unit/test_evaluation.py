@@ -8,7 +8,7 @@ import pytest
 
 from oreal_megatron.config import SamplingConfig
 from oreal_megatron.evaluation import area_under_curve, benchmark_metrics, evaluate_benchmark
-from oreal_megatron.types import Benchmark, FinishReason, Grade, GradedRollout, Prompt, Rollout, Verdict
+from oreal_megatron.types import Benchmark, FinishReason, Grade, GradedRollout, Prompt, Rollout, Verdict, WeightSpan
 
 C, W, U = Verdict.CORRECT, Verdict.INCORRECT, Verdict.UNDECIDED
 
@@ -16,7 +16,7 @@ C, W, U = Verdict.CORRECT, Verdict.INCORRECT, Verdict.UNDECIDED
 def graded(prompt: Prompt, index: int, verdict: Verdict, length: int) -> GradedRollout:
     rollout = Rollout(
         prompt=prompt, sample_index=index, prompt_ids=(1,), response_ids=(2,) * length, logprobs=(-1.0,) * length,
-        text="", finish_reason=FinishReason.STOP, weight_spans=(),
+        text="", finish_reason=FinishReason.STOP, weight_spans=(WeightSpan(version=0, start=0, end=length),),
     )  # fmt: skip
     return GradedRollout(rollout=rollout, grade=Grade(verdict=verdict, reason="", stage="rules"))
 

@@ -6,7 +6,9 @@ import io
 import json
 import logging
 import math
+import threading
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -160,3 +162,38 @@ def test_evaluation_says_how_many_problems_and_shares_in_percent(tracker, caplog
 
 def test_shown_values():
     assert shown_value("b/reward_model_auc", 0.756) == "0.76" and shown_value("b/pass@4", None) == "-"
+
+
+def test_trajectories_are_written_behind_the_run_and_waited_for(tracker, tmp_path):
+    writer, go_on = tracker(0), threading.Event()
+
+    def records():
+        assert go_on.wait(60)
+        yield {"id": "a", "token_weights": np.float32([0.1234, 1.0]), "text": "\\frac"}
+
+    writer.trajectories("trajectories/step_000000", records())
+    path = tmp_path / "trajectories/step_000000.jsonl"
+    assert not path.is_file()  # the call has returned before the first record exists
+    go_on.set()
+    writer.finish_trajectories()
+    assert json.loads(path.read_text()) == {"id": "a", "token_weights": [0.1234, 1.0], "text": "\\frac"}
+
+
+@pytest.mark.parametrize("then", ["trajectories", "finish_trajectories"])
+def test_error_of_trajectories_is_raised_by_the_next_call(tracker, tmp_path, then):
+    writer = tracker(0)
+    (tmp_path / "trajectories").write_text("a file in the place of the directory")
+    writer.trajectories("trajectories/step_000000", [{}])
+    with pytest.raises(OSError, match="trajectories"):
+        writer.trajectories(
+            "trajectories/step_000001", [{}]
+        ) if then == "trajectories" else writer.finish_trajectories()
+    writer.close()
+
+
+def test_error_of_trajectories_that_nothing_waits_for_is_logged(tracker, tmp_path, caplog):
+    writer = tracker(0)
+    (tmp_path / "trajectories").write_text("a file in the place of the directory")
+    writer.trajectories("trajectories/step_000000", [{}])
+    writer.close()
+    assert "trajectories" in caplog.text

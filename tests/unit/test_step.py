@@ -17,6 +17,7 @@ from oreal_megatron.models.trained_model import TrainedModel
 from oreal_megatron.step import (
     UpdateRefused,
     _aligned,
+    _smallest,
     rollout_mismatch,
     update_policy,
     update_reward_model,
@@ -115,6 +116,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing(composed, single_process)
     with pytest.raises(UpdateRefused, match=r"positive = nan in a micro-batch of .*6.*0"):
         update_policy(policy, batches, config, TokenCounts(correct=20, incorrect=15))
     assert all(torch.equal(a, b) for a, b in zip(before, policy.module.parameters(), strict=True))
+
+
+def test_percentile_is_exact_among_many_equal_and_tiny_values(single_process):
+    values = torch.cat([torch.randn(5000), torch.full((3000,), 0.25), torch.randn(500) * 1e-30, torch.zeros(100)])
+    parts = list(values.split(1000))
+    for k in (1, 90, 101, 700, 4000, len(values)):
+        assert _smallest(parts, k, single_process) == values.abs().kthvalue(k).values.item()
 
 
 def test_mismatch_of_known_differences(single_process):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from oreal_megatron.config import SamplingConfig
+from oreal_megatron.files import json_line
 from oreal_megatron.rollout.journal import RolloutJournal
 from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
 from oreal_megatron.stopping import Stopped, StopRequest
@@ -55,6 +57,11 @@ class Engine:
             )
 
 
+def content(groups):
+    """Every field of the rollouts, as on the disk."""
+    return [[json_line(graded.to_json()) for graded in group] for group in groups]
+
+
 def grade(requests):
     return [Grade(verdict=Verdict.CORRECT, reason="", stage="rules") for _ in requests]
 
@@ -79,33 +86,33 @@ def run(tmp_path, single_process):
 
 
 def test_only_missing_units_are_generated_again(run, tmp_path):
-    whole = run(Engine(), batch_name="step_000009")
+    whole = content(run(Engine(), batch_name="step_000009"))
     killed = Engine(fails_after=3)
     with pytest.raises(KeyboardInterrupt):
         run(killed)
     again = Engine()
-    assert run(again) == whole
+    assert content(run(again)) == whole
     assert (killed.generated, again.generated) == (3, 1)
-    assert run(Engine(fails_after=0)) == whole
+    assert content(run(Engine(fails_after=0))) == whole
 
 
 def test_a_half_written_line_is_generated_again_and_cut_off(run, tmp_path):
-    whole = run(Engine())
+    whole = content(run(Engine()))
     path = tmp_path / "journal" / "step_000003.replica_0.jsonl"
-    content = path.read_bytes()
-    path.write_bytes(content[:-40])
+    lines = path.read_bytes()
+    path.write_bytes(lines[:-40])
     again = Engine()
-    assert run(again) == whole and again.generated == 1
-    assert path.read_bytes() == content
+    assert content(run(again)) == whole and again.generated == 1
+    assert path.read_bytes() == lines
 
 
 def test_a_damaged_line_is_generated_again(run, tmp_path):
-    whole = run(Engine())
+    whole = content(run(Engine()))
     path = tmp_path / "journal" / "step_000003.replica_0.jsonl"
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join([lines[0], b"\0" * 50, *lines[2:]]))
     again = Engine()
-    assert run(again) == whole and again.generated == 1
+    assert content(run(again)) == whole and again.generated == 1
 
 
 def test_other_weights_or_prompts_never_reuse(run):
@@ -136,7 +143,20 @@ def test_a_stop_keeps_what_is_finished(run):
 
 def test_logprobs_come_back_to_the_last_bit(run):
     first = run(Engine())[0][0].rollout.logprobs
-    assert run(Engine(fails_after=0))[0][0].rollout.logprobs == first == (-0.1, -1 / 3)
+    again = run(Engine(fails_after=0))[0][0].rollout.logprobs
+    assert again.dtype == np.float32 and again.tobytes() == first.tobytes() == np.float32([-0.1, -1 / 3]).tobytes()
+
+
+def test_journal_of_an_earlier_version_is_reused(run, tmp_path):
+    """It has log-probabilities with the digits of a double, and spaces between the items."""
+    whole = content(run(Engine()))
+    path = tmp_path / "journal" / "step_000003.replica_0.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        for rollout in record["rollouts"]:
+            rollout["logprobs"] = np.float32(rollout["logprobs"]).tolist()
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert content(run(Engine(fails_after=0))) == whole
 
 
 def test_earlier_steps_are_dropped(run, tmp_path, single_process):

@@ -1,0 +1,89 @@
+"""The tokens of a step's responses: the main rank has all of them, and every replica gets those that it trains on."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from oreal_megatron.config import ParallelConfig, SamplingConfig
+from oreal_megatron.data.packing import PackedSequence, Packer, Padding, SequenceCost
+from oreal_megatron.distributed.cpu_backend import cpu_backend
+from oreal_megatron.distributed.groups import parallel_groups
+from oreal_megatron.rollout.journal import RolloutJournal
+from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
+from oreal_megatron.stopping import StopRequest
+from oreal_megatron.types import Completion, FinishReason, Prompt, Trajectory, WeightSpan
+from tests.ranks import run_ranks
+from tests.unit.rollout.test_journal import Renderer, grade
+
+LAYOUT = ParallelConfig(tensor=1, pipeline=2, micro_batch_tokens=64)
+PROMPTS = [Prompt(id=str(i), question=f"{i}?", gold_answer=str(i)) for i in range(6)]
+
+
+class Engine:
+    """Responses of 3 to 8 tokens, a unit a prompt."""
+
+    weight_version = 0
+
+    def units(self, requests):
+        return [[2 * i, 2 * i + 1] for i in range(len(requests) // 2)]
+
+    def generate(self, units, sampling, is_enough=None):
+        for index, unit in enumerate(units):
+            yield index, [self._completion(request.prompt_ids[1] + 3) for request in unit]
+
+    def _completion(self, length):
+        return Completion(
+            token_ids=tuple(range(100, 100 + length)),
+            logprobs=tuple(np.float32([-0.1 * i for i in range(length)]).tolist()),
+            finish_reason=FinishReason.LENGTH,
+            weight_spans=(WeightSpan(version=0, start=0, end=length),),
+        )
+
+
+def exchanged(rank: int, directory: Path) -> None:
+    with cpu_backend(), parallel_groups(LAYOUT, seed=0) as groups:
+        sampler = Sampler(
+            Engine(),
+            Renderer(),
+            grade,
+            RolloutJournal(directory, groups),
+            groups,
+            StopRequest(),
+            max_sequence_length=64,
+        )
+        graded = sampler.sample(
+            PROMPTS,
+            batch_name="step_000000",
+            num_samples=2,
+            sampling=SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=8),
+            seed_of=rollout_seeds(0, "train", 0),
+        ).groups
+        rollouts = [one.rollout for group in graded for one in group]
+        assert [rollout.id for rollout in rollouts] == [f"{prompt.id}#{i}" for prompt in PROMPTS for i in (0, 1)]
+        lengths = [3 + int(rollout.prompt.id) for rollout in rollouts]
+        assert [rollout.num_response_tokens for rollout in rollouts] == lengths
+        assert [len(rollout.response_ids) for rollout in rollouts] == (lengths if groups.is_main else [0] * 12)
+        packer = Packer(
+            num_ranks=2, rank=groups.data_rank, token_budget=16, count_multiple=1, padding=Padding(),
+            cost=SequenceCost(1.0, 0.0, 0.0), device=torch.device("cpu"),
+        )  # fmt: skip
+        sequences = [
+            PackedSequence.from_trajectory(Trajectory(rollout=one, correct=True, advantage=1.0), weight_version=0)
+            for one in rollouts
+        ]
+        batches = packer.batches_from_main(sequences, groups)
+        for batch in batches:
+            for id, logprobs in zip(batch.ids, batch.split_by_sequence(batch.rollout_logprobs), strict=True):
+                expected = torch.tensor([-0.1 * i for i in range(3 + int(id.split("#")[0]))])
+                assert torch.equal(logprobs, expected)
+        parts = groups.gather_over_world([(groups.data_rank, id) for batch in batches for id in batch.ids])
+        assert parts[0] == parts[2] and parts[1] == parts[3]  # stages of a replica train on the same
+        assert sorted(id for _, id in parts[0] + parts[1]) == sorted(rollout.id for rollout in rollouts)
+
+
+def test_every_replica_gets_what_it_trains_on(tmp_path):
+    run_ranks(4, exchanged, tmp_path, processes=multiprocessing.get_context("spawn"))
