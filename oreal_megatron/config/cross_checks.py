@@ -207,6 +207,15 @@ def _check_resources(
             f"Colocated servers must use all {trainers} trainer devices, and {servers.num_servers} servers of "
             f"{servers.tensor} devices do not. Set rollout.sglang.num_servers={trainers // servers.tensor}.",
         )
+    if servers is not None and not servers.urls and servers.device == "cuda":
+        if servers.tensor > resources.devices_per_node:
+            yield Violation(
+                "rollout.sglang.tensor",
+                servers.tensor,
+                "The run starts each server on one node. Set it to at most resources.devices_per_node="
+                f"{resources.devices_per_node}, and rollout.sglang.num_servers to more servers. Weights that do not fit "
+                "there are half as large with rollout.sglang.dtype=fp8.",
+            )
     if parallel.tensor > resources.devices_per_node:
         yield Violation(
             "parallel.tensor",

@@ -15,7 +15,7 @@ from oreal_megatron.dry_run import MAX_PROCESSES, MAX_SERVERS, num_processes, sh
 from oreal_megatron.overrides import config_directory
 from oreal_megatron.planner.planner import Plan
 from oreal_megatron.slurm.checks import checked
-from oreal_megatron.slurm.cluster import LOCAL_FILE_SYSTEMS, file_system
+from oreal_megatron.slurm.cluster import LOCAL_FILE_SYSTEMS, editable_project, file_system
 from oreal_megatron.slurm.sbatch import allocation
 
 EXPERIMENTS = sorted(path.stem for path in (Path(config_directory()) / "experiment").glob("*.yaml"))
@@ -110,13 +110,13 @@ def test_recipe_lacks_only_the_site():
     assert missing_keys(raw) == ["cluster.data", "cluster.models"]
 
 
-def refused(*overrides: str) -> dict[str, str]:
+def refused(*overrides: str, config_dir: Path | None = None) -> dict[str, str]:
     """Key -> remedy of every violation of a submission."""
     with pytest.raises(ConfigError) as caught:
         checked(
             composed(list(overrides)),
             lambda config, cluster: allocation(config, num_devices(config, None)),
-            config_dir=None,
+            config_dir=config_dir,
         )
     return {violation.key: violation.remedy for violation in caught.value.violations}
 
@@ -146,6 +146,56 @@ def test_submission_names_missing_and_wrong_values_together(tmp_path):
     # Where a section is not valid, the run has no allocation, but the site's own values are still checked.
     unknown = refused("experiment=oreal_32b", "cluster=slurm", "+parallel.tensors=8")
     assert {"parallel.tensors", "cluster.account"} <= unknown.keys()
+
+
+def test_submission_names_what_other_nodes_and_the_container_do_not_see(tmp_path):
+    """The checkout that an editable installation runs is a path too, and so are the model and --config-dir."""
+    shared, local = tmp_path / "shared", tmp_path / "local"
+    for directory in (shared, local):
+        directory.mkdir()
+    base = [f"cluster.{name}={shared}" for name in ("runs", "models", "data")]
+    base += ["experiment=oreal_32b", "cluster=slurm", "cluster.partition=batch", "cluster.account=a"]
+    base += [f"model.path={local}", f"data.train={shared}", f"run.dir={shared}/run"]
+    found = refused(*base, "cluster.venv=null", f"cluster.shared=[{shared}]", config_dir=local)
+    unseen = {key for key, remedy in found.items() if "not on shared storage" in remedy}
+    assert {"cluster.venv", "model.path", "--config-dir"} <= unseen and "data.train" not in unseen
+    found = refused(
+        *base, "cluster.venv=null", "cluster.container=image", f"cluster.mounts=[{shared}]", config_dir=local
+    )
+    unseen = {key for key, remedy in found.items() if "The container does not see it" in remedy}
+    assert unseen == {"model.path", "--config-dir"}
+
+
+def test_the_checkout_of_an_editable_installation_is_found(tmp_path):
+    assert editable_project(tmp_path) is None
+    installed = tmp_path / "lib" / "python3.12" / "site-packages" / "oreal_megatron-1.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Name: oreal_megatron\nVersion: 1\n")
+    (installed / "direct_url.json").write_text('{"dir_info": {}, "url": "file:///src"}')
+    assert editable_project(tmp_path) is None
+    (installed / "direct_url.json").write_text('{"dir_info": {"editable": true}, "url": "file:///my%20src"}')
+    assert editable_project(tmp_path) == Path("/my src")
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ('run.name="a\\nb"', "run.name"),
+        ("run.dir='/r/a\\b'", "run.dir"),
+        ('cluster.partition="a\\n#SBATCH --hold"', "cluster.partition"),
+        ("cluster.environment={'A B': x}", "cluster.environment"),
+        ("cluster.mounts=['/a,b']", "cluster.mounts"),
+    ],
+)
+def test_a_text_that_a_job_would_not_read_as_it_is_is_refused(override, key):
+    assert key in refused("experiment=oreal_32b", "cluster=slurm", override.encode().decode("unicode_escape"))
+
+
+def test_a_server_larger_than_a_node_is_refused_with_the_alternatives():
+    found = refused("experiment=oreal_32b_disaggregated", "cluster=slurm", "rollout.sglang.tensor=16")
+    assert "on one node" in found["rollout.sglang.tensor"] and "num_servers" in found["rollout.sglang.tensor"]
+    found = refused("experiment=oreal_32b", "cluster=slurm", "+rollout.sglang.arguments.nnodes=2")
+    assert "on one" in found["rollout.sglang.arguments.nnodes"]
 
 
 def test_file_system_of_a_machine_is_not_shared_storage():
