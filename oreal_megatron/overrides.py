@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -19,7 +20,9 @@ from oreal_megatron.config import ConfigError, TrainConfig, Violation, fields_at
 
 
 def config_directory() -> Path:
-    """Returns conf/ of the checkout, or of the installed wheel where there is no checkout."""
+    """Returns the directory in $OREAL_CONF, which a SLURM job sets to its copy, or conf/ of the checkout or installed wheel."""
+    if "OREAL_CONF" in os.environ:
+        return Path(os.environ["OREAL_CONF"])
     checkout = Path(__file__).resolve().parent.parent / "conf"
     return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "oreal_megatron" / "conf"
 

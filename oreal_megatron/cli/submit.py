@@ -19,7 +19,7 @@ from oreal_megatron.files import write_atomically
 from oreal_megatron.overrides import literal
 from oreal_megatron.planner.tables import print_plan
 from oreal_megatron.slurm.checks import checked
-from oreal_megatron.slurm.sbatch import allocation, rendered, submitted, tested
+from oreal_megatron.slurm.sbatch import allocation, copy_configuration, rendered, submitted, tested
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -57,7 +57,6 @@ def _submit(console: Console, arguments: argparse.Namespace) -> int:
             server_nodes=arguments.server_nodes,
             judge_nodes=cluster.judge_nodes,
         ),
-        config_dir=arguments.config_dir,
     )
     replan = planner_of(config)
     with console.status("planning"):
@@ -72,9 +71,8 @@ def _submit(console: Console, arguments: argparse.Namespace) -> int:
         return status
     directory = Path(config.run.dir).resolve() / "slurm"
     script = directory / "job.sbatch"
-    options = [] if arguments.config_dir is None else [f"--config-dir={arguments.config_dir.resolve()}"]
-    overrides = [*options, *arguments.overrides, f"run.dir={literal(str(directory.parent))}"]
-    directory.mkdir(parents=True, exist_ok=True)
+    overrides = [*arguments.overrides, f"run.dir={literal(str(directory.parent))}"]
+    copy_configuration(directory / "conf", arguments.config_dir)
     write_atomically(script, rendered(config, cluster, nodes, overrides, script))
     console.print(f"\n[bold]{escape(str(script))}[/]")
     console.print(script.read_text(), markup=False)

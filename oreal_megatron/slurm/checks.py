@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,13 +17,12 @@ T = TypeVar("T")
 
 
 def checked(
-    raw: DictConfig, allocate: Callable[[TrainConfig, ClusterConfig], Allocation], *, config_dir: Path | None
+    raw: DictConfig, allocate: Callable[[TrainConfig, ClusterConfig], Allocation]
 ) -> tuple[TrainConfig, ClusterConfig, Allocation]:
     """Returns the validated run, site and allocation.
 
     raw: the composed configuration, shrunk already for a dry run.
     allocate: returns the nodes of the job.
-    config_dir: a directory with more options of groups, which the job reads too.
 
     Raises:
         ConfigError: with all violations.
@@ -53,7 +51,7 @@ def checked(
     if config is not None and cluster is not None:
         nodes = attempted(partial(allocate, config, cluster))
         num_nodes = nodes.num_nodes - nodes_of_another_kind(cluster, nodes) if nodes else 1
-        violations += site_violations(cluster, config, num_nodes=num_nodes, config_dir=config_dir)
+        violations += site_violations(cluster, config, num_nodes=num_nodes)
     # A placeholder stands for a missing value, which has its own violation.
     violations = [v for v in violations if v.key not in missing and not str(v.value).startswith(PLACEHOLDERS)]
     remedy = "It has no value. Set it in the file of conf/cluster, or as an override."

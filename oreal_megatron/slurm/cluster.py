@@ -106,14 +106,12 @@ def parse_cluster(raw: Mapping[str, Any]) -> ClusterConfig:
         ) from error
 
 
-def site_violations(
-    cluster: ClusterConfig, config: TrainConfig, *, num_nodes: int, config_dir: Path | None
-) -> Iterator[Violation]:
+def site_violations(cluster: ClusterConfig, config: TrainConfig, *, num_nodes: int) -> Iterator[Violation]:
     """Yields every violation of the site's rules that would otherwise show after hours in a queue.
 
-    num_nodes: number of nodes in cluster.partition. config_dir: of --config-dir.
+    num_nodes: number of nodes in cluster.partition.
     """
-    yield from _path_violations(cluster, config, num_nodes, config_dir)
+    yield from _path_violations(cluster, config, num_nodes)
     yield from _text_violations(cluster, config)
     if cluster.signal_seconds >= seconds_of(cluster.time_limit):
         remedy = f"It counts back from the time limit. Set it below cluster.time_limit={cluster.time_limit}."
@@ -131,9 +129,7 @@ def site_violations(
     yield from _partition_violations(cluster, config, num_nodes)
 
 
-def _path_violations(
-    cluster: ClusterConfig, config: TrainConfig, num_nodes: int, config_dir: Path | None
-) -> Iterator[Violation]:
+def _path_violations(cluster: ClusterConfig, config: TrainConfig, num_nodes: int) -> Iterator[Violation]:
     """Yields every path that does not exist, or that some node or the container would not see."""
     site = {f"cluster.{name}": getattr(cluster, name) for name in ("models", "data", "runs")}
     if cluster.container is None:
@@ -145,14 +141,15 @@ def _path_violations(
     for key, path in files.items():
         if not Path(path).exists():
             yield Violation(key, path, "It does not exist. Set it to an existing path.")
-    read = {key: path for key, path in files.items() if Path(path).exists()} | {"run.dir": config.run.dir}
-    if config_dir is not None:
-        read["--config-dir"] = str(config_dir)
+    read = {key: path for key, path in files.items() if Path(path).exists()}
+    read["run.dir"] = str(Path(config.run.dir).resolve())
     if cluster.container is not None:
-        mounts = [Path(mount.split(":")[0]).resolve() for mount in cluster.mounts]
+        # A mount is SOURCE, SOURCE:PLACE or SOURCE:PLACE:FLAGS.
+        places = [(mount.split(":") * 2)[1] for mount in cluster.mounts]
         for key, path in read.items():
-            if not any(Path(path).resolve().is_relative_to(mount) for mount in mounts):
-                yield Violation(key, path, "The container does not see it. Add a directory above it to cluster.mounts.")
+            if not any(Path(path).is_relative_to(place) for place in places):
+                remedy = "The container does not see it. Set it to an absolute path below a directory of cluster.mounts."
+                yield Violation(key, path, remedy)
     elif config.rollout.sglang is not None and "/" in (python := config.rollout.sglang.python or ""):
         read["rollout.sglang.python"] = str(Path(python).absolute().parent)
     roots = [Path(root).resolve() for root in cluster.shared]

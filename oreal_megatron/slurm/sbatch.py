@@ -12,6 +12,8 @@ from math import ceil
 from pathlib import Path
 
 from oreal_megatron.config import ConfigError, TrainConfig, Violation
+from oreal_megatron.files import write_parts_atomically
+from oreal_megatron.overrides import config_directory
 from oreal_megatron.slurm.cluster import ClusterConfig
 
 
@@ -95,7 +97,7 @@ def rendered(
 ) -> str:
     """Returns the batch script: slurm/train.sbatch with this job's header and settings.
 
-    script: path that the caller writes it to.
+    script: path that the caller writes it to; the job reads the configuration in conf/ beside it.
     """
     text = (slurm_directory() / "train.sbatch").read_text()
     body = text[text.index("# === run ===\n") :].replace('arguments=("$@")', f"arguments=({shlex.join(overrides)})")
@@ -105,6 +107,16 @@ def rendered(
         f"#!/bin/bash\n# {config.run.name}: rendered by oreal-submit from slurm/train.sbatch\n# === header ===\n"
         f"{header}\n# === settings ===\n{settings}\n{body}"
     )
+
+
+def copy_configuration(directory: Path, config_dir: Path | None) -> None:
+    """Copies conf/ into a directory of its job: the image of a container has another conf/, and files change in a queue.
+
+    config_dir: a directory with more options of groups, which are copied too, unless conf/ has an option of that name.
+    """
+    for source in filter(None, (config_dir, config_directory())):
+        for file in source.rglob("*.yaml"):
+            write_parts_atomically(directory / file.relative_to(source), [file.read_bytes()])
 
 
 def _batch_option(option: str) -> str:
@@ -163,6 +175,7 @@ def _settings(cluster: ClusterConfig, nodes: Allocation, script: Path) -> Iterat
         interface = shlex.quote(cluster.interface)
         yield f"export GLOO_SOCKET_IFNAME={interface} NCCL_SOCKET_IFNAME={interface}"
     yield from (f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items())
+    yield f"export OREAL_CONF={shlex.quote(str(script.parent / 'conf'))}"
     yield f"export OREAL_SCRIPT={shlex.quote(str(script))}"
     yield f"export OREAL_LOGS={shlex.quote(str(script.parent))}/logs-$SLURM_JOB_ID"
     yield f"export OREAL_TRAINER_NODES={nodes.trainer_nodes} OREAL_PROCESSES_PER_NODE={nodes.processes_per_node}"

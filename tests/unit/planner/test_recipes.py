@@ -110,14 +110,10 @@ def test_recipe_lacks_only_the_site():
     assert missing_keys(raw) == ["cluster.data", "cluster.models"]
 
 
-def refused(*overrides: str, config_dir: Path | None = None) -> dict[str, str]:
+def refused(*overrides: str) -> dict[str, str]:
     """Key -> remedy of every violation of a submission."""
     with pytest.raises(ConfigError) as caught:
-        checked(
-            composed(list(overrides)),
-            lambda config, cluster: allocation(config, num_devices(config, None)),
-            config_dir=config_dir,
-        )
+        checked(composed(list(overrides)), lambda config, cluster: allocation(config, num_devices(config, None)))
     return {violation.key: violation.remedy for violation in caught.value.violations}
 
 
@@ -149,21 +145,24 @@ def test_submission_names_missing_and_wrong_values_together(tmp_path):
 
 
 def test_submission_names_what_other_nodes_and_the_container_do_not_see(tmp_path):
-    """The checkout that an editable installation runs is a path too, and so are the model and --config-dir."""
+    """The checkout that an editable installation runs is a path too."""
     shared, local = tmp_path / "shared", tmp_path / "local"
     for directory in (shared, local):
         directory.mkdir()
     base = [f"cluster.{name}={shared}" for name in ("runs", "models", "data")]
     base += ["experiment=oreal_32b", "cluster=slurm", "cluster.partition=batch", "cluster.account=a"]
     base += [f"model.path={local}", f"data.train={shared}", f"run.dir={shared}/run"]
-    found = refused(*base, "cluster.venv=null", f"cluster.shared=[{shared}]", config_dir=local)
+    found = refused(*base, "cluster.venv=null", f"cluster.shared=[{shared}]")
     unseen = {key for key, remedy in found.items() if "not on shared storage" in remedy}
-    assert {"cluster.venv", "model.path", "--config-dir"} <= unseen and "data.train" not in unseen
-    found = refused(
-        *base, "cluster.venv=null", "cluster.container=image", f"cluster.mounts=[{shared}]", config_dir=local
-    )
-    unseen = {key for key, remedy in found.items() if "The container does not see it" in remedy}
-    assert unseen == {"model.path", "--config-dir"}
+    assert {"cluster.venv", "model.path"} <= unseen and "data.train" not in unseen
+    container = ("cluster.venv=null", "cluster.container=image", f"cluster.shared=[{tmp_path}]")
+    for mounts, not_seen in (
+        (f"['{shared}']", {"model.path"}),
+        (f"['{shared}:{shared}:ro','{local}']", set()),
+        (f"['{shared}:/elsewhere']", {"model.path", "data.train", "run.dir"}),
+    ):
+        found = refused(*base, *container, f"cluster.mounts={mounts}", "cluster.time_limit=00:00:01")
+        assert {key for key, remedy in found.items() if "The container does not see it" in remedy} == not_seen
 
 
 def test_the_checkout_of_an_editable_installation_is_found(tmp_path):
