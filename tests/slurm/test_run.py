@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from oreal_megatron.overrides import literal
 from tests.slurm.conftest import has_steps, oreal_submit, submitted_job
 from tests.tiny import TINY, invoke, metrics_of
 
@@ -23,7 +24,9 @@ SITE = (
 
 def submitted_run(directory: Path, *overrides: str) -> str:
     return submitted_job(
-        oreal_submit(*TINY, *SITE, *overrides, f"run.dir={directory}", "--nodes=2", tmp_path=directory.parent)
+        oreal_submit(
+            *TINY, *SITE, *overrides, f"run.dir={literal(str(directory))}", "--nodes=2", tmp_path=directory.parent
+        )
     )
 
 
