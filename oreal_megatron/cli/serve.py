@@ -42,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument(
         "--nodes", type=int, default=os.environ.get("SLURM_STEP_NUM_NODES", 1), help="number of server nodes"
     )
-    parser.add_argument("--host", default=os.environ.get("SLURMD_NODENAME", "127.0.0.1"), help="address to listen at")
+    parser.add_argument(
+        "--host",
+        default=os.environ.get("SLURMD_NODENAME", "127.0.0.1"),
+        help="name of this node, which listens at all of its addresses, or one address of it",
+    )
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s {socket.gethostname()} %(levelname)s %(name)s: %(message)s"

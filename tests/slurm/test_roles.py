@@ -70,7 +70,9 @@ def test_a_run_goes_on_without_a_server_until_that_is_back(slurm, tmp_path):
     job = submitted_roles(directory, "rollout.sglang.num_servers=2", "run.num_steps=8")
     slurm.until(lambda: has_steps(directory, 1), timeout=1200)
     logs = directory / "slurm" / f"logs-{job}"
-    os.kill(processes("--host node2", directory)[0], signal.SIGKILL)
+    url = next(logs.glob("servers.0/server_0000.url")).read_text().strip()
+    assert url.startswith("http://node2:"), url
+    os.kill(processes(f"--port {url.rsplit(':', 1)[1]}", directory)[0], signal.SIGKILL)
     assert_completed(slurm, job, directory)
     assert has_steps(directory, 8)
     assert "server 0 ended with status" in (logs / "servers_node_0.log").read_text()
