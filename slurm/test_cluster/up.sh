@@ -40,10 +40,10 @@ munged --force --num-threads=2 --key-file="$base/munge/key" --seed-file="$base/m
 
 if [ -s "$base/hosts" ]; then
   mapfile -t hosts <"$base/hosts"
-  listen=""  # a name of a host, where SLURM would listen, may be 127.0.1.1 there
+  listen=  # at all addresses: that of a host's own name may be 127.0.1.1
 else
   hosts=("$(hostname -s) 127.0.0.1 env")
-  listen=NoCtldInAddrAny,NoInAddrAny
+  listen=CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
   # Each node has a loopback address of its own, so that equal ports of two nodes do not collide. down.sh removes the lines.
   for i in $(seq "${2:-4}"); do
     echo "127.0.1.$i node$i # oreal test cluster $base" >>/etc/hosts
@@ -65,7 +65,7 @@ CredType=cred/munge
 # cred_expire is also how long a requeued job waits before it may start again.
 AuthInfo=socket=$base/run/munge.sock,cred_expire=5
 SlurmctldPort=$port
-CommunicationParameters=$listen
+$listen
 SrunPortRange=$((port + 1000))-$((port + 1999))
 StateSaveLocation=$base/state
 SlurmdSpoolDir=$base/spool/%n
