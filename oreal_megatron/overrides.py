@@ -20,7 +20,7 @@ from oreal_megatron.config import ConfigError, TrainConfig, Violation, fields_at
 
 
 def config_directory() -> Path:
-    """Returns the directory in $OREAL_CONF, which a SLURM job sets to its copy, or conf/ of the checkout or installed wheel."""
+    """Returns conf/ of the checkout, or of the installed wheel where there is no checkout; in a SLURM job, its copy."""
     if "OREAL_CONF" in os.environ:
         return Path(os.environ["OREAL_CONF"])
     checkout = Path(__file__).resolve().parent.parent / "conf"

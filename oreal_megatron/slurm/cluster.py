@@ -148,7 +148,9 @@ def _path_violations(cluster: ClusterConfig, config: TrainConfig, num_nodes: int
         places = [(mount.split(":") * 2)[1] for mount in cluster.mounts]
         for key, path in read.items():
             if not any(Path(path).is_relative_to(place) for place in places):
-                remedy = "The container does not see it. Set it to an absolute path below a directory of cluster.mounts."
+                remedy = (
+                    "The container does not see it. Set it to an absolute path below a directory of cluster.mounts."
+                )
                 yield Violation(key, path, remedy)
     elif config.rollout.sglang is not None and "/" in (python := config.rollout.sglang.python or ""):
         read["rollout.sglang.python"] = str(Path(python).absolute().parent)

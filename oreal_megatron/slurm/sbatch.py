@@ -110,9 +110,11 @@ def rendered(
 
 
 def copy_configuration(directory: Path, config_dir: Path | None) -> None:
-    """Copies conf/ into a directory of its job: the image of a container has another conf/, and files change in a queue.
+    """Copies conf/ into a directory of a job.
 
-    config_dir: a directory with more options of groups, which are copied too, unless conf/ has an option of that name.
+    The conf/ of a container's image may be another, and files may change while the job waits.
+
+    config_dir: a directory with more options of groups, of which those that conf/ lacks are copied too.
     """
     for source in filter(None, (config_dir, config_directory())):
         for file in source.rglob("*.yaml"):

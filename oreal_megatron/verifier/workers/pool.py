@@ -64,8 +64,8 @@ class _Server:
         self.workers: list[_Worker] = []
         self.control, theirs = socket.socketpair()
         import_path = os.pathsep.join(filter(None, [str(_IMPORT_ROOT), os.environ.get("PYTHONPATH")]))
-        # A scheduler's signals, and Ctrl-C, go to all processes of a job; the trainer handles them and ends its server. The
-        # server and its workers inherit the mask.
+        # A scheduler's signals, and Ctrl-C, go to all processes of a job; the trainer handles them and ends its server.
+        # The server and its workers inherit the mask.
         unmasked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             with theirs:
