@@ -63,9 +63,9 @@ class ClusterConfig(Section):
     venv: str | None
     """Virtual environment of the project on shared storage. null: the environment that submits the job."""
     container: str | None
-    """Image for srun --container-image (pyxis). null: no container."""
+    """Image of Apptainer (a file NAME.sif), or for srun --container-image (pyxis). null: no container."""
     mounts: Strings
-    """Directories for --container-mounts."""
+    """Directories that the container sees, as for apptainer --bind and --container-mounts."""
     interface: str | None
     """Network interface of gloo and NCCL. null: they choose."""
     environment: Mapping[str, str]
@@ -137,8 +137,11 @@ def _path_violations(cluster: ClusterConfig, config: TrainConfig, num_nodes: int
         site["cluster.venv"] = str(environment)
         if (checkout := editable_project(environment)) is not None:
             site["cluster.venv (the editable installation in it)"] = str(checkout)
+    elif cluster.container.endswith((".sif", ".sqsh")):
+        site["cluster.container"] = cluster.container
     files = {} if config.run.dry_run else _files(config)
-    for key, path in files.items():
+    images = {"cluster.container": site["cluster.container"]} if "cluster.container" in site else {}
+    for key, path in {**files, **images}.items():
         if not Path(path).exists():
             yield Violation(key, path, "It does not exist. Set it to an existing path.")
     read = {key: path for key, path in files.items() if Path(path).exists()}

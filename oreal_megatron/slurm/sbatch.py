@@ -171,8 +171,12 @@ def _settings(cluster: ClusterConfig, nodes: Allocation, script: Path) -> Iterat
         yield f"export PATH={shlex.quote(str(python))}:$PATH"
         yield "container=()"
     else:
-        options = (f"--container-image={cluster.container}", f"--container-mounts={','.join(cluster.mounts)}")
-        yield f"container=({shlex.join(options)})"
+        # Words between srun's options and a task's command: options for pyxis, or Apptainer's command.
+        mounts = ",".join(cluster.mounts)
+        words = [f"--container-image={cluster.container}", f"--container-mounts={mounts}"]
+        if cluster.container.endswith(".sif"):
+            words = ["apptainer", "exec", "--nv", f"--bind={mounts}", cluster.container]
+        yield f"container=({shlex.join(words)})"
     if cluster.interface is not None:
         interface = shlex.quote(cluster.interface)
         yield f"export GLOO_SOCKET_IFNAME={interface} NCCL_SOCKET_IFNAME={interface}"

@@ -163,6 +163,10 @@ def test_submission_names_what_other_nodes_and_the_container_do_not_see(tmp_path
     ):
         found = refused(*base, *container, f"cluster.mounts={mounts}", "cluster.time_limit=00:00:01")
         assert {key for key, remedy in found.items() if "The container does not see it" in remedy} == not_seen
+    image = local / "image.sif"
+    container = ("cluster.venv=null", f"cluster.container={image}", f"cluster.shared=[{shared}]")
+    assert "not on shared storage" in refused(*base, *container)["cluster.container"]
+    assert "does not exist" in refused(*base, *container, f"cluster.shared=[{tmp_path}]")["cluster.container"]
 
 
 def test_the_checkout_of_an_editable_installation_is_found(tmp_path):

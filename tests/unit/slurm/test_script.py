@@ -114,6 +114,16 @@ def test_names_and_arguments_arrive_as_they_are(run_config, name, arguments):
         assert composed([trainer[-2]])["run"]["dir"] == str(directory)
 
 
+def test_apptainer_runs_the_commands_in_its_image(run_config, tmp_path):
+    nodes = Allocation(trainer_nodes=1, processes_per_node=1, num_servers=1, server_nodes=1, servers_share=True)
+    cluster = site(container="/my images/a.sif", mounts=["/data", "/runs:/runs:rw"])
+    calls = calls_of(rendered(run_config, cluster, nodes, ["a=b"], tmp_path / "job.sbatch"), tmp_path)
+    apptainer = ["apptainer", "exec", "--nv", "--bind=/data,/runs:/runs:rw", "/my images/a.sif"]
+    for role, command in (("trainer", "bash"), ("servers", "python")):
+        begin = calls[role].index("apptainer")
+        assert calls[role][begin : begin + 6] == [*apptainer, command]
+
+
 def test_steps_get_the_environment_where_the_site_exports_none(run_config, tmp_path):
     script = rendered(
         run_config, site(), Allocation(trainer_nodes=1, processes_per_node=1), [], tmp_path / "job.sbatch"
