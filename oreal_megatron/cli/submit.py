@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -84,7 +85,8 @@ def _submit(console: Console, arguments: argparse.Namespace) -> int:
         job = submitted(script, after=job)
         console.print(f"[bold]submitted job {job}[/]")
     console.print(
-        f"follow it:  tail -F {directory}/job-{job}.log {directory}/logs-{job}/trainer_rank_0.log\n"
+        f"follow it:  tail -F {shlex.quote(f'{directory}/job-{job}.log')} "
+        f"{shlex.quote(f'{directory}/logs-{job}/trainer_rank_0.log')}\n"
         f"stop it:    scancel --batch --signal=TERM {job}   (saves and queues again)   scancel {job}   (ends it)",
         markup=False,
     )

@@ -97,7 +97,7 @@ def rendered(
 ) -> str:
     """Returns the batch script: slurm/train.sbatch with this job's header and settings.
 
-    script: path that the caller writes it to; the job reads the configuration in conf/ beside it.
+    script: path that the caller writes it to; the job reads the configuration in the conf/ of that directory.
     """
     text = (slurm_directory() / "train.sbatch").read_text()
     body = text[text.index("# === run ===\n") :].replace('arguments=("$@")', f"arguments=({shlex.join(overrides)})")
