@@ -33,7 +33,7 @@ HEAD_BIAS = 0.13
 
 # What a preset is, in this file's own terms: advantage of a response with reward x among the rewards of its group, the
 # groups kept, the responses trained, the terms of correct and incorrect responses, their denominators, eta.
-# `reads`: the position whose score weighs token t, less t; None: weights of one. `undecided`: reward of such a response.
+# `reads`: position whose score weighs token t, less t; None: weights of one. `undecided`: reward of such a response.
 OREAL = {"advantage": "rloo", "keep": "mixed", "train": "pair", "terms": ("log", "ratio"), "own_counts": True,
          "eta": 0.5, "reads": 0}  # fmt: skip
 BASELINE = {"keep": "any", "train": "all", "terms": ("log", "log"), "own_counts": False, "eta": 1.0, "reads": None}
