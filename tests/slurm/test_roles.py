@@ -43,17 +43,6 @@ def assert_completed(slurm, job: str, directory: Path) -> str:
     return (directory / "slurm" / f"job-{job}.log").read_text()
 
 
-def test_a_trainer_and_a_server_on_nodes_of_their_own(slurm, tmp_path):
-    """Submitted, trained on the server's rollouts, and nothing is left of it."""
-    directory = tmp_path / "roles"
-    job = submitted_roles(directory, "run.num_steps=2")
-    log = assert_completed(slurm, job, directory)
-    assert slurm.job(job)["NumNodes"] == "2"
-    assert has_steps(directory, 2)
-    assert "trainer on node1, servers on node2" in log
-    assert "http://node2:" in (directory / "slurm" / f"logs-{job}" / "servers_node_0.log").read_text()
-
-
 def test_a_run_goes_on_without_a_server_until_that_is_back(slurm, tmp_path):
     directory = tmp_path / "lost"
     job = submitted_roles(directory, "rollout.sglang.num_servers=2", "run.num_steps=8")
