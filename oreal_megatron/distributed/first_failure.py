@@ -99,7 +99,8 @@ def lost_peer(error: Exception, store: dist.Store, rank: int) -> LostPeer | None
     if first == rank or (first is None and not is_transport):
         return None
     if first is not None:
-        return LostPeer(_another_failed(rank, first))
+        # This rank may have been told the cause (`ParallelGroups.together`).
+        return LostPeer(_another_failed(rank, first) + ("" if is_transport else f": {first_line(error)}"))
     return LostPeer(f"rank {rank} stops: it lost contact with a rank that was killed or hangs ({first_line(error)})")
 
 

@@ -34,17 +34,18 @@ def join(host, rank, port, variables, said):
 def ended(hosts, port, directory, *, interface=None, ranks=(0, 1)):
     """Exit status and output of every rank."""
     variables = {} if interface is None else {"GLOO_SOCKET_IFNAME": interface}
-    logs = [directory / str(rank) for rank in ranks]
-    processes = [
-        FORK.Process(target=join, args=(hosts[rank], rank, port, variables, log))
-        for rank, log in zip(ranks, logs, strict=True)
-    ]
+    return status_and_output(join, [(hosts[rank], rank, port, variables, directory / str(rank)) for rank in ranks])
+
+
+def status_and_output(function, arguments, seconds=90):
+    """Exit status and output of a process for each of `arguments`, which end with the file of the output."""
+    processes = [FORK.Process(target=function, args=some) for some in arguments]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(3 * CONFIG.timeout_seconds)
+        process.join(seconds)
         process.kill()
-    return [process.exitcode for process in processes], [log.read_text() for log in logs]
+    return [process.exitcode for process in processes], [log.read_text() for *_, log in arguments]
 
 
 def test_ranks_meet_over_the_interface_that_leads_to_each_other(nodea, nodeb, tmp_path):
