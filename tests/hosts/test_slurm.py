@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts.network import LINK, Network, missing, opened_network
+from tests.hosts.network import Network, missing, opened_network
 from tests.servers.conftest import require_sglang
 from tests.slurm.conftest import (
     SCRIPTS,
@@ -60,7 +60,7 @@ def test_trainer_and_server_on_hosts_with_debians_names(network, slurm, tmp_path
     directory = tmp_path / "run"
     outcome = oreal_submit(
         *TINY,
-        *("cluster=single_machine_test", f"cluster.interface={LINK}", "cluster.cpus_per_node=2"),
+        *("cluster=single_machine_test", "cluster.interface=null", "cluster.cpus_per_node=2"),
         *("resources.trainer_devices=2", "resources.devices_per_node=1", "run.async_checkpoints=false"),
         *("rollout=sglang_cpu", "rollout.sglang.startup_seconds=600", "run.num_steps=2", f"run.dir={directory}"),
         tmp_path=tmp_path,
