@@ -73,7 +73,8 @@ class ClusterConfig(Section):
     setup: Strings
     """Shell lines that run at the start of a job."""
     node_check: str | None
-    """Shell command that checks a node before the run starts. A node where it fails is excluded. null: no check."""
+    """Shell command that checks a node before the run starts. A node where it fails, or takes 10 minutes, is excluded.
+    null: no check."""
     judge_nodes: NonNegative
     """Number of nodes that run `judge_command`, for verifier=rules_and_judge."""
     judge_command: str | None

@@ -103,6 +103,7 @@ def test_names_and_arguments_arrive_as_they_are(run_config, name, arguments):
         script = rendered(config, cluster, nodes, overrides, directory / "slurm" / "job.sbatch")
         calls = calls_of(script, Path(temporary))
         assert {"check", "servers", "trainer"} <= set(calls)
+        assert "--time=10" in calls["check"]
         trainer = calls["trainer"]
         end = trainer.index("rank")
         assert trainer[end:-1] == ["rank", "oreal-train", *overrides]
