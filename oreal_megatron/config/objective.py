@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from oreal_megatron.config.fields import FloatPair, NonNegative, NonNegativeFloat, PositiveFloat, Section, Text
+from oreal_megatron.config.fields import (
+    FloatPair,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    Text,
+)
 
 
 class TokenWeightConfig(Section):
@@ -25,6 +33,21 @@ class TokenWeightConfig(Section):
     top_share: Annotated[float, Field(gt=0.0, le=1.0)] | None
     """Share of each response's tokens that keep a weight, those of highest confidence, min-max rescaled. null: the
     thresholds decide."""
+    function: Text | None = None
+    """Function of one's own that weighs the tokens in place of eq. (10), as `module.name`; docs/algorithm.md has its
+    arguments. null: none."""
+
+
+class RewardModelUpdateConfig(Section):
+    """Updates of the reward model in a step. Other values than those of `oreal` are not the paper's."""
+
+    responses: Literal["trained", "all"]
+    """Responses that it learns from. trained: those that the policy trains on; all: every decided response."""
+    updates: Positive
+    """Number of its updates, each on all of these responses. Its learning rate schedule counts each."""
+    ranking_weight: NonNegativeFloat
+    """Weight of a second loss term: -log sigmoid(a - b), with a and b the mean scores of a correct and an incorrect
+    response to the same prompt, averaged over all such pairs of the step. 0: eq. (12) alone."""
 
 
 class ObjectiveConfig(Section):
@@ -46,6 +69,8 @@ class ObjectiveConfig(Section):
     """Responses of a kept group that train. pair: one correct and one incorrect response, drawn at random."""
     token_weights: TokenWeightConfig
     """Weights of the tokens in the policy terms."""
+    reward_model: RewardModelUpdateConfig
+    """Updates of the reward model."""
     positive_term: Literal["logprob", "ratio"]
     """Loss of a correct response's token, A the response's advantage. logprob: -A * weight * log pi; ratio:
     -A * weight * ratio (see ratio_reference)."""
