@@ -87,6 +87,9 @@ _MAY_CHANGE = (
 _ADDED = {
     "objective.optimizer": "standard",
     "objective.train_head_bias": True,
+    "objective.token_weights.form": "confidence",
+    "objective.token_weights.normalize": "none",
+    "objective.token_weights.floor": 0.0,
     "objective.reward_model.responses": "trained",
     "objective.reward_model.updates": 1,
     "objective.reward_model.ranking_weight": 0.0,
