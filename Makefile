@@ -14,7 +14,8 @@ NEWEST := .venv-newest
 GPU_PYTHON ?= python
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup lock sglang-deps slurm-deps demo test test-fast test-slow lint docs test-gpu test-megatron-0.19 bench bench-host bench-rollout \
+.PHONY: help setup lock sglang-deps slurm-deps hosts-deps demo test test-fast test-slow lint docs test-gpu \
+	test-megatron-0.19 bench bench-host bench-rollout \
 	bench-memory bench-reshard bench-verifier bench-conversion bench-objectives bench-fp8 clean
 
 help: ## print this list
@@ -52,6 +53,10 @@ demo: setup ## train on arithmetic: warm start, 50 steps, three evaluations, rep
 slurm-deps: ## install shellcheck and the SLURM daemons that tests/slurm needs (Debian, as root)
 	apt-get update --quiet
 	DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends slurmctld slurmd slurm-client munge shellcheck
+
+hosts-deps: ## install iproute2, with which tests/hosts makes several hosts of this machine (Debian, as root)
+	apt-get update --quiet
+	DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends iproute2
 
 lint: setup docs ## run ruff, import contracts, types and documentation links; hadolint and shellcheck if they are installed
 	$(BIN)/ruff check .

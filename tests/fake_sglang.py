@@ -73,6 +73,7 @@ class FakeSGLang:
     """One server. Attributes may be changed by a test while it runs."""
 
     port: int = 0
+    host: str = "127.0.0.1"
     label: str = NO_WEIGHTS
     answer_label: str | None = None
     """Label in responses, if other than `label`."""
@@ -99,7 +100,7 @@ class FakeSGLang:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def break_(self, path: str, how: str, value: float = 0, times: int | None = None) -> None:
         """Makes an endpoint misbehave; see Fault."""
@@ -114,7 +115,7 @@ class FakeSGLang:
         self._aborted.add("*")
 
     async def start(self) -> FakeSGLang:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._connected, self.host, self.port)
         self.port = self._server.sockets[0].getsockname()[1]
         self.exit_code = None
         return self

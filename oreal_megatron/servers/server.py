@@ -90,7 +90,12 @@ class SGLangServer(ABC):
         """index: position among all servers of the run."""
         config = settings.config
         self.index = index
-        self.client = ServerClient(url, max_concurrency=config.max_concurrency, control_seconds=config.control_seconds)
+        self.client = ServerClient(
+            url,
+            max_concurrency=config.max_concurrency,
+            control_seconds=config.control_seconds,
+            health_seconds=config.health_seconds,
+        )
         self._settings = settings
         self._config = config
         self._state = _NEW

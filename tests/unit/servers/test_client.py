@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from pathlib import Path
 
+import psutil
 import pytest
 
 from oreal_megatron.servers.client import RequestRefused, ServerClient, ServerLost
@@ -14,8 +17,8 @@ from tests.unit.servers.conftest import on_loop, until
 SAMPLING = {"max_new_tokens": 6}
 
 
-def client_of(fake, control_seconds=2.0):
-    return ServerClient(fake.url, max_concurrency=4, control_seconds=control_seconds)
+def client_of(fake, control_seconds=2.0, health_seconds=60.0):
+    return ServerClient(fake.url, max_concurrency=4, control_seconds=control_seconds, health_seconds=health_seconds)
 
 
 @on_loop
@@ -95,7 +98,9 @@ async def test_generate_has_no_time_limit(fakes):
 
 @on_loop
 async def test_health_is_false_where_nothing_listens(fakes):
-    client = ServerClient(f"http://127.0.0.1:{free_port()}", max_concurrency=1, control_seconds=1.0)
+    client = ServerClient(
+        f"http://127.0.0.1:{free_port()}", max_concurrency=1, control_seconds=1.0, health_seconds=60.0
+    )
     assert not await client.is_healthy(0.2)
     await client.close()
 
@@ -161,4 +166,22 @@ async def test_response_that_stops_keeps_the_stop_token(fakes):
     client = client_of(fakes.server(stop_after=3))
     generated = await client.generate("r", (5, 6), SAMPLING)
     assert generated.token_ids == (*response((5, 6), 3), STOP) and generated.finish["matched"] == STOP
+    await client.close()
+
+
+@pytest.mark.parametrize(("health_seconds", "probe_seconds"), [(60.0, 5), (8.0, 2), (0.5, 1)])
+@on_loop
+async def test_connection_of_a_request_without_time_limit_is_probed(fakes, health_seconds, probe_seconds):
+    """TCP closes it if the server's host does not know it any more. tests/hosts does that to a connection."""
+    fake = fakes.server(token_seconds=0.01)
+    client = client_of(fake, health_seconds=health_seconds)
+    running = asyncio.create_task(client.generate("r", (5, 6), {"max_new_tokens": 1000}))
+    await until(lambda: fake.prompts)
+    (number,) = [c.fd for c in psutil.Process().net_connections("tcp") if c.raddr and c.raddr.port == fake.port]
+    with socket.socket(fileno=os.dup(number)) as connection:
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
+            assert connection.getsockopt(socket.IPPROTO_TCP, option) == probe_seconds
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1000 * health_seconds
+    running.cancel()
     await client.close()

@@ -1,0 +1,52 @@
+"""A request to a server whose host forgets the connection, or does not answer any more."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from oreal_megatron.servers.client import ServerClient, ServerLost
+from tests.fake_sglang import FakeSGLang
+from tests.ranks import FORK
+
+pytestmark = pytest.mark.hosts
+
+PORT = 4000
+
+
+def serve(host):
+    host.enter()
+
+    async def forever():
+        await FakeSGLang(host=host.address, port=PORT, token_seconds=1.0).start()
+        await asyncio.Event().wait()
+
+    asyncio.run(forever())
+
+
+@pytest.mark.parametrize(("comes_back", "health_seconds"), [(True, 60.0), (False, 4.0)])
+def test_a_connection_without_another_end_is_lost(network, nodeb, comes_back, health_seconds):
+    """The server's host loses its connections: at once when it is reachable again, else after the time of silence."""
+    FORK.Process(target=serve, args=(nodeb,), daemon=True).start()
+
+    async def lose():
+        client = ServerClient(
+            f"http://{nodeb.address}:{PORT}", max_concurrency=2, control_seconds=5.0, health_seconds=health_seconds
+        )
+        while not await client.is_healthy(1.0):
+            await asyncio.sleep(0.1)
+        waiting = asyncio.create_task(client.generate("r", (5, 6), {"max_new_tokens": 1000}))
+        await asyncio.sleep(1.0)
+        assert not waiting.done()
+        nodeb.cut()
+        nodeb.forget_connections()
+        if comes_back:
+            network.restore(nodeb)
+            assert await client.is_healthy(5.0), "the server itself is alive"
+        with pytest.raises(ServerLost, match="ReadError"):
+            # Without these signs of life it waits for ever.
+            await asyncio.wait_for(waiting, 45)
+        await client.close()
+
+    asyncio.run(lose())
