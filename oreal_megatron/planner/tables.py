@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from oreal_megatron.planner import hardware
+from oreal_megatron.planner.hardware import device_named
 from oreal_megatron.planner.memory import PHASES, MemoryPlan, amount, micro_batches_in_flight
 from oreal_megatron.planner.planner import Plan
 from oreal_megatron.planner.sizes import num_parameters
@@ -116,17 +117,55 @@ def _print_seconds(console: Console, plan: Plan, measured: Measured | None) -> N
             table.add_row(name, f"{value:,.1f}")
         table.add_row("total", f"{plan.step_seconds:,.0f}")
         console.print(table)
-        device = plan.memory.device
-        console.print(
-            f"assumed: {hardware.TRAINING_SHARE:.0%} of {device.flops / 1e12:,.0f} TFLOP/s in training, "  # type: ignore[operator]
-            f"{hardware.DECODING_SHARE:.0%} of {device.bandwidth / 1e12:.2f} TB/s in decoding, "  # type: ignore[operator]
-            f"{hardware.LINK_SHARE:.0%} of {device.link * 8 / 1e9:.0f} Gb/s of a link"  # type: ignore[operator]
-        )
+        console.print("the figures behind them:")
+        for line in sources(plan):
+            console.print(f"  {escape(line)}")
+    elif plan.figures is not None:
+        console.print("seconds: no link between devices is measured. Run oreal-doctor --measure on several devices.")
     elif measured is None:
-        console.print("seconds: the speed of this device is unknown. Name a run on it with --measured.")
+        console.print(
+            "seconds: the speed of this device is unknown. Name with --measured a run on it, or a file that "
+            "oreal-doctor --measure has written on it."
+        )
     if measured is not None:
         medians = ", ".join(f"{name} {value:.1f}" for name, value in measured.seconds.items())
         console.print(f"measured, medians of {measured.num_steps} steps: {medians}")
+
+
+def sources(plan: Plan) -> list[str]:
+    """Returns a line for each figure that the seconds rest on, with its source: data sheet, measured or assumed."""
+    figures, device, has_servers = plan.figures, plan.memory.device, plan.sizes.config.rollout.sglang is not None
+    assert device.flops is not None and device.bandwidth is not None
+    if figures is None:
+        sheet = f"the {device.name}'s data sheet"
+        lines = [
+            f"training   {hardware.TRAINING_SHARE:.0%} (assumed) of {device.flops / 1e12:,.0f} TFLOP/s ({sheet})",
+            f"decoding   {hardware.DECODING_SHARE:.0%} (assumed) of {device.bandwidth / 1e12:.2f} TB/s ({sheet})",
+        ]
+    else:
+        share = hardware.TRAINING_SHARE / hardware.MATRIX_SHARE
+        read, copied = hardware.DECODING_SHARE / hardware.COPY_SHARE, figures.memory_bytes_per_second / 1e12
+        lines = [
+            f"training   {share:.0%} (assumed) of {figures.matrix_flops / 1e12:.3g} TFLOP/s of matrices (measured)",
+            f"decoding   {read:.0%} (assumed) of {copied:.3g} TB/s of copies (measured)",
+        ]
+    if has_servers and figures is not None and figures.server is not None:
+        times = ", ".join(f"{1e3 * t:.3g} ms at {n}" for n, t in sorted(figures.server.token_seconds.items()))
+        lines[1] = f"{lines[1]}, for the KV cache of sequences beyond {figures.server.context_tokens} tokens"
+        lines.append(f"a token    {times} responses at once (measured)")
+    elif has_servers:
+        latency = f"{hardware.DECODING_LATENCY * 1e6:.0f} us for each layer"
+        lines.append(f"a token    reads weights and KV cache, and {latency} (assumed)")
+    if has_servers and device.link is not None:
+        if figures is not None and figures.link_bytes_per_second is not None:
+            source = f"{figures.link_bytes_per_second * 8 / 1e9:,.3g} Gb/s between nodes (measured)"
+        elif figures is not None and device_named(figures.device, sharing=1).link is None:
+            source = f"{hardware.LINK_SHARE * device.link * 8 / 1e9:,.3g} Gb/s within a node (measured)"
+        else:
+            of = f"{device.link * 8 / 1e9:.0f} Gb/s (the {device.name}'s data sheet)"
+            source = f"{hardware.LINK_SHARE:.0%} (assumed) of {of}"
+        lines.append(f"a link     {source}")
+    return lines
 
 
 def _print_disk(console: Console, plan: Plan) -> None:
