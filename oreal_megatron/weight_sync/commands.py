@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import pickle
 import socket
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 
@@ -19,8 +21,9 @@ from oreal_megatron.weight_sync.source import PolicyShards
 from oreal_megatron.weight_sync.types import PausedServer, TransferFailure
 from oreal_megatron.weight_sync.worker import Command, Question, Receive, Unpack, WorkerReport
 
+_ANYWHERE = "192.0.2.1"
+"""An address that is no machine's (RFC 5737), and that a default route leads to."""
 NamedTensors = list[tuple[str, Tensor]]
-
 
 EncodedCommand = tuple[str, bytes]
 """The key of a command's report, and the command as bytes that a server takes. Any trainer rank makes it, the main rank
@@ -33,8 +36,10 @@ class CommandChannel:
     Every rank can encode commands; the main rank sends them.
     """
 
-    def __init__(self, shards: PolicyShards, plan: ReshardingPlan, *, timeout_seconds: float):
-        """timeout_seconds: time that a worker waits for other processes."""
+    def __init__(
+        self, shards: PolicyShards, plan: ReshardingPlan, *, timeout_seconds: float, peers: Sequence[str] = ()
+    ):
+        """timeout_seconds: time that a worker waits for other processes. peers: hosts of the servers."""
         self.timeout_seconds = timeout_seconds
         self._groups = shards.groups
         self.tensor = plan.tensor
@@ -50,7 +55,7 @@ class CommandChannel:
             self.store = dist.TCPStore(
                 "0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_seconds)
             )
-        address = (own_address(), self.store.port) if self.store is not None else None
+        address = (address_towards(peers), self.store.port) if self.store is not None else None
         self.host, self.port = shards.groups.from_main(address)
 
     def encode(
@@ -140,6 +145,19 @@ class CommandChannel:
         self.store = None
 
 
-def own_address() -> str:
-    """Returns the address of this machine that servers on other machines can reach."""
-    return socket.gethostbyname(socket.gethostname())
+def address_towards(peers: Iterable[str]) -> str:
+    """Returns the address of this machine on the route to the first peer that is another machine.
+
+    peers: host names or addresses. Where all are this machine itself, or unknown, the result is the address of the
+    default route, and 127.0.0.1 on a machine without a network. The machine's own name is not looked up, because
+    distributions map it to a loopback address in /etc/hosts.
+    """
+    for peer in (*peers, _ANYWHERE):
+        with contextlib.suppress(OSError):
+            family, kind, _, _, where = socket.getaddrinfo(peer, 1, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.connect(where)  # sends nothing: for UDP it only chooses the route
+                address = str(probe.getsockname()[0])
+            if not ipaddress.ip_address(address).is_loopback:
+                return address
+    return "127.0.0.1"

@@ -5,10 +5,12 @@ servers/pool.py pauses the servers before a publication, and flushes, labels and
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from oreal_megatron.config import SGLangConfig
 from oreal_megatron.distributed.cpu_backend import collective_backend
@@ -72,7 +74,8 @@ def build_publisher(
     )
     plan = plan_resharding(shards.table, shards.geometry, shards.layout, layout)
     # Workers time out before the HTTP request that they delay does, so that they can report the reason.
-    channel = CommandChannel(shards, plan, timeout_seconds=servers.control_seconds / 2)
+    peers = [*(urlsplit(url).hostname for url in servers.urls), os.environ.get("MASTER_ADDR")]
+    channel = CommandChannel(shards, plan, timeout_seconds=servers.control_seconds / 2, peers=list(filter(None, peers)))
     bucket_bytes = servers.bucket_mib * 2**20
     transport: Transport
     match servers.transport:
