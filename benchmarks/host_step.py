@@ -36,6 +36,7 @@ from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
 from oreal_megatron.losses.advantages import select_trajectories
 from oreal_megatron.metrics import Tracker, rollout_metrics
 from oreal_megatron.report import write_report
+from oreal_megatron.rollout.engine import units_by_prompt
 from oreal_megatron.rollout.journal import RolloutJournal
 from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
 from oreal_megatron.run_state import RunProgress
@@ -74,10 +75,7 @@ class SyntheticEngine:
         self._logprobs = -rng.exponential(0.3, num_tokens).astype(np.float32)
 
     def units(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
-        by_prompt: dict[tuple[int, ...], list[int]] = {}
-        for index, request in enumerate(requests):
-            by_prompt.setdefault(request.prompt_ids, []).append(index)
-        return list(by_prompt.values())
+        return units_by_prompt(requests)
 
     def generate(
         self,

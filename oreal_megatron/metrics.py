@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import shutil
@@ -24,7 +23,6 @@ from oreal_megatron.files import (
     kept_id,
     open_log,
     whole_lines,
-    write_atomically,
     write_parts_atomically,
 )
 from oreal_megatron.losses.advantages import Selection
@@ -275,7 +273,7 @@ def _drop_from(path: Path, first_step: int, is_evaluated: bool) -> None:
         logger.warning("%s has no record of %s of %d that were trained; the run goes on", path, which, first_step)
     kept = [r for r in records if r["step"] < first_step + (is_evaluated and r["kind"] == "evaluation")]
     kept.sort(key=lambda r: (r["step"], r["kind"] == "step"))
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+    write_parts_atomically(path, map(json_line, kept))
 
 
 def rollout_metrics(groups: Sequence[Sequence[GradedRollout]], selection: Selection) -> dict[str, float]:

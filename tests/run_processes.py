@@ -15,6 +15,14 @@ from typing import Any
 from tests.tiny import FORKS, TINY, train_in_fork
 
 
+def wait_until(true: Callable[[], object], seconds: float = 60) -> None:
+    """Waits until a condition is true."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"waited for {seconds} s"
+        time.sleep(0.05)
+
+
 class RunProcess:
     """A start of `oreal-train` on the tiny experiment, in its own process session."""
 

@@ -57,3 +57,11 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Ends the processes and connections of the engine."""
+
+
+def units_by_prompt(requests: Sequence[GenerationRequest]) -> list[list[int]]:
+    """Returns the indices of the requests for each prompt, in the order of the prompts' first requests."""
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for index, request in enumerate(requests):
+        by_prompt.setdefault(request.prompt_ids, []).append(index)
+    return list(by_prompt.values())

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from oreal_megatron.config import SamplingConfig
 from oreal_megatron.distributed.cpu_backend import free_cached_memory
 from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.rollout.engine import units_by_prompt
 from oreal_megatron.servers.pool import ServerPool
 from oreal_megatron.servers.request_queue import NoServerError
 from oreal_megatron.servers.server import SGLangServer
@@ -58,10 +59,7 @@ class SGLangEngine:
 
     def units(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
         """See RolloutEngine. A unit is the responses to one prompt."""
-        by_prompt: dict[tuple[int, ...], list[int]] = {}
-        for index, request in enumerate(requests):
-            by_prompt.setdefault(request.prompt_ids, []).append(index)
-        return list(by_prompt.values())
+        return units_by_prompt(requests)
 
     def generate(
         self,

@@ -39,7 +39,11 @@ class CommandChannel:
     def __init__(
         self, shards: PolicyShards, plan: ReshardingPlan, *, timeout_seconds: float, peers: Sequence[str] = ()
     ):
-        """timeout_seconds: time that a worker waits for other processes. peers: hosts of the servers."""
+        """Opens the store on the main rank. Every rank calls it.
+
+        timeout_seconds: time that a worker waits for other processes. peers: hosts that reach the
+        store, of which the first on another machine decides by which address (`address_towards`).
+        """
         self.timeout_seconds = timeout_seconds
         self._groups = shards.groups
         self.tensor = plan.tensor

@@ -74,8 +74,9 @@ def build_publisher(
     )
     plan = plan_resharding(shards.table, shards.geometry, shards.layout, layout)
     # Workers time out before the HTTP request that they delay does, so that they can report the reason.
-    peers = [*(urlsplit(url).hostname for url in servers.urls), os.environ.get("MASTER_ADDR")]
-    channel = CommandChannel(shards, plan, timeout_seconds=servers.control_seconds / 2, peers=list(filter(None, peers)))
+    # Launched servers are on the main rank's host; its address is then the one that the other ranks know.
+    peers = [*(urlsplit(url).hostname or "" for url in servers.urls), os.environ.get("MASTER_ADDR", "")]
+    channel = CommandChannel(shards, plan, timeout_seconds=servers.control_seconds / 2, peers=peers)
     bucket_bytes = servers.bucket_mib * 2**20
     transport: Transport
     match servers.transport:

@@ -13,8 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +38,7 @@ class Host:
         named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.name]
         return ["ip", "netns", "exec", self.namespace, *named, *command]
 
-    def start(self, *command: str, log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def start(self, *command: str, log: Path) -> subprocess.Popen[bytes]:
         """Starts a command on this host in a session of its own; its output is appended to `log`."""
         with log.open("ab") as stream:
             return subprocess.Popen(
@@ -47,7 +46,7 @@ class Host:
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
                 start_new_session=True,
             )
 
@@ -175,14 +174,6 @@ def _opened_host(host: Host, network: Network) -> Iterator[None]:
         host.kill_processes()
         _run("ip", "netns", "delete", host.namespace)
         shutil.rmtree(files)
-
-
-def until(true: Callable[[], object], seconds: float = 120) -> None:
-    """Waits until a condition is true."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"waited for {seconds} s"
-        time.sleep(0.05)
 
 
 def _free_subnet() -> int:

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from tests.hosts.network import until
 from tests.ranks import FORK
+from tests.run_processes import wait_until
 
 pytestmark = pytest.mark.hosts
 
@@ -33,7 +33,7 @@ def test_hosts_have_debian_names_and_reach_each_other(network, nodea, nodeb, tmp
     log = tmp_path / "log"
     address = nodeb.address if version == 4 else nodeb.address6
     nodeb.start(sys.executable, "-c", LISTEN, address, log=log)
-    until(lambda: log.read_text() == f"nodeb 127.0.1.1 {nodea.address}\n")
+    wait_until(lambda: log.read_text() == f"nodeb 127.0.1.1 {nodea.address}\n")
     assert echo(address) == b"a"
     process = FORK.Process(target=_on_host, args=(nodea, address))
     process.start()

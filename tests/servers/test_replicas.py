@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.run_processes import journalled
+from tests.run_processes import journalled, wait_until
 from tests.servers.conftest import require_sglang
-from tests.servers.test_servers import is_running, wait_until
+from tests.servers.test_servers import is_running
 from tests.tiny import TINY, metrics_of
 
 pytestmark = [pytest.mark.servers, pytest.mark.distributed, pytest.mark.timeout(1200)]

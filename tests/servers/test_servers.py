@@ -19,6 +19,7 @@ from oreal_megatron.config import SamplingConfig
 from oreal_megatron.servers.request_queue import NoServerError
 from oreal_megatron.servers.server_process import ServerStartError
 from oreal_megatron.types import FinishReason, GenerationRequest, WeightSpan
+from tests.run_processes import wait_until
 from tests.tiny_models import save_tiny
 from tests.tiny_servers import STOP, open_servers
 
@@ -224,10 +225,3 @@ def is_running(pid):
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
         return False
-
-
-def wait_until(is_so, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from oreal_megatron.metrics import METRICS_FILE, read_metrics
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "slurm" / "test_cluster"
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
@@ -92,5 +94,4 @@ def submitted_job(outcome: subprocess.CompletedProcess[str]) -> str:
 
 def has_steps(directory: Path, count: int) -> bool:
     """Whether a run has finished so many steps."""
-    metrics = directory / "metrics.jsonl"
-    return metrics.exists() and metrics.read_text().count('"kind": "step"') >= count
+    return (directory / METRICS_FILE).exists() and len(read_metrics(directory)[0]) >= count

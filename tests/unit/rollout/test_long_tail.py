@@ -10,6 +10,7 @@ import pytest
 
 from oreal_megatron.config import SamplingConfig
 from oreal_megatron.data.stream import PromptStream
+from oreal_megatron.rollout.engine import units_by_prompt
 from oreal_megatron.rollout.journal import RolloutJournal
 from oreal_megatron.rollout.sampler import EarlyStop, Sampler, rollout_seeds
 from oreal_megatron.servers.request_queue import NOTHING
@@ -29,10 +30,7 @@ class Engine:
         self.num_tokens = 0
 
     def units(self, requests):
-        by_prompt = {}
-        for index, request in enumerate(requests):
-            by_prompt.setdefault(request.prompt_ids, []).append(index)
-        return list(by_prompt.values())
+        return units_by_prompt(requests)
 
     def generate(self, units, sampling, is_enough=None):
         for index, requests in enumerate(units):
