@@ -14,12 +14,7 @@ NEWEST := .venv-newest
 GPU_PYTHON ?= python
 export OMP_NUM_THREADS ?= 2
 
-<<<<<<< HEAD
-.PHONY: help setup lock sglang-deps slurm-deps hosts-deps demo test test-fast test-slow lint docs test-gpu \
-	test-megatron-0.19 bench bench-host bench-rollout \
-=======
 .PHONY: help setup lock sglang-deps slurm-deps hosts-deps demo test test-fast test-slow lint docs test-gpu test-megatron-0.19 bench bench-host bench-rollout \
->>>>>>> 874023897bd493d961bdd693bfa1f36aa200e01c
 	bench-memory bench-reshard bench-verifier bench-conversion bench-objectives bench-fp8 clean
 
 help: ## print this list
