@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,6 +47,54 @@ def build_sglang_engine(
     Raises:
         ValueError: the model does not split over a server's ranks.
     """
+    settings, described = server_settings(
+        servers,
+        geometry,
+        directory=directory,
+        dtype=dtype,
+        stop_token_id=stop_token_id,
+        max_sequence_length=max_sequence_length,
+        model_path=model_path,
+        run=groups.from_main(kept_id(directory / "servers" / "run_id") if groups.is_main else ""),
+        first_device=first_device,
+    )
+    publisher = build_publisher(
+        servers,
+        PolicyShards(chunks_of(policy), geometry, groups, getattr(torch, dtype)),
+        directory=Path(servers.weights_dir) if servers.weights_dir is not None else directory / "weights",
+        config_json=described,
+    )
+    return SGLangEngine(
+        ServerPool(
+            settings,
+            stop_token_id=stop_token_id,
+            config_json=described,
+            replica=groups.data_rank,
+            num_replicas=groups.data_size,
+        ),
+        publisher,
+        groups,
+        timeout_seconds=timeout_seconds,
+        shares_devices=servers.shares_devices,
+    )
+
+
+def server_settings(
+    servers: SGLangConfig,
+    geometry: GeometryConfig,
+    *,
+    directory: Path,
+    dtype: str,
+    stop_token_id: int,
+    max_sequence_length: int,
+    model_path: str | None,
+    run: str,
+    first_device: int = 0,
+) -> tuple[ServerSettings, dict[str, Any]]:
+    """Returns the settings of servers of a model, and the config.json that they start from.
+
+    run: id of the run. The other arguments are those of `build_sglang_engine`.
+    """
     described = served_config(
         model_path,
         geometry,
@@ -68,24 +117,6 @@ def build_sglang_engine(
         config=servers,
         launcher=launcher,
         check=lambda url, description: check_server(url, description, expected),
-        run=groups.from_main(kept_id(directory / "servers" / "run_id") if groups.is_main else ""),
+        run=run,
     )
-    publisher = build_publisher(
-        servers,
-        PolicyShards(chunks_of(policy), geometry, groups, getattr(torch, dtype)),
-        directory=Path(servers.weights_dir) if servers.weights_dir is not None else directory / "weights",
-        config_json=described,
-    )
-    return SGLangEngine(
-        ServerPool(
-            settings,
-            stop_token_id=stop_token_id,
-            config_json=described,
-            replica=groups.data_rank,
-            num_replicas=groups.data_size,
-        ),
-        publisher,
-        groups,
-        timeout_seconds=timeout_seconds,
-        shares_devices=servers.shares_devices,
-    )
+    return settings, described

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from oreal_megatron.cli.measuring import measure
+from oreal_megatron.cli.doctor import measure
 from oreal_megatron.cli.planning import planned_geometry
 from oreal_megatron.compose import composed, validated
 from oreal_megatron.config import ConfigError
+from oreal_megatron.conversion.huggingface import served_config
 from oreal_megatron.planner import hardware
 from oreal_megatron.planner.figures import Figures, ServerFigures, read_figures
 from oreal_megatron.planner.hardware import device_named, with_figures
@@ -18,8 +20,9 @@ from oreal_megatron.planner.memory import KvCache
 from oreal_megatron.planner.sizes import Sizes, num_parameters
 from oreal_megatron.planner.step_time import assumed_workload, phase_seconds
 from oreal_megatron.planner.tables import sources
-from oreal_megatron.servers.client import ServerClient
-from oreal_megatron.servers.token_time import token_seconds
+from oreal_megatron.rollout.token_time import time_tokens, token_seconds
+from oreal_megatron.servers.client import ServerClient, ServerLost
+from oreal_megatron.weight_sync.sglang_layout import LOADER
 from tests.fake_sglang import fake_servers
 
 CONFIG = validated(composed(["experiment=arithmetic_sglang"]))
@@ -114,17 +117,50 @@ def test_server_that_ends_responses_early_is_no_measurement(tmp_path):
             fakes.run(token_seconds(client, [1], vocab_size=50, max_sequence_length=4096))
 
 
-@pytest.mark.end_to_end
-def test_doctor_measures_devices_and_a_server_for_a_plan(tmp_path):
-    path, notes = tmp_path / "out" / "figures.yaml", []
+def test_server_that_ends_while_it_is_timed_is_an_error(tmp_path):
     with fake_servers(tmp_path) as fakes:
-        url = fakes.server().url
-        options = ("--shrink=16", "--seconds=0.05")
-        assert measure(CONFIG, path, devices=2, url=url, progress=notes.append, options=options)
-    figures = read_figures(path, CONFIG, GEOMETRY)
+        fake = fakes.server()
+        fake.break_("/generate", "drop")
+        client = ServerClient(fake.url, max_concurrency=1, control_seconds=5, health_seconds=5)
+        with pytest.raises(ServerLost, match="/generate"):
+            fakes.run(token_seconds(client, [1], vocab_size=50, max_sequence_length=4096))
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A fake server of CONFIG's model, and the fake servers it belongs to."""
+    limit = CONFIG.model.max_sequence_length
+    model = served_config(None, GEOMETRY, dtype="float32", fp8=False, max_positions=limit, stop_token_id=0)
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    with fake_servers(tmp_path) as fakes:
+        info = {"model_path": str(tmp_path), "custom_weight_loader": [LOADER]}
+        yield fakes.server(token_seconds=0.005, info=info), fakes
+
+
+def test_server_that_does_not_fit_or_does_not_answer_is_not_timed(served, tmp_path):
+    fake, fakes = served
+    options = {"dtype": "float32", "max_sequence_length": CONFIG.model.max_sequence_length, "model_path": None}
+    options |= {"url": fake.url, "directory": tmp_path, "progress": lambda note: None}
+    fake.info["tp_size"] = 2
+    with pytest.raises(ValueError, match=r"has tensor 2, rollout\.sglang\.tensor is 1"):
+        time_tokens(CONFIG.rollout.sglang, GEOMETRY, **options)
+    wider = GEOMETRY.model_copy(update={"hidden_size": 2 * GEOMETRY.hidden_size})
+    with pytest.raises(ValueError, match="serves another model.*hidden_size"):
+        time_tokens(CONFIG.rollout.sglang, wider, **options)
+    fakes.kill(fake)
+    with pytest.raises(ServerLost, match="/model_info: ConnectError"):
+        time_tokens(CONFIG.rollout.sglang, GEOMETRY, **options)
+
+
+@pytest.mark.end_to_end
+def test_doctor_measures_devices_and_a_running_server_for_a_plan(served, tmp_path):
+    path, notes = tmp_path / "figures.yaml", []
+    options = ("--shrink=16", "--seconds=0.05")
+    figures = measure(CONFIG, path, devices=2, url=served[0].url, progress=notes.append, options=options)
     assert figures.node_bytes_per_second > 0 and figures.link_bytes_per_second is None
-    assert list(figures.server.token_seconds) == [1, 32] and figures.server.context_tokens < 128
+    assert list(figures.server.token_seconds) == [1, 32, 64] and figures.server.context_tokens < 128
     assert "timing tokens of 32 responses at once" in notes
-    for devices in (1, 2):
-        with pytest.raises(ValueError, match=r"(?s)ended with status .*--shrink: invalid int value: 'none'"):
-            measure(CONFIG, path, devices=devices, url=None, progress=notes.append, options=("--shrink=none",))
+    path.write_text(yaml.safe_dump(figures.model_dump()))
+    assert read_figures(path, CONFIG, GEOMETRY) == figures
+    with pytest.raises(ValueError, match=r"(?s)ended with status .*--shrink: invalid int value: 'none'"):
+        measure(CONFIG, path, devices=2, url=None, progress=notes.append, options=("--shrink=none",))
