@@ -86,8 +86,8 @@ def measure(
 ) -> Figures | None:
     """Measures devices and, where the configuration has servers, one of them. Returns None on all ranks but the first.
 
-    path: the file of the figures; a launched server leaves its log in the directory `path`.server. devices: processes to
-    start on this machine; None: one for each of a node's GPUs, one on a CPU. In a job that torchrun or srun has
+    path: the file of the figures; a launched server leaves its log in the directory `path`.server. devices: processes
+    to start on this machine; None: one for each of a node's GPUs, one on a CPU. In a job that torchrun or srun has
     started, this process is one of them. url: server to time; None: launch one. options: of machine.measuring.
 
     Raises:

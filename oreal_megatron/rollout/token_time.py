@@ -99,8 +99,9 @@ async def token_seconds(
 ) -> tuple[int, dict[int, float]]:
     """Returns the mean length of a timed sequence, and the seconds of a token by the number of responses at once.
 
-    Each from the shortest of three measurements. vocab_size: token ids of the prompts are below it. max_sequence_length: limit of a
-    prompt with its response. progress: called with a note before each number of responses.
+    Each comes from the shortest of three measurements. vocab_size: token ids of the prompts are below it.
+    max_sequence_length: limit of a prompt with its response. progress: called with a note before each number of
+    responses.
 
     Raises:
         ValueError: the server ends responses early, or other requests disturb the measurement.

@@ -145,7 +145,7 @@ def test_server_that_does_not_fit_or_does_not_answer_is_not_timed(served, tmp_pa
     with pytest.raises(ValueError, match=r"has tensor 2, rollout\.sglang\.tensor is 1"):
         time_tokens(CONFIG.rollout.sglang, GEOMETRY, **options)
     wider = GEOMETRY.model_copy(update={"hidden_size": 2 * GEOMETRY.hidden_size})
-    with pytest.raises(ValueError, match="serves another model.*hidden_size"):
+    with pytest.raises(ValueError, match=r"serves another model.*hidden_size"):
         time_tokens(CONFIG.rollout.sglang, wider, **options)
     fakes.kill(fake)
     with pytest.raises(ServerLost, match="/model_info: ConnectError"):
