@@ -13,6 +13,7 @@ import json
 import math
 import os
 import socket
+import sys
 from typing import Any
 
 import torch
@@ -100,7 +101,13 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if arguments.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if rank >= count:
+            sys.exit(
+                f"torch sees {count} GPUs on this machine, and process {rank} (counted from 0) measures one. Start a "
+                "process for each GPU (--devices), on a node that has them."
+            )
+        device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several:

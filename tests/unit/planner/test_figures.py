@@ -6,6 +6,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from oreal_megatron.cli.doctor import measure
@@ -164,3 +165,11 @@ def test_doctor_measures_devices_and_a_running_server_for_a_plan(served, tmp_pat
     assert read_figures(path, CONFIG, GEOMETRY) == figures
     with pytest.raises(ValueError, match=r"(?s)ended with status .*--shrink: invalid int value: 'none'"):
         measure(CONFIG, path, devices=2, url=None, progress=notes.append, options=("--shrink=none",))
+
+
+@pytest.mark.end_to_end
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_machine_without_the_experiments_gpus_is_refused(tmp_path):
+    config = validated(composed(["experiment=arithmetic", "resources.device=h100_80gb", "model.dtype=bfloat16"]))
+    with pytest.raises(ValueError, match="torch sees 0 GPUs on this machine"):
+        measure(config, tmp_path / "f.yaml", devices=1, url=None, progress=lambda note: None)
