@@ -35,14 +35,15 @@ def build_sglang_engine(
     max_sequence_length: int,
     timeout_seconds: float,
     model_path: str | None = None,
+    kv_tokens: int | None = None,
     first_device: int = 0,
 ) -> SGLangEngine:
     """Builds an engine whose servers start, or are attached to, at its first publication. Every rank calls it.
 
     geometry: with vocab_size. directory: of the run, for its id, servers' logs and the weights of the transport `disk`.
     dtype: dtype that servers compute in. timeout_seconds: limit of the groups' collectives. model_path: the policy's
-    Hugging Face directory; None if only its geometry is known. first_device: index of the servers' first device on a
-    machine.
+    Hugging Face directory; None if only its geometry is known. kv_tokens: see Launcher. first_device: index of the
+    servers' first device on a machine.
 
     Raises:
         ValueError: the model does not split over a server's ranks.
@@ -56,6 +57,7 @@ def build_sglang_engine(
         max_sequence_length=max_sequence_length,
         model_path=model_path,
         run=groups.from_main(kept_id(directory / "servers" / "run_id") if groups.is_main else ""),
+        kv_tokens=kv_tokens,
         first_device=first_device,
     )
     publisher = build_publisher(
@@ -89,6 +91,7 @@ def server_settings(
     max_sequence_length: int,
     model_path: str | None,
     run: str,
+    kv_tokens: int | None = None,
     first_device: int = 0,
 ) -> tuple[ServerSettings, dict[str, Any]]:
     """Returns the settings of servers of a model, and the config.json that they start from.
@@ -111,6 +114,7 @@ def server_settings(
         dtype=dtype,
         max_sequence_length=max_sequence_length,
         logs=directory / "servers",
+        kv_tokens=kv_tokens,
         first_device=first_device,
     )
     settings = ServerSettings(

@@ -67,8 +67,10 @@ class NodeServers:
         *,
         host: str,
         logs: Path,
+        kv_tokens: int | None,
         ending: threading.Event,
     ):
+        """kv_tokens: see Launcher."""
         self._config = servers.model_copy(update={"host": host})
         self._ending = ending
         self._launcher = Launcher(
@@ -78,6 +80,7 @@ class NodeServers:
             dtype=config.served_dtype,
             max_sequence_length=config.model.max_sequence_length,
             logs=logs,
+            kv_tokens=kv_tokens,
         )
         self._servers = [
             _Server(number, index, choose_port(self._config, number)) for number, index in enumerate(indices)
