@@ -55,6 +55,7 @@ def build_run(workspace: Workspace) -> Run:
             workspace.groups,
             workspace.stop,
             max_sequence_length=config.model.max_sequence_length,
+            undecided=config.rollout.undecided,
         ),
         engine=engine,
         policy=_trained(workspace, policy, config.optimizer.policy, config.run.num_steps - frozen_updates),
@@ -101,7 +102,9 @@ def _engine(workspace: Workspace, policy: Policy | ModelChunks) -> RolloutEngine
 
 
 def _trained(workspace: Workspace, module: Any, adamw: AdamWConfig, num_updates: int) -> TrainedModel:
-    return TrainedModel(module, adamw, workspace.groups, num_updates=max(num_updates, 1))
+    as_in_release = workspace.config.objective.optimizer == "release"
+    num_updates = max(num_updates, 1)
+    return TrainedModel(module, adamw, workspace.groups, num_updates=num_updates, as_in_release=as_in_release)
 
 
 def _initial_policy(workspace: Workspace, fp8: Fp8ModelConfig | None) -> Policy | ModelChunks:
@@ -120,6 +123,7 @@ def _reward_model(workspace: Workspace) -> TrainedModel:
         workspace.groups,
         vocab_size=workspace.vocab_size,
         seed=None,
+        train_head_bias=config.objective.train_head_bias,
         fp8=config.fp8.reward_model,
     ).to(device())
     if config.model.reward_model is not None and not store.steps:  # a checkpoint of this run holds its reward model

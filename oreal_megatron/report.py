@@ -31,7 +31,12 @@ _PANELS = (
     ("Entropy of the policy", "nats per token", 1, (("entropy", "policy/entropy"),)),
     ("Length of responses", "tokens", 1, (("mean", "rollout/response_tokens"),)),
     ("Loss of the reward model", "cross-entropy", 1, (("cross-entropy", "loss/reward_model"),)),
-    ("AUC of the reward model", "AUC (0.5: guessing)", 1, (("AUC", "reward_model/auc"),)),
+    (
+        "AUC of the reward model",
+        "AUC (0.5: guessing)",
+        1,
+        (("within prompts", "reward_model/auc_within_prompts"), ("all pairs", "reward_model/auc")),
+    ),
     ("Mean token weight", "weight", 1, (("weight", "policy/token_weight"),)),
 )
 _PACKAGES = ("torch", "megatron-core", "transformers")

@@ -11,7 +11,7 @@ from oreal_megatron.checkpoint.store import Best, is_better, step_name
 from oreal_megatron.config import TrainConfig
 from oreal_megatron.data.packing import PackedSequence, TokenBatch
 from oreal_megatron.distributed.step_timer import StepTimer
-from oreal_megatron.evaluation import area_under_curve, evaluate_run
+from oreal_megatron.evaluation import areas_under_curve, evaluate_run
 from oreal_megatron.losses.advantages import Selection, is_useful, select_trajectories
 from oreal_megatron.losses.policy_terms import TokenCounts
 from oreal_megatron.metrics import rollout_metrics
@@ -39,6 +39,8 @@ def train(run: Run) -> None:
     Raises:
         UpdateRefused: a loss is not a finite number, or the rollouts' log-probabilities are not the policy's, beyond
             rollout.mismatch.stop; the message names step, terms and samples. Checkpoints stay.
+        ValueError: the verifier decides too few responses, by rollout.undecided.stop; or a step to replay has no file.
+            Checkpoints stay.
         Stopped: a stop was asked for; everything until then is saved.
         OSError: the disk refused; the message says which checkpoints are whole.
     """
@@ -64,7 +66,7 @@ def train(run: Run) -> None:
     except Stopped:
         save(run, wait=True)
         raise Stopped(where_stopped(run)) from None
-    except UpdateRefused:
+    except (UpdateRefused, ValueError):
         run.store.finish(wait=True)
         raise
     run.tracker.finish_trajectories()
@@ -110,7 +112,7 @@ def train_step(run: Run) -> StepReport:
                 scored, more = update_reward_model(
                     run.reward_model, batches, config.objective, num_sequences=len(selection.trajectories)
                 )
-            metrics |= more | {"reward_model/auc": step_auc(run, scored)}
+            metrics |= more | step_aucs(run, batches, scored, selection)
         batches = with_token_weights(batches, scored, config.objective)
         if not frozen:
             with clock("policy"), run.policy.on_device():
@@ -247,11 +249,18 @@ def is_multiple(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def step_auc(run: Run, scored: ScoredSequences) -> float:
-    """Returns the reward model's AUC on the step's trajectories, from scores before its update on them."""
-    pairs = run.groups.gather_over_data(list(zip(scored.mean_scores, scored.outcomes, strict=True)))
-    flat = [pair for part in pairs for pair in part]
-    return area_under_curve([score for score, _ in flat], [outcome for _, outcome in flat])
+def step_aucs(
+    run: Run, batches: Sequence[TokenBatch], scored: ScoredSequences, selection: Selection
+) -> dict[str, float]:
+    """Returns the reward model's AUCs on the step's trajectories, from scores before its update on them."""
+    ids = [id for batch in batches for id in batch.ids]
+    parts = run.groups.gather_over_data(list(zip(ids, scored.mean_scores, scored.outcomes, strict=True)))
+    flat = [one for part in parts for one in part]
+    prompt_of = {trajectory.id: trajectory.rollout.prompt.id for trajectory in selection.trajectories}
+    areas = areas_under_curve(
+        [score for _, score, _ in flat], [outcome for _, _, outcome in flat], [prompt_of[id] for id, _, _ in flat]
+    )
+    return {f"reward_model/{name}": value for name, value in areas.items()}
 
 
 def save_trajectories(

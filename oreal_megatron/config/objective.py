@@ -72,7 +72,8 @@ class ObjectiveConfig(Section):
     kl_on_correct: bool
     """Apply the KL term to correct responses too. false: to incorrect responses only."""
     actor_freeze_steps: NonNegative
-    """Number of steps with a usable group, from the start, in which only the reward model trains."""
+    """Number of steps with a usable group, from the start, in which only the reward model trains. Without a reward
+    model nothing trains in them, which gives runs to compare with the same updates."""
     undecided_as_incorrect: bool
     """Treat responses that the verifier leaves UNDECIDED as incorrect. false: leave them out of their group."""
     pair_choice: Literal["seeded", "global_rng"]
@@ -84,6 +85,12 @@ class ObjectiveConfig(Section):
     policy_schedule: Literal["from_first_update", "from_first_step"]
     """Start of the policy's learning rate schedule. from_first_step also counts the steps in which the policy is
     frozen."""
+    optimizer: Literal["standard", "release"]
+    """Details of both optimizers. standard: the cosine starts at the end of the warm-up, and biases and norms do not
+    decay; release: the cosine starts one update later, and everything decays, as in the authors' release."""
+    train_head_bias: bool
+    """Train the bias of the reward model's scalar head. false: it stays at its initial 0, since the head of the
+    authors' release has none."""
 
     @property
     def uses_reward_model(self) -> bool:

@@ -19,6 +19,7 @@ from oreal_megatron.step import (
     _aligned,
     _smallest,
     rollout_mismatch,
+    score_sequences,
     update_policy,
     update_reward_model,
     with_reference,
@@ -58,6 +59,23 @@ def test_alignment_reads_the_state_before_or_after_a_token():
     output = torch.arange(4.0).view(1, 4, 1)  # the state after tokens 1, 2, 3, 4
     assert _aligned(output, batch, "predictor").tolist() == [1.0, 2.0]
     assert _aligned(output, batch, "inclusive").tolist() == [2.0, 3.0]
+
+
+@pytest.mark.parametrize(("preset", "depends"), [("oreal", True), ("oreal_paper", True), ("oreal_release", False)])
+def test_weight_of_the_first_token_depends_on_it(composed, single_process, preset, depends):
+    """Two responses that part at their first token: a weight that cannot depend on it cannot say which one erred."""
+    config = parse_config(composed(f"objective={preset}")).objective
+    reward_model = build_reward_model(GEOMETRY, MODEL, single_process, vocab_size=105, seed=0)
+    torch.nn.init.normal_(reward_model.output_layer.weight, generator=torch.Generator().manual_seed(1))
+    parts = [
+        PackedSequence(id=str(token), prompt_ids=(1, 2), response_ids=(token, 9), rollout_logprobs=(0.0, 0.0))
+        for token in (3, 4)
+    ]
+    scored = score_sequences(
+        reward_model, [pack([part], CPU) for part in parts], config.token_weights.alignment, single_process
+    )
+    first, second = (scores_R[0].item() for scores_R in scored.scores)
+    assert (first != pytest.approx(second, abs=1e-6)) == depends
 
 
 @pytest.mark.parametrize("padding", [Padding(), Padding(sequence=16, row=16)], ids=["packed", "padded"])

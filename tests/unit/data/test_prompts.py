@@ -163,3 +163,19 @@ def test_generation_depends_on_the_seed_and_says_when_it_runs_dry():
     assert generate_arithmetic(arithmetic(), 0) != generate_arithmetic(arithmetic(), 1)
     with pytest.raises(ValueError, match=r"data.arithmetic: found \d+ distinct problems where 150 are needed"):
         generate_arithmetic(arithmetic(max_operand=2, max_factor=2, max_terms=2), 0)
+
+
+def test_a_balance_that_steps_cannot_keep_is_said_and_does_not_pile_up(caplog):
+    hard, easy = prompts(80)[:40], prompts(80)[40:]
+    stream = PromptStream(hard * 6 + easy * 2, prompts_per_step=64, seed=0)
+    assert "with 6 of the 320 entries should be in a step of 64 prompts 1.2 times" in caplog.text
+    assert "to 53" in caplog.text
+    drawn = Counter(prompt.id for _ in range(90) for prompt in stream.draw())
+    assert min(drawn[prompt.id] for prompt in hard) >= 85, "hard prompts are in nearly every step"
+    assert len(stream.state_dict()["put_off"]) <= 320
+    caplog.clear()
+    stream = PromptStream(hard * 6 + easy * 2, prompts_per_step=53, seed=0)
+    assert not caplog.text
+    drawn = Counter(prompt.id for _ in range(600) for prompt in stream.draw())
+    ratio = sum(drawn[prompt.id] for prompt in hard) / sum(drawn[prompt.id] for prompt in easy)
+    assert ratio == pytest.approx(3.0, rel=0.02)
