@@ -9,7 +9,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from oreal_megatron.planner import hardware
-from oreal_megatron.planner.hardware import device_named
+from oreal_megatron.planner.hardware import (
+    COPY_SHARE,
+    DECODING_LATENCY,
+    DECODING_SHARE,
+    LINK_SHARE,
+    MATRIX_SHARE,
+    SCORING_SHARE,
+    TRAINING_SHARE,
+    device_named,
+)
 from oreal_megatron.planner.memory import PHASES, MemoryPlan, amount, micro_batches_in_flight
 from oreal_megatron.planner.planner import Plan
 from oreal_megatron.planner.sizes import num_parameters
@@ -134,37 +143,31 @@ def _print_seconds(console: Console, plan: Plan, measured: Measured | None) -> N
 
 def sources(plan: Plan) -> list[str]:
     """Returns a line for each figure that the seconds rest on, with its source: data sheet, measured or assumed."""
-    figures, device, has_servers = plan.figures, plan.memory.device, plan.sizes.config.rollout.sglang is not None
+    figures, device, servers = plan.figures, plan.memory.device, plan.sizes.config.rollout.sglang
     assert device.flops is not None and device.bandwidth is not None
-    if figures is None:
-        sheet = f"the {device.name}'s data sheet"
-        lines = [
-            f"training   {hardware.TRAINING_SHARE:.0%} (assumed) of {device.flops / 1e12:,.0f} TFLOP/s ({sheet})",
-            f"decoding   {hardware.DECODING_SHARE:.0%} (assumed) of {device.bandwidth / 1e12:.2f} TB/s ({sheet})",
-        ]
+    sheet = f"the {device.name}'s data sheet"
+    source, product, copy = (sheet, 1.0, 1.0) if figures is None else ("measured", MATRIX_SHARE, COPY_SHARE)
+    training, scoring, decoding = TRAINING_SHARE / product, SCORING_SHARE / product, DECODING_SHARE / copy
+    flops, bandwidth = device.flops * product / 1e12, device.bandwidth * copy / 1e12
+    lines = [
+        f"arithmetic   {flops:,.3g} TFLOP/s ({source}): training {training:.0%}, scoring {scoring:.0%} (assumed)",
+        f"reading      {bandwidth:,.3g} TB/s ({source}): decoding {decoding:.0%} (assumed)",
+    ]
+    if servers is not None and figures is not None and (server := figures.server) is not None:
+        times = ", ".join(f"{1e3 * t:.3g} ms at {n}" for n, t in sorted(server.token_seconds.items()))
+        lines.append(
+            f"a token      {times} responses at once (measured); KV cache beyond {server.context_tokens} tokens is read"
+        )
     else:
-        share = hardware.TRAINING_SHARE / hardware.MATRIX_SHARE
-        read, copied = hardware.DECODING_SHARE / hardware.COPY_SHARE, figures.memory_bytes_per_second / 1e12
-        lines = [
-            f"training   {share:.0%} (assumed) of {figures.matrix_flops / 1e12:.3g} TFLOP/s of matrices (measured)",
-            f"decoding   {read:.0%} (assumed) of {copied:.3g} TB/s of copies (measured)",
-        ]
-    if has_servers and figures is not None and figures.server is not None:
-        times = ", ".join(f"{1e3 * t:.3g} ms at {n}" for n, t in sorted(figures.server.token_seconds.items()))
-        lines[1] = f"{lines[1]}, for the KV cache of sequences beyond {figures.server.context_tokens} tokens"
-        lines.append(f"a token    {times} responses at once (measured)")
-    elif has_servers:
-        latency = f"{hardware.DECODING_LATENCY * 1e6:.0f} us for each layer"
-        lines.append(f"a token    reads weights and KV cache, and {latency} (assumed)")
-    if has_servers and device.link is not None:
-        if figures is not None and figures.link_bytes_per_second is not None:
-            source = f"{figures.link_bytes_per_second * 8 / 1e9:,.3g} Gb/s between nodes (measured)"
-        elif figures is not None and device_named(figures.device, sharing=1).link is None:
-            source = f"{hardware.LINK_SHARE * device.link * 8 / 1e9:,.3g} Gb/s within a node (measured)"
-        else:
-            of = f"{device.link * 8 / 1e9:.0f} Gb/s (the {device.name}'s data sheet)"
-            source = f"{hardware.LINK_SHARE:.0%} (assumed) of {of}"
-        lines.append(f"a link     {source}")
+        lines.append(
+            f"a token      weights and KV cache are read, and {1e6 * DECODING_LATENCY:.0f} us a layer (assumed)"
+        )
+    if servers is not None and device.link is not None:
+        link = f"{device.link * 8 / 1e9:,.3g} Gb/s ({sheet}): {LINK_SHARE:.0%} (assumed)"
+        if figures is not None and device.link != device_named(figures.device, sharing=1).link:
+            where = "within a node" if figures.link_bytes_per_second is None else "between nodes"
+            link = f"{LINK_SHARE * device.link * 8 / 1e9:,.3g} Gb/s {where} (measured)"
+        lines.append(f"publication  {link}, and {hardware.RESHARD_PAUSE:g} s of pause (assumed)")
     return lines
 
 

@@ -75,7 +75,7 @@ def test_plan_takes_measured_figures_and_names_their_source(tmp_path):
         max(bulk, work.max_response_tokens), rel=1e-3
     )
     lines = "\n".join(sources(SimpleNamespace(figures=figures, memory=SimpleNamespace(device=device), sizes=sizes)))
-    assert "0.07 TFLOP/s of matrices (measured)" in lines and "2 ms at 1, 10 ms at 32 responses" in lines
+    assert "0.07 TFLOP/s (measured): training 57%" in lines and "2 ms at 1, 10 ms at 32 responses" in lines
     assert "8 Gb/s within a node (measured)" in lines
 
 
