@@ -132,16 +132,7 @@ def _reward_model_scores(run: Run, groups: Sequence[Sequence[GradedRollout]]) ->
     """Outcome logits of the decided rollouts, by rollout id, on every rank; empty without a reward model."""
     if run.reward_model is None:
         return {}
-    sequences = [
-        PackedSequence(
-            id=graded.rollout.id,
-            prompt_ids=graded.rollout.prompt_ids,
-            response_ids=graded.rollout.response_ids,
-            rollout_logprobs=graded.rollout.logprobs,
-        )
-        for group in groups
-        for graded in decided(group)
-    ]
+    sequences = [PackedSequence.from_graded(graded) for group in groups for graded in decided(group)]
     batches = run.packer.batches_from_main(sequences, run.groups)
     alignment = run.config.objective.token_weights.alignment
     with run.reward_model.on_device():

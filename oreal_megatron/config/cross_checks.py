@@ -336,6 +336,12 @@ def _check_objective(objective: ObjectiveConfig, rollout: RolloutConfig) -> Iter
         remedy = "The reward model would learn from responses of one outcome alone and give them all the same score. "
         remedy += "Set objective.selection=all or pair, or objective.token_weights.source=ones."
         yield Violation("objective.selection", o.selection, remedy)
+    if o.token_weights.top_share is not None and o.token_weights.form != "confidence":
+        remedy = "Set objective.token_weights.form=confidence, or objective.token_weights.top_share=null."
+        yield Violation("objective.token_weights.top_share", o.token_weights.top_share, remedy)
+    if o.reward_model.ranking_weight and o.sampler == "release":
+        remedy = "The release's sampler repeats responses, which would count pairs twice. Set objective.sampler=exact."
+        yield Violation("objective.reward_model.ranking_weight", o.reward_model.ranking_weight, remedy)
     needs_group = o.keep_groups == "mixed" or o.shaping in ("rloo", "grpo")
     if needs_group and rollout.samples_per_prompt < 2:
         yield Violation(

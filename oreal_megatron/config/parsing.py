@@ -98,7 +98,17 @@ _MAY_CHANGE = (
 )
 
 # Keys that came after version 0.1.0, with the value by which that version worked.
-_ADDED = {"objective.optimizer": "standard", "objective.train_head_bias": True}
+_ADDED = {
+    "objective.optimizer": "standard",
+    "objective.train_head_bias": True,
+    "objective.token_weights.form": "confidence",
+    "objective.token_weights.normalize": "none",
+    "objective.token_weights.floor": 0.0,
+    "objective.reward_model.responses": "trained",
+    "objective.reward_model.updates": 1,
+    "objective.reward_model.ranking_weight": 0.0,
+    "data.arithmetic.wrong_order_share": 0.0,
+}
 
 
 def check_resume(saved: Mapping[str, Any], config: TrainConfig, place: str) -> None:
