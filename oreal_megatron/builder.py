@@ -18,6 +18,7 @@ from oreal_megatron.models.policy import Policy
 from oreal_megatron.models.reward_model import TokenRewardModel, build_reward_model
 from oreal_megatron.models.trained_model import TrainedModel
 from oreal_megatron.models.virtual_stages import ModelChunks
+from oreal_megatron.planner.memory import tokens_beside_trainer
 from oreal_megatron.preflight import first_server_device
 from oreal_megatron.rollout.build_sglang import build_sglang_engine
 from oreal_megatron.rollout.embedded import EmbeddedEngine
@@ -82,10 +83,11 @@ def _engine(workspace: Workspace, policy: Policy | ModelChunks) -> RolloutEngine
             text_of=workspace.renderer.response_text,
         )
     else:
+        servers, geometry = config.rollout.sglang, workspace.geometry
         engine = build_sglang_engine(
-            config.rollout.sglang,
+            servers,
             policy,
-            workspace.geometry,
+            geometry,
             workspace.groups,
             directory=workspace.directory,
             stop=workspace.stop,
@@ -94,7 +96,8 @@ def _engine(workspace: Workspace, policy: Policy | ModelChunks) -> RolloutEngine
             max_sequence_length=config.model.max_sequence_length,
             timeout_seconds=config.parallel.timeout_seconds,
             model_path=config.model.path,
-            first_device=first_server_device(config.rollout.sglang),
+            kv_tokens=tokens_beside_trainer(config, servers, geometry) if servers.shares_gpus else None,
+            first_device=first_server_device(servers),
         )
     workspace.close_later(engine.close)
     engine.publish(0)

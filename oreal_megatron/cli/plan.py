@@ -27,7 +27,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     )
     add_overrides(parser)
     parser.add_argument("--devices", type=positive, help="trainer processes; default: resources.trainer_devices")
-    parser.add_argument("--measured", type=Path, metavar="RUN", help="directory of a run whose metrics are used")
+    parser.add_argument(
+        "--measured",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="file of oreal-doctor --measure, whose figures replace assumed ones, or directory of a run, whose lengths "
+        "of responses do; may be given twice, for both",
+    )
     parser.add_argument("--search", action="store_true", help="list layouts that fit, fastest first")
     arguments = parser.parse_intermixed_args(argv)
     run_command(lambda: _plan(Console(highlight=False, soft_wrap=True), arguments))
@@ -35,8 +43,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _plan(console: Console, arguments: argparse.Namespace) -> int:
     config = planned_config(arguments.overrides, console, config_dir=arguments.config_dir)
-    measured = read_measured(arguments.measured) if arguments.measured else None
-    replan = planner_of(config, devices=arguments.devices, measured=measured)
+    runs = [path for path in arguments.measured if path.is_dir()]
+    files = [path for path in arguments.measured if not path.is_dir()]
+    if max(len(runs), len(files)) > 1:
+        raise ValueError(f"--measured {arguments.measured[-1]}: name one run and one file of figures at most.")
+    measured = read_measured(runs[0]) if runs else None
+    replan = planner_of(config, devices=arguments.devices, measured=measured, figures=files[0] if files else None)
     if arguments.search:
         with console.status("planning layouts") as status:
             plans = search(

@@ -12,6 +12,7 @@ from oreal_megatron.compose import PLACEHOLDERS, composed, resolved, with_placeh
 from oreal_megatron.config import ConfigError, GeometryConfig, TrainConfig, Violation, parse_config
 from oreal_megatron.dry_run import is_dry_run, shrunk
 from oreal_megatron.log import quiet_libraries
+from oreal_megatron.planner.figures import read_figures
 from oreal_megatron.planner.planner import Plan, first_change, make_plan
 from oreal_megatron.planner.step_time import Measured
 
@@ -56,14 +57,21 @@ def num_devices(config: TrainConfig, given: int | None) -> int:
 
 
 def planner_of(
-    config: TrainConfig, *, devices: int | None = None, measured: Measured | None = None
+    config: TrainConfig, *, devices: int | None = None, measured: Measured | None = None, figures: Path | None = None
 ) -> Callable[[TrainConfig], Plan]:
-    """Returns a function that plans variants of a configuration with the same model."""
+    """Returns a function that plans variants of a configuration with the same model.
+
+    measured: metrics of a run. figures: file of `oreal-doctor --measure`.
+
+    Raises:
+        ConfigError, ValueError: see `geometry_of` and `read_figures`.
+    """
     quiet_libraries()
     from oreal_megatron.models.memory_profile import MemoryProfiler
     from oreal_megatron.rollout.embedded import sample
 
-    geometry, sampling = _geometry(config), config.rollout.sampling
+    geometry, sampling = planned_geometry(config), config.rollout.sampling
+    found = None if figures is None else read_figures(figures, config, geometry)
     profiler = MemoryProfiler(
         geometry,
         config.model,
@@ -71,10 +79,17 @@ def planner_of(
         on_cpu=config.resources.device == "cpu",
     )
     count = num_devices(config, devices)
-    return lambda variant: make_plan(variant, geometry, profiler.stages, num_devices=count, measured=measured)
+    return lambda variant: make_plan(
+        variant, geometry, profiler.stages, num_devices=count, measured=measured, figures=found
+    )
 
 
-def _geometry(config: TrainConfig) -> GeometryConfig:
+def planned_geometry(config: TrainConfig) -> GeometryConfig:
+    """Returns the model's geometry with its vocabulary, from the configuration or the model's directory.
+
+    Raises:
+        ConfigError, ValueError: the directory is not given, or cannot be read.
+    """
     geometry = config.model.geometry
     if geometry is None:
         from oreal_megatron.conversion.huggingface import geometry_of

@@ -22,9 +22,11 @@ from typing import NoReturn
 
 from oreal_megatron.cli.arguments import add_overrides, command_parser
 from oreal_megatron.cli.errors import run_command
+from oreal_megatron.cli.planning import planned_geometry
 from oreal_megatron.compose import composed, validated
 from oreal_megatron.distributed.addresses import choose_gloo_interface
 from oreal_megatron.dry_run import is_dry_run, shrunk
+from oreal_megatron.planner.memory import tokens_beside_trainer
 from oreal_megatron.slurm.node_servers import NodeServers, servers_of_node
 
 
@@ -68,7 +70,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     # The trainer's first host is where servers on this one have peers (slurm/train.sbatch).
     choose_gloo_interface([os.environ.get("MASTER_ADDR", "")])
     own = servers_of_node(servers.num_servers, arguments.node, arguments.nodes)
-    node = NodeServers(config, servers, own, host=arguments.host, logs=arguments.announce.parent, ending=ending)
+    kv_tokens = tokens_beside_trainer(config, servers, planned_geometry(config)) if servers.shares_gpus else None
+    logs = arguments.announce.parent
+    node = NodeServers(config, servers, own, host=arguments.host, logs=logs, kv_tokens=kv_tokens, ending=ending)
     node.announce(arguments.announce)
     return node.run()
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from oreal_megatron.config.cross_checks import CHECKS
 from oreal_megatron.config.errors import ConfigError, Violation
 from oreal_megatron.config.sections import TrainConfig
+
+S = TypeVar("S", bound=BaseModel)
 
 
 def parse_config(raw: Mapping[str, Any]) -> TrainConfig:
@@ -49,6 +51,18 @@ def parse_sections(raw: Mapping[str, Any], names: Iterable[str]) -> tuple[dict[s
         except ValidationError as error:
             violations += [_from_pydantic(name, raw[name], annotation, item) for item in error.errors()]
     return sections, violations
+
+
+def parse_section(name: str, raw: Any, section: type[S]) -> S:
+    """Validates one section by itself. name: its key or file, for messages.
+
+    Raises:
+        ConfigError: with all violations.
+    """
+    try:
+        return section.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError([_from_pydantic(name, raw, section, item) for item in error.errors()]) from error
 
 
 def _unwritable(value: Any, key: str = "") -> Iterator[Violation]:

@@ -68,7 +68,8 @@ class SGLangConfig(Section):
     placement: Literal["colocated", "disaggregated"]
     """Devices of the servers. colocated: the trainer's, in turns with it; disaggregated: their own."""
     memory_share: Annotated[float, Field(gt=0.0, lt=1.0)]
-    """Share of a device's memory for served weights and KV cache together."""
+    """Share of a device's memory for served weights and KV cache together. On the trainer's GPUs it is a share of the
+    memory of `resources.device`, elsewhere of the memory that is free when the server starts."""
     dtype: Literal["bfloat16", "fp8"] | None
     """Data type of the served weights. null: model.dtype; fp8: linear layers in e4m3 with one power of two for each
     block of 128 x 128, all else in bfloat16. Weights are converted when they are published, and audited as served."""
@@ -108,6 +109,10 @@ class SGLangConfig(Section):
     @property
     def shares_devices(self) -> bool:
         return self.placement == "colocated"
+
+    @property
+    def shares_gpus(self) -> bool:
+        return self.shares_devices and self.device == "cuda"
 
 
 class MismatchConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ _OTHER_NAMES = {
     ),
     "response": ("response", "solution", "output", "completion", "generation", "content"),
 }
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -57,6 +59,10 @@ def read_records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise ValueError(_array(path))
         if not isinstance(record, dict):
             raise ValueError(f"{path}:{number}: a JSON object is expected, not {type(record).__name__}")
+        if "\\u" in line and _LONE_SURROGATE.search(json.dumps(record, ensure_ascii=False)):
+            raise ValueError(
+                f"{path}:{number}: it has half of a surrogate pair (\\ud800 to \\udfff), which is no text. Remove it."
+            )
         yield number, record
 
 

@@ -12,6 +12,8 @@ from oreal_megatron.machine.probe import Part, probe
 from oreal_megatron.machine.requirements import asked, install_line, violations_of
 
 _SECONDS = 60
+DEVICE_NAMES = {"a100_80gb": "A100", "h100_80gb": "H100"}
+"""Part of the driver's name of a device, by resources.device."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ def examine(config: TrainConfig) -> list[Finding]:
     """Returns findings in the order of installation, then settings of the experiment that this machine cannot run."""
     machine = probe()
     on_gpu = config.resources.device != "cpu"
-    wanted = {"a100_80gb": "A100", "h100_80gb": "H100"}.get(config.resources.device, "")
+    wanted = DEVICE_NAMES.get(config.resources.device, "")
     cards = _answer(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"])
     fitting = [line for line in (cards or "").splitlines() if wanted in line]
     seen = f"{len(fitting)} x {fitting[0]}" if fitting else None

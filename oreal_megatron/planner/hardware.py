@@ -1,9 +1,11 @@
-"""Figures of devices, and the shares of them that plans count on: all figures of the planner that are not measured."""
+"""Figures of devices, and the shares of them that plans count on, where they are not measured (`figures.py`)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from oreal_megatron.planner.figures import Figures
 
 GIB = 2**30
 
@@ -50,7 +52,11 @@ TRAINING_SHARE = 0.40
 SCORING_SHARE = 0.45
 FP8_SHARE = 0.75
 """Factor on these shares for FP8 matrix products, whose operands are rounded at memory speed. Assumed."""
+MATRIX_SHARE = 0.70
+"""Share of the data sheet's FLOP/s that a large matrix product alone reaches. Assumed, for measured products."""
 DECODING_SHARE = 0.60
+COPY_SHARE = 0.90
+"""Share of the data sheet's bandwidth that a large copy reaches. Assumed, for measured copies."""
 DECODING_LATENCY = 60e-6
 """Seconds for each layer and token besides reading: two all-reduces within a node, and kernel launches."""
 LINK_SHARE = 0.70
@@ -79,6 +85,24 @@ def device_named(name: str, *, sharing: int) -> Device:
         overhead=0,
         server_workspace=0,
         server_offloaded=0,
+    )
+
+
+def with_figures(device: Device, figures: Figures) -> Device:
+    """Returns the device with what its data sheet would say for the measured figures.
+
+    The shares of this file then hold for it too: training reaches TRAINING_SHARE / MATRIX_SHARE of a measured product.
+    A link that is measured within a node only stands for one that no data sheet gives, as on a CPU.
+    """
+    flops, link = figures.matrix_flops / MATRIX_SHARE, figures.link_bytes_per_second
+    if link is None and device.link is None:
+        link = figures.node_bytes_per_second
+    return replace(
+        device,
+        flops=flops,
+        fp8_flops=device.fp8_flops * flops / device.flops if device.fp8_flops and device.flops else None,
+        bandwidth=figures.memory_bytes_per_second / COPY_SHARE,
+        link=device.link if link is None else link / LINK_SHARE,
     )
 
 

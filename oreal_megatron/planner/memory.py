@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from oreal_megatron.config import SGLangConfig, TrainConfig
+from oreal_megatron.config import GeometryConfig, SGLangConfig, TrainConfig
 from oreal_megatron.planner.footprints import DecodedBatch, RankFootprint
-from oreal_megatron.planner.hardware import FULL, SURE, Device
+from oreal_megatron.planner.hardware import FULL, SURE, Device, device_named
 from oreal_megatron.planner.sizes import Sizes, linear_parameters, num_parameters, rollouts_per_step
 
 PHASES = ("generate", "score", "train reward model", "train policy", "reshard", "save")
@@ -273,13 +273,10 @@ def _kv_cache(
     if _colocated(config):
         resident = max(memory.total for memory in phases if memory.phase == "generate")
         left = int(FULL * device.memory) - resident - device.server_workspace
-        if servers.device == "cuda":
+        if servers.shares_gpus:
             share_left = left / device.memory
         allowed = min(allowed, left)
-    per_token = 2 * sizes.kv_bytes_per_token // sizes.element // _kv_split(sizes, servers.tensor)
-    tokens = max(allowed - weights, 0) // per_token
-    if (most := servers.arguments.get("max-total-tokens")) is not None:
-        tokens = min(tokens, int(most))
+    tokens, per_token = _served_tokens(sizes, servers, allowed)
     parts = {"served weights": weights, "KV cache": tokens * per_token, "workspace": device.server_workspace}
     kv_cache = KvCache(
         where="server",
@@ -295,6 +292,28 @@ def _kv_cache(
     arriving = _arriving(sizes, servers)
     memories = [PhaseMemory("server", "generate", parts)]
     return kv_cache, [*memories, PhaseMemory("server", "reshard", parts | arriving)] if arriving else memories
+
+
+def _served_tokens(sizes: Sizes, servers: SGLangConfig, allowed: int) -> tuple[int, int]:
+    """Returns the tokens of a server's KV cache and the bytes of each on one device.
+
+    allowed: bytes for weights and KV cache on one of its devices.
+    """
+    per_token = 2 * sizes.kv_bytes_per_token // sizes.element // _kv_split(sizes, servers.tensor)
+    tokens = max(allowed - served_weights(sizes, servers), 0) // per_token
+    if (most := servers.arguments.get("max-total-tokens")) is not None:
+        tokens = min(tokens, int(most))
+    return tokens, per_token
+
+
+def tokens_beside_trainer(config: TrainConfig, servers: SGLangConfig, geometry: GeometryConfig) -> int:
+    """Returns the tokens of the KV cache of a server on the trainer's GPUs.
+
+    SGLang itself takes a share of the memory that is free when it starts, which depends on what the trainer holds then.
+    A number of tokens is the same at every start. geometry: with vocab_size.
+    """
+    allowed = int(servers.memory_share * device_named(config.resources.device, sharing=1).memory)
+    return _served_tokens(Sizes(config, geometry, num_devices=1), servers, allowed)[0]
 
 
 def _host_bytes(sizes: Sizes, footprints: Sequence[RankFootprint]) -> int:

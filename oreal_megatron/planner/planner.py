@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from oreal_megatron.config import ConfigError, GeometryConfig, ParallelConfig, TrainConfig, check_layout
+from oreal_megatron.planner.figures import Figures
 from oreal_megatron.planner.footprints import DecodedBatch, RankFootprint
-from oreal_megatron.planner.hardware import device_named
+from oreal_megatron.planner.hardware import device_named, with_figures
 from oreal_megatron.planner.memory import MemoryPlan, decoded_batch, memory_plan
 from oreal_megatron.planner.sizes import Sizes, row_tokens
 from oreal_megatron.planner.step_time import Disk, Measured, Workload, assumed_workload, disk, phase_seconds
@@ -27,6 +28,8 @@ class Plan:
     seconds: Mapping[str, float] | None
     """Seconds of a step by phase, from the device's figures; None if these are unknown."""
     disk: Disk
+    figures: Figures | None = None
+    """Measured figures that replaced those of the data sheet."""
 
     @property
     def step_seconds(self) -> float | None:
@@ -40,11 +43,13 @@ def make_plan(
     *,
     num_devices: int,
     measured: Measured | None = None,
+    figures: Figures | None = None,
 ) -> Plan:
     """Plans a configuration.
 
     num_devices: number of trainer processes.
     measured: metrics of a run, whose response lengths replace the assumed ones.
+    figures: measured figures of the devices, which replace those of the data sheet.
 
     Raises:
         ConfigError: the layout does not divide the model.
@@ -53,6 +58,8 @@ def make_plan(
     check_layout(geometry, config.parallel, config.rollout.sglang)
     sizes = Sizes(config, geometry, num_devices)
     device = device_named(config.resources.device, sharing=num_devices)
+    if figures is not None:
+        device = with_figures(device, figures)
     batch = decoded_batch(config) if config.rollout.backend == "embedded" else None
     footprints = profile(config.parallel, row_tokens(config), batch)
     memory = memory_plan(sizes, footprints, device)
@@ -62,8 +69,9 @@ def make_plan(
         footprints=footprints,
         memory=memory,
         work=work,
-        seconds=phase_seconds(sizes, device, memory.kv_cache, work),
+        seconds=phase_seconds(sizes, device, memory.kv_cache, work, figures.server if figures else None),
         disk=disk(sizes, work),
+        figures=figures,
     )
 
 

@@ -11,6 +11,7 @@ from statistics import median
 
 from oreal_megatron.config import TrainConfig
 from oreal_megatron.planner import hardware
+from oreal_megatron.planner.figures import ServerFigures
 from oreal_megatron.planner.hardware import Device
 from oreal_megatron.planner.memory import KvCache, served_weights
 from oreal_megatron.planner.sizes import Sizes, linear_parameters, num_parameters, rollouts_per_step
@@ -81,15 +82,18 @@ def read_measured(directory: Path) -> Measured:
     )
 
 
-def phase_seconds(sizes: Sizes, device: Device, kv_cache: KvCache, work: Workload) -> dict[str, float] | None:
+def phase_seconds(
+    sizes: Sizes, device: Device, kv_cache: KvCache, work: Workload, measured: ServerFigures | None = None
+) -> dict[str, float] | None:
     """Returns the seconds of a step by phase; None if the device's figures are unknown.
 
-    Assumes that reward model and reference model are as large as the policy.
+    Assumes that reward model and reference model are as large as the policy. measured: times of a token on a server.
     """
-    if device.flops is None or device.bandwidth is None or device.link is None:
-        return None
     config = sizes.config
-    seconds = {"generate": _generate(sizes, device, kv_cache, work)}
+    is_linked = device.link is not None or config.rollout.sglang is None
+    if device.flops is None or device.bandwidth is None or not is_linked:
+        return None
+    seconds = {"generate": _generate(sizes, device, kv_cache, work, measured)}
     if config.objective.beta > 0:
         seconds["score"] = _pass(sizes, device, work, "reference", passes=1.0, share=hardware.SCORING_SHARE)
     # Forward passes' worth: one forward, two backward, and the recomputed part.
@@ -105,6 +109,7 @@ def phase_seconds(sizes: Sizes, device: Device, kv_cache: KvCache, work: Workloa
     if config.parallel.offload:
         seconds["offload"] = _offload(sizes)
     if (servers := config.rollout.sglang) is not None:
+        assert device.link is not None
         received = 2 * num_parameters(sizes.geometry) / servers.tensor
         seconds["reshard"] = received / (hardware.LINK_SHARE * device.link) + hardware.RESHARD_PAUSE
     return seconds
@@ -146,12 +151,14 @@ def flops_per_token(sizes: Sizes, length: float) -> float:
     return 2 * weights + 2 * g.num_layers * g.num_attention_heads * head_dim * length
 
 
-def _generate(sizes: Sizes, device: Device, kv_cache: KvCache, work: Workload) -> float:
+def _generate(sizes: Sizes, device: Device, kv_cache: KvCache, work: Workload, measured: ServerFigures | None) -> float:
     """Returns the seconds of generation.
 
-    Decoding is limited by reading weights and KV cache, and takes at least as long as the longest response.
+    Decoding is limited by reading weights and KV cache, and takes at least as long as the longest response. Where the
+    time of a token is measured, reading the KV cache of longer sequences is added to it.
     """
     assert device.bandwidth is not None
+    bandwidth = hardware.DECODING_SHARE * device.bandwidth
     servers = sizes.config.rollout.sglang
     tensor = servers.tensor if servers else sizes.config.parallel.tensor
     weights = served_weights(sizes, servers) if servers else 2 * num_parameters(sizes.geometry) / tensor
@@ -165,10 +172,12 @@ def _generate(sizes: Sizes, device: Device, kv_cache: KvCache, work: Workload) -
         return _product_seconds(device, flops_per_token(sizes, length), in_fp8, share) / tensor
 
     def token_seconds(sequences: float, length: float) -> float:
+        if measured is not None and servers is not None:
+            longer = max(length - measured.context_tokens, 0.0)
+            return measured.seconds_at(sequences) + sequences * longer * kv_cache.bytes_per_token / bandwidth
         read = weights + sequences * length * kv_cache.bytes_per_token
         computed = sequences * product_seconds(length, hardware.SCORING_SHARE)
-        reading = read / (hardware.DECODING_SHARE * device.bandwidth)  # type: ignore[operator]
-        return max(reading, computed) + hardware.DECODING_LATENCY * sizes.geometry.num_layers
+        return max(read / bandwidth, computed) + hardware.DECODING_LATENCY * sizes.geometry.num_layers
 
     bulk = per_holder / at_once * work.mean_response_tokens * token_seconds(at_once, live)
     tail = work.max_response_tokens * token_seconds(1.0, work.max_response_tokens / 2)

@@ -9,6 +9,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from oreal_megatron.planner import hardware
+from oreal_megatron.planner.hardware import (
+    COPY_SHARE,
+    DECODING_LATENCY,
+    DECODING_SHARE,
+    LINK_SHARE,
+    MATRIX_SHARE,
+    SCORING_SHARE,
+    TRAINING_SHARE,
+    device_named,
+)
 from oreal_megatron.planner.memory import PHASES, MemoryPlan, amount, micro_batches_in_flight
 from oreal_megatron.planner.planner import Plan
 from oreal_megatron.planner.sizes import num_parameters
@@ -116,17 +126,49 @@ def _print_seconds(console: Console, plan: Plan, measured: Measured | None) -> N
             table.add_row(name, f"{value:,.1f}")
         table.add_row("total", f"{plan.step_seconds:,.0f}")
         console.print(table)
-        device = plan.memory.device
-        console.print(
-            f"assumed: {hardware.TRAINING_SHARE:.0%} of {device.flops / 1e12:,.0f} TFLOP/s in training, "  # type: ignore[operator]
-            f"{hardware.DECODING_SHARE:.0%} of {device.bandwidth / 1e12:.2f} TB/s in decoding, "  # type: ignore[operator]
-            f"{hardware.LINK_SHARE:.0%} of {device.link * 8 / 1e9:.0f} Gb/s of a link"  # type: ignore[operator]
-        )
+        console.print("the figures behind them:")
+        for line in sources(plan):
+            console.print(f"  {escape(line)}")
+    elif plan.figures is not None:
+        console.print("seconds: no link between devices is measured. Run oreal-doctor --measure on several devices.")
     elif measured is None:
-        console.print("seconds: the speed of this device is unknown. Name a run on it with --measured.")
+        console.print(
+            "seconds: the speed of this device is unknown. Name with --measured a run on it, or a file that "
+            "oreal-doctor --measure has written on it."
+        )
     if measured is not None:
         medians = ", ".join(f"{name} {value:.1f}" for name, value in measured.seconds.items())
         console.print(f"measured, medians of {measured.num_steps} steps: {medians}")
+
+
+def sources(plan: Plan) -> list[str]:
+    """Returns a line for each figure that the seconds rest on, with its source: data sheet, measured or assumed."""
+    figures, device, servers = plan.figures, plan.memory.device, plan.sizes.config.rollout.sglang
+    assert device.flops is not None and device.bandwidth is not None
+    sheet = f"the {device.name}'s data sheet"
+    source, product, copy = (sheet, 1.0, 1.0) if figures is None else ("measured", MATRIX_SHARE, COPY_SHARE)
+    training, scoring, decoding = TRAINING_SHARE / product, SCORING_SHARE / product, DECODING_SHARE / copy
+    flops, bandwidth = device.flops * product / 1e12, device.bandwidth * copy / 1e12
+    lines = [
+        f"arithmetic   {flops:,.3g} TFLOP/s ({source}): training {training:.0%}, scoring {scoring:.0%} (assumed)",
+        f"reading      {bandwidth:,.3g} TB/s ({source}): decoding {decoding:.0%} (assumed)",
+    ]
+    if servers is not None and figures is not None and (server := figures.server) is not None:
+        times = ", ".join(f"{1e3 * t:.3g} ms at {n}" for n, t in sorted(server.token_seconds.items()))
+        lines.append(
+            f"a token      {times} responses at once (measured); KV cache beyond {server.context_tokens} tokens is read"
+        )
+    else:
+        lines.append(
+            f"a token      weights and KV cache are read, and {1e6 * DECODING_LATENCY:.0f} us a layer (assumed)"
+        )
+    if servers is not None and device.link is not None:
+        link = f"{device.link * 8 / 1e9:,.3g} Gb/s ({sheet}): {LINK_SHARE:.0%} (assumed)"
+        if figures is not None and device.link != device_named(figures.device, sharing=1).link:
+            where = "within a node" if figures.link_bytes_per_second is None else "between nodes"
+            link = f"{LINK_SHARE * device.link * 8 / 1e9:,.3g} Gb/s {where} (measured)"
+        lines.append(f"publication  {link}, and {hardware.RESHARD_PAUSE:g} s of pause (assumed)")
+    return lines
 
 
 def _print_disk(console: Console, plan: Plan) -> None:

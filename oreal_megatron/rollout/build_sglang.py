@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,41 +37,30 @@ def build_sglang_engine(
     max_sequence_length: int,
     timeout_seconds: float,
     model_path: str | None = None,
+    kv_tokens: int | None = None,
     first_device: int = 0,
 ) -> SGLangEngine:
     """Builds an engine whose servers start, or are attached to, at its first publication. Every rank calls it.
 
     geometry: with vocab_size. directory: of the run, for its id, servers' logs and the weights of the transport `disk`.
     stop: ends waits for servers. dtype: dtype that servers compute in. timeout_seconds: limit of the groups'
-    collectives. model_path: the policy's Hugging Face directory; None if only its geometry is known. first_device:
-    index of the servers' first device on a machine.
+    collectives. model_path: the policy's Hugging Face directory; None if only its geometry is known. kv_tokens: see
+    Launcher. first_device: index of the servers' first device on a machine.
 
     Raises:
         ValueError: the model does not split over a server's ranks.
     """
-    described = served_config(
-        model_path,
+    settings, described = server_settings(
+        servers,
         geometry,
+        directory=directory,
         dtype=dtype,
-        fp8=servers.dtype == "fp8",
-        max_positions=max_sequence_length,
         stop_token_id=stop_token_id,
-    )
-    expected = fingerprint(geometry, dtype, described)
-    launcher = Launcher(
-        config=servers,
-        model=start_directory(directory / "servers"),
-        weight_loader=LOADER,
-        dtype=dtype,
         max_sequence_length=max_sequence_length,
-        logs=directory / "servers",
-        first_device=first_device,
-    )
-    settings = ServerSettings(
-        config=servers,
-        launcher=launcher,
-        check=lambda url, description: check_server(url, description, expected),
+        model_path=model_path,
         run=groups.from_main(kept_id(directory / "servers" / "run_id") if groups.is_main else ""),
+        kv_tokens=kv_tokens,
+        first_device=first_device,
     )
     publisher = build_publisher(
         servers,
@@ -92,3 +82,48 @@ def build_sglang_engine(
         timeout_seconds=timeout_seconds,
         shares_devices=servers.shares_devices,
     )
+
+
+def server_settings(
+    servers: SGLangConfig,
+    geometry: GeometryConfig,
+    *,
+    directory: Path,
+    dtype: str,
+    stop_token_id: int,
+    max_sequence_length: int,
+    model_path: str | None,
+    run: str,
+    kv_tokens: int | None = None,
+    first_device: int = 0,
+) -> tuple[ServerSettings, dict[str, Any]]:
+    """Returns the settings of servers of a model, and the config.json that they start from.
+
+    run: id of the run. The other arguments are those of `build_sglang_engine`.
+    """
+    described = served_config(
+        model_path,
+        geometry,
+        dtype=dtype,
+        fp8=servers.dtype == "fp8",
+        max_positions=max_sequence_length,
+        stop_token_id=stop_token_id,
+    )
+    expected = fingerprint(geometry, dtype, described)
+    launcher = Launcher(
+        config=servers,
+        model=start_directory(directory / "servers"),
+        weight_loader=LOADER,
+        dtype=dtype,
+        max_sequence_length=max_sequence_length,
+        logs=directory / "servers",
+        kv_tokens=kv_tokens,
+        first_device=first_device,
+    )
+    settings = ServerSettings(
+        config=servers,
+        launcher=launcher,
+        check=lambda url, description: check_server(url, description, expected),
+        run=run,
+    )
+    return settings, described

@@ -22,8 +22,6 @@ WEIGHTS, KV_CACHE = "weights", "kv_cache"
 """SGLang's tags of memory that a server can release (`GPU_MEMORY_TYPE_WEIGHTS`, `GPU_MEMORY_TYPE_KV_CACHE`)."""
 
 _CONNECT_SECONDS = 10.0
-# SGLang closes connections that were idle for 5 seconds; a request that is sent at that moment would be lost.
-_IDLE_SECONDS = 2.0
 # Seconds of silence after which TCP probes a connection, and between two probes.
 _PROBE_SECONDS = 5.0
 # Connections for control requests while requests for generation take all others.
@@ -107,9 +105,10 @@ class ServerClient:
         self._http = httpx.AsyncClient(
             base_url=url,
             transport=httpx.AsyncHTTPTransport(
-                limits=httpx.Limits(
-                    max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=_IDLE_SECONDS
-                ),
+                # Every request has a connection of its own. SGLang closes a connection that was idle for 5 seconds, and
+                # httpcore's pool one that expires, also when a request has just been given to it; on a busy machine
+                # such a request is lost. The search for an idle connection would also take longer than a new one.
+                limits=httpx.Limits(max_connections=connections, max_keepalive_connections=0),
                 verify=_ssl_context(),
                 trust_env=False,
                 socket_options=_signs_of_life(health_seconds),

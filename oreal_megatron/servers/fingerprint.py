@@ -65,7 +65,7 @@ def check_options(url: str, found: ServerDescription, config: SGLangConfig, weig
                 f"{url} has {key} {has}, rollout.sglang.{key} is {wanted}; set rollout.sglang.{key}={has}, or start "
                 "another server"
             )
-    if config.shares_devices and config.device == "cuda" and not found.saves_memory:
+    if config.shares_gpus and not found.saves_memory:
         raise ValueError(
             f"{url} was started without --enable-memory-saver, so it cannot release memory to a trainer on its "
             "devices; start it with that option, or set rollout.sglang.placement=disaggregated"

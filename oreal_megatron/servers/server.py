@@ -343,13 +343,13 @@ class SGLangServer(ABC):
                 if clock() > deadline:
                     raise ServerLost(
                         f"{self.url} gave no answer in {limit:g} seconds "
-                        f"(rollout.sglang.startup_seconds){self._end_of_log()}"
+                        f"(rollout.sglang.startup_seconds){self.end_of_log()}"
                     ) from error
             await asyncio.sleep(self._settings.poll_seconds)
 
     def _check_alive(self) -> None:  # noqa: B027
         """Raises ServerStartError if the server's process, launched by this run, has ended."""
 
-    def _end_of_log(self) -> str:
+    def end_of_log(self) -> str:
         """Returns the last lines of a launched server's log, for error messages."""
         return ""

@@ -55,9 +55,9 @@ class LaunchedServer(SGLangServer):
 
     def _check_alive(self) -> None:
         if self._process is not None and (code := self._process.exit_code) is not None:
-            raise ServerStartError(f"{self.url} ended with exit code {code} while it started{self._end_of_log()}")
+            raise ServerStartError(f"{self.url} ended with exit code {code} while it started{self.end_of_log()}")
 
-    def _end_of_log(self) -> str:
+    def end_of_log(self) -> str:
         return f"; {self._process.log} ends:\n{self._process.log_tail()}" if self._process else ""
 
 

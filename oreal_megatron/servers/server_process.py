@@ -36,6 +36,8 @@ _TORCHRUN_VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "ROLE_NAME"} | {
     f"{of}{name}" for of in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")
 }
 _GRACE_SECONDS = 5.0
+# Share of the memory free at its start that a server may use whose tokens are limited: more than any plan gives it.
+_WITH_TOKENS = 0.95
 _PROBE_SECONDS = 120
 _OLDEST_SGLANG = (0, 5, 23)
 _PACKAGE = Path(oreal_megatron.__file__).parent
@@ -84,6 +86,8 @@ class Launcher:
     dtype: str
     max_sequence_length: int
     logs: Path
+    kv_tokens: int | None = None
+    """Tokens of the KV cache, for servers on the trainer's devices; None: what rollout.sglang.memory_share leaves."""
     first_device: int = 0
     """Index of the first device of the servers on the machine; devices below it are the trainer's."""
 
@@ -122,7 +126,7 @@ def _command(launcher: Launcher, port: int, *, device: int) -> list[str]:
         "port": port,
         "device": config.device,
         "tp": config.tensor,
-        "mem-fraction-static": config.memory_share,
+        "mem-fraction-static": config.memory_share if launcher.kv_tokens is None else _WITH_TOKENS,
         "dtype": launcher.dtype,
         "context-length": launcher.max_sequence_length + _CONTEXT_MARGIN,
         "max-running-requests": config.max_concurrency,
@@ -140,6 +144,8 @@ def _command(launcher: Launcher, port: int, *, device: int) -> list[str]:
             "grammar-backend": "none",
             "sleep-on-idle": True,
         }
+    if launcher.kv_tokens is not None:
+        options["max-total-tokens"] = launcher.kv_tokens
     options |= {name.replace("_", "-"): value for name, value in config.arguments.items()}
     command = [config.python or sys.executable, "-m", "sglang.launch_server"]
     for name, value in options.items():

@@ -69,9 +69,10 @@ class NodeServers:
         *,
         host: str,
         logs: Path,
+        kv_tokens: int | None,
         ending: threading.Event,
     ):
-        """host: name or address by which the trainer reaches this node."""
+        """host: name or address by which the trainer reaches this node. kv_tokens: see Launcher."""
         self._host = host
         self._config = servers.model_copy(update={"host": listening_address(host)})
         self._ending = ending
@@ -82,6 +83,7 @@ class NodeServers:
             dtype=config.served_dtype,
             max_sequence_length=config.model.max_sequence_length,
             logs=logs,
+            kv_tokens=kv_tokens,
         )
         self._servers = [
             _Server(number, index, choose_port(self._config, number)) for number, index in enumerate(indices)

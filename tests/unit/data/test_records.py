@@ -114,3 +114,12 @@ def test_prompts_that_the_verifier_never_decides_are_counted(caplog):
     assert "1 of 3 prompts have no pass rate" in caplog.text and "first: a" in caplog.text
     with pytest.raises(ValueError, match=r"3 of 3 prompts have no pass rate.*'Some sentence'"):
         _check_decided(prompts, [], has_others=False)
+
+
+def test_half_of_a_surrogate_pair_is_refused_and_a_whole_one_is_read(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"question": "q \\ud83d\\ude00", "gold_answer": "1"}\n')
+    assert read_prompts(path)[0].question == "q \U0001f600"
+    path.write_text('{"question": "q", "gold_answer": "\\ud83d"}\n')
+    with pytest.raises(ValueError, match=r"train\.jsonl:1: it has half of a surrogate pair"):
+        read_prompts(path)

@@ -13,7 +13,9 @@ from oreal_megatron.config import ConfigError, TrainConfig, parse_config
 from oreal_megatron.data.arithmetic import generate_arithmetic
 from oreal_megatron.dry_run import MAX_PROCESSES, MAX_SERVERS, num_processes, shrunk
 from oreal_megatron.overrides import config_directory
+from oreal_megatron.planner.memory import served_weights, tokens_beside_trainer
 from oreal_megatron.planner.planner import Plan
+from oreal_megatron.servers.server_process import Launcher, _command
 from oreal_megatron.slurm.checks import checked
 from oreal_megatron.slurm.cluster import LOCAL_FILE_SYSTEMS, editable_project, file_system
 from oreal_megatron.slurm.sbatch import allocation
@@ -75,6 +77,36 @@ def test_server_that_leaves_no_room_gets_a_share_that_does(apart):
     (problem,) = apart(problems_of_a_greedy_server, "oreal_7b")
     share = float(problem.rsplit("rollout.sglang.memory_share=", 1)[1].rstrip("."))
     assert "servers take 70% of a device" in problem and 0.42 <= share < 0.5
+
+
+def tokens_at_starts(name: str) -> list[int]:
+    """Planned tokens of a server's KV cache, and those that SGLang makes of its options as the trainer's part grows."""
+    config = recipe(name)
+    plan, servers = planner_of(config)(config), config.rollout.sglang
+    assert servers is not None
+    kv_cache, device = plan.memory.kv_cache, plan.memory.device
+    kv_tokens = tokens_beside_trainer(config, servers, plan.sizes.geometry)
+    directory = Path("/nowhere")
+    launcher = Launcher(
+        config=servers, model=directory, weight_loader="a.b", dtype="bfloat16", max_sequence_length=16384,
+        logs=directory, kv_tokens=kv_tokens,
+    )  # fmt: skip
+    command = _command(launcher, 20_000, device=0)
+    share, most = (command[command.index(f"--{x}") + 1] for x in ("mem-fraction-static", "max-total-tokens"))
+    weights = served_weights(plan.sizes, servers)
+    parts = next(p for p in plan.memory.phases if p.phase == "reshard").parts
+    tokens = [kv_cache.tokens]
+    for held in (0, parts["policy weights"], sum(parts.values())):
+        free = device.memory - device.server_offloaded - held  # less the server's CUDA context
+        # kv_cache_configurator.py of SGLang 0.5.23: free memory behind the weights, less what is not static
+        left = free - weights - (1 - float(share)) * free
+        tokens.append(min(int(most), int(left // kv_cache.bytes_per_token)))
+    return tokens
+
+
+def test_colocated_server_has_the_planned_cache_whenever_it_starts(apart):
+    planned, *found = apart(tokens_at_starts, "oreal_7b")
+    assert found == [planned] * 3 and planned > 100_000
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

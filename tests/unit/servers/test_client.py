@@ -32,6 +32,25 @@ async def test_generate_returns_tokens_logprobs_and_labels(fakes):
 
 
 @on_loop
+async def test_no_request_is_sent_on_a_connection_that_was_idle():
+    """The server closes a connection as a second request arrives on it, as SGLang does with one idle for 5 seconds."""
+
+    async def answer_once(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        body = b'{"weight_version": "3-a"}'
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        await reader.read(1)
+        writer.transport.abort()
+
+    server = await asyncio.start_server(answer_once, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    client = ServerClient(url, max_concurrency=4, control_seconds=2.0, health_seconds=60.0)
+    assert [await client.weight_label() for _ in range(3)] == ["3-a"] * 3
+    await client.close()
+    server.close()
+
+
+@on_loop
 async def test_generate_names_every_label_of_a_response(fakes):
     fake = fakes.server(label="3-a", token_seconds=0.01)
     client = client_of(fake)
