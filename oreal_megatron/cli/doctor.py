@@ -12,6 +12,7 @@ from rich.markup import escape
 from oreal_megatron.cli.arguments import add_overrides, command_parser
 from oreal_megatron.cli.errors import run_command
 from oreal_megatron.cli.planning import planned_config
+from oreal_megatron.distributed.environment import devices_hidden
 from oreal_megatron.machine.doctor import examine
 
 
@@ -29,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _doctor(console: Console, arguments: argparse.Namespace) -> int:
     config = planned_config(arguments.overrides, console, config_dir=arguments.config_dir)
-    with console.status("examining this machine"):
+    # The experiment will see no GPU either.
+    with console.status("examining this machine"), devices_hidden(when=config.resources.device == "cpu"):
         findings = examine(config)
     for finding in findings:
         mark = "[red]missing[/]" if finding.is_problem else "[green]found[/]  " if finding.found else "absent "

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from oreal_megatron.compose import PLACEHOLDERS, composed, resolved, with_placeholders
 from oreal_megatron.config import ConfigError, GeometryConfig, TrainConfig, Violation, parse_config
+from oreal_megatron.distributed.environment import devices_hidden
 from oreal_megatron.dry_run import is_dry_run, shrunk
 from oreal_megatron.log import quiet_libraries
 from oreal_megatron.planner.planner import Plan, first_change, make_plan
@@ -58,12 +59,16 @@ def num_devices(config: TrainConfig, given: int | None) -> int:
 def planner_of(
     config: TrainConfig, *, devices: int | None = None, measured: Measured | None = None
 ) -> Callable[[TrainConfig], Plan]:
-    """Returns a function that plans variants of a configuration with the same model."""
-    quiet_libraries()
-    from oreal_megatron.models.memory_profile import MemoryProfiler
-    from oreal_megatron.rollout.embedded import sample
+    """Returns a function that plans variants of a configuration with the same model.
 
-    geometry, sampling = _geometry(config), config.rollout.sampling
+    A plan needs no device, and is made on the CPU whatever the machine has: fake tensors on two devices do not mix.
+    """
+    quiet_libraries()
+    with devices_hidden():
+        from oreal_megatron.models.memory_profile import MemoryProfiler
+        from oreal_megatron.rollout.embedded import sample
+
+        geometry, sampling = _geometry(config), config.rollout.sampling
     profiler = MemoryProfiler(
         geometry,
         config.model,
@@ -71,7 +76,12 @@ def planner_of(
         on_cpu=config.resources.device == "cpu",
     )
     count = num_devices(config, devices)
-    return lambda variant: make_plan(variant, geometry, profiler.stages, num_devices=count, measured=measured)
+
+    def plan(variant: TrainConfig) -> Plan:
+        with devices_hidden():
+            return make_plan(variant, geometry, profiler.stages, num_devices=count, measured=measured)
+
+    return plan
 
 
 def _geometry(config: TrainConfig) -> GeometryConfig:
