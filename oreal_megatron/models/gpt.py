@@ -26,6 +26,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from oreal_megatron.config import Fp8ModelConfig, GeometryConfig, ModelConfig
+from oreal_megatron.distributed.cpu_backend import device
 from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.models.initialization import draw_weights
 from oreal_megatron.models.sdpa_attention import SdpaCoreAttention
@@ -229,7 +230,7 @@ def build_gpt(
     tied_embeddings: bool,
     fp8: Fp8ModelConfig | None = None,
 ) -> M | ModelChunks:
-    """Builds this rank's part of a decoder, with weights drawn from `seed` alone, whatever the layout.
+    """Builds this rank's part of a decoder on its device, with weights drawn from `seed` alone, whatever the layout.
 
     Args:
         make: a subclass of GPTModel, with `functools.partial` around it where it has arguments of its own.
@@ -268,4 +269,5 @@ def build_gpt(
             draw_weights(module, vocab_size=vocab_size, std=geometry.init_std, seed=seed, groups=groups)
         return module
 
-    return chunk_of(None) if num_chunks == 1 else ModelChunks([chunk_of(chunk) for chunk in range(num_chunks)])
+    whole = chunk_of(None) if num_chunks == 1 else ModelChunks([chunk_of(chunk) for chunk in range(num_chunks)])
+    return whole.to(device())  # torch's own modules, such as norms, are made on the CPU
