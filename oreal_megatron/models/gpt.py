@@ -246,20 +246,21 @@ def build_gpt(
 
     def chunk_of(chunk: int | None) -> M:
         first, last = chunk in (None, 0), chunk in (None, num_chunks - 1)
-        module = make(
-            config=config,
-            transformer_layer_spec=layer_spec(config, model.implementation, chunk),
-            vocab_size=padded_vocab_size(vocab_size, groups),
-            max_sequence_length=model.max_sequence_length,
-            pre_process=groups.is_first_stage and first,
-            post_process=groups.is_last_stage and last,
-            parallel_output=True,
-            share_embeddings_and_output_weights=tied_embeddings,
-            position_embedding_type="rope",
-            rotary_base=geometry.rope_theta,
-            pg_collection=groups.collection,
-            vp_stage=chunk,
-        )
+        with device():  # of torch's own modules, such as norms, too
+            module = make(
+                config=config,
+                transformer_layer_spec=layer_spec(config, model.implementation, chunk),
+                vocab_size=padded_vocab_size(vocab_size, groups),
+                max_sequence_length=model.max_sequence_length,
+                pre_process=groups.is_first_stage and first,
+                post_process=groups.is_last_stage and last,
+                parallel_output=True,
+                share_embeddings_and_output_weights=tied_embeddings,
+                position_embedding_type="rope",
+                rotary_base=geometry.rope_theta,
+                pg_collection=groups.collection,
+                vp_stage=chunk,
+            )
         if frequencies is not None:
             module.rotary_pos_emb.inv_freq = frequencies.to(module.rotary_pos_emb.inv_freq.device)
         # Only generation reads this group, on rows that are not packed, where every context rank has all positions.
@@ -269,5 +270,4 @@ def build_gpt(
             draw_weights(module, vocab_size=vocab_size, std=geometry.init_std, seed=seed, groups=groups)
         return module
 
-    whole = chunk_of(None) if num_chunks == 1 else ModelChunks([chunk_of(chunk) for chunk in range(num_chunks)])
-    return whole.to(device())  # torch's own modules, such as norms, are made on the CPU
+    return chunk_of(None) if num_chunks == 1 else ModelChunks([chunk_of(chunk) for chunk in range(num_chunks)])
