@@ -90,7 +90,7 @@ def run_steps(
     """Steps from the initial weights, or the second alone from the checkpoint of the first; what they computed, and
     (name in its chunk, parameter) by name in the network.
 
-    checkpoints: where the first step's checkpoint is, or goes to.
+    checkpoints: where the first step's checkpoint is, or goes to, while the second step runs.
     """
 
     geometry = GEOMETRY.model_copy(update={"tied_embeddings": tied})
@@ -107,7 +107,7 @@ def run_steps(
     chosen = sequences(num_sequences)
     counts = TokenCounts(*(sum(len(s.response_ids) for s in chosen if s.correct is c) for c in (True, False)))
     outcome = Outcome()
-    for _ in steps:
+    for step in steps:
         batches = Packer.of_layout(groups, GEOMETRY, VOCABULARY).batches(chosen)
         with reference.on_device():
             batches = with_reference(reference.module, batches, groups)
@@ -121,10 +121,12 @@ def run_steps(
             outcome.gradients.append(
                 {f"{prefix}.{n}": g for prefix, each in trained.items() for n, g in each.gradients.items()}
             )
-    if store and steps.stop < NUM_STEPS:
-        with policy.on_device(states=True), reward_model.on_device(states=True):
-            state = {k: v for prefix, each in trained.items() for k, v in trained_state(prefix, each).items()}
-            store.save(step_name(steps.stop), state)
+        if store and step + 1 < NUM_STEPS:
+            with policy.on_device(states=True), reward_model.on_device(states=True):
+                state = {k: v for prefix, each in trained.items() for k, v in trained_state(prefix, each).items()}
+                store.save(step_name(step + 1), state, wait=False)
+    if store:
+        store.finish(wait=True)
     parameters = {
         f"{prefix}.{name}": (local, parameter)
         for prefix, each in trained.items()
