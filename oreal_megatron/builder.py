@@ -87,6 +87,7 @@ def _engine(workspace: Workspace, policy: Policy | ModelChunks) -> RolloutEngine
             workspace.geometry,
             workspace.groups,
             directory=workspace.directory,
+            stop=workspace.stop,
             dtype=config.served_dtype,
             stop_token_id=workspace.renderer.stop_token_id,
             max_sequence_length=config.model.max_sequence_length,

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 LOCK_FILE = "lock"
 _LEASE_SECONDS = 120.0
 """Time after which a network file system has released the locks of a lost machine."""
+_CACHE_SECONDS = 35.0
+"""Time after which a client of a network file system has read a directory again (NFS: acdirmin is 30 s)."""
 _POLL_SECONDS = 1.0
 _MAX_BYTES = 4096
 # Mount options of NFS and Lustre, with which a lock holds on one machine only.
@@ -38,8 +40,8 @@ _LOCAL_LOCKS = {"nolock", "local_lock=all", "local_lock=posix", "localflock"}
 
 
 @contextlib.contextmanager
-def locked(directory: Path, *, max_wait_seconds: float = _LEASE_SECONDS) -> Iterator[None]:
-    """Holds the lock of a run's directory until the block is left.
+def locked(directory: Path, *, max_wait_seconds: float = _LEASE_SECONDS) -> Iterator[str]:
+    """Holds the lock of a run's directory until the block is left; yields the text of the lock file.
 
     The lock of a process that has ended is taken without a question. A process on another machine may be lost with its
     machine: its lock is waited for as long as a file system needs to notice that, at most `max_wait_seconds`.
@@ -58,11 +60,40 @@ def locked(directory: Path, *, max_wait_seconds: float = _LEASE_SECONDS) -> Iter
     with os.fdopen(descriptor, "r+b", buffering=0) as file:
         _acquire(file, directory, min(_LEASE_SECONDS, max_wait_seconds))
         with naming(directory / LOCK_FILE):
-            _write(file, json.dumps(_this_process()))
+            text = json.dumps(_this_process())
+            _write(file, text)
         try:
-            yield
+            yield text
         finally:
             _write(file, "")
+
+
+def check_shared(directory: Path, text: str, *, rank: int, max_wait_seconds: float = _CACHE_SECONDS) -> None:
+    """Waits until this process reads the lock file as another process, which holds the lock, has written it.
+
+    text: what `locked` yielded there. rank: of this process, for the message. A network file system may show an older
+    state for as long as clients keep attributes of files, at most `max_wait_seconds`.
+
+    Raises:
+        OSError: this process has another directory under that path.
+    """
+    deadline = time.monotonic() + min(max_wait_seconds, _CACHE_SECONDS)
+    while _text(directory) != text:
+        if time.monotonic() > deadline:
+            raise OSError(
+                f"run.dir = {str(directory)!r}: rank {rank} on {socket.gethostname()} does not see the files that rank "
+                f"0 on {json.loads(text)['host']} writes to {directory.absolute()}. Name a directory on storage that "
+                "all hosts of the run share."
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def _text(directory: Path) -> str | None:
+    """Returns the text of a directory's lock file; None if there is no such file."""
+    try:
+        return (directory / LOCK_FILE).read_text(errors="replace")
+    except OSError:
+        return None
 
 
 def _acquire(file: IO[bytes], directory: Path, max_wait_seconds: float) -> None:

@@ -21,7 +21,7 @@ from oreal_megatron.data.packing import Packer
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.data.prompts import read_prompts
 from oreal_megatron.data.tokenizer import load_tokenizer
-from oreal_megatron.directory_lock import locked
+from oreal_megatron.directory_lock import check_shared, locked
 from oreal_megatron.distributed.cpu_backend import cpu_backend
 from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
 from oreal_megatron.files import write_atomically
@@ -74,7 +74,7 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
 
     Raises:
         ConfigError: the configuration does not fit the machine, or the directory holds a run of another configuration.
-        OSError: another live run has the directory, or it cannot be written to.
+        OSError: another live run has the directory, it cannot be written to, or a rank has another one there.
         ValueError: data, tokenizer, model directory or layout cannot be used.
     """
     check_startable(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -86,10 +86,14 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
     with contextlib.ExitStack() as stack:
         stack.enter_context(cpu_backend())
         groups = stack.enter_context(parallel_groups(config.parallel, seed=config.run.seed))
+        held, max_wait_seconds = "", config.parallel.timeout_seconds / 2  # the other ranks wait in a collective
         with groups.together():
             if groups.is_main:
-                # The other ranks wait in a collective.
-                stack.enter_context(locked(directory, max_wait_seconds=config.parallel.timeout_seconds / 2))
+                held = stack.enter_context(locked(directory, max_wait_seconds=max_wait_seconds))
+        held = groups.from_main(held)
+        with groups.together():
+            if not groups.is_main:
+                check_shared(directory, held, rank=groups.rank, max_wait_seconds=max_wait_seconds)
         claim_directory(directory, config, groups)
         with groups.together():
             tracker = stack.enter_context(contextlib.closing(Tracker(config, directory, is_main=groups.is_main)))

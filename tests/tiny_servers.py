@@ -17,6 +17,7 @@ from oreal_megatron.files import write_atomically
 from oreal_megatron.log import PACKAGE
 from oreal_megatron.models.virtual_stages import chunks_of
 from oreal_megatron.rollout.build_sglang import build_sglang_engine
+from oreal_megatron.stopping import StopRequest
 from oreal_megatron.weight_sync.disk import DiskTransport
 from oreal_megatron.weight_sync.source import PolicyShards
 from tests.tiny_models import as_policy
@@ -118,6 +119,7 @@ def open_servers(groups: Any, source: Path, directory: Path, *, run: str = RUN, 
         geometry,
         groups,
         directory=directory,
+        stop=StopRequest(),
         dtype=dtype,
         stop_token_id=STOP,
         max_sequence_length=MAX_SEQUENCE_LENGTH,

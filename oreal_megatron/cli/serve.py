@@ -23,6 +23,7 @@ from typing import NoReturn
 from oreal_megatron.cli.arguments import add_overrides, command_parser
 from oreal_megatron.cli.errors import run_command
 from oreal_megatron.compose import composed, validated
+from oreal_megatron.distributed.addresses import choose_gloo_interface
 from oreal_megatron.dry_run import is_dry_run, shrunk
 from oreal_megatron.slurm.node_servers import NodeServers, servers_of_node
 
@@ -42,7 +43,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument(
         "--nodes", type=int, default=os.environ.get("SLURM_STEP_NUM_NODES", 1), help="number of server nodes"
     )
-    parser.add_argument("--host", default=os.environ.get("SLURMD_NODENAME", "127.0.0.1"), help="address to listen at")
+    parser.add_argument(
+        "--host",
+        default=os.environ.get("SLURMD_NODENAME", "127.0.0.1"),
+        help="name of this node, which listens at all of its addresses, or one address of it",
+    )
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s {socket.gethostname()} %(levelname)s %(name)s: %(message)s"
@@ -60,6 +65,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     ending = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ending.set())
+    # The trainer's first host is where servers on this one have peers (slurm/train.sbatch).
+    choose_gloo_interface([os.environ.get("MASTER_ADDR", "")])
     own = servers_of_node(servers.num_servers, arguments.node, arguments.nodes)
     node = NodeServers(config, servers, own, host=arguments.host, logs=arguments.announce.parent, ending=ending)
     node.announce(arguments.announce)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
@@ -185,6 +187,16 @@ def _check_resources(
     rollout: RolloutConfig, parallel: ParallelConfig, resources: ResourcesConfig
 ) -> Iterator[Violation]:
     trainers, servers = resources.trainer_devices, rollout.sglang
+    # CPU servers share cores with all other processes, so their number is free.
+    on_gpus = servers is not None and servers.device == "cuda"
+    if servers is not None and on_gpus and not servers.urls and servers.tensor > resources.devices_per_node:
+        yield Violation(
+            "rollout.sglang.tensor",
+            servers.tensor,
+            "The run starts each server on one node. Set it to at most resources.devices_per_node="
+            f"{resources.devices_per_node}, and rollout.sglang.num_servers to more servers. If the weights do not fit, "
+            "rollout.sglang.dtype=fp8 halves them.",
+        )
     if trainers is None:
         if servers is not None and servers.placement == "colocated":
             remedy = "Colocated servers share the trainer's devices. Set it to the number of these devices."
@@ -198,8 +210,7 @@ def _check_resources(
             f"A model replica has {replica} devices: parallel.tensor={parallel.tensor} x parallel.pipeline="
             f"{parallel.pipeline} x parallel.context={parallel.context}. Set it to a multiple of {replica}.",
         )
-    # CPU servers share cores with all other processes, so their number is free.
-    shares = servers is not None and servers.placement == "colocated" and servers.device == "cuda"
+    shares = servers is not None and servers.placement == "colocated" and on_gpus
     if servers is not None and shares and servers.num_servers * servers.tensor != trainers:
         yield Violation(
             "rollout.sglang.num_servers",
@@ -284,18 +295,28 @@ def _check_servers(rollout: RolloutConfig) -> Iterator[Violation]:
     if servers.port is not None and not servers.urls and servers.port > last_port:
         remedy = f"{servers.num_servers} servers need as many ports. Set it to at most {last_port}."
         yield Violation("rollout.sglang.port", servers.port, remedy)
-    remote = [url for url in servers.urls if urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1")]
     if servers.shares_devices and servers.device == "cuda" and servers.transport in ("direct", "broadcast"):
         remedy = "NCCL has no groups with two processes on one device. Set rollout.sglang.transport=ipc or disk."
         yield Violation("rollout.sglang.transport", servers.transport, remedy)
     # Colocated servers are each on the machine of the ranks whose devices they share.
-    if servers.transport == "ipc" and remote and not servers.shares_devices:
+    uses_own_memory = servers.transport == "ipc" and not servers.shares_devices
+    if uses_own_memory and (remote := [url for url in servers.urls if not _is_this_machine(urlsplit(url).hostname)]):
         remedy = f"It shares memory of one machine, and {remote[0]} is on another. Set rollout.sglang.transport=direct."
         yield Violation("rollout.sglang.transport", servers.transport, remedy)
     for name in servers.arguments:
         if (setter := OPTIONS_SET_BY_RUN.get(name.replace("_", "-"))) is not None:
             remedy = f"The run sets this option {setter}. Remove it here."
             yield Violation(f"rollout.sglang.arguments.{name}", servers.arguments[name], remedy)
+
+
+def _is_this_machine(host: str | None) -> bool:
+    """Returns whether a name or address is this machine's: a socket can be bound to it."""
+    with contextlib.suppress(OSError):
+        family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind(address)
+            return True
+    return False
 
 
 @_check("rollout", "parallel")

@@ -18,8 +18,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.utils._pytree import tree_map_only
 
 from oreal_megatron.config import ConfigError, ParallelConfig, Violation
+from oreal_megatron.distributed.addresses import address_on_route, choose_gloo_interface
 from oreal_megatron.distributed.cpu_backend import collective_backend, device
-from oreal_megatron.distributed.first_failure import lost_peer
+from oreal_megatron.distributed.first_failure import first_line, joining_together, lost_peer
 from oreal_megatron.stopping import Stopped
 
 T = TypeVar("T")
@@ -231,20 +232,24 @@ def parallel_groups(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGr
 
     Raises:
         ConfigError: the number of processes is no multiple of tensor x pipeline x context.
+        ConnectionError: the processes cannot connect.
         LostPeer: the block failed because another rank failed first.
     """
     check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
     timeout = timedelta(seconds=config.timeout_seconds)
     alone = "MASTER_ADDR" not in os.environ
-    store, rank, world = (dist.HashStore(), 0, 1) if alone else next(dist.rendezvous("env://", timeout=timeout))
+    store, rank, world = (dist.HashStore(), 0, 1) if alone else _rendezvous(timeout)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(collective_backend(), store=store, rank=rank, world_size=world, timeout=timeout)
     failed = False
     try:
-        # Megatron-Core creates groups of its own, which do not take over the default group's timeout.
-        minutes = config.timeout_seconds / 60
-        yield split_processes(config, seed=seed, host_backend="gloo", distributed_timeout_minutes=minutes)
+        with joining_together(store, rank, timeout_seconds=config.timeout_seconds):
+            choose_gloo_interface(_peers(store, rank, world))
+            dist.init_process_group(collective_backend(), store=store, rank=rank, world_size=world, timeout=timeout)
+            # Megatron-Core creates groups of its own, which do not take over the default group's timeout.
+            minutes = config.timeout_seconds / 60
+            groups = split_processes(config, seed=seed, host_backend="gloo", distributed_timeout_minutes=minutes)
+        yield groups
     except Stopped:
         raise
     except KeyboardInterrupt:
@@ -259,8 +264,37 @@ def parallel_groups(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGr
     finally:
         parallel_state.destroy_model_parallel()
         # After a failure NCCL would wait for collectives that never end.
-        if not (failed and torch.cuda.is_available()):
+        if dist.is_initialized() and not (failed and torch.cuda.is_available()):
             dist.destroy_process_group()
+
+
+def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Returns the store of the job, this process's rank, and the number of processes.
+
+    Raises:
+        ConnectionError: the processes did not meet within the timeout.
+    """
+    try:
+        return next(dist.rendezvous("env://", timeout=timeout))
+    except dist.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
+        raise ConnectionError(
+            f"rank {os.environ['RANK']}: the {os.environ['WORLD_SIZE']} processes of the job did not meet at {place} "
+            f"within parallel.timeout_seconds = {timeout.total_seconds():g}; start all of them, and set MASTER_ADDR to "
+            f"an address of the first host that every host reaches ({first_line(error)})"
+        ) from error
+
+
+def _peers(store: dist.Store, rank: int, world: int) -> Iterator[str]:
+    """Yields the hosts to which this rank may find its route to the others: the first rank's, then all other hosts.
+
+    The first host cannot find its route by its own address, and gets those of the others.
+    """
+    if (main := os.environ.get("MASTER_ADDR")) is None:
+        return
+    store.set(f"address/{rank}", address_on_route(main) or "")
+    yield main
+    yield from (store.get(f"address/{number}").decode() for number in range(world))
 
 
 def split_processes(config: ParallelConfig, *, seed: int, host_backend: str, **options: Any) -> ParallelGroups:

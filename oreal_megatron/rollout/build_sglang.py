@@ -17,6 +17,7 @@ from oreal_megatron.servers.fingerprint import check_server, fingerprint
 from oreal_megatron.servers.pool import ServerPool
 from oreal_megatron.servers.server import ServerSettings
 from oreal_megatron.servers.server_process import Launcher, start_directory
+from oreal_megatron.stopping import StopRequest
 from oreal_megatron.weight_sync.publisher import build_publisher
 from oreal_megatron.weight_sync.sglang_layout import LOADER
 from oreal_megatron.weight_sync.source import PolicyShards
@@ -29,6 +30,7 @@ def build_sglang_engine(
     groups: ParallelGroups,
     *,
     directory: Path,
+    stop: StopRequest,
     dtype: str,
     stop_token_id: int,
     max_sequence_length: int,
@@ -39,9 +41,9 @@ def build_sglang_engine(
     """Builds an engine whose servers start, or are attached to, at its first publication. Every rank calls it.
 
     geometry: with vocab_size. directory: of the run, for its id, servers' logs and the weights of the transport `disk`.
-    dtype: dtype that servers compute in. timeout_seconds: limit of the groups' collectives. model_path: the policy's
-    Hugging Face directory; None if only its geometry is known. first_device: index of the servers' first device on a
-    machine.
+    stop: ends waits for servers. dtype: dtype that servers compute in. timeout_seconds: limit of the groups'
+    collectives. model_path: the policy's Hugging Face directory; None if only its geometry is known. first_device:
+    index of the servers' first device on a machine.
 
     Raises:
         ValueError: the model does not split over a server's ranks.
@@ -86,6 +88,7 @@ def build_sglang_engine(
         ),
         publisher,
         groups,
+        stop=stop,
         timeout_seconds=timeout_seconds,
         shares_devices=servers.shares_devices,
     )

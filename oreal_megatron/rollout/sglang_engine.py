@@ -20,11 +20,15 @@ from oreal_megatron.rollout.engine import units_by_prompt
 from oreal_megatron.servers.pool import ServerPool
 from oreal_megatron.servers.request_queue import NoServerError
 from oreal_megatron.servers.server import SGLangServer
+from oreal_megatron.stopping import Stopped, StopRequest
 from oreal_megatron.types import Completion, GenerationRequest
 from oreal_megatron.weight_sync.publisher import Publisher
 from oreal_megatron.weight_sync.types import PausedServer
 
 T = TypeVar("T")
+
+_HEARTBEAT_SECONDS = 2.0
+"""Seconds between two looks of waiting ranks for a request to stop."""
 
 
 class SGLangEngine:
@@ -40,13 +44,14 @@ class SGLangEngine:
         publisher: Publisher,
         groups: ParallelGroups,
         *,
+        stop: StopRequest,
         timeout_seconds: float,
         shares_devices: bool = False,
     ):
         """Starts an event loop where this process leads a replica.
 
-        timeout_seconds: limit of the groups' collectives. shares_devices: whether servers take turns with the trainer
-        on its devices.
+        stop: ends waits for servers. timeout_seconds: limit of the groups' collectives. shares_devices: whether servers
+        take turns with the trainer on its devices.
         """
         self.weight_version = 0
         self._shares_devices = shares_devices
@@ -54,7 +59,8 @@ class SGLangEngine:
         self.pool = pool
         self.publisher = publisher
         self._groups = groups
-        self._heartbeat_seconds = timeout_seconds / 4
+        self._stop = stop
+        self._heartbeat_seconds = min(timeout_seconds / 4, _HEARTBEAT_SECONDS)
         self._loop = _LoopThread() if groups.leads_replica else None
 
     def units(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
@@ -67,7 +73,7 @@ class SGLangEngine:
         sampling: SamplingConfig,
         is_enough: Callable[[], bool] | None = None,
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """See RolloutEngine.
+        """See RolloutEngine. A request to stop ends it, without the units that are unfinished.
 
         Raises:
             ValueError: A server refuses a prompt.
@@ -79,11 +85,11 @@ class SGLangEngine:
             generation = self._loop.run(self._generate(units, sampling, is_enough, finished))
         try:
             while True:
-                outcome = self._together(finished if generation is not None else None)
+                outcome = self._together(finished if generation is not None else None, until_stop=True)
+                if outcome is None or not (outcome.no_current_weights or outcome.value):
+                    return
                 if outcome.no_current_weights:
                     self._resend_weights()
-                elif outcome.value is None:
-                    return
                 else:
                     yield outcome.value
         finally:
@@ -121,6 +127,7 @@ class SGLangEngine:
         """See RolloutEngine. A server that is being restarted gets the weights later: see `_resend_weights`.
 
         Raises:
+            Stopped: A stop was asked for while servers were waited for; none has the weights.
             NoServerError: No server is left; at the first publication, a server does not answer, cannot start, serves
                 another model, or does not take the weights.
         """
@@ -182,12 +189,16 @@ class SGLangEngine:
         """Updates all servers; a server that is alive and does not have the weights is sent to a second time.
 
         Returns the publication's metrics.
+
+        Raises:
+            Stopped: See `publish`.
         """
         start = time.perf_counter()
         if self._shares_devices:
             self._leave_devices()
             self._is_offloaded = False
-        servers = self._on_main(lambda: self.pool.begin_update(weight_version, wait=wait)) or []
+        self._on_main(lambda: self.pool.connect(weight_version, wait=wait), until_stop=True)
+        servers = self._on_main(self.pool.begin_update) or []
         report = {
             "publication/pause_seconds": time.perf_counter() - start,
             "publication/bytes": 0.0,
@@ -229,8 +240,14 @@ class SGLangEngine:
             with contextlib.suppress(NoServerError):
                 self._loop.run(self.pool.finish_update(servers, failures)).result()
 
-    def _on_main(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
-        """Runs `work` on the main process's event loop while other ranks wait; returns its result there, else None."""
+    def _on_main(self, work: Callable[[], Coroutine[Any, Any, T]], *, until_stop: bool = False) -> T | None:
+        """Runs `work` on the main process's event loop while other ranks wait; returns its result there, else None.
+
+        until_stop: whether a request to stop cancels the work.
+
+        Raises:
+            Stopped: The work was cancelled.
+        """
         outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
         results: list[T] = []
 
@@ -241,19 +258,28 @@ class SGLangEngine:
             except Exception as error:
                 outcomes.put(_Outcome(error=error))
 
+        running = None
         if self._groups.is_main:
             assert self._loop is not None
-            self._loop.run(do())
-        self._together(outcomes if self._groups.is_main else None, of_main=True)
+            running = self._loop.run(do())
+        if self._together(outcomes if running is not None else None, of_main=True, until_stop=until_stop) is None:
+            if running is not None:
+                running.cancel()
+            raise Stopped("stopped while rollout servers were waited for; the same command goes on")
         return results[0] if results else None
 
-    def _together(self, outcomes: queue.SimpleQueue[_Outcome] | None, *, of_main: bool = False) -> _Outcome:
+    def _together(
+        self, outcomes: queue.SimpleQueue[_Outcome] | None, *, of_main: bool = False, until_stop: bool = False
+    ) -> _Outcome | None:
         """Returns the next outcome of the leading process, or raises its error, on every rank of the replica.
 
         outcomes: given on the leading process only. of_main: the main process has the outcome, for every rank.
-        Waiting ranks repeat short broadcasts, so that no collective exceeds its timeout however long the work takes.
+        until_stop: return None once one of these ranks is asked to stop.
+        Waiting ranks repeat short broadcasts, so that no collective exceeds its timeout however long the work takes,
+        and a signal is noticed, whose handler cannot run inside a collective.
         """
         broadcast = self._groups.from_main if of_main else self._groups.from_replica_leader
+        any_of = self._groups.any_rank if of_main else self._groups.any_of_replica
         while True:
             outcome: _Outcome | None = None
             if outcomes is not None:
@@ -264,6 +290,8 @@ class SGLangEngine:
                 raise outcome.error
             if outcome is not None:
                 return outcome
+            if until_stop and any_of(self._stop.is_made):
+                return None
 
     def close(self) -> None:
         if self._loop is not None:

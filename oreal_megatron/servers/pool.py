@@ -18,7 +18,7 @@ from oreal_megatron.servers.request_queue import NoServerError, RequestQueue
 from oreal_megatron.servers.router import Router
 from oreal_megatron.servers.server import ServerSettings, ServerState, SGLangServer
 from oreal_megatron.servers.server_kinds import AttachedServer, LaunchedServer, RemoteServer
-from oreal_megatron.servers.server_process import choose_port, offloaded_mark, weight_label
+from oreal_megatron.servers.server_process import choose_port, offloaded_mark, server_url, weight_label
 from oreal_megatron.types import Completion, GenerationRequest
 
 
@@ -68,8 +68,8 @@ class ServerPool:
 
     # ---- weights -------------------------------------------------------------------------------------------------
 
-    async def begin_update(self, version: int, *, wait: bool) -> list[SGLangServer]:
-        """Returns the servers that take weights `version`, paused; the caller holds their locks until `finish_update`.
+    async def connect(self, version: int, *, wait: bool) -> None:
+        """Waits for the servers that are to take weights `version`. It may be cancelled.
 
         wait: whether to wait for servers that are starting. The first update waits always, and so does every update of
         servers that share the trainer's devices. Otherwise a starting server gets its weights at a later update.
@@ -85,6 +85,9 @@ class ServerPool:
         if wait or self._is_first_update or self._config.shares_devices:
             await asyncio.gather(*(server.connect() for server in self.servers))
         self._check_usable()
+
+    async def begin_update(self) -> list[SGLangServer]:
+        """Returns the servers that take the weights, paused; the caller holds their locks until `finish_update`."""
         chosen = [s for s in self.servers if s.is_up and s.label != self._label and not s.is_busy]
         are_paused = await asyncio.gather(*(server.pause_for_update() for server in chosen))
         return [server for server, is_paused in zip(chosen, are_paused, strict=True) if is_paused]
@@ -125,7 +128,7 @@ class ServerPool:
             self.servers = [AttachedServer(i, url, self._settings) for i, url in enumerate(self._config.urls)]
         else:
             ports = [choose_port(self._config, number) for number in range(self._config.num_servers)]
-            urls = [f"http://{self._config.host}:{port}" for port in ports]
+            urls = [server_url(self._config.host, port) for port in ports]
             self.servers = [LaunchedServer(i, url, self._settings) for i, url in enumerate(urls)]
         self._reconnecting = [asyncio.create_task(self._keep_connected(server)) for server in self.servers]
 

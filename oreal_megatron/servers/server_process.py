@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.util
+import ipaddress
 import os
 import random
 import re
@@ -228,29 +230,65 @@ def launch_environment(config: SGLangConfig, *, imports: Path = _PACKAGE.parent)
     return environment
 
 
+def server_url(host: str, port: int) -> str:
+    """Returns the URL of a server. host: name or address; an IPv6 address gets its brackets."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def listening_address(host: str) -> str:
+    """Returns the address to listen at for a server that others reach as `host`, a name or an address of this machine.
+
+    An address stays. A name becomes all addresses of its family: this machine's /etc/hosts may map its own name to a
+    loopback address, as Debian's does, where other machines find the routable address.
+    """
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        pass
+    try:
+        families = {family for family, *_ in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        families = set()
+    return "::" if families == {socket.AF_INET6} else "0.0.0.0"
+
+
 def choose_port(config: SGLangConfig, index: int) -> int:
     """Returns the port of launched server `index`.
 
     Raises:
-        ServerStartError: The configured port is taken, or no port is free.
+        ServerStartError: The configured port is taken, no port is free, or rollout.sglang.host is no address of this
+            machine.
     """
     if config.port is not None:
         ports = [config.port + index]
     else:
         free = _FREE_PORTS[index :: config.num_servers]
         ports = random.SystemRandom().sample(free, k=min(len(free), 100))
+    try:
+        family = socket.getaddrinfo(config.host, None, type=socket.SOCK_STREAM)[0][0]
+    except OSError as error:
+        raise ServerStartError(_no_address(config, error)) from error
     for port in ports:
-        with socket.socket() as probe:
+        with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((config.host, port))
                 return port
             except OSError as error:
+                if error.errno == errno.EADDRNOTAVAIL:
+                    raise ServerStartError(_no_address(config, error)) from error
                 taken = error
     raise ServerStartError(
         f"rollout.sglang.port = {config.port}: server {index} cannot listen at {config.host}:{ports[-1]} "
         f"({taken.strerror}); set rollout.sglang.port to another port, or to null for any free port"
     ) from taken
+
+
+def _no_address(config: SGLangConfig, error: OSError) -> str:
+    return (
+        f"rollout.sglang.host = {config.host}: this machine has no such address ({error.strerror}); set it to an "
+        "address of this machine, or to 127.0.0.1"
+    )
 
 
 class ServerProcess:

@@ -17,7 +17,9 @@ from oreal_megatron.servers.server_process import (
     ServerProcess,
     ServerStartError,
     choose_port,
+    listening_address,
     offloaded_mark,
+    server_url,
     start_directory,
 )
 from oreal_megatron.weight_sync.sglang_layout import LOADER
@@ -69,7 +71,9 @@ class NodeServers:
         logs: Path,
         ending: threading.Event,
     ):
-        self._config = servers.model_copy(update={"host": host})
+        """host: name or address by which the trainer reaches this node."""
+        self._host = host
+        self._config = servers.model_copy(update={"host": listening_address(host)})
         self._ending = ending
         self._launcher = Launcher(
             config=self._config,
@@ -86,7 +90,7 @@ class NodeServers:
     def announce(self, directory: Path) -> None:
         """Writes the URL of every server into a file of `directory`, before the servers run."""
         for server in self._servers:
-            url = f"http://{self._config.host}:{server.port}"
+            url = server_url(self._host, server.port)
             write_atomically(directory / f"server_{server.index:04d}.url", url + "\n")
             logger.info("server %d at %s", server.index, url)
 

@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_proces
 
 from oreal_megatron.distributed.cpu_backend import collective_backend, device
 from oreal_megatron.weight_sync.commands import CommandChannel
-from oreal_megatron.weight_sync.p2p import pack, unpack
+from oreal_megatron.weight_sync.p2p import pack, unpack, waiting_on_host
 from oreal_megatron.weight_sync.planner import TransferOp, num_elements, plan_gathering
 from oreal_megatron.weight_sync.source import PolicyShards
 from oreal_megatron.weight_sync.types import PausedServer, TransferFailure, TransferResult, failure_of_answer
@@ -123,9 +123,10 @@ class BroadcastTransport:
         timeout = timedelta(seconds=self._channel.timeout_seconds)
         store = dist.TCPStore(self._channel.host, self._channel.port, is_master=False, timeout=timeout)
         options: dict[str, Any] = {"group_name": name, "timeout": timeout}
-        group, _ = _new_process_group_helper(
-            size, 0, [], Backend(collective_backend()), PrefixStore(name, store), **options
-        )
+        with waiting_on_host():
+            group, _ = _new_process_group_helper(
+                size, 0, [], Backend(collective_backend()), PrefixStore(name, store), **options
+            )
         _world.pg_group_ranks[group] = {rank: rank for rank in range(size)}
         return group
 

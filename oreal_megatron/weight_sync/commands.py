@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import ipaddress
 import pickle
-import socket
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch import Tensor
 
+from oreal_megatron.distributed.addresses import address_towards
 from oreal_megatron.weight_sync.p2p import nccl_version
 from oreal_megatron.weight_sync.planner import ReshardingPlan
 from oreal_megatron.weight_sync.sglang_layout import LOADER
@@ -21,8 +19,6 @@ from oreal_megatron.weight_sync.source import PolicyShards
 from oreal_megatron.weight_sync.types import PausedServer, TransferFailure
 from oreal_megatron.weight_sync.worker import Command, Question, Receive, Unpack, WorkerReport
 
-_ANYWHERE = "192.0.2.1"
-"""An address that is no machine's (RFC 5737), and that a default route leads to."""
 NamedTensors = list[tuple[str, Tensor]]
 
 EncodedCommand = tuple[str, bytes]
@@ -147,21 +143,3 @@ class CommandChannel:
 
     def close(self) -> None:
         self.store = None
-
-
-def address_towards(peers: Iterable[str]) -> str:
-    """Returns the address of this machine on the route to the first peer that is another machine.
-
-    peers: host names or addresses. Where all are this machine itself, or unknown, the result is the address of the
-    default route, and 127.0.0.1 on a machine without a network. The machine's own name is not looked up, because
-    distributions map it to a loopback address in /etc/hosts.
-    """
-    for peer in (*peers, _ANYWHERE):
-        with contextlib.suppress(OSError):
-            family, kind, _, _, where = socket.getaddrinfo(peer, 1, type=socket.SOCK_DGRAM)[0]
-            with socket.socket(family, kind) as probe:
-                probe.connect(where)  # sends nothing: for UDP it only chooses the route
-                address = str(probe.getsockname()[0])
-            if not ipaddress.ip_address(address).is_loopback:
-                return address
-    return "127.0.0.1"

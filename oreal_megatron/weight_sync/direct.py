@@ -166,6 +166,8 @@ class DirectTransport:
         return failures, time.perf_counter() - start
 
     def _leave(self) -> None:
+        if self._sender is not None:
+            self._sender.close()
         self._sender = None
         self._rendezvous = None
 

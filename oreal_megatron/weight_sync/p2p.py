@@ -7,7 +7,9 @@ the weights is one bucket a process: one half is transferred while the other is 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +23,7 @@ from oreal_megatron.conversion.rules import Box
 from oreal_megatron.weight_sync.planner import TransferOp, buckets, num_elements
 
 _NUM_HALVES = 2
+_BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,26 @@ def join(rendezvous: Rendezvous, rank: int, backend: str) -> Any:
     if backend == "nccl":
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        return dist.ProcessGroupNCCL(prefixed, rank, rendezvous.size, options)
+        with waiting_on_host():
+            return dist.ProcessGroupNCCL(prefixed, rank, rendezvous.size, options)
     return dist.ProcessGroupGloo(prefixed, rank, rendezvous.size, timeout)
+
+
+@contextlib.contextmanager
+def waiting_on_host() -> Iterator[None]:
+    """Context in which NCCL groups are created whose `wait` returns once the transfer is over, or raises RuntimeError.
+
+    A group that is created otherwise has a watchdog thread, which ends the process when a peer is lost, and its `wait`
+    returns at once. Torch reads the variable when a group is created.
+    """
+    before = os.environ.get(_BLOCKING_WAIT)
+    os.environ[_BLOCKING_WAIT] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_BLOCKING_WAIT]
+        if before is not None:
+            os.environ[_BLOCKING_WAIT] = before
 
 
 def rounds(pairs: Iterable[tuple[int, int]], num_senders: int, num_receivers: int) -> list[tuple[int, int]]:
@@ -114,6 +135,11 @@ class Sender:
         for work in in_flight:
             work.wait()
 
+    def close(self) -> None:
+        """Closes the connections, so that a receiver that waits for this rank fails at once."""
+        self._group.abort()  # NCCL closes here,
+        self._group = None  # gloo with the last reference
+
 
 class Receiver:
     """A server rank's side of a direct publication."""
@@ -154,6 +180,11 @@ class Receiver:
                 self._unpack(*in_flight.pop(0), parameters)
         for item in in_flight:
             self._unpack(*item, parameters)
+
+    def close(self) -> None:
+        """Closes the connections, so that a sender that waits for this receiver fails at once."""
+        self._group.abort()  # NCCL closes here,
+        self._group = None  # gloo with the last reference
 
     def _unpack(self, work: Any, run: Sequence[TransferOp], flat: Tensor, parameters: Mapping[str, Tensor]) -> None:
         work.wait()

@@ -168,6 +168,8 @@ class Worker:
             return self._receiver
         if task.ops is None:
             raise ValueError(f"the worker has not joined rendezvous {rendezvous.name}, and the command has no ops")
+        if self._receiver is not None:
+            self._receiver.close()
         self._receiver = None
         store.set(arrival_key(rendezvous, task.number), "arrived")
         if store.get(_start_key(rendezvous)) != _JOIN:

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.hosts
 
 PRINT = """
 import ast, sys
-from oreal_megatron.weight_sync.commands import address_towards
+from oreal_megatron.distributed.addresses import address_towards
 print(*map(address_towards, ast.literal_eval(sys.argv[1])))
 """
 

@@ -147,6 +147,22 @@ def test_directory_that_cannot_be_made_names_the_key(tmp_path):
             pass
 
 
+@pytest.mark.parametrize("left", [None, "", '{"host": "another run"}'])
+def test_directory_of_another_machine_is_refused_and_waited_for(hold, tmp_path, monkeypatch, left):
+    """The second directory stands for the same path on a machine that does not share it."""
+    hold()
+    text = (tmp_path / LOCK_FILE).read_text()
+    directory_lock.check_shared(tmp_path, text, rank=3)
+    other = tmp_path / "other"
+    other.mkdir()
+    if left is not None:
+        (other / LOCK_FILE).write_text(left)
+    with pytest.raises(OSError, match=rf"run\.dir = '{other}': rank 3 on .* does not see the files that rank 0 on"):
+        directory_lock.check_shared(other, text, rank=3, max_wait_seconds=0)
+    monkeypatch.setattr(directory_lock.time, "sleep", lambda seconds: (other / LOCK_FILE).write_text(text))
+    directory_lock.check_shared(other, text, rank=3)
+
+
 def test_mount_options_are_of_the_file_system_that_holds_the_directory(monkeypatch):
     from collections import namedtuple
 

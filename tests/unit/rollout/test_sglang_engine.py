@@ -13,8 +13,9 @@ from oreal_megatron.config import SamplingConfig
 from oreal_megatron.rollout.sglang_engine import SGLangEngine
 from oreal_megatron.servers.request_queue import NoServerError
 from oreal_megatron.servers.server_process import NO_WEIGHTS
+from oreal_megatron.stopping import Stopped, StopRequest
 from oreal_megatron.types import GenerationRequest
-from tests.fake_sglang import fake_servers, response
+from tests.fake_sglang import fake_servers, free_port, response
 
 GREEDY = SamplingConfig(temperature=0.0, top_p=1.0, max_new_tokens=10)
 COLOCATED = {"placement": "colocated", "transport": "ipc"}
@@ -29,7 +30,7 @@ class Groups:
     def from_main(self, value):
         return value
 
-    from_replica_leader = from_main
+    from_replica_leader = any_rank = any_of_replica = from_main
 
     def barrier(self):
         pass
@@ -72,10 +73,10 @@ def open_engine(fakes):
     """Opens engines, which are closed after the test. options: of rollout.sglang; groups: in place of Groups."""
     engines = []
 
-    def open_(*urls, groups=None, **options):
+    def open_(*urls, groups=None, stop=None, **options):
         pool, publisher = fakes.pool(*urls, **options), Publisher()
         engine = SGLangEngine(
-            pool, publisher, groups or Groups(), timeout_seconds=1.0,
+            pool, publisher, groups or Groups(), stop=stop or StopRequest(), timeout_seconds=1.0,
             shares_devices=options == COLOCATED,
         )  # fmt: skip
         engines.append(engine)
@@ -268,3 +269,21 @@ def test_engine_with_servers_of_its_own_is_never_offloaded(fakes, open_engine):
         generate(engine, requests_of(2))
     engine.offload()
     assert not fake.released and not fake.is_paused
+
+
+def test_stop_ends_the_wait_for_servers(open_engine):
+    stop = StopRequest()
+    engine, publisher, _ = open_engine(f"http://127.0.0.1:{free_port()}", stop=stop, startup_seconds=1000.0)
+    threading.Timer(0.3, lambda: setattr(stop, "signal", "SIGTERM")).start()
+    with pytest.raises(Stopped, match="rollout servers were waited for"):
+        engine.publish(0)
+    assert not publisher.delivered
+
+
+def test_stop_ends_generation_before_its_units_are_finished(fakes, open_engine):
+    fake, stop = fakes.server(), StopRequest()
+    engine, _, _ = open_engine(fake.url, stop=stop)
+    engine.publish(0)
+    fake.token_seconds = 1000.0
+    threading.Timer(0.3, lambda: setattr(stop, "signal", "SIGTERM")).start()
+    assert generate(engine, requests_of(4)) == {}

@@ -31,7 +31,8 @@ async def update(
     pool: ServerPool, version: int, *, wait: bool = False, failures: Mapping[int, str] | None = None
 ) -> list[int]:
     """Updates the pool and returns the indices of the servers that were paused. failures: reasons by index."""
-    servers = await pool.begin_update(version, wait=wait)
+    await pool.connect(version, wait=wait)
+    servers = await pool.begin_update()
     reasons = {server.url: (failures or {})[server.index] for server in servers if server.index in (failures or {})}
     await pool.finish_update(servers, reasons)
     return [server.index for server in servers]

@@ -98,7 +98,8 @@ async def test_later_update_goes_on_without_a_server_that_failed(fakes):
 async def test_update_sends_again_to_the_server_that_failed(fakes):
     pool = fakes.pool(fakes.server().url, fakes.server().url)
     await update(pool, 0)
-    first, second = await pool.begin_update(1, wait=False)
+    await pool.connect(1, wait=False)
+    first, second = await pool.begin_update()
     await pool.finish_update([first], {})
     assert second.state is ServerState.UPDATING and pool.num_current == 1
     await pool.finish_update([second], {})
@@ -229,7 +230,7 @@ async def test_following_pool_uses_the_labels_of_another_process(fakes):
 @on_loop
 async def test_closing_ends_a_connect_that_waits(fakes):
     pool = fakes.pool(f"http://127.0.0.1:{free_port()}", startup_seconds=60.0)
-    opening = asyncio.create_task(pool.begin_update(0, wait=False))
+    opening = asyncio.create_task(pool.connect(0, wait=False))
     await asyncio.sleep(0.05)
     opening.cancel()
     await asyncio.gather(opening, return_exceptions=True)

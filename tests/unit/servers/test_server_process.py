@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,17 @@ import pytest
 import oreal_megatron
 from oreal_megatron.cli import train
 from oreal_megatron.config import SGLangConfig
-from oreal_megatron.servers.server_process import Launcher, ServerStartError, interpreter_problem, launch_environment
+from oreal_megatron.servers.server_process import (
+    Launcher,
+    ServerProcess,
+    ServerStartError,
+    choose_port,
+    interpreter_problem,
+    launch_environment,
+    listening_address,
+    server_url,
+)
+from tests.run_processes import wait_until
 from tests.tiny_servers import servers_config
 
 
@@ -97,3 +109,39 @@ def test_trainer_sets_it_before_torch_is_imported(monkeypatch):
     assert found == ["0"]
     code = "import sys, oreal_megatron.cli.train; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_schedulers_signal_to_all_processes_does_not_end_a_server(tmp_path):
+    log = tmp_path / "log"
+    server = ServerProcess(["bash", "-c", "echo serves; sleep 60"], os.environ, log)
+    wait_until(lambda: "serves\n" in log.read_text().splitlines(keepends=True))
+    os.killpg(server.pid, signal.SIGUSR1)
+    server.stop()
+    assert server.exit_code == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_server_has_a_free_port_of_its_own_family_of_addresses(host):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        taken = probe.getsockname()[1]
+    family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+    with (
+        socket.create_server((host, taken), family=family),
+        pytest.raises(ServerStartError, match="cannot listen at"),
+    ):
+        choose_port(config(host=host, port=taken), 0)
+    assert choose_port(config(host=host, port=taken), 0) == taken
+
+
+@pytest.mark.parametrize("host", ["192.0.2.7", "2001:db8::7", "[::1]", "no.such.name.invalid"])
+def test_host_that_is_not_of_this_machine_is_named(host):
+    with pytest.raises(ServerStartError, match=r"rollout\.sglang\.host = .*: this machine has no such address"):
+        choose_port(config(host=host), 0)
+
+
+def test_server_of_a_name_listens_at_every_address():
+    """The name itself may be a loopback address on this machine, and no name at all."""
+    assert [listening_address(host) for host in ("localhost", "no.such.name.invalid")] == ["0.0.0.0"] * 2
+    assert [listening_address(host) for host in ("10.0.0.7", "fd00::7")] == ["10.0.0.7", "fd00::7"]
+    assert [server_url(host, 80) for host in ("node7", "fd00::7")] == ["http://node7:80", "http://[fd00::7]:80"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -82,6 +83,57 @@ def test_receivers_get_their_shards(dtype, bucket_bytes):
         for name, values in want.items():
             np.testing.assert_array_equal(have[name].float().numpy(), values, err_msg=name)
     assert threading.active_count() <= before + 1
+
+
+def joined_pair(sender_to, receiver_from):
+    """A sender and a receiver that have joined a group of two."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    rendezvous = Rendezvous("127.0.0.1", store.port, "test", 1, 1, timeout_seconds=600)
+    options = {"dtype": torch.float32, "bucket_bytes": 512}
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda rank: join(rendezvous, rank, "gloo"), range(2))
+    return Sender(first, rendezvous, 0, sender_to, **options), Receiver(second, rendezvous, 0, receiver_from, **options)
+
+
+@pytest.mark.parametrize("closed", ["sender", "receiver"])
+def test_process_that_waits_fails_once_the_other_closes(closed):
+    trainer = Layout()
+    plan = plan_resharding(TABLE, GEOMETRY, trainer, SGLangLayout())
+    assignment = plan.assign(1)
+    sender, receiver = joined_pair(ops_by_receiver(assignment, 0), ops_by_sender(assignment, 0))
+    weights = huggingface_weights(TABLE)
+    shards = {n: torch.from_numpy(s).float() for n, s in trainer_shards(TABLE, GEOMETRY, trainer, weights)[0].items()}
+    parameters = {target.name: torch.zeros(target.shape) for target in plan.targets[0]}
+    waits = (lambda: receiver.receive(parameters)) if closed == "sender" else (lambda: sender.send(shards))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(waits)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.3)
+        (sender if closed == "sender" else receiver).close()
+        with pytest.raises(RuntimeError):
+            waiting.result(60)
+
+
+def test_nccl_group_waits_on_the_host_and_leaves_others_as_they_are(monkeypatch):
+    """What torch reads when it creates the group; NCCL itself needs two devices (tests/gpu)."""
+    seen = []
+
+    class Group:
+        class Options:
+            pass
+
+        def __init__(self, *arguments):
+            seen.append(os.environ.get("TORCH_NCCL_BLOCKING_WAIT"))
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Group, raising=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    rendezvous = Rendezvous("127.0.0.1", store.port, "test", 1, 1, timeout_seconds=60)
+    for before in (None, "0"):
+        if before is not None:
+            monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", before)
+        join(rendezvous, 0, "nccl")
+        assert os.environ.get("TORCH_NCCL_BLOCKING_WAIT") == before
+    assert seen == ["1", "1"]
 
 
 def test_checksums_of_parts_add_up_to_those_of_whole_tensors():
