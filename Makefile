@@ -14,7 +14,8 @@ NEWEST := .venv-newest
 GPU_PYTHON ?= python
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup lock sglang-deps slurm-deps hosts-deps demo test test-fast test-slow lint docs test-gpu test-megatron-0.19 bench bench-host bench-rollout \
+.PHONY: help setup lock sglang-deps slurm-deps hosts-deps demo test test-fast test-slow lint docs test-gpu test-gpu-one gpu-wheels \
+	test-megatron-0.19 bench bench-host bench-rollout \
 	bench-memory bench-reshard bench-verifier bench-conversion bench-objectives bench-token-weights bench-fp8 clean
 
 help: ## print this list
@@ -93,6 +94,18 @@ test-megatron-0.19: $(NEWEST)/.ready ## run parity, publication, conversion, pla
 
 test-gpu: ## run the tests that need GPUs, in an environment with a CUDA torch (GPU_PYTHON)
 	$(GPU_PYTHON) -m pytest tests/gpu -m gpu
+
+# What a GPU machine without a network lacks beside torch, transformers and triton: 7 MiB.
+GPU_WHEELS := gpu-wheels
+
+gpu-wheels: ## gather the wheels of `make test-gpu-one` into gpu-wheels/, with a Python 3.12 (PYTHON_NEWEST)
+	$(PYTHON_NEWEST) -m pip wheel --quiet --no-deps --wheel-dir $(GPU_WHEELS) --constraint requirements/cuda13.lock \
+	  --requirement requirements/one_gpu.txt
+
+test-gpu-one: ## run what one GPU can show in eight minutes, without a network (GPU_PYTHON; wheels of `make gpu-wheels`)
+	! test -d $(GPU_WHEELS) || $(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --find-links $(GPU_WHEELS) \
+	  --requirement requirements/one_gpu.txt
+	$(GPU_PYTHON) -m tests.gpu.one_gpu
 
 bench: setup ## compare generation, a training step, packing, log-probabilities and checkpoints with their peers
 	$(BIN)/python -m benchmarks.generation

@@ -15,7 +15,7 @@ from benchmarks.model import GEOMETRY, MODEL, VOCABULARY, policy_of
 from benchmarks.pairs import compare
 from oreal_megatron.config import ParallelConfig, SamplingConfig
 from oreal_megatron.conversion.module import load_weights
-from oreal_megatron.distributed.cpu_backend import cpu_backend
+from oreal_megatron.distributed.cpu_backend import cpu_backend, device
 from oreal_megatron.distributed.groups import parallel_groups
 from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.rollout.embedded import EmbeddedEngine
@@ -45,13 +45,14 @@ def main() -> None:
     ).eval()
     with torch.no_grad():
         reference.lm_head.weight *= 20  # from a flat distribution to nuclei of some tokens, as trained models have
-    prompts = torch.randint(0, VOCABULARY, (BATCH, PROMPT_TOKENS))
+    prompts = torch.randint(0, VOCABULARY, (BATCH, PROMPT_TOKENS)).to(device())
     with (
         tempfile.TemporaryDirectory() as directory,
         cpu_backend(),
         parallel_groups(ParallelConfig(tensor=1, pipeline=1, micro_batch_tokens=1), seed=0) as groups,
     ):
         reference.save_pretrained(directory)
+        reference.to(device())
         policy = policy_of(groups)
         load_weights(policy, Path(directory), groups)
         # A stop token that no vocabulary has: every response takes all of its tokens, on both sides.

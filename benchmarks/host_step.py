@@ -32,6 +32,7 @@ from oreal_megatron.data.packing import Packer, Padding, SequenceCost
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.data.tokenizer import load_tokenizer
 from oreal_megatron.distributed.cpu_backend import cpu_backend, peak_memory, reset_peak_memory
+from oreal_megatron.distributed.environment import devices_hidden
 from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
 from oreal_megatron.losses.advantages import select_trajectories
 from oreal_megatron.metrics import Tracker, rollout_metrics
@@ -223,7 +224,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8000, help="of every response")
     arguments = parser.parse_args()
     layout = ParallelConfig(tensor=1, pipeline=1, micro_batch_tokens=1)
-    with tempfile.TemporaryDirectory() as name, cpu_backend(), parallel_groups(layout, seed=0) as groups:
+    with (
+        tempfile.TemporaryDirectory() as name,
+        devices_hidden(),
+        cpu_backend(),
+        parallel_groups(layout, seed=0) as groups,
+    ):
         directory = Path(groups.from_main(name))
         phases = Phases(groups)
         for name in ("warm-up", "measured"):  # the second step finds memory that the process has already

@@ -14,13 +14,14 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from benchmarks.pairs import compare
 from oreal_megatron.config import ParallelConfig
-from oreal_megatron.distributed.cpu_backend import cpu_backend, peak_memory, reset_peak_memory
+from oreal_megatron.distributed.cpu_backend import cpu_backend, device, peak_memory, reset_peak_memory
 from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
 from oreal_megatron.models.policy import CPU_TILE, token_logprobs
 
@@ -52,15 +53,17 @@ def main() -> None:
 
 def ways(arguments: argparse.Namespace, groups: ParallelGroups) -> tuple[Callable[[], None], Callable[[], None]]:
     """(ours, stock): each makes log-probabilities and the gradients of their sum."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(arguments.tokens, arguments.hidden, generator=generator).requires_grad_()
-    weight = torch.randn(VOCABULARY, arguments.hidden, generator=generator).mul_(0.02).requires_grad_()
-    target = torch.randint(0, VOCABULARY, (arguments.tokens,), generator=generator)
+    generator = torch.Generator(device()).manual_seed(0)
+    options: Any = {"generator": generator, "device": device()}
+    hidden = torch.randn(arguments.tokens, arguments.hidden, **options).requires_grad_()
+    weight = torch.randn(VOCABULARY, arguments.hidden, **options).mul_(0.02).requires_grad_()
+    target = torch.randint(0, VOCABULARY, (arguments.tokens,), **options)
+    size = CPU_TILE if device().type == "cpu" else None
 
     def ours() -> None:
         hidden.grad = weight.grad = None
         logprobs, _ = token_logprobs(
-            hidden, weight, target, 0, chunk=arguments.chunk, size=CPU_TILE, group=groups.collection.tp
+            hidden, weight, target, 0, chunk=arguments.chunk, size=size, group=groups.collection.tp
         )
         logprobs.sum().backward()
 

@@ -16,6 +16,7 @@ import sys
 
 from oreal_megatron.compose import composed, resolved
 from oreal_megatron.config import TrainConfig, parse_config
+from oreal_megatron.distributed.environment import NO_DEVICES
 from oreal_megatron.planner.hardware import FULL
 from oreal_megatron.planner.memory import PHASES
 
@@ -89,7 +90,9 @@ def measure(name: str) -> dict[str, float]:
         [sys.executable, *command, "-m", "benchmarks.memory_rank", name],
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+        env=os.environ
+        | NO_DEVICES
+        | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
     )
     lines = [line.split("MEASURED ", 1)[1] for line in outcome.stdout.splitlines() if "MEASURED " in line]
     if len(lines) != processes:

@@ -10,6 +10,7 @@ import argparse
 import json
 import multiprocessing
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,16 +66,20 @@ def main() -> None:
 
 
 class Peaks:
-    """MiB of this process above what it has when this is made."""
+    """MiB of this process by phase, above what it has when this is made, and seconds."""
 
     def __init__(self) -> None:
         self._baseline = peak_memory() or 0
         self.seen: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def of(self, phase: str) -> Iterator[None]:
         reset_peak_memory()
+        begun = time.perf_counter()
         yield
+        torch.cuda.synchronize()
+        self.seconds[phase] = time.perf_counter() - begun
         self.seen[phase] = ((peak_memory() or 0) - self._baseline) / 2**20
 
 
@@ -94,8 +99,8 @@ class Trainer:
         reward_model = build_reward_model(geometry, config.model, groups, vocab_size=self.vocab_size, seed=0)
         self.reward_model = TrainedModel(reward_model, config.optimizer.reward_model, groups, num_updates=10)
 
-    def train(self, peaks: Peaks) -> None:
-        """Scores and both updates, on two of the longest rows a replica, as many as are in flight."""
+    def train(self, peaks: Peaks) -> list[PackedSequence]:
+        """Scores and both updates, on two of the longest rows a replica, as many as are in flight; the sequences."""
         config, groups, length = self.config, self.groups, self.config.model.max_sequence_length
         generator = torch.Generator().manual_seed(0)
         sequences = []
@@ -120,6 +125,7 @@ class Trainer:
         batches = with_token_weights(batches, scored, config.objective)
         with peaks.of("train policy"):
             update_policy(self.policy, batches, config.objective, counts)
+        return sequences
 
     def generate(self) -> None:
         """One batch of responses to prompts of the longest length but for one, so that they are padded."""

@@ -6,10 +6,14 @@ import statistics
 import time
 from collections.abc import Callable
 
+import torch
+
 
 def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 

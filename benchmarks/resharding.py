@@ -26,6 +26,7 @@ from oreal_megatron.config import GeometryConfig, ModelConfig, ParallelConfig
 from oreal_megatron.conversion.families import family_of
 from oreal_megatron.conversion.layout import Layout
 from oreal_megatron.distributed.cpu_backend import cpu_backend, peak_memory, reset_peak_memory
+from oreal_megatron.distributed.environment import devices_hidden
 from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
 from oreal_megatron.models.policy import build_policy
 from oreal_megatron.models.virtual_stages import chunks_of
@@ -95,7 +96,7 @@ def trainer(rank: int, port: int, arguments: argparse.Namespace, directory: Path
     torch.set_num_threads(1)
     layout = ParallelConfig(tensor=2, pipeline=2, micro_batch_tokens=64, timeout_seconds=1200)
     geometry = QWEN_05B.model_copy(update={"num_layers": arguments.layers})
-    with cpu_backend(), parallel_groups(layout, seed=0) as groups:
+    with devices_hidden(), cpu_backend(), parallel_groups(layout, seed=0) as groups:
         model = ModelConfig(
             path=None,
             geometry=geometry,

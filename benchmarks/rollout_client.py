@@ -19,6 +19,7 @@ from benchmarks.pairs import compare
 from oreal_megatron.compose import composed, validated
 from oreal_megatron.config import GeometryConfig, ModelConfig, ParallelConfig, SamplingConfig
 from oreal_megatron.distributed.cpu_backend import cpu_backend
+from oreal_megatron.distributed.environment import devices_hidden
 from oreal_megatron.distributed.groups import parallel_groups
 from oreal_megatron.models.policy import build_policy
 from oreal_megatron.rollout.build_sglang import build_sglang_engine
@@ -74,7 +75,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="of every response, at most")
     arguments = parser.parse_args()
     layout = ParallelConfig(tensor=1, pipeline=1, micro_batch_tokens=512)
-    with tempfile.TemporaryDirectory() as name, cpu_backend(), parallel_groups(layout, seed=0) as groups:
+    with (
+        tempfile.TemporaryDirectory() as name,
+        devices_hidden(),
+        cpu_backend(),
+        parallel_groups(layout, seed=0) as groups,
+    ):
         directory = Path(name)
         options = (f"rollout.sglang.max_concurrency={CONCURRENCY}", "rollout.sglang.startup_seconds=900")
         servers = validated(composed(["experiment=arithmetic", "rollout=sglang_cpu", *options])).rollout.sglang

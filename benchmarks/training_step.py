@@ -25,7 +25,7 @@ from benchmarks.pairs import compare
 from oreal_megatron.compose import composed, resolved
 from oreal_megatron.config import ObjectiveConfig, ParallelConfig, parse_config
 from oreal_megatron.data.packing import IGNORE, PackedSequence, Packer, TokenBatch
-from oreal_megatron.distributed.cpu_backend import cpu_backend
+from oreal_megatron.distributed.cpu_backend import cpu_backend, device
 from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
 from oreal_megatron.losses.policy_terms import TokenCounts
 from oreal_megatron.step import update_policy, update_reward_model, with_reference, with_token_weights
@@ -79,7 +79,7 @@ def bare_step(batches: list[TokenBatch], chosen: list[PackedSequence], groups: P
             bounds, longest = batch.cu_seqlens, batch.max_seqlen
             packed = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
             output = model(batch.tokens, batch.positions, None, labels=batch.labels, packed_seq_params=packed)
-            one = torch.ones((), dtype=torch.int)
+            one = torch.ones((), dtype=torch.int, device=device())
             return output, lambda output: (loss(output, masks[id(batch)]) / num_tokens, one, None)
 
         get_forward_backward_func()(

@@ -9,7 +9,6 @@ from oreal_megatron.checkpoint.export import Exporter, write_assets
 from oreal_megatron.checkpoint.state import load_weights_only, weights_only
 from oreal_megatron.checkpoint.store import INITIAL, damages_of, load_checkpoint
 from oreal_megatron.config import AdamWConfig, Fp8ModelConfig
-from oreal_megatron.distributed.cpu_backend import device
 from oreal_megatron.initial_policy import new_policy
 from oreal_megatron.losses.token_weights import weight_function
 from oreal_megatron.models.kv_decoder import CachedDecoder
@@ -129,7 +128,7 @@ def _reward_model(workspace: Workspace) -> TrainedModel:
         seed=None,
         train_head_bias=config.objective.train_head_bias,
         fp8=config.fp8.reward_model,
-    ).to(device())
+    )
     if config.model.reward_model is not None and not store.steps:  # a checkpoint of this run holds its reward model
         _load_reward_model(workspace, module, Path(config.model.reward_model))
     else:

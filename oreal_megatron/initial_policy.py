@@ -33,7 +33,6 @@ from oreal_megatron.conversion.module import load_weights
 from oreal_megatron.data.arithmetic import Demonstration
 from oreal_megatron.data.packing import PackedSequence, TokenBatch
 from oreal_megatron.data.prompts import fingerprint, read_demonstrations
-from oreal_megatron.distributed.cpu_backend import device
 from oreal_megatron.models.policy import Policy, build_policy
 from oreal_megatron.models.trained_model import TrainedModel
 from oreal_megatron.models.virtual_stages import ModelChunks, chunks_of
@@ -82,7 +81,7 @@ def new_policy(
         vocab_size=workspace.vocab_size,
         seed=seed,
         fp8=fp8,
-    ).to(device())
+    )
 
 
 def initial_settings(config: TrainConfig) -> dict[str, Any]:

@@ -22,6 +22,9 @@ def check_startable(config: TrainConfig, num_processes: int) -> None:
             )
             violations.append(Violation("rollout.sglang.num_servers", servers.num_servers, remedy))
     launched = None if servers is None or servers.urls or config.run.mode == "replay" else servers
+    if launched is not None and launched.device == "cuda" and config.resources.device == "cpu":
+        remedy = "resources.device=cpu hides GPUs from the run. Set rollout=sglang_cpu, or resources, such as h100."
+        violations.append(Violation("rollout.sglang.device", "cuda", remedy))
     if launched is not None and launched.python is not None:
         if (problem := interpreter_problem(launched.python)) is not None:
             violations.append(Violation("rollout.sglang.python", launched.python, problem))

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from oreal_megatron.checkpoint.manifest import read_manifest
 from oreal_megatron.checkpoint.store import CheckpointStore
-from oreal_megatron.config import GeometryConfig, TrainConfig, check_layout, check_resume
+from oreal_megatron.config import ConfigError, GeometryConfig, TrainConfig, Violation, check_layout, check_resume
 from oreal_megatron.data.arithmetic import ArithmeticData, generate_arithmetic
 from oreal_megatron.data.packing import Packer
 from oreal_megatron.data.prompting import PromptRenderer
@@ -79,6 +79,7 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
     """
     check_startable(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_machine(config, geometry_of_run)
+    check_device(config.resources.device)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     directory = Path(config.run.dir)
@@ -146,6 +147,17 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
             stop=stop,
             close_later=stack.callback,
         )
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError unless this process computes on the kind of device that `resources.device` names."""
+    if torch.cuda.is_available() != (device != "cpu"):
+        seen = "a GPU" if torch.cuda.is_available() else "no GPU"
+        remedy = (
+            f"CUDA was asked for devices before this run began, and torch sees {seen} in this process from then on. "
+            "Start the run in a process of its own, such as a job of hydra/launcher=slurm."
+        )
+        raise ConfigError([Violation("resources.device", device, remedy)])
 
 
 def claim_directory(directory: Path, config: TrainConfig, groups: ParallelGroups) -> None:

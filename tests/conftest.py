@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from oreal_megatron.distributed.environment import NO_DEVICES
 from tests.skips import UnexpectedSkips
 from tests.tiny import TINY, command_line
 
@@ -17,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr != "gpu":  # `make test-gpu`
+        os.environ.update(NO_DEVICES)
     if os.environ.get("OREAL_CI") == "1":
         config.pluginmanager.register(UnexpectedSkips())
 

@@ -20,6 +20,7 @@ from oreal_megatron.cli.arguments import add_overrides, command_parser, positive
 from oreal_megatron.cli.errors import run_command
 from oreal_megatron.cli.planning import planned_config, planned_geometry
 from oreal_megatron.config import TrainConfig
+from oreal_megatron.distributed.environment import devices_hidden
 from oreal_megatron.files import write_atomically
 from oreal_megatron.log import quiet_libraries
 from oreal_megatron.machine.doctor import DEVICE_NAMES, examine
@@ -66,7 +67,8 @@ def _doctor(console: Console, arguments: argparse.Namespace) -> int:
         return 0
     if arguments.server or arguments.devices:
         raise ValueError("--server and --devices belong to --measure FILE. Add it, or leave them out.")
-    with console.status("examining this machine"):
+    # The experiment will see no GPU either.
+    with console.status("examining this machine"), devices_hidden(when=config.resources.device == "cpu"):
         findings = examine(config)
     for finding in findings:
         mark = "[red]missing[/]" if finding.is_problem else "[green]found[/]  " if finding.found else "absent "

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from oreal_megatron.compose import PLACEHOLDERS, composed, resolved, with_placeholders
 from oreal_megatron.config import ConfigError, GeometryConfig, TrainConfig, Violation, parse_config
+from oreal_megatron.distributed.environment import devices_hidden
 from oreal_megatron.dry_run import is_dry_run, shrunk
 from oreal_megatron.log import quiet_libraries
 from oreal_megatron.planner.figures import read_figures
@@ -61,16 +62,18 @@ def planner_of(
 ) -> Callable[[TrainConfig], Plan]:
     """Returns a function that plans variants of a configuration with the same model.
 
+    A plan needs no device, and is made on the CPU whatever the machine has: fake tensors on two devices do not mix.
     measured: metrics of a run. figures: file of `oreal-doctor --measure`.
 
     Raises:
-        ConfigError, ValueError: see `geometry_of` and `read_figures`.
+        ConfigError, ValueError: see `planned_geometry` and `read_figures`.
     """
     quiet_libraries()
-    from oreal_megatron.models.memory_profile import MemoryProfiler
-    from oreal_megatron.rollout.embedded import sample
+    with devices_hidden():
+        from oreal_megatron.models.memory_profile import MemoryProfiler
+        from oreal_megatron.rollout.embedded import sample
 
-    geometry, sampling = planned_geometry(config), config.rollout.sampling
+        geometry, sampling = planned_geometry(config), config.rollout.sampling
     found = None if figures is None else read_figures(figures, config, geometry)
     profiler = MemoryProfiler(
         geometry,
@@ -79,9 +82,12 @@ def planner_of(
         on_cpu=config.resources.device == "cpu",
     )
     count = num_devices(config, devices)
-    return lambda variant: make_plan(
-        variant, geometry, profiler.stages, num_devices=count, measured=measured, figures=found
-    )
+
+    def plan(variant: TrainConfig) -> Plan:
+        with devices_hidden():
+            return make_plan(variant, geometry, profiler.stages, num_devices=count, measured=measured, figures=found)
+
+    return plan
 
 
 def planned_geometry(config: TrainConfig) -> GeometryConfig:

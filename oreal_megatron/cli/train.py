@@ -16,7 +16,7 @@ from oreal_megatron.cli.arguments import VERSION
 from oreal_megatron.cli.errors import ending_on_errors, run_command
 from oreal_megatron.compose import validated
 from oreal_megatron.config import TrainConfig
-from oreal_megatron.distributed.environment import NCCL_WITHOUT_CUMEM
+from oreal_megatron.distributed.environment import NCCL_WITHOUT_CUMEM, devices_hidden
 from oreal_megatron.dry_run import is_dry_run, shrunk
 from oreal_megatron.log import quiet_libraries
 from oreal_megatron.overrides import (
@@ -72,7 +72,8 @@ def _train(composed: DictConfig) -> None:
     with ending_on_errors(continues=True):
         config = validated(shrunk(composed) if is_dry_run(composed) else composed)
         quiet_libraries()
-        run_training(config)
+        with devices_hidden(when=config.resources.device == "cpu"):
+            run_training(config)
 
 
 def run_training(config: TrainConfig) -> None:

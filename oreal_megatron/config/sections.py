@@ -240,7 +240,7 @@ class ResourcesConfig(Section):
     """Devices that a run is meant for. oreal-plan and oreal-submit count on them; oreal-train checks them."""
 
     device: Literal["cpu", "a100_80gb", "h100_80gb"]
-    """Kind of device."""
+    """Kind of device. cpu: no GPU is used, by the trainer or by servers that it launches, also where torch sees one."""
     devices_per_node: Positive
     """Devices of a node."""
     trainer_devices: Positive | None

@@ -59,7 +59,12 @@ def examine(config: TrainConfig) -> list[Finding]:
             else "resources.device=cpu needs none",
         ),
         Finding("torch", machine.torch.found, True, _because(machine.torch, "make setup")),
-        Finding("CUDA in torch", cuda, on_gpu, "pip install a torch wheel for CUDA; see nvidia-smi's version"),
+        Finding(
+            "CUDA in torch",
+            cuda,
+            on_gpu,
+            "pip install a torch wheel for nvidia-smi's CUDA" if on_gpu else "resources.device=cpu hides GPUs",
+        ),
         Finding("NCCL", machine.nccl.found if cuda else None, on_gpu, "comes with a torch wheel for CUDA"),
         Finding("megatron-core", machine.megatron.found, True, _because(machine.megatron, "make setup")),
         Finding(

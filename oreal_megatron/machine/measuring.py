@@ -2,8 +2,8 @@
 
     python -m oreal_megatron.machine.measuring --device cpu
 
-A process for each device, as torchrun starts them; alone without their environment. All
-processes measure at the same time. The first prints one line of JSON, with the slowest process's figure of each kind.
+A process for each device, as torchrun starts them; alone without its environment. All processes measure at the same
+time. The first prints one line of JSON, with the slowest process's figure of each kind.
 """
 
 from __future__ import annotations

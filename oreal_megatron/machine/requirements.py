@@ -114,7 +114,7 @@ def _no_cuda(machine: Machine) -> str:
         return f"torch does not import ({machine.torch.problem})"
     if machine.cuda is None:
         return f"torch {machine.torch.found} is built without CUDA"
-    return f"torch {machine.torch.found} sees no device (check CUDA_VISIBLE_DEVICES and the driver)"
+    return f"torch {machine.torch.found} sees no device (check resources.device, CUDA_VISIBLE_DEVICES and the driver)"
 
 
 def _fp8_machine_violations(key: str, fp8: Fp8ModelConfig, machine: Machine) -> Iterator[Violation]:

@@ -26,6 +26,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from oreal_megatron.config import Fp8ModelConfig, GeometryConfig, ModelConfig
+from oreal_megatron.distributed.cpu_backend import device
 from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.models.initialization import draw_weights
 from oreal_megatron.models.sdpa_attention import SdpaCoreAttention
@@ -229,7 +230,7 @@ def build_gpt(
     tied_embeddings: bool,
     fp8: Fp8ModelConfig | None = None,
 ) -> M | ModelChunks:
-    """Builds this rank's part of a decoder, with weights drawn from `seed` alone, whatever the layout.
+    """Builds this rank's part of a decoder on its device, with weights drawn from `seed` alone, whatever the layout.
 
     Args:
         make: a subclass of GPTModel, with `functools.partial` around it where it has arguments of its own.
@@ -245,20 +246,21 @@ def build_gpt(
 
     def chunk_of(chunk: int | None) -> M:
         first, last = chunk in (None, 0), chunk in (None, num_chunks - 1)
-        module = make(
-            config=config,
-            transformer_layer_spec=layer_spec(config, model.implementation, chunk),
-            vocab_size=padded_vocab_size(vocab_size, groups),
-            max_sequence_length=model.max_sequence_length,
-            pre_process=groups.is_first_stage and first,
-            post_process=groups.is_last_stage and last,
-            parallel_output=True,
-            share_embeddings_and_output_weights=tied_embeddings,
-            position_embedding_type="rope",
-            rotary_base=geometry.rope_theta,
-            pg_collection=groups.collection,
-            vp_stage=chunk,
-        )
+        with device():  # of torch's own modules, such as norms, too
+            module = make(
+                config=config,
+                transformer_layer_spec=layer_spec(config, model.implementation, chunk),
+                vocab_size=padded_vocab_size(vocab_size, groups),
+                max_sequence_length=model.max_sequence_length,
+                pre_process=groups.is_first_stage and first,
+                post_process=groups.is_last_stage and last,
+                parallel_output=True,
+                share_embeddings_and_output_weights=tied_embeddings,
+                position_embedding_type="rope",
+                rotary_base=geometry.rope_theta,
+                pg_collection=groups.collection,
+                vp_stage=chunk,
+            )
         if frequencies is not None:
             module.rotary_pos_emb.inv_freq = frequencies.to(module.rotary_pos_emb.inv_freq.device)
         # Only generation reads this group, on rows that are not packed, where every context rank has all positions.

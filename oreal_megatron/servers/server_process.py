@@ -21,7 +21,7 @@ from pathlib import Path
 
 import oreal_megatron
 from oreal_megatron.config import SGLangConfig
-from oreal_megatron.distributed.environment import NCCL_WITHOUT_CUMEM
+from oreal_megatron.distributed.environment import NCCL_WITHOUT_CUMEM, NO_DEVICES
 
 _SHIMS = Path(__file__).parent / "cpu_shims"
 # SGLang refuses prompts that come within 6 tokens of the context's end.
@@ -221,6 +221,7 @@ def launch_environment(config: SGLangConfig, *, imports: Path = _PACKAGE.parent)
     if config.python is None:
         search_path.insert(0, str(_CPU_SGLANG))
     environment |= {
+        **NO_DEVICES,
         "PYTHONPATH": os.pathsep.join([str(_SHIMS), *search_path]),
         "SGLANG_USE_CPU_ENGINE": "1",
         "OMP_NUM_THREADS": "1",

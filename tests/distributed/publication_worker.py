@@ -93,6 +93,8 @@ class Model:
 def work(pipe: Connection, geometry: GeometryConfig, setting: Setting, server: int, rank: int) -> None:
     """A tensor-parallel worker: executes commands, shows its tensors, or doubles a number of a tensor."""
     if setting.device != "cpu":
+        # NCCL takes two ranks of one device only from different hosts.
+        os.environ["NCCL_HOSTID"] = f"server {server} rank {rank}"
         torch.cuda.set_device((server * setting.server_ranks + rank) % setting.world)
     model = Model(geometry, setting, rank)
     while True:
@@ -132,6 +134,11 @@ class Server:
 
 def main(source: Path, setting: Setting) -> None:
     torch.set_num_threads(1)
+    if (
+        setting.device != "cpu"
+    ):  # for the connection to the other host that NCCL is made to see; from 2.30 on it may be none
+        os.environ |= {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", "NCCL_NET": "Socket"}
+        os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
     geometry = geometry_of(source)
     servers = []
     for number in range(setting.num_servers):

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.conftest import ROOT
 
@@ -19,6 +21,8 @@ REQUIREMENTS = ROOT / "requirements"
 LOCKS = ("cpu", "cuda13", "servers")
 SOURCES = ("antlr4-python3-runtime", "transformer-engine-torch")
 """Packages without wheels. The first is pure Python."""
+TEST_PACKAGES = ("hypothesis", "iniconfig", "pluggy", "pytest", "sortedcontainers")
+"""Packages of tests, which no lock file for GPUs has."""
 _UNREACHABLE = ("error sending request", "dns error", "Failed to fetch", "Connection refused")
 
 
@@ -97,3 +101,28 @@ def test_servers_lock_has_what_a_servers_worker_imports():
     installed = importlib.metadata.packages_distributions()
     names = {module: {re.sub(r"[-.]", "_", name.lower()) for name in installed.get(module, ())} for module in loaded}
     assert not {module: found for module, found in names.items() if found and not found & own}
+
+
+def with_requirements(*names: str) -> set[str]:
+    """Packages of this environment with all that they require, without extras."""
+    found: set[str] = set()
+    left = [canonicalize_name(name) for name in names]
+    while left:
+        if (name := left.pop()) not in found:
+            found.add(name)
+            parsed = map(Requirement, importlib.metadata.requires(name) or [])
+            left += [canonicalize_name(r.name) for r in parsed if not r.marker or r.marker.evaluate({"extra": ""})]
+    return found
+
+
+def one_gpu_packages() -> list[str]:
+    lines = (REQUIREMENTS / "one_gpu.txt").read_text().splitlines()
+    return [line for line in lines if not line.startswith("#")]
+
+
+def test_one_gpu_script_imports_what_its_wheels_and_torch_bring():
+    assert set(one_gpu_packages()) <= pins(REQUIREMENTS / "cuda13.lock").keys() | {*TEST_PACKAGES}
+    left = sorted({"oreal-megatron", *one_gpu_packages(), *with_requirements("torch", "transformers")})
+    command = [sys.executable, "-W", "ignore", "-m", "tests.environments.hidden_packages", "tests.gpu.one_gpu", *left]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-2000:]

@@ -1,4 +1,7 @@
-"""Fixtures of `make test-gpu`. On a machine without a GPU all tests of the directory are skipped, with the reason."""
+"""Fixtures of `make test-gpu`. Without a GPU all tests of the directory are skipped, with the reason.
+
+tests/conftest.py hides GPUs from every session but `pytest -m gpu`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason="not run: torch sees no CUDA device on this machine"))
+                item.add_marker(
+                    pytest.mark.skip(
+                        reason="not run: torch sees no CUDA device, or it is hidden outside `make test-gpu`"
+                    )
+                )
 
 
 @pytest.fixture

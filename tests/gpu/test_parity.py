@@ -12,5 +12,5 @@ from tests.parity.test_parity import compare as compare
 @pytest.mark.parametrize("world", [2, 4])
 def test_layouts_give_the_numbers_of_one_device(devices, compare, world):
     devices(world)
-    results = compare(world, covering_cases(world))
+    results = compare(covering_cases(world), "spawn")
     assert len(results) >= 15 and not beyond_tolerance(results)

@@ -58,7 +58,7 @@ def passed(source, single_process):
 
     def run(implementation, fp8=None, *, emulated=None, passes=1):
         geometry = geometry_of(source)
-        policy = tiny_policy(geometry, single_process, implementation, fp8, load=source, dtype="bfloat16").to(device())
+        policy = tiny_policy(geometry, single_process, implementation, fp8, load=source, dtype="bfloat16")
         if emulated is not None:
             emulate_fp8(policy, emulated)
         trained = TrainedModel(policy, ADAMW, single_process, num_updates=9)

@@ -13,6 +13,7 @@ from oreal_megatron.checkpoint.state import load_trained, trained_state
 from oreal_megatron.checkpoint.store import CheckpointStore, step_name
 from oreal_megatron.config import AdamWConfig, GeometryConfig, ModelConfig, ObjectiveConfig
 from oreal_megatron.data.packing import PackedSequence, Packer
+from oreal_megatron.distributed.cpu_backend import device
 from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.losses.policy_terms import TokenCounts
 from oreal_megatron.models.initialization import name_in_network, part_of
@@ -44,7 +45,7 @@ ADAMW = AdamWConfig(
 
 @dataclass
 class Outcome:
-    """What two steps gave; tensors by name in the network."""
+    """What two steps gave; tensors by name in the network, on the CPU, so that other processes can read them."""
 
     metrics: list[dict[str, float]] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
@@ -58,8 +59,13 @@ class Recorded(TrainedModel):
     """Keeps the gradients that each update is given."""
 
     def update(self) -> dict[str, float]:
-        self.gradients = {name: p.main_grad.detach().clone() for name, _, p in named(self)}
+        self.gradients = {name: on_cpu(p.main_grad) for name, _, p in named(self)}
         return super().update()
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    """A copy, which later updates do not change."""
+    return tensor.detach().to("cpu", copy=True)
 
 
 def named(model: TrainedModel) -> list[tuple[str, str, Any]]:
@@ -77,30 +83,31 @@ def run_steps(
     *,
     tied: bool,
     num_sequences: int,
+    model: ModelConfig = MODEL,
     steps: range = range(NUM_STEPS),
     checkpoints: Path | None = None,
 ) -> tuple[Outcome, dict[str, tuple[str, Any]]]:
     """Steps from the initial weights, or the second alone from the checkpoint of the first; what they computed, and
     (name in its chunk, parameter) by name in the network.
 
-    checkpoints: where the first step's checkpoint is, or goes to.
+    checkpoints: where the first step's checkpoint is, or goes to, while the second step runs.
     """
 
     geometry = GEOMETRY.model_copy(update={"tied_embeddings": tied})
-    modules = [build_policy(geometry, MODEL, groups, vocab_size=VOCABULARY, seed=seed) for seed in (0, 1)]
+    modules = [build_policy(geometry, model, groups, vocab_size=VOCABULARY, seed=seed) for seed in (0, 1)]
     policy = Recorded(modules[0], ADAMW, groups, num_updates=10)
-    reward_model = Recorded(scoring_reward_model(groups), ADAMW, groups, num_updates=10)
+    reward_model = Recorded(scoring_reward_model(model, groups), ADAMW, groups, num_updates=10)
     reference = FrozenModel(modules[1], offload=groups.layout.offload)
     trained = {"policy": policy, "reward_model": reward_model}
     store = CheckpointStore(checkpoints, groups, keep=1) if checkpoints else None
     if store and steps.start:
         restore(store, trained, steps.start)
-    for model in (policy, reward_model, reference):
-        model.offload()
+    for each in (policy, reward_model, reference):
+        each.offload()
     chosen = sequences(num_sequences)
     counts = TokenCounts(*(sum(len(s.response_ids) for s in chosen if s.correct is c) for c in (True, False)))
     outcome = Outcome()
-    for _ in steps:
+    for step in steps:
         batches = Packer.of_layout(groups, GEOMETRY, VOCABULARY).batches(chosen)
         with reference.on_device():
             batches = with_reference(reference.module, batches, groups)
@@ -112,26 +119,28 @@ def run_steps(
         outcome.metrics.append(metrics)
         if not groups.layout.distributed_optimizer:
             outcome.gradients.append(
-                {f"{m}.{n}": g for m, model in trained.items() for n, g in model.gradients.items()}
+                {f"{prefix}.{n}": g for prefix, each in trained.items() for n, g in each.gradients.items()}
             )
-    if store and steps.stop < NUM_STEPS:
-        with policy.on_device(states=True), reward_model.on_device(states=True):
-            state = {k: v for prefix, model in trained.items() for k, v in trained_state(prefix, model).items()}
-            store.save(step_name(steps.stop), state)
+        if store and step + 1 < NUM_STEPS:
+            with policy.on_device(states=True), reward_model.on_device(states=True):
+                state = {k: v for prefix, each in trained.items() for k, v in trained_state(prefix, each).items()}
+                store.save(step_name(step + 1), state, wait=False)
+    if store:
+        store.finish(wait=True)
     parameters = {
         f"{prefix}.{name}": (local, parameter)
-        for prefix, model in trained.items()
-        for name, local, parameter in named(model)
+        for prefix, each in trained.items()
+        for name, local, parameter in named(each)
     }
     with policy.on_device(), reward_model.on_device():
-        outcome.weights = {name: parameter.detach().clone() for name, (_, parameter) in parameters.items()}
-        outcome.generation = continuations(policy.module, groups)
+        outcome.weights = {name: on_cpu(parameter) for name, (_, parameter) in parameters.items()}
+        outcome.generation = on_cpu(continuations(policy.module, groups))
     return outcome, parameters
 
 
-def scoring_reward_model(groups: ParallelGroups) -> Any:
+def scoring_reward_model(model: ModelConfig, groups: ParallelGroups) -> Any:
     """Builds a reward model with a random head: a head of zeros would give token weights of zeros."""
-    module = build_reward_model(GEOMETRY, MODEL, groups, vocab_size=VOCABULARY, seed=0)
+    module = build_reward_model(GEOMETRY, model, groups, vocab_size=VOCABULARY, seed=0)
     for chunk in chunks_of(module):
         if chunk.post_process:
             head = torch.randn(1, GEOMETRY.hidden_size, generator=torch.Generator().manual_seed(3))
@@ -153,7 +162,7 @@ def restore(store: CheckpointStore, trained: dict[str, Recorded], step: int) -> 
 def continuations(policy: Any, groups: ParallelGroups) -> Tensor:
     decoder = CachedDecoder(policy, groups, VOCABULARY)
     logits = [decoder.prefill([(5, 6, 7), (8,), (9, 10)], max_new_tokens=4)]
-    logits += [decoder.step(torch.tensor([11, 12, 13]) + step) for step in range(3)]
+    logits += [decoder.step(torch.tensor([11, 12, 13], device=device()) + step) for step in range(3)]
     return torch.stack(logits, dim=1).log_softmax(-1)
 
 

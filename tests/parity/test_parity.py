@@ -18,23 +18,23 @@ from typing import Any
 import pytest
 
 from oreal_megatron.config import parse_config
-from tests.parity.layouts import EVERY_MOVE, SOME_MOVES, Case, covering_cases, every_case, moves
+from tests.parity.layouts import EVERY_MOVE, LAYOUTS, SOME_MOVES, Case, covering_cases, every_case, moves
 
 pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCES = {"metrics": 1e-5, "gradients": 1e-5, "weights": 1e-6, "generation": 2e-5}
 
-Compare = Callable[[Iterable[Case]], dict[str, Any]]
+Compare = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
 def compare(composed, tmp_path: Path) -> Compare:
     """Runs cases, each on processes of its own; by case their largest differences from one rank, or what went wrong."""
 
-    def run(cases: Iterable[Case]) -> dict[str, Any]:
+    def run(cases: Iterable[Case], method: str = "fork") -> dict[str, Any]:
         objective = parse_config(composed("objective=oreal", "objective.beta=0.1")).objective
         (tmp_path / "cases.pickle").write_bytes(pickle.dumps((list(cases), objective)))
-        command = [sys.executable, "-m", "tests.parity.worker", str(tmp_path)]
+        command = [sys.executable, "-m", "tests.parity.worker", str(tmp_path), method]
         subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
         return json.loads((tmp_path / "results.json").read_text())
 
@@ -61,6 +61,11 @@ def test_layouts_give_the_numbers_of_one_rank(compare: Compare, world: int) -> N
 def test_a_checkpoint_goes_on_in_another_layout_as_one_rank_does(compare: Compare) -> None:
     results = compare(moves(SOME_MOVES))
     assert len(results) == len(SOME_MOVES) and not beyond_tolerance(results)
+
+
+def test_ranks_are_spawned_as_on_devices(compare: Compare) -> None:
+    results = compare([Case("DP2", 2, LAYOUTS[2]["DP2"])], "spawn")
+    assert len(results) == 1 and not beyond_tolerance(results)
 
 
 @pytest.mark.slow

@@ -1,9 +1,9 @@
 """Runs cases one after the other, each on fresh processes, and compares them with one rank's outcome.
 
-    python -m tests.parity.worker DIRECTORY    reads cases.pickle there, writes results.json
+    python -m tests.parity.worker DIRECTORY fork|spawn    reads cases.pickle there, writes results.json
 
-Processes are forked from this one, which has imported everything: a case starts in no time, leaves nothing
-behind, and if one of its ranks fails or hangs, only that case does.
+fork: from this process, which has imported everything, so that a case starts in no time. spawn: on devices, since CUDA
+cannot be used in a fork. A case leaves nothing behind, and if one of its ranks fails or hangs, only that case does.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from tests.ranks import start_ranks
 SECONDS_A_CASE = 120
 
 
-def main(directory: Path) -> None:
-    torch.set_num_threads(1)
+def main(directory: Path, method: str) -> None:
+    processes = multiprocessing.get_context(method)
     cases, objective = pickle.loads((directory / "cases.pickle").read_bytes())
     expected: dict[tuple[bool, int], Outcome] = {}
     results: dict[str, Any] = {}
@@ -40,33 +40,36 @@ def main(directory: Path) -> None:
         data = case.tied, case.num_sequences
         if data not in expected:
             one = replace(ONE_RANK, tied=case.tied, num_sequences=case.num_sequences)
-            (expected[data],) = on_processes(one, objective)
+            (expected[data],) = on_processes(processes, one, objective)
         start = time.perf_counter()
-        parts = answers_of(case, objective, expected[data], directory)
+        parts = answers_of(processes, case, objective, expected[data], directory)
         failures = [part for part in parts if isinstance(part, str)]
         results[case.name] = failures[0] if failures else {k: max(part[k] for part in parts) for k in parts[0]}
         (directory / "results.json").write_text(json.dumps(results))
         print(f"{case.name}  {time.perf_counter() - start:.1f} s", flush=True)
 
 
-def answers_of(case: Case, objective: ObjectiveConfig, one: Outcome, directory: Path) -> list[Any]:
+def answers_of(processes: Any, case: Case, objective: ObjectiveConfig, one: Outcome, directory: Path) -> list[Any]:
     """Each rank's differences from `one`, or the traceback of what went wrong."""
     if case.saved_by is None:
-        return on_processes(case, objective, one)
+        return on_processes(processes, case, objective, one)
     with tempfile.TemporaryDirectory(dir=directory) as checkpoints:
         where: dict[str, Any] = {"checkpoints": Path(checkpoints) / "checkpoints"}
-        saved = on_processes(case.saved_by, objective, steps=range(1), **where)
+        saved = on_processes(processes, case.saved_by, objective, steps=range(1), **where)
         failures = [answer for answer in saved if isinstance(answer, str)]
-        return failures or on_processes(case, objective, one, steps=range(1, NUM_STEPS), **where)
+        return failures or on_processes(processes, case, objective, one, steps=range(1, NUM_STEPS), **where)
 
 
-def on_processes(case: Case, objective: ObjectiveConfig, one: Outcome | None = None, **options: Any) -> list[Any]:
+def on_processes(
+    processes: Any, case: Case, objective: ObjectiveConfig, one: Outcome | None = None, **options: Any
+) -> list[Any]:
     """What each rank answers: its outcome, its differences from `one`, or the traceback of what went wrong.
 
-    options: of `run_steps`.
+    processes: a multiprocessing context. options: of `run_steps`.
     """
-    pipes = [multiprocessing.Pipe(duplex=False) for _ in range(case.world)]
-    ranks = start_ranks(case.world, run_rank, [pipe for _, pipe in pipes], case, objective, one, options)
+    pipes = [processes.Pipe(duplex=False) for _ in range(case.world)]
+    senders = [sender for _, sender in pipes]
+    ranks = start_ranks(case.world, run_rank, senders, case, objective, one, options, processes=processes)
     deadline = time.monotonic() + SECONDS_A_CASE
     answers = [
         pickle.loads(pipe.recv_bytes())
@@ -89,6 +92,7 @@ def run_rank(
     options: dict[str, Any],
 ) -> None:
     answer: Any
+    torch.set_num_threads(1)
     try:
         with cpu_backend(), parallel_groups(case.parallel, seed=0) as groups:
             outcome, parameters = run_steps(
@@ -103,4 +107,4 @@ def run_rank(
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

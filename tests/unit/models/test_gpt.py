@@ -1,12 +1,14 @@
-"""From our FP8 settings to Megatron-Core's, whose own checks must agree with ours on what is refused."""
+"""Where models are made; and our FP8 settings as Megatron-Core's, whose checks must refuse the same."""
 
 from __future__ import annotations
 
 import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
 
 from oreal_megatron.config import Fp8ModelConfig, GeometryConfig, ModelConfig
 from oreal_megatron.config.fp8_recipes import RECIPES
-from oreal_megatron.models.gpt import transformer_config
+from oreal_megatron.models.gpt import build_gpt, transformer_config
 
 GEOMETRY = GeometryConfig(num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2)
 MODEL = ModelConfig(
@@ -53,3 +55,12 @@ def test_recomputation(single_process, recompute, modules):
     config = transformer_config(GEOMETRY, MODEL, replace(single_process, layout=layout))
     assert config.recompute_granularity == (None if recompute == "none" else recompute)
     assert modules is None or config.recompute_modules == modules
+
+
+def test_every_parameter_is_made_on_the_device(single_process, monkeypatch):
+    """Also those of torch's own modules, such as norms; meta stands for a GPU."""
+    meta = torch.device("meta")
+    monkeypatch.setattr("oreal_megatron.models.gpt.device", lambda: meta)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: meta)  # where Megatron-Core makes its parameters
+    policy = build_gpt(GPTModel, GEOMETRY, MODEL, single_process, vocab_size=105, seed=None, tied_embeddings=False)
+    assert {parameter.device for parameter in policy.parameters()} == {meta}
