@@ -22,7 +22,7 @@ WEIGHTS, KV_CACHE = "weights", "kv_cache"
 """SGLang's tags of memory that a server can release (`GPU_MEMORY_TYPE_WEIGHTS`, `GPU_MEMORY_TYPE_KV_CACHE`)."""
 
 _CONNECT_SECONDS = 10.0
-# SGLang closes connections that were idle for 5 seconds; a request that is sent at that moment would be lost.
+# SGLang by itself closes connections that were idle for 5 seconds; a request that is sent at that moment is lost.
 _IDLE_SECONDS = 2.0
 # Seconds of silence after which TCP probes a connection, and between two probes.
 _PROBE_SECONDS = 5.0
