@@ -208,7 +208,7 @@ def launch_environment(config: SGLangConfig, *, imports: Path = _PACKAGE.parent)
     # The context with its margin may be longer than the model's; no token is ever in the margin.
     environment |= {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
     environment.setdefault(*NCCL_WITHOUT_CUMEM)
-    # SGLang closes connections that are idle for 5 seconds: a request that a cut link holds up for longer would be lost.
+    # SGLang closes connections that are idle for 5 seconds: a request that a cut link holds up longer would be lost.
     environment.setdefault("SGLANG_TIMEOUT_KEEP_ALIVE", str(math.ceil(config.health_seconds)))
     if config.python is not None:  # its tools compile kernels
         found = shutil.which(config.python) or config.python

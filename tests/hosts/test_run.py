@@ -1,6 +1,7 @@
 """Whole runs over three hosts: two replicas of the trainer on a host each, SGLang servers on the third.
 
-Processes and names are those of a job: `oreal_megatron.cli.serve` on the servers' host, ranks with the first host's name.
+Processes and names are those of a job: `oreal_megatron.cli.serve` on the servers' host, and ranks that are told the
+first host's name.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ class Job:
         """Starts the servers of the third host."""
         urls = self._logs / "urls"
         urls.mkdir(exist_ok=True)
-        command = ["-m", "oreal_megatron.cli.serve", "--announce", str(urls), "--host", "nodec"]
-        self.network["nodec"].start("env", "MASTER_ADDR=nodea", sys.executable, *command, *self._options, log=self._logs / "serve")
+        command = ["env", "MASTER_ADDR=nodea", sys.executable, "-m", "oreal_megatron.cli.serve", "--host", "nodec"]
+        arguments = ["--announce", str(urls), *self._options]
+        self.network["nodec"].start(*command, *arguments, log=self._logs / "serve")
 
     def _start_rank(self, rank: int) -> subprocess.Popen[bytes]:
         variables = [f"RANK={rank}", "LOCAL_RANK=0", "WORLD_SIZE=2", "MASTER_ADDR=nodea", "MASTER_PORT=4100"]
