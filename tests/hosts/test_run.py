@@ -6,9 +6,11 @@ first host's name.
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -39,33 +41,34 @@ def _sglang() -> None:
 
 
 class Job:
-    """A run of two ranks with one server, on three hosts."""
+    """A run of two ranks, on a host each, with a server on each of `servers`."""
 
-    def __init__(self, network: Network, directory: Path, *options: str):
+    def __init__(self, network: Network, directory: Path, *options: str, servers: Sequence[str] = ("nodec",)):
         self.network, self.directory = network, directory
-        self._options = (*TINY, *OPTIONS, *options, f"run.dir={directory}")
-        self._logs = directory.with_name("logs")
-        self._logs.mkdir()
+        number = f"rollout.sglang.num_servers={len(servers)}"
+        self._options = (*TINY, *OPTIONS, number, *options, f"run.dir={directory}")
+        self._logs, self._servers = directory.with_name("logs"), servers
+        self._urls = self._logs / "urls"
+        self._urls.mkdir(parents=True)
         self._said = 0
-        self.serve()
-        announced = self._logs / "urls" / "server_0000.url"
-        wait_until(lambda: announced.is_file() and announced.read_text(), 120)
-        self.url = announced.read_text().strip()
+        for name in servers:
+            self.serve(name)
+        wait_until(lambda: len(list(self._urls.glob("*.url"))) == len(servers), 120)
+        self._attached = ",".join(path.read_text().strip() for path in sorted(self._urls.glob("*.url")))
         self.ranks = [self._start_rank(rank) for rank in range(2)]
 
-    def serve(self) -> None:
-        """Starts the servers of the third host."""
-        urls = self._logs / "urls"
-        urls.mkdir(exist_ok=True)
-        command = ["env", "MASTER_ADDR=nodea", sys.executable, "-m", "oreal_megatron.cli.serve", "--host", "nodec"]
-        arguments = ["--announce", str(urls), *self._options]
-        self.network["nodec"].start(*command, *arguments, log=self._logs / "serve")
+    def serve(self, name: str) -> None:
+        """Starts the server of a host."""
+        command = ["env", "MASTER_ADDR=nodea", sys.executable, "-m", "oreal_megatron.cli.serve", "--host", name]
+        place = [f"--node={self._servers.index(name)}", f"--nodes={len(self._servers)}"]
+        arguments = [*place, "--announce", str(self._urls), *self._options]
+        self.network[name].start(*command, *arguments, log=self._logs / f"serve_{name}")
 
     def _start_rank(self, rank: int) -> subprocess.Popen[bytes]:
         variables = [f"RANK={rank}", "LOCAL_RANK=0", "WORLD_SIZE=2", "MASTER_ADDR=nodea", "MASTER_PORT=4100"]
         command = [sys.executable, "-m", "oreal_megatron.cli.train", *self._options]
         host = self.network[("nodea", "nodeb")[rank]]
-        attached = f"rollout.sglang.urls=[{self.url}]"
+        attached = f"rollout.sglang.urls=[{self._attached}]"
         return host.start("env", *variables, *command, attached, log=self._logs / f"rank_{rank}")
 
     def log(self) -> str:
@@ -91,11 +94,12 @@ class Job:
         return [rank.wait(600) for rank in self.ranks]
 
 
-@pytest.mark.parametrize("transport", ["direct", pytest.param("broadcast", marks=pytest.mark.slow)])
-def test_a_link_that_is_cut_for_a_while_costs_time_alone(network, nodec, warm, transport):
+@pytest.mark.parametrize(
+    ("transport", "seconds"), [("direct", 8), pytest.param("broadcast", 20, marks=pytest.mark.slow)]
+)
+def test_a_link_that_is_cut_for_a_while_costs_time_alone(network, nodec, warm, transport, seconds):
     """In generation and in a publication; no response is lost, no server, and every step trains."""
     job = Job(network, warm(), f"rollout.sglang.transport={transport}", "run.num_steps=4")
-    seconds = 8
     for event in (GENERATES.format(version=1), PUBLISHES):
         job.wait_for(event)
         nodec.cut()
@@ -105,3 +109,27 @@ def test_a_link_that_is_cut_for_a_while_costs_time_alone(network, nodec, warm, t
     steps = metrics_of(job.directory)
     assert len(steps) == 4 and all(step["skipped"] is None for step in steps), steps
     assert "rollout server 0 lost" not in job.log() and " failed" not in job.log()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_a_host_that_dies_until_it_is_back(network, nodec, warm):
+    """The host of a server loses power in generation; its server comes back under the same address."""
+    options = ("run.num_steps=1000", "rollout.sglang.port=30400", "rollout.sglang.health_seconds=10.0")
+    job = Job(network, warm(), *options, servers=("nodec", "nodeb"))
+    job.wait_for(GENERATES.format(version=1))
+    nodec.cut()
+    nodec.kill_processes()
+    job.wait_for("rollout server 0 lost")
+    network.restore(nodec)
+    job.serve("nodec")
+    job.wait_for("rollout server 0 updating: ")
+    job.wait_for("rollout server 0 connected: ")
+    num_steps = len(metrics_of(job.directory))
+    wait_until(lambda: len(metrics_of(job.directory)) > num_steps + 1, 120)
+    for rank in job.ranks:
+        rank.send_signal(signal.SIGTERM)
+    assert job.ended() == [75, 75], job.all_logs()
+    steps = metrics_of(job.directory)
+    assert all(step["skipped"] is None for step in steps)
+    served = [step["metrics"]["publication/servers"] for step in steps]
+    assert served[0] == served[-1] == 2 and min(served) == 1, served
