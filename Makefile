@@ -15,7 +15,7 @@ GPU_PYTHON ?= python
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: help setup lock sglang-deps slurm-deps hosts-deps demo test test-fast test-slow lint docs test-gpu test-megatron-0.19 bench bench-host bench-rollout \
-	bench-memory bench-reshard bench-verifier bench-conversion bench-objectives bench-fp8 clean
+	bench-memory bench-reshard bench-verifier bench-conversion bench-objectives bench-token-weights bench-fp8 clean
 
 help: ## print this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -122,6 +122,10 @@ bench-conversion: setup ## compare converting 3 GB both ways with copying the sa
 
 bench-objectives: setup ## train all objectives from the same start, three seeds (half an hour)
 	$(BIN)/python -m benchmarks.objectives
+
+bench-token-weights: setup ## compare token weights on two tasks, five seeds each: ones, placebo, reward model, oracle (hours)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.token_weights
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.token_weights --task arithmetic_order
 
 bench-fp8: setup ## measure emulated FP8's effect on log-probabilities and gradients (a quarter of an hour)
 	$(BIN)/python -m benchmarks.fp8

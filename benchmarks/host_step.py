@@ -165,7 +165,14 @@ def step(phases: Phases, directory: Path, groups: ParallelGroups, arguments: arg
     def sample() -> list[Any]:
         journal = RolloutJournal(directory / "journal", groups)
         sampler = Sampler(
-            engine, renderer, grade, journal, groups, StopRequest(), max_sequence_length=arguments.tokens + 64
+            engine,
+            renderer,
+            grade,
+            journal,
+            groups,
+            StopRequest(),
+            max_sequence_length=arguments.tokens + 64,
+            undecided=None,
         )
         try:
             return sampler.sample(

@@ -54,8 +54,8 @@ def main() -> None:
     print(table(scores, arguments.steps))
 
 
-def run(objective: str, seed: int, directory: Path, overrides: list[str]) -> None:
-    arguments = ["experiment=arithmetic", f"objective={objective}", f"run.seed={seed}", f"run.dir={directory}"]
+def run(objective: str, seed: int, directory: Path, overrides: list[str], *, experiment: str = "arithmetic") -> None:
+    arguments = [f"experiment={experiment}", f"objective={objective}", f"run.seed={seed}", f"run.dir={directory}"]
     if not (directory / "checkpoints" / "best.json").is_file() or not done(directory, overrides):
         process = FORKS.Process(target=train, args=([*arguments, "run.name=objectives", *COMMON, *overrides],))
         process.start()

@@ -11,6 +11,7 @@ from oreal_megatron.checkpoint.store import INITIAL, damages_of, load_checkpoint
 from oreal_megatron.config import AdamWConfig, Fp8ModelConfig
 from oreal_megatron.distributed.cpu_backend import device
 from oreal_megatron.initial_policy import new_policy
+from oreal_megatron.losses.token_weights import weight_function
 from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.models.offload import FrozenModel
 from oreal_megatron.models.policy import Policy
@@ -32,9 +33,11 @@ def build_run(workspace: Workspace) -> Run:
     `pass_rates.prepare` gives the run its prompt stream, and `train` the state of its newest checkpoint.
 
     Raises:
+        ConfigError: `objective.token_weights.function` cannot be imported.
         ValueError: a checkpoint is damaged or does not fit the model; a server does not fit the policy.
     """
     config, objective = workspace.config, workspace.config.objective
+    weight_function(objective.token_weights)  # a function that cannot be imported is refused before models are built
     policy = _initial_policy(workspace, config.fp8.policy)
     engine = _engine(workspace, policy)
     frozen_updates = objective.actor_freeze_steps if objective.policy_schedule == "from_first_update" else 0
@@ -54,6 +57,7 @@ def build_run(workspace: Workspace) -> Run:
             workspace.groups,
             workspace.stop,
             max_sequence_length=config.model.max_sequence_length,
+            undecided=config.rollout.undecided,
         ),
         engine=engine,
         policy=_trained(workspace, policy, config.optimizer.policy, config.run.num_steps - frozen_updates),
@@ -99,7 +103,9 @@ def _engine(workspace: Workspace, policy: Policy | ModelChunks) -> RolloutEngine
 
 
 def _trained(workspace: Workspace, module: Any, adamw: AdamWConfig, num_updates: int) -> TrainedModel:
-    return TrainedModel(module, adamw, workspace.groups, num_updates=max(num_updates, 1))
+    as_in_release = workspace.config.objective.optimizer == "release"
+    num_updates = max(num_updates, 1)
+    return TrainedModel(module, adamw, workspace.groups, num_updates=num_updates, as_in_release=as_in_release)
 
 
 def _initial_policy(workspace: Workspace, fp8: Fp8ModelConfig | None) -> Policy | ModelChunks:
@@ -118,6 +124,7 @@ def _reward_model(workspace: Workspace) -> TrainedModel:
         workspace.groups,
         vocab_size=workspace.vocab_size,
         seed=None,
+        train_head_bias=config.objective.train_head_bias,
         fp8=config.fp8.reward_model,
     ).to(device())
     if config.model.reward_model is not None and not store.steps:  # a checkpoint of this run holds its reward model
@@ -126,7 +133,8 @@ def _reward_model(workspace: Workspace) -> TrainedModel:
         wanted = weights_only("policy", module, without=lambda key: ".output_layer." in key)
         missing = load_weights_only("policy", module, store.load(INITIAL, wanted))
         assert all("output_layer." in key for key in missing), missing
-    return _trained(workspace, module, config.optimizer.reward_model, config.run.num_steps)
+    num_updates = config.run.num_steps * config.objective.reward_model.updates
+    return _trained(workspace, module, config.optimizer.reward_model, num_updates)
 
 
 def _load_reward_model(workspace: Workspace, module: TokenRewardModel | ModelChunks, checkpoint: Path) -> None:

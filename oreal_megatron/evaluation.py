@@ -1,4 +1,4 @@
-"""Evaluation of a run on benchmarks: pass@1, avg@k, pass@k, and the reward model's area under the curve."""
+"""Evaluation of a run on benchmarks: pass@1, avg@k, pass@k, and the reward model's areas under the curve."""
 
 from __future__ import annotations
 
@@ -36,9 +36,12 @@ def evaluate_run(run: Run) -> EvaluationReport:
         scores = _reward_model_scores(run, groups)
         if scores:
             scored = [graded for group in groups for graded in decided(group)]
-            metrics[f"{benchmark.name}/reward_model_auc"] = area_under_curve(
-                [scores[graded.rollout.id] for graded in scored], [graded.is_correct for graded in scored]
+            areas = areas_under_curve(
+                [scores[graded.rollout.id] for graded in scored],
+                [graded.is_correct for graded in scored],
+                [graded.rollout.prompt.id for graded in scored],
             )
+            metrics |= {f"{benchmark.name}/reward_model_{name}": value for name, value in areas.items()}
         run.tracker.trajectories(f"evaluations/{benchmark.name}_{step:06d}", to_records(groups, scores=scores))
     report = EvaluationReport(step=step, metrics=metrics, seconds=time.perf_counter() - start)
     run.tracker.evaluation(report)
@@ -58,20 +61,22 @@ def evaluate_benchmark(
 def benchmark_metrics(
     benchmark: Benchmark, greedy: Sequence[GradedRollout], sampled: Sequence[Sequence[GradedRollout]]
 ) -> dict[str, float]:
-    """Returns `benchmark/name` -> value. UNDECIDED responses are left out of averages; nan where none is decided."""
+    """Returns `benchmark/name` -> value. An UNDECIDED response scores 0, as an incorrect one does."""
     k = benchmark.samples
+    responses = [*greedy, *(graded for group in sampled for graded in group)]
     values = {
         "problems": float(len(greedy)),
         "undecided": float(len(greedy) - len(decided(greedy))),
-        "greedy_pass@1": _mean([float(graded.is_correct) for graded in decided(greedy)]),
+        "undecided_share": 1.0 - len(decided(responses)) / max(len(responses), 1),
+        "greedy_pass@1": _mean([float(graded.is_correct) for graded in greedy]),
         "response_tokens": _mean([float(graded.rollout.num_response_tokens) for graded in greedy]),
         "stopped": _mean([float(g.rollout.finish_reason is FinishReason.STOP) for g in greedy]),
     }
     if k:
-        outcomes = [[float(graded.is_correct) for graded in decided(group)] for group in sampled]
+        outcomes = [[float(graded.is_correct) for graded in group] for group in sampled]
         values[f"avg@{k}"] = _mean([value for group in outcomes for value in group])
         if k > 1:
-            values[f"pass@{k}"] = _mean([max(group) for group in outcomes if group])
+            values[f"pass@{k}"] = _mean([max(group) for group in outcomes])
     return {f"{benchmark.name}/{name}": value for name, value in values.items()}
 
 
@@ -84,6 +89,28 @@ def area_under_curve(scores: Sequence[float], outcomes: Sequence[bool]) -> float
     below = np.searchsorted(negative, positive, side="left")
     not_above = np.searchsorted(negative, positive, side="right")
     return float((below + not_above).mean() / (2 * len(negative)))
+
+
+def areas_under_curve(scores: Sequence[float], outcomes: Sequence[bool], prompt_ids: Sequence[str]) -> dict[str, float]:
+    """Returns `auc` over all pairs of a correct and an incorrect response, and `auc_within_prompts`; nan without pairs.
+
+    `auc` also counts how well the scores tell easy from hard prompts. `auc_within_prompts` is over the pairs of one
+    prompt: a scorer that reads the prompt alone has 0.5.
+    """
+    by_prompt: dict[str, list[int]] = {}
+    for index, id in enumerate(prompt_ids):
+        by_prompt.setdefault(id, []).append(index)
+    below = num_pairs = 0.0
+    for indices in by_prompt.values():
+        own = [outcomes[index] for index in indices]
+        pairs = sum(own) * (len(own) - sum(own))
+        if pairs:
+            num_pairs += pairs
+            below += pairs * area_under_curve([scores[index] for index in indices], own)
+    return {
+        "auc": area_under_curve(scores, outcomes),
+        "auc_within_prompts": below / num_pairs if num_pairs else math.nan,
+    }
 
 
 def _generator(run: Run) -> Generate:
@@ -105,16 +132,7 @@ def _reward_model_scores(run: Run, groups: Sequence[Sequence[GradedRollout]]) ->
     """Outcome logits of the decided rollouts, by rollout id, on every rank; empty without a reward model."""
     if run.reward_model is None:
         return {}
-    sequences = [
-        PackedSequence(
-            id=graded.rollout.id,
-            prompt_ids=graded.rollout.prompt_ids,
-            response_ids=graded.rollout.response_ids,
-            rollout_logprobs=graded.rollout.logprobs,
-        )
-        for group in groups
-        for graded in decided(group)
-    ]
+    sequences = [PackedSequence.from_graded(graded) for group in groups for graded in decided(group)]
     batches = run.packer.batches_from_main(sequences, run.groups)
     alignment = run.config.objective.token_weights.alignment
     with run.reward_model.on_device():

@@ -39,7 +39,7 @@ _SHOWN = (
     ("loss/policy", "loss", "{:+.4f}"),
     ("loss/kl", "KL", "{:.4f}"),
     ("loss/reward_model", "reward model loss", "{:.3f}"),
-    ("reward_model/auc", "reward model AUC", "{:.2f}"),
+    ("reward_model/auc_within_prompts", "reward model AUC within prompts", "{:.2f}"),
     ("rollout/response_tokens", "tokens", "{:.0f}"),
 )
 
@@ -63,6 +63,7 @@ class Tracker:
             self._wandb = self._open_wandb()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="trajectories")
         self._being_written: Future[None] | None = None
+        self._undecided_shares: list[float] = []
 
     def start(self, first_step: int, *, is_evaluated: bool) -> None:
         """Opens the files to go on from `first_step`; records of later steps are removed.
@@ -75,7 +76,8 @@ class Tracker:
         if not self._is_main:
             return
         path = self._directory / METRICS_FILE
-        _drop_from(path, first_step, is_evaluated)
+        kept = _drop_from(path, first_step, is_evaluated)
+        self._undecided_shares = [_undecided_share(r["metrics"]) for r in kept if r["kind"] == "step"]
         self._file = open_log(path)
         if self._config.tracking.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -132,6 +134,8 @@ class Tracker:
         seconds = {f"seconds/{phase}": value for phase, value in report.seconds.items()}
         peaks = {f"peak_gib/{phase}": value for phase, value in report.peak_gib.items()}
         self._log({**report.metrics, **seconds, **peaks}, report.step)
+        self._undecided_shares.append(_undecided_share(report.metrics))
+        self._warn_of_undecided()
         if report.skipped:
             logger.info("step %d  updated nothing: %s", report.step, report.skipped)
             return
@@ -143,6 +147,20 @@ class Tracker:
         if report.metrics.get("policy/frozen"):
             parts.append("policy frozen")
         logger.info("step %d  %s  in %.1f s", report.step, "  ".join(parts), report.seconds["total"])
+
+    def _warn_of_undecided(self) -> None:
+        """Warns every ten steps where the share of UNDECIDED responses has doubled, and risen by a point at least."""
+        shares, n = self._undecided_shares, 10
+        first, last = (sum(part) / n for part in (shares[:n], shares[-n:]))
+        if len(shares) >= 2 * n and len(shares) % n == 0 and last > max(2 * first, first + 0.01):
+            logger.warning(
+                "UNDECIDED responses have risen from %.1f%% in the first %d steps to %.1f%% in the last %d: "
+                "the policy may be learning answers that the verifier cannot read. The trajectories give the reasons",
+                100 * first,
+                n,
+                100 * last,
+                n,
+            )
 
     def evaluation(self, report: EvaluationReport) -> None:
         """Writes an evaluation's report, and logs its metrics."""
@@ -208,9 +226,9 @@ def shown_value(name: str, value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "-"
     kind = name.rpartition("/")[2]
-    if "@" in kind or kind == "stopped":
+    if "@" in kind or kind in ("stopped", "undecided_share"):
         return f"{value:.1%}"
-    return f"{value:.2f}" if kind.endswith("auc") else f"{value:.0f}" if value == int(value) else f"{value:.1f}"
+    return f"{value:.2f}" if "_auc" in kind else f"{value:.0f}" if value == int(value) else f"{value:.1f}"
 
 
 class ProgressBar:
@@ -258,8 +276,16 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return records, damaged
 
 
-def _drop_from(path: Path, first_step: int, is_evaluated: bool) -> None:
-    """Removes the records of what runs again, from `first_step` on; warns of earlier steps that have no record."""
+def _undecided_share(metrics: Mapping[str, float]) -> float:
+    """Returns the share of a step's responses that are UNDECIDED."""
+    return metrics.get("reward/undecided", 0.0) / max(metrics.get("rollout/responses", 0.0), 1.0)
+
+
+def _drop_from(path: Path, first_step: int, is_evaluated: bool) -> list[dict[str, Any]]:
+    """Removes the records of what runs again, from `first_step` on, and returns the others.
+
+    Warns of earlier steps that have no record.
+    """
     records, damaged = _read(path)
     missing = sorted(set(range(first_step)) - {r["step"] for r in records if r["kind"] == "step"})
     if damaged:
@@ -274,6 +300,7 @@ def _drop_from(path: Path, first_step: int, is_evaluated: bool) -> None:
     kept = [r for r in records if r["step"] < first_step + (is_evaluated and r["kind"] == "evaluation")]
     kept.sort(key=lambda r: (r["step"], r["kind"] == "step"))
     write_parts_atomically(path, map(json_line, kept))
+    return kept
 
 
 def rollout_metrics(groups: Sequence[Sequence[GradedRollout]], selection: Selection) -> dict[str, float]:

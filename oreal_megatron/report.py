@@ -30,12 +30,24 @@ _PANELS = (
     ("KL to the reference model", "nats per token", 1, (("k3 (loss)", "loss/kl"), ("k1", "policy/kl_k1"))),
     ("Entropy of the policy", "nats per token", 1, (("entropy", "policy/entropy"),)),
     ("Length of responses", "tokens", 1, (("mean", "rollout/response_tokens"),)),
+)
+_REWARD_MODEL_PANELS = (
     ("Loss of the reward model", "cross-entropy", 1, (("cross-entropy", "loss/reward_model"),)),
-    ("AUC of the reward model", "AUC (0.5: guessing)", 1, (("AUC", "reward_model/auc"),)),
+    (
+        "AUC of the reward model",
+        "AUC (0.5: guessing)",
+        1,
+        (("within prompts", "reward_model/auc_within_prompts"), ("all pairs", "reward_model/auc")),
+    ),
     ("Mean token weight", "weight", 1, (("weight", "policy/token_weight"),)),
+    ("Tokens of weight 0", "%", 100, (("tokens", "policy/zero_token_weights"),)),
 )
 _PACKAGES = ("torch", "megatron-core", "transformers")
 _NUM_EXAMPLES = 6
+_TOKENS_BEFORE, _TOKENS_AFTER = 40, 600
+"""Tokens of an example that are shown before and from the token where its two responses part."""
+_NUM_BINS = 20
+_COLOURS = {"CORRECT": "tab:green", "INCORRECT": "tab:red"}
 
 
 def write_report(directory: Path) -> Path:
@@ -48,6 +60,7 @@ def write_report(directory: Path) -> Path:
         raise ValueError(f"{directory}: config.yaml is missing, so there is no run; name the run.dir of a run")
     config = yaml.safe_load((directory / "config.yaml").read_text())
     steps, evaluations = read_metrics(directory)
+    weighted = _weighted(directory, steps)
     environment = jinja2.Environment(autoescape=True)
     template = environment.from_string(resources.files("oreal_megatron").joinpath("templates/report.html").read_text())
     path = directory / "report.html"
@@ -62,15 +75,14 @@ def write_report(directory: Path) -> Path:
             num_steps=len(steps),
             skipped=[record for record in steps if record["skipped"]],
             seconds=_mean_seconds(steps),
-            evaluation_figures=[
-                f for f in (_pass_figure(evaluations), _calibration_figure(directory)) if f is not None
-            ],
-            training_figures=_training_figures(steps),
+            evaluation_figures=[f for f in (_pass_figure(evaluations),) if f is not None],
+            training_figures=_training_figures(steps, _PANELS),
+            reward_model_figures=_reward_model_figures(directory, steps, weighted),
             shown_value=shown_value,
             written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             version=__version__,
             versions=_versions(),
-            examples=_examples(directory, steps),
+            examples=_examples(weighted[1]),
         ),
     )
     return path
@@ -121,10 +133,20 @@ def _pass_figure(evaluations: Sequence[dict[str, Any]]) -> str | None:
     return _svg(figure)
 
 
-def _training_figures(steps: Sequence[dict[str, Any]]) -> list[str]:
+def _reward_model_figures(
+    directory: Path, steps: Sequence[dict[str, Any]], weighted: tuple[int, Sequence[dict[str, Any]]]
+) -> list[str]:
+    """Returns figures of the reward model and its token weights; none for a run without a reward model."""
+    more = (_calibration_figure(directory), _position_figure(*weighted))
+    if not any("loss/reward_model" in record["metrics"] for record in steps):
+        return []
+    return _training_figures(steps, _REWARD_MODEL_PANELS) + [figure for figure in more if figure is not None]
+
+
+def _training_figures(steps: Sequence[dict[str, Any]], panels: Sequence[tuple[Any, ...]]) -> list[str]:
     """Returns a figure for each panel whose metrics the run has."""
     figures = []
-    for title, unit, factor, lines in _PANELS:
+    for title, unit, factor, lines in panels:
         if not any(key in record["metrics"] for record in steps for _, key in lines):
             continue
         figure, axis = _panel(title, "step", unit)
@@ -158,16 +180,24 @@ def _calibration_figure(directory: Path) -> str | None:
     return _svg(figure)
 
 
-def _examples(directory: Path, steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns trained responses of the last step that has token weights."""
+def _weighted(directory: Path, steps: Sequence[dict[str, Any]]) -> tuple[int, list[dict[str, Any]]]:
+    """Returns the last step that has token weights, and its trained responses; (0, []) where there is none."""
     for record in reversed(steps):
         path = directory / "trajectories" / f"step_{record['step']:06d}.jsonl"
-        if not path.is_file():
-            continue
-        weighted = (r for r in _records(path) if r.get("token_weights") and r.get("token_texts"))
-        if examples := [_example(r, record["step"]) for r in itertools.islice(weighted, _NUM_EXAMPLES)]:
-            return examples
-    return []
+        if path.is_file() and (found := [one for one in _records(path) if one.get("token_weights")]):
+            return record["step"], found
+    return 0, []
+
+
+def _examples(weighted: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns responses to compare: of a prompt, one correct and one incorrect where it has both."""
+    by_prompt: dict[str, dict[bool, dict[str, Any]]] = {}
+    for record in weighted:
+        if record.get("token_texts"):
+            correct = Verdict(record["grade"]["verdict"]) is Verdict.CORRECT
+            by_prompt.setdefault(record["prompt"]["id"], {}).setdefault(correct, record)
+    chosen = sorted(by_prompt.values(), key=lambda sides: -len(sides))[:_NUM_EXAMPLES]
+    return [_example([sides[correct] for correct in sorted(sides, reverse=True)]) for sides in chosen]
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
@@ -176,21 +206,71 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(orjson.loads, file)
 
 
-def _example(record: dict[str, Any], step: int) -> dict[str, Any]:
+def _example(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the responses of a prompt, around the token where they part, and a plot of their confidence."""
+    ids = [record["response_ids"] for record in records]
+    parting = next((t for t, tokens in enumerate(zip(*ids, strict=False)) if len(set(tokens)) > 1), 0)
+    shown = slice(max(parting - _TOKENS_BEFORE, 0), parting + _TOKENS_AFTER)
+    return {
+        "question": records[0]["prompt"]["question"],
+        "gold_answer": records[0]["prompt"]["gold_answer"],
+        "parting": parting if len(records) > 1 else None,
+        "sides": [_side(record, shown) for record in records],
+        "course": _course_figure(records, parting) if all("token_scores" in record for record in records) else None,
+    }
+
+
+def _side(record: dict[str, Any], shown: slice) -> dict[str, Any]:
     correct = Verdict(record["grade"]["verdict"]) is Verdict.CORRECT
     hue = "46, 160, 67" if correct else "218, 54, 51"
+    weights = record["token_weights"]
+    strongest = max(1.0, *weights)
     tokens = [
-        {"text": text, "weight": weight, "colour": f"rgba({hue}, {0.85 * weight:.3f})"}
-        for text, weight in zip(record["token_texts"], record["token_weights"], strict=True)
+        {"index": index, "text": text, "weight": weight, "colour": f"rgba({hue}, {0.85 * weight / strongest:.3f})"}
+        for index, (text, weight) in enumerate(zip(record["token_texts"], weights, strict=True))
     ]
     return {
-        "step": step,
-        "question": record["prompt"]["question"],
-        "gold_answer": record["prompt"]["gold_answer"],
         "verdict": record["grade"]["verdict"],
         "advantage": record["advantage"],
-        "tokens": tokens,
+        "tokens": tokens[shown],
+        "num_before": shown.start,
+        "num_after": max(len(tokens) - shown.stop, 0),
     }
+
+
+def _course_figure(records: Sequence[dict[str, Any]], parting: int) -> str:
+    """Plots the reward model's confidence that each response will be correct, token by token."""
+    figure, axis = _panel("Confidence after each token", "token", "sigmoid of the mean score")
+    for record in records:
+        verdict, scores = record["grade"]["verdict"], record["token_scores"]
+        means = (total / (t + 1) for t, total in enumerate(itertools.accumulate(scores)))
+        points = [(float(t), 1 / (1 + math.exp(-mean))) for t, mean in enumerate(means)]
+        _plot(axis, verdict, points, 1, color=_COLOURS.get(verdict), marker=".")
+    if len(records) > 1:
+        axis.axvline(parting, color="0.7", linestyle="--", label="they part")
+    axis.set_ylim(0, 1)
+    axis.legend()
+    return _svg(figure)
+
+
+def _position_figure(step: int, weighted: Sequence[dict[str, Any]]) -> str | None:
+    """Plots the mean token weight by position in the response."""
+    if not weighted:
+        return None
+    figure, axis = _panel(f"Token weights of step {step}", "position in the response (%)", "mean weight")
+    for verdict, colour in _COLOURS.items():
+        totals, counts = [0.0] * _NUM_BINS, [0] * _NUM_BINS
+        for record in weighted:
+            weights = record["token_weights"] if record["grade"]["verdict"] == verdict else []
+            for t, weight in enumerate(weights):
+                bin = t * _NUM_BINS // len(weights)
+                totals[bin] += weight
+                counts[bin] += 1
+        means = [total / count if count else None for total, count in zip(totals, counts, strict=True)]
+        points = [(100 * (bin + 0.5) / _NUM_BINS, mean) for bin, mean in enumerate(means)]
+        _plot(axis, verdict, points, 1, color=colour)
+    axis.legend()
+    return _svg(figure)
 
 
 def _mean_seconds(steps: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -6,7 +6,7 @@ Every list has one entry per micro-batch of this rank: a tensor [R] over its res
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 from oreal_megatron.config import ObjectiveConfig
 from oreal_megatron.data.packing import TokenBatch
 from oreal_megatron.distributed.groups import ParallelGroups
-from oreal_megatron.losses.policy_terms import TokenCounts, policy_terms, reward_model_term
-from oreal_megatron.losses.token_weights import token_weights
+from oreal_megatron.losses.policy_terms import TokenCounts, policy_terms, ranking_loss, reward_model_term
+from oreal_megatron.losses.token_weights import token_weights, weight_function
 from oreal_megatron.models.pipeline_schedule import score
 from oreal_megatron.models.trained_model import TrainedModel
 
@@ -51,16 +51,43 @@ def with_reference(
 def with_token_weights(
     batches: Sequence[TokenBatch], scored: ScoredSequences | None, config: ObjectiveConfig
 ) -> list[TokenBatch]:
-    """Returns the micro-batches with token weights from the reward model's scores; ones where `scored` is None."""
+    """Returns the micro-batches with token weights from the reward model's scores; zero scores if `scored` is None.
+
+    Raises:
+        ValueError: `objective.token_weights.function` returned something else than weights.
+    """
+    function = weight_function(config.token_weights)
     weighted = []
     for index, batch in enumerate(batches):
         scores_R = torch.zeros_like(batch.rollout_logprobs) if scored is None else scored.scores[index]
-        parts = [
-            token_weights(part, correct=correct, config=config.token_weights)
-            for part, correct in zip(batch.split_by_sequence(scores_R), batch.correct.tolist(), strict=True)
-        ]
-        weighted.append(replace(batch, token_weights=torch.cat([scores_R.new_zeros(0), *parts])))
+        parts = []
+        for place, (scores_T, correct) in enumerate(
+            zip(batch.split_by_sequence(scores_R), batch.correct.tolist(), strict=True)
+        ):
+            if function is None:
+                parts.append(token_weights(scores_T, correct=correct, config=config.token_weights))
+            else:
+                prompt_ids, response_ids = batch.ids_of(place)
+                weights_T = function(
+                    scores_T, correct=correct, config=config.token_weights, prompt_ids=prompt_ids,
+                    response_ids=response_ids,
+                )  # fmt: skip
+                parts.append(_checked(weights_T, scores_T, f"{config.token_weights.function} of {batch.ids[place]}"))
+        weights_R = torch.cat([scores_R.new_zeros(0), *parts])
+        weighted.append(replace(batch, token_weights=weights_R, token_scores=None if scored is None else scores_R))
     return weighted
+
+
+def _checked(weights_T: Tensor, scores_T: Tensor, what: str) -> Tensor:
+    """Returns the weights that a user's function gave. Raises ValueError where they are no weights of the response."""
+    if weights_T.shape != scores_T.shape or weights_T.dtype != torch.float32 or weights_T.device != scores_T.device:
+        raise ValueError(
+            f"objective.token_weights.function: {what} is {weights_T.dtype} {list(weights_T.shape)} on "
+            f"{weights_T.device}; return float32 {list(scores_T.shape)} on {scores_T.device}"
+        )
+    if not bool((weights_T.isfinite() & (weights_T >= 0)).all()):
+        raise ValueError(f"objective.token_weights.function: {what} has a weight that is negative or not finite")
+    return weights_T.detach()
 
 
 def score_sequences(
@@ -71,22 +98,40 @@ def score_sequences(
 
 
 def update_reward_model(
-    reward_model: TrainedModel, batches: Sequence[TokenBatch], config: ObjectiveConfig, *, num_sequences: int
+    reward_model: TrainedModel,
+    batches: Sequence[TokenBatch],
+    config: ObjectiveConfig,
+    *,
+    num_sequences: int,
+    prompt_of: Mapping[str, str] | None = None,
 ) -> tuple[ScoredSequences, dict[str, float]]:
     """Updates the reward model by eq. (12). Returns the scores from before the update, and `section/name` metrics.
 
-    num_sequences: number of sequences in the step, over all ranks.
+    num_sequences: number of sequences in the step, over all ranks. prompt_of: sequence's id -> prompt's id, for
+    `objective.reward_model.ranking_weight`.
 
     Raises:
         UpdateRefused: on every rank, before the update.
     """
-    groups = reward_model.groups
+    groups, alignment = reward_model.groups, config.token_weights.alignment
+    ranking = 0.0
+    derivatives: dict[str, float] = {}
+    if config.reward_model.ranking_weight:
+        assert prompt_of is not None
+        before = score_sequences(reward_model.module, batches, alignment, groups)
+        ranking, derivatives = _ranking(before, batches, prompt_of, groups)
 
     def loss(output: Tensor, batch: TokenBatch) -> tuple[Tensor, tuple[Tensor, float]]:
-        scores_R = _aligned(output, batch, config.token_weights.alignment)
-        term = reward_model_term(_sequence_means(scores_R, batch), batch.correct) / num_sequences
+        scores_R = _aligned(output, batch, alignment)
+        means_N = _sequence_means(scores_R, batch)
+        term = reward_model_term(means_N, batch.correct) / num_sequences
+        total = term
+        if derivatives:
+            # The gradient of the ranking by the scores is known from a forward pass of the whole step.
+            by_mean_N = means_N.new_tensor([derivatives[id] for id in batch.ids])
+            total = term + config.reward_model.ranking_weight * (means_N * by_mean_N).sum()
         # A micro-batch without sequences still takes part in the backward pass, with a gradient of zero.
-        return term + 0.0 * output.sum(), (scores_R.detach().clone(), term.item())
+        return total + 0.0 * output.sum(), (scores_R.detach().clone(), term.item())
 
     results = reward_model.forward_backward(batches, loss)
     scores, losses = [scores for scores, _ in results], [value for _, value in results]
@@ -94,8 +139,22 @@ def update_reward_model(
     metrics = _update(reward_model, "reward model", batches)
     return _scored(scores, batches), {
         "loss/reward_model": groups.sum_over_data(torch.tensor(math.fsum(losses))).item(),
+        **({"loss/reward_model_ranking": ranking} if derivatives else {}),
         **{f"reward_model/{name}": value for name, value in metrics.items()},
     }
+
+
+def _ranking(
+    scored: ScoredSequences, batches: Sequence[TokenBatch], prompt_of: Mapping[str, str], groups: ParallelGroups
+) -> tuple[float, dict[str, float]]:
+    """Returns the ranking loss of the whole step, and its derivative by each sequence's mean score, by id."""
+    ids = [id for batch in batches for id in batch.ids]
+    parts = groups.gather_over_data(list(zip(ids, scored.mean_scores, scored.outcomes, strict=True)))
+    flat = [one for part in parts for one in part]
+    value, derivatives = ranking_loss(
+        [score for _, score, _ in flat], [outcome for _, _, outcome in flat], [prompt_of[id] for id, _, _ in flat]
+    )
+    return value, dict(zip([id for id, _, _ in flat], derivatives, strict=True))
 
 
 def update_policy(
@@ -134,6 +193,7 @@ def update_policy(
             "kl_k1": (seen_R - batch.reference_logprobs).sum(),
             "entropy": entropy_R.sum(),
             "token_weight": batch.token_weights.sum(),
+            "zero_token_weights": (batch.token_weights == 0).sum(),
         }
         detached = {name: value.detach() for name, value in sums.items()}
         return terms.loss(counts, config) + 0.0 * output.sum(), (detached, seen_R - batch.rollout_logprobs)

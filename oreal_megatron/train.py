@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from oreal_megatron.checkpoint.store import Best, is_better, step_name
 from oreal_megatron.config import TrainConfig
 from oreal_megatron.data.packing import PackedSequence, TokenBatch
 from oreal_megatron.distributed.step_timer import StepTimer
-from oreal_megatron.evaluation import area_under_curve, evaluate_run
+from oreal_megatron.evaluation import areas_under_curve, evaluate_run
 from oreal_megatron.losses.advantages import Selection, is_useful, select_trajectories
 from oreal_megatron.losses.policy_terms import TokenCounts
 from oreal_megatron.metrics import rollout_metrics
+from oreal_megatron.models.trained_model import TrainedModel
 from oreal_megatron.rollout.sampler import EarlyStop, SampleResult, on_every_rank, rollout_seeds
 from oreal_megatron.run_state import Run, restore, save
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.step import (
     ScoredSequences,
     UpdateRefused,
+    score_sequences,
     update_policy,
     update_reward_model,
     with_reference,
@@ -28,7 +33,7 @@ from oreal_megatron.step import (
 )
 from oreal_megatron.stopping import Stopped
 from oreal_megatron.trajectories import read_groups, to_records
-from oreal_megatron.types import GradedRollout, StepReport, Trajectory
+from oreal_megatron.types import GradedRollout, StepReport, Trajectory, decided
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +44,8 @@ def train(run: Run) -> None:
     Raises:
         UpdateRefused: a loss is not a finite number, or the rollouts' log-probabilities are not the policy's, beyond
             rollout.mismatch.stop; the message names step, terms and samples. Checkpoints stay.
+        ValueError: the verifier decides too few responses, by rollout.undecided.stop; or a step to replay has no file.
+            Checkpoints stay.
         Stopped: a stop was asked for; everything until then is saved.
         OSError: the disk refused; the message says which checkpoints are whole.
     """
@@ -64,7 +71,7 @@ def train(run: Run) -> None:
     except Stopped:
         save(run, wait=True)
         raise Stopped(where_stopped(run)) from None
-    except UpdateRefused:
+    except (UpdateRefused, ValueError):
         run.store.finish(wait=True)
         raise
     run.tracker.finish_trajectories()
@@ -107,10 +114,8 @@ def train_step(run: Run) -> StepReport:
         scored = None
         if run.reward_model is not None:
             with clock("reward_model"), run.reward_model.on_device():
-                scored, more = update_reward_model(
-                    run.reward_model, batches, config.objective, num_sequences=len(selection.trajectories)
-                )
-            metrics |= more | {"reward_model/auc": step_auc(run, scored)}
+                scored, more = train_reward_model(run, run.reward_model, graded, selection, batches)
+            metrics |= more
         batches = with_token_weights(batches, scored, config.objective)
         if not frozen:
             with clock("policy"), run.policy.on_device():
@@ -247,28 +252,77 @@ def is_multiple(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def step_auc(run: Run, scored: ScoredSequences) -> float:
-    """Returns the reward model's AUC on the step's trajectories, from scores before its update on them."""
-    pairs = run.groups.gather_over_data(list(zip(scored.mean_scores, scored.outcomes, strict=True)))
-    flat = [pair for part in pairs for pair in part]
-    return area_under_curve([score for score, _ in flat], [outcome for _, outcome in flat])
+def train_reward_model(
+    run: Run,
+    reward_model: TrainedModel,
+    graded: Sequence[Sequence[GradedRollout]],
+    selection: Selection,
+    batches: Sequence[TokenBatch],
+) -> tuple[ScoredSequences, dict[str, float]]:
+    """Updates the reward model as objective.reward_model says.
+
+    batches: micro-batches of the selected trajectories. Returns their scores from before the first update, and metrics.
+    """
+    config = run.config.objective
+    rollouts = [trajectory.rollout for trajectory in selection.trajectories]
+    scored, learned = None, batches
+    if config.reward_model.responses == "all":
+        scored = score_sequences(reward_model.module, batches, config.token_weights.alignment, run.groups)
+        everything = [one for group in graded for one in decided(group)]
+        rollouts = [one.rollout for one in everything]
+        learned = run.packer.batches_from_main([PackedSequence.from_graded(one) for one in everything], run.groups)
+    prompt_of = {rollout.id: rollout.prompt.id for rollout in rollouts}
+    metrics: dict[str, float] = {}
+    for _ in range(config.reward_model.updates):
+        before, more = update_reward_model(
+            reward_model, learned, config, num_sequences=len(rollouts), prompt_of=prompt_of
+        )
+        if not metrics:
+            scored = scored or before
+            metrics = step_aucs(run, learned, before, prompt_of)
+        metrics |= more
+    assert scored is not None
+    return scored, metrics
+
+
+def step_aucs(
+    run: Run, batches: Sequence[TokenBatch], scored: ScoredSequences, prompt_of: Mapping[str, str]
+) -> dict[str, float]:
+    """Returns the reward model's AUCs on sequences of the step. prompt_of: sequence's id -> prompt's id."""
+    ids = [id for batch in batches for id in batch.ids]
+    parts = run.groups.gather_over_data(list(zip(ids, scored.mean_scores, scored.outcomes, strict=True)))
+    flat = [one for part in parts for one in part]
+    areas = areas_under_curve(
+        [score for _, score, _ in flat], [outcome for _, _, outcome in flat], [prompt_of[id] for id, _, _ in flat]
+    )
+    return {f"reward_model/{name}": value for name, value in areas.items()}
 
 
 def save_trajectories(
     run: Run, groups: Sequence[Sequence[GradedRollout]], selection: Selection, batches: Sequence[TokenBatch] = ()
 ) -> None:
-    """Writes the step's rollouts with grades, advantages and token weights to trajectories/step_NNNNNN.jsonl.
+    """Writes the step's rollouts with grades, advantages, token weights and scores to trajectories/step_NNNNNN.jsonl.
 
     The file is written behind the next step, and is waited for before a checkpoint of a later step.
     """
     if not run.config.tracking.trajectories or run.config.run.mode == "replay":
         return
-    mine = [
-        (id, weights_R.numpy())
-        for batch in batches
-        if batch.token_weights is not None
-        for id, weights_R in zip(batch.ids, batch.split_by_sequence(batch.token_weights.cpu()), strict=True)
-    ]
-    weights = dict(pair for part in run.groups.gather_to_main(mine) for pair in part)
-    records = to_records(groups, selection.trajectories, weights, token_texts=run.renderer.token_texts)
+
+    def by_id(of_batch: Callable[[TokenBatch], Tensor | None]) -> dict[str, np.ndarray]:
+        """Returns values [T] of all ranks' sequences by id, on the main rank."""
+        mine = [
+            (id, values_T.numpy())
+            for batch in batches
+            if (values_R := of_batch(batch)) is not None
+            for id, values_T in zip(batch.ids, batch.split_by_sequence(values_R.cpu()), strict=True)
+        ]
+        return dict(pair for part in run.groups.gather_to_main(mine) for pair in part)
+
+    records = to_records(
+        groups,
+        selection.trajectories,
+        by_id(lambda batch: batch.token_weights),
+        token_scores=by_id(lambda batch: batch.token_scores),
+        token_texts=run.renderer.token_texts,
+    )
     run.tracker.trajectories(f"trajectories/{step_name(run.progress.step)}", records)

@@ -16,13 +16,15 @@ def to_records(
     groups: Sequence[Sequence[GradedRollout]],
     trained: Sequence[Trajectory] = (),
     token_weights: Mapping[str, np.ndarray] | None = None,
+    token_scores: Mapping[str, np.ndarray] | None = None,
     scores: Mapping[str, float] | None = None,
     token_texts: Callable[[Sequence[int]], list[str]] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields a record for each rollout, to be written by `files.json_line`.
 
-    trained: trajectories whose advantages are added. token_weights (fp32 [T]), scores (logits of the reward model): by
-    rollout id. token_texts: returns the tokens of a response as text; added where a rollout has token weights.
+    trained: trajectories whose advantages are added. token_weights and token_scores (fp32 [T]), scores (logits of the
+    reward model): by rollout id. token_texts: returns the tokens of a response as text; added where a rollout has
+    token weights.
     """
     advantages = {trajectory.id: trajectory.advantage for trajectory in trained}
     for group_index, group in enumerate(groups):
@@ -36,6 +38,8 @@ def to_records(
                 record["token_weights"] = token_weights[id].round(4)
                 if token_texts is not None:
                     record["token_texts"] = token_texts(rollout.response_ids.tolist())
+            if token_scores and id in token_scores:
+                record["token_scores"] = token_scores[id].round(4)
             if scores and id in scores:
                 record["reward_model_logit"] = scores[id]
             yield record

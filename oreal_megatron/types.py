@@ -218,7 +218,7 @@ class EvaluationReport:
 
     step: int
     metrics: Mapping[str, float]
-    """`benchmark/name` -> value: greedy_pass@1, avg@k and pass@k in [0, 1], response_tokens, reward_model_auc."""
+    """`benchmark/name` -> value: greedy_pass@1, avg@k, pass@k and undecided_share in [0, 1], response_tokens, ..."""
     seconds: float
 
     def to_json(self) -> dict[str, Any]:

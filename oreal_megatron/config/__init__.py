@@ -24,7 +24,7 @@ from oreal_megatron.config.parsing import (
     settings_of,
     unknown_key,
 )
-from oreal_megatron.config.rollout import SamplingConfig, SGLangConfig
+from oreal_megatron.config.rollout import SamplingConfig, SGLangConfig, UndecidedConfig
 from oreal_megatron.config.sections import (
     AdamWConfig,
     ArithmeticConfig,
@@ -61,6 +61,7 @@ __all__ = [
     "Strings",
     "TokenWeightConfig",
     "TrainConfig",
+    "UndecidedConfig",
     "Violation",
     "check_layout",
     "check_resume",

@@ -256,6 +256,9 @@ def _check_rollout(rollout: RolloutConfig) -> Iterator[Violation]:
     if rollout.long_tail is not None and rollout.backend == "embedded":
         remedy = "It generates a batch as a whole and cannot stop early. Set rollout.long_tail=null, or rollout=sglang."
         yield Violation("rollout.backend", "embedded", remedy)
+    if (shares := rollout.undecided) is not None and shares.warn > shares.stop:
+        remedy = f"Set it to at most rollout.undecided.stop={shares.stop}."
+        yield Violation("rollout.undecided.warn", shares.warn, remedy)
     if (limits := rollout.mismatch) is not None:
         if limits.warn > limits.stop:
             yield Violation(
@@ -345,9 +348,12 @@ def _check_objective(objective: ObjectiveConfig, rollout: RolloutConfig) -> Iter
         remedy = "The reward model would learn from responses of one outcome alone and give them all the same score. "
         remedy += "Set objective.selection=all or pair, or objective.token_weights.source=ones."
         yield Violation("objective.selection", o.selection, remedy)
-    if o.actor_freeze_steps and not o.uses_reward_model:
-        remedy = "Without a reward model nothing would train in these steps. Set objective.actor_freeze_steps=0."
-        yield Violation("objective.actor_freeze_steps", o.actor_freeze_steps, remedy)
+    if o.token_weights.top_share is not None and o.token_weights.form != "confidence":
+        remedy = "Set objective.token_weights.form=confidence, or objective.token_weights.top_share=null."
+        yield Violation("objective.token_weights.top_share", o.token_weights.top_share, remedy)
+    if o.reward_model.ranking_weight and o.sampler == "release":
+        remedy = "The release's sampler repeats responses, which would count pairs twice. Set objective.sampler=exact."
+        yield Violation("objective.reward_model.ranking_weight", o.reward_model.ranking_weight, remedy)
     needs_group = o.keep_groups == "mixed" or o.shaping in ("rloo", "grpo")
     if needs_group and rollout.samples_per_prompt < 2:
         yield Violation(

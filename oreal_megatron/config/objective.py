@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from oreal_megatron.config.fields import FloatPair, NonNegative, NonNegativeFloat, PositiveFloat, Section, Text
+from oreal_megatron.config.fields import (
+    FloatPair,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    Text,
+)
 
 
 class TokenWeightConfig(Section):
@@ -15,16 +23,40 @@ class TokenWeightConfig(Section):
     source: Literal["reward_model", "ones"]
     """Source of token weights. reward_model: its scores; ones: every token has weight 1, and there is no reward
     model."""
+    form: Literal["confidence", "change", "departure"]
+    """What weighs a token, in the direction of the response's outcome. confidence: eq. (10). change: by how much the
+    token moves the confidence c, c_t - c_(t-1) with c_0 = 1/2. departure: by how much the token's score departs from
+    the mean score before it. The latter two are not the paper's; where they are negative, the weight is 0."""
+    normalize: Literal["none", "mean"]
+    """Scale of the weights. none: as they are; mean: divided by their mean over the response, so that every response
+    with a weight has the mean weight 1. Not the paper's."""
+    floor: Annotated[float, Field(ge=0.0, le=1.0)]
+    """Weight that every token keeps: the weight w becomes floor + (1 - floor) w. Above 0 it is not the paper's."""
     alignment: Literal["predictor", "inclusive"]
     """Position whose score weighs token t. predictor: the position that predicts t; inclusive: t's own."""
     positive_threshold: Annotated[float, Field(ge=0.0, lt=1.0)]
     """Confidence c up to which a token of a correct response has weight 0, with c the sigmoid of the mean score of the
-    tokens so far."""
+    tokens so far; under `form: confidence`."""
     negative_threshold: Annotated[float, Field(ge=0.0, lt=1.0)]
     """The same threshold on 1 - c, for incorrect responses."""
     top_share: Annotated[float, Field(gt=0.0, le=1.0)] | None
-    """Share of each response's tokens that keep a weight, those of highest confidence, min-max rescaled. null: the
-    thresholds decide."""
+    """Share of each response's tokens that keep a weight, those of highest confidence, min-max rescaled; under
+    `form: confidence`. null: the thresholds decide."""
+    function: Text | None = None
+    """Function of one's own that weighs the tokens in place of eq. (10), as `module.name`; docs/algorithm.md has its
+    arguments. null: none."""
+
+
+class RewardModelUpdateConfig(Section):
+    """Updates of the reward model in a step. Other values than those of `oreal` are not the paper's."""
+
+    responses: Literal["trained", "all"]
+    """Responses that it learns from. trained: those that the policy trains on; all: every decided response."""
+    updates: Positive
+    """Number of its updates, each on all of these responses. Its learning rate schedule counts each."""
+    ranking_weight: NonNegativeFloat
+    """Weight of a second loss term: -log sigmoid(a - b), with a and b the mean scores of a correct and an incorrect
+    response to the same prompt, averaged over all such pairs of the step. 0: eq. (12) alone."""
 
 
 class ObjectiveConfig(Section):
@@ -46,6 +78,8 @@ class ObjectiveConfig(Section):
     """Responses of a kept group that train. pair: one correct and one incorrect response, drawn at random."""
     token_weights: TokenWeightConfig
     """Weights of the tokens in the policy terms."""
+    reward_model: RewardModelUpdateConfig
+    """Updates of the reward model."""
     positive_term: Literal["logprob", "ratio"]
     """Loss of a correct response's token, A the response's advantage. logprob: -A * weight * log pi; ratio:
     -A * weight * ratio (see ratio_reference)."""
@@ -72,7 +106,8 @@ class ObjectiveConfig(Section):
     kl_on_correct: bool
     """Apply the KL term to correct responses too. false: to incorrect responses only."""
     actor_freeze_steps: NonNegative
-    """Number of steps with a usable group, from the start, in which only the reward model trains."""
+    """Number of steps with a usable group, from the start, in which only the reward model trains. Without a reward
+    model nothing trains in them, which gives runs to compare with the same updates."""
     undecided_as_incorrect: bool
     """Treat responses that the verifier leaves UNDECIDED as incorrect. false: leave them out of their group."""
     pair_choice: Literal["seeded", "global_rng"]
@@ -84,6 +119,12 @@ class ObjectiveConfig(Section):
     policy_schedule: Literal["from_first_update", "from_first_step"]
     """Start of the policy's learning rate schedule. from_first_step also counts the steps in which the policy is
     frozen."""
+    optimizer: Literal["standard", "release"]
+    """Details of both optimizers. standard: the cosine starts at the end of the warm-up, and biases and norms do not
+    decay; release: the cosine starts one update later, and everything decays, as in the authors' release."""
+    train_head_bias: bool
+    """Train the bias of the reward model's scalar head. false: it stays at its initial 0, since the head of the
+    authors' release has none."""
 
     @property
     def uses_reward_model(self) -> bool:

@@ -78,8 +78,23 @@ _MAY_CHANGE = (
     "tracking.",
     "parallel.",
     "rollout.sglang.",
+    "rollout.mismatch",  # limits, which may be null
+    "rollout.undecided",
     "resources.",
 )
+
+# Keys that came after version 0.1.0, with the value by which that version worked.
+_ADDED = {
+    "objective.optimizer": "standard",
+    "objective.train_head_bias": True,
+    "objective.token_weights.form": "confidence",
+    "objective.token_weights.normalize": "none",
+    "objective.token_weights.floor": 0.0,
+    "objective.reward_model.responses": "trained",
+    "objective.reward_model.updates": 1,
+    "objective.reward_model.ranking_weight": 0.0,
+    "data.arithmetic.wrong_order_share": 0.0,
+}
 
 
 def check_resume(saved: Mapping[str, Any], config: TrainConfig, place: str) -> None:
@@ -97,6 +112,7 @@ def check_resume(saved: Mapping[str, Any], config: TrainConfig, place: str) -> N
 
 def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], place: str) -> None:
     """Raises ConfigError with every key whose values differ; `before` was read from `place`."""
+    before = {key: value for key, value in _ADDED.items() if key in now} | dict(before)
     violations = [
         Violation(key, now.get(key), f"{place} was made with {before.get(key)!r}. Set that, or name another run.dir.")
         for key in sorted(before.keys() | now.keys())

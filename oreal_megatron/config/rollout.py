@@ -7,7 +7,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from oreal_megatron.config.fields import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, Strings, Text
+from oreal_megatron.config.fields import (
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    Share,
+    Strings,
+    Text,
+)
 
 OPTIONS_SET_BY_RUN = {
     "model-path": "from the policy's configuration",
@@ -106,6 +115,18 @@ class MismatchConfig(Section):
     """Value above which the step does not train and the run ends."""
 
 
+class UndecidedConfig(Section):
+    """Limits of the share of UNDECIDED responses in a step, in an evaluation and in a batch of pass rates.
+
+    null: only report it.
+    """
+
+    warn: Share
+    """Share above which a warning is logged."""
+    stop: Share
+    """Share above which the run ends. It continues with the responses that it has, and grades UNDECIDED ones again."""
+
+
 class LongTailConfig(Section):
     """Early stop of generation: a step asks for more prompts than it needs and goes on without the slowest responses.
 
@@ -136,6 +157,8 @@ class RolloutConfig(Section):
     this size too."""
     mismatch: MismatchConfig | None = None
     """Limits of the difference between policy and rollouts. null: only report it."""
+    undecided: UndecidedConfig | None = None
+    """Limits of the share of responses without a verdict. null: only report it."""
     long_tail: LongTailConfig | None = None
     """Early stop of generation. Needs `backend: sglang`. null: a step waits for all responses."""
     sglang: SGLangConfig | None = None

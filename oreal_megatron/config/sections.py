@@ -119,6 +119,9 @@ class ArithmeticConfig(Section):
     direct_shares: Annotated[tuple[Share, Share], AsTuple]
     """Shares of the demonstrations that state the answer without working: at min_terms, and at max_terms. Between the
     two the share changes linearly."""
+    wrong_order_share: Share
+    """Share of the demonstrations' lines that take the leftmost operation where a multiplication comes first, so that
+    the line, and most often the answer, is wrong. Above 0 the problems have a step that decides."""
     min_terms: Annotated[int, Field(ge=2, le=6)]
     """Fewest terms of a problem."""
     max_terms: Annotated[int, Field(ge=2, le=6)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from oreal_megatron.config import ArithmeticConfig
@@ -49,7 +50,7 @@ def generate_arithmetic(config: ArithmeticConfig, seed: int) -> ArithmeticData:
     heldout = drawn[: config.num_heldout]
     train = drawn[config.num_heldout : config.num_heldout + config.num_train]
     shown = drawn[config.num_heldout + config.num_train :]
-    demonstrations = [_demonstration(e, direct=rng.random() < _direct_share(config, e)) for e in shown]
+    demonstrations = [_demonstration(config, e, rng) for e in shown]
     return ArithmeticData(
         train=tuple(_prompt("train", index, expression) for index, expression in enumerate(train)),
         heldout=tuple(_prompt("heldout", index, expression) for index, expression in enumerate(heldout)),
@@ -57,8 +58,10 @@ def generate_arithmetic(config: ArithmeticConfig, seed: int) -> ArithmeticData:
     )
 
 
-def worked_solution(expression: str) -> str:
+def worked_solution(expression: str, take_leftmost: Callable[[], bool] = lambda: False) -> str:
     r"""Reduces an expression by an operation per line, products first, then left to right, and boxes the value.
+
+    take_leftmost: asked at each line where a product is not the leftmost operation; True takes the leftmost, wrongly.
 
     >>> print(worked_solution("12-2*3"))
     2*3=6
@@ -69,6 +72,8 @@ def worked_solution(expression: str) -> str:
     lines = []
     while operators:
         index = operators.index("*") if "*" in operators else 0
+        if index > 0 and take_leftmost():
+            index = 0
         left, operator, right = terms[index], operators.pop(index), terms.pop(index + 1)
         terms[index] = {"+": left + right, "-": left - right, "*": left * right}[operator]
         lines.append(f"{left}{operator}{right}={terms[index]}")
@@ -94,9 +99,11 @@ def _direct_share(config: ArithmeticConfig, expression: str) -> float:
     return shortest + way * (longest - shortest)
 
 
-def _demonstration(expression: str, *, direct: bool) -> Demonstration:
-    solution = worked_solution(expression)
-    return Demonstration(_question(expression), solution.rpartition("\n")[2] if direct else solution)
+def _demonstration(config: ArithmeticConfig, expression: str, rng: random.Random) -> Demonstration:
+    if rng.random() < _direct_share(config, expression):
+        return Demonstration(_question(expression), worked_solution(expression).rpartition("\n")[2])
+    share = config.wrong_order_share
+    return Demonstration(_question(expression), worked_solution(expression, lambda: share > 0 and rng.random() < share))
 
 
 def _question(expression: str) -> str:

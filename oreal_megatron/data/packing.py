@@ -22,7 +22,7 @@ from oreal_megatron.config import Fp8Config, GeometryConfig
 from oreal_megatron.config.fp8_recipes import RECIPES
 from oreal_megatron.distributed.cpu_backend import device
 from oreal_megatron.distributed.groups import ParallelGroups
-from oreal_megatron.types import Trajectory
+from oreal_megatron.types import GradedRollout, Trajectory
 
 IGNORE = -1
 """Label of positions that do not predict a response token."""
@@ -46,6 +46,18 @@ class PackedSequence:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @classmethod
+    def from_graded(cls, graded: GradedRollout) -> PackedSequence:
+        """Makes the sequence of a graded rollout, for a reward model."""
+        rollout = graded.rollout
+        return cls(
+            id=rollout.id,
+            prompt_ids=rollout.prompt_ids,
+            response_ids=rollout.response_ids,
+            correct=graded.is_correct,
+            rollout_logprobs=rollout.logprobs,
+        )
 
     @classmethod
     def from_trajectory(cls, trajectory: Trajectory, *, weight_version: int) -> PackedSequence:
@@ -90,12 +102,22 @@ class TokenBatch:
     reference_logprobs: Tensor | None = None
     """Log-probabilities of the frozen initial policy, fp32 [R], nats; None until the reference has scored the batch."""
     token_weights: Tensor | None = None
-    """Token weights in [0, 1], fp32 [R]; None until the reward model has scored the batch."""
+    """Token weights, fp32 [R]; None until the reward model has scored the batch."""
+    token_scores: Tensor | None = None
+    """Scores of the reward model that the token weights come from, fp32 [R]; None without a reward model."""
 
     @property
     def predicting(self) -> Tensor:
         """Positions that predict a response token, sequence by sequence; int64 [R]."""
         return torch.where(self.labels[0] != IGNORE)[0]
+
+    def ids_of(self, sequence: int) -> tuple[Tensor, Tensor]:
+        """Returns the ids of a sequence's prompt and response, int64 [P] and [T]."""
+        start, length = int(self.cu_seqlens[sequence]), self.response_lengths[sequence]
+        first = sum(self.response_lengths[:sequence])
+        predicting = self.predicting[first : first + length]
+        prompt_length = int(predicting[0]) + 1 - start
+        return self.tokens[0, start : start + prompt_length], self.labels[0, predicting]
 
     def split_by_sequence(self, per_token: Tensor) -> list[Tensor]:
         """Splits [R] into N parts, the response tokens of each sequence."""

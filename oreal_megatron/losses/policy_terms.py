@@ -6,6 +6,7 @@ before the first forward pass. Shapes: R response tokens of a micro-batch, N seq
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,3 +127,25 @@ def reward_model_term(mean_scores_N: Tensor, correct_N: Tensor) -> Tensor:
     mean_scores_N: [N] with gradient, the means of the sequences' aligned scores. correct_N: bool [N].
     """
     return F.binary_cross_entropy_with_logits(mean_scores_N, correct_N.to(mean_scores_N.dtype), reduction="sum")
+
+
+def ranking_loss(
+    mean_scores: Sequence[float], outcomes: Sequence[bool], prompt_ids: Sequence[str]
+) -> tuple[float, list[float]]:
+    """Returns the loss of a ranking within prompts, and its derivative by each mean score.
+
+    The loss is the mean of -log sigmoid(a - b) over all pairs of a correct response (a) and an incorrect one (b) to the
+    same prompt (Bradley and Terry); 0 without such pairs. The sequences are those of the whole step.
+    """
+    by_prompt: dict[str, list[int]] = {}
+    for index, id in enumerate(prompt_ids):
+        by_prompt.setdefault(id, []).append(index)
+    scores = torch.tensor(mean_scores, dtype=torch.float64, requires_grad=True)
+    correct = torch.tensor(outcomes, dtype=torch.bool)
+    gaps = [
+        (scores[group][correct[group], None] - scores[group][~correct[group]]).flatten() for group in by_prompt.values()
+    ]
+    total = torch.cat([scores.new_zeros(0), *gaps])
+    loss = F.softplus(-total).mean() if len(total) else 0.0 * scores.sum()
+    (derivative,) = torch.autograd.grad(loss, scores)
+    return loss.item(), derivative.tolist()

@@ -6,31 +6,66 @@ Shapes: T response tokens of one sequence, in order. All fp32; weights carry no 
 from __future__ import annotations
 
 import math
+import pkgutil
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from oreal_megatron.config import TokenWeightConfig
+from oreal_megatron.config import ConfigError, TokenWeightConfig, Violation
+
+
+def weight_function(config: TokenWeightConfig) -> Callable[..., Tensor] | None:
+    """Returns the user's function that `objective.token_weights.function` names, or None.
+
+    It is called as `function(scores_T, correct=..., config=..., prompt_ids=..., response_ids=...)`, the ids int64
+    [P] and [T], and returns fp32 [T].
+
+    Raises:
+        ConfigError: there is no such function.
+    """
+    if config.function is None:
+        return None
+    key = "objective.token_weights.function"
+    try:
+        function = pkgutil.resolve_name(config.function)
+    except (ImportError, AttributeError, ValueError) as error:
+        remedy = f"It cannot be imported: {error}. Set it to module.name, of a module on PYTHONPATH."
+        raise ConfigError([Violation(key, config.function, remedy)]) from error
+    if not callable(function):
+        raise ConfigError([Violation(key, config.function, f"It is a {type(function).__name__}, not a function.")])
+    return function
 
 
 def token_weights(scores_T: Tensor, *, correct: bool, config: TokenWeightConfig) -> Tensor:
-    """Returns the weight in [0, 1] of every response token of a sequence, fp32 [T].
+    """Returns the weight of every response token of a sequence, fp32 [T], at least 0.
 
-    With m_t the mean of s_1..s_t and c_t = sigmoid(m_t), the weight is clamp((c - th) / (1 - th), 0, 1), where c is c_t
-    for a correct response and 1 - c_t for an incorrect response; at th = 1/2 it is max(2 c_t - 1, 0) or
-    max(1 - 2 c_t, 0).
+    With s the scores of a correct response, and minus the scores of an incorrect one, m_t the mean of s_1..s_t and
+    c_t = sigmoid(m_t), `config.form` gives
+
+    confidence  clamp((c_t - th) / (1 - th), 0, 1); at th = 1/2 that is max(2 c_t - 1, 0), eq. (10)
+    change      max(c_t - c_(t-1), 0), with c_0 = 1/2
+    departure   max(s_t - m_(t-1), 0), with m_0 = 0
 
     scores_T: fp32 [T], aligned: index t holds the score that stands for token t.
     """
     if config.source == "ones":
         return torch.ones_like(scores_T)
-    scores = scores_T.detach().double()
-    prefix_mean = scores.cumsum(0) / torch.arange(1, len(scores) + 1, dtype=scores.dtype, device=scores.device)
-    confidence = torch.sigmoid(prefix_mean if correct else -prefix_mean)
-    if config.top_share is not None:
-        return _top_share(confidence, config.top_share).float()
-    threshold = config.positive_threshold if correct else config.negative_threshold
-    return ((confidence - threshold) / (1.0 - threshold)).clamp(0.0, 1.0).float()
+    scores = scores_T.detach().double() * (1.0 if correct else -1.0)
+    means = scores.cumsum(0) / torch.arange(1, len(scores) + 1, dtype=scores.dtype, device=scores.device)
+    confidence = torch.sigmoid(means)
+    if config.form == "change":
+        weights = torch.diff(confidence, prepend=confidence.new_tensor([0.5])).clamp(min=0.0)
+    elif config.form == "departure":
+        weights = torch.cat([scores[:1], scores[1:] - means[:-1]]).clamp(min=0.0)
+    elif config.top_share is not None:
+        weights = _top_share(confidence, config.top_share)
+    else:
+        threshold = config.positive_threshold if correct else config.negative_threshold
+        weights = ((confidence - threshold) / (1.0 - threshold)).clamp(0.0, 1.0)
+    if config.normalize == "mean" and weights.sum() > 0:
+        weights = weights / weights.mean()
+    return (config.floor + (1.0 - config.floor) * weights).float()
 
 
 def _top_share(confidence_T: Tensor, share: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ from oreal_megatron.models.virtual_stages import ModelChunks
 class ScalarHead(torch.nn.Linear):
     """A linear map to one fp32 score, replicated over tensor ranks; weight and bias start at zero."""
 
-    def __init__(self, config: TransformerConfig, tensor_group: dist.ProcessGroup):
+    def __init__(self, config: TransformerConfig, tensor_group: dist.ProcessGroup, *, train_bias: bool):
         super().__init__(config.hidden_size, 1, bias=True, dtype=torch.float32)
         torch.nn.init.zeros_(self.weight)
-        torch.nn.init.zeros_(self.bias)
+        torch.nn.init.zeros_(self.bias.requires_grad_(train_bias))
         self.sequence_parallel = config.sequence_parallel
         self.tensor_group = tensor_group
         for parameter in self.parameters():
@@ -46,10 +47,10 @@ class ScalarHead(torch.nn.Linear):
 class TokenRewardModel(GPTModel):
     """A GPTModel whose forward returns fp32 scores [1, T, 1] of the state after each token."""
 
-    def __init__(self, *args: object, **kwargs: object):
+    def __init__(self, *args: object, train_head_bias: bool, **kwargs: object):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         if self.post_process:
-            self.output_layer = ScalarHead(self.config, self.pg_collection.tp)
+            self.output_layer = ScalarHead(self.config, self.pg_collection.tp, train_bias=train_head_bias)
 
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Returns the scores. The labels of a packed batch are ignored: with them GPTModel returns a loss."""
@@ -63,9 +64,12 @@ def build_reward_model(
     *,
     vocab_size: int,
     seed: int | None,
+    train_head_bias: bool = True,
     fp8: Fp8ModelConfig | None = None,
 ) -> TokenRewardModel | ModelChunks:
-    """Builds this rank's part of a reward model. See `build_gpt` for the arguments and errors."""
-    return build_gpt(
-        TokenRewardModel, geometry, model, groups, vocab_size=vocab_size, seed=seed, tied_embeddings=False, fp8=fp8
-    )
+    """Builds this rank's part of a reward model. See `build_gpt` for the other arguments and errors.
+
+    train_head_bias: False keeps the bias of the scalar head at 0.
+    """
+    make = functools.partial(TokenRewardModel, train_head_bias=train_head_bias)
+    return build_gpt(make, geometry, model, groups, vocab_size=vocab_size, seed=seed, tied_embeddings=False, fp8=fp8)

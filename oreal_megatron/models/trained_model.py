@@ -25,11 +25,37 @@ from oreal_megatron.models.pipeline_schedule import LossFunction, forward_backwa
 from oreal_megatron.models.virtual_stages import ModelChunks, chunks_of
 
 
+class _ReleaseSchedule(OptimizerParamScheduler):
+    """The schedule of the authors' release, which holds the full learning rate for one update after the warm-up."""
+
+    num_steps: int
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        """Returns the learning rate of the present position."""
+        position = self.num_steps
+        try:
+            self.num_steps -= position > self.lr_warmup_steps
+            return super().get_lr(param_group)
+        finally:
+            self.num_steps = position
+
+
 class TrainedModel:
     """A model with its gradient buffers, AdamW and learning rate schedule."""
 
-    def __init__(self, module: GPTModel | ModelChunks, adamw: AdamWConfig, groups: ParallelGroups, *, num_updates: int):
-        """Allocates gradients and states; num_updates: length of the schedule where `decay_steps` is null."""
+    def __init__(
+        self,
+        module: GPTModel | ModelChunks,
+        adamw: AdamWConfig,
+        groups: ParallelGroups,
+        *,
+        num_updates: int,
+        as_in_release: bool = False,
+    ):
+        """Allocates gradients and states.
+
+        num_updates: length of the schedule where `decay_steps` is null. as_in_release: see `objective.optimizer`.
+        """
         config = module.config
         layout = groups.layout
         self.module = module
@@ -73,13 +99,15 @@ class TrainedModel:
                 fp8_recipe=config.fp8_recipe if config.fp8 else None,
             ),
             self.chunks,
+            # None, the default of Megatron-Core, exempts biases and norms from weight decay.
+            config_overrides={} if as_in_release else None,
         )
         self.clip_grad = adamw.clip_grad
         self._start_adam()
         self.weights = HostOffload(module.parameters, enabled=layout.offload)
         self.states = HostOffload(self._optimizer_tensors, enabled=layout.offload)
         config.grad_scale_func = self.optimizer.scale_loss
-        self.schedule = OptimizerParamScheduler(
+        self.schedule = (_ReleaseSchedule if as_in_release else OptimizerParamScheduler)(
             self.optimizer,
             init_lr=0.0,
             max_lr=adamw.lr,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -94,10 +94,14 @@ def phase_seconds(sizes: Sizes, device: Device, kv_cache: KvCache, work: Workloa
         seconds["score"] = _pass(sizes, device, work, "reference", passes=1.0, share=hardware.SCORING_SHARE)
     # Forward passes' worth: one forward, two backward, and the recomputed part.
     again = {"none": 0.0, "selective": 0.7, "full": 1.0}[config.parallel.recompute]
-    for model in ("reward_model", "policy") if config.objective.uses_reward_model else ("policy",):
-        seconds[f"train {model.replace('_', ' ')}"] = _pass(
-            sizes, device, work, model, passes=3.0 + again, share=hardware.TRAINING_SHARE
+    if config.objective.uses_reward_model:
+        updates = config.objective.reward_model
+        learned = work if updates.responses == "trained" else replace(work, trained_sequences=work.rollouts)
+        passes = updates.updates * (3.0 + again + (updates.ranking_weight > 0))
+        seconds["train reward model"] = _pass(
+            sizes, device, learned, "reward_model", passes=passes, share=hardware.TRAINING_SHARE
         )
+    seconds["train policy"] = _pass(sizes, device, work, "policy", passes=3.0 + again, share=hardware.TRAINING_SHARE)
     if config.parallel.offload:
         seconds["offload"] = _offload(sizes)
     if (servers := config.rollout.sglang) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from oreal_megatron.config import SamplingConfig
+from oreal_megatron.config import SamplingConfig, UndecidedConfig
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.rollout.engine import RolloutEngine
@@ -26,7 +27,10 @@ from oreal_megatron.types import (
     GradeRequest,
     Prompt,
     Rollout,
+    Verdict,
 )
+
+logger = logging.getLogger(__name__)
 
 Grader = Callable[[Sequence[GradeRequest]], list[Grade]]
 StepTimer = Callable[[str], AbstractContextManager[None]]
@@ -74,8 +78,13 @@ class Sampler:
         stop: StopRequest,
         *,
         max_sequence_length: int,
+        undecided: UndecidedConfig | None,
     ):
-        """Makes a sampler. grade: called by the leading process of each replica, for the rollouts of this replica."""
+        """Makes a sampler.
+
+        grade: called by the leading process of each replica, for the rollouts of this replica. undecided: limits of
+        the share of a call's responses without a verdict.
+        """
         self.journal = journal
         self._engine = engine
         self._renderer = renderer
@@ -83,6 +92,7 @@ class Sampler:
         self._groups = groups
         self._stop = stop
         self._max_sequence_length = max_sequence_length
+        self._undecided = undecided
 
     def sample(
         self,
@@ -104,7 +114,7 @@ class Sampler:
 
         Raises:
             Stopped: a stop was asked for; finished units are in the journal.
-            ValueError: a prompt leaves no room for a response.
+            ValueError: a prompt leaves no room for a response; or too many responses are UNDECIDED.
             OSError: the journal cannot be written.
         """
         partial, metrics = ({}, {}) if early_stop is None else self._partial(batch_name, early_stop.max_staleness)
@@ -120,6 +130,7 @@ class Sampler:
         parts = self._groups.gather_to_main((finished, broken_off))
         by_prompt = call.by_prompt({index: unit for units, _ in parts for index, unit in units.items()})
         groups = on_every_rank([by_prompt[p.id] for p in prompts if p.id in by_prompt], self._groups)
+        self._check_undecided(batch_name, groups)
         if early_stop is not None:
             rest = {at: completion for _, some in parts for at, completion in some.items()}
             num_tokens = self._groups.from_main(sum(len(completion.token_ids) for completion in rest.values()))
@@ -155,9 +166,12 @@ class Sampler:
                 )
 
     def _todo(self, call: _SampleCall, tally: _Tally | None) -> tuple[list[int], dict[int, list[GradedRollout]]]:
-        """Returns the units to generate, the same on every rank; and the journalled units, on the main rank."""
+        """Returns the units to generate, the same on every rank; and the journalled units, on the main rank.
+
+        Journalled responses that are UNDECIDED are graded again, since a judge may answer now that was down.
+        """
         journalled = self.journal.read(call.batch_name)
-        finished = {index: journalled[key] for index, key in enumerate(call.keys) if key in journalled}
+        finished = {index: self._regraded(journalled[key]) for index, key in enumerate(call.keys) if key in journalled}
         if tally is not None:
             tally.add(finished.values())
         had_enough = tally is not None and tally.is_enough()
@@ -231,6 +245,34 @@ class Sampler:
             finish_reason=completion.finish_reason,
             weight_spans=completion.weight_spans,
         )
+
+    def _check_undecided(self, batch_name: str, groups: Sequence[Sequence[GradedRollout]]) -> None:
+        """Warns, or raises ValueError, where the share of UNDECIDED responses is above its limits."""
+        responses = [graded for group in groups for graded in group]
+        undecided = [graded for graded in responses if graded.verdict is Verdict.UNDECIDED]
+        if self._undecided is None or not undecided:
+            return
+        share, first = len(undecided) / len(responses), undecided[0]
+        message = (
+            f"{batch_name}: {len(undecided)} of {len(responses)} responses are UNDECIDED, "
+            f"more than rollout.undecided.%s = %s (first: {first.rollout.id}, gold_answer "
+            f"{first.rollout.prompt.gold_answer[:80]!r}, {first.grade.reason})"
+        )
+        if share > self._undecided.stop:
+            raise ValueError(
+                message % ("stop", self._undecided.stop) + ". Mend the judge or the gold answers, or raise the limit; "
+                "the same command then goes on, and grades these responses again"
+            )
+        if share > self._undecided.warn:
+            logger.warning(message, "warn", self._undecided.warn)
+
+    def _regraded(self, unit: Sequence[GradedRollout]) -> list[GradedRollout]:
+        """Grades the UNDECIDED responses of a unit again."""
+        undecided = [index for index, graded in enumerate(unit) if graded.verdict is Verdict.UNDECIDED]
+        if not undecided:
+            return list(unit)
+        regraded = dict(zip(undecided, self._graded([unit[index].rollout for index in undecided]), strict=True))
+        return [regraded.get(index, graded) for index, graded in enumerate(unit)]
 
     def _graded(self, rollouts: Sequence[Rollout]) -> list[GradedRollout]:
         grades = self._grade(

@@ -54,6 +54,7 @@ def exchanged(rank: int, directory: Path) -> None:
             groups,
             StopRequest(),
             max_sequence_length=64,
+            undecided=None,
         )
         graded = sampler.sample(
             PROMPTS,

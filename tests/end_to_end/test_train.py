@@ -193,7 +193,8 @@ def test_model_and_problems_of_ones_own_are_evaluated_without_training_prompts(f
         "rollout.sampling.max_new_tokens=24", "prompt.max_prompt_tokens=64", "model.max_sequence_length=128",
     )  # fmt: skip
     assert outcome.returncode == 0, outcome.stderr
-    assert "heldout: problems 3  undecided 0  greedy_pass@1" in outcome.stdout and "0/0" not in outcome.stdout
+    assert "heldout: problems 3  undecided 0  undecided_share 0.0%  greedy_pass@1" in outcome.stdout
+    assert "0/0" not in outcome.stdout
     assert "(3 problems),\nthe initial policy, before any step" in (tmp_path / "run" / "report.html").read_text()
 
 

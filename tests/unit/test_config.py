@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from oreal_megatron.compose import composed as compose
-from oreal_megatron.config import ConfigError, TrainConfig, Violation, parse_config
+from oreal_megatron.config import ConfigError, TrainConfig, Violation, check_resume, parse_config
 from tools.configuration_reference import nested
 
 WIDE = "model.geometry.hidden_size=128 model.geometry.ffn_hidden_size=256 +model.geometry.head_dim=64"
@@ -202,3 +202,19 @@ def test_configuration_reference_is_current():
 def test_configuration_imports_no_torch():
     code = "import sys, oreal_megatron.config, oreal_megatron.types; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_run_of_an_earlier_version_resumes_with_what_that_version_did(composed):
+    """Keys that came later are not in its config.yaml; other keys must be as they were."""
+    same = parse_config(composed("objective.token_weights.alignment=predictor"))
+    saved = same.model_dump(mode="json")
+    for key in ("optimizer", "train_head_bias"):
+        del saved["objective"][key]
+    del saved["rollout"]["undecided"]
+    check_resume(saved, same, "config.yaml")
+    with pytest.raises(ConfigError) as error:
+        check_resume(saved, parse_config(composed("objective.optimizer=release")), "config.yaml")
+    assert {found.key for found in error.value.violations} == {
+        "objective.optimizer",
+        "objective.token_weights.alignment",
+    }

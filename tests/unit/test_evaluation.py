@@ -7,7 +7,7 @@ import math
 import pytest
 
 from oreal_megatron.config import SamplingConfig
-from oreal_megatron.evaluation import area_under_curve, benchmark_metrics, evaluate_benchmark
+from oreal_megatron.evaluation import area_under_curve, areas_under_curve, benchmark_metrics, evaluate_benchmark
 from oreal_megatron.types import Benchmark, FinishReason, Grade, GradedRollout, Prompt, Rollout, Verdict, WeightSpan
 
 C, W, U = Verdict.CORRECT, Verdict.INCORRECT, Verdict.UNDECIDED
@@ -21,7 +21,7 @@ def graded(prompt: Prompt, index: int, verdict: Verdict, length: int) -> GradedR
     return GradedRollout(rollout=rollout, grade=Grade(verdict=verdict, reason="", stage="rules"))
 
 
-def test_metrics_leave_undecided_responses_out():
+def test_undecided_responses_count_as_not_correct():
     prompts = tuple(Prompt(id=str(i), question="q", gold_answer="1") for i in range(3))
     greedy = [[C], [W], [U]]
     sampled = [[C, W], [W, W], [U, C]]
@@ -40,10 +40,11 @@ def test_metrics_leave_undecided_responses_out():
         {
             "b/problems": 3.0,
             "b/undecided": 1.0,
-            "b/greedy_pass@1": 1 / 2,
+            "b/undecided_share": 2 / 9,
+            "b/greedy_pass@1": 1 / 3,
             "b/response_tokens": 4.0,
             "b/stopped": 1.0,
-            "b/avg@2": 2 / 5,
+            "b/avg@2": 2 / 6,
             "b/pass@2": 2 / 3,
         }
     )
@@ -53,3 +54,24 @@ def test_area_under_curve_by_hand():
     assert area_under_curve([0.9, 0.8, 0.3, 0.1], [True, False, True, False]) == 0.75
     assert area_under_curve([0.5, 0.5], [True, False]) == 0.5
     assert math.isnan(area_under_curve([0.5], [True]))
+
+
+def test_one_correct_among_undecided_responses_is_no_perfect_score():
+    prompts = tuple(Prompt(id=str(i), question="q", gold_answer="1") for i in range(30))
+    benchmark = Benchmark(name="b", prompts=prompts, samples=0)
+    metrics = benchmark_metrics(benchmark, [graded(p, 0, C if p.id == "0" else U, 4) for p in prompts], [])
+    assert metrics["b/greedy_pass@1"] == 1 / 30 and metrics["b/undecided_share"] == 29 / 30
+
+
+def test_a_scorer_of_prompts_has_an_area_of_one_half_within_prompts():
+    outcomes = [True, True, True, False, True, False, False, False]
+    prompts = ["easy"] * 4 + ["hard"] * 4
+    by_prompt = [2.0] * 4 + [-2.0] * 4
+    assert areas_under_curve(by_prompt, outcomes, prompts) == {"auc": 0.75, "auc_within_prompts": 0.5}
+    right = [score + outcome for score, outcome in zip(by_prompt, outcomes, strict=True)]
+    assert areas_under_curve(right, outcomes, prompts)["auc_within_prompts"] == 1.0
+    # Two pairs of "a", of which one is in order, and one pair of "b" in order: 2 of 3.
+    scores, outcomes = [3.0, 1.0, 2.0, 5.0, 4.0], [False, False, True, True, False]
+    found = areas_under_curve(scores, outcomes, ["a", "a", "a", "b", "b"])
+    assert found["auc_within_prompts"] == pytest.approx(2 / 3)
+    assert math.isnan(areas_under_curve([1, 2], [True, False], ["a", "b"])["auc_within_prompts"])

@@ -197,3 +197,17 @@ def test_error_of_trajectories_that_nothing_waits_for_is_logged(tracker, tmp_pat
     writer.trajectories("trajectories/step_000000", [{}])
     writer.close()
     assert "trajectories" in caplog.text
+
+
+def test_a_rising_share_of_undecided_responses_is_said_also_over_a_restart(tracker, caplog):
+    def steps(made, numbers, undecided):
+        for number in numbers:
+            metrics = {"reward/undecided": undecided, "rollout/responses": 100.0}
+            made.step(StepReport(step=number, metrics=metrics, seconds={"total": 1.0}))
+
+    made = tracker(0)
+    steps(made, range(20), 2.0)
+    assert "UNDECIDED" not in caplog.text
+    made.close()
+    steps(tracker(20), range(20, 30), 5.0)
+    assert "have risen from 2.0% in the first 10 steps to 5.0% in the last 10" in caplog.text

@@ -59,3 +59,27 @@ def test_report_has_percent_date_versions_and_a_viewport(report):
 def test_scores_that_no_response_decides_are_dashes(report):
     text = words(report(1, {0: None, 1: None}))
     assert "- &rarr; - greedy pass@1 on b" in text and "nan" not in text and "None" not in text
+
+
+def test_responses_of_a_prompt_are_side_by_side_from_where_they_part(report, tmp_path):
+    def record(verdict, ids, weights, prompt="p"):
+        return {
+            "prompt": {"id": prompt, "question": f"1 < {prompt}?", "gold_answer": "2"}, "grade": {"verdict": verdict},
+            "advantage": 1.0 if verdict == "CORRECT" else -1.0, "response_ids": ids, "token_weights": weights,
+            "token_scores": [0.5] * len(ids), "token_texts": [f"<{id}>" for id in ids],
+        }  # fmt: skip
+
+    (tmp_path / "trajectories").mkdir()
+    records = [
+        record("INCORRECT", [9], [0.5], prompt="alone"),
+        record("CORRECT", [1, 2, *range(100, 800)], [0.0, 0.0, 3.0, *[0.25] * 699]),
+        record("INCORRECT", [1, 2, 7], [0.0, 0.0, 0.75]),
+    ]
+    (tmp_path / "trajectories" / "step_000001.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    html = report(2, {0: 0.3, 2: 0.4})
+    text = words(html)
+    assert "Token weights of step 1" in html and html.index("1 &lt; p?") < html.index("1 &lt; alone?")
+    both = "CORRECT , advantage +1.00 &lt;1&gt; &lt;2&gt; &#x2503; &lt;100&gt;"
+    assert both in text and "&lt;699&gt; [100 tokens] INCORRECT , advantage -1.00 &lt;1&gt; &lt;2&gt; &#x2503;" in text
+    assert 'title="3.000" style="background: rgba(46, 160, 67, 0.850)"' in html
+    assert html.count("Confidence after each token") == 2

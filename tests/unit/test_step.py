@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from oreal_megatron.config import AdamWConfig, parse_config
+from oreal_megatron.config import AdamWConfig, ConfigError, parse_config
 from oreal_megatron.data.packing import PackedSequence, Padding, micro_batches, pack
 from oreal_megatron.losses.policy_terms import TokenCounts
 from oreal_megatron.models.policy import build_policy
@@ -19,6 +19,7 @@ from oreal_megatron.step import (
     _aligned,
     _smallest,
     rollout_mismatch,
+    score_sequences,
     update_policy,
     update_reward_model,
     with_reference,
@@ -58,6 +59,100 @@ def test_alignment_reads_the_state_before_or_after_a_token():
     output = torch.arange(4.0).view(1, 4, 1)  # the state after tokens 1, 2, 3, 4
     assert _aligned(output, batch, "predictor").tolist() == [1.0, 2.0]
     assert _aligned(output, batch, "inclusive").tolist() == [2.0, 3.0]
+
+
+@pytest.mark.parametrize(("preset", "depends"), [("oreal", True), ("oreal_paper", True), ("oreal_release", False)])
+def test_weight_of_the_first_token_depends_on_it(composed, single_process, preset, depends):
+    """Two responses that part at their first token: a weight that cannot depend on it cannot say which one erred."""
+    config = parse_config(composed(f"objective={preset}")).objective
+    reward_model = build_reward_model(GEOMETRY, MODEL, single_process, vocab_size=105, seed=0)
+    torch.nn.init.normal_(reward_model.output_layer.weight, generator=torch.Generator().manual_seed(1))
+    parts = [
+        PackedSequence(id=str(token), prompt_ids=(1, 2), response_ids=(token, 9), rollout_logprobs=(0.0, 0.0))
+        for token in (3, 4)
+    ]
+    scored = score_sequences(
+        reward_model, [pack([part], CPU) for part in parts], config.token_weights.alignment, single_process
+    )
+    first, second = (scores_R[0].item() for scores_R in scored.scores)
+    assert (first != pytest.approx(second, abs=1e-6)) == depends
+
+
+def test_ranking_within_prompts_has_the_same_gradient_for_every_split(composed, single_process):
+    """Pairs of a prompt are in different micro-batches; the gradient is that of the loss on the whole step."""
+    override = "objective.reward_model.ranking_weight=0.7"
+    config = parse_config(composed("objective=oreal", override)).objective
+    prompt_of = {str(i): str(i // 3) for i in range(7)}
+
+    def gradients(split):
+        model = trained(build_reward_model, single_process)
+        torch.nn.init.normal_(model.module.output_layer.weight, generator=torch.Generator().manual_seed(1))
+        _, metrics = update_reward_model(model, split, config, num_sequences=7, prompt_of=prompt_of)
+        return metrics["loss/reward_model_ranking"], [p.main_grad.clone() for p in model.module.parameters()]
+
+    def autograd():
+        module = build_reward_model(GEOMETRY, MODEL, single_process, vocab_size=105, seed=0)
+        torch.nn.init.normal_(module.output_layer.weight, generator=torch.Generator().manual_seed(1))
+        means = []
+        for sequence in sequences():
+            batch = pack([sequence], CPU)
+            output = module(batch.tokens, batch.positions, None, labels=batch.labels)
+            means.append(output[0, batch.predicting + 1, 0].mean())
+        means, correct = torch.stack(means), torch.tensor([s.correct for s in sequences()])
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(means, correct.float())
+        gaps = torch.stack([means[0] - means[1], means[2] - means[1], means[4] - means[3], means[4] - means[5]])
+        ranking = torch.nn.functional.softplus(-gaps).mean()
+        (loss + 0.7 * ranking).backward()
+        return ranking.item(), [p.grad for p in module.parameters()]
+
+    expected, by_autograd = autograd()
+    for num_batches in (1, 3, 7):
+        found, split = gradients([pack(sequences()[index::num_batches], CPU) for index in range(num_batches)])
+        assert found == pytest.approx(expected, rel=1e-5)
+        scale = min(1.0, ADAMW.clip_grad / sum(g.square().sum() for g in by_autograd).sqrt())
+        for a, b in zip(split, by_autograd, strict=True):
+            torch.testing.assert_close(a, b * scale, atol=1e-6, rtol=1e-4)
+
+
+def first_of_correct(scores_T, *, correct, config, prompt_ids, response_ids):
+    """A user's function: weight 2 for the first token of a correct response, if its ids are what the batch holds."""
+    assert (prompt_ids < 105).all() and len(prompt_ids) == 3 and len(response_ids) == len(scores_T)
+    return torch.nn.functional.one_hot(torch.tensor(0), len(scores_T)).float() * (2.0 * correct)
+
+
+def test_a_function_of_ones_own_weighs_the_tokens(composed, single_process):
+    weights = f"objective.token_weights.function={__name__}"
+    config = parse_config(composed(f"{weights}.first_of_correct")).objective
+    made = [sequence for sequence in sequences() if len(sequence.response_ids) < 6]
+    (batch,) = with_token_weights([pack(made, CPU)], None, config)
+    for index, (sequence, part) in enumerate(zip(made, batch.split_by_sequence(batch.token_weights), strict=True)):
+        prompt_ids, response_ids = batch.ids_of(index)
+        assert tuple(prompt_ids.tolist()) == sequence.prompt_ids
+        assert tuple(response_ids.tolist()) == sequence.response_ids
+        assert part.tolist() == [2.0 * sequence.correct] + [0.0] * (len(part) - 1)
+    for path, problem in (
+        ("nowhere.weights", r"token_weights.function = 'nowhere.weights': It cannot be imported"),
+        (f"{__name__}.__name__", "It is a str, not a function"),
+    ):
+        config = parse_config(composed(f"objective.token_weights.function={path}")).objective
+        with pytest.raises(ConfigError, match=problem):
+            with_token_weights([batch], None, config)
+
+
+@pytest.mark.parametrize(
+    ("returned", "problem"),
+    [
+        (lambda scores: scores[:-1], r"return float32 \[2\] on cpu"),
+        (lambda scores: scores.double(), r"is torch.float64 \[2\]"),
+        (lambda scores: scores - 1, "a weight that is negative or not finite"),
+        (lambda scores: scores / 0, "a weight that is negative or not finite"),
+    ],
+)
+def test_what_is_no_weight_is_refused(composed, monkeypatch, returned, problem):
+    monkeypatch.setitem(globals(), "first_of_correct", lambda scores_T, **_: returned(scores_T))
+    config = parse_config(composed(f"objective.token_weights.function={__name__}.first_of_correct")).objective
+    with pytest.raises(ValueError, match=problem):
+        with_token_weights([pack(sequences(), CPU)], None, config)
 
 
 @pytest.mark.parametrize("padding", [Padding(), Padding(sequence=16, row=16)], ids=["packed", "padded"])

@@ -125,6 +125,7 @@ def arithmetic(**changes) -> ArithmeticConfig:
         "num_heldout": 40,
         "num_demonstrations": 60,
         "direct_shares": (1.0, 0.0),
+        "wrong_order_share": 0.0,
         "min_terms": 2,
         "max_terms": 4,
         "max_operand": 20,
@@ -158,8 +159,37 @@ def test_worked_solution_keeps_precedence_and_order():
     assert worked_solution("8-3*2*2+1").split("\n") == ["3*2=6", "6*2=12", "8-12=-4", "-4+1=-3", "\\boxed{-3}"]
 
 
+def test_wrong_order_is_shown_in_demonstrations_alone_and_at_its_share():
+    """Lines with a choice are those whose leftmost operation is not the next product."""
+    assert worked_solution("8-3*2", lambda: True).split("\n") == ["8-3=5", "5*2=10", "\\boxed{10}"]
+    changes = {"direct_shares": (0.0, 0.0), "num_demonstrations": 600, "wrong_order_share": 0.4, "min_terms": 3}
+    data, right = (generate_arithmetic(arithmetic(**(changes | more)), 0) for more in ({}, {"wrong_order_share": 0.0}))
+    assert data.train == right.train and data.heldout == right.heldout
+    chosen = []
+    for wrong, demonstration in zip(data.demonstrations, right.demonstrations, strict=True):
+        if re.match(r"Compute \d+[-+].*\*", demonstration.question):
+            chosen.append(wrong.response.split("\n")[0] != demonstration.response.split("\n")[0])
+    assert len(chosen) > 100 and abs(sum(chosen) / len(chosen) - 0.4) < 0.1
+
+
 def test_generation_depends_on_the_seed_and_says_when_it_runs_dry():
     assert generate_arithmetic(arithmetic(), 0) == generate_arithmetic(arithmetic(), 0)
     assert generate_arithmetic(arithmetic(), 0) != generate_arithmetic(arithmetic(), 1)
     with pytest.raises(ValueError, match=r"data.arithmetic: found \d+ distinct problems where 150 are needed"):
         generate_arithmetic(arithmetic(max_operand=2, max_factor=2, max_terms=2), 0)
+
+
+def test_a_balance_that_steps_cannot_keep_is_said_and_does_not_pile_up(caplog):
+    hard, easy = prompts(80)[:40], prompts(80)[40:]
+    stream = PromptStream(hard * 6 + easy * 2, prompts_per_step=64, seed=0)
+    assert "with 6 of the 320 entries should be in a step of 64 prompts 1.2 times" in caplog.text
+    assert "to 53" in caplog.text
+    drawn = Counter(prompt.id for _ in range(90) for prompt in stream.draw())
+    assert min(drawn[prompt.id] for prompt in hard) >= 85, "hard prompts are in nearly every step"
+    assert len(stream.state_dict()["put_off"]) <= 320
+    caplog.clear()
+    stream = PromptStream(hard * 6 + easy * 2, prompts_per_step=53, seed=0)
+    assert not caplog.text
+    drawn = Counter(prompt.id for _ in range(600) for prompt in stream.draw())
+    ratio = sum(drawn[prompt.id] for prompt in hard) / sum(drawn[prompt.id] for prompt in easy)
+    assert ratio == pytest.approx(3.0, rel=0.02)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from oreal_megatron.config import parse_config
-from oreal_megatron.losses.policy_terms import TokenCounts, kl_penalty, policy_terms, reward_model_term
+from oreal_megatron.losses.policy_terms import TokenCounts, kl_penalty, policy_terms, ranking_loss, reward_model_term
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +150,13 @@ def test_no_correct_token_at_all_divides_by_one(presets):
 def test_reward_model_term_is_one_cross_entropy_a_sequence():
     value = reward_model_term(torch.tensor([0.0, math.log(3.0)]), torch.tensor([True, False]))
     assert value.item() == pytest.approx(math.log(2.0) + math.log(4.0))
+
+
+def test_ranking_compares_the_pairs_of_a_prompt():
+    scores, outcomes = [0.5, -1.0, 2.0, 0.0, 3.0], [True, False, False, True, True]
+    loss, derivative = ranking_loss(scores, outcomes, ["a", "a", "a", "b", "c"])
+    # The pairs of "a": gaps of 1.5 and -1.5; "b" and "c" have no pair.
+    first, second = 1 / (1 + math.exp(1.5)), 1 / (1 + math.exp(-1.5))
+    assert loss == pytest.approx(-(math.log(1 - first) + math.log(1 - second)) / 2)
+    assert derivative == pytest.approx([-(first + second) / 2, first / 2, second / 2, 0.0, 0.0])
+    assert ranking_loss([1.0, 2.0], [True, False], ["a", "b"]) == (0.0, [0.0, 0.0])

@@ -16,6 +16,9 @@ LOG3 = math.log(3.0)  # sigmoid(log 3) = 3/4
 def config(**changes) -> TokenWeightConfig:
     base = {
         "source": "reward_model",
+        "form": "confidence",
+        "normalize": "none",
+        "floor": 0.0,
         "alignment": "predictor",
         "positive_threshold": 0.5,
         "negative_threshold": 0.5,
@@ -60,3 +63,25 @@ def test_weights_carry_no_gradient_and_long_prefixes_keep_precision():
     assert not weights.requires_grad
     exact = 2 / (1 + math.exp(-float(torch.tensor(0.1)))) - 1
     assert weights[-1].item() == pytest.approx(exact, rel=1e-6)
+
+
+def test_changes_and_departures_by_hand():
+    # Prefix means: log 3, 0, -log 3 -> c = 3/4, 1/2, 1/4 in a correct response, 1/4, 1/2, 3/4 in an incorrect one.
+    scores = torch.tensor([LOG3, -LOG3, -3 * LOG3])
+    change, departure = config(form="change"), config(form="departure")
+    torch.testing.assert_close(token_weights(scores, correct=True, config=change), torch.tensor([0.25, 0.0, 0.0]))
+    torch.testing.assert_close(token_weights(scores, correct=False, config=change), torch.tensor([0.0, 0.25, 0.25]))
+    torch.testing.assert_close(token_weights(scores, correct=True, config=departure), torch.tensor([LOG3, 0.0, 0.0]))
+    expected = torch.tensor([0.0, 2 * LOG3, 3 * LOG3])
+    torch.testing.assert_close(token_weights(scores, correct=False, config=departure), expected)
+
+
+@pytest.mark.parametrize("form", ["confidence", "change", "departure"])
+def test_normalised_weights_have_the_mean_one_and_the_floor_is_kept(form):
+    scores = torch.randn(7, generator=torch.Generator().manual_seed(0)) + 0.5
+    weights = token_weights(scores, correct=True, config=config(form=form, normalize="mean"))
+    assert weights.mean().item() == pytest.approx(1.0) and weights.min() >= 0
+    kept = token_weights(scores, correct=True, config=config(form=form, normalize="mean", floor=0.25))
+    torch.testing.assert_close(kept, 0.25 + 0.75 * weights)
+    none = token_weights(torch.zeros(3), correct=True, config=config(form=form, normalize="mean", floor=0.25))
+    assert none.tolist() == [0.25] * 3, "a fresh reward model gives no weight but the floor"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from oreal_megatron.config import SamplingConfig
+from oreal_megatron.config import SamplingConfig, UndecidedConfig
 from oreal_megatron.files import json_line
 from oreal_megatron.rollout.journal import RolloutJournal
 from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
@@ -70,11 +71,12 @@ def grade(requests):
 def run(tmp_path, single_process):
     """Samples 2 x 5 rollouts (4 units) with an engine, in a new process' journal of the same directory."""
 
-    def sample(engine, prompts=PROMPTS, stop=None, batch_name="step_000003"):
+    def sample(engine, prompts=PROMPTS, stop=None, batch_name="step_000003", grader=grade, undecided=None):
         journal = RolloutJournal(tmp_path / "journal", single_process)
         sampler = Sampler(
-            engine, Renderer(), grade, journal, single_process, stop or StopRequest(), max_sequence_length=64
-        )
+            engine, Renderer(), grader, journal, single_process, stop or StopRequest(), max_sequence_length=64,
+            undecided=undecided,
+        )  # fmt: skip
         try:
             return sampler.sample(
                 prompts, batch_name=batch_name, num_samples=2, sampling=SAMPLING, seed_of=rollout_seeds(0, "train", 3)
@@ -171,3 +173,34 @@ def test_earlier_steps_are_dropped(run, tmp_path, single_process):
     journal.forget("pass_rates_*")
     assert [json.loads(line)["unit"] for p in (tmp_path / "journal").iterdir() for line in p.open()]
     assert {path.name for path in (tmp_path / "journal").iterdir()} == {"step_000005.replica_0.jsonl"}
+
+
+def verdicts_of(groups):
+    return [graded.verdict for group in groups for graded in group]
+
+
+def test_too_many_undecided_responses_end_the_run_and_are_graded_again(run, caplog):
+    """A judge is down for a while: nothing is trained on the rest, and no response is generated twice."""
+    limits = UndecidedConfig(warn=0.1, stop=0.5)
+    judge = SimpleNamespace(is_down=True)
+
+    def grader(requests):
+        verdict = Verdict.UNDECIDED if judge.is_down else Verdict.CORRECT
+        return [Grade(verdict=verdict, reason="the judge is down", stage="judge") for _ in requests]
+
+    engine = Engine()
+    with pytest.raises(ValueError, match=r"step_000003: 10 of 10 .*rollout.undecided.stop = 0.5 .*the judge is down"):
+        run(engine, grader=grader, undecided=limits)
+    judge.is_down = False
+    assert verdicts_of(run(engine, grader=grader, undecided=limits)) == [Verdict.CORRECT] * 10
+    assert engine.generated == 4 and not caplog.text
+
+
+@pytest.mark.parametrize(("limits", "is_said"), [(UndecidedConfig(warn=0.1, stop=0.5), True), (None, False)])
+def test_some_undecided_responses_are_warned_of(run, caplog, limits, is_said):
+    def grader(requests):
+        verdicts = [Verdict.UNDECIDED if "0" in r.question else Verdict.CORRECT for r in requests]
+        return [Grade(verdict=verdict, reason="no number", stage="rules") for verdict in verdicts]
+
+    assert verdicts_of(run(Engine(), grader=grader, undecided=limits)).count(Verdict.UNDECIDED) == 2
+    assert ("2 of 10 responses are UNDECIDED, more than rollout.undecided.warn = 0.1" in caplog.text) == is_said

@@ -57,7 +57,9 @@ def run(tmp_path, single_process):
 
     def sample(engine, prompts=PROMPTS, step=3, counts=lambda group: True, max_staleness=1, num_groups=4, grade=grade):
         journal = RolloutJournal(tmp_path / "journal", single_process)
-        sampler = Sampler(engine, Renderer(), grade, journal, single_process, StopRequest(), max_sequence_length=64)
+        sampler = Sampler(
+            engine, Renderer(), grade, journal, single_process, StopRequest(), max_sequence_length=64, undecided=None
+        )
         try:
             return sampler.sample(
                 prompts,
