@@ -95,7 +95,7 @@ class Job:
 
 
 @pytest.mark.parametrize(
-    ("transport", "seconds"), [("direct", 8), pytest.param("broadcast", 20, marks=pytest.mark.slow)]
+    ("transport", "seconds"), [("direct", 6), pytest.param("broadcast", 20, marks=pytest.mark.slow)]
 )
 def test_a_link_that_is_cut_for_a_while_costs_time_alone(network, nodec, warm, transport, seconds):
     """In generation and in a publication; no response is lost, no server, and every step trains."""
