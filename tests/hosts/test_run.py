@@ -131,5 +131,5 @@ def test_a_run_goes_on_without_a_host_that_dies_until_it_is_back(network, nodec,
     assert job.ended() == [75, 75], job.all_logs()
     steps = metrics_of(job.directory)
     assert all(step["skipped"] is None for step in steps)
-    served = [step["metrics"]["publication/servers"] for step in steps]
+    served = [step["metrics"]["publication/servers"] for step in steps[1:]]  # the first updates no policy
     assert served[0] == served[-1] == 2 and min(served) == 1, served
