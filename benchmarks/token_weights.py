@@ -46,6 +46,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "oracle": (f"{WEIGHTS}.function=benchmarks.token_weights.oracle",),
     "oracle, both": (f"{WEIGHTS}.function=benchmarks.token_weights.oracle_of_both",),
     "change": CHANGE,
+    # Controls: the same weights at random places, and a weight that reads no score.
+    "change, shuffled": (*CHANGE, f"{WEIGHTS}.function=benchmarks.token_weights.shuffled"),
+    "first token": (f"{WEIGHTS}.function=benchmarks.token_weights.first_token",),
     "change, floor 0.5": (*CHANGE, f"{WEIGHTS}.floor=0.5"),
     "departure": DEPARTURE,
     "departure, floor 0.5": (*DEPARTURE, f"{WEIGHTS}.floor=0.5"),
@@ -168,10 +171,17 @@ def figure(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 def shuffled(
     scores_T: Tensor, *, correct: bool, config: TokenWeightConfig, prompt_ids: Tensor, response_ids: Tensor
 ) -> Tensor:
-    """Weighs with the weights of eq. (10) in a random order, which the response alone decides."""
+    """Weighs with the weights of `config` in a random order, which the response alone decides."""
     seed = int.from_bytes(np.asarray(response_ids.cpu(), np.int32).tobytes()[-6:], "little")
     order = torch.randperm(len(scores_T), generator=torch.Generator().manual_seed(seed)).to(scores_T.device)
     return token_weights(scores_T, correct=correct, config=config)[order]
+
+
+def first_token(
+    scores_T: Tensor, *, correct: bool, config: TokenWeightConfig, prompt_ids: Tensor, response_ids: Tensor
+) -> Tensor:
+    """Gives all weight to the first token, with the mean 1 over the response."""
+    return torch.nn.functional.one_hot(torch.tensor(0, device=scores_T.device), len(scores_T)).float() * len(scores_T)
 
 
 def oracle(
