@@ -51,8 +51,8 @@ A group's option is a YAML file, and needs no change of the package. `--config-d
     printf 'defaults: [baseline]\\npreset: mine\\neta: 0.25\\n' > mine/objective/mine.yaml
     oreal-train --config-dir mine objective=mine run.name=mine
 
-`oreal-plan`, `oreal-submit`, `oreal-serve` and `oreal-doctor` have `--config-dir` too. `experiment/NAME.yaml` in it is a whole run of
-your own; it begins with `# @package _global_`, as the files of `conf/experiment` do.
+`oreal-plan`, `oreal-submit`, `oreal-serve` and `oreal-doctor` have `--config-dir` too. `experiment/NAME.yaml` in it is
+a whole run of your own; it begins with `# @package _global_`, as the files of `conf/experiment` do.
 
 ## Values with special characters
 
