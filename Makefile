@@ -63,7 +63,7 @@ lint: setup docs ## run ruff, import contracts, types and documentation links; h
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 	! test -x $(BIN)/hadolint || $(BIN)/hadolint docker/Dockerfile*
-	! command -v shellcheck >/dev/null || shellcheck .ci/run slurm/*.sbatch slurm/*.sh slurm/test_cluster/*.sh
+	! command -v shellcheck >/dev/null || shellcheck .ci/run docker/*.sh slurm/*.sbatch slurm/test_cluster/*.sh
 
 docs: setup ## build the documentation into site/; a broken link or anchor is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

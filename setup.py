@@ -42,7 +42,7 @@ setup(
             "servers/cpu_shims/sgl_kernel/*.py",
         ]
     },
-    data_files=[*conf_files(), ("share/oreal_megatron/slurm", ["slurm/train.sbatch", "slurm/rank.sh"])],
+    data_files=[*conf_files(), ("share/oreal_megatron/slurm", ["slurm/train.sbatch"])],
     install_requires=[
         "torch>=2.11,<2.15",
         "megatron-core>=0.16.1,<0.20",

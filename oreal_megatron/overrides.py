@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -19,7 +20,9 @@ from oreal_megatron.config import ConfigError, TrainConfig, Violation, fields_at
 
 
 def config_directory() -> Path:
-    """Returns conf/ of the checkout, or of the installed wheel where there is no checkout."""
+    """Returns conf/ of the checkout, or of the installed wheel where there is no checkout; in a SLURM job, its copy."""
+    if "OREAL_CONF" in os.environ:
+        return Path(os.environ["OREAL_CONF"])
     checkout = Path(__file__).resolve().parent.parent / "conf"
     return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "oreal_megatron" / "conf"
 
@@ -29,8 +32,12 @@ def search_path(config_dir: Path) -> str:
     if not config_dir.is_dir():
         remedy = "There is no such directory. Name one with folders such as objective/ or experiment/."
         raise ConfigError([Violation("--config-dir", str(config_dir), remedy)])
-    path = _quoted(f"file://{config_dir.resolve()}")
-    return f"hydra.searchpath=[{path}]"
+    return f"hydra.searchpath=[{literal(f'file://{config_dir.resolve()}')}]"
+
+
+def literal(text: str) -> str:
+    """Returns the value of an override that Hydra reads as exactly this text: quoted, and without interpolations."""
+    return _quoted(re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
 
 
 def check_overrides(overrides: Sequence[str], config_dir: Path | None = None) -> None:

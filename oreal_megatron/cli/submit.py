@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -16,9 +17,10 @@ from oreal_megatron.cli.planning import num_devices, planned_config, planner_of,
 from oreal_megatron.compose import composed
 from oreal_megatron.dry_run import is_dry_run, layout_mapping, shrunk
 from oreal_megatron.files import write_atomically
+from oreal_megatron.overrides import literal
 from oreal_megatron.planner.tables import print_plan
 from oreal_megatron.slurm.checks import checked
-from oreal_megatron.slurm.sbatch import allocation, rendered, submitted, tested
+from oreal_megatron.slurm.sbatch import allocation, copy_configuration, rendered, submitted, tested
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -70,9 +72,8 @@ def _submit(console: Console, arguments: argparse.Namespace) -> int:
         return status
     directory = Path(config.run.dir).resolve() / "slurm"
     script = directory / "job.sbatch"
-    options = [] if arguments.config_dir is None else [f"--config-dir={arguments.config_dir.resolve()}"]
-    overrides = [*options, *arguments.overrides, f"run.dir={Path(config.run.dir).resolve()}"]
-    directory.mkdir(parents=True, exist_ok=True)
+    overrides = [*arguments.overrides, f"run.dir={literal(str(directory.parent))}"]
+    copy_configuration(directory / "conf", arguments.config_dir)
     write_atomically(script, rendered(config, cluster, nodes, overrides, script))
     console.print(f"\n[bold]{escape(str(script))}[/]")
     console.print(script.read_text(), markup=False)
@@ -84,7 +85,8 @@ def _submit(console: Console, arguments: argparse.Namespace) -> int:
         job = submitted(script, after=job)
         console.print(f"[bold]submitted job {job}[/]")
     console.print(
-        f"follow it:  tail -F {directory}/job-{job}.log {directory}/logs-{job}/trainer_rank_0.log\n"
+        f"follow it:  tail -F {shlex.quote(f'{directory}/job-{job}.log')} "
+        f"{shlex.quote(f'{directory}/logs-{job}/trainer_rank_0.log')}\n"
         f"stop it:    scancel --batch --signal=TERM {job}   (saves and queues again)   scancel {job}   (ends it)",
         markup=False,
     )

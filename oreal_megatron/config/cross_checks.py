@@ -187,6 +187,16 @@ def _check_resources(
     rollout: RolloutConfig, parallel: ParallelConfig, resources: ResourcesConfig
 ) -> Iterator[Violation]:
     trainers, servers = resources.trainer_devices, rollout.sglang
+    # CPU servers share cores with all other processes, so their number is free.
+    on_gpus = servers is not None and servers.device == "cuda"
+    if servers is not None and on_gpus and not servers.urls and servers.tensor > resources.devices_per_node:
+        yield Violation(
+            "rollout.sglang.tensor",
+            servers.tensor,
+            "The run starts each server on one node. Set it to at most resources.devices_per_node="
+            f"{resources.devices_per_node}, and rollout.sglang.num_servers to more servers. If the weights do not fit, "
+            "rollout.sglang.dtype=fp8 halves them.",
+        )
     if trainers is None:
         if servers is not None and servers.placement == "colocated":
             remedy = "Colocated servers share the trainer's devices. Set it to the number of these devices."
@@ -200,8 +210,7 @@ def _check_resources(
             f"A model replica has {replica} devices: parallel.tensor={parallel.tensor} x parallel.pipeline="
             f"{parallel.pipeline} x parallel.context={parallel.context}. Set it to a multiple of {replica}.",
         )
-    # CPU servers share cores with all other processes, so their number is free.
-    shares = servers is not None and servers.placement == "colocated" and servers.device == "cuda"
+    shares = servers is not None and servers.placement == "colocated" and on_gpus
     if servers is not None and shares and servers.num_servers * servers.tensor != trainers:
         yield Violation(
             "rollout.sglang.num_servers",

@@ -32,6 +32,10 @@ OPTIONS_SET_BY_RUN = {
     "tp": "from rollout.sglang.tensor",
     "tp-size": "from rollout.sglang.tensor",
     "tensor-parallel-size": "from rollout.sglang.tensor",
+    **dict.fromkeys(
+        ("nnodes", "node-rank", "dist-init-addr", "nccl-init-addr"),
+        "for one node, because it starts each server on one; more devices serve as more servers",
+    ),
     "dtype": "from rollout.sglang.dtype",
     "context-length": "from model.max_sequence_length",
     "max-running-requests": "from rollout.sglang.max_concurrency",

@@ -1,4 +1,4 @@
-"""Runs a command that ends when its parent does.
+"""Runs a command that ends when its parent does, and not at SIGUSR1.
 
     python -m oreal_megatron.servers.die_with_parent PARENT_PID COMMAND...
 
@@ -21,6 +21,8 @@ def main() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) was refused")
     if os.getppid() != parent:  # the parent ended before prctl
         sys.exit(1)
+    # A scheduler sends USR1 to all processes of a job; the trainer, which stops at it, still needs its servers.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     os.execvp(sys.argv[2], sys.argv[2:])
 
 

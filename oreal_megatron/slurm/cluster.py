@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import re
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, ValidationError
 
@@ -59,9 +63,9 @@ class ClusterConfig(Section):
     venv: str | None
     """Virtual environment of the project on shared storage. null: the environment that submits the job."""
     container: str | None
-    """Image for srun --container-image (pyxis). null: no container."""
+    """Image of Apptainer (a file NAME.sif), or for srun --container-image (pyxis). null: no container."""
     mounts: Strings
-    """Directories for --container-mounts."""
+    """Directories that the container sees, as for apptainer --bind and --container-mounts."""
     interface: str | None
     """Network interface of gloo and NCCL. null: they choose."""
     environment: Mapping[str, str]
@@ -69,7 +73,8 @@ class ClusterConfig(Section):
     setup: Strings
     """Shell lines that run at the start of a job."""
     node_check: str | None
-    """Shell command that checks a node before the run starts. A node where it fails is excluded. null: no check."""
+    """Shell command that checks a node before the run starts. A node where it fails, or takes 10 minutes, is excluded.
+    null: no check."""
     judge_nodes: NonNegative
     """Number of nodes that run `judge_command`, for verifier=rules_and_judge."""
     judge_command: str | None
@@ -108,6 +113,7 @@ def site_violations(cluster: ClusterConfig, config: TrainConfig, *, num_nodes: i
     num_nodes: number of nodes in cluster.partition.
     """
     yield from _path_violations(cluster, config, num_nodes)
+    yield from _text_violations(cluster, config)
     if cluster.signal_seconds >= seconds_of(cluster.time_limit):
         remedy = f"It counts back from the time limit. Set it below cluster.time_limit={cluster.time_limit}."
         yield Violation("cluster.signal_seconds", cluster.signal_seconds, remedy)
@@ -125,12 +131,35 @@ def site_violations(cluster: ClusterConfig, config: TrainConfig, *, num_nodes: i
 
 
 def _path_violations(cluster: ClusterConfig, config: TrainConfig, num_nodes: int) -> Iterator[Violation]:
-    paths = {f"cluster.{name}": getattr(cluster, name) for name in ("models", "data", "runs")}
-    paths["run.dir"] = config.run.dir
-    if cluster.venv is not None:
-        paths["cluster.venv"] = cluster.venv
+    """Yields every path that does not exist, or that some node or the container would not see."""
+    site = {f"cluster.{name}": getattr(cluster, name) for name in ("models", "data", "runs")}
+    if cluster.container is None:
+        environment = Path(cluster.venv or sys.prefix)
+        site["cluster.venv"] = str(environment)
+        if (checkout := editable_project(environment)) is not None:
+            site["cluster.venv (the editable installation in it)"] = str(checkout)
+    elif cluster.container.endswith((".sif", ".sqsh")):
+        site["cluster.container"] = cluster.container
+    files = {} if config.run.dry_run else _files(config)
+    images = {"cluster.container": site["cluster.container"]} if "cluster.container" in site else {}
+    for key, path in {**files, **images}.items():
+        if not Path(path).exists():
+            yield Violation(key, path, "It does not exist. Set it to an existing path.")
+    read = {key: path for key, path in files.items() if Path(path).exists()}
+    read["run.dir"] = str(Path(config.run.dir).resolve())
+    if cluster.container is not None:
+        # A mount is SOURCE, SOURCE:PLACE or SOURCE:PLACE:FLAGS.
+        places = [(mount.split(":") * 2)[1] for mount in cluster.mounts]
+        for key, path in read.items():
+            if not any(Path(path).is_relative_to(place) for place in places):
+                remedy = (
+                    "The container does not see it. Set it to an absolute path below a directory of cluster.mounts."
+                )
+                yield Violation(key, path, remedy)
+    elif config.rollout.sglang is not None and "/" in (python := config.rollout.sglang.python or ""):
+        read["rollout.sglang.python"] = str(Path(python).absolute().parent)
     roots = [Path(root).resolve() for root in cluster.shared]
-    for key, path in paths.items():
+    for key, path in {**site, **read}.items():
         if roots and not any(Path(path).resolve().is_relative_to(root) for root in roots):
             yield Violation(
                 key, path, f"It is not on shared storage. Set it to a path below {' or '.join(cluster.shared)}."
@@ -141,8 +170,10 @@ def _path_violations(cluster: ClusterConfig, config: TrainConfig, num_nodes: int
                 "its root to cluster.shared if all nodes see it."
             )
             yield Violation(key, path, remedy)
-    if config.run.dry_run:
-        return
+
+
+def _files(config: TrainConfig) -> dict[str, str]:
+    """Returns the files and directories that the run reads -> by key."""
     files = {
         "model.path": config.model.path,
         "model.reward_model": config.model.reward_model,
@@ -150,9 +181,43 @@ def _path_violations(cluster: ClusterConfig, config: TrainConfig, num_nodes: int
         "sft.demonstrations": config.sft.demonstrations if config.sft else None,
         **{f"evaluation.benchmarks.{name}.path": item.path for name, item in config.evaluation.benchmarks.items()},
     }
-    for key, file in files.items():
-        if file is not None and not Path(file).exists():
-            yield Violation(key, file, "It does not exist. Set it to an existing path.")
+    return {key: file for key, file in files.items() if file is not None}
+
+
+def editable_project(environment: Path) -> Path | None:
+    """Returns the checkout that an environment runs; None where the package itself is installed in it."""
+    packages = [str(path) for path in environment.glob("lib/python3.*/site-packages")]
+    for distribution in importlib.metadata.distributions(name="oreal_megatron", path=packages):
+        origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+        if origin.get("dir_info", {}).get("editable"):
+            return Path(unquote(urlsplit(origin["url"]).path))
+    return None
+
+
+_HEADER_KEYS = (
+    *("account", "partition", "qos", "constraint", "reservation", "server_partition", "server_constraint"),
+    *("memory_per_node", "exclude"),
+)
+"""Keys of a site whose texts become options in the header of the batch script."""
+
+
+def _text_violations(cluster: ClusterConfig, config: TrainConfig) -> Iterator[Violation]:
+    """Yields every value that the batch script, SLURM or pyxis could not read as it is."""
+    directory = str(Path(config.run.dir).resolve())
+    texts = {f"cluster.{name}": str(getattr(cluster, name)) for name in _HEADER_KEYS}
+    for key, text in {**texts, "run.name": config.run.name, "run.dir": directory}.items():
+        if not text.isprintable():
+            yield Violation(key, text, "SLURM takes no control characters here. Remove them.")
+    if "\\" in directory:
+        remedy = "SLURM replaces nothing in the name of a log file with a backslash. Set it to a path without one."
+        yield Violation("run.dir", directory, remedy)
+    for name in cluster.environment:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            remedy = "It is no name of an environment variable. Use letters, digits and underscores."
+            yield Violation("cluster.environment", name, remedy)
+    for mount in cluster.mounts:
+        if "," in mount:
+            yield Violation("cluster.mounts", mount, "pyxis separates mounts by commas. Mount a directory above it.")
 
 
 # File systems that are local to a machine, unlike NFS, Lustre, GPFS, BeeGFS, Ceph and FUSE mounts.

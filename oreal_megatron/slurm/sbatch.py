@@ -12,6 +12,8 @@ from math import ceil
 from pathlib import Path
 
 from oreal_megatron.config import ConfigError, TrainConfig, Violation
+from oreal_megatron.files import write_parts_atomically
+from oreal_megatron.overrides import config_directory
 from oreal_megatron.slurm.cluster import ClusterConfig
 
 
@@ -95,11 +97,11 @@ def rendered(
 ) -> str:
     """Returns the batch script: slurm/train.sbatch with this job's header and settings.
 
-    script: path that the caller writes it to.
+    script: path that the caller writes it to; the job reads the configuration in the conf/ of that directory.
     """
     text = (slurm_directory() / "train.sbatch").read_text()
     body = text[text.index("# === run ===\n") :].replace('arguments=("$@")', f"arguments=({shlex.join(overrides)})")
-    header = "\n".join(f"#SBATCH {option}" for option in _header(config, cluster, nodes, script.parent))
+    header = "\n".join(f"#SBATCH {_batch_option(option)}" for option in _header(config, cluster, nodes, script.parent))
     settings = "\n".join(_settings(cluster, nodes, script))
     return (
         f"#!/bin/bash\n# {config.run.name}: rendered by oreal-submit from slurm/train.sbatch\n# === header ===\n"
@@ -107,13 +109,33 @@ def rendered(
     )
 
 
+def copy_configuration(directory: Path, config_dir: Path | None) -> None:
+    """Copies conf/ into a directory of a job.
+
+    The conf/ of a container's image may be another, and files may change while the job waits.
+
+    config_dir: a directory with more options of groups, of which those that conf/ lacks are copied too.
+    """
+    for source in filter(None, (config_dir, config_directory())):
+        for file in source.rglob("*.yaml"):
+            write_parts_atomically(directory / file.relative_to(source), [file.read_bytes()])
+
+
+def _batch_option(option: str) -> str:
+    """Returns an option in the words of a script's header, in which a backslash escapes even between quotes."""
+    name, equals, value = option.partition("=")
+    # sbatch takes the words hetjob and packjob anywhere in a line for the start of a component.
+    escaped = re.sub(r"(?i)[\"\\]|(?<=het)(?=job)|(?<=pack)(?=job)", r"\\\g<0>", value)
+    return option if re.fullmatch(r"[\w./:@%+,-]*", escaped, re.ASCII) else f'{name}{equals}"{escaped}"'
+
+
 def _header(config: TrainConfig, cluster: ClusterConfig, nodes: Allocation, logs: Path) -> Iterator[str]:
     apart = nodes_of_another_kind(cluster, nodes)
-    yield f"--job-name={shlex.quote(config.run.name)}"
+    yield f"--job-name={config.run.name}"
     yield f"--signal=B:USR1@{cluster.signal_seconds}"
     yield "--requeue"
     yield "--open-mode=append"
-    yield f"--output={shlex.quote(f'{logs}/job-%j.log')}"
+    yield f"--output={str(logs).replace('%', '%%')}/job-%j.log"
     yield from _component(config, cluster, nodes.num_nodes - apart)
     if apart:
         yield "hetjob"
@@ -147,14 +169,19 @@ def _settings(cluster: ClusterConfig, nodes: Allocation, script: Path) -> Iterat
     python = Path(cluster.venv) / "bin" if cluster.venv else Path(sys.executable).parent
     if cluster.container is None:
         yield f"export PATH={shlex.quote(str(python))}:$PATH"
+        yield "container=()"
     else:
+        # Words between srun's options and a task's command: options for pyxis, or Apptainer's command.
         mounts = ",".join(cluster.mounts)
-        image = f"--container-image={cluster.container} --container-mounts={mounts}"
-        yield f"export OREAL_CONTAINER={shlex.quote(image)}"
+        words = [f"--container-image={cluster.container}", f"--container-mounts={mounts}"]
+        if cluster.container.endswith(".sif"):
+            words = ["apptainer", "exec", "--nv", f"--bind={mounts}", cluster.container]
+        yield f"container=({shlex.join(words)})"
     if cluster.interface is not None:
-        yield f"export GLOO_SOCKET_IFNAME={cluster.interface} NCCL_SOCKET_IFNAME={cluster.interface}"
+        interface = shlex.quote(cluster.interface)
+        yield f"export GLOO_SOCKET_IFNAME={interface} NCCL_SOCKET_IFNAME={interface}"
     yield from (f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items())
-    yield f"export OREAL_SLURM={shlex.quote(str(slurm_directory()))}"
+    yield f"export OREAL_CONF={shlex.quote(str(script.parent / 'conf'))}"
     yield f"export OREAL_SCRIPT={shlex.quote(str(script))}"
     yield f"export OREAL_LOGS={shlex.quote(str(script.parent))}/logs-$SLURM_JOB_ID"
     yield f"export OREAL_TRAINER_NODES={nodes.trainer_nodes} OREAL_PROCESSES_PER_NODE={nodes.processes_per_node}"

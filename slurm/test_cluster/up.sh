@@ -4,6 +4,9 @@
 #   slurm/test_cluster/up.sh DIRECTORY [NODES]     then  export SLURM_CONF=DIRECTORY/slurm.conf
 #   slurm/test_cluster/down.sh DIRECTORY
 #
+# With the file DIRECTORY/hosts the daemons run on the hosts that its lines name, the controller on the first:
+# NAME ADDRESS PROGRAM, where PROGRAM runs its arguments on that host.
+#
 # Each node has 16 imagined CPUs and 8 imagined GPUs (links to /dev/null). Partition `batch` can be preempted by
 # `urgent`. Needs `make slurm-deps`.
 if [ "${1:---help}" = --help ]; then
@@ -17,7 +20,6 @@ for program in munged slurmctld slurmd; do
 done
 mkdir -p "$1"
 base=$(cd "$1" && pwd)
-count=${2:-4}
 # Several clusters may run at once: each takes the first block of ports where no controller listens.
 port=27000
 while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 2000)); done
@@ -36,15 +38,26 @@ munged --force --num-threads=2 --key-file="$base/munge/key" --seed-file="$base/m
   --socket="$base/run/munge.sock" --pid-file="$base/run/munged.pid" --log-file="$base/log/munged.log" \
   2>"$base/log/munged.err"
 
-# Each node has a loopback address of its own, so that equal ports of two nodes do not collide. down.sh removes the lines.
-for i in $(seq "$count"); do
-  echo "127.0.1.$i node$i # oreal test cluster $base" >>/etc/hosts
-done
+if [ -s "$base/hosts" ]; then
+  mapfile -t hosts <"$base/hosts"
+  listen=  # at all addresses: that of a host's own name may be 127.0.1.1
+else
+  hosts=("$(hostname -s) 127.0.0.1 env")
+  listen=CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+  # Each node has a loopback address of its own, so that equal ports of two nodes do not collide. down.sh removes the lines.
+  for i in $(seq "${2:-4}"); do
+    echo "127.0.1.$i node$i # oreal test cluster $base" >>/etc/hosts
+    hosts+=("node$i 127.0.0.1 env")
+  done
+fi
+read -r controller controller_address on_controller <<<"${hosts[0]}"
+nodes=("${hosts[@]:1}")
+names=$(printf '%s\n' "${nodes[@]%% *}" | paste -sd,)
 for i in $(seq 0 7); do ln -sfn /dev/null "$base/dev/gpu$i"; done
-echo "NodeName=node[1-$count] Name=gpu File=$base/dev/gpu[0-7]" >"$base/gres.conf"
+echo "NodeName=$names Name=gpu File=$base/dev/gpu[0-7]" >"$base/gres.conf"
 cat >"$base/slurm.conf" <<CONF
 ClusterName=oreal_test
-SlurmctldHost=$(hostname -s)(127.0.0.1)
+SlurmctldHost=$controller($controller_address)
 SlurmUser=$user
 SlurmdUser=$user
 AuthType=auth/munge
@@ -52,7 +65,7 @@ CredType=cred/munge
 # cred_expire is also how long a requeued job waits before it may start again.
 AuthInfo=socket=$base/run/munge.sock,cred_expire=5
 SlurmctldPort=$port
-CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+$listen
 SrunPortRange=$((port + 1000))-$((port + 1999))
 StateSaveLocation=$base/state
 SlurmdSpoolDir=$base/spool/%n
@@ -85,8 +98,9 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 CONF
-for i in $(seq "$count"); do
-  echo "NodeName=node$i NodeHostname=node$i NodeAddr=127.0.0.1 Port=$((port + i)) CPUs=16 RealMemory=8000 Gres=gpu:8" \
+for i in "${!nodes[@]}"; do
+  read -r name address _ <<<"${nodes[i]}"
+  echo "NodeName=$name NodeHostname=$name NodeAddr=$address Port=$((port + 1 + i)) CPUs=16 RealMemory=8000 Gres=gpu:8" \
     >>"$base/slurm.conf"
 done
 cat >>"$base/slurm.conf" <<CONF
@@ -94,14 +108,15 @@ PartitionName=batch Nodes=ALL Default=YES MaxTime=1:00:00 State=UP PriorityTier=
 PartitionName=urgent Nodes=ALL MaxTime=1:00:00 State=UP PriorityTier=10 PreemptMode=OFF
 CONF
 export SLURM_CONF=$base/slurm.conf
-slurmctld -c -i 2>>"$base/log/slurmctld.err"
-for i in $(seq "$count"); do
-  mkdir -p "$base/spool/node$i"
-  slurmd -N "node$i" 2>>"$base/log/node$i.err"
+"$on_controller" slurmctld -c -i 2>>"$base/log/slurmctld.err"
+for node in "${nodes[@]}"; do
+  read -r name _ on_node <<<"$node"
+  mkdir -p "$base/spool/$name"
+  "$on_node" slurmd -N "$name" 2>>"$base/log/$name.err"
 done
 for _ in $(seq 300); do
   idle=$(sinfo --noheader --Node --partition=batch --format='%t' 2>/dev/null | grep -c '^idle$' || true)
-  [ "$idle" = "$count" ] && { echo "$count nodes are idle: export SLURM_CONF=$base/slurm.conf"; exit 0; }
+  [ "$idle" = "${#nodes[@]}" ] && { echo "$idle nodes are idle: export SLURM_CONF=$base/slurm.conf"; exit 0; }
   sleep 0.2
 done
 echo "the nodes did not come up: $base/log" >&2

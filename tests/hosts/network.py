@@ -35,8 +35,10 @@ class Host:
 
     def command(self, *command: str) -> list[str]:
         """Returns the command line that runs a command on this host."""
-        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.name]
-        return ["ip", "netns", "exec", self.namespace, *named, *command]
+        # `ip netns exec` would mount another /sys, in which SLURM finds no control groups.
+        enter = ["nsenter", f"--net=/run/netns/{self.namespace}", "unshare", "--mount", "--uts"]
+        script = f'hostname "$0" && mount --bind /etc/netns/{self.namespace}/hosts /etc/hosts && exec "$@"'
+        return [*enter, "sh", "-c", script, self.name, *command]
 
     def start(self, *command: str, log: Path) -> subprocess.Popen[bytes]:
         """Starts a command on this host in a session of its own; its output is appended to `log`."""
@@ -118,7 +120,7 @@ def missing() -> str | None:
     """Returns why this machine cannot have network namespaces; None if it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    if any(shutil.which(tool) is None for tool in ("ip", "ss", "unshare")):
+    if any(shutil.which(tool) is None for tool in ("ip", "ss")):
         return "iproute2 is not installed: make hosts-deps"
     probe = f"oreal{os.getpid()}probe"
     if subprocess.run(["ip", "netns", "add", probe], capture_output=True).returncode:

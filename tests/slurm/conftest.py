@@ -9,20 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from oreal_megatron.metrics import METRICS_FILE, read_metrics
+from tests.hosts.network import Host
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "slurm" / "test_cluster"
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-
-
-def on_path() -> str:
-    return f"{os.environ['PATH']}:/usr/sbin"
 
 
 @dataclass(frozen=True)
@@ -55,10 +52,17 @@ class Slurm:
             time.sleep(0.3)
 
 
+def missing_daemons() -> str | None:
+    """Returns why this machine cannot have a SLURM cluster; None if it can."""
+    if shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin") is None:
+        return "slurmctld is not installed: make slurm-deps"
+    return None
+
+
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    if shutil.which("slurmctld", path=on_path()) is None:
-        pytest.skip("slurmctld is not installed: make slurm-deps")
+    if (reason := missing_daemons()) is not None:
+        pytest.skip(reason)
     if not os.access("/etc/hosts", os.W_OK):
         pytest.skip("/etc/hosts cannot be written: the nodes of the test cluster need names")
     # Unix sockets have short names only.
@@ -73,15 +77,18 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         del os.environ["SLURM_CONF"]
 
 
-def oreal_submit(*arguments: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    """`oreal-submit`, whose jobs find `oreal-train` beside this Python."""
+def oreal_submit(
+    *arguments: str, tmp_path: Path, environment: Mapping[str, str] = os.environ, host: Host | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`oreal-submit`, whose jobs find `oreal-train` beside this Python. host: where it runs; None: this machine."""
+    command = [sys.executable, "-m", "oreal_megatron.cli.submit", *arguments]
     return subprocess.run(
-        [sys.executable, "-m", "oreal_megatron.cli.submit", *arguments],
+        command if host is None else host.command(*command),
         capture_output=True,
         text=True,
         cwd=tmp_path,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**environment, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -95,3 +102,13 @@ def submitted_job(outcome: subprocess.CompletedProcess[str]) -> str:
 def has_steps(directory: Path, count: int) -> bool:
     """Whether a run has finished so many steps."""
     return (directory / METRICS_FILE).exists() and len(read_metrics(directory)[0]) >= count
+
+
+def all_logs(directory: Path) -> str:
+    return "\n".join(f"== {path}\n{path.read_text()[-3000:]}" for path in sorted((directory / "slurm").rglob("*.log")))
+
+
+def processes(program: str, directory: Path) -> list[int]:
+    """Of the run's job, the oldest first: those of the program that name its directory."""
+    found = subprocess.run(["pgrep", "-a", "-f", str(directory)], capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in found.splitlines() if program in line]

@@ -6,6 +6,7 @@ test_run.py and test_roles.py have the real ones.
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,29 @@ def test_ranks_know_each_other_and_get_the_arguments(slurm, site, submit, tmp_pa
         assert text.strip() == f"{rank} of 2, local 0, node1 1 a='b c'"
 
 
+def test_a_site_that_exports_nothing(slurm, site, submit, tmp_path, monkeypatch):
+    monkeypatch.setenv("SBATCH_EXPORT", "NONE")
+    job = submit(site('echo "$MASTER_ADDR"'), trainers=1)
+    assert slurm.ended(job)["JobState"] == "COMPLETED"
+    assert (tmp_path / f"logs-{job}" / "trainer_rank_0.log").read_text() == "node1\n"
+
+
+def test_slurm_reads_names_as_they_are(slurm, site, tmp_path):
+    config, cluster = parse_config(resolved(composed(["experiment=arithmetic"]))), site("true")
+    for name in ("a  b=c,d", "'e' \"f\" #g & {h} ~i", "${j} $k `l` (m) [n] *?", "5%t é漢", "hetjob PackJob", " o "):
+        directory = tmp_path / name
+        named = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+        script = directory / "job.sbatch"
+        text = rendered(named, cluster, Allocation(trainer_nodes=1, processes_per_node=1), [], script)
+        # Held: SLURM shows how it has read the header, and runs nothing.
+        write_atomically(script, text.replace("# === settings ===", "#SBATCH --hold"))
+        job = submitted(script)
+        read = slurm("scontrol", "show", "job", job)
+        slurm("scancel", job)
+        assert f"JobName={name}\n" in read
+        assert f"StdOut={str(directory).replace('%', '%%')}/job-{job}.log\n" in read
+
+
 def test_the_status_is_that_of_what_failed_first(slurm, site, submit, tmp_path):
     # Rank 0 ends later and with a higher status, as a peer does that lost the other.
     job = submit(site("[ $RANK = 1 ] && { sleep 1; exit 3; }; sleep 4; exit 9"))
@@ -128,11 +152,17 @@ def test_the_trainer_outlives_a_server(slurm, site, submit, tmp_path):
     assert "done" in (tmp_path / f"logs-{job}" / "trainer_rank_0.log").read_text()
 
 
-TRAINER_THAT_SAVES = """
-saved={directory}/saved
-[ -e $saved ] && {{ echo "goes on after $(<$saved)"; exit 0; }}
-trap 'echo signal > $saved; exit 75' USR1 TERM
-while :; do sleep 0.1; done
+# In Python, because bash cannot trap a signal that was ignored when it started, as USR1 is for a trainer.
+TRAINER_THAT_SAVES = f"""
+[ -e {{directory}}/saved ] && {{{{ echo "goes on after $(<{{directory}}/saved)"; exit 0; }}}}
+exec {sys.executable} -c '
+import pathlib, signal, sys
+def save(number, frame):
+    pathlib.Path("{{directory}}/saved").write_text("signal")
+    sys.exit(75)
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, save)
+while True: signal.pause()'
 """
 
 
@@ -170,12 +200,12 @@ def test_scancel_ends_everything_and_does_not_queue_again(slurm, site, submit, t
 
 
 def test_a_bad_node_is_left_out(slurm, site, submit, tmp_path):
-    job = submit(site("echo trained", node_check='test "$SLURMD_NODENAME" != node1'))
+    job = submit(site("echo trained", node_check='test "$SLURMD_NODENAME" != node1', exclude=("node4",)))
     assert slurm.ended(job)["JobState"] == "FAILED"
     assert "bad nodes: node1" in log(tmp_path, job)
     again = str(int(job) + 1)
     ended = slurm.ended(again)
-    assert ended["JobState"] == "COMPLETED" and ended["ExcNodeList"] == "node1"
+    assert ended["JobState"] == "COMPLETED" and ended["ExcNodeList"] == "node[1,4]"
 
 
 def test_a_chain_goes_on_after_a_job_that_failed(slurm, site, submit):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.servers.conftest import require_sglang
-from tests.slurm.conftest import has_steps, oreal_submit, submitted_job
+from tests.slurm.conftest import all_logs, has_steps, oreal_submit, processes, submitted_job
 from tests.tiny import TINY
 
 pytestmark = [pytest.mark.slurm, pytest.mark.servers, pytest.mark.end_to_end, pytest.mark.timeout(1800)]
@@ -42,27 +41,6 @@ def assert_completed(slurm, job: str, directory: Path) -> str:
     assert ended["JobState"] == "COMPLETED", all_logs(directory)
     assert processes("sglang.launch_server", directory) == []
     return (directory / "slurm" / f"job-{job}.log").read_text()
-
-
-def all_logs(directory: Path) -> str:
-    return "\n".join(f"== {path}\n{path.read_text()[-3000:]}" for path in sorted((directory / "slurm").rglob("*.log")))
-
-
-def processes(program: str, directory: Path) -> list[int]:
-    """Of the run's job, the oldest first: those of the program that name its directory."""
-    found = subprocess.run(["pgrep", "-a", "-f", str(directory)], capture_output=True, text=True).stdout
-    return [int(line.split()[0]) for line in found.splitlines() if program in line]
-
-
-def test_a_trainer_and_a_server_on_nodes_of_their_own(slurm, tmp_path):
-    """Submitted, trained on the server's rollouts, and nothing is left of it."""
-    directory = tmp_path / "roles"
-    job = submitted_roles(directory, "run.num_steps=2")
-    log = assert_completed(slurm, job, directory)
-    assert slurm.job(job)["NumNodes"] == "2"
-    assert has_steps(directory, 2)
-    assert "trainer on node1, servers on node2" in log
-    assert "http://node2:" in (directory / "slurm" / f"logs-{job}" / "servers_node_0.log").read_text()
 
 
 def test_a_run_goes_on_without_a_server_until_that_is_back(slurm, tmp_path):

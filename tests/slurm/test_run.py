@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from oreal_megatron.overrides import literal
 from tests.slurm.conftest import has_steps, oreal_submit, submitted_job
 from tests.tiny import TINY, invoke, metrics_of
 
@@ -23,7 +24,9 @@ SITE = (
 
 def submitted_run(directory: Path, *overrides: str) -> str:
     return submitted_job(
-        oreal_submit(*TINY, *SITE, *overrides, f"run.dir={directory}", "--nodes=2", tmp_path=directory.parent)
+        oreal_submit(
+            *TINY, *SITE, *overrides, f"run.dir={literal(str(directory))}", "--nodes=2", tmp_path=directory.parent
+        )
     )
 
 
@@ -39,7 +42,7 @@ def assert_resumed(slurm, job: str, directory: Path, *overrides: str, timeout: f
 
 
 def test_a_run_stopped_by_a_signal_resumes_to_the_same_figures(slurm, tmp_path):
-    directory = tmp_path / "stopped"
+    directory = tmp_path / "stopped (a=b, c) #1 ~é %t"
     job = submitted_run(directory)
     slurm.until(lambda: has_steps(directory, 1))
     slurm("scancel", "--batch", "--signal=USR1", job)

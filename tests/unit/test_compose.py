@@ -160,8 +160,12 @@ def test_job_gets_the_options_from_outside(config_dir, monkeypatch, tmp_path):
     site = ["cluster=single_machine_test", f"cluster.runs={tmp_path}", "resources.trainer_devices=1"]
     options = ["objective=mine", f"run.dir={tmp_path}/run", "--test-only"]
     assert run("submit", "--config-dir", config_dir, *site, *options).returncode == 0
-    script = (tmp_path / "run" / "slurm" / "job.sbatch").read_text()
-    assert f"arguments=('--config-dir={config_dir}' cluster=single_machine_test" in script
+    job = tmp_path / "run" / "slurm"
+    assert f"export OREAL_CONF={job / 'conf'}\n" in (job / "job.sbatch").read_text()
+    # What the job composes is what was checked, whatever becomes of the files.
+    (config_dir / "objective" / "mine.yaml").write_text("eta: 0.5\n")
+    monkeypatch.setenv("OREAL_CONF", str(job / "conf"))
+    assert validated(composed(["objective=mine"])).objective.eta == 0.25
 
 
 def test_version_of_train_is_the_products(capsys, monkeypatch):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from oreal_megatron.stopping import SIGNALS
 from oreal_megatron.types import Verdict
 from oreal_megatron.verifier.outcome import Outcome, unknown
 
@@ -62,15 +64,20 @@ class _Server:
         self.workers: list[_Worker] = []
         self.control, theirs = socket.socketpair()
         import_path = os.pathsep.join(filter(None, [str(_IMPORT_ROOT), os.environ.get("PYTHONPATH")]))
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", _SERVER_MODULE, str(theirs.fileno()), str(memory_limit_mb)],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": import_path},
-                start_new_session=True,  # Ctrl-C in the terminal is the trainer's to handle
-            )
+        # A scheduler's signals, and Ctrl-C, go to all processes of a job; the trainer handles them and ends its server.
+        # The server and its workers inherit the mask.
+        unmasked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            with theirs:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", _SERVER_MODULE, str(theirs.fileno()), str(memory_limit_mb)],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    env={**os.environ, "PYTHONPATH": import_path},
+                )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)
         self.control.settimeout(_START_SECONDS)
         try:
             ready = self.control.recv(REPLY.size)

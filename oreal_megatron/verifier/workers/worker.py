@@ -150,7 +150,6 @@ def run_server(control: socket.socket, memory_limit_mb: int) -> None:
 def main() -> None:
     """Warms up, reports that the server is ready, and serves until the pool has ended."""
     control = socket.socket(fileno=int(sys.argv[1]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for gold, answer in _WARM_UP:
         _compare(gold, (answer,), ())
     gc.freeze()

@@ -15,7 +15,7 @@ from oreal_megatron.dry_run import MAX_PROCESSES, MAX_SERVERS, num_processes, sh
 from oreal_megatron.overrides import config_directory
 from oreal_megatron.planner.planner import Plan
 from oreal_megatron.slurm.checks import checked
-from oreal_megatron.slurm.cluster import LOCAL_FILE_SYSTEMS, file_system
+from oreal_megatron.slurm.cluster import LOCAL_FILE_SYSTEMS, editable_project, file_system
 from oreal_megatron.slurm.sbatch import allocation
 
 EXPERIMENTS = sorted(path.stem for path in (Path(config_directory()) / "experiment").glob("*.yaml"))
@@ -142,6 +142,63 @@ def test_submission_names_missing_and_wrong_values_together(tmp_path):
     # Where a section is not valid, the run has no allocation, but the site's own values are still checked.
     unknown = refused("experiment=oreal_32b", "cluster=slurm", "+parallel.tensors=8")
     assert {"parallel.tensors", "cluster.account"} <= unknown.keys()
+
+
+def test_submission_names_what_other_nodes_and_the_container_do_not_see(tmp_path):
+    """The checkout that an editable installation runs is a path too."""
+    shared, local = tmp_path / "shared", tmp_path / "local"
+    for directory in (shared, local):
+        directory.mkdir()
+    base = [f"cluster.{name}={shared}" for name in ("runs", "models", "data")]
+    base += ["experiment=oreal_32b", "cluster=slurm", "cluster.partition=batch", "cluster.account=a"]
+    base += [f"model.path={local}", f"data.train={shared}", f"run.dir={shared}/run"]
+    found = refused(*base, "cluster.venv=null", f"cluster.shared=[{shared}]")
+    unseen = {key for key, remedy in found.items() if "not on shared storage" in remedy}
+    assert {"cluster.venv", "model.path"} <= unseen and "data.train" not in unseen
+    container = ("cluster.venv=null", "cluster.container=image", f"cluster.shared=[{tmp_path}]")
+    for mounts, not_seen in (
+        (f"['{shared}']", {"model.path"}),
+        (f"['{shared}:{shared}:ro','{local}']", set()),
+        (f"['{shared}:/elsewhere']", {"model.path", "data.train", "run.dir"}),
+    ):
+        found = refused(*base, *container, f"cluster.mounts={mounts}", "cluster.time_limit=00:00:01")
+        assert {key for key, remedy in found.items() if "The container does not see it" in remedy} == not_seen
+    image = local / "image.sif"
+    container = ("cluster.venv=null", f"cluster.container={image}", f"cluster.shared=[{shared}]")
+    assert "not on shared storage" in refused(*base, *container)["cluster.container"]
+    assert "does not exist" in refused(*base, *container, f"cluster.shared=[{tmp_path}]")["cluster.container"]
+
+
+def test_the_checkout_of_an_editable_installation_is_found(tmp_path):
+    assert editable_project(tmp_path) is None
+    installed = tmp_path / "lib" / "python3.12" / "site-packages" / "oreal_megatron-1.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Name: oreal_megatron\nVersion: 1\n")
+    (installed / "direct_url.json").write_text('{"dir_info": {}, "url": "file:///src"}')
+    assert editable_project(tmp_path) is None
+    (installed / "direct_url.json").write_text('{"dir_info": {"editable": true}, "url": "file:///my%20src"}')
+    assert editable_project(tmp_path) == Path("/my src")
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ('run.name="a\\nb"', "run.name"),
+        ("run.dir='/r/a\\b'", "run.dir"),
+        ('cluster.partition="a\\n#SBATCH --hold"', "cluster.partition"),
+        ("cluster.environment={'A B': x}", "cluster.environment"),
+        ("cluster.mounts=['/a,b']", "cluster.mounts"),
+    ],
+)
+def test_a_text_that_a_job_would_not_read_as_it_is_is_refused(override, key):
+    assert key in refused("experiment=oreal_32b", "cluster=slurm", override.encode().decode("unicode_escape"))
+
+
+def test_a_server_larger_than_a_node_is_refused_with_the_alternatives():
+    found = refused("experiment=oreal_32b_disaggregated", "cluster=slurm", "rollout.sglang.tensor=16")
+    assert "on one node" in found["rollout.sglang.tensor"] and "num_servers" in found["rollout.sglang.tensor"]
+    found = refused("experiment=oreal_32b", "cluster=slurm", "+rollout.sglang.arguments.nnodes=2")
+    assert "on one" in found["rollout.sglang.arguments.nnodes"]
 
 
 def test_file_system_of_a_machine_is_not_shared_storage():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from oreal_megatron.cli import train
 from oreal_megatron.config import SGLangConfig
 from oreal_megatron.servers.server_process import (
     Launcher,
+    ServerProcess,
     ServerStartError,
     choose_port,
     interpreter_problem,
@@ -22,6 +24,7 @@ from oreal_megatron.servers.server_process import (
     listening_address,
     server_url,
 )
+from tests.run_processes import wait_until
 from tests.tiny_servers import servers_config
 
 
@@ -115,6 +118,15 @@ def test_trainer_sets_it_before_torch_is_imported(monkeypatch):
     assert found == ["0"]
     code = "import sys, oreal_megatron.cli.train; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_schedulers_signal_to_all_processes_does_not_end_a_server(tmp_path):
+    log = tmp_path / "log"
+    server = ServerProcess(["bash", "-c", "echo serves; sleep 60"], os.environ, log)
+    wait_until(lambda: "serves\n" in log.read_text().splitlines(keepends=True))
+    os.killpg(server.pid, signal.SIGUSR1)
+    server.stop()
+    assert server.exit_code == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])

@@ -60,7 +60,7 @@ def test_servers_of_another_kind_are_a_second_component():
 
 def test_names_with_spaces_are_one_word_of_the_header():
     lines = header(name="my run #2", directory="/my runs")
-    assert "--job-name='my run #2'" in lines and "--output='/my runs/job-%j.log'" in lines
+    assert '--job-name="my run #2"' in lines and '--output="/my runs/job-%j.log"' in lines
 
 
 def test_time_limits_are_read():

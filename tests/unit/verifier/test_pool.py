@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from oreal_megatron.stopping import SIGNALS
 from oreal_megatron.types import Verdict
 from oreal_megatron.verifier import VerifierConfig, build_verifier
 from oreal_megatron.verifier.workers.pool import WorkerPool
@@ -75,6 +76,21 @@ def test_a_killed_process_is_replaced(victim: int) -> None:
         assert not any(map(is_alive, {processes[victim], processes[1]}))
     finally:
         pool.close()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_schedulers_signal_to_all_processes_loses_no_comparison(number: signal.Signals) -> None:
+    pool = WorkerPool(num_workers=1, timeout_seconds=60.0, memory_limit_mb=512)
+    try:
+        pool.compare([SURD])
+        processes = pool.processes()
+        for process in processes:
+            os.kill(process, number)
+        assert [result.outcome.verdict for result in pool.compare([SURD] * 3)] == [Verdict.CORRECT] * 3
+        assert (pool.processes(), pool.num_restarts) == (processes, 0)
+    finally:
+        pool.close()
+    assert not any(map(is_alive, processes))
 
 
 def test_memory_is_limited() -> None:
