@@ -24,7 +24,7 @@ class TokenWeightConfig(Section):
     """Source of token weights. reward_model: its scores; ones: every token has weight 1, and there is no reward
     model."""
     form: Literal["confidence", "change", "departure"]
-    """Quantity that weighs a token, in the direction of the response's outcome. confidence: eq. (10). change: by how much the
+    """Weight of a token, in the direction of the response's outcome. confidence: eq. (10). change: by how much the
     token moves the confidence c, c_t - c_(t-1) with c_0 = 1/2. departure: by how much the token's score departs from
     the mean score before it. The latter two are not the paper's; where they are negative, the weight is 0."""
     normalize: Literal["none", "mean"]
