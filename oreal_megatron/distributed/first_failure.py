@@ -58,15 +58,26 @@ def _end_with_others(store: dist.Store, rank: int, timeout_seconds: float, is_ov
     deadline = time.monotonic() + timeout_seconds
     while not is_over.wait(_POLL_SECONDS):
         try:
-            first = int(store.get(_KEY)) if store.check([_KEY]) else None
+            check_others(store, rank)
+        except LostPeer as lost:
+            _exit(str(lost))
         except RuntimeError:
             if is_over.is_set():
                 return
             _exit(f"rank {rank} stops: it lost contact with the process that has the job's store")
-        if first is not None and first != rank:
-            _exit(_another_failed(rank, first))
         if time.monotonic() > deadline:
             _exit(f"{_cannot_connect(rank)} (parallel.timeout_seconds = {timeout_seconds:g} are over)")
+
+
+def check_others(store: dist.Store, rank: int) -> None:
+    """Looks for a failure of another rank, which a rank that waits outside of collectives does not notice.
+
+    Raises:
+        LostPeer: another rank has failed.
+        DistError: the process that has the store has ended.
+    """
+    if store.check([_KEY]) and (first := int(store.get(_KEY))) != rank:
+        raise LostPeer(_another_failed(rank, first))
 
 
 def _exit(message: str) -> NoReturn:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_map_only
 from oreal_megatron.config import ConfigError, ParallelConfig, Violation
 from oreal_megatron.distributed.addresses import address_on_route, choose_gloo_interface
 from oreal_megatron.distributed.cpu_backend import collective_backend, device
-from oreal_megatron.distributed.first_failure import first_line, joining_together, lost_peer
-from oreal_megatron.stopping import Stopped
+from oreal_megatron.distributed.first_failure import check_others, first_line, joining_together, lost_peer
+from oreal_megatron.stopping import LostPeer, Stopped
 
 T = TypeVar("T")
 
@@ -46,6 +46,8 @@ class ParallelGroups:
     Python objects and waits go through them: a process that waits inside NCCL occupies its GPU, on which a colocated
     server may generate.
     """
+    store: dist.Store | None = None
+    """Store of the job's rendezvous; None for groups without processes."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -206,6 +208,11 @@ class ParallelGroups:
         # The counter is in the store of the job's rendezvous, to which torch has no public accessor.
         return int(dist.distributed_c10d._get_default_store().add(f"count/{name}", more))
 
+    def check_others(self) -> None:
+        """Raises LostPeer if another process of the job has failed. Call it in waits that are no collectives."""
+        if self.store is not None:
+            check_others(self.store, self.rank)
+
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Waits at the end of the block for all processes, and raises on all of them if one of them raised.
@@ -249,10 +256,10 @@ def parallel_groups(config: ParallelConfig, *, seed: int) -> Iterator[ParallelGr
             # Megatron-Core creates groups of its own, which do not take over the default group's timeout.
             minutes = config.timeout_seconds / 60
             groups = split_processes(config, seed=seed, host_backend="gloo", distributed_timeout_minutes=minutes)
-        yield groups
+        yield replace(groups, store=store)
     except Stopped:
         raise
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, LostPeer):
         failed = True
         raise
     except Exception as error:

@@ -277,6 +277,9 @@ class SGLangEngine:
         until_stop: return None once one of these ranks is asked to stop.
         Waiting ranks repeat short broadcasts, so that no collective exceeds its timeout however long the work takes,
         and a signal is noticed, whose handler cannot run inside a collective.
+
+        Raises:
+            LostPeer: Another rank of the job has failed, perhaps one of another replica.
         """
         broadcast = self._groups.from_main if of_main else self._groups.from_replica_leader
         any_of = self._groups.any_rank if of_main else self._groups.any_of_replica
@@ -290,6 +293,7 @@ class SGLangEngine:
                 raise outcome.error
             if outcome is not None:
                 return outcome
+            self._groups.check_others()
             if until_stop and any_of(self._stop.is_made):
                 return None
 

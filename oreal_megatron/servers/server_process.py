@@ -6,6 +6,7 @@ import errno
 import functools
 import importlib.util
 import ipaddress
+import math
 import os
 import random
 import re
@@ -213,6 +214,8 @@ def launch_environment(config: SGLangConfig, *, imports: Path = _PACKAGE.parent)
     # The context with its margin may be longer than the model's; no token is ever in the margin.
     environment |= {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
     environment.setdefault(*NCCL_WITHOUT_CUMEM)
+    # SGLang closes connections that are idle for 5 seconds: a request that a cut link holds up longer would be lost.
+    environment.setdefault("SGLANG_TIMEOUT_KEEP_ALIVE", str(math.ceil(config.health_seconds)))
     if config.python is not None:  # its tools compile kernels
         found = shutil.which(config.python) or config.python
         environment["PATH"] = os.pathsep.join([str(Path(found).parent), environment.get("PATH", os.defpath)])

@@ -1,4 +1,4 @@
-"""Two hosts on this machine, opened for the session; without root or iproute2 these tests skip."""
+"""Three hosts on this machine, opened for the session; without root or iproute2 these tests skip."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from tests.hosts.network import Host, Network, missing, opened_network
 
-NAMES = ("nodea", "nodeb")
+NAMES = ("nodea", "nodeb", "nodec")
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +37,8 @@ def nodea(network: Network) -> Host:
 @pytest.fixture
 def nodeb(network: Network) -> Host:
     return network["nodeb"]
+
+
+@pytest.fixture
+def nodec(network: Network) -> Host:
+    return network["nodec"]

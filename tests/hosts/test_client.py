@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from oreal_megatron.servers.client import ServerClient, ServerLost
+from oreal_megatron.servers.server_process import server_url
 from tests.fake_sglang import FakeSGLang
 from tests.ranks import FORK
 
@@ -15,11 +16,11 @@ pytestmark = pytest.mark.hosts
 PORT = 4000
 
 
-def serve(host):
+def serve(host, address):
     host.enter()
 
     async def forever():
-        await FakeSGLang(host=host.address, port=PORT, token_seconds=1.0).start()
+        await FakeSGLang(host=address, port=PORT, token_seconds=1.0).start()
         await asyncio.Event().wait()
 
     asyncio.run(forever())
@@ -28,7 +29,7 @@ def serve(host):
 @pytest.mark.parametrize(("comes_back", "health_seconds"), [(True, 60.0), (False, 4.0)])
 def test_a_connection_without_another_end_is_lost(network, nodeb, comes_back, health_seconds):
     """The server's host loses its connections: at once when it is reachable again, else after the time of silence."""
-    FORK.Process(target=serve, args=(nodeb,), daemon=True).start()
+    FORK.Process(target=serve, args=(nodeb, nodeb.address), daemon=True).start()
 
     async def lose():
         client = ServerClient(
@@ -50,3 +51,22 @@ def test_a_connection_without_another_end_is_lost(network, nodeb, comes_back, he
         await client.close()
 
     asyncio.run(lose())
+
+
+def test_server_at_an_ipv6_address_is_reached_until_its_link_is_cut(nodeb):
+    """A host that does not answer is unhealthy after the time that was asked for, not after that of a connection."""
+    FORK.Process(target=serve, args=(nodeb, nodeb.address6), daemon=True).start()
+
+    async def ask():
+        url = server_url(nodeb.address6, PORT)
+        client = ServerClient(url, max_concurrency=2, control_seconds=5.0, health_seconds=60.0)
+        while not await client.is_healthy(1.0):
+            await asyncio.sleep(0.1)
+        assert (await client.generate("r", (5, 6), {"max_new_tokens": 2})).token_ids
+        await client.close()
+        nodeb.cut()
+        client = ServerClient(url, max_concurrency=2, control_seconds=5.0, health_seconds=60.0)
+        assert not await asyncio.wait_for(client.is_healthy(0.5), 8)
+        await client.close()
+
+    asyncio.run(ask())

@@ -13,7 +13,7 @@ from oreal_megatron.config import SamplingConfig
 from oreal_megatron.rollout.sglang_engine import SGLangEngine
 from oreal_megatron.servers.request_queue import NoServerError
 from oreal_megatron.servers.server_process import NO_WEIGHTS
-from oreal_megatron.stopping import Stopped, StopRequest
+from oreal_megatron.stopping import LostPeer, Stopped, StopRequest
 from oreal_megatron.types import GenerationRequest
 from tests.fake_sglang import fake_servers, free_port, response
 
@@ -34,6 +34,8 @@ class Groups:
 
     def barrier(self):
         pass
+
+    check_others = barrier
 
 
 class Publisher:
@@ -287,3 +289,19 @@ def test_stop_ends_generation_before_its_units_are_finished(fakes, open_engine):
     fake.token_seconds = 1000.0
     threading.Timer(0.3, lambda: setattr(stop, "signal", "SIGTERM")).start()
     assert generate(engine, requests_of(4)) == {}
+
+
+def test_replica_that_waits_ends_with_another_that_failed(fakes, open_engine):
+    """Its servers wait for weights that the main rank, which has failed, does not send any more."""
+
+    class Failed(Groups):
+        def check_others(self):
+            raise LostPeer("rank 1 stops: rank 0 failed")
+
+    fake, groups = fakes.server(), Groups()
+    engine, _, _ = open_engine(fake.url, groups=groups)
+    engine.publish(0)
+    fake.token_seconds = 1000.0
+    groups.check_others = Failed().check_others
+    with pytest.raises(LostPeer):
+        generate(engine, requests_of(4))

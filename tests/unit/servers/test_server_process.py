@@ -98,6 +98,15 @@ def test_servers_and_trainer_agree_on_how_nccl_shares_memory(monkeypatch):
     assert launch_environment(config(python=python, device="cuda"))["NCCL_CUMEM_ENABLE"] == "1"
 
 
+def test_server_keeps_a_connection_for_as_long_as_a_request_may_be_held_up(monkeypatch):
+    name = "SGLANG_TIMEOUT_KEEP_ALIVE"
+    monkeypatch.delenv(name, raising=False)
+    options = config(python=sys.executable, health_seconds=12.5)
+    assert launch_environment(options)[name] == "13"
+    monkeypatch.setenv(name, "7")
+    assert launch_environment(options)[name] == "7"
+
+
 def test_trainer_sets_it_before_torch_is_imported(monkeypatch):
     monkeypatch.setenv("NCCL_CUMEM_ENABLE", "")
     monkeypatch.delenv("NCCL_CUMEM_ENABLE")
