@@ -17,7 +17,7 @@ from pathlib import Path
 from oreal_megatron.metrics import read_metrics
 
 OBJECTIVES = (
-    "oreal", "oreal_paper", "oreal_release", "oreal_no_rm",
+    "oreal", "oreal_change", "oreal_paper", "oreal_release", "oreal_no_rm",
     "grpo", "rloo", "reinforce", "raft", "reinforce_rej", "psr", "nsr",
 )  # fmt: skip
 # A process that has imported everything, to fork the runs from.

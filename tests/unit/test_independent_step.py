@@ -39,6 +39,7 @@ OREAL = {"advantage": "rloo", "keep": "mixed", "train": "pair", "terms": ("log",
 BASELINE = {"keep": "any", "train": "all", "terms": ("log", "log"), "own_counts": False, "eta": 1.0, "reads": None}
 PRESETS = {
     "oreal": OREAL,
+    "oreal_change": OREAL | {"weights": "change"},
     "oreal_paper": OREAL | {"advantage": "paper"},
     "oreal_release": OREAL | {"reads": -1, "undecided": -1.0},
     "oreal_no_rm": OREAL | {"train": "all", "reads": None},
@@ -152,9 +153,15 @@ def derived(preset: dict, rows, models, head_bias: bool) -> tuple[dict[str, floa
             scores = torch.stack([states[start + t + preset["reads"]] @ head + bias for t in range(length)])
             logit = scores.mean()
             reward_loss = reward_loss - F.logsigmoid(logit if correct else -logit) / len(rows)
+            before = 0.5
             for t in range(length):
                 confidence = 1 / (1 + math.exp(-sum(scores[: t + 1].tolist()) / (t + 1)))
                 weights[t] = max(2 * confidence - 1, 0) if correct else max(1 - 2 * confidence, 0)
+                if preset.get("weights") == "change":
+                    weights[t] = max(confidence - before, 0) if correct else max(before - confidence, 0)
+                before = confidence
+            if preset.get("weights") == "change" and weights.sum():
+                weights *= length / weights.sum()
         weight_sum += weights.sum().item()
         old = torch.tensor(rollout.logprobs, dtype=torch.float64)
         forms = {
