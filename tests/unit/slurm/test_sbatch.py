@@ -44,7 +44,8 @@ def header(*overrides: str, name: str = "run", directory: str = "/r") -> list[st
     raw = composed(["cluster=slurm", *(f"cluster.{name}" for name in names), *overrides])
     site: Any = OmegaConf.to_container(raw["cluster"], resolve=True)
     config = recipe("oreal_32b_disaggregated", f"run.name='{name}'")
-    script = rendered(config, parse_cluster(site), allocation(config, 64), ["a=b c"], Path(directory, "job.sbatch"))
+    paths = {"logs": Path(directory), "configuration": Path(directory, "conf")}
+    script = rendered(config, parse_cluster(site), allocation(config, 64), ["a=b c"], **paths)
     assert "arguments=('a=b c')" in script
     return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
 
