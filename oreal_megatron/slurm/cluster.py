@@ -61,7 +61,7 @@ class ClusterConfig(Section):
     memory_per_node: str
     """Memory of a node, as for sbatch --mem. 0: all of it."""
     modules: Strings
-    """Environment modules to load at the start of a job."""
+    """Environment modules to load at the start of a job, as `setup` runs."""
     venv: str | None
     """Virtual environment of the project on shared storage. null: the environment that submits the job."""
     container: str | None
@@ -73,7 +73,7 @@ class ClusterConfig(Section):
     environment: Mapping[str, str]
     """Environment variables of every process."""
     setup: Strings
-    """Shell lines that run at the start of a job."""
+    """Shell lines that run once at the start of a job, on its first node. Every process gets what they export."""
     node_check: str | None
     """Shell command that checks a node before the run starts. A node where it fails, or takes 10 minutes, is excluded.
     null: no check."""
@@ -232,7 +232,7 @@ def _text_violations(cluster: ClusterConfig, config: TrainConfig) -> Iterator[Vi
 
 
 def absolute(directory: str) -> str:
-    """Returns the absolute path of a directory, with its links as they are: mounts and shared roots have their names."""
+    """Returns the absolute path of a directory, with its links as they are: a mount may have the name of a link."""
     return os.path.abspath(directory)
 
 

@@ -72,7 +72,7 @@ def paths(directory: Path) -> dict[str, Path]:
 
 
 def calls_of(script: str, directory: Path, *, status: int = 0, **environment: str) -> dict[str, list[str]]:
-    """Runs a batch script, which ends with this status; returns the words that the stand-ins noted -> by file, and what it said."""
+    """Runs a batch script, which ends with this status; returns what the stand-ins noted -> by file, and `said`."""
     bin, calls = directory / "bin", directory / "calls"
     for folder in (bin, calls):
         shutil.rmtree(folder, ignore_errors=True)
@@ -151,6 +151,7 @@ def test_each_role_gets_the_cpus_of_its_own_nodes(run_config, tmp_path):
     hosts = {"SLURM_JOB_NODELIST": "localhost,localhost,localhost", "SLURM_JOB_NUM_NODES": "3"}
     script = rendered(run_config, site(), nodes, [], **paths(tmp_path))
     calls = calls_of(script, tmp_path, SLURM_JOB_CPUS_PER_NODE="96,64,10", **hosts)
+    assert "OREAL_TRAINERS=localhost,localhost" in calls["servers.environment"]
     assert "--cpus-per-task=16" in calls["trainer"] and "--cpus-per-task=10" in calls["servers"]
     calls = calls_of(script, tmp_path, SLURM_JOB_CPUS_PER_NODE="12(x2),100", **hosts)
     assert "--cpus-per-task=3" in calls["trainer"] and "--cpus-per-task=100" in calls["servers"]
@@ -291,3 +292,19 @@ def test_a_request_to_stop_before_the_trainer_handles_signals_does_not_end_it(tm
     assert rank.stdout.read(4) == b"live"
     os.killpg(rank.pid, signal.SIGUSR1)
     assert rank.wait(30) == 75
+
+
+def test_usr1_to_all_steps_ends_no_server(tmp_path):
+    command = ["task", "recorded", tmp_path, "bash", "-c", "kill -USR1 $$; echo lives"]
+    outcome = subprocess.run(["bash", "-c", f'{task_functions()}"$@"', *command], capture_output=True, text=True)
+    assert (outcome.returncode, outcome.stdout, list(tmp_path.iterdir())) == (0, "lives\n", [])
+
+
+@pytest.mark.parametrize("file", [SCRIPT, SCRIPT.parents[1] / "docs" / "slurm.md"], ids=lambda file: file.name)
+def test_the_command_by_hand_starts_what_its_experiment_asks_for(file):
+    text = re.sub(r"\\\n#? *", "", file.read_text())
+    (words,) = [line.strip("# ").split() for line in text.splitlines() if "slurm/train.sbatch experiment=" in line]
+    options, arguments = words[1 : words.index("slurm/train.sbatch")], words[words.index("slurm/train.sbatch") + 1 :]
+    config = parse_config(resolved(composed(arguments)))
+    assert {"--nodes=2", "--gpus-per-node=8", "--cpus-per-task=96"} <= set(options)
+    assert (config.resources.trainer_devices, config.rollout.sglang) == (2 * 8, None)

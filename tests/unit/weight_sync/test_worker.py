@@ -10,9 +10,9 @@ import torch
 
 from oreal_megatron.conversion.rules import Box
 from oreal_megatron.weight_sync.fp8_blocks import E4M3, quantise_into
+from oreal_megatron.weight_sync.p2p import Rendezvous
 from oreal_megatron.weight_sync.planner import TransferOp
 from oreal_megatron.weight_sync.sglang_layout import scales_of
-from oreal_megatron.weight_sync.p2p import Rendezvous
 from oreal_megatron.weight_sync.worker import Command, Receive, Unpack, Worker, load
 
 SIZE = 128
