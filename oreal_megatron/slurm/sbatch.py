@@ -123,7 +123,7 @@ def configuration_of_job(logs: Path, config_dir: Path | None) -> tuple[Path, dic
 
     config_dir: a directory with more options of groups, of which those that conf/ lacks are copied too.
     """
-    files = {}
+    files: dict[str, bytes] = {}
     for source in filter(None, (config_dir, config_directory())):
         files |= {str(file.relative_to(source)): file.read_bytes() for file in source.rglob("*.yaml")}
     digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
