@@ -182,9 +182,10 @@ def _path_violations(cluster: ClusterConfig, config: TrainConfig, num_nodes: int
 
 def _files(config: TrainConfig) -> dict[str, str]:
     """Returns the files and directories that the run reads -> by key."""
+    tokenizer = config.model.tokenizer
     files = {
         "model.path": config.model.path,
-        "model.tokenizer": config.model.tokenizer if config.model.tokenizer != "arithmetic" else None,
+        "model.tokenizer": None if tokenizer in ("arithmetic", config.model.path) else tokenizer,
         "model.reward_model": config.model.reward_model,
         "data.train": config.data.train,
         "sft.demonstrations": config.sft.demonstrations if config.sft else None,
