@@ -8,7 +8,7 @@ import random
 import shutil
 import signal
 import time
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 
 import psutil
@@ -56,18 +56,22 @@ def check_statuses(statuses: set[int], number: signal.Signals | None, said: str)
     assert "Traceback" not in said, said
 
 
-def interrupted(directory: Path, overrides, num_ranks: int, order, rng, longest: float) -> Counter:
-    """Starts a run again and again, each time with the next signal of `order`, until it ends; counts interruptions."""
+def interrupted(directory: Path, overrides, num_ranks: int, left: deque, rng, longest: float) -> Counter:
+    """Starts a run again and again, each time with the next signal of `left`, until it ends; counts interruptions.
+
+    A signal that came when the run had done its work stays in `left`.
+    """
     made: Counter = Counter()
     while True:
-        number = next(order, None)
+        number = left[0] if left else None
         ranks = start_ranks(directory, *overrides, num_processes=num_ranks)
         to = interrupt(ranks, number, rng, longest) if number is not None else ""
         statuses = {rank.wait() for rank in ranks}
         check_statuses(statuses, number, ranks[0].said())
         if statuses == {0}:
             return made
-        made[f"{number.name} to {to}" if number is not None else ""] += 1
+        left.popleft()
+        made[f"{number.name} to {to}"] += 1
 
 
 def assert_same_export(directory: Path, whole: Path) -> None:
@@ -90,14 +94,14 @@ def check(make, num_ranks: int, overrides, num_interruptions: int, seed: int, sh
     check_statuses({rank.wait() for rank in ranks}, None, ranks[0].said())
     longest = share * (time.monotonic() - start)
     order = itertools.cycle(rng.sample(SIGNALS, len(SIGNALS)))
+    left = deque(itertools.islice(order, num_interruptions))
     made: Counter = Counter()
     for trial in itertools.count():
         directory = make(f"trial_{trial}")
-        left = itertools.islice(order, num_interruptions - made.total())
         made += interrupted(directory, overrides, num_ranks, left, rng, longest)
         assert_same_run(directory, whole, STEPS)
         assert_same_export(directory, whole)
-        if made.total() >= num_interruptions:
+        if not left:
             return made
         shutil.rmtree(directory)
     raise AssertionError
