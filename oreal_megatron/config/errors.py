@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,5 +41,5 @@ class ConfigError(ValueError):
         lines = "\n".join(f"  {violation}" for violation in violations)
         super().__init__(f"{len(violations)} problem(s) in the configuration{where}:\n{lines}")
 
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[Violation]]]:
-        return ConfigError, (self.violations,)  # for pickling between processes
+    def __reduce__(self) -> tuple[Callable[..., ConfigError], tuple[list[Violation]]]:
+        return functools.partial(ConfigError, host=self.host), (self.violations,)  # for pickling between processes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import socket
 
 import pytest
@@ -70,3 +71,8 @@ def test_problem_of_a_machine_names_it_on_every_rank(capsys, monkeypatch):
         run_command(lambda: check_host(validated(composed(["experiment=arithmetic"]))))
     said = capsys.readouterr().err
     assert f"1 problem(s) in the configuration on {socket.gethostname()}:\n  resources.device = 'cpu'" in said
+
+
+def test_error_keeps_its_machine_between_processes():
+    error = pickle.loads(pickle.dumps(ConfigError([Violation("run.dir", "a", "It is full.")], host="node7")))
+    assert error.host == "node7" and "in the configuration on node7:" in str(error)
