@@ -14,9 +14,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from oreal_megatron.config import ConfigError, NonNegative, Positive, Section, Strings, TrainConfig, Violation
+from oreal_megatron.config import (
+    ConfigError,
+    NonNegative,
+    Positive,
+    Section,
+    Strings,
+    TrainConfig,
+    Violation,
+    parse_section,
+)
 
 
 class ClusterConfig(Section):
@@ -94,19 +103,7 @@ def parse_cluster(raw: Mapping[str, Any]) -> ClusterConfig:
         raise ConfigError(
             [Violation("cluster", "none", "There is no site. Copy conf/cluster/slurm.yaml, and set cluster=NAME.")]
         )
-    try:
-        return ClusterConfig.model_validate({k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
-    except ValidationError as error:
-        raise ConfigError(
-            [
-                Violation(
-                    ".".join(["cluster", *map(str, item["loc"])]),
-                    None if item["type"] == "missing" else item["input"],
-                    f"{item['msg']}.",
-                )
-                for item in error.errors()
-            ]
-        ) from error
+    return parse_section("cluster", {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}, ClusterConfig)
 
 
 def site_violations(
