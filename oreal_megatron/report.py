@@ -139,9 +139,9 @@ def _reward_model_figures(
     directory: Path, steps: Sequence[dict[str, Any]], weighted: tuple[int, Sequence[dict[str, Any]]]
 ) -> list[str]:
     """Returns figures of the reward model and its token weights; none for a run without a reward model."""
-    more = (_calibration_figure(directory), _position_figure(*weighted))
     if not any("loss/reward_model" in record["metrics"] for record in steps):
         return []
+    more = (_calibration_figure(directory), _position_figure(*weighted))
     return _training_figures(steps, _REWARD_MODEL_PANELS) + [figure for figure in more if figure is not None]
 
 

@@ -125,7 +125,7 @@ class MismatchConfig(Section):
 
 
 class UndecidedConfig(Section):
-    """Limits of the share of UNDECIDED responses in a step, in an evaluation and in a batch of pass rates.
+    """Limits of the share of UNDECIDED responses in a step, on a benchmark and in the estimation of pass rates.
 
     null: only report it.
     """

@@ -8,14 +8,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from oreal_megatron.planner import hardware
 from oreal_megatron.planner.hardware import (
     COPY_SHARE,
     DECODING_LATENCY,
     DECODING_SHARE,
     LINK_SHARE,
     MATRIX_SHARE,
+    RESHARD_PAUSE,
     SCORING_SHARE,
+    STORAGE_PER_NODE,
     TRAINING_SHARE,
     device_named,
 )
@@ -167,7 +168,7 @@ def sources(plan: Plan) -> list[str]:
         if figures is not None and device.link != device_named(figures.device, sharing=1).link:
             where = "within a node" if figures.link_bytes_per_second is None else "between nodes"
             link = f"{LINK_SHARE * device.link * 8 / 1e9:,.3g} Gb/s {where} (measured)"
-        lines.append(f"publication  {link}, and {hardware.RESHARD_PAUSE:g} s of pause (assumed)")
+        lines.append(f"publication  {link}, and {RESHARD_PAUSE:g} s of pause (assumed)")
     return lines
 
 
@@ -175,7 +176,7 @@ def _print_disk(console: Console, plan: Plan) -> None:
     d, run = plan.disk, plan.sizes.config.run
     console.print(
         f"disk: {amount(d.checkpoint)} for a checkpoint ({d.seconds_to_save:.0f} s to write at "
-        f"{hardware.STORAGE_PER_NODE / 1e9:.0f} GB/s per node), {amount(d.checkpoints)} with run.keep_checkpoints="
+        f"{STORAGE_PER_NODE / 1e9:.0f} GB/s per node), {amount(d.checkpoints)} with run.keep_checkpoints="
         f"{run.keep_checkpoints}, the best and the one being written; trajectories {amount(d.rollouts)}; an export to "
         f"Hugging Face {amount(d.export)}"
     )
