@@ -12,9 +12,18 @@ from oreal_megatron.config import SamplingConfig
 from oreal_megatron.data.packing import PackedSequence
 from oreal_megatron.rollout.sampler import rollout_seeds
 from oreal_megatron.run_state import Run
-from oreal_megatron.step import score_sequences
+from oreal_megatron.step import over_all_ranks, score_sequences
 from oreal_megatron.trajectories import to_records
-from oreal_megatron.types import Benchmark, EvaluationReport, FinishReason, GradedRollout, Prompt, decided, undecided
+from oreal_megatron.types import (
+    Benchmark,
+    EvaluationReport,
+    FinishReason,
+    GradedRollout,
+    Prompt,
+    decided,
+    positions_by,
+    undecided,
+)
 
 Generate = Callable[[Sequence[Prompt], int, SamplingConfig], list[list[GradedRollout]]]
 """(prompts, samples per prompt, sampling) -> a group of graded rollouts per prompt."""
@@ -31,7 +40,7 @@ def evaluate_run(run: Run) -> EvaluationReport:
             for benchmark in run.benchmarks
         ]
     for benchmark, (greedy, sampled) in zip(run.benchmarks, results, strict=True):
-        responses = [*greedy, *(graded for group in sampled for graded in group)]
+        responses = _all_responses(greedy, sampled)
         run.sampler.check_undecided(
             f"evaluation on {benchmark.name}", undecided(responses), len(responses), [_batch_name(step)]
         )
@@ -67,11 +76,11 @@ def benchmark_metrics(
 ) -> dict[str, float]:
     """Returns `benchmark/name` -> value. An UNDECIDED response scores 0, as an incorrect one does."""
     k = benchmark.samples
-    responses = [*greedy, *(graded for group in sampled for graded in group)]
+    responses = _all_responses(greedy, sampled)
     values = {
         "problems": float(len(greedy)),
-        "undecided": float(len(greedy) - len(decided(greedy))),
-        "undecided_share": 1.0 - len(decided(responses)) / max(len(responses), 1),
+        "undecided": float(len(undecided(greedy))),
+        "undecided_share": len(undecided(responses)) / max(len(responses), 1),
         "greedy_pass@1": _mean([float(graded.is_correct) for graded in greedy]),
         "response_tokens": _mean([float(graded.rollout.num_response_tokens) for graded in greedy]),
         "stopped": _mean([float(g.rollout.finish_reason is FinishReason.STOP) for g in greedy]),
@@ -82,6 +91,10 @@ def benchmark_metrics(
         if k > 1:
             values[f"pass@{k}"] = _mean([max(group) for group in outcomes])
     return {f"{benchmark.name}/{name}": value for name, value in values.items()}
+
+
+def _all_responses(greedy: Sequence[GradedRollout], sampled: Sequence[Sequence[GradedRollout]]) -> list[GradedRollout]:
+    return [*greedy, *(graded for group in sampled for graded in group)]
 
 
 def area_under_curve(scores: Sequence[float], outcomes: Sequence[bool]) -> float:
@@ -101,11 +114,8 @@ def areas_under_curve(scores: Sequence[float], outcomes: Sequence[bool], prompt_
     `auc` also counts how well the scores tell easy from hard prompts. `auc_within_prompts` is over the pairs of one
     prompt: a scorer that reads the prompt alone has 0.5.
     """
-    by_prompt: dict[str, list[int]] = {}
-    for index, id in enumerate(prompt_ids):
-        by_prompt.setdefault(id, []).append(index)
     below = num_pairs = 0.0
-    for indices in by_prompt.values():
+    for indices in positions_by(prompt_ids):
         own = [outcomes[index] for index in indices]
         pairs = sum(own) * (len(own) - sum(own))
         if pairs:
@@ -140,14 +150,17 @@ def _reward_model_scores(run: Run, groups: Sequence[Sequence[GradedRollout]]) ->
     """Outcome logits of the decided rollouts, by rollout id, on every rank; empty without a reward model."""
     if run.reward_model is None:
         return {}
-    sequences = [PackedSequence.from_graded(graded) for group in groups for graded in decided(group)]
+    sequences = [
+        PackedSequence.from_rollout(graded.rollout, correct=graded.is_correct)
+        for group in groups
+        for graded in decided(group)
+    ]
     batches = run.packer.batches_from_main(sequences, run.groups)
     alignment = run.config.objective.token_weights.alignment
     with run.reward_model.on_device():
         scored = score_sequences(run.reward_model.module, batches, alignment, run.groups)
-    ids = [id for batch in batches for id in batch.ids]
-    pairs = run.groups.gather_over_data(list(zip(ids, scored.mean_scores, strict=True)))
-    return dict(pair for part in pairs for pair in part)
+    ids, scores, _ = over_all_ranks(scored, batches, run.groups)
+    return dict(zip(ids, scores, strict=True))
 
 
 def _mean(values: Sequence[float]) -> float:

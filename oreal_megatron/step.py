@@ -130,6 +130,16 @@ def score_sequences(
     return _scored(score(model, batches, lambda out, batch: _aligned(out, batch, alignment).clone(), groups), batches)
 
 
+def over_all_ranks(
+    scored: ScoredSequences, batches: Sequence[TokenBatch], groups: ParallelGroups
+) -> tuple[list[str], list[float], list[bool]]:
+    """Returns ids, mean scores and outcomes of all ranks' sequences, the same on every rank."""
+    ids = (id for batch in batches for id in batch.ids)
+    parts = groups.gather_over_data(list(zip(ids, scored.mean_scores, scored.outcomes, strict=True)))
+    rows = [row for part in parts for row in part]
+    return [id for id, _, _ in rows], [score for _, score, _ in rows], [outcome for _, _, outcome in rows]
+
+
 def update_reward_model(
     reward_model: TrainedModel,
     batches: Sequence[TokenBatch],
@@ -181,13 +191,9 @@ def _ranking(
     scored: ScoredSequences, batches: Sequence[TokenBatch], prompt_of: Mapping[str, str], groups: ParallelGroups
 ) -> tuple[float, dict[str, float]]:
     """Returns the ranking loss of the whole step, and its derivative by each sequence's mean score, by id."""
-    ids = [id for batch in batches for id in batch.ids]
-    parts = groups.gather_over_data(list(zip(ids, scored.mean_scores, scored.outcomes, strict=True)))
-    flat = [one for part in parts for one in part]
-    value, derivatives = ranking_loss(
-        [score for _, score, _ in flat], [outcome for _, _, outcome in flat], [prompt_of[id] for id, _, _ in flat]
-    )
-    return value, dict(zip([id for id, _, _ in flat], derivatives, strict=True))
+    ids, scores, outcomes = over_all_ranks(scored, batches, groups)
+    value, derivatives = ranking_loss(scores, outcomes, [prompt_of[id] for id in ids])
+    return value, dict(zip(ids, derivatives, strict=True))
 
 
 def update_policy(

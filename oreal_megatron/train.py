@@ -25,6 +25,7 @@ from oreal_megatron.seeds import derive_seed
 from oreal_megatron.step import (
     ScoredSequences,
     UpdateRefused,
+    over_all_ranks,
     score_sequences,
     update_policy,
     update_reward_model,
@@ -275,7 +276,8 @@ def train_reward_model(
         scored = score_sequences(reward_model.module, batches, config.token_weights.alignment, run.groups)
         everything = [one for group in graded for one in used_responses(group, config)]
         rollouts = [one.rollout for one in everything]
-        learned = run.packer.batches_from_main([PackedSequence.from_graded(one) for one in everything], run.groups)
+        sequences = [PackedSequence.from_rollout(one.rollout, correct=one.is_correct) for one in everything]
+        learned = run.packer.batches_from_main(sequences, run.groups)
     prompt_of = {rollout.id: rollout.prompt.id for rollout in rollouts}
     metrics: dict[str, float] = {}
     for _ in range(config.reward_model.updates):
@@ -294,12 +296,8 @@ def step_aucs(
     run: Run, batches: Sequence[TokenBatch], scored: ScoredSequences, prompt_of: Mapping[str, str]
 ) -> dict[str, float]:
     """Returns the reward model's AUCs on sequences of the step. prompt_of: sequence's id -> prompt's id."""
-    ids = [id for batch in batches for id in batch.ids]
-    parts = run.groups.gather_over_data(list(zip(ids, scored.mean_scores, scored.outcomes, strict=True)))
-    flat = [one for part in parts for one in part]
-    areas = areas_under_curve(
-        [score for _, score, _ in flat], [outcome for _, _, outcome in flat], [prompt_of[id] for id, _, _ in flat]
-    )
+    ids, scores, outcomes = over_all_ranks(scored, batches, run.groups)
+    areas = areas_under_curve(scores, outcomes, [prompt_of[id] for id in ids])
     return {f"reward_model/{name}": value for name, value in areas.items()}
 
 

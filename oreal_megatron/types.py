@@ -8,7 +8,7 @@ A step turns them into each other from top to bottom:
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -162,6 +162,14 @@ class GradedRollout:
             ),
             grade=Grade(**{**record["grade"], "verdict": Verdict(record["grade"]["verdict"])}),
         )
+
+
+def positions_by(keys: Iterable[Hashable]) -> list[list[int]]:
+    """Returns the positions of each key, in the order of the keys' first positions."""
+    found: dict[Hashable, list[int]] = {}
+    for position, key in enumerate(keys):
+        found.setdefault(key, []).append(position)
+    return list(found.values())
 
 
 def decided(graded: Iterable[GradedRollout]) -> list[GradedRollout]:

@@ -22,7 +22,7 @@ from oreal_megatron.config import Fp8Config, GeometryConfig
 from oreal_megatron.config.fp8_recipes import RECIPES
 from oreal_megatron.distributed.cpu_backend import device
 from oreal_megatron.distributed.groups import ParallelGroups
-from oreal_megatron.types import GradedRollout, Trajectory
+from oreal_megatron.types import Rollout, Trajectory
 
 IGNORE = -1
 """Label of positions that do not predict a response token."""
@@ -48,28 +48,28 @@ class PackedSequence:
         return len(self.prompt_ids) + len(self.response_ids)
 
     @classmethod
-    def from_graded(cls, graded: GradedRollout) -> PackedSequence:
-        """Makes the sequence of a graded rollout, for a reward model."""
-        rollout = graded.rollout
+    def from_rollout(
+        cls, rollout: Rollout, *, correct: bool, advantage: float = 0.0, num_older_tokens: int = 0
+    ) -> PackedSequence:
+        """Makes the sequence of a rollout. A reward model needs no more than `correct`."""
         return cls(
             id=rollout.id,
             prompt_ids=rollout.prompt_ids,
             response_ids=rollout.response_ids,
-            correct=graded.is_correct,
+            correct=correct,
+            advantage=advantage,
             rollout_logprobs=rollout.logprobs,
+            num_older_tokens=num_older_tokens,
         )
 
     @classmethod
     def from_trajectory(cls, trajectory: Trajectory, *, weight_version: int) -> PackedSequence:
         """Makes the sequence of a trajectory. weight_version: version of the step's weights."""
         rollout = trajectory.rollout
-        return cls(
-            id=trajectory.id,
-            prompt_ids=rollout.prompt_ids,
-            response_ids=rollout.response_ids,
+        return cls.from_rollout(
+            rollout,
             correct=trajectory.correct,
             advantage=trajectory.advantage,
-            rollout_logprobs=rollout.logprobs,
             num_older_tokens=rollout.num_older_tokens(weight_version),
         )
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oreal_megatron.config import ObjectiveConfig
+from oreal_megatron.types import positions_by
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,11 @@ def ranking_loss(
     The loss is the mean of -log sigmoid(a - b) over all pairs of a correct response (a) and an incorrect one (b) to the
     same prompt (Bradley and Terry); 0 without such pairs. The sequences are those of the whole step.
     """
-    by_prompt: dict[str, list[int]] = {}
-    for index, id in enumerate(prompt_ids):
-        by_prompt.setdefault(id, []).append(index)
     scores = torch.tensor(mean_scores, dtype=torch.float64, requires_grad=True)
     correct = torch.tensor(outcomes, dtype=torch.bool)
     gaps = [
-        (scores[group][correct[group], None] - scores[group][~correct[group]]).flatten() for group in by_prompt.values()
+        (scores[group][correct[group], None] - scores[group][~correct[group]]).flatten()
+        for group in positions_by(prompt_ids)
     ]
     total = torch.cat([scores.new_zeros(0), *gaps])
     loss = F.softplus(-total).mean() if len(total) else 0.0 * scores.sum()

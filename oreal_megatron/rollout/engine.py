@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from oreal_megatron.config import SamplingConfig
-from oreal_megatron.types import Completion, GenerationRequest
+from oreal_megatron.types import Completion, GenerationRequest, positions_by
 
 
 class RolloutEngine(Protocol):
@@ -61,7 +61,4 @@ class RolloutEngine(Protocol):
 
 def units_by_prompt(requests: Sequence[GenerationRequest]) -> list[list[int]]:
     """Returns the indices of the requests for each prompt, in the order of the prompts' first requests."""
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for index, request in enumerate(requests):
-        by_prompt.setdefault(request.prompt_ids, []).append(index)
-    return list(by_prompt.values())
+    return positions_by(request.prompt_ids for request in requests)
