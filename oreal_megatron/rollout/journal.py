@@ -8,6 +8,7 @@ responses that a later batch goes on with are in <batch name>.begun.jsonl.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
@@ -44,7 +45,7 @@ class RolloutJournal:
         units: dict[str, list[GradedRollout]] = {}
         if not self._groups.is_main:
             return units
-        for path in sorted(self.directory.glob(f"{batch_name}.replica_*.jsonl")):
+        for path in sorted(self.directory.glob(f"{glob.escape(batch_name)}.replica_*.jsonl")):
             for line in whole_lines(path):
                 try:
                     record = orjson.loads(line)
