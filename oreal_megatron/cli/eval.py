@@ -159,9 +159,11 @@ def _add_benchmarks(raw: DictConfig, arguments: argparse.Namespace) -> None:
 
 
 def _check_model(path: Path) -> None:
-    """Refuses the directory of a run or of its checkpoints, and says which directory or command has its model."""
-    if (path / "config.json").is_file() or not path.is_dir():  # the schema's checks have words for the latter
+    """Raises ValueError for what is no Hugging Face directory; for a run, it says where or how its model is one."""
+    if (path / "config.json").is_file():
         return
+    if not path.is_dir():
+        raise ValueError(f"{path}: there is no such directory. Name a Hugging Face directory")
     exports = sorted(path.glob("huggingface/*/policy"))
     if exports:
         raise ValueError(f"{path} is the directory of a run. Name its model, {exports[0]}")
