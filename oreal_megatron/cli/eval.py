@@ -107,13 +107,19 @@ def evaluation_config(arguments: argparse.Namespace) -> TrainConfig:
     raw = composed([*defaults, *arguments.overrides], config_dir=arguments.config_dir)
     own = {"model.path": arguments.model}
     if "run.name" not in given:
-        own["run.name"] = Path(arguments.model).resolve().name
+        own["run.name"] = _name_of(Path(arguments.model).resolve())
     if "run.dir" not in given:
         own["run.dir"] = "evaluations/${run.name}"
     for key, value in (own | _FIXED).items():
         OmegaConf.update(raw, key, value, merge=False)
     _add_benchmarks(raw, arguments)
     return validated(raw)
+
+
+def _name_of(model: Path) -> str:
+    """Returns the name of a model's directory; of an export, RUN/huggingface/STEP/policy, run and step."""
+    run, exports, step, name = ("", "", "", *model.parts)[-4:]
+    return f"{run}_{step}" if (exports, name) == ("huggingface", "policy") else name
 
 
 _DEFAULTS = {"experiment": "own_model", "evaluation": "none"}

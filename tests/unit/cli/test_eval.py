@@ -34,6 +34,17 @@ def test_an_evaluation_has_nothing_that_trains(model):
     assert (sums.path, sums.samples, sums.limit) == ("sums.jsonl", 4, 10)
 
 
+@pytest.mark.parametrize(
+    ("directory", "name"),
+    [("m", "m"), ("runs/arithmetic/huggingface/best/policy", "arithmetic_best"), ("other/best/policy", "policy")],
+)
+def test_an_evaluation_of_an_export_is_named_after_run_and_step(tmp_path, directory, name):
+    model = tmp_path / directory
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    assert evaluation_config(parsed(model)).run.dir == f"evaluations/{name}"
+
+
 @pytest.mark.parametrize("experiment", ["oreal_32b", "oreal_7b_disaggregated", "arithmetic", "math_smollm2"])
 def test_settings_of_a_recipe_are_taken_without_its_training(model, experiment):
     site = ["cluster.data=data", "cluster.models=models", "run.dir=evaluations/x"]
