@@ -19,7 +19,7 @@ from oreal_megatron.run_state import Run
 from oreal_megatron.scores import AreEqual, benchmark_metrics, problem_scores
 from oreal_megatron.step import score_sequences
 from oreal_megatron.trajectories import to_records
-from oreal_megatron.types import Benchmark, EvaluationReport, GradedRollout, Prompt, decided
+from oreal_megatron.types import Benchmark, EvaluationReport, GradedRollout, Prompt, decided, undecided
 
 Generate = Callable[[Sequence[Prompt], int, SamplingConfig], list[list[GradedRollout]]]
 """(prompts, samples per prompt, sampling) -> a group of graded rollouts per prompt."""
@@ -30,10 +30,15 @@ def evaluate_run(run: Run) -> EvaluationReport:
     start = time.perf_counter()
     step = run.progress.step
     metrics: dict[str, float] = {}
-    generate = generator(run.sampler, f"evaluation_{step:06d}", run.config.run.seed)
+    batch_name = f"evaluation_{step:06d}"
+    generate = generator(run.sampler, batch_name, run.config.run.seed)
     with run.engine.generation_context(run.policy.on_device):
         results = [evaluate_benchmark(each, generate, run.config.evaluation.sampling) for each in run.benchmarks]
     for benchmark, (greedy, sampled) in zip(run.benchmarks, results, strict=True):
+        responses = [*greedy, *(graded for group in sampled for graded in group)]
+        run.sampler.check_undecided(
+            f"evaluation on {benchmark.name}", undecided(responses), len(responses), [batch_name]
+        )
         by_problem = scores_on_every_rank(
             greedy, sampled, run.verifier.are_equal, ks=[benchmark.samples], groups=run.groups
         )

@@ -16,6 +16,7 @@ from oreal_megatron.evaluation_report import (
     write_results,
 )
 from oreal_megatron.rollout.sampler import Sampler
+from oreal_megatron.types import undecided
 from oreal_megatron.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def evaluate_model(workspace: Workspace, sampler: Sampler, *, weights: str) -> d
 
     Raises:
         Stopped: a stop was asked for; finished responses are in the journal, and the same call continues.
-        ValueError: too many responses are UNDECIDED.
+        TooManyUndecided: the verifier decides too few responses, by rollout.undecided.stop.
         OSError: the disk refused.
     """
     config, groups, directory = workspace.config, workspace.groups, workspace.directory
@@ -40,6 +41,8 @@ def evaluate_model(workspace: Workspace, sampler: Sampler, *, weights: str) -> d
         progress = functools.partial(_progress, workspace, benchmark.name)
         generate = generator(sampler, batch_name, config.run.seed, progress)
         greedy, sampled = evaluate_benchmark(benchmark, generate, config.evaluation.sampling)
+        responses = [*greedy, *(graded for group in sampled for graded in group)]
+        sampler.check_undecided(benchmark.name, undecided(responses), len(responses), [batch_name])
         k = benchmark.samples
         ks = sorted({k, *(2**power for power in range(1, k.bit_length()))})
         scores = scores_on_every_rank(greedy, sampled, workspace.verifier.are_equal, ks=ks, groups=groups)
