@@ -90,22 +90,26 @@ def generator(
     sampler: Sampler,
     batch_name: str,
     run_seed: int,
+    *,
+    title: str = "",
     progress: Callable[[str, int, int], AbstractContextManager[ProgressBar]] | None = None,
 ) -> Generate:
     """Returns a function that samples with the same seeds at every evaluation.
 
-    batch_name: names the journal's files. progress: (title, number of responses, number there already) -> bar.
+    batch_name: names the journal's files. progress: (title, number of responses, number there already) -> progress bar,
+    whose title begins with `title`.
     """
 
     def generate(prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig) -> list[list[GradedRollout]]:
-        title = f"{'greedy' if sampling.temperature == 0 else f'{num_samples} samples'} of {len(prompts)} problems"
+        kind = "greedy" if sampling.temperature == 0 else f"{num_samples} samples"
+        shown = f"{title}, {kind} of {len(prompts)} problems"
         return sampler.sample(
             prompts,
             batch_name=batch_name,
             num_samples=num_samples,
             sampling=sampling,
             seed_of=rollout_seeds(run_seed, "evaluation", 0),
-            progress=None if progress is None else functools.partial(progress, title),
+            progress=None if progress is None else functools.partial(progress, shown),
         ).groups
 
     return generate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Any
 
@@ -38,13 +37,14 @@ def evaluate_model(workspace: Workspace, sampler: Sampler, *, weights: str) -> d
     for benchmark in workspace.benchmarks:
         # With the weights in its name, a batch of other weights in the same directory is not taken for theirs.
         batch_name = f"{benchmark.name}_{weights}"
-        progress = functools.partial(_progress, workspace, benchmark.name)
-        generate = generator(sampler, batch_name, config.run.seed, progress)
+        generate = generator(
+            sampler, batch_name, config.run.seed, title=benchmark.name, progress=workspace.tracker.progress
+        )
         greedy, sampled = evaluate_benchmark(benchmark, generate, config.evaluation.sampling)
         responses = [*greedy, *(graded for group in sampled for graded in group)]
         sampler.check_undecided(benchmark.name, undecided(responses), len(responses), [batch_name])
-        k = benchmark.samples
-        ks = sorted({k, *(2**power for power in range(1, k.bit_length()))})
+        # pass@k for k = 2, 4, 8, ..., and for all samples.
+        ks = sorted({benchmark.samples, *(2**power for power in range(1, benchmark.samples.bit_length()))})
         scores = scores_on_every_rank(greedy, sampled, workspace.verifier.are_equal, ks=ks, groups=groups)
         with groups.together():
             if groups.is_main:
@@ -72,7 +72,3 @@ def evaluated(config: TrainConfig, weights: str) -> dict[str, Any]:
         "sampling": config.evaluation.sampling.model_dump(mode="json"),
         "prompt": config.prompt.model_dump(mode="json"),
     }
-
-
-def _progress(workspace: Workspace, benchmark: str, title: str, total: int, completed: int) -> Any:
-    return workspace.tracker.progress(f"{benchmark}, {title}", total, completed)

@@ -18,7 +18,6 @@ from oreal_megatron.cli.errors import run_command
 from oreal_megatron.compose import composed, validated
 from oreal_megatron.config import TrainConfig
 from oreal_megatron.distributed.environment import NCCL_WITHOUT_CUMEM, devices_hidden
-from oreal_megatron.evaluation_report import comparison, print_comparison, print_results, read_results
 from oreal_megatron.files import write_atomically
 from oreal_megatron.log import quiet_libraries
 from oreal_megatron.stopping import StopRequest
@@ -181,8 +180,9 @@ def _check_model(path: Path) -> None:
 
 def run_evaluation(config: TrainConfig) -> None:
     """Evaluates the model of model.path, and prints the results on the main rank."""
-    # Imported here because they import torch, which --help should not wait for.
+    # Imported here because they import torch and scipy, which --help should not wait for.
     from oreal_megatron.builder import build_evaluation
+    from oreal_megatron.evaluation_report import print_results
     from oreal_megatron.initial_policy import weights_fingerprint
     from oreal_megatron.model_evaluation import evaluate_model
     from oreal_megatron.workspace import opened_workspace
@@ -201,6 +201,8 @@ def run_evaluation(config: TrainConfig) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    from oreal_megatron.evaluation_report import comparison, print_comparison, read_results
+
     compared = comparison(read_results(arguments.first), read_results(arguments.second))
     print_comparison(_console(), compared)
     if arguments.json is not None:
