@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from oreal_megatron.config import ConfigError, GeometryConfig, ModelConfig, SGLangConfig, TrainConfig, Violation
 from oreal_megatron.conversion.huggingface import geometry_of, max_positions, read_model
+from oreal_megatron.distributed.addresses import is_this_machine
 from oreal_megatron.losses.token_weights import weight_function
 from oreal_megatron.servers.server_process import installation_problem, interpreter_problem
+from oreal_megatron.weight_sync.ipc import collector
 
 
 def check_startable(config: TrainConfig, num_processes: int) -> None:
@@ -35,6 +38,7 @@ def check_startable(config: TrainConfig, num_processes: int) -> None:
     if wanted is not None and wanted != num_processes:
         remedy = f"{num_processes} were started. Start {wanted}, or set resources.trainer_devices={num_processes}."
         violations.append(Violation("resources.trainer_devices", wanted, remedy))
+    violations += _servers_elsewhere(config, num_processes)
     violations += _missing_paths(config)
     try:
         weight_function(config.objective.token_weights)
@@ -42,6 +46,21 @@ def check_startable(config: TrainConfig, num_processes: int) -> None:
         violations += error.violations
     if violations:
         raise ConfigError(violations)
+
+
+def _servers_elsewhere(config: TrainConfig, num_processes: int) -> list[Violation]:
+    """Returns a violation if this rank would share its memory with a server that is on another machine."""
+    servers = config.rollout.sglang
+    # Colocated servers are each on the machine of the ranks whose devices they share.
+    if servers is None or servers.transport != "ipc" or servers.shares_devices or config.run.mode == "replay":
+        return []
+    rank, tensor = int(os.environ.get("RANK", "0")), servers.tensor
+    for index, url in enumerate(servers.urls):
+        collectors = {collector(index * tensor + part, num_processes) for part in range(tensor)}
+        if rank in collectors and not is_this_machine(urlsplit(url).hostname):
+            remedy = f"It shares memory of one machine, and {url} is not on that of rank {rank}. "
+            return [Violation("rollout.sglang.transport", "ipc", f"{remedy}Set rollout.sglang.transport=direct.")]
+    return []
 
 
 def _missing_paths(config: TrainConfig) -> list[Violation]:

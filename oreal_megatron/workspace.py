@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,9 +78,7 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
         OSError: another live run has the directory, it cannot be written to, or a rank has another one there.
         ValueError: data, tokenizer, model directory or layout cannot be used.
     """
-    check_startable(config, int(os.environ.get("WORLD_SIZE", "1")))
-    check_machine(config, geometry_of_run)
-    check_device(config.resources.device)
+    check_host(config)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     directory = Path(config.run.dir)
@@ -146,6 +145,19 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
             stop=stop,
             close_later=stack.callback,
         )
+
+
+def check_host(config: TrainConfig) -> None:
+    """Raises ConfigError, with this machine's name, where the configuration asks for what this process does not have.
+
+    Machines differ, and the others wait for this one: the error says where to look.
+    """
+    try:
+        check_startable(config, int(os.environ.get("WORLD_SIZE", "1")))
+        check_machine(config, geometry_of_run)
+        check_device(config.resources.device)
+    except ConfigError as error:
+        raise ConfigError(error.violations, host=socket.gethostname()) from error
 
 
 def check_device(device: str) -> None:

@@ -89,8 +89,8 @@ def measure(
     """Measures devices and, where the configuration has servers, one of them. Returns None on all ranks but the first.
 
     path: the file of the figures; a launched server leaves its log in the directory `path`.server. devices: processes
-    to start on this machine; None: one for each of a node's GPUs, one on a CPU. In a job that torchrun or srun has
-    started, this process is one of them. url: server to time; None: launch one. options: of machine.measuring.
+    to start on this machine; None: one for each of a node's GPUs, one on a CPU. In a job that torchrun has started,
+    this process is one of them. url: server to time; None: launch one. options: of machine.measuring.
 
     Raises:
         ValueError: a measurement failed, or this machine's devices or the server are not those of the configuration.
@@ -101,6 +101,11 @@ def measure(
         raise ValueError(f"--measure {path}: it is a directory. Name a file.")
     if url is not None and servers is None:
         raise ValueError(f"--server {url}: rollout.sglang is null. Choose an experiment with servers.")
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"--measure {path}: srun has started {os.environ['SLURM_STEP_NUM_TASKS']} tasks, each of which would "
+            "measure all devices of its node. Start one task a node (--ntasks-per-node=1), with torchrun on several."
+        )
     progress("measuring devices")
     on_gpu = config.resources.device != "cpu"
     count = devices or (config.resources.devices_per_node if on_gpu else 1)

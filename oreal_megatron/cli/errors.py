@@ -42,9 +42,9 @@ def ending_on_errors(*, continues: bool) -> Iterator[None]:
         _end("interrupted; the same command continues" if continues else "interrupted", EXIT_INTERRUPTED)
     except ConfigError as error:
         _show_traceback()
-        # All ranks of a job have the same configuration, so only the first one prints what is wrong with it.
-        is_first = os.environ.get("RANK", "0") == "0"
-        _end(f"error: {error}" if is_first else "", 1)
+        # All ranks of a job have the same configuration, so only the first one prints what is wrong with it everywhere.
+        prints = error.host is not None or os.environ.get("RANK", "0") == "0"
+        _end(f"error: {error}" if prints else "", 1)
     except LostPeer as lost:
         _show_traceback()
         _end(str(lost), 1)

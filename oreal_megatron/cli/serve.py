@@ -67,8 +67,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     ending = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ending.set())
-    # The trainer's first host is where servers on this one have peers (slurm/train.sbatch).
-    choose_gloo_interface([os.environ.get("MASTER_ADDR", "")])
+    # The trainer's hosts, of which this one may be the first, are where its servers have peers (slurm/train.sbatch).
+    choose_gloo_interface(os.environ.get("OREAL_TRAINERS", "").split(","))
     own = servers_of_node(servers.num_servers, arguments.node, arguments.nodes)
     kv_tokens = tokens_beside_trainer(config, servers, planned_geometry(config)) if servers.shares_gpus else None
     logs = arguments.announce.parent

@@ -16,11 +16,12 @@ from oreal_megatron.cli.errors import run_command
 from oreal_megatron.cli.planning import num_devices, planned_config, planner_of, suggest
 from oreal_megatron.compose import composed
 from oreal_megatron.dry_run import is_dry_run, layout_mapping, shrunk
-from oreal_megatron.files import write_atomically
+from oreal_megatron.files import write_atomically, write_parts_atomically
 from oreal_megatron.overrides import literal
 from oreal_megatron.planner.tables import print_plan
 from oreal_megatron.slurm.checks import checked
-from oreal_megatron.slurm.sbatch import allocation, copy_configuration, rendered, submitted, tested
+from oreal_megatron.slurm.cluster import absolute
+from oreal_megatron.slurm.sbatch import allocation, configuration_of_job, rendered, submitted, tested
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -70,24 +71,28 @@ def _submit(console: Console, arguments: argparse.Namespace) -> int:
     if status and not arguments.force:
         console.print("not submitted (--force submits it nevertheless)")
         return status
-    directory = Path(config.run.dir).resolve() / "slurm"
+    directory = Path(absolute(config.run.dir)) / "slurm"
     script = directory / "job.sbatch"
     overrides = [*arguments.overrides, f"run.dir={literal(str(directory.parent))}"]
-    copy_configuration(directory / "conf", arguments.config_dir)
-    write_atomically(script, rendered(config, cluster, nodes, overrides, script))
+    configuration, files = configuration_of_job(directory, arguments.config_dir)
+    text = rendered(config, cluster, nodes, overrides, logs=directory, configuration=configuration)
     console.print(f"\n[bold]{escape(str(script))}[/]")
-    console.print(script.read_text(), markup=False)
-    console.print(tested(script), markup=False)
+    console.print(text, markup=False)
+    console.print(tested(text), markup=False)
     if arguments.test_only:
         return 0
-    job = None
+    for name, content in files.items():
+        write_parts_atomically(configuration / name, [content])
+    write_atomically(script, text)
+    jobs: list[str] = []
     for _ in range(arguments.chain):
-        job = submitted(script, after=job)
-        console.print(f"[bold]submitted job {job}[/]")
+        jobs.append(submitted(script, after=jobs[-1] if jobs else None))
+        console.print(f"[bold]submitted job {jobs[-1]}[/]")
     console.print(
-        f"follow it:  tail -F {shlex.quote(f'{directory}/job-{job}.log')} "
-        f"{shlex.quote(f'{directory}/logs-{job}/trainer_rank_0.log')}\n"
-        f"stop it:    scancel --batch --signal=TERM {job}   (saves and queues again)   scancel {job}   (ends it)",
+        f"follow it:  tail -F {shlex.quote(f'{directory}/job-{jobs[0]}.log')} "
+        f"{shlex.quote(f'{directory}/logs-{jobs[0]}/trainer_rank_0.log')}\n"
+        f"stop it:    scancel --batch --signal=TERM {jobs[0]}   (saves and queues again)   "
+        f"scancel {' '.join(jobs)}   (ends it)",
         markup=False,
     )
     return 0

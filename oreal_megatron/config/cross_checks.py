@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
 from collections.abc import Callable, Iterator
-from urllib.parse import urlsplit
 
 from oreal_megatron.config.divisibility import (
     layout_violations,
@@ -300,25 +297,10 @@ def _check_servers(rollout: RolloutConfig) -> Iterator[Violation]:
     if servers.shares_devices and servers.device == "cuda" and servers.transport in ("direct", "broadcast"):
         remedy = "NCCL has no groups with two processes on one device. Set rollout.sglang.transport=ipc or disk."
         yield Violation("rollout.sglang.transport", servers.transport, remedy)
-    # Colocated servers are each on the machine of the ranks whose devices they share.
-    uses_own_memory = servers.transport == "ipc" and not servers.shares_devices
-    if uses_own_memory and (remote := [url for url in servers.urls if not _is_this_machine(urlsplit(url).hostname)]):
-        remedy = f"It shares memory of one machine, and {remote[0]} is on another. Set rollout.sglang.transport=direct."
-        yield Violation("rollout.sglang.transport", servers.transport, remedy)
     for name in servers.arguments:
         if (setter := OPTIONS_SET_BY_RUN.get(name.replace("_", "-"))) is not None:
             remedy = f"The run sets this option {setter}. Remove it here."
             yield Violation(f"rollout.sglang.arguments.{name}", servers.arguments[name], remedy)
-
-
-def _is_this_machine(host: str | None) -> bool:
-    """Returns whether a name or address is this machine's: a socket can be bound to it."""
-    with contextlib.suppress(OSError):
-        family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.bind(address)
-            return True
-    return False
 
 
 @_check("rollout", "parallel")

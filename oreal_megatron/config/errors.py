@@ -26,15 +26,18 @@ class Violation:
 class ConfigError(ValueError):
     """The configuration is wrong; the message lists every violation."""
 
-    def __init__(self, violations: list[Violation], config: Any = None):
+    def __init__(self, violations: list[Violation], config: Any = None, *, host: str | None = None):
         """Makes the error of all violations.
 
         config: the TrainConfig, where every section is valid by itself and only checks across sections failed.
+        host: name of the machine where the configuration is wrong; None: it is wrong everywhere.
         """
         self.violations = violations
         self.config = config
+        self.host = host
+        where = "" if host is None else f" on {host}"
         lines = "\n".join(f"  {violation}" for violation in violations)
-        super().__init__(f"{len(violations)} problem(s) in the configuration:\n{lines}")
+        super().__init__(f"{len(violations)} problem(s) in the configuration{where}:\n{lines}")
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[list[Violation]]]:
         return ConfigError, (self.violations,)  # for pickling between processes

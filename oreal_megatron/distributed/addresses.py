@@ -24,7 +24,7 @@ def address_on_route(peer: str) -> str | None:
 
     peer: name or address of the host.
     """
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UnicodeError):
         family, kind, _, _, where = socket.getaddrinfo(peer, 1, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(where)  # sends nothing: for UDP it only chooses the route
@@ -64,6 +64,16 @@ def interface_of(address: str) -> str:
     """Returns the name of the network interface that has an address of this machine."""
     interfaces = psutil.net_if_addrs().items()
     return next(name for name, has in interfaces if address in {part.address.split("%")[0] for part in has})
+
+
+def is_this_machine(host: str | None) -> bool:
+    """Returns whether a name or address is this machine's: a socket can be bound to it."""
+    with contextlib.suppress(OSError, UnicodeError):
+        family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind(address)
+            return True
+    return False
 
 
 def _is_name_local() -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -279,11 +281,16 @@ def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """Returns the store of the job, this process's rank, and the number of processes.
 
     Raises:
-        ConnectionError: the processes did not meet within the timeout.
+        ConnectionError: the processes did not meet within the timeout, or the first one's port is taken.
     """
     try:
         return next(dist.rendezvous("env://", timeout=timeout))
     except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise ConnectionError(
+                f"MASTER_PORT = {os.environ['MASTER_PORT']}: another process listens at it on {socket.gethostname()}; "
+                "set it to a free port of that host"
+            ) from error
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
         raise ConnectionError(
             f"rank {os.environ['RANK']}: the {os.environ['WORLD_SIZE']} processes of the job did not meet at {place} "
@@ -292,16 +299,16 @@ def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
         ) from error
 
 
-def _peers(store: dist.Store, rank: int, world: int) -> Iterator[str]:
-    """Yields the hosts to which this rank may find its route to the others: the first rank's, then all other hosts.
+def _peers(store: dist.Store, rank: int, world: int) -> Iterable[str]:
+    """Returns the hosts to which this rank may find its route to the others: the first rank's, then all other hosts.
 
-    The first host cannot find its route by its own address, and gets those of the others.
+    The first host cannot find its route by its own address, and gets those of the others. So every rank gives its
+    address to the store, also one that asks for none; it waits for those of the others as they are taken.
     """
     if (main := os.environ.get("MASTER_ADDR")) is None:
-        return
+        return ()
     store.set(f"address/{rank}", address_on_route(main) or "")
-    yield main
-    yield from (store.get(f"address/{number}").decode() for number in range(world))
+    return itertools.chain([main], (store.get(f"address/{number}").decode() for number in range(world)))
 
 
 def split_processes(config: ParallelConfig, *, seed: int, host_backend: str, **options: Any) -> ParallelGroups:

@@ -66,6 +66,8 @@ def read_figures(path: Path, config: TrainConfig, geometry: GeometryConfig) -> F
         ConfigError: a key is unknown or missing, or a value is no positive number.
         ValueError: the file cannot be read, or was measured for another device, model or kind of server.
     """
+    if not path.exists():
+        raise ValueError(f"--measured {path}: there is neither a file of figures nor the directory of a run.")
     try:
         raw = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

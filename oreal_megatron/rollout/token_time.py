@@ -15,7 +15,7 @@ from oreal_megatron.files import write_atomically
 from oreal_megatron.rollout.build_sglang import server_settings
 from oreal_megatron.servers.client import ServerClient, ServerLost
 from oreal_megatron.servers.server_kinds import AttachedServer, LaunchedServer
-from oreal_megatron.servers.server_process import ServerStartError, choose_port
+from oreal_megatron.servers.server_process import choose_port, server_url
 
 _BATCHES = (1, 32, 256)
 """Numbers of responses at once, up to rollout.sglang.max_concurrency."""
@@ -58,11 +58,7 @@ def time_tokens(
     server: LaunchedServer | AttachedServer
     if url is None:
         write_atomically(settings.launcher.model / "config.json", json.dumps(described))
-        try:
-            port = choose_port(servers, 0)
-        except ServerStartError as error:
-            raise ValueError(str(error)) from error
-        server = LaunchedServer(0, f"http://{servers.host}:{port}", settings)
+        server = LaunchedServer(0, server_url(servers.host, choose_port(servers, 0)), settings)
     else:
         server = AttachedServer(0, url, settings)
 

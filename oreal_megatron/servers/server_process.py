@@ -71,7 +71,7 @@ def offloaded_mark(model: Path) -> Path:
     return model.parent / "resting"
 
 
-class ServerStartError(RuntimeError):
+class ServerStartError(ValueError):
     """A server cannot be started, or ended while it started; the message has the last lines of its log."""
 
 

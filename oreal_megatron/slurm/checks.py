@@ -50,8 +50,8 @@ def checked(
     nodes = None
     if config is not None and cluster is not None:
         nodes = attempted(partial(allocate, config, cluster))
-        num_nodes = nodes.num_nodes - nodes_of_another_kind(cluster, nodes) if nodes else 1
-        violations += site_violations(cluster, config, num_nodes=num_nodes)
+        num_nodes, num_apart = (nodes.num_nodes, nodes_of_another_kind(cluster, nodes)) if nodes else (1, 0)
+        violations += site_violations(cluster, config, num_nodes=num_nodes, num_apart=num_apart)
     # A placeholder stands for a missing value, which has its own violation.
     violations = [v for v in violations if v.key not in missing and not str(v.value).startswith(PLACEHOLDERS)]
     remedy = "It has no value. Set it in the file of conf/cluster, or as an override."

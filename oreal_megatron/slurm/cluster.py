@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
@@ -59,7 +61,7 @@ class ClusterConfig(Section):
     memory_per_node: str
     """Memory of a node, as for sbatch --mem. 0: all of it."""
     modules: Strings
-    """Environment modules to load at the start of a job."""
+    """Environment modules to load at the start of a job, as `setup` runs."""
     venv: str | None
     """Virtual environment of the project on shared storage. null: the environment that submits the job."""
     container: str | None
@@ -71,7 +73,7 @@ class ClusterConfig(Section):
     environment: Mapping[str, str]
     """Environment variables of every process."""
     setup: Strings
-    """Shell lines that run at the start of a job."""
+    """Shell lines that run once at the start of a job, on its first node. Every process gets what they export."""
     node_check: str | None
     """Shell command that checks a node before the run starts. A node where it fails, or takes 10 minutes, is excluded.
     null: no check."""
@@ -107,10 +109,12 @@ def parse_cluster(raw: Mapping[str, Any]) -> ClusterConfig:
         ) from error
 
 
-def site_violations(cluster: ClusterConfig, config: TrainConfig, *, num_nodes: int) -> Iterator[Violation]:
+def site_violations(
+    cluster: ClusterConfig, config: TrainConfig, *, num_nodes: int, num_apart: int
+) -> Iterator[Violation]:
     """Yields every violation of the site's rules that would otherwise show after hours in a queue.
 
-    num_nodes: number of nodes in cluster.partition.
+    num_nodes: number of nodes of the job. num_apart: number of those that are a second component, for servers.
     """
     yield from _path_violations(cluster, config, num_nodes)
     yield from _text_violations(cluster, config)
@@ -127,7 +131,7 @@ def site_violations(cluster: ClusterConfig, config: TrainConfig, *, num_nodes: i
     if cluster.judge_nodes and config.verifier.judge.mode == "off":
         remedy = "The run has no judge. Set cluster.judge_nodes=0, or verifier=rules_and_judge."
         yield Violation("cluster.judge_nodes", cluster.judge_nodes, remedy)
-    yield from _partition_violations(cluster, config, num_nodes)
+    yield from _partition_violations(cluster, config, num_nodes - num_apart, num_apart)
 
 
 def _path_violations(cluster: ClusterConfig, config: TrainConfig, num_nodes: int) -> Iterator[Violation]:
@@ -146,17 +150,21 @@ def _path_violations(cluster: ClusterConfig, config: TrainConfig, num_nodes: int
         if not Path(path).exists():
             yield Violation(key, path, "It does not exist. Set it to an existing path.")
     read = {key: path for key, path in files.items() if Path(path).exists()}
-    read["run.dir"] = str(Path(config.run.dir).resolve())
+    read["run.dir"] = absolute(config.run.dir)
+    servers = config.rollout.sglang
+    if servers is not None and servers.transport == "disk" and servers.weights_dir is not None:
+        read["rollout.sglang.weights_dir"] = servers.weights_dir  # the run makes it
     if cluster.container is not None:
         # A mount is SOURCE, SOURCE:PLACE or SOURCE:PLACE:FLAGS.
         places = [(mount.split(":") * 2)[1] for mount in cluster.mounts]
         for key, path in read.items():
             if not any(Path(path).is_relative_to(place) for place in places):
                 remedy = (
-                    "The container does not see it. Set it to an absolute path below a directory of cluster.mounts."
+                    "The container does not see it. Set it to an absolute path below a directory of cluster.mounts, "
+                    "or add its directory there."
                 )
                 yield Violation(key, path, remedy)
-    elif config.rollout.sglang is not None and "/" in (python := config.rollout.sglang.python or ""):
+    elif servers is not None and "/" in (python := servers.python or ""):
         read["rollout.sglang.python"] = str(Path(python).absolute().parent)
     roots = [Path(root).resolve() for root in cluster.shared]
     for key, path in {**site, **read}.items():
@@ -176,6 +184,7 @@ def _files(config: TrainConfig) -> dict[str, str]:
     """Returns the files and directories that the run reads -> by key."""
     files = {
         "model.path": config.model.path,
+        "model.tokenizer": config.model.tokenizer if config.model.tokenizer != "arithmetic" else None,
         "model.reward_model": config.model.reward_model,
         "data.train": config.data.train,
         "sft.demonstrations": config.sft.demonstrations if config.sft else None,
@@ -196,18 +205,20 @@ def editable_project(environment: Path) -> Path | None:
 
 _HEADER_KEYS = (
     *("account", "partition", "qos", "constraint", "reservation", "server_partition", "server_constraint"),
-    *("memory_per_node", "exclude"),
+    "memory_per_node",
 )
-"""Keys of a site whose texts become options in the header of the batch script."""
+"""Keys of a site whose texts become options in the header of the batch script, besides its list `exclude`."""
 
 
 def _text_violations(cluster: ClusterConfig, config: TrainConfig) -> Iterator[Violation]:
     """Yields every value that the batch script, SLURM or pyxis could not read as it is."""
-    directory = str(Path(config.run.dir).resolve())
-    texts = {f"cluster.{name}": str(getattr(cluster, name)) for name in _HEADER_KEYS}
-    for key, text in {**texts, "run.name": config.run.name, "run.dir": directory}.items():
-        if not text.isprintable():
-            yield Violation(key, text, "SLURM takes no control characters here. Remove them.")
+    directory = absolute(config.run.dir)
+    texts = [(f"cluster.{name}", getattr(cluster, name)) for name in _HEADER_KEYS]
+    texts += [("cluster.exclude", node) for node in cluster.exclude]
+    for key, text in [*texts, ("run.name", config.run.name), ("run.dir", directory)]:
+        if unprintable := next((c for c in text or "" if not c.isprintable()), None):
+            name = unicodedata.name(unprintable, f"control character {ord(unprintable):#04x}")
+            yield Violation(key, text, f"SLURM does not take the {name} in it. Remove it.")
     if "\\" in directory:
         remedy = "SLURM replaces nothing in the name of a log file with a backslash. Set it to a path without one."
         yield Violation("run.dir", directory, remedy)
@@ -218,6 +229,11 @@ def _text_violations(cluster: ClusterConfig, config: TrainConfig) -> Iterator[Vi
     for mount in cluster.mounts:
         if "," in mount:
             yield Violation("cluster.mounts", mount, "pyxis separates mounts by commas. Mount a directory above it.")
+
+
+def absolute(directory: str) -> str:
+    """Returns the absolute path of a directory, with its links as they are: a mount may have the name of a link."""
+    return os.path.abspath(directory)
 
 
 # File systems that are local to a machine, unlike NFS, Lustre, GPFS, BeeGFS, Ceph and FUSE mounts.
@@ -246,8 +262,13 @@ def seconds_of(time_limit: str) -> int:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def _partition_violations(cluster: ClusterConfig, config: TrainConfig, num_nodes: int) -> Iterator[Violation]:
-    """Yields every violation of the limits that sinfo shows; none where there is no SLURM."""
+def _partition_violations(
+    cluster: ClusterConfig, config: TrainConfig, num_nodes: int, num_apart: int
+) -> Iterator[Violation]:
+    """Yields every violation of the limits that sinfo shows; none where there is no SLURM.
+
+    num_nodes, num_apart: number of nodes in the first component of the job, and in a second one for servers.
+    """
     try:
         output = subprocess.run(
             ["sinfo", "--noheader", "--format=%R|%D|%G|%c|%l"], capture_output=True, text=True, timeout=30
@@ -260,34 +281,53 @@ def _partition_violations(cluster: ClusterConfig, config: TrainConfig, num_nodes
         partitions.setdefault(name, []).append(rest)
     if not partitions:
         return
+    servers = config.rollout.sglang
+    asked = {"partition": (num_nodes, "resources.trainer_devices", config.resources.trainer_devices)}
+    if num_apart and servers is not None:
+        asked["server_partition"] = (num_apart, "rollout.sglang.num_servers", servers.num_servers)
+    found: dict[str, Violation] = {}  # keys of both components have one violation
     for key in ("partition", "server_partition"):
-        if (name := getattr(cluster, key)) is not None and name not in partitions:
-            yield Violation(
-                f"cluster.{key}", name, f"There is no such partition. Set it to {' or '.join(sorted(partitions))}."
-            )
-    if cluster.partition not in partitions:
-        return
-    rows = partitions[cluster.partition]
+        name = getattr(cluster, key)
+        if name is not None and name not in partitions:
+            remedy = f"There is no such partition. Set it to {' or '.join(sorted(partitions))}."
+            yield Violation(f"cluster.{key}", name, remedy)
+        elif key in asked and (rows := partitions.get(name := name or cluster.partition)):
+            for violation in _component_violations(cluster, config, name, rows, *asked[key]):
+                found.setdefault(violation.key, violation)
+    yield from found.values()
+
+
+def _component_violations(
+    cluster: ClusterConfig,
+    config: TrainConfig,
+    partition: str,
+    rows: Sequence[Sequence[str]],
+    num_nodes: int,
+    key: str,
+    value: int | None,
+) -> Iterator[Violation]:
+    """Yields every violation of a partition's limits by one component of the job.
+
+    rows: (number of nodes, generic resources, CPUs, time limit), in the words of sinfo. num_nodes: of the component.
+    key, value: what its number of nodes comes from.
+    """
     nodes = sum(int(count) for count, *_ in rows)
     if num_nodes > nodes:
-        yield Violation(
-            "resources.trainer_devices",
-            config.resources.trainer_devices,
-            f"The job has {num_nodes} nodes, partition {cluster.partition} has {nodes}. Use fewer devices.",
-        )
+        remedy = f"It takes {num_nodes} nodes, partition {partition} has {nodes}. Use fewer."
+        yield Violation(key, value, remedy)
     if cluster.gpu_request != "none":
         most = max((int(n) for _, gres, *_ in rows for n in re.findall(r"gpu[^,]*?:(\d+)", gres)), default=0)
         if config.resources.devices_per_node > most:
             yield Violation(
                 "resources.devices_per_node",
                 config.resources.devices_per_node,
-                f"Nodes of {cluster.partition} have {most} GPUs. Set it to {most}, or cluster.gpu_request=none.",
+                f"Nodes of {partition} have {most} GPUs. Set it to {most}, or cluster.gpu_request=none.",
             )
     cpus = max(int(cpus.rstrip("+")) for _, _, cpus, _ in rows)
     if cluster.cpus_per_node > cpus:
-        remedy = f"Nodes of {cluster.partition} have {cpus} CPUs. Set it to at most {cpus}."
+        remedy = f"Nodes of {partition} have {cpus} CPUs. Set it to at most {cpus}."
         yield Violation("cluster.cpus_per_node", cluster.cpus_per_node, remedy)
     limit = rows[0][3]
     if re.fullmatch(r"(\d+-)?\d+:\d+:\d+", limit) and seconds_of(cluster.time_limit) > seconds_of(limit):
-        remedy = f"Partition {cluster.partition} allows {limit}. Set it to that; the run continues in the next job."
+        remedy = f"Partition {partition} allows {limit}. Set it to that; the run continues in the next job."
         yield Violation("cluster.time_limit", cluster.time_limit, remedy)

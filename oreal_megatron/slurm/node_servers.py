@@ -15,7 +15,6 @@ from oreal_megatron.files import write_atomically
 from oreal_megatron.servers.server_process import (
     Launcher,
     ServerProcess,
-    ServerStartError,
     choose_port,
     listening_address,
     offloaded_mark,
@@ -133,9 +132,6 @@ class NodeServers:
             self._start(server)
 
     def _start(self, server: _Server) -> None:
-        try:
-            server.process = self._launcher.start(server.index, server.port, place=server.number)
-        except ServerStartError as error:
-            raise ValueError(str(error)) from error
+        server.process = self._launcher.start(server.index, server.port, place=server.number)
         server.started = time.monotonic()
         logger.info("server %d starts; log: %s", server.index, server.process.log)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 import subprocess
@@ -12,7 +13,6 @@ from math import ceil
 from pathlib import Path
 
 from oreal_megatron.config import ConfigError, TrainConfig, Violation
-from oreal_megatron.files import write_parts_atomically
 from oreal_megatron.overrides import config_directory
 from oreal_megatron.slurm.cluster import ClusterConfig
 
@@ -93,32 +93,41 @@ def slurm_directory() -> Path:
 
 
 def rendered(
-    config: TrainConfig, cluster: ClusterConfig, nodes: Allocation, overrides: Sequence[str], script: Path
+    config: TrainConfig,
+    cluster: ClusterConfig,
+    nodes: Allocation,
+    overrides: Sequence[str],
+    *,
+    logs: Path,
+    configuration: Path,
 ) -> str:
     """Returns the batch script: slurm/train.sbatch with this job's header and settings.
 
-    script: path that the caller writes it to; the job reads the configuration in the conf/ of that directory.
+    logs: directory of the job's logs. configuration: the conf/ that the job composes.
     """
     text = (slurm_directory() / "train.sbatch").read_text()
     body = text[text.index("# === run ===\n") :].replace('arguments=("$@")', f"arguments=({shlex.join(overrides)})")
-    header = "\n".join(f"#SBATCH {_batch_option(option)}" for option in _header(config, cluster, nodes, script.parent))
-    settings = "\n".join(_settings(cluster, nodes, script))
+    header = "\n".join(f"#SBATCH {_batch_option(option)}" for option in _header(config, cluster, nodes, logs))
+    settings = "\n".join(_settings(cluster, nodes, logs, configuration))
     return (
         f"#!/bin/bash\n# {config.run.name}: rendered by oreal-submit from slurm/train.sbatch\n# === header ===\n"
         f"{header}\n# === settings ===\n{settings}\n{body}"
     )
 
 
-def copy_configuration(directory: Path, config_dir: Path | None) -> None:
-    """Copies conf/ into a directory of a job.
+def configuration_of_job(logs: Path, config_dir: Path | None) -> tuple[Path, dict[str, bytes]]:
+    """Returns the directory of a job's copy of conf/, below that of its logs, and the files to write there -> by name.
 
-    The conf/ of a container's image may be another, and files may change while the job waits.
+    The conf/ of a container's image may be another, and files may change while the job waits. The directory's name
+    depends on the files, so that a job that is queued again finds its own, whatever was submitted since.
 
     config_dir: a directory with more options of groups, of which those that conf/ lacks are copied too.
     """
+    files: dict[str, bytes] = {}
     for source in filter(None, (config_dir, config_directory())):
-        for file in source.rglob("*.yaml"):
-            write_parts_atomically(directory / file.relative_to(source), [file.read_bytes()])
+        files |= {str(file.relative_to(source)): file.read_bytes() for file in source.rglob("*.yaml")}
+    digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
+    return logs / f"conf-{digest[:12]}", files
 
 
 def _batch_option(option: str) -> str:
@@ -163,7 +172,7 @@ def _component(config: TrainConfig, cluster: ClusterConfig, num_nodes: int) -> I
         yield f"--exclude={','.join(cluster.exclude)}"
 
 
-def _settings(cluster: ClusterConfig, nodes: Allocation, script: Path) -> Iterator[str]:
+def _settings(cluster: ClusterConfig, nodes: Allocation, logs: Path, configuration: Path) -> Iterator[str]:
     yield from cluster.setup
     yield from (f"module load {shlex.quote(module)}" for module in cluster.modules)
     python = Path(cluster.venv) / "bin" if cluster.venv else Path(sys.executable).parent
@@ -181,9 +190,8 @@ def _settings(cluster: ClusterConfig, nodes: Allocation, script: Path) -> Iterat
         interface = shlex.quote(cluster.interface)
         yield f"export GLOO_SOCKET_IFNAME={interface} NCCL_SOCKET_IFNAME={interface}"
     yield from (f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items())
-    yield f"export OREAL_CONF={shlex.quote(str(script.parent / 'conf'))}"
-    yield f"export OREAL_SCRIPT={shlex.quote(str(script))}"
-    yield f"export OREAL_LOGS={shlex.quote(str(script.parent))}/logs-$SLURM_JOB_ID"
+    yield f"export OREAL_CONF={shlex.quote(str(configuration))}"
+    yield f"export OREAL_LOGS={shlex.quote(str(logs))}/logs-$SLURM_JOB_ID"
     yield f"export OREAL_TRAINER_NODES={nodes.trainer_nodes} OREAL_PROCESSES_PER_NODE={nodes.processes_per_node}"
     if nodes.num_servers:
         yield f"export OREAL_NUM_SERVERS={nodes.num_servers} OREAL_SERVER_NODES={nodes.server_nodes}"
@@ -210,22 +218,23 @@ def submitted(script: Path, *, after: str | None = None) -> str:
     return _sbatch([*command, str(script)]).split(";")[0]
 
 
-def tested(script: Path) -> str:
-    """Returns when and where the job would start, in SLURM's words.
+def tested(text: str) -> str:
+    """Returns when and where a batch script's job would start, in SLURM's words.
 
     Raises:
         ValueError: SLURM would refuse the job.
     """
-    return _sbatch(["sbatch", "--test-only", str(script)])
+    return _sbatch(["sbatch", "--test-only"], text)
 
 
-def _sbatch(command: list[str]) -> str:
+def _sbatch(command: list[str], text: str | None = None) -> str:
+    """Runs sbatch on a script that the command names, or on the text of one."""
     try:
-        outcome = subprocess.run(command, capture_output=True, text=True)
+        outcome = subprocess.run(command, input=text, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise ValueError("sbatch is not installed here. Submit on a login node of the cluster.") from error
     words = (outcome.stdout + outcome.stderr).strip()
     if outcome.returncode:
         message = re.sub(r"^(sbatch|allocation failure|error): *", "", words)
-        raise ValueError(f"SLURM refuses {command[-1]}: {message}")
+        raise ValueError(f"SLURM refuses the job: {message}")
     return words

@@ -49,6 +49,14 @@ class _IpcBucket:
         return tuple(op for _, ops in self.parts for op in ops)
 
 
+def collector(server_rank: int, num_senders: int) -> int:
+    """Returns the trainer rank that collects for a server rank, which is numbered over all servers of the run.
+
+    Both are numbered alike over devices that they share.
+    """
+    return server_rank % num_senders
+
+
 class IpcTransport:
     """See Transport."""
 
@@ -101,11 +109,11 @@ class IpcTransport:
         )
 
     def _planned_rounds(self, indices: tuple[int, ...]) -> list[list[_IpcBucket]]:
-        # Server ranks and trainer ranks are numbered alike over the devices that they share.
+        tensor, num_senders = self._plan.tensor, self._plan.num_senders
         collectors = {
-            number * self._plan.tensor + rank: (index * self._plan.tensor + rank) % self._plan.num_senders
+            number * tensor + rank: collector(index * tensor + rank, num_senders)
             for number, index in enumerate(indices)
-            for rank in range(self._plan.tensor)
+            for rank in range(tensor)
         }
         assignment = self._plan.assign(len(indices), same_device=collectors)
         queues = {to: list(self._runs(ops_by_sender(assignment, to), rank)) for to, rank in collectors.items()}

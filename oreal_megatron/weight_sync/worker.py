@@ -155,7 +155,7 @@ class Worker:
             receiver = self._joined(task, parameters, dtype, store)
             receiver.receive(self._destinations(receiver.ops, parameters, dtype))
         except Exception:
-            self._receiver = None  # closes the connections, so that waiting senders fail at once
+            self._leave()
             raise
         self._quantise_complete(receiver.ops, parameters)
 
@@ -168,9 +168,7 @@ class Worker:
             return self._receiver
         if task.ops is None:
             raise ValueError(f"the worker has not joined rendezvous {rendezvous.name}, and the command has no ops")
-        if self._receiver is not None:
-            self._receiver.close()
-        self._receiver = None
+        self._leave()
         store.set(arrival_key(rendezvous, task.number), "arrived")
         if store.get(_start_key(rendezvous)) != _JOIN:
             raise ValueError(f"rendezvous {rendezvous.name} is cancelled: another server did not arrive")
@@ -184,6 +182,12 @@ class Worker:
         )
         self._clear(parameters)
         return self._receiver
+
+    def _leave(self) -> None:
+        """Closes the connections of the rendezvous, so that senders that wait for this receiver fail at once."""
+        if self._receiver is not None:
+            self._receiver.close()
+        self._receiver = None
 
     def _unpack(
         self, task: Unpack, parameters: Mapping[str, Tensor], dtype: torch.dtype, buffers: Sequence[Tensor]

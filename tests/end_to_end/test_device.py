@@ -62,7 +62,7 @@ def test_submission_with_its_plan_on_a_login_node_with_a_gpu(tmp_path):
     site = ("cluster=single_machine_test", "cluster.gpu_request=none", f"run.dir={tmp_path / 'run'}")
     path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
     shown = succeeded(with_gpu("-m", "oreal_megatron.cli.submit", *ON_H100, *site, "--test-only", PATH=path))
-    assert "fits: " in shown and "devices: all" in shown and (tmp_path / "run" / "slurm" / "job.sbatch").is_file()
+    assert "fits: " in shown and "devices: all" in shown
 
 
 def configured(*overrides: str) -> Any:

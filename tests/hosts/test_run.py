@@ -59,7 +59,15 @@ class Job:
 
     def serve(self, name: str) -> None:
         """Starts the server of a host."""
-        command = ["env", "MASTER_ADDR=nodea", sys.executable, "-m", "oreal_megatron.cli.serve", "--host", name]
+        command = [
+            "env",
+            "OREAL_TRAINERS=nodea,nodeb",
+            sys.executable,
+            "-m",
+            "oreal_megatron.cli.serve",
+            "--host",
+            name,
+        ]
         place = [f"--node={self._servers.index(name)}", f"--nodes={len(self._servers)}"]
         arguments = [*place, "--announce", str(self._urls), *self._options]
         self.network[name].start(*command, *arguments, log=self._logs / f"serve_{name}")

@@ -73,6 +73,6 @@ def test_trainer_and_server_on_hosts_with_debians_names(network, slurm, tmp_path
     assert ended["JobState"] == "COMPLETED", logs
     assert has_steps(directory, 2)
     assert "trainer on nodea,nodeb, servers on nodec" in logs
-    # It is announced by a name that the trainer's hosts resolve, and listens at the address behind it.
+    # It is announced by a name that the trainer's hosts resolve, and listens at all of its addresses.
     assert "http://nodec:" in (directory / "slurm" / f"logs-{job}" / "servers_node_0.log").read_text()
     assert processes("", directory) == []

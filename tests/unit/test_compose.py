@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -154,17 +155,25 @@ def test_commands_take_options_from_outside(capsys, config_dir, monkeypatch):
 
 
 def test_job_gets_the_options_from_outside(config_dir, monkeypatch, tmp_path):
-    (tmp_path / "sbatch").write_text("#!/bin/sh\necho would start\n")  # in the place of SLURM, which is asked alone
+    # In the place of SLURM: numbers jobs.
+    (tmp_path / "sbatch").write_text(
+        f'#!/bin/sh\n[ "$1" = --test-only ] || {{ echo >>{tmp_path}/jobs; wc -l <{tmp_path}/jobs; }}\n'
+    )
     (tmp_path / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     site = ["cluster=single_machine_test", f"cluster.runs={tmp_path}", "resources.trainer_devices=1"]
-    options = ["objective=mine", f"run.dir={tmp_path}/run", "--test-only"]
-    assert run("submit", "--config-dir", config_dir, *site, *options).returncode == 0
-    job = tmp_path / "run" / "slurm"
-    assert f"export OREAL_CONF={job / 'conf'}\n" in (job / "job.sbatch").read_text()
-    # What the job composes is what was checked, whatever becomes of the files.
-    (config_dir / "objective" / "mine.yaml").write_text("eta: 0.5\n")
-    monkeypatch.setenv("OREAL_CONF", str(job / "conf"))
+    submit = ["submit", "--config-dir", config_dir, *site, "objective=mine", f"run.dir={tmp_path}/run"]
+    assert run(*submit, "--test-only").returncode == 0
+    assert not (tmp_path / "run").exists()
+    submitted = run(*submit, "--chain=2")
+    assert submitted.returncode == 0
+    assert "/job-1.log" in submitted.stdout and "--signal=TERM 1 " in submitted.stdout  # the job that starts first
+    (conf,) = re.findall("export OREAL_CONF=(.*)", (tmp_path / "run" / "slurm" / "job.sbatch").read_text())
+    # What the job composes is what was checked, whatever becomes of the files, and whatever is submitted later.
+    mine = config_dir / "objective" / "mine.yaml"
+    mine.write_text(mine.read_text().replace("0.25", "0.5"))
+    assert run(*submit).returncode == 0
+    monkeypatch.setenv("OREAL_CONF", conf)
     assert validated(composed(["objective=mine"])).objective.eta == 0.25
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import socket
 
 import pytest
 from rich.console import Console
 
+from oreal_megatron.cli.errors import run_command
 from oreal_megatron.compose import composed, validated
-from oreal_megatron.config import ConfigError
+from oreal_megatron.config import ConfigError, Violation
 from oreal_megatron.preflight import check_startable
+from oreal_megatron.workspace import check_host
 
 
 def test_missing_sglang_is_refused_with_the_command_that_installs_it(monkeypatch):
@@ -29,3 +32,41 @@ def test_missing_sglang_of_servers_on_a_cpu_names_its_own_command(monkeypatch, t
     config = validated(composed(["experiment=arithmetic", "rollout=sglang_cpu"]))
     with pytest.raises(ConfigError, match="make sglang-deps"):
         check_startable(config, 1)
+
+
+def violations_of_rank(rank: int, num_processes: int, monkeypatch, *urls: str) -> list[Violation]:
+    """Of a run with the ipc transport to these servers."""
+    monkeypatch.setenv("RANK", str(rank))
+    urls_override = f"rollout.sglang.urls=[{','.join(repr(url) for url in urls)}]"
+    servers = ["rollout=sglang", "rollout.sglang.device=cpu", "rollout.sglang.transport=ipc", urls_override]
+    config = validated(composed(["experiment=arithmetic", *servers]))
+    try:
+        check_startable(config, num_processes)
+    except ConfigError as error:
+        return error.violations
+    return []
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.1.1", "[::1]", "localhost", socket.gethostname()])
+def test_servers_under_every_name_of_this_machine_share_its_memory(monkeypatch, host):
+    assert violations_of_rank(0, 1, monkeypatch, f"http://{host}:30000") == []
+
+
+@pytest.mark.parametrize("host", ["192.0.2.7", "a" * 64, "a..b"])
+def test_rank_that_would_share_memory_with_a_server_elsewhere_is_refused(monkeypatch, host):
+    urls = ("http://127.0.0.1:30000", f"http://{host}:30000")
+    # Of two ranks the second hands over the weights of the second server, perhaps on a machine of its own.
+    assert violations_of_rank(0, 2, monkeypatch, *urls) == []
+    (violation,) = violations_of_rank(1, 2, monkeypatch, *urls)
+    assert (violation.key, violation.value) == ("rollout.sglang.transport", "ipc")
+    assert urls[1] in violation.remedy and "rollout.sglang.transport=direct" in violation.remedy
+
+
+def test_problem_of_a_machine_names_it_on_every_rank(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "56")
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(SystemExit, match="1"):
+        run_command(lambda: check_host(validated(composed(["experiment=arithmetic"]))))
+    said = capsys.readouterr().err
+    assert f"1 problem(s) in the configuration on {socket.gethostname()}:\n  resources.device = 'cpu'" in said

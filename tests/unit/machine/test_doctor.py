@@ -10,6 +10,15 @@ from oreal_megatron.cli.doctor import main
 from oreal_megatron.machine import doctor
 
 
+def test_tasks_of_srun_do_not_each_measure_all_devices(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main(["experiment=arithmetic", "--measure", str(tmp_path / "figures.yaml")])
+    assert ended.value.code == 1
+    assert "srun has started 8 tasks" in capsys.readouterr().err
+
+
 @pytest.mark.end_to_end
 def test_doctor_names_what_is_missing_and_its_installation(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "probe", functools.cache(doctor.probe))

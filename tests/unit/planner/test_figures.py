@@ -57,6 +57,11 @@ def test_token_time_is_linear_between_the_measured_batches_and_beyond():
     assert falling.seconds_at(100) == 0.001
 
 
+def test_mistyped_path_is_neither_a_file_nor_a_run(tmp_path):
+    with pytest.raises(ValueError, match="neither a file of figures nor the directory of a run"):
+        read_figures(tmp_path / "run", CONFIG, GEOMETRY)
+
+
 def test_plan_takes_measured_figures_and_names_their_source(tmp_path):
     figures = read_figures(written(tmp_path), CONFIG, GEOMETRY)
     sizes, work = Sizes(CONFIG, GEOMETRY, 1), assumed_workload(CONFIG)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from omegaconf import OmegaConf
 from oreal_megatron.compose import composed
 from oreal_megatron.config import ConfigError
 from oreal_megatron.slurm.cluster import parse_cluster, seconds_of
-from oreal_megatron.slurm.node_servers import servers_of_node
+from oreal_megatron.slurm.node_servers import NodeServers, servers_of_node
 from oreal_megatron.slurm.sbatch import Allocation, allocation, rendered
 from tests.unit.planner.test_recipes import recipe
 
@@ -21,6 +23,15 @@ def test_every_server_has_one_node():
         placed = [index for node in range(num_nodes) for index in servers_of_node(num_servers, node, num_nodes)]
         assert placed == list(range(num_servers))
     assert list(servers_of_node(5, 1, 2)) == [3, 4]
+
+
+def test_a_taken_port_of_a_node_is_no_traceback(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = recipe("oreal_32b_disaggregated", f"rollout.sglang.port={port}", f"run.dir={tmp_path}")
+        options = {"host": "127.0.0.1", "logs": tmp_path, "kv_tokens": None, "ending": threading.Event()}
+        with pytest.raises(ValueError, match=f"rollout.sglang.port = {port}: server 0 cannot listen"):
+            NodeServers(config, config.rollout.sglang, [0], **options)
 
 
 def test_roles_spread_over_nodes():
@@ -44,7 +55,8 @@ def header(*overrides: str, name: str = "run", directory: str = "/r") -> list[st
     raw = composed(["cluster=slurm", *(f"cluster.{name}" for name in names), *overrides])
     site: Any = OmegaConf.to_container(raw["cluster"], resolve=True)
     config = recipe("oreal_32b_disaggregated", f"run.name='{name}'")
-    script = rendered(config, parse_cluster(site), allocation(config, 64), ["a=b c"], Path(directory, "job.sbatch"))
+    paths = {"logs": Path(directory), "configuration": Path(directory, "conf")}
+    script = rendered(config, parse_cluster(site), allocation(config, 64), ["a=b c"], **paths)
     assert "arguments=('a=b c')" in script
     return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
 

@@ -10,9 +10,10 @@ import torch
 
 from oreal_megatron.conversion.rules import Box
 from oreal_megatron.weight_sync.fp8_blocks import E4M3, quantise_into
+from oreal_megatron.weight_sync.p2p import Rendezvous
 from oreal_megatron.weight_sync.planner import TransferOp
 from oreal_megatron.weight_sync.sglang_layout import scales_of
-from oreal_megatron.weight_sync.worker import Command, Unpack, Worker, load
+from oreal_megatron.weight_sync.worker import Command, Receive, Unpack, Worker, load
 
 SIZE = 128
 HALVES = [(0, SIZE // 2), (SIZE // 2, SIZE)]
@@ -93,3 +94,27 @@ def test_command_refuses_objects_of_other_packages():
 def test_load_never_raises_and_logs_what_it_cannot_report(caplog):
     load(torch.nn.Linear(1, 1), [("command", torch.zeros(4, dtype=torch.uint8))])
     assert "UnpicklingError" in caplog.text
+
+
+class BrokenReceiver:
+    """A receiver whose sender is gone."""
+
+    def __init__(self, rendezvous: Rendezvous):
+        self.rendezvous, self.ops, self.is_closed = rendezvous, (), False
+
+    def receive(self, parameters) -> None:
+        raise RuntimeError("connection reset")
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_worker_that_fails_closes_its_connections():
+    """A group of NCCL stays open without, and the other senders wait for this receiver until their timeout."""
+    rendezvous = Rendezvous("127.0.0.1", 1, "name", num_senders=1, num_receivers=1, timeout_seconds=5.0)
+    worker, receiver = Worker(), BrokenReceiver(rendezvous)
+    worker._receiver = receiver
+    task = Receive(rendezvous, number=0, backend="nccl", bucket_bytes=4, ops=None)
+    with pytest.raises(RuntimeError, match="connection reset"):
+        worker.execute(command(task), parameters(), [], store=None)
+    assert receiver.is_closed and worker._receiver is None
