@@ -47,6 +47,7 @@ setup(
         "torch>=2.11,<2.15",
         "megatron-core>=0.16.1,<0.20",
         "numpy>=2,<3",
+        "scipy>=1.15",  # confidence intervals of oreal-eval
         "psutil>=7",  # megatron-core's checkpoint writer hangs without it
         "transformers>=5.17,<6",
         "tokenizers>=0.22",
@@ -97,7 +98,7 @@ setup(
     entry_points={
         "console_scripts": [
             f"oreal-{name} = oreal_megatron.cli.{name}:main"
-            for name in ("train", "report", "plan", "submit", "doctor", "convert", "verify")
+            for name in ("train", "eval", "report", "plan", "submit", "doctor", "convert", "verify")
         ]
     },
 )

@@ -99,10 +99,9 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
         console = tracker.console if groups.is_main else None
         stack.enter_context(run_logging(directory, rank=groups.rank, level=config.tracking.log_level, console=console))
         logger.info(
-            "%s: %d steps of %s, seed %d, in %s",
+            "%s: %s, seed %d, in %s",
             config.run.name,
-            config.run.num_steps,
-            config.objective.preset,
+            f"{config.run.num_steps} steps of {config.objective.preset}" if config.run.num_steps else "no training",
             config.run.seed,
             directory,
         )

@@ -70,6 +70,7 @@ def test_wheel_is_what_runs(installed):
 
 def test_wheel_composes_a_run(installed):
     assert "experiment=arithmetic" in installed("oreal-train", "--help")
+    assert "--benchmark" in installed("oreal-eval", "--help")
     assert "shaping: grpo" in installed("oreal-train", "objective=grpo", "--cfg", "job")
     assert "`objective`" in installed("oreal-train", "objektive=grpo", "--cfg", "job", status=1)
 
