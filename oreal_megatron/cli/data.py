@@ -111,9 +111,10 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "check",
         _check,
         "Counts what is wrong with the lines of a prompt file.",
-        "Gold answers that are empty, phrases or whole solutions, or that the verifier cannot read; repeated questions,\n"
-        "with equal and with other gold answers; with overrides, prompts longer than prompt.max_prompt_tokens, in the\n"
-        "chat template of model.tokenizer. Exit status 1: lines have faults, and no --output was given.",
+        "Gold answers that are empty, phrases or whole solutions, or that the verifier cannot read; repeated\n"
+        "questions, with equal and with other gold answers; with overrides, prompts longer than\n"
+        "prompt.max_prompt_tokens, in the chat template of model.tokenizer.\n"
+        " Exit status 1: lines have faults, and no --output was given.",
         example="oreal-data check train.jsonl experiment=own_model model.path=models/qwen",
     )
     command.add_argument("file", type=Path, metavar="FILE", help="JSONL file with question and gold_answer")
@@ -165,15 +166,15 @@ def _add_dedupe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         _dedupe,
         "Writes the first line of each question.",
         "Questions are equal if they differ in case, punctuation and LaTeX's layout alone. Near duplicates have the\n"
-        "same numbers and almost the same words (MinHash of word triples). Questions with gold answers that differ in\n"
-        "value are left out whole.",
+        "same numbers, operators and gold answer, and almost the same words (MinHash of word triples). Questions with\n"
+        "gold answers that differ in value are left out whole.",
         example="oreal-data dedupe dapo.jsonl --output unique.jsonl",
     )
     command.add_argument("file", type=Path, metavar="FILE", help="JSONL file with question and gold_answer")
     command.add_argument(
         "--threshold",
         type=_share,
-        default=0.8,
+        default=0.7,
         metavar="SHARE",
         help="Jaccard similarity of near duplicates; 1: equal questions only (default: %(default)s)",
     )
@@ -196,8 +197,8 @@ def _add_decontaminate(commands: argparse._SubParsersAction[argparse.ArgumentPar
         "decontaminate",
         _decontaminate,
         "Leaves out the lines that have much of a benchmark's question.",
-        "Overlap is the share of a benchmark question's words that are in n-grams which the training question has too.\n"
-        "A match has all numbers of the benchmark's question as well. Examples are shown; --matches writes all matches.",
+        "Overlap is the share of a benchmark question's words that are in n-grams of the training question.\n"
+        "A match has all numbers of the benchmark's question as well. Some matches are shown; --matches writes all.",
         example="oreal-data decontaminate train.jsonl --benchmark math500.jsonl aime24.jsonl --output clean.jsonl",
     )
     command.add_argument("file", type=Path, metavar="FILE", help="JSONL file with question and gold_answer")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 EXAMPLES = 3
@@ -36,4 +36,4 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Returns the report as plain data."""
-        return {**asdict(self), "examples": [example._asdict() for example in self.examples]}
+        return {"counts": dict(self.counts), "examples": [example._asdict() for example in self.examples]}
