@@ -84,8 +84,8 @@ def _sound_lines(
     report: Report,
     advance: Callable[[], None],
 ) -> Iterator[bytes]:
-    golds: dict[bytes, str] = {}
-    """Gold answer of the first line of each question."""
+    golds: dict[bytes, tuple[str, str]] = {}
+    """First line of each question, and its gold answer."""
     readable: dict[str, str | None] = {}
     """What is wrong with a gold answer, by its text; None: nothing."""
     records = read_questions(path, advance)
@@ -105,16 +105,18 @@ def _sound_lines(
             else:
                 report.counts[SOUND] += 1
                 yield json_line(record)
-            _count_repeated(golds, where, question, gold, report)
+            first = golds.setdefault(question_key(question), (where, gold))
+            if first[0] != where:
+                kind = REPEATED if _agree(first[1], gold, verifier) else CONFLICTING
+                report.add(kind, where, f"{first[1]} | {gold}: {question}")
 
 
-def _count_repeated(golds: dict[bytes, str], where: str, question: str, gold: str, report: Report) -> None:
-    key = question_key(question)
-    if (first := golds.get(key)) is None:
-        golds[key] = gold
-    else:
-        kind = REPEATED if gold_value(first) == gold_value(gold) else CONFLICTING
-        report.add(kind, where, question if kind == REPEATED else f"{first} | {gold}: {question}")
+def _agree(gold: str, other: str, verifier: StagedVerifier) -> bool:
+    """Whether two gold answers have the same value."""
+    if gold_value(gold) == gold_value(other):
+        return True
+    request = GradeRequest(question="", gold_answer=gold, response=gold_value(other), stopped=True)
+    return verifier.grade_answers([request])[0].verdict is Verdict.CORRECT
 
 
 def _read_golds(batch: Sequence[Record], verifier: StagedVerifier, readable: dict[str, str | None]) -> None:

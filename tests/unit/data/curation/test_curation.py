@@ -69,6 +69,7 @@ def test_check_counts_every_fault_and_writes_the_other_lines(tmp_path, capsys):
         ("What is 2+2?", "4"),
         ("What is 2 + 2 ?", "4"),
         ("What is $2+2$?", "5"),
+        ("What is $2+2$?", "\\frac{8}{2}"),
         ("a", None),
         ("b", "The function is increasing on the whole interval"),
         ("c", GSM8K_SOLUTION),
@@ -78,8 +79,8 @@ def test_check_counts_every_fault_and_writes_the_other_lines(tmp_path, capsys):
     )
     found = report(capsys, "check", path, status=1)
     assert found["counts"] == {
-        SOUND: 4,
-        REPEATED: 1,
+        SOUND: 5,
+        REPEATED: 2,
         CONFLICTING: 1,
         EMPTY: 1,
         PHRASE: 1,
@@ -87,9 +88,15 @@ def test_check_counts_every_fault_and_writes_the_other_lines(tmp_path, capsys):
         UNREADABLE: 1,
         "empty question": 1,
     }
-    assert {example["where"]: example["kind"] for example in found["examples"]}[f"{path}:7"] == UNREADABLE
+    assert {example["where"]: example["kind"] for example in found["examples"]}[f"{path}:8"] == UNREADABLE
     report(capsys, "check", path, "--output", tmp_path / "sound.jsonl")
-    assert questions(tmp_path / "sound.jsonl") == ["What is 2+2?", "What is 2 + 2 ?", "What is $2+2$?", "e"]
+    assert questions(tmp_path / "sound.jsonl") == [
+        "What is 2+2?",
+        "What is 2 + 2 ?",
+        "What is $2+2$?",
+        "What is $2+2$?",
+        "e",
+    ]
 
 
 def test_check_of_a_sound_file_ends_well(tmp_path, capsys):
@@ -208,9 +215,11 @@ def test_run_refuses_whole_solutions_with_the_commands_that_help():
     assert "oreal-data check g.jsonl" in message
 
 
-def test_run_refuses_phrases_unless_a_judge_compares_them_or_they_are_few():
+def test_run_refuses_phrases_unless_a_judge_compares_them_or_they_are_few(caplog):
     phrase = "The function is increasing on the whole interval"
     with pytest.raises(ValueError, match="1 of 2 prompts have a phrase as gold answer"):
         check_golds(prompts("4", phrase), "data.train = g.jsonl", phrases_are_judged=False)
     check_golds(prompts("4", phrase), "data.train = g.jsonl", phrases_are_judged=True)
+    assert not caplog.text
     check_golds(prompts(*["4"] * 19, phrase), "data.train = g.jsonl", phrases_are_judged=False)
+    assert "1 of 20 prompts have a phrase as gold answer" in caplog.text
