@@ -26,7 +26,7 @@ _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 def gold_fault(gold: str) -> str | None:
     r"""Returns the fault of a gold answer; None where there is none.
 
-    A solution has working beside the answer that `####` or a box marks, such as `2+2=4 #### 4`, or goes over several
+    A solution has working before the answer that `####` or a box marks, such as `2+2=4 #### 4`, or goes over several
     lines of words. A phrase has six words or more. The verifier reads the marked answer of a solution.
     """
     text = gold.strip()

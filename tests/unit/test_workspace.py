@@ -34,7 +34,7 @@ def test_renamed_gsm8k_with_whole_solutions_is_refused_with_the_command_that_tak
     path = tmp_path / "train.jsonl"
     solution = "In April she sold 48 clips.\nIn May she sold <<48/2=24>>24 clips, 72 in all.\n#### 72"
     path.write_text(json.dumps({"question": "How many?", "gold_answer": solution}) + "\n")
-    config = parse_config(composed("data=jsonl", "sft=none", "evaluation=none", f"data.train={path}"))
+    config = parse_config(composed(f"data.train={path}"))
     tokenizer = arithmetic_tokenizer()
     renderer = PromptRenderer(tokenizer, config.prompt, vocab_size=len(tokenizer))
     with pytest.raises(ValueError, match="1 of 1 prompts have a whole solution") as refused:

@@ -87,7 +87,7 @@ def _sound_lines(
     golds: dict[bytes, tuple[str, str]] = {}
     """First line of each question, and its gold answer."""
     readable: dict[str, str | None] = {}
-    """What is wrong with a gold answer, by its text; None: nothing."""
+    """Fault of a gold answer, by its text; None: it has none."""
     records = read_questions(path, advance)
     while batch := list(islice(records, _BATCH)):
         _read_golds(batch, verifier, readable)
@@ -120,7 +120,7 @@ def _agree(gold: str, other: str, verifier: StagedVerifier) -> bool:
 
 
 def _read_golds(batch: Sequence[Record], verifier: StagedVerifier, readable: dict[str, str | None]) -> None:
-    """Adds what is wrong with the golds of a batch: each must equal itself, and differ from a wrong number."""
+    """Adds the faults of a batch's gold answers: each must equal itself, and differ from a wrong number."""
     golds = [
         gold for gold in dict.fromkeys(record["gold_answer"].strip() for _, record in batch) if gold not in readable
     ]
