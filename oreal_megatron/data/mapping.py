@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import jmespath
 import yaml
-from jmespath.exceptions import JMESPathError
+from jmespath.exceptions import JMESPathError, JMESPathTypeError
 from pydantic import BeforeValidator, field_validator
 
 from oreal_megatron.config import Section, Strings, parse_section
@@ -54,8 +54,11 @@ class Source(Section):
         return path
 
     def value(self, record: Any) -> Any:
-        """Returns what is at the place, of any type; None where there is nothing."""
-        return _expression(self.path).search(record)
+        """Returns what is at the place, of any type; None where there is nothing that the expression takes."""
+        try:
+            return _expression(self.path).search(record)
+        except JMESPathTypeError:
+            return None
 
     def read(self, record: Any) -> str | None:
         """Returns the text or number at the place as text, without spaces around it; None where there is none."""

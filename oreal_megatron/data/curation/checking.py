@@ -34,8 +34,9 @@ def read_questions(path: Path, advance: Callable[[], None]) -> Iterator[Record]:
     advance: is called after each line.
 
     Raises:
-        ValueError: a line is no such record; the message has the command that makes it one.
+        ValueError: a line is no such record, and the message has the command that makes it one; or there are none.
     """
+    number = 0
     for number, record in read_records(path):
         where = f"{path}:{number}"
         texts = {
@@ -44,6 +45,8 @@ def read_questions(path: Path, advance: Callable[[], None]) -> Iterator[Record]:
         }
         yield where, {**record, **texts}
         advance()
+    if not number:
+        raise ValueError(f"{path}: it has no records. Every line must be an object with question and gold_answer.")
 
 
 def question_key(question: str) -> bytes:

@@ -35,10 +35,9 @@ def find_files(path: Path, split: str | None) -> list[Path]:
     if not path.is_dir():
         raise ValueError(f"{path}: neither a file nor a directory. Name a file or the directory of a data set.")
     if (path / "dataset_dict.json").is_file():
-        names = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        return find_files(path / _chosen(path, names, split), None)
+        return find_files(path / _chosen(path, _listed(path / "dataset_dict.json", "splits"), split), None)
     if (path / "state.json").is_file():
-        return [path / file["filename"] for file in json.loads((path / "state.json").read_text())["_data_files"]]
+        return [path / file["filename"] for file in _listed(path / "state.json", "_data_files")]
     for suffix in _SUFFIXES:
         found = sorted(file for file in path.rglob(f"*{suffix}") if not _is_hidden(file.relative_to(path)))
         if suffix == ".json":
@@ -68,6 +67,16 @@ def read_source(files: Sequence[Path], wanted: str | None = None) -> Iterator[tu
 
 def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
+
+
+def _listed(file: Path, key: str) -> list[Any]:
+    """Returns the list at a key of a file that `datasets` wrote. Raises ValueError where it is not there."""
+    try:
+        return list(json.loads(file.read_bytes())[key])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file}: it has no list {key!r}, as `datasets` writes it. Save the data set again."
+        ) from error
 
 
 def _chosen(path: Path, names: Sequence[str], split: str | None) -> str:

@@ -210,3 +210,30 @@ def test_demonstrations_are_imported(tmp_path):
     run("import", source, "--output", tmp_path / "out.jsonl", *fields)
     [demonstration] = read_demonstrations(tmp_path / "out.jsonl")
     assert (demonstration.question, demonstration.response) == ("1+1", "It is 2.")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.parquet", b"PAR1 and no more", "a.parquet: cannot be read: "),
+        ("a.arrow", b"\xff\xff\xff\xff and no more", "a.arrow: cannot be read: "),
+        ("a.json", b"[1, 2", "a.json:1: not JSON"),
+        ("a.jsonl", b"", "a.jsonl: it has no records"),
+        ("a.jsonl", b'{"question": "q", "gold_answer": "1", "pass_rate": 7}', "a.jsonl:1: pass_rate is 7"),
+        ("state.json", b"{}", "state.json: it has no list '_data_files'"),
+        ("dataset_dict.json", b"no JSON", "dataset_dict.json: it has no list 'splits'"),
+        ("notes.txt", b"notes", "no .parquet, .arrow, .jsonl, .json files in it"),
+    ],
+)
+def test_damaged_source_is_refused_with_its_name(tmp_path, capsys, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    source = tmp_path if name in ("state.json", "dataset_dict.json", "notes.txt") else tmp_path / name
+    message = refused(capsys, "import", source, "--output", tmp_path / "out.jsonl")
+    assert words in message and not (tmp_path / "out.jsonl").exists()
+
+
+def test_expression_that_a_record_does_not_fit_is_named(tmp_path, capsys):
+    source = write_lines(tmp_path / "a.jsonl", [{"q": "q", "a": 1}])
+    fields = ("--field", "question=q", "--field", "gold_answer=length(b)")
+    message = refused(capsys, "import", source, *fields, "--output", tmp_path / "out.jsonl")
+    assert "none of 1 records has a text at each of question = q, gold_answer = length(b)" in message
