@@ -195,7 +195,7 @@ def step(phases: Phases, directory: Path, groups: ParallelGroups, arguments: arg
     _, batches = phases("pack", lambda: packed(run, selection.trajectories))
     scores = [torch.zeros_like(batch.rollout_logprobs) for batch in batches]
     scored = ScoredSequences(scores=scores, mean_scores=[], outcomes=[])
-    batches = phases("token weights", lambda: with_token_weights(batches, scored, config.objective))
+    batches = phases("token weights", lambda: with_token_weights(batches, scored, config.objective, groups))
     noise = [torch.full_like(batch.rollout_logprobs, 1e-3) for batch in batches]
     metrics |= phases("mismatch", lambda: rollout_mismatch(noise, groups))
     phases("trajectories", lambda: save_trajectories(run, graded, selection, batches))

@@ -122,7 +122,7 @@ class Trainer:
             batches = with_reference(self.reference, batches, groups)
         with peaks.of("train reward model"):
             scored, _ = update_reward_model(self.reward_model, batches, config.objective, num_sequences=len(sequences))
-        batches = with_token_weights(batches, scored, config.objective)
+        batches = with_token_weights(batches, scored, config.objective, groups)
         with peaks.of("train policy"):
             update_policy(self.policy, batches, config.objective, counts)
         return sequences

@@ -14,6 +14,7 @@ import functools
 import io
 import json
 import statistics
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ def shuffled(
     scores_T: Tensor, *, correct: bool, config: TokenWeightConfig, prompt_ids: Tensor, response_ids: Tensor
 ) -> Tensor:
     """Weighs with the weights of `config` in a random order, which the response alone decides."""
-    seed = int.from_bytes(np.asarray(response_ids.cpu(), np.int32).tobytes()[-6:], "little")
+    seed = zlib.crc32(response_ids.cpu().numpy().tobytes())
     order = torch.randperm(len(scores_T), generator=torch.Generator().manual_seed(seed)).to(scores_T.device)
     return token_weights(scores_T, correct=correct, config=config)[order]
 

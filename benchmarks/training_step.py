@@ -60,7 +60,7 @@ def oreal_step(batches: list[TokenBatch], chosen: list[PackedSequence], groups: 
     def step() -> None:
         scored = with_reference(reference, batches, groups)
         scores, _ = update_reward_model(reward_model, scored, objective, num_sequences=len(chosen))
-        update_policy(policy, with_token_weights(scored, scores, objective), objective, counts)
+        update_policy(policy, with_token_weights(scored, scores, objective, groups), objective, counts)
 
     return step
 

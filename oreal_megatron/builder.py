@@ -10,7 +10,6 @@ from oreal_megatron.checkpoint.state import load_weights_only, weights_only
 from oreal_megatron.checkpoint.store import INITIAL, damages_of, load_checkpoint
 from oreal_megatron.config import AdamWConfig, Fp8ModelConfig
 from oreal_megatron.initial_policy import new_policy
-from oreal_megatron.losses.token_weights import weight_function
 from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.models.offload import FrozenModel
 from oreal_megatron.models.policy import Policy
@@ -33,11 +32,9 @@ def build_run(workspace: Workspace) -> Run:
     `pass_rates.prepare` gives the run its prompt stream, and `train` the state of its newest checkpoint.
 
     Raises:
-        ConfigError: `objective.token_weights.function` cannot be imported.
         ValueError: a checkpoint is damaged or does not fit the model; a server does not fit the policy.
     """
     config, objective = workspace.config, workspace.config.objective
-    weight_function(objective.token_weights)  # a function that cannot be imported is refused before models are built
     policy = _initial_policy(workspace, config.fp8.policy)
     engine = _engine(workspace, policy)
     frozen_updates = objective.actor_freeze_steps if objective.policy_schedule == "from_first_update" else 0

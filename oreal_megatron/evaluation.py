@@ -14,7 +14,7 @@ from oreal_megatron.rollout.sampler import rollout_seeds
 from oreal_megatron.run_state import Run
 from oreal_megatron.step import score_sequences
 from oreal_megatron.trajectories import to_records
-from oreal_megatron.types import Benchmark, EvaluationReport, FinishReason, GradedRollout, Prompt, decided
+from oreal_megatron.types import Benchmark, EvaluationReport, FinishReason, GradedRollout, Prompt, decided, undecided
 
 Generate = Callable[[Sequence[Prompt], int, SamplingConfig], list[list[GradedRollout]]]
 """(prompts, samples per prompt, sampling) -> a group of graded rollouts per prompt."""
@@ -31,6 +31,10 @@ def evaluate_run(run: Run) -> EvaluationReport:
             for benchmark in run.benchmarks
         ]
     for benchmark, (greedy, sampled) in zip(run.benchmarks, results, strict=True):
+        responses = [*greedy, *(graded for group in sampled for graded in group)]
+        run.sampler.check_undecided(
+            f"evaluation on {benchmark.name}", undecided(responses), len(responses), [_batch_name(step)]
+        )
         metrics |= benchmark_metrics(benchmark, greedy, sampled)
         groups = sampled or [[graded] for graded in greedy]
         scores = _reward_model_scores(run, groups)
@@ -113,13 +117,17 @@ def areas_under_curve(scores: Sequence[float], outcomes: Sequence[bool], prompt_
     }
 
 
+def _batch_name(step: int) -> str:
+    return f"evaluation_{step:06d}"
+
+
 def _generator(run: Run) -> Generate:
     """Samples with the run's sampler, with the same seeds at every evaluation."""
 
     def generate(prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig) -> list[list[GradedRollout]]:
         return run.sampler.sample(
             prompts,
-            batch_name=f"evaluation_{run.progress.step:06d}",
+            batch_name=_batch_name(run.progress.step),
             num_samples=num_samples,
             sampling=sampling,
             seed_of=rollout_seeds(run.config.run.seed, "evaluation", 0),

@@ -12,7 +12,7 @@ from oreal_megatron.data.stream import PromptStream
 from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
 from oreal_megatron.run_state import Run, offload
 from oreal_megatron.seeds import derive_seed
-from oreal_megatron.types import Prompt, decided
+from oreal_megatron.types import GradedRollout, Prompt, decided, undecided
 
 logger = logging.getLogger(__name__)
 _UNITS = 16
@@ -57,16 +57,22 @@ def _with_pass_rates(prompts: list[Prompt], run: Run) -> list[Prompt]:
     if estimation.max_prompts is not None and len(unknown) > estimation.max_prompts:
         unknown = random.Random(derive_seed(run.config.run.seed, "estimate")).sample(unknown, estimation.max_prompts)
     estimated: list[Prompt] = []
+    lost: list[GradedRollout] = []
+    batch_names = []
     size = max(run.config.rollout.batch_size // estimation.samples, 1) * _UNITS
     with run.tracker.progress("pass rates", len(unknown)) as bar:
         for start in range(0, len(unknown), size):
             part = unknown[start : start + size]
-            estimated += _estimated(
-                part, run.config, run.sampler, estimation.samples, f"pass_rates_{start // size:06d}"
-            )
+            batch_names.append(f"pass_rates_{start // size:06d}")
+            sampled = _sampled(part, run.config, run.sampler, estimation.samples, batch_names[-1])
+            estimated += _estimated(part, sampled)
+            lost += [
+                replace(one, rollout=one.rollout.without_tokens()) for group in sampled for one in undecided(group)
+            ]
             correct = sum(prompt.pass_rate or 0.0 for prompt in estimated) / max(len(estimated), 1)
             bar.advance(f"mean {correct:.2f}", by=len(part))
     _check_decided(unknown, estimated, has_others=bool(known))
+    run.sampler.check_undecided("pass rates", lost, len(unknown) * estimation.samples, batch_names)
     with groups.together():
         if groups.is_main:
             write_estimated(path, known + estimated, source=prompts)
@@ -93,19 +99,23 @@ def _check_decided(asked: list[Prompt], estimated: list[Prompt], *, has_others: 
     logger.warning("%s; they are left out", message)
 
 
-def _estimated(
+def _sampled(
     prompts: list[Prompt], config: TrainConfig, sampler: Sampler, num_samples: int, batch_name: str
-) -> list[Prompt]:
-    """Returns the prompts that have a decided response, with the share of those that is correct."""
-    graded_groups = sampler.sample(
+) -> list[list[GradedRollout]]:
+    """Returns a group of graded responses of the initial policy per prompt."""
+    return sampler.sample(
         prompts,
         batch_name=batch_name,
         num_samples=num_samples,
         sampling=config.rollout.sampling,
         seed_of=rollout_seeds(config.run.seed, "pass_rate", 0),
     ).groups
+
+
+def _estimated(prompts: list[Prompt], groups: list[list[GradedRollout]]) -> list[Prompt]:
+    """Returns the prompts that have a decided response, with the share of those that is correct."""
     estimated = []
-    for prompt, group in zip(prompts, graded_groups, strict=True):
+    for prompt, group in zip(prompts, groups, strict=True):
         outcomes = [graded.is_correct for graded in decided(group)]
         if outcomes:
             estimated.append(replace(prompt, pass_rate=sum(outcomes) / len(outcomes)))

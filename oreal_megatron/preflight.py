@@ -7,6 +7,7 @@ from pathlib import Path
 
 from oreal_megatron.config import ConfigError, GeometryConfig, ModelConfig, SGLangConfig, TrainConfig, Violation
 from oreal_megatron.conversion.huggingface import geometry_of, max_positions, read_model
+from oreal_megatron.losses.token_weights import weight_function
 from oreal_megatron.servers.server_process import installation_problem, interpreter_problem
 
 
@@ -35,6 +36,10 @@ def check_startable(config: TrainConfig, num_processes: int) -> None:
         remedy = f"{num_processes} were started. Start {wanted}, or set resources.trainer_devices={num_processes}."
         violations.append(Violation("resources.trainer_devices", wanted, remedy))
     violations += _missing_paths(config)
+    try:
+        weight_function(config.objective.token_weights)
+    except ConfigError as error:
+        violations += error.violations
     if violations:
         raise ConfigError(violations)
 

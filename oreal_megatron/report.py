@@ -47,6 +47,8 @@ _NUM_EXAMPLES = 6
 _TOKENS_BEFORE, _TOKENS_AFTER = 40, 600
 """Tokens of an example that are shown before and from the token where its two responses part."""
 _NUM_BINS = 20
+_MOST_POINTS = 500
+"""Points of a line in a plot; more would make the file of a run with long responses too large to open."""
 _COLOURS = {"CORRECT": "tab:green", "INCORRECT": "tab:red"}
 
 
@@ -245,7 +247,8 @@ def _course_figure(records: Sequence[dict[str, Any]], parting: int) -> str:
         verdict, scores = record["grade"]["verdict"], record["token_scores"]
         means = (total / (t + 1) for t, total in enumerate(itertools.accumulate(scores)))
         points = [(float(t), 1 / (1 + math.exp(-mean))) for t, mean in enumerate(means)]
-        _plot(axis, verdict, points, 1, color=_COLOURS.get(verdict), marker=".")
+        every = -(-len(points) // _MOST_POINTS)
+        _plot(axis, verdict, points[::every], 1, color=_COLOURS.get(verdict), marker="." if every == 1 else None)
     if len(records) > 1:
         axis.axvline(parting, color="0.7", linestyle="--", label="they part")
     axis.set_ylim(0, 1)

@@ -6,7 +6,7 @@ Every list has one entry per micro-batch of this rank: a tensor [R] over its res
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,44 +49,77 @@ def with_reference(
 
 
 def with_token_weights(
-    batches: Sequence[TokenBatch], scored: ScoredSequences | None, config: ObjectiveConfig
+    batches: Sequence[TokenBatch], scored: ScoredSequences | None, config: ObjectiveConfig, groups: ParallelGroups
 ) -> list[TokenBatch]:
     """Returns the micro-batches with token weights from the reward model's scores; zero scores if `scored` is None.
 
     Raises:
-        ValueError: `objective.token_weights.function` returned something else than weights.
+        ValueError: `objective.token_weights.function` failed, or returned something else than weights. OSError on the
+            ranks where it did not.
     """
     function = weight_function(config.token_weights)
-    weighted = []
-    for index, batch in enumerate(batches):
-        scores_R = torch.zeros_like(batch.rollout_logprobs) if scored is None else scored.scores[index]
-        parts = []
-        for place, (scores_T, correct) in enumerate(
-            zip(batch.split_by_sequence(scores_R), batch.correct.tolist(), strict=True)
-        ):
-            if function is None:
-                parts.append(token_weights(scores_T, correct=correct, config=config.token_weights))
-            else:
+    scores = [torch.zeros_like(b.rollout_logprobs) for b in batches] if scored is None else scored.scores
+    if function is None:
+        weights = [_weights(scores_R, batch, config) for batch, scores_R in zip(batches, scores, strict=True)]
+    else:
+        weights = _weights_of_function(function, batches, scores, config, groups)
+    return [
+        replace(batch, token_weights=weights_R, token_scores=None if scored is None else scores_R)
+        for batch, weights_R, scores_R in zip(batches, weights, scores, strict=True)
+    ]
+
+
+def _weights(scores_R: Tensor, batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
+    """Returns the weights [R] of a micro-batch by `token_weights`."""
+    parts = [
+        token_weights(scores_T, correct=correct, config=config.token_weights)
+        for scores_T, correct in zip(batch.split_by_sequence(scores_R), batch.correct.tolist(), strict=True)
+    ]
+    return torch.cat([scores_R.new_zeros(0), *parts])
+
+
+def _weights_of_function(
+    function: Callable[..., Tensor],
+    batches: Sequence[TokenBatch],
+    scores: Sequence[Tensor],
+    config: ObjectiveConfig,
+    groups: ParallelGroups,
+) -> list[Tensor]:
+    """Returns the weights [R] that a user's function gives. One process of each model replica calls it."""
+    mine: list[Tensor] = []
+    with groups.together():
+        for batch, scores_R in zip(batches, scores, strict=True) if groups.leads_replica else ():
+            parts = [scores_R.new_zeros(0)]
+            for place, scores_T in enumerate(batch.split_by_sequence(scores_R)):
+                what = f"objective.token_weights.function = {config.token_weights.function} of {batch.ids[place]}"
                 prompt_ids, response_ids = batch.ids_of(place)
-                weights_T = function(
-                    scores_T, correct=correct, config=config.token_weights, prompt_ids=prompt_ids,
-                    response_ids=response_ids,
-                )  # fmt: skip
-                parts.append(_checked(weights_T, scores_T, f"{config.token_weights.function} of {batch.ids[place]}"))
-        weights_R = torch.cat([scores_R.new_zeros(0), *parts])
-        weighted.append(replace(batch, token_weights=weights_R, token_scores=None if scored is None else scores_R))
-    return weighted
+                try:
+                    weights_T = function(
+                        scores_T,
+                        correct=bool(batch.correct[place]),
+                        config=config.token_weights,
+                        prompt_ids=prompt_ids,
+                        response_ids=response_ids,
+                    )
+                except Exception as error:
+                    raise ValueError(f"{what} raised {type(error).__name__}: {error}") from error
+                parts.append(_checked(weights_T, scores_T, what))
+            mine.append(torch.cat(parts).cpu())
+    shared = groups.from_replica_leader(mine)
+    return [weights_R.to(scores_R.device) for weights_R, scores_R in zip(shared, scores, strict=True)]
 
 
-def _checked(weights_T: Tensor, scores_T: Tensor, what: str) -> Tensor:
-    """Returns the weights that a user's function gave. Raises ValueError where they are no weights of the response."""
+def _checked(weights_T: object, scores_T: Tensor, what: str) -> Tensor:
+    """Returns what a user's function gave. Raises ValueError where it is not a weight for each token."""
+    wanted = f"return a float32 tensor of shape {list(scores_T.shape)} on {scores_T.device}"
+    if not isinstance(weights_T, Tensor):
+        raise ValueError(f"{what} returned a {type(weights_T).__name__}; {wanted}")
     if weights_T.shape != scores_T.shape or weights_T.dtype != torch.float32 or weights_T.device != scores_T.device:
-        raise ValueError(
-            f"objective.token_weights.function: {what} is {weights_T.dtype} {list(weights_T.shape)} on "
-            f"{weights_T.device}; return float32 {list(scores_T.shape)} on {scores_T.device}"
-        )
+        found = f"{weights_T.dtype} of shape {list(weights_T.shape)} on {weights_T.device}"
+        raise ValueError(f"{what} returned {found}; {wanted}")
     if not bool((weights_T.isfinite() & (weights_T >= 0)).all()):
-        raise ValueError(f"objective.token_weights.function: {what} has a weight that is negative or not finite")
+        wrong = weights_T[~(weights_T.isfinite() & (weights_T >= 0))][0].item()
+        raise ValueError(f"{what} returned a weight of {wrong}; return finite numbers of at least 0")
     return weights_T.detach()
 
 

@@ -23,6 +23,10 @@ class Stopped(Exception):
     """Raised where the run was asked to stop; the message says what is saved."""
 
 
+class TooManyUndecided(ValueError):
+    """Raised on every rank where too many responses are UNDECIDED; they are graded again at the next start."""
+
+
 class LostPeer(RuntimeError):
     """Raised on a rank that has no error itself, after another rank of the job failed."""
 

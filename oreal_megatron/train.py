@@ -15,7 +15,7 @@ from oreal_megatron.config import TrainConfig
 from oreal_megatron.data.packing import PackedSequence, TokenBatch
 from oreal_megatron.distributed.step_timer import StepTimer
 from oreal_megatron.evaluation import areas_under_curve, evaluate_run
-from oreal_megatron.losses.advantages import Selection, is_useful, select_trajectories
+from oreal_megatron.losses.advantages import Selection, is_useful, select_trajectories, used_responses
 from oreal_megatron.losses.policy_terms import TokenCounts
 from oreal_megatron.metrics import rollout_metrics
 from oreal_megatron.models.trained_model import TrainedModel
@@ -31,9 +31,9 @@ from oreal_megatron.step import (
     with_reference,
     with_token_weights,
 )
-from oreal_megatron.stopping import Stopped
+from oreal_megatron.stopping import Stopped, TooManyUndecided
 from oreal_megatron.trajectories import read_groups, to_records
-from oreal_megatron.types import GradedRollout, StepReport, Trajectory, decided
+from oreal_megatron.types import GradedRollout, StepReport, Trajectory, undecided
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,7 @@ def train(run: Run) -> None:
     Raises:
         UpdateRefused: a loss is not a finite number, or the rollouts' log-probabilities are not the policy's, beyond
             rollout.mismatch.stop; the message names step, terms and samples. Checkpoints stay.
-        ValueError: the verifier decides too few responses, by rollout.undecided.stop; or a step to replay has no file.
-            Checkpoints stay.
+        TooManyUndecided: see rollout.undecided.stop; everything until then is saved.
         Stopped: a stop was asked for; everything until then is saved.
         OSError: the disk refused; the message says which checkpoints are whole.
     """
@@ -71,7 +70,10 @@ def train(run: Run) -> None:
     except Stopped:
         save(run, wait=True)
         raise Stopped(where_stopped(run)) from None
-    except (UpdateRefused, ValueError):
+    except TooManyUndecided:
+        save(run, wait=True)
+        raise
+    except UpdateRefused:
         run.store.finish(wait=True)
         raise
     run.tracker.finish_trajectories()
@@ -116,7 +118,7 @@ def train_step(run: Run) -> StepReport:
             with clock("reward_model"), run.reward_model.on_device():
                 scored, more = train_reward_model(run, run.reward_model, graded, selection, batches)
             metrics |= more
-        batches = with_token_weights(batches, scored, config.objective)
+        batches = with_token_weights(batches, scored, config.objective, run.groups)
         if not frozen:
             with clock("policy"), run.policy.on_device():
                 metrics |= update_policy(
@@ -155,7 +157,10 @@ def rolled_out(run: Run, clock: StepTimer) -> SampleResult:
                 clock=clock,
                 early_stop=early_stop_of(config, run.progress.step),
             )
-    except Stopped:
+        name = step_name(run.progress.step)
+        responses = [graded for group in sampled.groups for graded in group]
+        run.sampler.check_undecided(name.replace("_", " "), undecided(responses), len(responses), [name])
+    except (Stopped, TooManyUndecided):
         # Nothing was trained on these prompts. The checkpoint that follows has the stream draw them again.
         run.stream.load_state_dict(position)
         raise
@@ -268,7 +273,7 @@ def train_reward_model(
     scored, learned = None, batches
     if config.reward_model.responses == "all":
         scored = score_sequences(reward_model.module, batches, config.token_weights.alignment, run.groups)
-        everything = [one for group in graded for one in decided(group)]
+        everything = [one for group in graded for one in used_responses(group, config)]
         rollouts = [one.rollout for one in everything]
         learned = run.packer.batches_from_main([PackedSequence.from_graded(one) for one in everything], run.groups)
     prompt_of = {rollout.id: rollout.prompt.id for rollout in rollouts}

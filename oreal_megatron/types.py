@@ -169,6 +169,11 @@ def decided(graded: Iterable[GradedRollout]) -> list[GradedRollout]:
     return [item for item in graded if item.verdict is not Verdict.UNDECIDED]
 
 
+def undecided(graded: Iterable[GradedRollout]) -> list[GradedRollout]:
+    """Returns the rollouts whose verdict is UNDECIDED, in order."""
+    return [item for item in graded if item.verdict is Verdict.UNDECIDED]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
     """A response selected for training."""

@@ -353,9 +353,11 @@ def _check_objective(objective: ObjectiveConfig, rollout: RolloutConfig) -> Iter
     if o.selection == "pair" and o.keep_groups != "mixed":
         remedy = "Only mixed groups have a correct and an incorrect response. Set objective.keep_groups=mixed."
         yield Violation("objective.selection", o.selection, remedy)
-    if o.uses_reward_model and o.selection in ("correct", "incorrect"):
+    of_one_outcome = o.selection in ("correct", "incorrect") and o.reward_model.responses == "trained"
+    if o.uses_reward_model and of_one_outcome:
         remedy = "The reward model would learn from responses of one outcome alone and give them all the same score. "
-        remedy += "Set objective.selection=all or pair, or objective.token_weights.source=ones."
+        remedy += "Set objective.selection=all or pair, objective.reward_model.responses=all, or "
+        remedy += "objective.token_weights.source=ones."
         yield Violation("objective.selection", o.selection, remedy)
     if o.token_weights.top_share is not None and o.token_weights.form != "confidence":
         remedy = "Set objective.token_weights.form=confidence, or objective.token_weights.top_share=null."
@@ -373,6 +375,14 @@ def _check_objective(objective: ObjectiveConfig, rollout: RolloutConfig) -> Iter
     if rollout.sampling.temperature == 0 and needs_group:
         remedy = "Greedy responses to a prompt are all equal. Set a temperature above 0."
         yield Violation("rollout.sampling.temperature", 0.0, remedy)
+
+
+@_check("objective", "run")
+def _check_freeze(objective: ObjectiveConfig, run: RunConfig) -> Iterator[Violation]:
+    frozen = objective.actor_freeze_steps
+    if frozen and not objective.uses_reward_model and frozen >= run.num_steps > 0:
+        remedy = f"Nothing would train in run.num_steps={run.num_steps} steps. Set it to 0, or below run.num_steps."
+        yield Violation("objective.actor_freeze_steps", frozen, remedy)
 
 
 @_check("optimizer", "sft")

@@ -98,7 +98,7 @@ _MAY_CHANGE = (
 )
 
 # Keys that came after version 0.1.0, with the value by which that version worked.
-_ADDED = {
+ADDED = {
     "objective.optimizer": "standard",
     "objective.train_head_bias": True,
     "objective.token_weights.form": "confidence",
@@ -126,7 +126,7 @@ def check_resume(saved: Mapping[str, Any], config: TrainConfig, place: str) -> N
 
 def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], place: str) -> None:
     """Raises ConfigError with every key whose values differ; `before` was read from `place`."""
-    before = {key: value for key, value in _ADDED.items() if key in now} | dict(before)
+    before = {key: value for key, value in ADDED.items() if key in now} | dict(before)
     violations = [
         Violation(key, now.get(key), f"{place} was made with {before.get(key)!r}. Set that, or name another run.dir.")
         for key in sorted(before.keys() | now.keys())

@@ -99,7 +99,8 @@ class PromptStream:
             logger.warning(
                 "data.difficulty_balance cannot be kept: a prompt with %d of the %d entries should be in a step of %d "
                 "prompts %.1f times, and is in it once at most, so other prompts come more often than they should. "
-                "Give more prompts, or lower data.prompts_per_step, times rollout.long_tail.oversample, to %d",
+                "Give more prompts, widen data.difficulty_balance, or lower data.prompts_per_step x "
+                "rollout.long_tail.oversample to at most %d",
                 most,
                 len(self._prompts),
                 self._prompts_per_step,

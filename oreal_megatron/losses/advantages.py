@@ -51,7 +51,7 @@ def select_trajectories(
     trajectories: list[Trajectory] = []
     kept = all_correct = all_incorrect = undecided = num_decided = num_correct = 0
     for group in groups:
-        used = _used(group, config)
+        used = used_responses(group, config)
         outcomes = [graded.is_correct for graded in used]
         undecided += len(group) - len(used)
         num_decided += len(used)
@@ -84,7 +84,7 @@ def select_trajectories(
 
 def is_useful(group: Sequence[GradedRollout], config: ObjectiveConfig) -> bool:
     """Returns whether a step trains on responses of the group."""
-    return _is_kept([graded.is_correct for graded in _used(group, config)], config)
+    return _is_kept([graded.is_correct for graded in used_responses(group, config)], config)
 
 
 def shaped_rewards(outcomes: Sequence[bool], config: ObjectiveConfig) -> list[float]:
@@ -113,7 +113,7 @@ def shaped_rewards(outcomes: Sequence[bool], config: ObjectiveConfig) -> list[fl
     return [1.0 if config.shaping == "positive_one" else -1.0] * n
 
 
-def _used(group: Sequence[GradedRollout], config: ObjectiveConfig) -> list[GradedRollout]:
+def used_responses(group: Sequence[GradedRollout], config: ObjectiveConfig) -> list[GradedRollout]:
     """Returns the responses that count in the group's statistics and may train."""
     return list(group) if config.undecided_as_incorrect else decided(group)
 

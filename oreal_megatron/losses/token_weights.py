@@ -26,14 +26,14 @@ def weight_function(config: TokenWeightConfig) -> Callable[..., Tensor] | None:
     """
     if config.function is None:
         return None
-    key = "objective.token_weights.function"
+    key, wanted = "objective.token_weights.function", "Set it to module.name of a function in a module on PYTHONPATH."
     try:
         function = pkgutil.resolve_name(config.function)
-    except (ImportError, AttributeError, ValueError) as error:
-        remedy = f"It cannot be imported: {error}. Set it to module.name, of a module on PYTHONPATH."
+    except Exception as error:  # whatever the user's module raises while it is imported
+        remedy = f"It cannot be imported: {type(error).__name__}: {error}. {wanted}"
         raise ConfigError([Violation(key, config.function, remedy)]) from error
     if not callable(function):
-        raise ConfigError([Violation(key, config.function, f"It is a {type(function).__name__}, not a function.")])
+        raise ConfigError([Violation(key, config.function, f"It is a {type(function).__name__}. {wanted}")])
     return function
 
 

@@ -47,7 +47,7 @@ class ScalarHead(torch.nn.Linear):
 class TokenRewardModel(GPTModel):
     """A GPTModel whose forward returns fp32 scores [1, T, 1] of the state after each token."""
 
-    def __init__(self, *args: object, train_head_bias: bool, **kwargs: object):
+    def __init__(self, *args: object, train_head_bias: bool = True, **kwargs: object):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         if self.post_process:
             self.output_layer = ScalarHead(self.config, self.pg_collection.tp, train_bias=train_head_bias)

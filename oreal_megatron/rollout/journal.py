@@ -3,7 +3,8 @@
 A unit is a set of requests that the engine generates together (`RolloutEngine.units`). Its line is on the disk before
 the next unit starts, under a key of everything that its rollouts depend on within a run; the directory's config.yaml
 says which run that is. Every model replica appends to its own file, <batch name>.replica_<data rank>.jsonl. Unfinished
-responses that a later batch goes on with are in <batch name>.begun.jsonl.
+responses that a later batch goes on with are in <batch name>.begun.jsonl. An empty <batch name>.undecided.jsonl says
+that the run ended because too many of the batch's responses were UNDECIDED.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.files import append_line, json_line, open_log, whole_lines, write_parts_atomically
 from oreal_megatron.types import Completion, GenerationRequest, GradedRollout, Prompt
 
-_OF_STEP = re.compile(r"[a-z]+_(\d{6})\.(replica_\d+|begun)\.jsonl")
+_OF_STEP = re.compile(r"[a-z]+_(\d{6})\.(replica_\d+|begun|undecided)\.jsonl")
 
 PartialResponses = Mapping[tuple[str, int], Completion]
 """Responses, finished or not, of groups that are not complete; by prompt id and sample index."""
@@ -89,6 +90,22 @@ class RolloutJournal:
                 continue
         return kept
 
+    def grade_again(self, batch_name: str) -> None:
+        """Has the batch's UNDECIDED responses graded again when it is read. Every rank may call it.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        if self._groups.is_main:
+            self._undecided(batch_name).touch()
+
+    def is_graded_again(self, batch_name: str) -> bool:
+        """Returns whether `grade_again` was called for the batch, in this process or an earlier one."""
+        return self._undecided(batch_name).exists()
+
+    def _undecided(self, batch_name: str) -> Path:
+        return self.directory / f"{batch_name}.undecided.jsonl"
+
     def drop(self, *, before_step: int) -> None:
         """Removes the files of earlier steps, to which no checkpoint leads back."""
         if self._groups.is_main:
@@ -100,8 +117,9 @@ class RolloutJournal:
         """Removes the units of batches whose outcome is saved elsewhere. batch_name: may be a glob pattern."""
         self.close()
         if self._groups.is_main:
-            for path in self.directory.glob(f"{batch_name}.replica_*.jsonl"):
-                path.unlink()
+            for kind in ("replica_*", "undecided"):
+                for path in self.directory.glob(f"{batch_name}.{kind}.jsonl"):
+                    path.unlink()
 
     def close(self) -> None:
         """Closes the file that is open for appending."""

@@ -17,7 +17,7 @@ from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.rollout.engine import RolloutEngine
 from oreal_megatron.rollout.journal import PartialResponses, RolloutJournal, unit_key
 from oreal_megatron.seeds import derive_seed
-from oreal_megatron.stopping import Stopped, StopRequest
+from oreal_megatron.stopping import Stopped, StopRequest, TooManyUndecided
 from oreal_megatron.types import (
     Completion,
     FinishReason,
@@ -82,8 +82,8 @@ class Sampler:
     ):
         """Makes a sampler.
 
-        grade: called by the leading process of each replica, for the rollouts of this replica. undecided: limits of
-        the share of a call's responses without a verdict.
+        grade: called by the leading process of each replica, for the rollouts of this replica. undecided: limits for
+        `check_undecided`.
         """
         self.journal = journal
         self._engine = engine
@@ -110,11 +110,11 @@ class Sampler:
         batch_name: names the journal's files, for example `step_000003`. seed_of: (prompt, sample index) -> seed; see
         `rollout_seeds`. clock: times the phases generate and verify. early_stop: ends sampling early; responses that
         are unfinished then are kept for `early_stop.next_batch`. A call that ended early and is repeated after a kill
-        returns the same groups.
+        returns the same groups, with the same verdicts unless `check_undecided` ended the run.
 
         Raises:
             Stopped: a stop was asked for; finished units are in the journal.
-            ValueError: a prompt leaves no room for a response; or too many responses are UNDECIDED.
+            ValueError: a prompt leaves no room for a response.
             OSError: the journal cannot be written.
         """
         partial, metrics = ({}, {}) if early_stop is None else self._partial(batch_name, early_stop.max_staleness)
@@ -130,7 +130,6 @@ class Sampler:
         parts = self._groups.gather_to_main((finished, broken_off))
         by_prompt = call.by_prompt({index: unit for units, _ in parts for index, unit in units.items()})
         groups = on_every_rank([by_prompt[p.id] for p in prompts if p.id in by_prompt], self._groups)
-        self._check_undecided(batch_name, groups)
         if early_stop is not None:
             rest = {at: completion for _, some in parts for at, completion in some.items()}
             num_tokens = self._groups.from_main(sum(len(completion.token_ids) for completion in rest.values()))
@@ -166,12 +165,11 @@ class Sampler:
                 )
 
     def _todo(self, call: _SampleCall, tally: _Tally | None) -> tuple[list[int], dict[int, list[GradedRollout]]]:
-        """Returns the units to generate, the same on every rank; and the journalled units, on the main rank.
-
-        Journalled responses that are UNDECIDED are graded again, since a judge may answer now that was down.
-        """
+        """Returns the units to generate, the same on every rank; and the journalled units, on the main rank."""
         journalled = self.journal.read(call.batch_name)
-        finished = {index: self._regraded(journalled[key]) for index, key in enumerate(call.keys) if key in journalled}
+        finished = {index: journalled[key] for index, key in enumerate(call.keys) if key in journalled}
+        if finished and self.journal.is_graded_again(call.batch_name):
+            finished = self._graded_again(finished)
         if tally is not None:
             tally.add(finished.values())
         had_enough = tally is not None and tally.is_enough()
@@ -246,33 +244,50 @@ class Sampler:
             weight_spans=completion.weight_spans,
         )
 
-    def _check_undecided(self, batch_name: str, groups: Sequence[Sequence[GradedRollout]]) -> None:
-        """Warns, or raises ValueError, where the share of UNDECIDED responses is above its limits."""
-        responses = [graded for group in groups for graded in group]
-        undecided = [graded for graded in responses if graded.verdict is Verdict.UNDECIDED]
+    def check_undecided(
+        self, what: str, undecided: Sequence[GradedRollout], num_responses: int, batch_names: Sequence[str]
+    ) -> None:
+        """Warns, or ends the run, where the share of UNDECIDED responses is above its limits. Every rank calls it.
+
+        what: the responses, in words, for the message. undecided: those of them that are UNDECIDED. batch_names: the
+        calls of `sample` that gave the responses.
+
+        Raises:
+            TooManyUndecided: the share is above rollout.undecided.stop.
+        """
         if self._undecided is None or not undecided:
             return
-        share, first = len(undecided) / len(responses), undecided[0]
+        share, first = len(undecided) / num_responses, undecided[0]
+        is_end = share > self._undecided.stop
         message = (
-            f"{batch_name}: {len(undecided)} of {len(responses)} responses are UNDECIDED, "
-            f"more than rollout.undecided.%s = %s (first: {first.rollout.id}, gold_answer "
-            f"{first.rollout.prompt.gold_answer[:80]!r}, {first.grade.reason})"
+            f"{what}: {len(undecided)} of {num_responses} responses are UNDECIDED, more than rollout.undecided."
+            f"{'stop' if is_end else 'warn'} = {self._undecided.stop if is_end else self._undecided.warn} "
+            f"(first: {first.rollout.id}, gold_answer {first.rollout.prompt.gold_answer[:80]!r}, {first.grade.reason})"
         )
-        if share > self._undecided.stop:
-            raise ValueError(
-                message % ("stop", self._undecided.stop) + ". Mend the judge or the gold answers, or raise the limit; "
-                "the same command then goes on, and grades these responses again"
+        if is_end:
+            with self._groups.together():
+                for batch_name in batch_names:
+                    self.journal.grade_again(batch_name)
+            raise TooManyUndecided(
+                f"{message}. Mend the judge or the gold answers, or raise the limit. The same command then goes on "
+                "with the same responses, and grades these again"
             )
         if share > self._undecided.warn:
-            logger.warning(message, "warn", self._undecided.warn)
+            logger.warning("%s", message)
 
-    def _regraded(self, unit: Sequence[GradedRollout]) -> list[GradedRollout]:
-        """Grades the UNDECIDED responses of a unit again."""
-        undecided = [index for index, graded in enumerate(unit) if graded.verdict is Verdict.UNDECIDED]
-        if not undecided:
-            return list(unit)
-        regraded = dict(zip(undecided, self._graded([unit[index].rollout for index in undecided]), strict=True))
-        return [regraded.get(index, graded) for index, graded in enumerate(unit)]
+    def _graded_again(self, units: dict[int, list[GradedRollout]]) -> dict[int, list[GradedRollout]]:
+        """Grades the UNDECIDED responses of units again, all at once."""
+        places = [
+            (index, place)
+            for index, unit in units.items()
+            for place, graded in enumerate(unit)
+            if graded.verdict is Verdict.UNDECIDED
+        ]
+        graded = self._graded([units[index][place].rollout for index, place in places]) if places else []
+        again = {index: list(unit) for index, unit in units.items()}
+        for (index, place), one in zip(places, graded, strict=True):
+            again[index][place] = one
+        return again
 
     def _graded(self, rollouts: Sequence[Rollout]) -> list[GradedRollout]:
         grades = self._grade(

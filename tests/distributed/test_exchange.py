@@ -6,16 +6,19 @@ import multiprocessing
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
-from oreal_megatron.config import ParallelConfig, SamplingConfig
-from oreal_megatron.data.packing import PackedSequence, Packer, Padding, SequenceCost
+from oreal_megatron.config import ParallelConfig, SamplingConfig, parse_config
+from oreal_megatron.data.packing import PackedSequence, Packer, Padding, SequenceCost, pack
 from oreal_megatron.distributed.cpu_backend import cpu_backend
 from oreal_megatron.distributed.groups import parallel_groups
 from oreal_megatron.rollout.journal import RolloutJournal
 from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
+from oreal_megatron.step import with_token_weights
 from oreal_megatron.stopping import StopRequest
 from oreal_megatron.types import Completion, FinishReason, Prompt, Trajectory, WeightSpan
+from tests.conftest import compose
 from tests.ranks import run_ranks
 from tests.unit.rollout.test_journal import Renderer, grade
 
@@ -88,3 +91,34 @@ def exchanged(rank: int, directory: Path) -> None:
 
 def test_every_replica_gets_what_it_trains_on(tmp_path):
     run_ranks(4, exchanged, tmp_path, processes=multiprocessing.get_context("spawn"))
+
+
+def weigh_by_rank(scores_T, *, correct, config, prompt_ids, response_ids):
+    """A user's function that draws, and fails for the sequence of one replica."""
+    if int(prompt_ids[0]) == 1:
+        raise IndexError("no such token")
+    return torch.rand(len(scores_T))
+
+
+def weighed(rank: int) -> None:
+    torch.manual_seed(rank)
+    with cpu_backend(), parallel_groups(LAYOUT, seed=0) as groups:
+        path = f"objective.token_weights.function={__name__}.weigh_by_rank"
+        config = parse_config(compose("objective=oreal", path)).objective
+        for failing in (False, True):
+            first = groups.data_rank if failing else 5
+            part = PackedSequence(
+                id=f"p{groups.data_rank}", prompt_ids=(first, 7), response_ids=(8, 9), rollout_logprobs=(0.0, 0.0)
+            )
+            batch = pack([part], torch.device("cpu"))
+            if failing:
+                with pytest.raises((ValueError, OSError), match="weigh_by_rank of p1 raised IndexError: no such token"):
+                    with_token_weights([batch], None, config, groups)
+            else:
+                (found,) = with_token_weights([batch], None, config, groups)
+                parts = groups.gather_over_world([(groups.data_rank, found.token_weights.tolist())])
+                assert parts[0] == parts[2] and parts[1] == parts[3] and parts[0] != parts[1]
+
+
+def test_a_replica_weighs_its_tokens_once_and_an_error_ends_every_rank():
+    run_ranks(4, weighed, processes=multiprocessing.get_context("spawn"))

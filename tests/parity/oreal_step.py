@@ -113,7 +113,7 @@ def run_steps(
             batches = with_reference(reference.module, batches, groups)
         with reward_model.on_device():
             scored, metrics = update_reward_model(reward_model, batches, objective, num_sequences=len(chosen))
-        batches = with_token_weights(batches, scored, objective)
+        batches = with_token_weights(batches, scored, objective, groups)
         with policy.on_device():
             metrics |= update_policy(policy, batches, objective, counts)
         outcome.metrics.append(metrics)

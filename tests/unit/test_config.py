@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 
 from oreal_megatron.compose import composed as compose
 from oreal_megatron.config import ConfigError, TrainConfig, Violation, check_resume, parse_config
+from oreal_megatron.config.parsing import ADDED
 from tools.configuration_reference import nested
 
 WIDE = "model.geometry.hidden_size=128 model.geometry.ffn_hidden_size=256 +model.geometry.head_dim=64"
@@ -208,9 +211,10 @@ def test_a_run_of_an_earlier_version_resumes_with_what_that_version_did(composed
     """Keys that came later are not in its config.yaml; other keys must be as they were."""
     same = parse_config(composed("objective.token_weights.alignment=predictor"))
     saved = same.model_dump(mode="json")
-    for key in ("optimizer", "train_head_bias"):
-        del saved["objective"][key]
-    del saved["rollout"]["undecided"]
+    for key in [*ADDED, "rollout.undecided"]:
+        section, _, name = key.rpartition(".")
+        del functools.reduce(operator.getitem, section.split("."), saved)[name]
+    assert saved["objective"].pop("reward_model") == {}
     check_resume(saved, same, "config.yaml")
     with pytest.raises(ConfigError) as error:
         check_resume(saved, parse_config(composed("objective.optimizer=release")), "config.yaml")

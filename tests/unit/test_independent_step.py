@@ -253,7 +253,7 @@ def product_step(objective, paths, groups, parallel, budget: int):
         trained["reward_model"] = Recorded(module, ADAMW, parallel, num_updates=10)
         num_sequences = len(selection.trajectories)
         scored, metrics = update_reward_model(trained["reward_model"], batches, objective, num_sequences=num_sequences)
-    batches = with_token_weights(batches, scored, objective)
+    batches = with_token_weights(batches, scored, objective, parallel)
     metrics |= update_policy(trained["policy"], batches, objective, counts)
     return metrics, {name: model.gradients for name, model in trained.items()}, selection.trajectories, len(batches)
 

@@ -34,7 +34,7 @@ def test_batches_do_not_depend_on_the_number_of_replicas(composed, tmp_path, dat
     journal = SimpleNamespace(forget=lambda name: None)
     run = SimpleNamespace(
         config=config, groups=groups, directory=tmp_path, tracker=Tracker(config, tmp_path, is_main=True),
-        sampler=SimpleNamespace(sample=sample, journal=journal),
+        sampler=SimpleNamespace(sample=sample, journal=journal, check_undecided=lambda *_: None),
     )  # fmt: skip
     answered = SimpleNamespace(verdict=Verdict.CORRECT, is_correct=True)
     prompts = [Prompt(id=f"{i}", question=f"{i}+1", gold_answer="1") for i in range(70)]

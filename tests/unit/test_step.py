@@ -124,7 +124,7 @@ def test_a_function_of_ones_own_weighs_the_tokens(composed, single_process):
     weights = f"objective.token_weights.function={__name__}"
     config = parse_config(composed(f"{weights}.first_of_correct")).objective
     made = [sequence for sequence in sequences() if len(sequence.response_ids) < 6]
-    (batch,) = with_token_weights([pack(made, CPU)], None, config)
+    (batch,) = with_token_weights([pack(made, CPU)], None, config, single_process)
     for index, (sequence, part) in enumerate(zip(made, batch.split_by_sequence(batch.token_weights), strict=True)):
         prompt_ids, response_ids = batch.ids_of(index)
         assert tuple(prompt_ids.tolist()) == sequence.prompt_ids
@@ -132,27 +132,29 @@ def test_a_function_of_ones_own_weighs_the_tokens(composed, single_process):
         assert part.tolist() == [2.0 * sequence.correct] + [0.0] * (len(part) - 1)
     for path, problem in (
         ("nowhere.weights", r"token_weights.function = 'nowhere.weights': It cannot be imported"),
-        (f"{__name__}.__name__", "It is a str, not a function"),
+        (f"{__name__}.__name__", r"It is a str\. Set it to module.name of a function"),
     ):
         config = parse_config(composed(f"objective.token_weights.function={path}")).objective
         with pytest.raises(ConfigError, match=problem):
-            with_token_weights([batch], None, config)
+            with_token_weights([batch], None, config, single_process)
 
 
 @pytest.mark.parametrize(
     ("returned", "problem"),
     [
-        (lambda scores: scores[:-1], r"return float32 \[2\] on cpu"),
-        (lambda scores: scores.double(), r"is torch.float64 \[2\]"),
-        (lambda scores: scores - 1, "a weight that is negative or not finite"),
-        (lambda scores: scores / 0, "a weight that is negative or not finite"),
+        (lambda scores: scores[:-1], r"first_of_correct of 0 returned .* shape \[1\] .*; return a float32 .* \[2\]"),
+        (lambda scores: scores.double(), r"returned torch.float64 of shape \[2\]"),
+        (lambda scores: scores.numpy(), "returned a ndarray; return a float32 tensor"),
+        (lambda scores: scores - 1, "returned a weight of -1.0; return finite numbers of at least 0"),
+        (lambda scores: scores / 0, "returned a weight of nan"),
+        (lambda scores: {}["key"], "raised KeyError: 'key'"),
     ],
 )
-def test_what_is_no_weight_is_refused(composed, monkeypatch, returned, problem):
+def test_what_is_no_weight_is_refused(composed, single_process, monkeypatch, returned, problem):
     monkeypatch.setitem(globals(), "first_of_correct", lambda scores_T, **_: returned(scores_T))
     config = parse_config(composed(f"objective.token_weights.function={__name__}.first_of_correct")).objective
     with pytest.raises(ValueError, match=problem):
-        with_token_weights([pack(sequences(), CPU)], None, config)
+        with_token_weights([pack(sequences(), CPU)], None, config, single_process)
 
 
 @pytest.mark.parametrize("padding", [Padding(), Padding(sequence=16, row=16)], ids=["packed", "padded"])
@@ -165,7 +167,7 @@ def test_splitting_into_micro_batches_changes_no_update(composed, single_process
         torch.nn.init.normal_(reward_model.module.output_layer.weight, generator=torch.Generator().manual_seed(1))
         batches = with_reference(trained(build_policy, single_process).module, split, single_process)
         scored, metrics = update_reward_model(reward_model, batches, config, num_sequences=7)
-        batches = with_token_weights(batches, scored, config)
+        batches = with_token_weights(batches, scored, config, single_process)
         counts = TokenCounts(correct=2 + 4 + 6 + 8, incorrect=3 + 5 + 7)
         metrics |= update_policy(policy, batches, config, counts)
         weights = [p.detach() for model in (policy, reward_model) for p in model.module.parameters()]
@@ -194,7 +196,7 @@ def test_every_update_sees_its_own_gradient_alone(composed, single_process):
     config = parse_config(composed("objective=oreal_no_rm")).objective
     still = ADAMW.model_copy(update={"lr": 1e-30, "min_lr": 0.0})  # weights stay as they are
     policy = trained(build_policy, single_process, still)
-    batches = with_token_weights(micro_batches(sequences(), 24, CPU), None, config)
+    batches = with_token_weights(micro_batches(sequences(), 24, CPU), None, config, single_process)
     batches = with_reference(policy.module, batches, single_process)
     counts = TokenCounts(correct=20, incorrect=15)
     norms = [update_policy(policy, batches, config, counts)["policy/grad_norm"] for _ in range(3)]
@@ -205,7 +207,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(composed, single_process)
     config = parse_config(composed("objective=oreal_no_rm")).objective
     policy = trained(build_policy, single_process)
     before = [p.detach().clone() for p in policy.module.parameters()]
-    batches = with_token_weights(micro_batches(sequences(), 1000, CPU), None, config)
+    batches = with_token_weights(micro_batches(sequences(), 1000, CPU), None, config, single_process)
     batches = with_reference(policy.module, batches, single_process)
     batches[0].advantages[0] = math.nan
     with pytest.raises(UpdateRefused, match=r"positive = nan in a micro-batch of .*6.*0"):
@@ -241,7 +243,7 @@ def test_rollouts_of_another_model_are_not_trained_on(composed, single_process):
     config = parse_config(composed("objective=oreal_no_rm")).objective
     policy = trained(build_policy, single_process)
     before = [p.detach().clone() for p in policy.module.parameters()]
-    batches = with_token_weights(micro_batches(sequences(), 1000, CPU), None, config)
+    batches = with_token_weights(micro_batches(sequences(), 1000, CPU), None, config, single_process)
     batches = with_reference(policy.module, batches, single_process)
     with pytest.raises(UpdateRefused, match=r"more than rollout.mismatch.stop = 0.5 \(99th percentile"):
         update_policy(policy, batches, config, TokenCounts(correct=20, incorrect=15), max_mismatch=0.5)
@@ -258,7 +260,7 @@ def test_older_tokens_are_no_mismatch_and_get_importance_weights(composed, singl
     def update(num_older_tokens):
         carried = replace(sequence, rollout_logprobs=tuple(drawn.tolist()), num_older_tokens=num_older_tokens)
         batch = replace(pack([carried], CPU), reference_logprobs=own.reference_logprobs)
-        batches = with_token_weights([batch], None, config)
+        batches = with_token_weights([batch], None, config, single_process)
         counts = TokenCounts(correct=4, incorrect=0)
         return update_policy(trained(build_policy, single_process), batches, config, counts, max_mismatch=0.01)
 
@@ -294,7 +296,7 @@ def test_offloaded_model_holds_no_memory_and_trains_the_same(composed, single_pr
         for _ in range(2):
             policy.offload()
             with policy.on_device():
-                batches = with_token_weights(micro_batches(sequences(), 24, CPU), None, config)
+                batches = with_token_weights(micro_batches(sequences(), 24, CPU), None, config, single_process)
                 batches = with_reference(policy.module, batches, single_process)
                 update_policy(policy, batches, config, TokenCounts(correct=20, incorrect=15))
     assert bytes_on_device(moving.module.parameters()) == bytes_on_device(moments(moving)) == 0

@@ -13,8 +13,8 @@ from oreal_megatron.config import SamplingConfig, UndecidedConfig
 from oreal_megatron.files import json_line
 from oreal_megatron.rollout.journal import RolloutJournal
 from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
-from oreal_megatron.stopping import Stopped, StopRequest
-from oreal_megatron.types import Completion, FinishReason, Grade, Prompt, Verdict, WeightSpan
+from oreal_megatron.stopping import Stopped, StopRequest, TooManyUndecided
+from oreal_megatron.types import Completion, FinishReason, Grade, Prompt, Verdict, WeightSpan, undecided
 
 SAMPLING = SamplingConfig(temperature=1.0, top_p=0.9, max_new_tokens=4)
 PROMPTS = [Prompt(id=str(i), question=f"{i}?", gold_answer=str(i)) for i in range(5)]
@@ -71,11 +71,11 @@ def grade(requests):
 def run(tmp_path, single_process):
     """Samples 2 x 5 rollouts (4 units) with an engine, in a new process' journal of the same directory."""
 
-    def sample(engine, prompts=PROMPTS, stop=None, batch_name="step_000003", grader=grade, undecided=None):
+    def sample(engine, prompts=PROMPTS, stop=None, batch_name="step_000003"):
         journal = RolloutJournal(tmp_path / "journal", single_process)
         sampler = Sampler(
-            engine, Renderer(), grader, journal, single_process, stop or StopRequest(), max_sequence_length=64,
-            undecided=undecided,
+            engine, Renderer(), grade, journal, single_process, stop or StopRequest(), max_sequence_length=64,
+            undecided=None,
         )  # fmt: skip
         try:
             return sampler.sample(
@@ -175,11 +175,31 @@ def test_earlier_steps_are_dropped(run, tmp_path, single_process):
     assert {path.name for path in (tmp_path / "journal").iterdir()} == {"step_000005.replica_0.jsonl"}
 
 
-def verdicts_of(groups):
-    return [graded.verdict for group in groups for graded in group]
+@pytest.fixture
+def checked(tmp_path, single_process):
+    """Samples as `run`, and checks the share of UNDECIDED responses as a step does."""
+
+    def sample(engine, grader, limits):
+        journal = RolloutJournal(tmp_path / "journal", single_process)
+        sampler = Sampler(
+            engine, Renderer(), grader, journal, single_process, StopRequest(), max_sequence_length=64,
+            undecided=limits,
+        )  # fmt: skip
+        try:
+            groups = sampler.sample(
+                PROMPTS, batch_name="step_000003", num_samples=2, sampling=SAMPLING,
+                seed_of=rollout_seeds(0, "train", 3),
+            ).groups  # fmt: skip
+            responses = [graded for group in groups for graded in group]
+            sampler.check_undecided("step 3", undecided(responses), len(responses), ["step_000003"])
+        finally:
+            journal.close()
+        return [graded.verdict for graded in responses]
+
+    return sample
 
 
-def test_too_many_undecided_responses_end_the_run_and_are_graded_again(run, caplog):
+def test_too_many_undecided_responses_end_the_run_and_are_graded_again(checked, caplog):
     """A judge is down for a while: nothing is trained on the rest, and no response is generated twice."""
     limits = UndecidedConfig(warn=0.1, stop=0.5)
     judge = SimpleNamespace(is_down=True)
@@ -189,18 +209,24 @@ def test_too_many_undecided_responses_end_the_run_and_are_graded_again(run, capl
         return [Grade(verdict=verdict, reason="the judge is down", stage="judge") for _ in requests]
 
     engine = Engine()
-    with pytest.raises(ValueError, match=r"step_000003: 10 of 10 .*rollout.undecided.stop = 0.5 .*the judge is down"):
-        run(engine, grader=grader, undecided=limits)
+    message = r"step 3: 10 of 10 .*rollout.undecided.stop = 0.5 .*the judge is down"
+    for _ in range(2):
+        with pytest.raises(TooManyUndecided, match=message):
+            checked(engine, grader, limits)
     judge.is_down = False
-    assert verdicts_of(run(engine, grader=grader, undecided=limits)) == [Verdict.CORRECT] * 10
+    assert checked(engine, grader, limits) == [Verdict.CORRECT] * 10
     assert engine.generated == 4 and not caplog.text
 
 
 @pytest.mark.parametrize(("limits", "is_said"), [(UndecidedConfig(warn=0.1, stop=0.5), True), (None, False)])
-def test_some_undecided_responses_are_warned_of(run, caplog, limits, is_said):
+def test_some_undecided_responses_are_warned_of_and_keep_their_verdict(checked, caplog, limits, is_said):
+    """A step that went on has the same verdicts when it is repeated after a kill, whatever the verifier says then."""
+
     def grader(requests):
         verdicts = [Verdict.UNDECIDED if "0" in r.question else Verdict.CORRECT for r in requests]
         return [Grade(verdict=verdict, reason="no number", stage="rules") for verdict in verdicts]
 
-    assert verdicts_of(run(Engine(), grader=grader, undecided=limits)).count(Verdict.UNDECIDED) == 2
-    assert ("2 of 10 responses are UNDECIDED, more than rollout.undecided.warn = 0.1" in caplog.text) == is_said
+    found = checked(Engine(), grader, limits)
+    assert found.count(Verdict.UNDECIDED) == 2
+    assert ("step 3: 2 of 10 responses are UNDECIDED, more than rollout.undecided.warn = 0.1" in caplog.text) == is_said
+    assert checked(Engine(), grade, limits) == found
