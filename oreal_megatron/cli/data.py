@@ -52,12 +52,12 @@ def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "import",
         _import,
         "Writes a data set in the form that data.train reads.",
-        "SOURCE is JSONL, a JSON array, a Parquet or Arrow file, or a directory: of `datasets` (save_to_disk), or a\n"
-        f"copy of a hub's repository. The preset that fits is found by the keys of the records. Presets:\n{listed}",
+        "SOURCE is JSONL, a JSON array or object, a Parquet or Arrow file, or a directory: of `datasets` (save_to_disk),\n"
+        f"or a copy of a hub's repository. The preset that fits is found by the keys of the records. Presets:\n{listed}",
         example="oreal-data import gsm8k/main --split train --output gsm8k.jsonl\n"
         "  oreal-data import own.parquet --field question=problem --field gold_answer=meta.answer --output own.jsonl",
     )
-    command.add_argument("source", type=Path, metavar="SOURCE", help="file or directory to read")
+    command.add_argument("sources", type=Path, nargs="+", metavar="SOURCE", help="files or directories of one data set")
     command.add_argument("--mapping", metavar="NAME|FILE", help="preset, or a YAML file (docs/data.md); default: found")
     command.add_argument(
         "--field",
@@ -78,11 +78,11 @@ def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _import(arguments: argparse.Namespace) -> int:
     from oreal_megatron.data.curation.importing import import_records, recognized
 
-    files = find_files(arguments.source, arguments.split)
+    files = [file for source in arguments.sources for file in find_files(source, arguments.split)]
     mapping = _mapping(arguments, lambda: recognized(files))
     with _progress_bar("import", num_records(files)) as advance:
         report = import_records(files, arguments.output, mapping, advance=advance)
-    _show(report, arguments, title=f"{arguments.source} as {mapping.title or 'given'}")
+    _show(report, arguments, title=f"{', '.join(map(str, arguments.sources))} as {mapping.title or 'given'}")
     return 0
 
 

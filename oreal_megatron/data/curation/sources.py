@@ -16,8 +16,8 @@ from oreal_megatron.data.records import read_json_lines
 
 _BATCH = 1024
 _SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json")
-# Names of files that hold a split: train-00000-of-00010.parquet, test.jsonl
-_SPLIT = re.compile(r"(train|test|validation|valid|dev|eval)(?![a-z])")
+# Names of files and directories that hold a split: train-00000-of-00010.parquet, test/algebra.jsonl
+_SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|dev|eval)(?![a-z])")
 
 
 def find_files(path: Path, split: str | None) -> list[Path]:
@@ -53,7 +53,7 @@ def num_records(files: Sequence[Path]) -> int:
 
 
 def read_source(files: Sequence[Path], wanted: str | None = None) -> Iterator[tuple[str, Any]]:
-    """Yields (file and record number from 1, record), one batch after the other; a JSON array is read whole.
+    """Yields (file and record number from 1, record), one batch after the other; a .json file is read whole.
 
     wanted: text with the names of the columns that are read from Parquet and Arrow files; None: all.
 
@@ -91,18 +91,18 @@ def _of_one_data_set(path: Path, files: Sequence[Path], split: str | None) -> li
     """Returns the files of the split; refuses files in several directories, which are different data sets."""
     by_split: dict[str, list[Path]] = {}
     for file in files:
-        match = _SPLIT.search(file.stem) or _SPLIT.search(file.parent.name)
+        match = _SPLIT.search(file.relative_to(path).as_posix())
         by_split.setdefault(match[1] if match else file.stem, []).append(file)
     are_splits = any(_SPLIT.fullmatch(name) for name in by_split)
     chosen = by_split[_chosen(path, sorted(by_split), split)] if are_splits else list(files)
     directories = sorted({str(file.parent) for file in chosen})
     if len(directories) > 1:
-        raise ValueError(f"{path}: it has several data sets. Name one of them: {', '.join(directories)}.")
+        raise ValueError(f"{path}: it has several data sets. Name those that you want: {', '.join(directories)}.")
     return chosen
 
 
 def _kind(file: Path) -> str:
-    """Returns parquet, arrow, array or lines, from the first bytes of the file."""
+    """Returns parquet, arrow, whole (JSON that may go over several lines) or lines, by the file's first bytes."""
     try:
         with file.open("rb") as opened:
             first = opened.read(64)
@@ -112,7 +112,8 @@ def _kind(file: Path) -> str:
         return "parquet"
     if first.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return "arrow"
-    return "array" if first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[") else "lines"
+    is_array = first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    return "whole" if is_array or file.suffix == ".json" else "lines"
 
 
 def _num_records(file: Path) -> int:
@@ -130,13 +131,13 @@ def _num_records(file: Path) -> int:
 
 def _read_file(file: Path, wanted: str | None) -> Iterator[tuple[int, Any]]:
     kind = _kind(file)
-    if kind == "array":
+    if kind == "whole":
         try:
-            values = orjson.loads(file.read_bytes().removeprefix(b"\xef\xbb\xbf"))
-        except orjson.JSONDecodeError:  # a list on every line
+            value = orjson.loads(file.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+        except orjson.JSONDecodeError:  # a list or an object on every line
             yield from read_json_lines(file)
             return
-        yield from enumerate(values, start=1)
+        yield from enumerate(value if isinstance(value, list) else [value], start=1)
     elif kind == "lines":
         yield from read_json_lines(file)
     else:

@@ -162,12 +162,28 @@ def test_directories_of_data_sets_are_read(tmp_path):
     assert imported(cloned.parent, tmp_path / "out.jsonl", "--split", "test") == PAIRS[:1]
 
 
+def test_directories_with_a_file_for_each_problem_are_read_together(tmp_path):
+    for index, subject in enumerate(("algebra", "geometry")):
+        (tmp_path / "train" / subject).mkdir(parents=True)
+        record = SHAPES["math"](*PAIRS[index])
+        (tmp_path / "train" / subject / "1.json").write_text(json.dumps(record, indent=4))
+    sources = sorted((tmp_path / "train").iterdir())
+    run("import", *sources, "--output", tmp_path / "out.jsonl")
+    assert [(prompt.question, prompt.gold_answer) for prompt in read_prompts(tmp_path / "out.jsonl")] == PAIRS
+
+
+def test_conversation_with_turns_by_number_is_recognized(tmp_path):
+    records = [dict(zip("01", turns(*pair), strict=True)) for pair in PAIRS]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    assert imported(tmp_path / "a.parquet", tmp_path / "out.jsonl") == PAIRS
+
+
 def test_directory_of_several_data_sets_is_refused_with_their_names(tmp_path, capsys):
     for name in ("main", "socratic"):
         (tmp_path / name).mkdir()
         write_lines(tmp_path / name / "train.jsonl", [SHAPES["gsm8k"]("q", "1")])
     message = refused(capsys, "import", tmp_path, "--output", tmp_path / "out.jsonl")
-    assert f"Name one of them: {tmp_path}/main, {tmp_path}/socratic" in message
+    assert f"Name those that you want: {tmp_path}/main, {tmp_path}/socratic" in message
     assert "its splits are train" in refused(
         capsys, "import", tmp_path / "main", "--split", "test", "--output", tmp_path / "out.jsonl"
     )
