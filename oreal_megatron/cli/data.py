@@ -52,8 +52,9 @@ def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "import",
         _import,
         "Writes a data set in the form that data.train reads.",
-        "SOURCE is JSONL, a JSON array or object, a Parquet or Arrow file, or a directory: of `datasets` (save_to_disk),\n"
-        f"or a copy of a hub's repository. The preset that fits is found by the keys of the records. Presets:\n{listed}",
+        "SOURCE is JSONL, a JSON array or object, a Parquet or Arrow file, or a directory: of `datasets`\n"
+        "(save_to_disk), or a copy of a hub's repository. The preset that fits is found by the keys of the records.\n"
+        f"Presets:\n{listed}",
         example="oreal-data import gsm8k/main --split train --output gsm8k.jsonl\n"
         "  oreal-data import own.parquet --field question=problem --field gold_answer=meta.answer --output own.jsonl",
     )
