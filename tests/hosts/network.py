@@ -132,8 +132,8 @@ def missing() -> str | None:
 @contextlib.contextmanager
 def opened_network(names: Sequence[str]) -> Iterator[Network]:
     """Opens a network of named hosts; at the end kills their processes and removes it."""
-    bridge = f"oreal{os.getpid() % 10**7}"
     subnet = _free_subnet()
+    bridge = f"oreal{subnet}"  # a process may have several networks
     with contextlib.ExitStack() as stack:
         network = Network(bridge, f"10.77.{subnet}.1", f"fd77:{subnet:x}::1", {})
         _run("ip", "link", "add", bridge, "type", "bridge")
