@@ -37,6 +37,7 @@ setup(
     package_data={
         "oreal_megatron": [
             "templates/*.html",
+            "data/mappings/*.yaml",
             "py.typed",
             "servers/cpu_shims/*.py",
             "servers/cpu_shims/sgl_kernel/*.py",
@@ -55,6 +56,9 @@ setup(
         "hydra-core>=1.3.2,<1.4",
         "omegaconf>=2.3,<2.4",
         "orjson>=3.10",
+        "pyarrow>=21",
+        "datasketch>=1.9,<3",
+        "jmespath>=1.0",
         "pydantic>=2.11,<3",
         "pyyaml>=6",
         "sympy>=1.13,<2",
@@ -98,7 +102,7 @@ setup(
     entry_points={
         "console_scripts": [
             f"oreal-{name} = oreal_megatron.cli.{name}:main"
-            for name in ("train", "eval", "report", "plan", "submit", "doctor", "convert", "verify")
+            for name in ("train", "eval", "data", "report", "plan", "submit", "doctor", "convert", "verify")
         ]
     },
 )

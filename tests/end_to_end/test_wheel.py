@@ -92,5 +92,13 @@ def test_wheel_verifies_answers(installed, tmp_path):
     assert verdicts == ["CORRECT", "INCORRECT", "CORRECT"]
 
 
+def test_wheel_imports_a_data_set(installed, tmp_path):
+    (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": "1+1?", "answer": "1+1=2\n#### 2"}) + "\n")
+    assert "GSM8K" in installed(
+        "oreal-data", "import", tmp_path / "gsm8k.jsonl", "--output", tmp_path / "prompts.jsonl"
+    )
+    assert json.loads((tmp_path / "prompts.jsonl").read_text()) == {"question": "1+1?", "gold_answer": "2"}
+
+
 def test_wheel_plans_32b(installed):
     assert "fits" in installed("oreal-plan", "experiment=oreal_32b")
