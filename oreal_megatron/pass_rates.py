@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 from dataclasses import replace
@@ -37,10 +38,14 @@ def prepare(run: Run) -> None:
         with run.engine.generation_context(run.policy.on_device):
             prompts = _with_pass_rates(prompts, run)
         run.engine.offload()
+    balance = functools.partial(balanced, bins=config.data.difficulty_balance)
     run.stream = PromptStream(
-        balanced(prompts, config.data.difficulty_balance),
+        balance(prompts),
         prompts_per_step=config.num_asked_prompts,
         seed=config.run.seed,
+        weights=config.data.source_weights,
+        rollout_weight=0.0 if config.data.curriculum is None else config.data.curriculum.rollout_weight,
+        balance=balance,
     )
 
 
