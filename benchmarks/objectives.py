@@ -1,7 +1,7 @@
 """Every objective from the same warm start with the same number of rollouts; a Markdown table of held-out pass@1.
 
     python -m benchmarks.objectives [--steps 30] [--seeds 0 1 2] [--directory runs/objectives] [OVERRIDE ...]
-    python -m benchmarks.objectives --directory runs/unfrozen objective.actor_freeze_steps=0   # equal numbers of updates
+    python -m benchmarks.objectives --directory runs/unfrozen objective.actor_freeze_steps=0 # equal updates
 
 Runs that are finished are read, not run again: the command goes on where it was stopped.
 """
