@@ -37,6 +37,7 @@ setup(
     package_data={
         "oreal_megatron": [
             "templates/*.html",
+            "data/mappings/*.yaml",
             "py.typed",
             "servers/cpu_shims/*.py",
             "servers/cpu_shims/sgl_kernel/*.py",
@@ -47,6 +48,7 @@ setup(
         "torch>=2.11,<2.15",
         "megatron-core>=0.16.1,<0.20",
         "numpy>=2,<3",
+        "scipy>=1.15",  # confidence intervals of oreal-eval
         "psutil>=7",  # megatron-core's checkpoint writer hangs without it
         "transformers>=5.17,<6",
         "tokenizers>=0.22",
@@ -54,6 +56,9 @@ setup(
         "hydra-core>=1.3.2,<1.4",
         "omegaconf>=2.3,<2.4",
         "orjson>=3.10",
+        "pyarrow>=21",
+        "datasketch>=1.9,<3",
+        "jmespath>=1.0",
         "pydantic>=2.11,<3",
         "pyyaml>=6",
         "sympy>=1.13,<2",
@@ -97,7 +102,7 @@ setup(
     entry_points={
         "console_scripts": [
             f"oreal-{name} = oreal_megatron.cli.{name}:main"
-            for name in ("train", "report", "plan", "submit", "doctor", "convert", "verify")
+            for name in ("train", "eval", "data", "report", "plan", "submit", "doctor", "convert", "verify")
         ]
     },
 )

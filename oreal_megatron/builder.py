@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from oreal_megatron.checkpoint.export import Exporter, write_assets
 from oreal_megatron.checkpoint.state import load_weights_only, weights_only
 from oreal_megatron.checkpoint.store import INITIAL, damages_of, load_checkpoint
 from oreal_megatron.config import AdamWConfig, Fp8ModelConfig
-from oreal_megatron.initial_policy import new_policy
+from oreal_megatron.initial_policy import loaded_policy, new_policy
 from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.models.offload import FrozenModel
 from oreal_megatron.models.policy import Policy
@@ -46,16 +47,7 @@ def build_run(workspace: Workspace) -> Run:
         tracker=workspace.tracker,
         store=workspace.store,
         exporter=_exporter(workspace),
-        sampler=Sampler(
-            engine,
-            workspace.renderer,
-            workspace.verifier.grade,
-            workspace.journal,
-            workspace.groups,
-            workspace.stop,
-            max_sequence_length=config.model.max_sequence_length,
-            undecided=config.rollout.undecided,
-        ),
+        sampler=_sampler(workspace, engine),
         engine=engine,
         policy=_trained(workspace, policy, config.optimizer.policy, config.run.num_steps - frozen_updates),
         reference=FrozenModel(_initial_policy(workspace, config.fp8.reference), offload=config.parallel.offload),
@@ -63,7 +55,36 @@ def build_run(workspace: Workspace) -> Run:
         train_prompts=workspace.train_prompts,
         benchmarks=workspace.benchmarks,
         renderer=workspace.renderer,
+        verifier=workspace.verifier,
         stop=workspace.stop,
+    )
+
+
+def build_evaluation(workspace: Workspace) -> tuple[Sampler, AbstractContextManager[None]]:
+    """Builds what evaluates the model of model.path: a sampler, and the context in which it samples.
+
+    There is the policy alone, in model.dtype: no optimizer, reference or reward model, and no checkpoint.
+
+    Raises:
+        ValueError: model.path cannot be read; a server does not fit the policy.
+    """
+    module = loaded_policy(workspace)
+    engine = _engine(workspace, module)
+    policy = FrozenModel(module, offload=workspace.config.parallel.offload)
+    policy.offload()
+    return _sampler(workspace, engine), engine.generation_context(policy.on_device)
+
+
+def _sampler(workspace: Workspace, engine: RolloutEngine) -> Sampler:
+    return Sampler(
+        engine,
+        workspace.renderer,
+        workspace.verifier.grade,
+        workspace.journal,
+        workspace.groups,
+        workspace.stop,
+        max_sequence_length=workspace.config.model.max_sequence_length,
+        undecided=workspace.config.rollout.undecided,
     )
 
 

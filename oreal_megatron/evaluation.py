@@ -1,29 +1,25 @@
-"""Evaluation of a run on benchmarks: pass@1, avg@k, pass@k, and the reward model's areas under the curve."""
+"""Evaluation on benchmarks: responses, their scores, and the areas under the curve of a run's reward model."""
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 
 from oreal_megatron.config import SamplingConfig
 from oreal_megatron.data.packing import PackedSequence
-from oreal_megatron.rollout.sampler import rollout_seeds
+from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.metrics import ProgressBar
+from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
 from oreal_megatron.run_state import Run
+from oreal_megatron.scores import AreEqual, all_responses, benchmark_metrics, problem_scores
 from oreal_megatron.step import over_all_ranks, score_sequences
 from oreal_megatron.trajectories import to_records
-from oreal_megatron.types import (
-    Benchmark,
-    EvaluationReport,
-    FinishReason,
-    GradedRollout,
-    Prompt,
-    decided,
-    positions_by,
-    undecided,
-)
+from oreal_megatron.types import Benchmark, EvaluationReport, GradedRollout, Prompt, decided, positions_by, undecided
 
 Generate = Callable[[Sequence[Prompt], int, SamplingConfig], list[list[GradedRollout]]]
 """(prompts, samples per prompt, sampling) -> a group of graded rollouts per prompt."""
@@ -34,17 +30,20 @@ def evaluate_run(run: Run) -> EvaluationReport:
     start = time.perf_counter()
     step = run.progress.step
     metrics: dict[str, float] = {}
+    batch_name = f"evaluation_{step:06d}"
+    generate = generator(run.sampler, batch_name, run.config.run.seed)
     with run.engine.generation_context(run.policy.on_device):
-        results = [
-            evaluate_benchmark(benchmark, _generator(run), run.config.evaluation.sampling)
-            for benchmark in run.benchmarks
-        ]
+        results = [evaluate_benchmark(each, generate, run.config.evaluation.sampling) for each in run.benchmarks]
     for benchmark, (greedy, sampled) in zip(run.benchmarks, results, strict=True):
-        responses = _all_responses(greedy, sampled)
+        responses = all_responses(greedy, sampled)
         run.sampler.check_undecided(
-            f"evaluation on {benchmark.name}", undecided(responses), len(responses), [_batch_name(step)]
+            f"evaluation on {benchmark.name}", undecided(responses), len(responses), [batch_name]
         )
-        metrics |= benchmark_metrics(benchmark, greedy, sampled)
+        by_problem = scores_on_every_rank(
+            greedy, sampled, run.verifier.are_equal, ks=[benchmark.samples], groups=run.groups
+        )
+        values = benchmark_metrics(greedy, sampled, by_problem)
+        metrics |= {f"{benchmark.name}/{name}": value for name, value in values.items()}
         groups = sampled or [[graded] for graded in greedy]
         scores = _reward_model_scores(run, groups)
         if scores:
@@ -71,30 +70,49 @@ def evaluate_benchmark(
     return [group[0] for group in greedy], sampled
 
 
-def benchmark_metrics(
-    benchmark: Benchmark, greedy: Sequence[GradedRollout], sampled: Sequence[Sequence[GradedRollout]]
-) -> dict[str, float]:
-    """Returns `benchmark/name` -> value. An UNDECIDED response scores 0, as an incorrect one does."""
-    k = benchmark.samples
-    responses = _all_responses(greedy, sampled)
-    values = {
-        "problems": float(len(greedy)),
-        "undecided": float(len(undecided(greedy))),
-        "undecided_share": len(undecided(responses)) / max(len(responses), 1),
-        "greedy_pass@1": _mean([float(graded.is_correct) for graded in greedy]),
-        "response_tokens": _mean([float(graded.rollout.num_response_tokens) for graded in greedy]),
-        "stopped": _mean([float(g.rollout.finish_reason is FinishReason.STOP) for g in greedy]),
-    }
-    if k:
-        outcomes = [[float(graded.is_correct) for graded in group] for group in sampled]
-        values[f"avg@{k}"] = _mean([value for group in outcomes for value in group])
-        if k > 1:
-            values[f"pass@{k}"] = _mean([max(group) for group in outcomes])
-    return {f"{benchmark.name}/{name}": value for name, value in values.items()}
+def scores_on_every_rank(
+    greedy: Sequence[GradedRollout],
+    sampled: Sequence[Sequence[GradedRollout]],
+    are_equal: AreEqual,
+    *,
+    ks: Sequence[int],
+    groups: ParallelGroups,
+) -> dict[str, list[float]]:
+    """Returns the `problem_scores` of the main rank: answers are compared under a time limit, so ranks could differ."""
+    scores: dict[str, list[float]] = {}
+    with groups.together():
+        if groups.is_main:
+            scores = problem_scores(greedy, sampled, are_equal, ks=ks)
+    return groups.from_main(scores)
 
 
-def _all_responses(greedy: Sequence[GradedRollout], sampled: Sequence[Sequence[GradedRollout]]) -> list[GradedRollout]:
-    return [*greedy, *(graded for group in sampled for graded in group)]
+def generator(
+    sampler: Sampler,
+    batch_name: str,
+    run_seed: int,
+    *,
+    title: str = "",
+    progress: Callable[[str, int, int], AbstractContextManager[ProgressBar]] | None = None,
+) -> Generate:
+    """Returns a function that samples with the same seeds at every evaluation.
+
+    batch_name: names the journal's files. progress: (title, number of responses, number there already) -> progress bar,
+    whose title begins with `title`.
+    """
+
+    def generate(prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig) -> list[list[GradedRollout]]:
+        kind = "greedy" if sampling.temperature == 0 else f"{num_samples} samples"
+        shown = f"{title}, {kind} of {len(prompts)} problems"
+        return sampler.sample(
+            prompts,
+            batch_name=batch_name,
+            num_samples=num_samples,
+            sampling=sampling,
+            seed_of=rollout_seeds(run_seed, "evaluation", 0),
+            progress=None if progress is None else functools.partial(progress, shown),
+        ).groups
+
+    return generate
 
 
 def area_under_curve(scores: Sequence[float], outcomes: Sequence[bool]) -> float:
@@ -127,25 +145,6 @@ def areas_under_curve(scores: Sequence[float], outcomes: Sequence[bool], prompt_
     }
 
 
-def _batch_name(step: int) -> str:
-    return f"evaluation_{step:06d}"
-
-
-def _generator(run: Run) -> Generate:
-    """Samples with the run's sampler, with the same seeds at every evaluation."""
-
-    def generate(prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig) -> list[list[GradedRollout]]:
-        return run.sampler.sample(
-            prompts,
-            batch_name=_batch_name(run.progress.step),
-            num_samples=num_samples,
-            sampling=sampling,
-            seed_of=rollout_seeds(run.config.run.seed, "evaluation", 0),
-        ).groups
-
-    return generate
-
-
 def _reward_model_scores(run: Run, groups: Sequence[Sequence[GradedRollout]]) -> dict[str, float]:
     """Outcome logits of the decided rollouts, by rollout id, on every rank; empty without a reward model."""
     if run.reward_model is None:
@@ -161,7 +160,3 @@ def _reward_model_scores(run: Run, groups: Sequence[Sequence[GradedRollout]]) ->
         scored = score_sequences(run.reward_model.module, batches, alignment, run.groups)
     ids, scores, _ = over_all_ranks(scored, batches, run.groups)
     return dict(zip(ids, scores, strict=True))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan

@@ -46,7 +46,7 @@ def write_parts_atomically(path: Path, parts: Iterable[bytes]) -> None:
                 os.fsync(file.fileno())
             os.replace(partial, path)
             sync(path.parent)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
 

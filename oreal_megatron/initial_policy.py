@@ -61,13 +61,24 @@ def make_initial_policy(workspace: Workspace) -> None:
     if store.has(INITIAL):
         _check_made_from(store.directory / INITIAL, settings)
         return
+    module = loaded_policy(workspace)
+    if config.sft is not None:
+        _warm_start(module, config.sft, workspace)
+    store.save(INITIAL, weights_only("policy", module), made_from=settings)
+
+
+def loaded_policy(workspace: Workspace) -> Policy | ModelChunks:
+    """Builds a policy on the device with the weights of model.path, or with random weights where there is no path.
+
+    Raises:
+        ValueError: model.path cannot be read.
+    """
+    config = workspace.config
     module = new_policy(workspace, seed=derive_seed(config.run.seed, "weights"))
     if config.model.path is not None:
         for chunk in chunks_of(module):
             load_weights(chunk, Path(config.model.path), workspace.groups)
-    if config.sft is not None:
-        _warm_start(module, config.sft, workspace)
-    store.save(INITIAL, weights_only("policy", module), made_from=settings)
+    return module
 
 
 def new_policy(

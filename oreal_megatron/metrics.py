@@ -6,9 +6,11 @@ import contextlib
 import logging
 import math
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
@@ -110,7 +112,7 @@ class Tracker:
 
     @contextlib.contextmanager
     def progress(self, title: str, total: int, completed: int = 0) -> Iterator[ProgressBar]:
-        """Shows a progress bar followed by a note; without a terminal, logs a note at every tenth of the way."""
+        """Shows a progress bar followed by a note; without a terminal, logs note and time left at every tenth."""
         if not self._fancy or not total:
             yield ProgressBar(None, None, title, total, completed)
             return
@@ -226,7 +228,7 @@ def shown_value(name: str, value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "-"
     kind = name.rpartition("/")[2]
-    if "@" in kind or kind in ("stopped", "undecided_share"):
+    if "@" in kind or kind in ("stopped", "undecided_share", "truncated_share", "no_answer_share"):
         return f"{value:.1%}"
     return f"{value:.2f}" if "_auc" in kind else f"{value:.0f}" if value == int(value) else f"{value:.1f}"
 
@@ -236,7 +238,8 @@ class ProgressBar:
 
     def __init__(self, progress: Progress | None, task: Any, title: str, total: int, done: int):
         self._progress, self._task, self._title, self._total = progress, task, title, total
-        self._done = done
+        self._done = self._done_before = done
+        self._started = time.monotonic()
 
     def advance(self, note: str = "", *, by: int = 1) -> None:
         """Advances the bar by `by`, and shows the note."""
@@ -244,7 +247,9 @@ class ProgressBar:
         if self._progress is not None:
             self._progress.update(self._task, advance=by, note=note)
         elif note and before * 10 // self._total != self._done * 10 // self._total:
-            logger.info("%s %d/%d  %s", self._title, self._done, self._total, note)
+            per_item = (time.monotonic() - self._started) / max(self._done - self._done_before, 1)
+            remaining = timedelta(seconds=round(per_item * (self._total - self._done)))
+            logger.info("%s %d/%d  %s  %s remaining", self._title, self._done, self._total, note, remaining)
 
 
 def read_metrics(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -26,6 +26,7 @@ from oreal_megatron.rollout.sampler import Sampler
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.stopping import StopRequest
 from oreal_megatron.types import Benchmark, Prompt
+from oreal_megatron.verifier import StagedVerifier
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class Run:
     """Stream of training prompts, balanced by difficulty; set by `pass_rates.prepare`, which may have to generate."""
     benchmarks: Sequence[Benchmark]
     renderer: PromptRenderer
+    verifier: StagedVerifier
     stop: StopRequest
     progress: RunProgress = field(default_factory=RunProgress)
     global_rng: random.Random = field(default_factory=random.Random)

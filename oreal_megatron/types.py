@@ -118,6 +118,8 @@ class Grade:
     """Reason for the verdict, as text for people."""
     stage: str
     """Stage that decided: `stop`, `extract`, `rules`, `judge`, ..."""
+    answer: str = ""
+    """Final answer that was extracted from the response; empty where there is none, or extraction was not reached."""
     seconds: float = 0.0
     """Wall time of the verdict."""
 

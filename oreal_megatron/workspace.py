@@ -18,6 +18,7 @@ from oreal_megatron.checkpoint.manifest import read_manifest
 from oreal_megatron.checkpoint.store import CheckpointStore
 from oreal_megatron.config import ConfigError, GeometryConfig, TrainConfig, Violation, check_layout, check_resume
 from oreal_megatron.data.arithmetic import ArithmeticData, generate_arithmetic
+from oreal_megatron.data.golds import check_golds
 from oreal_megatron.data.packing import Packer
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.data.prompts import read_prompts
@@ -99,10 +100,9 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
         console = tracker.console if groups.is_main else None
         stack.enter_context(run_logging(directory, rank=groups.rank, level=config.tracking.log_level, console=console))
         logger.info(
-            "%s: %d steps of %s, seed %d, in %s",
+            "%s: %s, seed %d, in %s",
             config.run.name,
-            config.run.num_steps,
-            config.objective.preset,
+            f"{config.run.num_steps} steps of {config.objective.preset}" if config.run.num_steps else "no training",
             config.run.seed,
             directory,
         )
@@ -200,8 +200,10 @@ def claim_directory(directory: Path, config: TrainConfig, groups: ParallelGroups
 
 def _train_prompts(config: TrainConfig, renderer: PromptRenderer, generated: ArithmeticData | None) -> list[Prompt]:
     if config.data.train is not None:
+        source = f"data.train = {config.data.train}"
         prompts = read_prompts(config.data.train, empty_golds=config.data.empty_golds)
-        return _fitting(prompts, f"data.train = {config.data.train}", renderer, config)
+        check_golds(prompts, source, phrases_are_judged=config.verifier.judge.mode != "off")
+        return _fitting(prompts, source, renderer, config)
     # The configuration has no prompts where run.num_steps is 0 alone.
     return [] if generated is None else _fitting(generated.train, "data.arithmetic", renderer, config)
 

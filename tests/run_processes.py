@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.tiny import FORKS, TINY, train_in_fork
+from tests.tiny import FORKS, TINY, command_in_fork
 
 
 def wait_until(true: Callable[[], object], seconds: float = 60) -> None:
@@ -103,7 +103,7 @@ def _run(arguments: tuple[str, ...], log: str, max_file_bytes: int | None, envir
     os.setsid()
     if max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
-    train_in_fork(arguments, log, log)
+    command_in_fork(arguments, log, log)
 
 
 def journalled(directory: Path) -> list[str]:

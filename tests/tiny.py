@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -65,7 +66,7 @@ def command_line(
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     with tempfile.TemporaryDirectory() as directory:
         out, err = Path(directory, "out"), Path(directory, "err")
-        process = FORKS.Process(target=train_in_fork, args=(arguments, str(out), str(err)))
+        process = FORKS.Process(target=command_in_fork, args=(arguments, str(out), str(err)))
         process.start()
         process.join(timeout)
         if process.exitcode is None:
@@ -74,14 +75,12 @@ def command_line(
         return Outcome(arguments, process.exitcode, out.read_text(), err.read_text())
 
 
-def train_in_fork(arguments: tuple[str, ...], out: str, err: str) -> None:
-    """Runs `oreal-train` with exactly these arguments in a forked process; appends its output to two files."""
+def command_in_fork(arguments: tuple[str, ...], out: str, err: str, command: str = "train") -> None:
+    """Runs `oreal-train`, or another command, with exactly these arguments in a forked process; appends its output."""
     for path, stream in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), stream)
-    sys.argv = ["oreal-train", *arguments]
-    from oreal_megatron.cli.train import main
-
-    main()
+    sys.argv = [f"oreal-{command}", *arguments]
+    importlib.import_module(f"oreal_megatron.cli.{command}").main()
 
 
 def metrics_of(directory: Path) -> list[dict[str, Any]]:

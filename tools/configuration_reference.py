@@ -41,7 +41,8 @@ Prompts and problems are JSONL files in UTF-8, demonstrations likewise:
 `id` and `pass_rate` are optional, other keys are not read. A file of another format (Parquet, a data set's directory, a
 JSON array), or with other names for these keys, is refused with the command that converts it. Lines without a gold
 answer are refused with their number; `data.empty_golds=skip` leaves them out. Questions that are on several lines are
-counted when the run starts.
+counted when the run starts, and so are whole solutions and phrases as gold answers: more than a fifth of them is
+refused. [data.md](data.md) has the commands that import, check and deduplicate prompt files.
 
 ## Options of your own
 

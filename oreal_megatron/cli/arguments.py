@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from oreal_megatron import __version__
@@ -21,6 +22,27 @@ def command_parser(name: str, description: str, *, example: str) -> argparse.Arg
     )
     parser.add_argument("--version", action="version", version=VERSION)
     return parser
+
+
+def add_subcommand(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    details: str,
+    *,
+    example: str,
+) -> argparse.ArgumentParser:
+    """Adds a sub-command, whose --help ends with the example, and returns its parser. run: gives its exit status."""
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary}\n\n{details}",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    return command
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

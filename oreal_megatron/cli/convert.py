@@ -11,7 +11,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from oreal_megatron.cli.arguments import command_parser, positive
+from oreal_megatron.cli.arguments import add_subcommand, command_parser, positive
 from oreal_megatron.cli.errors import run_command
 
 
@@ -31,28 +31,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     run_command(lambda: arguments.run(arguments), continues=arguments.command in ("to-megatron", "to-hf"))
 
 
-def _add_command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    run: Callable[[argparse.Namespace], int],
-    summary: str,
-    details: str,
-    *,
-    example: str,
-) -> argparse.ArgumentParser:
-    command = commands.add_parser(
-        name,
-        help=summary,
-        description=f"{summary}\n\n{details}",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(run=run)
-    return command
-
-
 def _add_to_megatron(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = _add_command(
+    command = add_subcommand(
         commands,
         "to-megatron",
         _to_megatron,
@@ -105,7 +85,7 @@ def _to_megatron(arguments: argparse.Namespace) -> int:
 
 
 def _add_to_hf(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = _add_command(
+    command = add_subcommand(
         commands,
         "to-hf",
         _to_hf,
@@ -150,7 +130,7 @@ def _to_hf(arguments: argparse.Namespace) -> int:
 
 
 def _add_from_gguf(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = _add_command(
+    command = add_subcommand(
         commands,
         "from-gguf",
         _from_gguf,
@@ -174,7 +154,7 @@ def _from_gguf(arguments: argparse.Namespace) -> int:
 
 
 def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = _add_command(
+    command = add_subcommand(
         commands,
         "compare",
         _compare,

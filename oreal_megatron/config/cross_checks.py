@@ -134,16 +134,18 @@ def _fp8_violations(
         yield Violation(f"{key}.parameters", True, remedy)
 
 
-@_check("model", "prompt", "rollout")
-def _check_lengths(model: ModelConfig, prompt: PromptConfig, rollout: RolloutConfig) -> Iterator[Violation]:
+@_check("model", "prompt", "rollout", "evaluation")
+def _check_lengths(
+    model: ModelConfig, prompt: PromptConfig, rollout: RolloutConfig, evaluation: EvaluationConfig
+) -> Iterator[Violation]:
+    sampled = {"rollout": rollout.sampling} | ({"evaluation": evaluation.sampling} if evaluation.benchmarks else {})
     room = model.max_sequence_length - prompt.max_prompt_tokens
-    if rollout.sampling.max_new_tokens > room:
-        yield Violation(
-            "rollout.sampling.max_new_tokens",
-            rollout.sampling.max_new_tokens,
-            f"model.max_sequence_length={model.max_sequence_length} less prompt.max_prompt_tokens="
-            f"{prompt.max_prompt_tokens} leaves {room} tokens. Set it to at most {room}.",
-        )
+    for section, sampling in sampled.items():
+        if sampling.max_new_tokens > room:
+            change = f"Set it to at most {room}" if room > 0 else "Lower prompt.max_prompt_tokens"
+            remedy = f"model.max_sequence_length={model.max_sequence_length} less prompt.max_prompt_tokens="
+            remedy += f"{prompt.max_prompt_tokens} leaves {room} tokens. {change}, or raise model.max_sequence_length."
+            yield Violation(f"{section}.sampling.max_new_tokens", sampling.max_new_tokens, remedy)
 
 
 @_check("prompt")

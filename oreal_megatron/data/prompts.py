@@ -87,7 +87,7 @@ def _log_repeated(path: str | Path, prompts: Sequence[Prompt], lines: dict[str, 
     first = " and ".join(str(lines[prompt.id]) for prompt in repeated[0][:2])
     logger.warning(
         "%s: %d lines have %d different questions (lines %s are equal); every line is a prompt of its own, so a "
-        "step may draw a question several times",
+        "step may draw a question several times. oreal-data dedupe keeps one line of each",
         path,
         len(prompts),
         len(by_question),
@@ -99,7 +99,7 @@ def _log_repeated(path: str | Path, prompts: Sequence[Prompt], lines: dict[str, 
         other = next(gold for gold in golds if gold[0] != golds[0][0])
         logger.warning(
             "%s: %d questions have several gold answers, and responses are graded against each (%r on line %d, %r on "
-            "line %d); keep one of them",
+            "line %d); keep one of them, or let oreal-data dedupe leave these questions out",
             path,
             len(differing),
             *golds[0],

@@ -26,8 +26,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"model.tokenizer = {name}: neither `arithmetic` nor a directory; name a Hugging Face model directory"
         )
+    # tokenizer.json is taken as it is. Where config.json says qwen2, AutoTokenizer makes Qwen2's tokenizer from any
+    # other's vocabulary, which splits text into other tokens.
+    loader = PreTrainedTokenizerFast if (Path(name) / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return loader.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.tokenizer = {name}: no tokenizer could be loaded: {error}") from error
 

@@ -9,6 +9,7 @@ that the run ended because too many of the batch's responses were UNDECIDED.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
@@ -45,7 +46,7 @@ class RolloutJournal:
         units: dict[str, list[GradedRollout]] = {}
         if not self._groups.is_main:
             return units
-        for path in sorted(self.directory.glob(f"{batch_name}.replica_*.jsonl")):
+        for path in sorted(self.directory.glob(f"{glob.escape(batch_name)}.replica_*.jsonl")):
             for line in whole_lines(path):
                 try:
                     record = orjson.loads(line)

@@ -14,6 +14,7 @@ import numpy as np
 from oreal_megatron.config import SamplingConfig, UndecidedConfig
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.metrics import ProgressBar
 from oreal_megatron.rollout.engine import RolloutEngine
 from oreal_megatron.rollout.journal import PartialResponses, RolloutJournal, unit_key
 from oreal_megatron.seeds import derive_seed
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 Grader = Callable[[Sequence[GradeRequest]], list[Grade]]
 StepTimer = Callable[[str], AbstractContextManager[None]]
+Progress = Callable[[int, int], AbstractContextManager[ProgressBar]]
+"""(number of responses, how many of them are there already) -> context with a progress bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +107,15 @@ class Sampler:
         seed_of: Callable[[Prompt, int], int],
         clock: StepTimer = lambda phase: contextlib.nullcontext(),
         early_stop: EarlyStop | None = None,
+        progress: Progress | None = None,
     ) -> SampleResult:
         """Returns a group of `num_samples` graded rollouts per prompt; tokens, on the main rank alone.
 
         batch_name: names the journal's files, for example `step_000003`. seed_of: (prompt, sample index) -> seed; see
         `rollout_seeds`. clock: times the phases generate and verify. early_stop: ends sampling early; responses that
         are unfinished then are kept for `early_stop.next_batch`. A call that ended early and is repeated after a kill
-        returns the same groups, with the same verdicts unless `check_undecided` ended the run.
+        returns the same groups, with the same verdicts unless `check_undecided` ended the run. progress: shows the
+        responses of this rank's replica.
 
         Raises:
             Stopped: a stop was asked for; finished units are in the journal.
@@ -126,7 +131,8 @@ class Sampler:
         call = _SampleCall(self._engine, batch_name, asked, requests, sampling)
         tally = None if early_stop is None else _Tally(self._groups, early_stop)
         todo, finished = self._todo(call, tally)
-        broken_off = self._generate(call, todo, finished, tally, clock)
+        with contextlib.nullcontext() if progress is None else self._bar(call, todo, progress) as bar:
+            broken_off = self._generate(call, todo, finished, tally, clock, bar)
         parts = self._groups.gather_to_main((finished, broken_off))
         by_prompt = call.by_prompt({index: unit for units, _ in parts for index, unit in units.items()})
         groups = on_every_rank([by_prompt[p.id] for p in prompts if p.id in by_prompt], self._groups)
@@ -176,6 +182,13 @@ class Sampler:
         known, had_enough = self._groups.from_main((set(finished), had_enough))
         return ([] if had_enough else [index for index in range(len(call.units)) if index not in known]), finished
 
+    def _bar(self, call: _SampleCall, todo: Sequence[int], progress: Progress) -> AbstractContextManager[ProgressBar]:
+        """Returns the progress bar of this replica's share of `todo`, and of its share of what the journal has."""
+        replicas = self._groups.data_size
+        mine = sum(len(call.units[index]) for index in todo[self._groups.data_rank :: replicas])
+        journalled = (len(call.requests) - sum(len(call.units[index]) for index in todo)) // replicas
+        return progress(journalled + mine, journalled)
+
     def _generate(
         self,
         call: _SampleCall,
@@ -183,6 +196,7 @@ class Sampler:
         finished: dict[int, list[GradedRollout]],
         tally: _Tally | None,
         clock: StepTimer,
+        bar: ProgressBar | None,
     ) -> dict[tuple[str, int], Completion]:
         """Generates this replica's share of `todo`: adds finished units to `finished`, on its leading rank.
 
@@ -209,6 +223,9 @@ class Sampler:
                 self.journal.append(call.batch_name, call.keys[index], finished[index])
                 if tally is not None:
                     tally.add([finished[index]])
+                if bar is not None:
+                    everything = [graded.is_correct for unit in finished.values() for graded in unit]
+                    bar.advance(f"{sum(everything) / len(everything):.1%} correct", by=len(rollouts))
         if self._groups.any_rank(self._stop.is_made):
             raise Stopped(
                 f"stopped while {call.batch_name} was generated: finished rollouts are in the journal, the same "

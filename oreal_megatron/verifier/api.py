@@ -78,17 +78,36 @@ class StagedVerifier:
 
     def grade_answers(self, requests: Sequence[GradeRequest]) -> list[Grade]:
         """Grades responses that are the bare final answer, without stop rule and extraction. Otherwise like `grade`."""
-        cases = []
-        for request in requests:
-            case = _Case(request, Extraction(answers=(request.response,)))
-            self._compare_fast(case)
-            cases.append(case)
-        return self._grade_cases(cases)
+        return self._grade_cases([self._answer_case(request) for request in requests])
 
-    def _grade_cases(self, cases: list[_Case]) -> list[Grade]:
+    def are_equal(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Returns for each pair of final answers whether the rules find them equal, with either as the gold answer.
+
+        No judge is asked, and the metrics do not count the pairs as responses.
+        """
+        directed = [pair for first, second in pairs for pair in ((first, second), (second, first))]
+        cases = [
+            self._answer_case(GradeRequest(question="", gold_answer=gold, response=answer, stopped=True))
+            for gold, answer in directed
+        ]
+        self._compare(cases)
+        verdicts = [_grade(case).verdict for case in cases]
+        return [Verdict.CORRECT in verdicts[start : start + 2] for start in range(0, len(verdicts), 2)]
+
+    def _answer_case(self, request: GradeRequest) -> _Case:
+        """Returns the case of a response that is the bare final answer, compared as far as that needs no sympy."""
+        case = _Case(request, Extraction(answers=(request.response,)))
+        self._compare_fast(case)
+        return case
+
+    def _compare(self, cases: Sequence[_Case]) -> None:
+        """Fills in the rules' outcome of every case that has none, from the cache or by the worker processes."""
         waiting = self._from_cache([case for case in cases if case.outcome is None], self._rules_key)
         self._compare_in_pool(waiting)
         self._to_cache(waiting, self._rules_key)
+
+    def _grade_cases(self, cases: list[_Case]) -> list[Grade]:
+        self._compare(cases)
         if self._judge is not None:
             waiting = self._from_cache([case for case in cases if self._is_for_judge(case)], self._judge_key)
             self._ask_judge(waiting)
@@ -183,7 +202,9 @@ class StagedVerifier:
 def _grade(case: _Case) -> Grade:
     outcome = case.outcome
     assert outcome is not None
-    return Grade(verdict=outcome.verdict, reason=outcome.reason, stage=outcome.stage, seconds=case.seconds)
+    return Grade(
+        verdict=outcome.verdict, reason=outcome.reason, stage=outcome.stage, answer=case.answer, seconds=case.seconds
+    )
 
 
 def build_verifier(config: VerifierConfig) -> StagedVerifier:

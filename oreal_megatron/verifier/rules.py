@@ -33,6 +33,11 @@ _SENTENCE_WORDS = 6
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 
 
+def has_words_of_a_sentence(gold: str) -> bool:
+    """Whether a gold answer has so many words that rules cannot compare it with an answer that is put otherwise."""
+    return len(_WORD.findall(gold)) >= _SENTENCE_WORDS
+
+
 def name_parameter(text: str) -> str:
     r"""Rewrites `x=n\pi, n\in\mathbb{Z}` to `x=\kappa\pi`, since the letter of a declared integer is free."""
     declared = _INTEGER_PARAMETER.search(text)
@@ -138,7 +143,7 @@ def _value_of(text: str) -> Fraction | None:
 def _against_prose(gold: str, gold_value: Fraction | None, value: Fraction | None, outcome: Outcome) -> Outcome:
     """Returns the outcome for a gold answer in words: INCORRECT for a number that differs from all that it states."""
     stated = numbers_in_prose(gold) if value is not None and gold_value is None else []
-    is_sentence = len(_WORD.findall(gold)) >= _SENTENCE_WORDS
+    is_sentence = has_words_of_a_sentence(gold)
     is_this_number = stated == [value] and (len(_WORD.findall(gold)) > 1 or "approx" in gold)
     if is_sentence and stated and value not in stated:
         return different("a number that the gold answer does not state")

@@ -70,6 +70,7 @@ def test_wheel_is_what_runs(installed):
 
 def test_wheel_composes_a_run(installed):
     assert "experiment=arithmetic" in installed("oreal-train", "--help")
+    assert "--benchmark" in installed("oreal-eval", "--help")
     assert "shaping: grpo" in installed("oreal-train", "objective=grpo", "--cfg", "job")
     assert "`objective`" in installed("oreal-train", "objektive=grpo", "--cfg", "job", status=1)
 
@@ -89,6 +90,14 @@ def test_wheel_verifies_answers(installed, tmp_path):
     installed("oreal-verify", tmp_path / "answers.jsonl", "--output", tmp_path / "verdicts.jsonl", "--num-workers", 1)
     verdicts = [json.loads(line)["verdict"] for line in (tmp_path / "verdicts.jsonl").read_text().splitlines()]
     assert verdicts == ["CORRECT", "INCORRECT", "CORRECT"]
+
+
+def test_wheel_imports_a_data_set(installed, tmp_path):
+    (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": "1+1?", "answer": "1+1=2\n#### 2"}) + "\n")
+    assert "GSM8K" in installed(
+        "oreal-data", "import", tmp_path / "gsm8k.jsonl", "--output", tmp_path / "prompts.jsonl"
+    )
+    assert json.loads((tmp_path / "prompts.jsonl").read_text()) == {"question": "1+1?", "gold_answer": "2"}
 
 
 def test_wheel_plans_32b(installed):

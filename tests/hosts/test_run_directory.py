@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.hosts.test_joining import status_and_output
-from tests.tiny import TINY, train_in_fork
+from tests.tiny import TINY, command_in_fork
 
 pytestmark = pytest.mark.hosts
 
@@ -20,7 +20,7 @@ def train(host, rank, directory, log):
         subprocess.run(["mount", "-t", "tmpfs", "tmpfs", directory], check=True)  # seen by this process alone
     sys.stdout = sys.stderr = log.open("a", buffering=1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="nodea", MASTER_PORT="4010")
-    train_in_fork((*TINY, f"run.dir={directory}", "parallel.timeout_seconds=10"), str(log), str(log))
+    command_in_fork((*TINY, f"run.dir={directory}", "parallel.timeout_seconds=10"), str(log), str(log))
 
 
 def test_directory_that_hosts_do_not_share_is_refused_by_every_rank(nodea, nodeb, tmp_path):

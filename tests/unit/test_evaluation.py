@@ -1,4 +1,4 @@
-"""pass@1, avg@k, pass@k and the area under the curve, by hand."""
+"""Scores of an evaluation and the area under the curve, by hand."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ import math
 import pytest
 
 from oreal_megatron.config import SamplingConfig
-from oreal_megatron.evaluation import area_under_curve, areas_under_curve, benchmark_metrics, evaluate_benchmark
-from oreal_megatron.types import Benchmark, FinishReason, Grade, GradedRollout, Prompt, Rollout, Verdict, WeightSpan
+from oreal_megatron.evaluation import area_under_curve, areas_under_curve, evaluate_benchmark
+from oreal_megatron.scores import benchmark_metrics, problem_scores
+from oreal_megatron.types import Benchmark, Prompt, Verdict
+from tests.graded import graded
 
 C, W, U = Verdict.CORRECT, Verdict.INCORRECT, Verdict.UNDECIDED
 
 
-def graded(prompt: Prompt, index: int, verdict: Verdict, length: int) -> GradedRollout:
-    rollout = Rollout(
-        prompt=prompt, sample_index=index, prompt_ids=(1,), response_ids=(2,) * length, logprobs=(-1.0,) * length,
-        text="", finish_reason=FinishReason.STOP, weight_spans=(WeightSpan(version=0, start=0, end=length),),
-    )  # fmt: skip
-    return GradedRollout(rollout=rollout, grade=Grade(verdict=verdict, reason="", stage="rules"))
+def never_equal(pairs):
+    return [False] * len(pairs)
 
 
 def test_undecided_responses_count_as_not_correct():
@@ -36,16 +34,20 @@ def test_undecided_responses_count_as_not_correct():
     benchmark = Benchmark(name="b", prompts=prompts, samples=2)
     greedy, sampled = evaluate_benchmark(benchmark, generate, sampling)
     assert temperatures == [0.0, 0.7]
-    assert benchmark_metrics(benchmark, greedy, sampled) == pytest.approx(
+    scores = problem_scores(greedy, sampled, never_equal, ks=[2])
+    assert benchmark_metrics(greedy, sampled, scores) == pytest.approx(
         {
-            "b/problems": 3.0,
-            "b/undecided": 1.0,
-            "b/undecided_share": 2 / 9,
-            "b/greedy_pass@1": 1 / 3,
-            "b/response_tokens": 4.0,
-            "b/stopped": 1.0,
-            "b/avg@2": 2 / 6,
-            "b/pass@2": 2 / 3,
+            "problems": 3.0,
+            "undecided": 1.0,
+            "undecided_share": 2 / 9,
+            "greedy_pass@1": 1 / 3,
+            "avg@2": 2 / 6,
+            "pass@2": 2 / 3,
+            "maj@2": 0.0,  # no response has an answer
+            "response_tokens": 4.0,
+            "stopped": 1.0,
+            "truncated_share": 0.0,
+            "no_answer_share": 1.0,
         }
     )
 
@@ -58,9 +60,9 @@ def test_area_under_curve_by_hand():
 
 def test_one_correct_among_undecided_responses_is_no_perfect_score():
     prompts = tuple(Prompt(id=str(i), question="q", gold_answer="1") for i in range(30))
-    benchmark = Benchmark(name="b", prompts=prompts, samples=0)
-    metrics = benchmark_metrics(benchmark, [graded(p, 0, C if p.id == "0" else U, 4) for p in prompts], [])
-    assert metrics["b/greedy_pass@1"] == 1 / 30 and metrics["b/undecided_share"] == 29 / 30
+    greedy = [graded(p, 0, C if p.id == "0" else U, 4) for p in prompts]
+    metrics = benchmark_metrics(greedy, [], problem_scores(greedy, [], never_equal, ks=[]))
+    assert metrics["greedy_pass@1"] == 1 / 30 and metrics["undecided_share"] == 29 / 30
 
 
 def test_a_scorer_of_prompts_has_an_area_of_one_half_within_prompts():

@@ -1,12 +1,16 @@
-"""A run's directory takes one configuration, whichever of its records of that are left."""
+"""The directory and the training prompts that a run takes."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 
 from oreal_megatron.checkpoint.manifest import write_manifest
 from oreal_megatron.config import ConfigError, parse_config, settings_of
-from oreal_megatron.workspace import claim_directory
+from oreal_megatron.data.prompting import PromptRenderer
+from oreal_megatron.data.tokenizer import arithmetic_tokenizer
+from oreal_megatron.workspace import _train_prompts, claim_directory
 
 
 @pytest.mark.parametrize("left", ["config.yaml", "journal/config.yaml", "checkpoints/step_000002/manifest.json"])
@@ -24,3 +28,17 @@ def test_each_record_of_the_configuration_refuses_another_run(composed, tmp_path
     assert len(refused.value.violations) == 1
     claim_directory(tmp_path, config, single_process)
     assert (tmp_path / "config.yaml").is_file()
+
+
+def test_renamed_gsm8k_with_whole_solutions_is_refused_with_the_command_that_takes_the_answers(composed, tmp_path):
+    path = tmp_path / "train.jsonl"
+    solution = "In April she sold 48 clips.\nIn May she sold <<48/2=24>>24 clips, 72 in all.\n#### 72"
+    path.write_text(json.dumps({"question": "How many?", "gold_answer": solution}) + "\n")
+    config = parse_config(composed(f"data.train={path}"))
+    tokenizer = arithmetic_tokenizer()
+    renderer = PromptRenderer(tokenizer, config.prompt, vocab_size=len(tokenizer))
+    with pytest.raises(ValueError, match="1 of 1 prompts have a whole solution") as refused:
+        _train_prompts(config, renderer, None)
+    assert f"oreal-data import {path}" in str(refused.value)
+    path.write_text(json.dumps({"question": "How many?", "gold_answer": "72"}) + "\n")
+    assert [prompt.gold_answer for prompt in _train_prompts(config, renderer, None)] == ["72"]

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from oreal_megatron import __version__
-from oreal_megatron.cli import convert, doctor, plan, report, serve, submit, train, verify
+from oreal_megatron.cli import convert, doctor, eval, plan, report, serve, submit, train, verify
 from oreal_megatron.cli.errors import run_command
 from oreal_megatron.config import ConfigError, Violation
 from oreal_megatron.servers.request_queue import NoServerError
@@ -16,6 +16,7 @@ from oreal_megatron.stopping import LostPeer, Stopped
 WRONG = "objektive=grpo"
 COMMANDS = {
     "train": (train, [WRONG]),
+    "eval": (eval, ["no-such-model", "--benchmark", "math500=math500.jsonl"]),
     "report": (report, ["no-such-run"]),
     "plan": (plan, [WRONG]),
     "submit": (submit, [WRONG]),

@@ -5,11 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import shlex
-import shutil
-import subprocess
 
 import pytest
 
+from oreal_megatron.cli.data import main
 from oreal_megatron.config import parse_config
 from oreal_megatron.data.prompts import read_demonstrations, read_prompts
 from oreal_megatron.pass_rates import _check_decided
@@ -35,12 +34,13 @@ def test_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"PAR1\x15\x04", ("a Parquet file", "pandas.read_parquet(")),
+        (b"PAR1\x15\x04", ("a Parquet file", "oreal-data import")),
         (gzip.compress(LINE.encode(), mtime=0), ("compressed with gzip", "gunzip --keep")),
         (LINE.encode("utf-16"), ("UTF-16 text", "iconv --from-code UTF-16")),
         (LINE.encode() + b"caf\xe9\n", ("p.jsonl:2: the line is not UTF-8", "iconv")),
-        (f"[{LINE.strip()}, {LINE.strip()}]", ("is one JSON array", "jq --compact-output '.[]'")),
-        (json.dumps([json.loads(LINE)] * 2, indent=2), ("is one JSON array", "jq --compact-output '.[]'")),
+        (f"[{LINE.strip()}, {LINE.strip()}]", ("is one JSON array", "oreal-data import")),
+        ("[1]\n[2]\n", ("p.jsonl:1: a JSON object is expected, not list",)),
+        (json.dumps([json.loads(LINE)] * 2, indent=2), ("is one JSON array", "oreal-data import")),
         (json.dumps(json.loads(LINE), indent=2), ("goes over several lines", "jq --compact-output '.'")),
         ("question,gold_answer\nq,1\n", ("p.jsonl:1: not JSON", "Every line must be a JSON object")),
         ("[" * 100000, ("p.jsonl:1: not JSON", "Every line")),
@@ -53,30 +53,33 @@ def test_file_of_another_format_is_refused_with_the_command_that_converts_it(tmp
 
 def test_data_set_directory_is_refused_with_the_call_that_converts_it(tmp_path):
     message = refused(tmp_path)
-    assert "is a directory" in message and "load_from_disk(" in message
+    assert "is a directory" in message and f"oreal-data import {tmp_path}" in message
 
 
 GSM8K = {"question": "How many?", "answer": "2+2=4\n#### 4"}
 DAPO = {"prompt": [{"content": "How many?", "role": "user"}], "reward_model": {"ground_truth": "4", "style": "rule"}}
-NUMINA = {"source": "x", "problem": "How many?", "solution": "It is 4.", "answer": "4"}
+OTHER = {"meta": {"query": "How many?"}, "target": 4}
 
 
 @pytest.mark.parametrize(
-    ("record", "keys", "program"),
+    ("record", "keys", "options"),
     [
-        (GSM8K, "question, answer", '{question: .question, gold_answer: (.answer | split("#### ") | last)}'),
-        (DAPO, "prompt, reward_model", "{question: .prompt[0].content, gold_answer: .reward_model.ground_truth}"),
-        (NUMINA, "source, problem, solution, answer", "{question: .problem, gold_answer: .answer}"),
+        (GSM8K, "question, answer", "--mapping gsm8k"),
+        (DAPO, "prompt, reward_model", "--mapping dapo_math_17k"),
+        (OTHER, "meta, target", "--field question=meta.query --field gold_answer=target"),
     ],
 )
-def test_keys_of_public_data_sets_are_named_with_the_command_that_renames_them(tmp_path, record, keys, program):
+def test_keys_of_public_data_sets_are_named_with_the_command_that_renames_them(tmp_path, record, keys, options):
     path = tmp_path / "p.jsonl"
     message = refused(path, json.dumps(record) + "\n")
-    assert f"Keys of the line: {keys}." in message and program in message
-    if shutil.which("jq") is not None:
-        command = [str(path) if part == "FILE" else part for part in shlex.split(message.split("These fit: ")[1])]
-        renamed = subprocess.run(command[:-2], capture_output=True, text=True, check=True).stdout
-        assert json.loads(renamed) == {"question": "How many?", "gold_answer": "4"}
+    assert f"Keys of the line: {keys}." in message and f"oreal-data import FILE {options} --output" in message
+    command = [str(path) if part == "FILE" else part for part in shlex.split(message.split("oreal-data ")[1])]
+    command[-1] = str(tmp_path / command[-1])
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 0
+    [prompt] = read_prompts(tmp_path / "new.jsonl")
+    assert (prompt.question, prompt.gold_answer) == ("How many?", "4")
 
 
 def test_keys_that_no_name_fits_are_named(tmp_path):
@@ -84,7 +87,7 @@ def test_keys_that_no_name_fits_are_named(tmp_path):
         tmp_path / "p.jsonl", '{"q": "1+1", "a": 2}\n'
     )
     message = refused(tmp_path / "d.jsonl", '{"question": "1+1", "output": "2"}\n', read_demonstrations)
-    assert "{question: .question, response: .output}" in message
+    assert "oreal-data import FILE --field question=question --field response=output --output" in message
 
 
 def test_empty_golds_are_counted_and_named_and_left_out_on_request(tmp_path, caplog, composed):

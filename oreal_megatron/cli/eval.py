@@ -1,0 +1,220 @@
+"""`oreal-eval`: scores a model on benchmarks without training it, and compares two evaluations."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from oreal_megatron.cli.arguments import add_overrides, command_parser, positive
+from oreal_megatron.cli.errors import run_command
+from oreal_megatron.compose import composed, validated
+from oreal_megatron.config import TrainConfig
+from oreal_megatron.distributed.environment import NCCL_WITHOUT_CUMEM, devices_hidden
+from oreal_megatron.files import write_atomically
+from oreal_megatron.log import quiet_libraries
+from oreal_megatron.stopping import StopRequest
+
+_DESCRIPTION = """\
+Scores the model of a Hugging Face directory on benchmarks: greedy pass@1 and, with samples, avg@k, pass@k and maj@k,
+each with a 95% interval. Writes evaluation.json, evaluation.html and responses/ into run.dir, by default
+evaluations/NAME of the model's directory. A killed evaluation continues with the same command. `oreal-eval compare`
+compares two evaluations problem by problem.
+
+A benchmark is a JSONL file with question and gold_answer. Settings are those of experiment=own_model; overrides change
+them, for example prompt=deepseek_r1, or rollout=sglang resources=h100."""
+_EXAMPLE = """\
+oreal-eval models/Qwen2.5-7B --benchmark math500=data/math500.jsonl
+  oreal-eval models/Qwen2.5-7B --benchmark aime24=data/aime24.jsonl --samples 16 run.dir=evaluations/before
+  oreal-eval models/Qwen2.5-7B evaluation=benchmarks cluster.data=data rollout=sglang resources=h100
+  oreal-eval compare evaluations/before evaluations/after"""
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs `oreal-eval`. Exit status 75: it was asked to stop, and the same command continues."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == ["compare"]:
+        parser = command_parser(
+            "oreal-eval compare",
+            "Compares two evaluations on the problems that both have: the difference of every score with its 95%\n"
+            "interval, and the problems whose greedy response became correct (+) or incorrect (-).",
+            example="oreal-eval compare evaluations/before evaluations/after --json differences.json",
+        )
+        parser.add_argument("first", type=Path, metavar="FIRST", help="run.dir of an evaluation")
+        parser.add_argument("second", type=Path, metavar="SECOND", help="run.dir of another evaluation")
+        parser.add_argument("--json", type=Path, metavar="FILE", help="file to write the comparison to as JSON")
+        arguments = parser.parse_args(given[1:])
+        run_command(lambda: _compare(arguments))
+    parser = command_parser("oreal-eval", _DESCRIPTION, example=_EXAMPLE)
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face directory with config.json, weights and tokenizer")
+    add_overrides(parser)
+    parser.add_argument(
+        "--benchmark",
+        type=_benchmark,
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="benchmark to score on, by the name that results have; may be given several times",
+    )
+    parser.add_argument(
+        "--samples", type=int, metavar="K", help="samples for each problem beside the greedy response (default: 0)"
+    )
+    parser.add_argument(
+        "--limit", type=positive, metavar="N", help="problems from the start of each file (default: all)"
+    )
+    arguments = parser.parse_intermixed_args(given)
+    run_command(lambda: _evaluate(arguments), continues=True)
+
+
+def _benchmark(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE, such as math500=data/math500.jsonl")
+    return name, path
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    os.environ.setdefault(*NCCL_WITHOUT_CUMEM)  # before torch is imported
+    config = evaluation_config(arguments)
+    quiet_libraries()
+    with devices_hidden(when=config.resources.device == "cpu"):
+        run_evaluation(config)
+    return 0
+
+
+def evaluation_config(arguments: argparse.Namespace) -> TrainConfig:
+    """Returns the configuration of an evaluation: that of the overrides, with nothing that trains.
+
+    Raises:
+        ConfigError: with all violations.
+        ValueError: MODEL is no Hugging Face directory, an override sets what an evaluation fixes, or there is no
+            benchmark.
+    """
+    _check_model(Path(arguments.model))
+    given = [override.partition("=")[0].lstrip("+~") for override in arguments.overrides]
+    for key, override in zip(given, arguments.overrides, strict=True):
+        if any(f"{key}.".startswith(f"{fixed}.") for fixed in ("model.path", *_FIXED)):
+            raise ValueError(f"{override}: oreal-eval scores MODEL and trains nothing. Remove this override")
+    defaults = [f"{group}={option}" for group, option in _DEFAULTS.items() if group not in given]
+    raw = composed([*defaults, *arguments.overrides], config_dir=arguments.config_dir)
+    own = {"model.path": arguments.model}
+    if "run.name" not in given:
+        own["run.name"] = _name_of(Path(arguments.model).resolve())
+    if "run.dir" not in given:
+        own["run.dir"] = "evaluations/${run.name}"
+    for key, value in (own | _FIXED).items():
+        OmegaConf.update(raw, key, value, merge=False)
+    _add_benchmarks(raw, arguments)
+    return validated(raw)
+
+
+def _name_of(model: Path) -> str:
+    """Returns the name of a model's directory; of an export, RUN/huggingface/STEP/policy, run and step."""
+    run, exports, step, name = ("", "", "", *model.parts)[-4:]
+    return f"{run}_{step}" if (exports, name) == ("huggingface", "policy") else name
+
+
+_DEFAULTS = {"experiment": "own_model", "evaluation": "none"}
+"""Options of groups where no override names another."""
+_FIXED: dict[str, Any] = {
+    "run.num_steps": 0,
+    "run.mode": "train",
+    "run.replay_dir": None,
+    "run.export": "none",
+    "data.train": None,
+    "data.pass_rate": None,
+    "data.difficulty_balance": [],
+    "sft": None,
+    "fp8.policy": None,
+    "fp8.reward_model": None,
+    "fp8.reference": None,
+    "model.reward_model": None,
+    "rollout.long_tail": None,
+    "tracking.tensorboard": False,
+    "tracking.wandb": "disabled",
+    "tracking.report": False,
+}
+"""Keys of what trains, or reports on training, with the values that switch it off."""
+
+
+def _add_benchmarks(raw: DictConfig, arguments: argparse.Namespace) -> None:
+    """Adds the benchmarks of --benchmark, and sets --samples and --limit for all benchmarks, in place."""
+    benchmarks = raw.evaluation.benchmarks
+    for name, path in arguments.benchmark:
+        if name in benchmarks:
+            raise ValueError(f"--benchmark {name}={path}: there is a benchmark {name} already. Give it another name")
+        benchmarks[name] = {"path": path, "samples": 0, "limit": None}
+    if not benchmarks:
+        raise ValueError(
+            "there is no benchmark. Name one with --benchmark NAME=FILE.jsonl, or several with evaluation=benchmarks "
+            "cluster.data=DIR"
+        )
+    for benchmark in benchmarks.values():
+        if arguments.samples is not None:
+            benchmark.samples = arguments.samples
+        if arguments.limit is not None:
+            benchmark.limit = arguments.limit
+
+
+def _check_model(path: Path) -> None:
+    """Raises ValueError for what is no Hugging Face directory; for a run, it says where or how its model is one."""
+    if (path / "config.json").is_file():
+        return
+    if not path.is_dir():
+        raise ValueError(f"{path}: there is no such directory. Name a Hugging Face directory")
+    exports = sorted(path.glob("huggingface/*/policy"))
+    if exports:
+        raise ValueError(f"{path} is the directory of a run. Name its model, {exports[0]}")
+    raise ValueError(
+        f"{path}: there is no config.json, so it is no Hugging Face directory. For the checkpoint of a run, make one: "
+        "oreal-convert to-hf RUN/checkpoints/step_NNNNNN DIR --model policy --like RUN/huggingface/assets"
+    )
+
+
+def run_evaluation(config: TrainConfig) -> None:
+    """Evaluates the model of model.path, and prints the results on the main rank."""
+    # Imported here because they import torch and scipy, which --help should not wait for.
+    from oreal_megatron.builder import build_evaluation
+    from oreal_megatron.evaluation_report import print_results
+    from oreal_megatron.initial_policy import weights_fingerprint
+    from oreal_megatron.model_evaluation import evaluate_model
+    from oreal_megatron.workspace import opened_workspace
+
+    stop = StopRequest()
+    with stop.on_signals(), opened_workspace(config, stop) as workspace:
+        is_main = workspace.groups.is_main
+        weights = workspace.groups.from_main(weights_fingerprint(Path(str(config.model.path))) if is_main else "")
+        sampler, generating = build_evaluation(workspace)
+        with generating:
+            results = evaluate_model(workspace, sampler, weights=weights)
+    if is_main:
+        console = _console()
+        print_results(console, results)
+        console.print(f"every response: {Path(config.run.dir) / 'evaluation.html'}", markup=False)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from oreal_megatron.evaluation_report import comparison, print_comparison, read_results
+
+    compared = comparison(read_results(arguments.first), read_results(arguments.second))
+    print_comparison(_console(), compared)
+    if arguments.json is not None:
+        write_atomically(arguments.json, json.dumps(compared, indent=1) + "\n")
+    return 0
+
+
+def _console() -> Console:
+    """Returns the console of the command's output, wide where it is no terminal."""
+    console = Console(highlight=False, soft_wrap=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Preparation of prompt files: import from other formats, checks, duplicates, overlap with benchmarks."""
