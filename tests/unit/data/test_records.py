@@ -169,12 +169,12 @@ def test_repeated_questions_are_counted_and_other_golds_named(tmp_path, caplog):
 
 def test_prompts_that_the_verifier_never_decides_are_counted(caplog):
     prompts = [Prompt(id=id, question="q", gold_answer="Some sentence") for id in "abc"]
-    _check_decided(prompts, prompts, has_others=False)
+    _check_decided([], 3, is_empty=False)
     assert caplog.text == ""
-    _check_decided(prompts, prompts[1:], has_others=False)
+    _check_decided(prompts[:1], 3, is_empty=False)
     assert "1 of 3 prompts have no pass rate" in caplog.text and "first: a" in caplog.text
     with pytest.raises(ValueError, match=r"3 of 3 prompts have no pass rate.*'Some sentence'"):
-        _check_decided(prompts, [], has_others=False)
+        _check_decided(prompts, 3, is_empty=True)
 
 
 def test_half_of_a_surrogate_pair_is_refused_and_a_whole_one_is_read(tmp_path):
