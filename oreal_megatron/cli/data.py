@@ -1,4 +1,4 @@
-"""`oreal-data`: makes prompt files from public data sets, and checks them."""
+"""`oreal-data`: makes, checks and rates prompt files, and chooses what is trained on."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs `oreal-data`. Exit status 1: a file cannot be used, or `check` found faults and has no --output."""
     parser = command_parser(
         "oreal-data",
-        "Makes prompt files (JSONL with question and gold_answer) from public data sets, and checks them.",
+        "Makes prompt files (JSONL with question and gold_answer) from public data sets, checks and rates them, and\n"
+        "chooses the prompts and responses that are trained on.",
         example="oreal-data import DAPO-Math-17k --output dapo.jsonl\n"
         "  oreal-data dedupe dapo.jsonl --output unique.jsonl\n"
         "  oreal-data decontaminate unique.jsonl --benchmark math500.jsonl aime24.jsonl --output train.jsonl\n"
-        "  oreal-data check train.jsonl",
+        "  oreal-data check train.jsonl\n"
+        "  oreal-data pass-rates models/Qwen2.5-7B train.jsonl --output rated.jsonl",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_import(commands)

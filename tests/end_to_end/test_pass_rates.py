@@ -52,7 +52,7 @@ def test_a_killed_estimation_goes_on_with_the_same_pass_rates_as_two_processes_a
     command = (model, str(prompts), f"--samples={SAMPLES}", "--output", str(rated), *SETTINGS, f"run.dir={run}")
 
     first = start(tmp_path / "first.log", *command)
-    wait_until(lambda: len(journalled(run)) >= NUM_PROBLEMS // 3)
+    wait_until(lambda: len(journalled(run)) >= NUM_PROBLEMS // 3, seconds=240)
     first.kill()
     first.join()
     before = journalled(run)

@@ -36,7 +36,7 @@ _CANDIDATES = 16
 class _Chosen(NamedTuple):
     """A problem of the pool that is written."""
 
-    index: int
+    position: int
     skill: str
     similar_to: str
     """File and number of the failed problem."""
@@ -196,7 +196,7 @@ def _lines(pool: Sequence[tuple[str, Record]], chosen: Sequence[_Chosen], report
     written = Counter(one.skill for one in chosen)
     report.tables["skill: written problems"] = Counter(dict(written.most_common()))
     for one in chosen:
-        where, record = pool[one.index]
+        where, record = pool[one.position]
         report.counts["written"] += 1
         similarity = round(one.similarity, 4)
         yield json_line(
