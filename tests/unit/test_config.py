@@ -44,7 +44,7 @@ def test_experiment_composes(composed, experiment):
     given = ["model.path=/site/model", "data.train=/site/prompts.jsonl"]
     site = {
         "math_smollm2": given,
-        "own_model": [*given, "evaluation.benchmarks.heldout.path=/site/problems.jsonl"],
+        "own_model": [*given, "+evaluation.benchmarks.math500=/site/problems.jsonl"],
     }
     everywhere = ["cluster.models=/site", "cluster.data=/site"]
     assert parse_config(composed(f"experiment={experiment}", *everywhere, *site.get(experiment, []))).run.num_steps > 0
