@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from oreal_megatron.config.fields import (
     AsTuple,
@@ -83,13 +83,17 @@ class TrainSource(Section):
     sources or none: in proportion to their prompts."""
 
 
+_Source = Annotated[TrainSource, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)]
+"""A source, which may be given as the path alone."""
+
+
 def _kind(value: Any) -> str:
     return "SourcesConfig" if isinstance(value, Mapping) else "PathConfig"
 
 
 # A tag that ends with Config is no part of a key in the message of an error.
 TrainData = Annotated[
-    Annotated[Text, Tag("PathConfig")] | Annotated[Mapping[FileName, TrainSource], Tag("SourcesConfig")],
+    Annotated[Text, Tag("PathConfig")] | Annotated[Mapping[FileName, _Source], Tag("SourcesConfig")],
     Discriminator(_kind),
 ]
 """A path, or sources by name."""

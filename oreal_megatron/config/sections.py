@@ -196,7 +196,8 @@ class BenchmarkConfig(Section):
     """Evaluation set NAME."""
 
     path: Text | None
-    """JSONL file with question and gold_answer. null: the held-out problems of data.arithmetic."""
+    """File or directory with question and gold_answer, as data.train takes it. null: the held-out problems of
+    data.arithmetic."""
     samples: NonNegative = 0
     """Number k of samples for each question, for avg@k and pass@k. Greedy pass@1 is always measured. 0: only greedy."""
     limit: Positive | None = None
