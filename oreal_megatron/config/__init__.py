@@ -12,9 +12,9 @@ from oreal_megatron.config.divisibility import (
     unserved_shapes,
 )
 from oreal_megatron.config.errors import ConfigError, Violation
-from oreal_megatron.config.fields import NonNegative, Positive, Section, Strings
+from oreal_megatron.config.fields import FunctionConfig, NonNegative, Positive, Section, Strings
 from oreal_megatron.config.geometry import GeometryConfig, RopeScalingConfig
-from oreal_megatron.config.objective import FunctionConfig, ObjectiveConfig, TokenWeightConfig
+from oreal_megatron.config.objective import ObjectiveConfig, TokenWeightConfig
 from oreal_megatron.config.parsing import (
     check_resume,
     check_settings,
