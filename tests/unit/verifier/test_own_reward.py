@@ -54,12 +54,10 @@ def test_what_is_returned_is_the_verdict(function):
 
 
 @pytest.mark.parametrize(
-    ("function", "responses", "settings"), [("looked_up", ["true"], {"seconds": 60.0}), ("asked", ["late", "one"], {})]
+    ("function", "responses", "settings"), [("looked_up", ["true"], {"seconds": 1e6}), ("asked", ["late", "one"], {})]
 )
 def test_a_reward_that_takes_too_long_is_undecided(function, responses, settings):
-    start = time.perf_counter()
     grades, _ = graded(function, responses, settings=settings, timeout_seconds=0.2)
-    assert time.perf_counter() - start < 30.0  # nothing waits for the call
     assert grades[0].verdict is U and grades[0].reason == "no reward within 0.2 s"
     assert [grade.verdict for grade in grades[1:]] == [C] * (len(grades) - 1)
 
