@@ -210,7 +210,7 @@ def test_a_run_of_an_earlier_version_resumes_with_what_that_version_did(composed
     for key in [*ADDED, "rollout.undecided"]:
         section, _, name = key.rpartition(".")
         del functools.reduce(operator.getitem, section.split("."), saved)[name]
-    assert saved["objective"].pop("reward_model") == {}
+    assert saved["objective"].pop("reward_model") == saved["objective"].pop("functions") == {}
     check_resume(saved, same, "config.yaml")
     with pytest.raises(ConfigError) as error:
         check_resume(saved, parse_config(composed("objective.optimizer=release")), "config.yaml")
