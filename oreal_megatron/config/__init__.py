@@ -35,6 +35,7 @@ from oreal_megatron.config.sections import (
     ParallelConfig,
     PromptConfig,
     SftConfig,
+    TrackingConfig,
     TrainConfig,
 )
 
@@ -62,6 +63,7 @@ __all__ = [
     "SftConfig",
     "Strings",
     "TokenWeightConfig",
+    "TrackingConfig",
     "TrainConfig",
     "UndecidedConfig",
     "Violation",

@@ -47,6 +47,8 @@ AsTuple = BeforeValidator(_as_tuple)
 Strings = Annotated[tuple[str, ...], AsTuple]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 FloatPair = Annotated[tuple[Finite, Finite], AsTuple]
+StepRange = Annotated[tuple[NonNegative, NonNegative], AsTuple]
+"""Numbers of a first and a last step."""
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
