@@ -417,7 +417,7 @@ def _check_profile(tracking: TrackingConfig, resources: ResourcesConfig) -> Iter
     steps = tracking.profile
     if steps is not None and steps[0] > steps[1]:
         remedy = f"The last step comes before the first. Set it to [{steps[1]},{steps[0]}]."
-        yield Violation("tracking.profile", list(steps), remedy)
+        yield Violation("tracking.profile", steps, remedy)
     if tracking.memory_snapshot and steps is None:
         remedy = "Snapshots are of profiled steps. Set tracking.profile, such as [3,4]."
         yield Violation("tracking.memory_snapshot", True, remedy)

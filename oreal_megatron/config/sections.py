@@ -245,7 +245,7 @@ class TrackingConfig(Section):
     """First and last step that torch's profiler records, such as [3, 4]: traces/ below run.dir has a trace of each rank
     and step, for https://ui.perfetto.dev. null: none."""
     memory_snapshot: bool
-    """Write a snapshot of the device's memory beside each trace, for https://pytorch.org/memory_viz. Needs a GPU."""
+    """Write a snapshot of the device's memory with each trace, for https://pytorch.org/memory_viz. Needs a GPU."""
 
 
 class RunConfig(Section):
