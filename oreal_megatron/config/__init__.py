@@ -15,6 +15,7 @@ from oreal_megatron.config.errors import ConfigError, Violation
 from oreal_megatron.config.fields import NonNegative, Positive, Section, Strings
 from oreal_megatron.config.geometry import GeometryConfig, RopeScalingConfig
 from oreal_megatron.config.objective import ObjectiveConfig, TokenWeightConfig
+from oreal_megatron.config.optimizer import AdamWConfig
 from oreal_megatron.config.parsing import (
     check_resume,
     check_settings,
@@ -27,7 +28,6 @@ from oreal_megatron.config.parsing import (
 )
 from oreal_megatron.config.rollout import SamplingConfig, SGLangConfig, UndecidedConfig
 from oreal_megatron.config.sections import (
-    AdamWConfig,
     ArithmeticConfig,
     BalanceBin,
     Fp8Config,
@@ -35,9 +35,9 @@ from oreal_megatron.config.sections import (
     ModelConfig,
     ParallelConfig,
     PromptConfig,
-    SftConfig,
     TrainConfig,
 )
+from oreal_megatron.config.sft import HeldoutConfig, SftConfig, SourceConfig
 
 __all__ = [
     "SERVED_BLOCK",
@@ -48,6 +48,7 @@ __all__ = [
     "Fp8Config",
     "Fp8ModelConfig",
     "GeometryConfig",
+    "HeldoutConfig",
     "ModelConfig",
     "NonNegative",
     "ObjectiveConfig",
@@ -59,6 +60,7 @@ __all__ = [
     "SamplingConfig",
     "Section",
     "SftConfig",
+    "SourceConfig",
     "Strings",
     "TokenWeightConfig",
     "TrainConfig",

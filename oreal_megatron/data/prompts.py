@@ -1,4 +1,4 @@
-"""Prompt and demonstration files: JSONL with the keys of OREAL-RL-Prompts."""
+"""Prompt files: JSONL with the keys of OREAL-RL-Prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 from oreal_megatron.config import BalanceBin
-from oreal_megatron.data.arithmetic import Demonstration
 from oreal_megatron.data.records import read_records, text_at
 from oreal_megatron.files import write_atomically
 from oreal_megatron.types import Prompt
@@ -19,7 +18,6 @@ from oreal_megatron.types import Prompt
 logger = logging.getLogger(__name__)
 
 _PROMPT_KEYS = ("question", "gold_answer")
-_DEMONSTRATION_KEYS = ("question", "response")
 
 
 def read_prompts(path: str | Path, *, empty_golds: Literal["skip"] | None = None) -> list[Prompt]:
@@ -129,29 +127,12 @@ def read_estimated(path: Path, *, source: Sequence[Prompt]) -> list[Prompt]:
     return read_prompts(path)
 
 
-def fingerprint(records: Iterable[Prompt | Demonstration]) -> str:
+def fingerprint(records: Iterable[Prompt]) -> str:
     """Returns 16 hex digits that depend on every field of every record and on their order."""
     digest = hashlib.blake2b(digest_size=8)
     for record in records:
         digest.update(json.dumps(asdict(record)).encode() + b"\n")
     return digest.hexdigest()
-
-
-def read_demonstrations(path: str | Path) -> list[Demonstration]:
-    """Reads lines with `question` and `response`. Raises ValueError as `read_prompts` does."""
-    found = []
-    for number, record in read_records(path):
-        question, response = (
-            text_at(record, key, f"{path}:{number}", wanted=_DEMONSTRATION_KEYS) for key in _DEMONSTRATION_KEYS
-        )
-        if not question.strip() or not response.strip():
-            raise ValueError(f"{path}:{number}: `question` or `response` is empty. Remove the line.")
-        found.append(Demonstration(question, response))
-    if not found:
-        raise ValueError(
-            f"{path}: no demonstrations in it; every line must be a JSON object with question and response"
-        )
-    return found
 
 
 def balanced(prompts: Sequence[Prompt], bins: Sequence[BalanceBin]) -> list[Prompt]:
