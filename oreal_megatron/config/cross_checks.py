@@ -136,11 +136,12 @@ def _fp8_violations(
         yield Violation(f"{key}.parameters", True, remedy)
 
 
-@check("model", "prompt", "rollout", "evaluation")
+@check("run", "model", "prompt", "rollout", "evaluation")
 def _check_lengths(
-    model: ModelConfig, prompt: PromptConfig, rollout: RolloutConfig, evaluation: EvaluationConfig
+    run: RunConfig, model: ModelConfig, prompt: PromptConfig, rollout: RolloutConfig, evaluation: EvaluationConfig
 ) -> Iterator[Violation]:
-    sampled = {"rollout": rollout.sampling} | ({"evaluation": evaluation.sampling} if evaluation.benchmarks else {})
+    sampled = {} if run.mode == "sft" else {"rollout": rollout.sampling}
+    sampled |= {"evaluation": evaluation.sampling} if evaluation.benchmarks else {}
     room = model.max_sequence_length - prompt.max_prompt_tokens
     for section, sampling in sampled.items():
         if sampling.max_new_tokens > room:

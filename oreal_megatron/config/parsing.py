@@ -112,7 +112,7 @@ ADDED: dict[str, Any] = {
     "optimizer.reward_model.decay": "cosine",
     "sft.optimizer.decay": "cosine",
     "sft.epochs": None,
-    "sft.sources": {},
+    "sft.sources": None,
     "sft.heldout": None,
     "sft.turns": "assistant",
     "sft.overlong": "refuse",

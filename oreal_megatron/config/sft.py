@@ -45,8 +45,8 @@ class SftConfig(Section):
     """JSONL, JSON, Parquet or Arrow file, or the directory of a data set. A record has messages (a list of role and
     content), or question and response, or prompt and response. null: those of sft.sources, or without these the worked
     solutions of data.arithmetic."""
-    sources: Mapping[FileName, SourceConfig] = {}
-    """Several sources by name, each with a weight, in the place of sft.demonstrations."""
+    sources: Mapping[FileName, SourceConfig] | None = None
+    """Several sources by name, each with a weight, in the place of sft.demonstrations. null: none."""
     heldout: HeldoutConfig | None = None
     turns: Literal["assistant", "last_assistant"] = "assistant"
     """Turns that the loss is on: every turn of the assistant, or its last turn alone. A message with `"weight": 0` is
@@ -61,5 +61,5 @@ class SftConfig(Section):
     def paths(self) -> dict[str, str]:
         """Files and directories that are read, by key."""
         paths = {"sft.demonstrations": self.demonstrations, "sft.heldout.path": self.heldout and self.heldout.path}
-        paths |= {f"sft.sources.{name}.path": source.path for name, source in self.sources.items()}
+        paths |= {f"sft.sources.{name}.path": source.path for name, source in (self.sources or {}).items()}
         return {key: path for key, path in paths.items() if path is not None}
