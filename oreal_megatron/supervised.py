@@ -21,7 +21,7 @@ def update_supervised(model: TrainedModel, sequences: Sequence[PackedSequence], 
     Raises:
         FloatingPointError: the gradient norm is not finite; no update was made.
     """
-    num_tokens, num_trained = _counts(sequences, model.groups)
+    num_sequences, num_tokens, num_trained = _counts(sequences, model.groups)
 
     def negative_log_likelihood(output: Tensor, batch: TokenBatch) -> tuple[Tensor, float]:
         loss = -output[batch.predicting, 0].sum() / num_trained
@@ -35,6 +35,7 @@ def update_supervised(model: TrainedModel, sequences: Sequence[PackedSequence], 
         raise FloatingPointError(f"{error}, at a loss of {nll:g} nats a token") from error
     return {
         "loss/nll": nll,
+        "sft/conversations": float(num_sequences),
         "sft/tokens": float(num_tokens),
         "sft/trained_tokens": float(num_trained),
         **{f"policy/{name}": value for name, value in update.items()},
@@ -45,14 +46,14 @@ def heldout_metrics(
     module: torch.nn.Module, sequences: Sequence[PackedSequence], packer: Packer, groups: ParallelGroups
 ) -> dict[str, float]:
     """Returns the loss of held-out sequences of the main rank, in nats a trained token, and their numbers."""
-    _, num_trained = _counts(sequences, groups)
+    *_, num_trained = _counts(sequences, groups)
     batches = packer.batches_from_main(sequences, groups)
     sums = score(module, batches, lambda output, batch: output[batch.predicting, 0].double().sum().cpu(), groups)
     total = groups.sum_over_data(torch.stack(sums).sum()).item()
     return {"sft/heldout_loss": -total / num_trained, "sft/heldout_tokens": float(num_trained)}
 
 
-def _counts(sequences: Sequence[PackedSequence], groups: ParallelGroups) -> tuple[int, int]:
-    """Returns the tokens of the main rank's sequences, and how many of these are trained, on every rank."""
-    mine = sum(s.num_tokens for s in sequences), sum(s.num_trained_tokens for s in sequences)
-    return groups.from_main(mine)
+def _counts(sequences: Sequence[PackedSequence], groups: ParallelGroups) -> tuple[int, int, int]:
+    """Returns the number of the main rank's sequences, of their tokens and of their trained tokens, on every rank."""
+    num_tokens, num_trained = (sum(s.num_tokens for s in sequences), sum(s.num_trained_tokens for s in sequences))
+    return groups.from_main((len(sequences), num_tokens, num_trained))
