@@ -10,7 +10,7 @@ import pytest
 
 from oreal_megatron.cli.data import main
 from oreal_megatron.config import parse_config
-from oreal_megatron.data.prompts import read_demonstrations, read_prompts
+from oreal_megatron.data.prompts import read_prompts
 from oreal_megatron.pass_rates import _check_decided
 from oreal_megatron.types import Prompt
 
@@ -86,8 +86,6 @@ def test_keys_that_no_name_fits_are_named(tmp_path):
     assert "Keys of the line: q, a. Name its keys question and gold_answer." in refused(
         tmp_path / "p.jsonl", '{"q": "1+1", "a": 2}\n'
     )
-    message = refused(tmp_path / "d.jsonl", '{"question": "1+1", "output": "2"}\n', read_demonstrations)
-    assert "oreal-data import FILE --field question=question --field response=output --output" in message
 
 
 def test_empty_golds_are_counted_and_named_and_left_out_on_request(tmp_path, caplog, composed):
