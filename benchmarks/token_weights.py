@@ -53,6 +53,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "change, floor 0.5": (*CHANGE, f"{WEIGHTS}.floor=0.5"),
     "departure": DEPARTURE,
     "departure, floor 0.5": (*DEPARTURE, f"{WEIGHTS}.floor=0.5"),
+    "top share 0.2": (f"{WEIGHTS}.top_share=0.2",),
     "change, all responses": (*CHANGE, *EVERYTHING),
     "change, all, ranking": (*CHANGE, *EVERYTHING, "objective.reward_model.ranking_weight=1.0"),
 }

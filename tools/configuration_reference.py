@@ -26,7 +26,7 @@ authors' release in `conf/objective/oreal.yaml` and `conf/optimizer/released.yam
 
 ## Your own model and data
 
-    oreal-train experiment=own_model model.path=DIR data.train=train.jsonl evaluation.benchmarks.heldout.path=test.jsonl
+    oreal-train experiment=own_model model.path=DIR data.train=train.jsonl +evaluation.benchmarks.math500=math500.jsonl
 
 `conf/experiment/own_model.yaml` has prompts of up to 1,024 tokens and responses of up to 3,072, in `runs/own_model`.
 `evaluation=none` leaves out the evaluation, and `run.name=NAME` changes the name and, with it, the directory.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
-from oreal_megatron.config.fields import FileName, Positive, PositiveFloat, Section, Text
+from oreal_megatron.config.fields import AsPath, FileName, Positive, PositiveFloat, Section, Text
 from oreal_megatron.config.optimizer import AdamWConfig
 
 
@@ -45,9 +45,9 @@ class SftConfig(Section):
     """JSONL, JSON, Parquet or Arrow file, or the directory of a data set. A record has messages (a list of role and
     content), or question and response, or prompt and response. null: those of sft.sources, or without these the worked
     solutions of data.arithmetic."""
-    sources: Mapping[FileName, SourceConfig] | None = None
-    """Several sources by name, each with a weight, in the place of sft.demonstrations. null: none."""
-    heldout: HeldoutConfig | None = None
+    sources: Mapping[FileName, Annotated[SourceConfig, AsPath]] | None = None
+    """Several sources by name, each a path or a path with a weight, in the place of sft.demonstrations. null: none."""
+    heldout: Annotated[HeldoutConfig | None, AsPath] = None
     turns: Literal["assistant", "last_assistant"] = "assistant"
     """Turns that the loss is on: every turn of the assistant, or its last turn alone. A message with `"weight": 0` is
     always without loss."""

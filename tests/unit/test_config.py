@@ -45,7 +45,7 @@ def test_experiment_composes(composed, experiment):
     site = {
         "math_smollm2": given,
         "sft": ["model.path=/site/model", "sft.demonstrations=/site/records.jsonl"],
-        "own_model": [*given, "evaluation.benchmarks.heldout.path=/site/problems.jsonl"],
+        "own_model": [*given, "+evaluation.benchmarks.math500=/site/problems.jsonl"],
     }
     everywhere = ["cluster.models=/site", "cluster.data=/site"]
     config = parse_config(composed(f"experiment={experiment}", *everywhere, *site.get(experiment, [])))
