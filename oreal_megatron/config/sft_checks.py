@@ -17,7 +17,7 @@ def _check_records(sft: SftConfig | None, data: DataConfig) -> Iterator[Violatio
     if sft is None:
         return
     if sft.demonstrations is None and not sft.sources and data.arithmetic is None:
-        remedy = "There are no records. Set sft.demonstrations to a file, data=arithmetic, or sft=none."
+        remedy = "There are no records. Set sft.demonstrations or sft.sources to files, data=arithmetic, or sft=none."
         yield Violation("sft.demonstrations", None, remedy)
     if sft.demonstrations is not None and sft.sources:
         remedy = "sft.sources names records too. Set sft.demonstrations=null, and name the file there."
