@@ -87,7 +87,8 @@ def where_stopped(run: Run) -> str:
     """Says after how many steps the run stopped, and what is saved of it."""
     step = run.progress.step
     saved = f"checkpoint {step_name(step)} is saved" if run.store.has(step_name(step)) else "nothing was trained"
-    return f"stopped after {step} steps: {saved}, finished rollouts are in the journal; the same command goes on"
+    rollouts = "" if run.config.is_sft else ", finished rollouts are in the journal"
+    return f"stopped after {step} steps: {saved}{rollouts}; the same command goes on"
 
 
 def train_step(run: Run) -> StepReport:

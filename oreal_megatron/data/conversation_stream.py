@@ -6,7 +6,8 @@ import functools
 import hashlib
 import math
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -134,31 +135,49 @@ def read_sft_data(
     Raises:
         ValueError, OSError: see `read_conversations`.
     """
-    sources: list[list[PackedSequence]] = []
-    heldout: list[PackedSequence] = []
-    read = functools.partial(read_conversations, renderer=renderer, sft=sft, max_tokens=max_tokens, progress=progress)
-    named = sft.sources or ({} if sft.demonstrations is None else {"": SourceConfig(path=sft.demonstrations)})
-    with groups.together():
-        if groups.is_main:
-            sources = [read(source.path, source.split) for source in named.values()]
-            if not named:
-                assert generated is not None
-                shown = [
-                    of_question(one.question, one.response, f"demonstration of {one.question!r}", renderer)
-                    for one in generated.demonstrations
-                ]
-                sources = [fitting(shown, "data.arithmetic", sft.overlong, max_tokens)]
-            if sft.heldout is not None:
-                heldout = read(sft.heldout.path, sft.heldout.split, limit=sft.heldout.limit)
+    reading = _read(sft, renderer, generated, max_tokens, progress)
+    found: tuple[list[list[PackedSequence]], list[PackedSequence]] | None = None
+    while not groups.from_main(found is not None):
+        # The other ranks wait in a collective, which has a time limit, and millions of records take longer.
+        end = time.monotonic() + groups.layout.timeout_seconds / 4
+        with groups.together():
+            while groups.is_main and found is None and time.monotonic() < end:
+                try:
+                    next(reading)
+                except StopIteration as finished:
+                    found = finished.value
+    sources, heldout = found or ([], [])
     conversations = [one for source in sources for one in source]
     stream = ConversationStream(
         sizes=groups.from_main(tuple(map(len, sources))),
-        weights=tuple(source.weight for source in named.values()) or (1.0,),
+        weights=tuple(source.weight for source in (sft.sources or {}).values()) or (1.0,),
         fingerprint=groups.from_main(_fingerprint(conversations)),
         batch_size=sft.batch_size,
         seed=seed,
     )
     return SftData(stream=stream, conversations=conversations, heldout=heldout)
+
+
+def _read(
+    sft: SftConfig, renderer: PromptRenderer, generated: ArithmeticData | None, max_tokens: int, progress: Progress
+) -> Generator[None, None, tuple[list[list[PackedSequence]], list[PackedSequence]]]:
+    """Reads the sequences of every source and the held-out ones, and yields after each record; returns both."""
+    read = functools.partial(read_conversations, renderer=renderer, sft=sft, max_tokens=max_tokens, progress=progress)
+    named = sft.sources or ({} if sft.demonstrations is None else {"": SourceConfig(path=sft.demonstrations)})
+    sources = []
+    for source in named.values():
+        sources.append((yield from read(source.path, source.split)))
+    if not named:
+        assert generated is not None
+        shown = [
+            of_question(one.question, one.response, f"demonstration of {one.question!r}", renderer)
+            for one in generated.demonstrations
+        ]
+        sources.append(fitting(shown, "data.arithmetic", sft.overlong, max_tokens))
+    heldout: list[PackedSequence] = []
+    if sft.heldout is not None:
+        heldout = yield from read(sft.heldout.path, sft.heldout.split, limit=sft.heldout.limit)
+    return sources, heldout
 
 
 def _fingerprint(sequences: Sequence[PackedSequence]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,8 @@ def read_conversations(
     max_tokens: int,
     progress: Progress,
     limit: int | None = None,
-) -> list[PackedSequence]:
-    """Reads the records of a file or of a data set's directory.
+) -> Generator[None, None, list[PackedSequence]]:
+    """Reads the records of a file or of a data set's directory, and yields after each; returns the sequences.
 
     max_tokens: most tokens of a sequence; sft.overlong says what becomes of longer ones. limit: most records.
 
@@ -56,6 +56,7 @@ def read_conversations(
         for number, (where, record) in enumerate(itertools.islice(read_source(files), limit), start=1):
             found += conversation(record, where, renderer, turns=sft.turns)
             bar.advance(f"{len(found)} sequences" if number % 1000 == 0 else "")
+            yield
     if not found:
         raise ValueError(
             f"{path}: no records in it. A record has messages, or question and response, or prompt and response."

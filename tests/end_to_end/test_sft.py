@@ -12,6 +12,7 @@ import pytest
 
 from oreal_megatron.config import ArithmeticConfig
 from oreal_megatron.data.arithmetic import generate_arithmetic
+from oreal_megatron.planner.step_time import read_measured
 from tests.run_processes import RunProcess, content_of
 from tests.tiny import invoke, metrics_of
 
@@ -86,6 +87,8 @@ def test_kills_at_random_instants_change_nothing(sources, single_process, tmp_pa
     heldout = [r["metrics"]["sft/heldout_loss"] for r in records if r["kind"] == "evaluation"]
     assert len(losses) == NUM_STEPS and losses[-1] < losses[0] - 0.5 and heldout[-1] < heldout[0] - 0.5
     assert [r["step"] for r in records if r["kind"] == "evaluation"] == [0, 20, 40, NUM_STEPS]
+    first = records[1]["metrics"]
+    assert 0.8 < read_measured(whole).mean_response_tokens / (first["sft/tokens"] / first["sft/conversations"]) < 1.25
     # What is left: an export with the tokenizer, and a page.
     assert (whole / "huggingface/best/policy/model.safetensors").is_file()
     page = (whole / "report.html").read_text()

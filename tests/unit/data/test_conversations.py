@@ -148,7 +148,7 @@ def test_turn_keeps_its_reasoning_although_the_template_drops_it_from_earlier_tu
 
 
 def read(path, config=None, *, max_tokens=128, split=None, limit=None):
-    return read_conversations(
+    reading = read_conversations(
         str(path),
         split,
         renderer(),
@@ -157,6 +157,11 @@ def read(path, config=None, *, max_tokens=128, split=None, limit=None):
         progress=lambda title, total: nullcontext(SimpleNamespace(advance=lambda note: None)),
         limit=limit,
     )
+    while True:
+        try:
+            next(reading)
+        except StopIteration as finished:
+            return finished.value
 
 
 def test_files_of_every_format_give_the_same_conversations(tmp_path):
