@@ -34,10 +34,6 @@ def evaluate_run(run: Run) -> EvaluationReport:
     start = time.perf_counter()
     step = run.progress.step
     metrics: dict[str, float] = {}
-    if run.config.sft is not None and run.config.sft.heldout is not None:
-        assert run.sft is not None
-        with run.policy.on_device():
-            metrics |= heldout_metrics(run.policy.module, run.sft.heldout, run.packer, run.groups)
     batch_name = f"evaluation_{step:06d}"
     generate = generator(run.sampler, batch_name, run.config.run.seed)
     with run.engine.generation_context(run.policy.on_device):
@@ -63,6 +59,11 @@ def evaluate_run(run: Run) -> EvaluationReport:
             )
             metrics |= {f"{benchmark.name}/reward_model_{name}": value for name, value in areas.items()}
         run.tracker.trajectories(f"evaluations/{benchmark.name}_{step:06d}", to_records(groups, scores=scores))
+    # Servers on the same devices are offloaded by now.
+    if run.config.sft is not None and run.config.sft.heldout is not None:
+        assert run.sft is not None
+        with run.policy.on_device():
+            metrics |= heldout_metrics(run.policy.module, run.sft.heldout, run.packer, run.groups)
     report = EvaluationReport(step=step, metrics=metrics, seconds=time.perf_counter() - start)
     run.tracker.evaluation(report)
     return report
