@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from oreal_megatron.config import TrainConfig
+from oreal_megatron.config import FunctionConfig, TrainConfig
 
 HEADER = """# Configuration
 
@@ -86,6 +86,8 @@ def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type
 
 
 def nested(annotation: object) -> list[type[BaseModel]]:
+    if annotation is FunctionConfig:
+        return []
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for part in typing.get_args(annotation) for section in nested(part)]
@@ -94,6 +96,8 @@ def nested(annotation: object) -> list[type[BaseModel]]:
 def type_name(annotation: object) -> str:
     if annotation is type(None):
         return "null"
+    if annotation is FunctionConfig:
+        return "`module.name` or {path, settings}"
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return ", ".join(f"`{part}`" for part in parts)

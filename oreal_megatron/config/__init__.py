@@ -12,7 +12,7 @@ from oreal_megatron.config.divisibility import (
     unserved_shapes,
 )
 from oreal_megatron.config.errors import ConfigError, Violation
-from oreal_megatron.config.fields import NonNegative, Positive, Section, Strings
+from oreal_megatron.config.fields import FunctionConfig, NonNegative, Positive, Section, Strings
 from oreal_megatron.config.geometry import GeometryConfig, RopeScalingConfig
 from oreal_megatron.config.objective import ObjectiveConfig, TokenWeightConfig
 from oreal_megatron.config.optimizer import AdamWConfig
@@ -35,6 +35,7 @@ from oreal_megatron.config.sections import (
     ModelConfig,
     ParallelConfig,
     PromptConfig,
+    TrackingConfig,
     TrainConfig,
 )
 from oreal_megatron.config.sft import HeldoutConfig, SftConfig, SourceConfig
@@ -47,6 +48,7 @@ __all__ = [
     "ConfigError",
     "Fp8Config",
     "Fp8ModelConfig",
+    "FunctionConfig",
     "GeometryConfig",
     "HeldoutConfig",
     "ModelConfig",
@@ -63,6 +65,7 @@ __all__ = [
     "SourceConfig",
     "Strings",
     "TokenWeightConfig",
+    "TrackingConfig",
     "TrainConfig",
     "UndecidedConfig",
     "Violation",

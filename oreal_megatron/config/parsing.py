@@ -104,6 +104,10 @@ ADDED: dict[str, Any] = {
     "objective.token_weights.form": "confidence",
     "objective.token_weights.normalize": "none",
     "objective.token_weights.floor": 0.0,
+    **{
+        f"objective.functions.{name}": None
+        for name in ("advantages", "keep_group", "choose", "token_weights", "policy_loss", "kl")
+    },
     "objective.reward_model.responses": "trained",
     "objective.reward_model.updates": 1,
     "objective.reward_model.ranking_weight": 0.0,
@@ -116,6 +120,7 @@ ADDED: dict[str, Any] = {
     "sft.heldout": None,
     "sft.turns": "assistant",
     "sft.overlong": "refuse",
+    "rollout.reward": None,
 }
 
 # Further keys that may change when fine-tuning resumes; of a warm start they made the initial policy.

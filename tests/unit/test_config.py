@@ -116,6 +116,9 @@ def test_violations_come_all_at_once(composed):
         ("objective=oreal objective.selection=correct", "objective.selection"),
         ("rollout.long_tail={oversample:1.5,until:useful,carry_updates:1}", "rollout.backend"),
         ("objective=grpo objective.importance_limit=2.0", "objective.importance_limit"),
+        ("tracking.profile=[4,3]", "tracking.profile"),
+        ("tracking.memory_snapshot=true", "tracking.memory_snapshot"),
+        ("tracking.memory_snapshot=true tracking.profile=[3,4]", "tracking.memory_snapshot"),
         ("rollout=sglang rollout.sglang.placement=colocated resources.trainer_devices=1", "rollout.sglang.transport"),
         ("objective.importance_limit=2.0 rollout.sampling.temperature=0.7", "rollout.sampling.temperature"),
         ("run.mode=sft", "run.num_steps"),
@@ -216,7 +219,7 @@ def test_a_run_of_an_earlier_version_resumes_with_what_that_version_did(composed
     for key in [*ADDED, "rollout.undecided"]:
         section, _, name = key.rpartition(".")
         del functools.reduce(operator.getitem, section.split("."), saved)[name]
-    assert saved["objective"].pop("reward_model") == {}
+    assert saved["objective"].pop("reward_model") == saved["objective"].pop("functions") == {}
     check_resume(saved, same, "config.yaml")
     with pytest.raises(ConfigError) as error:
         check_resume(saved, parse_config(composed("objective.optimizer=release")), "config.yaml")
