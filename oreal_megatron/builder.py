@@ -10,7 +10,7 @@ from oreal_megatron.checkpoint.export import Exporter, write_assets
 from oreal_megatron.checkpoint.state import load_weights_only, weights_only
 from oreal_megatron.checkpoint.store import INITIAL, damages_of, load_checkpoint
 from oreal_megatron.config import AdamWConfig, Fp8ModelConfig
-from oreal_megatron.initial_policy import loaded_policy, new_policy
+from oreal_megatron.initial_policy import loaded_policy, new_policy, sft_data, sft_steps
 from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.models.offload import FrozenModel
 from oreal_megatron.models.policy import Policy
@@ -30,15 +30,22 @@ from oreal_megatron.workspace import Workspace
 def build_run(workspace: Workspace) -> Run:
     """Builds policy, reference and reward model with the weights of checkpoints/initial, and all that trains them.
 
+    Supervised fine-tuning has the policy alone, and its conversations.
+
     `pass_rates.prepare` gives the run its prompt stream, and `train` the state of its newest checkpoint.
 
     Raises:
-        ValueError: a checkpoint is damaged or does not fit the model; a server does not fit the policy.
+        ValueError: a checkpoint is damaged or does not fit the model; a server does not fit the policy; the records of
+            supervised fine-tuning cannot be read.
     """
-    config, objective = workspace.config, workspace.config.objective
+    config = workspace.config
     policy = _initial_policy(workspace, config.fp8.policy)
     engine = _engine(workspace, policy)
-    frozen_updates = objective.actor_freeze_steps if objective.policy_schedule == "from_first_update" else 0
+    sft, num_steps = None, config.run.num_steps
+    if config.is_sft:
+        assert config.sft is not None
+        sft = sft_data(workspace, config.sft)
+        num_steps = sft_steps(config.sft, sft)
     return Run(
         config=config,
         directory=workspace.directory,
@@ -49,9 +56,11 @@ def build_run(workspace: Workspace) -> Run:
         exporter=_exporter(workspace),
         sampler=_sampler(workspace, engine),
         engine=engine,
-        policy=_trained(workspace, policy, config.optimizer.policy, config.run.num_steps - frozen_updates),
-        reference=FrozenModel(_initial_policy(workspace, config.fp8.reference), offload=config.parallel.offload),
-        reward_model=_reward_model(workspace) if objective.uses_reward_model else None,
+        policy=_trained_policy(workspace, policy, num_steps),
+        reference=None if config.is_sft else _reference(workspace),
+        reward_model=_reward_model(workspace) if config.trains_reward_model else None,
+        num_steps=num_steps,
+        sft=sft,
         train_prompts=workspace.train_prompts,
         benchmarks=workspace.benchmarks,
         renderer=workspace.renderer,
@@ -92,7 +101,7 @@ def _engine(workspace: Workspace, policy: Policy | ModelChunks) -> RolloutEngine
     """Builds the engine that generates, and publishes the initial policy's weights to it."""
     config = workspace.config
     engine: RolloutEngine
-    if config.run.mode == "replay" or config.rollout.sglang is None:
+    if not config.generates or config.rollout.sglang is None:
         engine = EmbeddedEngine(
             lambda: CachedDecoder(policy, workspace.groups, workspace.vocab_size),
             stop_token_id=workspace.renderer.stop_token_id,
@@ -120,6 +129,19 @@ def _engine(workspace: Workspace, policy: Policy | ModelChunks) -> RolloutEngine
     engine.publish(0)
     engine.offload()
     return engine
+
+
+def _trained_policy(workspace: Workspace, module: Policy | ModelChunks, num_steps: int) -> TrainedModel:
+    config, objective = workspace.config, workspace.config.objective
+    if config.sft is not None and config.is_sft:
+        return TrainedModel(module, config.sft.optimizer, workspace.groups, num_updates=num_steps)
+    frozen_updates = objective.actor_freeze_steps if objective.policy_schedule == "from_first_update" else 0
+    return _trained(workspace, module, config.optimizer.policy, num_steps - frozen_updates)
+
+
+def _reference(workspace: Workspace) -> FrozenModel:
+    module = _initial_policy(workspace, workspace.config.fp8.reference)
+    return FrozenModel(module, offload=workspace.config.parallel.offload)
 
 
 def _trained(workspace: Workspace, module: Any, adamw: AdamWConfig, num_updates: int) -> TrainedModel:
@@ -184,5 +206,5 @@ def _exporter(workspace: Workspace) -> Exporter:
         if groups.is_main and config.run.export != "none":
             stop = workspace.renderer.stop_token_id
             write_assets(workspace.directory, workspace.geometry, config.model, workspace.tokenizer, stop_token_id=stop)
-    models = ("policy", "reward_model") if config.objective.uses_reward_model else ("policy",)
+    models = ("policy", "reward_model") if config.trains_reward_model else ("policy",)
     return Exporter(workspace.directory, workspace.store, groups, which=config.run.export, models=models)

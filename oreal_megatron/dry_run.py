@@ -76,6 +76,9 @@ def shrunk(config: DictConfig) -> DictConfig:
         small[group] = OmegaConf.create(_option(group, option))
     for key, value in _SMALL.items():
         OmegaConf.update(small, key, value, merge=False)
+    if small.run.mode == "sft":
+        OmegaConf.update(small, "run.num_steps", 0)
+        OmegaConf.update(small, "sft.steps", 2)
     for key, (_, value) in layout_mapping(config).items():
         OmegaConf.update(small, key, value)
     if OmegaConf.select(config, "rollout.sglang") is not None:

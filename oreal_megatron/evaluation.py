@@ -18,6 +18,7 @@ from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
 from oreal_megatron.run_state import Run
 from oreal_megatron.scores import AreEqual, all_responses, benchmark_metrics, problem_scores
 from oreal_megatron.step import over_all_ranks, score_sequences
+from oreal_megatron.supervised import heldout_metrics
 from oreal_megatron.trajectories import to_records
 from oreal_megatron.types import Benchmark, EvaluationReport, GradedRollout, Prompt, decided, positions_by, undecided
 
@@ -26,7 +27,10 @@ Generate = Callable[[Sequence[Prompt], int, SamplingConfig], list[list[GradedRol
 
 
 def evaluate_run(run: Run) -> EvaluationReport:
-    """Evaluates the policy on every benchmark, and the reward model on the policy's samples; logs and returns both."""
+    """Evaluates the policy on every benchmark, and the reward model on the policy's samples; logs and returns both.
+
+    In supervised fine-tuning, also measures the loss of held-out records.
+    """
     start = time.perf_counter()
     step = run.progress.step
     metrics: dict[str, float] = {}
@@ -55,6 +59,11 @@ def evaluate_run(run: Run) -> EvaluationReport:
             )
             metrics |= {f"{benchmark.name}/reward_model_{name}": value for name, value in areas.items()}
         run.tracker.trajectories(f"evaluations/{benchmark.name}_{step:06d}", to_records(groups, scores=scores))
+    # Servers on the same devices are offloaded by now.
+    if run.config.sft is not None and run.config.sft.heldout is not None:
+        assert run.sft is not None
+        with run.policy.on_device():
+            metrics |= heldout_metrics(run.policy.module, run.sft.heldout, run.packer, run.groups)
     report = EvaluationReport(step=step, metrics=metrics, seconds=time.perf_counter() - start)
     run.tracker.evaluation(report)
     return report

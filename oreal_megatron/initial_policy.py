@@ -1,20 +1,15 @@
 """The initial policy: loaded or random weights, a supervised warm start, and its checkpoint `checkpoints/initial`.
 
-Policy, reference and reward model start from this checkpoint, so a resumed run needs no second warm start.
+Policy, reference and reward model start from this checkpoint, so a resumed run needs no second warm start. A run of
+`run.mode: sft` starts from it too, without a warm start.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
-import random
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from oreal_megatron.checkpoint.manifest import read_manifest
 from oreal_megatron.checkpoint.state import weights_only
@@ -30,14 +25,13 @@ from oreal_megatron.config import (
 )
 from oreal_megatron.conversion.convert import WEIGHTS
 from oreal_megatron.conversion.module import load_weights
-from oreal_megatron.data.arithmetic import Demonstration
-from oreal_megatron.data.packing import PackedSequence, TokenBatch
-from oreal_megatron.data.prompts import fingerprint, read_demonstrations
+from oreal_megatron.data.conversation_stream import SftData, read_sft_data
 from oreal_megatron.models.policy import Policy, build_policy
 from oreal_megatron.models.trained_model import TrainedModel
 from oreal_megatron.models.virtual_stages import ModelChunks, chunks_of
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.stopping import Stopped
+from oreal_megatron.supervised import update_supervised
 from oreal_megatron.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -53,7 +47,7 @@ def make_initial_policy(workspace: Workspace) -> None:
     Raises:
         ConfigError: the checkpoint that is there was made with other settings.
         Stopped: a stop was asked for during the warm start.
-        ValueError: model.path or sft.demonstrations cannot be read.
+        ValueError: model.path or the records of sft cannot be read.
         FloatingPointError: the warm start diverged.
     """
     config, store = workspace.config, workspace.store
@@ -62,7 +56,7 @@ def make_initial_policy(workspace: Workspace) -> None:
         _check_made_from(store.directory / INITIAL, settings)
         return
     module = loaded_policy(workspace)
-    if config.sft is not None:
+    if config.sft is not None and not config.is_sft:
         _warm_start(module, config.sft, workspace)
     store.save(INITIAL, weights_only("policy", module), made_from=settings)
 
@@ -100,16 +94,19 @@ def initial_settings(config: TrainConfig) -> dict[str, Any]:
 
     Layout and implementation are left out: they change the weights by rounding only.
     """
-    sections = ["run.seed", "model.path", "model.geometry", "model.tokenizer", "model.dtype", "sft"]
+    sections = ["run.seed", "model.path", "model.geometry", "model.tokenizer", "model.dtype"]
     digests = {}
     if config.model.path is not None:
         digests[f"model.path{_CONTENT}"] = weights_fingerprint(Path(config.model.path))
-    if config.sft is not None:
+    if not config.is_sft:
+        sections.append("sft")
+    if config.sft is not None and not config.is_sft:
         sections += ["prompt.system", "prompt.user", "prompt.stop_token"]
-        if config.sft.demonstrations is None:
+        if not config.sft.paths:
             sections.append("data.arithmetic")
-        elif Path(config.sft.demonstrations).is_file():
-            digests[f"sft.demonstrations{_CONTENT}"] = fingerprint(read_demonstrations(config.sft.demonstrations))
+        for key, path in config.sft.paths.items():
+            if Path(path).exists():
+                digests[f"{key}{_CONTENT}"] = _content_digest(Path(path))
     settings = settings_of(config).items()
     return digests | {key: value for key, value in settings if any(f"{key}.".startswith(f"{s}.") for s in sections)}
 
@@ -127,6 +124,15 @@ def weights_fingerprint(directory: Path) -> str:
             for start in (0, size // 2, max(size - _SAMPLED_BYTES, 0)):
                 file.seek(start)
                 digest.update(file.read(_SAMPLED_BYTES))
+    return digest.hexdigest()
+
+
+def _content_digest(path: Path) -> str:
+    """Returns 16 hex digits that depend on the content of a file, or of all files of a directory."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "blake2b").digest())
     return digest.hexdigest()
 
 
@@ -151,74 +157,48 @@ def _check_made_from(checkpoint: Path, settings: dict[str, Any]) -> None:
 
 
 def _warm_start(module: Policy | ModelChunks, sft: SftConfig, workspace: Workspace) -> None:
-    """Trains on the responses of demonstrations by maximum likelihood, and logs each step's loss."""
-    groups = workspace.groups
-    model = TrainedModel(module, sft.optimizer, groups, num_updates=sft.steps)
-    batches = _batches(_demonstrations(sft, workspace), sft.batch_size, workspace.config.run.seed)
+    """Fine-tunes by the section sft, and logs each update's loss. Nothing is saved before its end."""
+    groups, data = workspace.groups, sft_data(workspace, sft)
+    steps = sft_steps(sft, data)
+    model = TrainedModel(module, sft.optimizer, groups, num_updates=steps)
     losses: list[float] = []
-    with workspace.tracker.progress("warm start", sft.steps) as bar:
-        for step, batch in zip(range(sft.steps), batches, strict=False):
-            losses.append(_supervised_step(model, batch, step, workspace))
+    with workspace.tracker.progress("warm start", steps) as bar:
+        for step in range(steps):
+            try:
+                losses.append(update_supervised(model, data.batch(step), workspace.packer)["loss/nll"])
+            except FloatingPointError as error:
+                raise FloatingPointError(f"warm start, step {step}: {error}; lower sft.optimizer.lr") from error
             # After the last step the warm start is complete: it is saved, and the run stops later.
-            if step + 1 < sft.steps and groups.any_rank(workspace.stop.is_made):
+            if step + 1 < steps and groups.any_rank(workspace.stop.is_made):
                 raise Stopped(
-                    f"stopped after {step + 1} of {sft.steps} steps of the warm start: nothing of it is saved, the "
-                    "same command starts it again"
+                    f"stopped after {step + 1} of {steps} steps of the warm start: nothing of it is saved, the same "
+                    "command starts it again"
                 )
             bar.advance(f"nll {losses[-1]:.3f}")
     workspace.tracker.trajectories("warm_start", ({"step": i, "nll": loss} for i, loss in enumerate(losses)))
     workspace.tracker.finish_trajectories()
 
 
-def _supervised_step(model: TrainedModel, batch: Sequence[Demonstration], step: int, workspace: Workspace) -> float:
-    """Makes one update on `batch`; returns the mean negative log-likelihood of its tokens, in nats, over all ranks."""
-    renderer = workspace.renderer
-    chosen = [
-        PackedSequence(
-            id=f"demonstration of {demonstration.question!r}",
-            prompt_ids=renderer.question_ids(demonstration.question),
-            response_ids=renderer.response_ids(demonstration.response),
-        )
-        for demonstration in batch
-    ]
-    num_tokens = sum(len(sequence.response_ids) for sequence in chosen)
+def sft_data(workspace: Workspace, sft: SftConfig) -> SftData:
+    """Reads the conversations of the section sft. Every rank calls it.
 
-    def negative_log_likelihood(output: Tensor, batch: TokenBatch) -> tuple[Tensor, float]:
-        loss = -output[batch.predicting, 0].sum() / num_tokens
-        return loss, loss.item()
-
-    losses = model.forward_backward(workspace.packer.batches(chosen), negative_log_likelihood)
-    try:
-        model.update()
-    except FloatingPointError as error:
-        raise FloatingPointError(
-            f"warm start, step {step}: {error} (losses {losses}); lower sft.optimizer.lr"
-        ) from error
-    return workspace.groups.sum_over_data(torch.tensor(sum(losses))).item()
+    Raises:
+        ValueError, OSError: see `read_sft_data`.
+    """
+    return read_sft_data(
+        sft,
+        workspace.renderer,
+        workspace.generated,
+        workspace.groups,
+        max_tokens=workspace.config.model.max_sequence_length,
+        seed=workspace.config.run.seed,
+        progress=workspace.tracker.progress,
+    )
 
 
-def _demonstrations(sft: SftConfig, workspace: Workspace) -> Sequence[Demonstration]:
-    if sft.demonstrations is not None:
-        demonstrations: Sequence[Demonstration] = read_demonstrations(sft.demonstrations)
-    else:
-        assert workspace.generated is not None
-        demonstrations = workspace.generated.demonstrations
-    if workspace.renderer.may_exceed_model:  # refused here, and not in the middle of the warm start
-        for demonstration in demonstrations:
-            workspace.renderer.question_ids(demonstration.question)
-            workspace.renderer.response_ids(demonstration.response)
-    return demonstrations
-
-
-def _batches(demonstrations: Sequence[Demonstration], size: int, seed: int) -> Iterator[list[Demonstration]]:
-    """Yields batches without end: epoch after epoch, each in its own order."""
-
-    def in_order() -> Iterator[Demonstration]:
-        for epoch in itertools.count():
-            order = list(demonstrations)
-            random.Random(derive_seed(seed, "sft", epoch)).shuffle(order)
-            yield from order
-
-    endless = in_order()
-    while True:
-        yield list(itertools.islice(endless, size))
+def sft_steps(sft: SftConfig, data: SftData) -> int:
+    """Returns the number of updates of fine-tuning."""
+    if sft.steps is not None:
+        return sft.steps
+    assert sft.epochs is not None
+    return data.stream.num_steps(sft.epochs)

@@ -45,6 +45,13 @@ _SHOWN = (
     ("reward_model/auc_within_prompts", "reward model AUC within prompts", "{:.2f}"),
     ("rollout/response_tokens", "tokens", "{:.0f}"),
 )
+_SHOWN_IN_SFT = (
+    ("loss/nll", "loss", "{:.4f}"),
+    ("policy/lr", "learning rate", "{:.3g}"),
+    ("policy/grad_norm", "gradient norm", "{:.3g}"),
+    ("sft/epoch", "epoch", "{:.2f}"),
+    ("sft/tokens_per_second", "tokens/s", "{:,.0f}"),
+)
 
 
 class Tracker:
@@ -144,7 +151,7 @@ class Tracker:
             return
         parts = [
             f"{label} {form.format(report.metrics[key])}"
-            for key, label, form in _SHOWN
+            for key, label, form in (_SHOWN_IN_SFT if self._config.is_sft else _SHOWN)
             if key in report.metrics and math.isfinite(report.metrics[key])
         ]
         if report.metrics.get("policy/frozen"):
@@ -231,6 +238,8 @@ def shown_value(name: str, value: float | None) -> str:
     kind = name.rpartition("/")[2]
     if "@" in kind or kind in ("stopped", "undecided_share", "truncated_share", "no_answer_share"):
         return f"{value:.1%}"
+    if kind.endswith("_loss"):
+        return f"{value:.4f}"
     return f"{value:.2f}" if "_auc" in kind else f"{value:.0f}" if value == int(value) else f"{value:.1f}"
 
 

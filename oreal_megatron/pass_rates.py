@@ -41,7 +41,7 @@ def prepare(run: Run) -> None:
     """
     config, prompts = run.config, list(run.train_prompts)
     offload(run)
-    if not prompts:  # the run evaluates its initial policy and has no steps
+    if not prompts or config.is_sft:  # no step draws prompts
         return
     if config.data.pass_rate is not None:
         with run.engine.generation_context(run.policy.on_device):

@@ -25,7 +25,7 @@ def check_startable(config: TrainConfig, num_processes: int) -> None:
                 "the main process's machine. Start them elsewhere and name them in rollout.sglang.urls."
             )
             violations.append(Violation("rollout.sglang.num_servers", servers.num_servers, remedy))
-    launched = None if servers is None or servers.urls or config.run.mode == "replay" else servers
+    launched = None if servers is None or servers.urls or not config.generates else servers
     if launched is not None and launched.device == "cuda" and config.resources.device == "cpu":
         remedy = "resources.device=cpu hides GPUs from the run. Set rollout=sglang_cpu, or resources, such as h100."
         violations.append(Violation("rollout.sglang.device", "cuda", remedy))
@@ -49,7 +49,7 @@ def _servers_elsewhere(config: TrainConfig, num_processes: int) -> list[Violatio
     """Returns a violation if this rank would share its memory with a server that is on another machine."""
     servers = config.rollout.sglang
     # Colocated servers are each on the machine of the ranks whose devices they share.
-    if servers is None or servers.transport != "ipc" or servers.shares_devices or config.run.mode == "replay":
+    if servers is None or servers.transport != "ipc" or servers.shares_devices or not config.generates:
         return []
     rank, tensor = int(os.environ.get("RANK", "0")), servers.tensor
     for index, url in enumerate(servers.urls):
@@ -65,16 +65,18 @@ def _missing_paths(config: TrainConfig) -> list[Violation]:
     directories = {"model.path": config.model.path}
     if config.model.tokenizer not in ("arithmetic", config.model.path):
         directories["model.tokenizer"] = config.model.tokenizer
-    files = {**config.data.train_paths, "sft.demonstrations": config.sft.demonstrations if config.sft else None}
-    files |= {f"evaluation.benchmarks.{name}.path": item.path for name, item in config.evaluation.benchmarks.items()}
+    benchmarks = {
+        f"evaluation.benchmarks.{name}.path": item.path for name, item in config.evaluation.benchmarks.items()
+    }
+    data = {**config.data.train_paths, **(config.sft.paths if config.sft is not None else {}), **benchmarks}
     violations = [
         Violation(key, path, "There is no such directory. Set it to a directory of the form of Hugging Face models.")
         for key, path in directories.items()
         if path is not None and not Path(path).is_dir()
     ]
     return violations + [
-        Violation(key, path, "There is no such file. Set it to a JSONL file.")
-        for key, path in files.items()
+        Violation(key, path, "There is no such file or directory. Set it to a file, or to a data set's directory.")
+        for key, path in data.items()
         if path is not None and not Path(path).exists()
     ]
 

@@ -31,6 +31,12 @@ _PANELS = (
     ("Entropy of the policy", "nats per token", 1, (("entropy", "policy/entropy"),)),
     ("Length of responses", "tokens", 1, (("mean", "rollout/response_tokens"),)),
 )
+_SFT_PANELS = (
+    ("Loss of fine-tuning", "nats per trained token", 1, (("loss", "loss/nll"),)),
+    ("Learning rate", "learning rate", 1, (("learning rate", "policy/lr"),)),
+    ("Norm of the gradient", "norm before clipping", 1, (("norm", "policy/grad_norm"),)),
+    ("Speed", "tokens per second", 1, (("tokens per second", "sft/tokens_per_second"),)),
+)
 _REWARD_MODEL_PANELS = (
     ("Loss of the reward model", "cross-entropy", 1, (("cross-entropy", "loss/reward_model"),)),
     (
@@ -77,8 +83,11 @@ def write_report(directory: Path) -> Path:
             num_steps=len(steps),
             skipped=[record for record in steps if record["skipped"]],
             seconds=_mean_seconds(steps),
-            evaluation_figures=[f for f in (_pass_figure(evaluations),) if f is not None],
-            training_figures=_training_figures(steps, [*_PANELS, *_drawn_panels(steps)]),
+            epochs=steps[-1]["metrics"].get("sft/epoch") if steps else None,
+            evaluation_figures=[f for f in (_pass_figure(evaluations), _heldout_figure(evaluations)) if f is not None],
+            training_figures=_training_figures(
+                steps, _SFT_PANELS if config["run"]["mode"] == "sft" else [*_PANELS, *_drawn_panels(steps)]
+            ),
             reward_model_figures=_reward_model_figures(directory, steps, weighted),
             shown_value=shown_value,
             written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -132,6 +141,16 @@ def _pass_figure(evaluations: Sequence[dict[str, Any]]) -> str | None:
     axis.set_ylim(0, 100)
     if axis.lines:
         axis.legend()
+    return _svg(figure)
+
+
+def _heldout_figure(evaluations: Sequence[dict[str, Any]]) -> str | None:
+    """Plots the loss of held-out records over the evaluations of supervised fine-tuning."""
+    losses = [(record["step"], record["metrics"].get("sft/heldout_loss")) for record in evaluations]
+    if len(losses) < 2 or all(loss is None for _, loss in losses):
+        return None
+    figure, axis = _panel("Loss of held-out records", "after step", "nats per trained token")
+    _plot(axis, "loss", losses, 1, marker="o")
     return _svg(figure)
 
 

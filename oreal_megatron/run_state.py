@@ -14,6 +14,7 @@ from oreal_megatron.checkpoint.export import Exporter
 from oreal_megatron.checkpoint.state import load_trained, trained_state
 from oreal_megatron.checkpoint.store import Best, CheckpointStore, step_name
 from oreal_megatron.config import TrainConfig, settings_of
+from oreal_megatron.data.conversation_stream import ConversationStream, SftData
 from oreal_megatron.data.packing import Packer
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.data.stream import PromptStream
@@ -61,12 +62,17 @@ class Run:
     sampler: Sampler
     engine: RolloutEngine
     policy: TrainedModel
-    reference: FrozenModel
+    reference: FrozenModel | None
+    """Frozen initial policy; None in supervised fine-tuning."""
     reward_model: TrainedModel | None
+    num_steps: int
+    """Steps of the whole run: run.num_steps, or the updates of supervised fine-tuning."""
     train_prompts: Sequence[Prompt]
     """Training prompts that fit prompt.max_prompt_tokens, each once."""
     stream: PromptStream = field(init=False)
     """Stream of training prompts, balanced by difficulty; set by `pass_rates.prepare`, which may have to generate."""
+    sft: SftData | None
+    """Conversations of supervised fine-tuning; None for all other modes."""
     benchmarks: Sequence[Benchmark]
     renderer: PromptRenderer
     verifier: StagedVerifier
@@ -74,6 +80,11 @@ class Run:
     progress: RunProgress = field(default_factory=RunProgress)
     global_rng: random.Random = field(default_factory=random.Random)
     """Generator that objective.pair_choice=global_rng draws from, step after step."""
+
+
+def stream_of(run: Run) -> PromptStream | ConversationStream:
+    """Returns the stream that the run's steps draw from."""
+    return run.stream if run.sft is None else run.sft.stream
 
 
 def offload(run: Run) -> None:
@@ -112,7 +123,7 @@ def save(run: Run, *, wait: bool) -> None:
             on_device.enter_context(run.reward_model.on_device(states=True))
             state |= trained_state("reward_model", run.reward_model)
         state["progress"] = asdict(progress)
-        state["stream"] = run.stream.state_dict()
+        state["stream"] = stream_of(run).state_dict()
         state["global_rng"] = run.global_rng.getstate()
         run.store.save(
             name,
@@ -144,28 +155,32 @@ def restore(run: Run) -> bool:
                 load_trained("reward_model", run.reward_model, state)
         for name, trained in (("policy", run.policy), ("reward_model", run.reward_model)):
             if trained is not None:
-                _warn_of_schedule(name, state[f"{name}.schedule"]["lr_decay_steps"], trained)
+                key = "sft.optimizer" if run.config.is_sft else f"optimizer.{name}"
+                _warn_of_schedule(key, state[f"{name}.schedule"]["lr_decay_steps"], trained)
         best = state["progress"].pop("best")
         run.progress = RunProgress(**state["progress"], best=Best(**best) if best else None)
-        run.stream.load_state_dict(state["stream"])
+        stream_of(run).load_state_dict(state["stream"])
         run.global_rng.setstate(state["global_rng"])
         logger.info("resumed from checkpoint %s", step_name(step))
     run.store.remember_best(run.progress.best)
     return step is not None
 
 
-def _warn_of_schedule(name: str, saved_decay_steps: int, trained: TrainedModel) -> None:
-    """Logs a warning where the cosine has another length than in the checkpoint, so that the learning rate jumps."""
+def _warn_of_schedule(key: str, saved_decay_steps: int, trained: TrainedModel) -> None:
+    """Logs a warning where the decay has another length than in the checkpoint, so that the learning rate jumps.
+
+    key: section of the optimizer.
+    """
     schedule = trained.schedule
     if schedule.lr_decay_steps != saved_decay_steps:
         logger.warning(
-            "optimizer.%s: the cosine of the learning rate has %d updates now and had %d in the checkpoint, so update "
-            "%d has a learning rate of %.3g; optimizer.%s.decay_steps=%d keeps the earlier one",
-            name,
+            "%s: the decay of the learning rate has %d updates now and had %d in the checkpoint, so update %d has a "
+            "learning rate of %.3g; %s.decay_steps=%d keeps the earlier one",
+            key,
             schedule.lr_decay_steps,
             saved_decay_steps,
             schedule.num_steps,
             schedule.get_lr({}),
-            name,
+            key,
             saved_decay_steps,
         )

@@ -34,6 +34,7 @@ from oreal_megatron.step import (
     with_token_weights,
 )
 from oreal_megatron.stopping import Stopped, TooManyUndecided
+from oreal_megatron.supervised import update_supervised
 from oreal_megatron.trajectories import read_groups, to_records
 from oreal_megatron.types import GradedRollout, StepReport, Trajectory, undecided
 
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(run: Run) -> None:
-    """Trains from the newest checkpoint, if there is one, to run.num_steps; evaluates and saves on the way.
+    """Trains from the newest checkpoint, if there is one, to the last step; evaluates and saves on the way.
 
     Raises:
         UpdateRefused: a loss is not a finite number, or the rollouts' log-probabilities are not the policy's, beyond
@@ -50,26 +51,26 @@ def train(run: Run) -> None:
         Stopped: a stop was asked for; everything until then is saved.
         OSError: the disk refused; the message says which checkpoints are whole.
     """
-    config, is_resumed = run.config.run, restore(run)
-    progress = run.progress
+    is_resumed = restore(run)
+    progress, step_of_mode = run.progress, supervised_step if run.config.is_sft else train_step
     if is_resumed:
         with run.policy.on_device():
             run.engine.publish(progress.weight_version)
     run.tracker.start(progress.step, is_evaluated=progress.evaluated_step == progress.step)
     try:
         evaluate_and_save(run)
-        with run.tracker.progress("steps", config.num_steps, completed=progress.step) as bar:
-            while progress.step < config.num_steps:
+        with run.tracker.progress("steps", run.num_steps, completed=progress.step) as bar:
+            while progress.step < run.num_steps:
                 if run.groups.any_rank(run.stop.is_made):
                     raise Stopped("stopped between two steps")
                 with profiled(run.directory, run.config.tracking, step=progress.step, rank=run.groups.rank):
-                    report = train_step(run)
+                    report = step_of_mode(run)
                 run.tracker.step(report)
                 bar.advance()
                 progress.step += 1
                 run.store.finish(wait=False)
                 evaluate_and_save(run)
-        if not config.num_steps:
+        if not run.num_steps:
             logger.info("run.num_steps = 0: nothing is trained")
     except Stopped:
         save(run, wait=True)
@@ -88,7 +89,8 @@ def where_stopped(run: Run) -> str:
     """Says after how many steps the run stopped, and what is saved of it."""
     step = run.progress.step
     saved = f"checkpoint {step_name(step)} is saved" if run.store.has(step_name(step)) else "nothing was trained"
-    return f"stopped after {step} steps: {saved}, finished rollouts are in the journal; the same command goes on"
+    rollouts = "" if run.config.is_sft else ", finished rollouts are in the journal"
+    return f"stopped after {step} steps: {saved}{rollouts}; the same command goes on"
 
 
 def train_step(run: Run) -> StepReport:
@@ -115,6 +117,7 @@ def train_step(run: Run) -> StepReport:
     counts, batches = packed(run, selection.trajectories)
     try:
         if not frozen:
+            assert run.reference is not None
             with clock("score"), run.reference.on_device():
                 batches = with_reference(run.reference.module, batches, run.groups)
         scored = None
@@ -140,6 +143,30 @@ def train_step(run: Run) -> StepReport:
     run.progress.num_usable_steps += 1
     save_trajectories(run, graded, selection, batches)
     return StepReport(step=step, metrics=metrics | {"policy/frozen": float(frozen)}, **costs(run, clock))
+
+
+def supervised_step(run: Run) -> StepReport:
+    """Runs one step of supervised fine-tuning: an update of the policy on the step's conversations.
+
+    Raises:
+        UpdateRefused: the gradient norm is not finite; the message names the step and the conversations.
+    """
+    assert run.sft is not None
+    step, clock = run.progress.step, StepTimer()
+    run.groups.seed_generators(derive_seed(run.config.run.seed, "generators", step))
+    sequences = run.sft.batch(step)
+    with clock("policy"), run.policy.on_device():
+        try:
+            metrics = update_supervised(run.policy, sequences, run.packer)
+        except FloatingPointError as error:
+            ids = ", ".join(sequence.id for sequence in sequences)
+            raise UpdateRefused(f"step {step}: {error}. Lower sft.optimizer.lr, or look at {ids}") from error
+    run.progress.weight_version += 1
+    run.progress.num_usable_steps += 1
+    metrics["sft/epoch"] = run.sft.stream.epoch_after(step + 1)
+    seconds = costs(run, clock)
+    metrics["sft/tokens_per_second"] = metrics["sft/tokens"] / seconds["seconds"]["total"]
+    return StepReport(step=step, metrics=metrics, **seconds)
 
 
 def costs(run: Run, clock: StepTimer) -> dict[str, Any]:
@@ -225,11 +252,17 @@ def evaluate_and_save(run: Run) -> None:
     if config.run.mode == "rollout":
         return
     step = progress.step
-    last = step == config.run.num_steps
-    evaluating = bool(run.benchmarks) and (step == 0 or last or is_multiple(step, config.evaluation.every))
+    last = step == run.num_steps
+    measures = bool(run.benchmarks) or (config.is_sft and config.sft is not None and config.sft.heldout is not None)
+    evaluating = measures and (step == 0 or last or is_multiple(step, config.evaluation.every))
     if evaluating and progress.evaluated_step != step:
-        score = evaluate_run(run).metrics[f"{run.benchmarks[0].name}/greedy_pass@1"]
+        if config.is_sft and run.benchmarks and step:
+            with run.policy.on_device():
+                run.engine.publish(progress.weight_version)
+        metrics = evaluate_run(run).metrics
         progress.evaluated_step = step
+        # Without benchmarks the best checkpoint of fine-tuning is that of the lowest loss of held-out records.
+        score = metrics[f"{run.benchmarks[0].name}/greedy_pass@1"] if run.benchmarks else -metrics["sft/heldout_loss"]
         if is_better(score, progress.best):
             progress.best = Best(step=step, score=score)
     if last or is_multiple(step, config.run.checkpoint_every) or (progress.best and progress.best.step == step):

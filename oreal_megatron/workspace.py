@@ -103,7 +103,7 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
         logger.info(
             "%s: %s, seed %d, in %s",
             config.run.name,
-            f"{config.run.num_steps} steps of {config.objective.preset}" if config.run.num_steps else "no training",
+            _work(config),
             config.run.seed,
             directory,
         )
@@ -147,6 +147,14 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
             stop=stop,
             close_later=stack.callback,
         )
+
+
+def _work(config: TrainConfig) -> str:
+    """Returns what a run does, for its first line in the log."""
+    if config.is_sft and config.sft is not None:
+        steps, epochs = config.sft.steps, config.sft.epochs
+        return f"{f'{steps} steps' if steps is not None else f'{epochs:g} epochs'} of supervised fine-tuning"
+    return f"{config.run.num_steps} steps of {config.objective.preset}" if config.run.num_steps else "no training"
 
 
 def check_host(config: TrainConfig) -> None:

@@ -16,6 +16,7 @@ from oreal_megatron.config.errors import ConfigError, Violation
 from oreal_megatron.config.fields import FunctionConfig, NonNegative, Positive, Section, Strings
 from oreal_megatron.config.geometry import GeometryConfig, RopeScalingConfig
 from oreal_megatron.config.objective import ObjectiveConfig, TokenWeightConfig
+from oreal_megatron.config.optimizer import AdamWConfig
 from oreal_megatron.config.parsing import (
     check_resume,
     check_settings,
@@ -28,16 +29,15 @@ from oreal_megatron.config.parsing import (
 )
 from oreal_megatron.config.rollout import SamplingConfig, SGLangConfig, UndecidedConfig
 from oreal_megatron.config.sections import (
-    AdamWConfig,
     Fp8Config,
     Fp8ModelConfig,
     ModelConfig,
     ParallelConfig,
     PromptConfig,
-    SftConfig,
     TrackingConfig,
     TrainConfig,
 )
+from oreal_megatron.config.sft import HeldoutConfig, SftConfig, SourceConfig
 
 __all__ = [
     "SERVED_BLOCK",
@@ -50,6 +50,7 @@ __all__ = [
     "Fp8ModelConfig",
     "FunctionConfig",
     "GeometryConfig",
+    "HeldoutConfig",
     "ModelConfig",
     "NonNegative",
     "ObjectiveConfig",
@@ -61,6 +62,7 @@ __all__ = [
     "SamplingConfig",
     "Section",
     "SftConfig",
+    "SourceConfig",
     "Strings",
     "TokenWeightConfig",
     "TrackingConfig",

@@ -13,6 +13,7 @@ from oreal_megatron.config.divisibility import (
 )
 from oreal_megatron.config.errors import Violation
 from oreal_megatron.config.fp8_recipes import CAPABILITIES, device_problem, recipes_for
+from oreal_megatron.config.optimizer import OptimizerConfig
 from oreal_megatron.config.rollout import OPTIONS_SET_BY_RUN, RolloutConfig
 from oreal_megatron.config.sections import (
     EvaluationConfig,
@@ -20,20 +21,21 @@ from oreal_megatron.config.sections import (
     Fp8ModelConfig,
     ModelConfig,
     ObjectiveConfig,
-    OptimizerConfig,
     ParallelConfig,
     PromptConfig,
     ResourcesConfig,
     RunConfig,
-    SftConfig,
     TrackingConfig,
 )
+from oreal_megatron.config.sft import SftConfig
 
 CHECKS: list[tuple[tuple[str, ...], Callable[..., Iterator[Violation]]]] = []
 """Checks, each with the sections that it reads."""
 
 
-def _check(*reads: str) -> Callable[[Callable[..., Iterator[Violation]]], Callable[..., Iterator[Violation]]]:
+def check(*reads: str) -> Callable[[Callable[..., Iterator[Violation]]], Callable[..., Iterator[Violation]]]:
+    """Registers a function as a check that is given the sections `reads`, once they are valid."""
+
     def register(run: Callable[..., Iterator[Violation]]) -> Callable[..., Iterator[Violation]]:
         CHECKS.append((reads, run))
         return run
@@ -41,7 +43,7 @@ def _check(*reads: str) -> Callable[[Callable[..., Iterator[Violation]]], Callab
     return register
 
 
-@_check("model")
+@check("model")
 def _check_model(model: ModelConfig) -> Iterator[Violation]:
     if model.path is None and model.geometry is None:
         yield Violation(
@@ -64,13 +66,13 @@ def _check_model(model: ModelConfig) -> Iterator[Violation]:
         )
 
 
-@_check("model", "parallel")
+@check("model", "parallel")
 def _check_layout(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Violation]:
     if model.geometry is not None:
         yield from layout_violations(model.geometry, parallel)
 
 
-@_check("parallel")
+@check("parallel")
 def _check_parallel(parallel: ParallelConfig) -> Iterator[Violation]:
     if parallel.sequence and parallel.tensor == 1:
         # Megatron-Core would turn it off layer by layer, without an error.
@@ -81,7 +83,7 @@ def _check_parallel(parallel: ParallelConfig) -> Iterator[Violation]:
         yield Violation("parallel.virtual_pipeline", parallel.virtual_pipeline, remedy)
 
 
-@_check("fp8", "model", "parallel", "resources")
+@check("fp8", "model", "parallel", "resources")
 def _check_fp8(
     fp8: Fp8Config, model: ModelConfig, parallel: ParallelConfig, resources: ResourcesConfig
 ) -> Iterator[Violation]:
@@ -134,11 +136,12 @@ def _fp8_violations(
         yield Violation(f"{key}.parameters", True, remedy)
 
 
-@_check("model", "prompt", "rollout", "evaluation")
+@check("run", "model", "prompt", "rollout", "evaluation")
 def _check_lengths(
-    model: ModelConfig, prompt: PromptConfig, rollout: RolloutConfig, evaluation: EvaluationConfig
+    run: RunConfig, model: ModelConfig, prompt: PromptConfig, rollout: RolloutConfig, evaluation: EvaluationConfig
 ) -> Iterator[Violation]:
-    sampled = {"rollout": rollout.sampling} | ({"evaluation": evaluation.sampling} if evaluation.benchmarks else {})
+    sampled = {} if run.mode == "sft" else {"rollout": rollout.sampling}
+    sampled |= {"evaluation": evaluation.sampling} if evaluation.benchmarks else {}
     room = model.max_sequence_length - prompt.max_prompt_tokens
     for section, sampling in sampled.items():
         if sampling.max_new_tokens > room:
@@ -148,13 +151,13 @@ def _check_lengths(
             yield Violation(f"{section}.sampling.max_new_tokens", sampling.max_new_tokens, remedy)
 
 
-@_check("prompt")
+@check("prompt")
 def _check_prompt(prompt: PromptConfig) -> Iterator[Violation]:
     if "{question}" not in prompt.user:
         yield Violation("prompt.user", prompt.user, "It has no place for the question. Put {question} into it.")
 
 
-@_check("data", "run")
+@check("data", "run")
 def _check_data(data: DataConfig, run: RunConfig) -> Iterator[Violation]:
     if data.train is None and data.arithmetic is None and run.num_steps:
         remedy = "There are no prompts. Set data.train to a file, data=arithmetic, or run.num_steps=0."
@@ -180,13 +183,13 @@ def _check_data(data: DataConfig, run: RunConfig) -> Iterator[Violation]:
             yield Violation(f"data.difficulty_balance.{index}.low", bin.low, f"Set it below high={bin.high}.")
 
 
-@_check("rollout", "model")
+@check("rollout", "model")
 def _check_served_heads(rollout: RolloutConfig, model: ModelConfig) -> Iterator[Violation]:
     if rollout.sglang is not None and model.geometry is not None:
         yield from served_head_violations(rollout.sglang, model.geometry)
 
 
-@_check("rollout", "model", "resources")
+@check("rollout", "model", "resources")
 def _check_served_fp8(rollout: RolloutConfig, model: ModelConfig, resources: ResourcesConfig) -> Iterator[Violation]:
     if (servers := rollout.sglang) is not None and servers.dtype == "fp8":
         yield from serving_violations(servers, CAPABILITIES.get(resources.device))
@@ -194,7 +197,7 @@ def _check_served_fp8(rollout: RolloutConfig, model: ModelConfig, resources: Res
             yield from served_shape_violations(servers, model.geometry)
 
 
-@_check("rollout", "parallel", "resources")
+@check("rollout", "parallel", "resources")
 def _check_resources(
     rollout: RolloutConfig, parallel: ParallelConfig, resources: ResourcesConfig
 ) -> Iterator[Violation]:
@@ -239,27 +242,22 @@ def _check_resources(
         )
 
 
-@_check("data", "sft", "evaluation")
-def _check_generated(data: DataConfig, sft: SftConfig | None, evaluation: EvaluationConfig) -> Iterator[Violation]:
-    if data.arithmetic is not None:
-        return
-    if sft is not None and sft.demonstrations is None:
-        remedy = "There are no demonstrations. Set sft.demonstrations to a JSONL file, data=arithmetic, or sft=none."
-        yield Violation("sft.demonstrations", None, remedy)
+@check("data", "evaluation")
+def _check_generated(data: DataConfig, evaluation: EvaluationConfig) -> Iterator[Violation]:
     for name, benchmark in evaluation.benchmarks.items():
-        if benchmark.path is None:
+        if benchmark.path is None and data.arithmetic is None:
             key = f"evaluation.benchmarks.{name}.path"
             yield Violation(key, None, "There are no problems. Set it to a JSONL file, or set data=arithmetic.")
 
 
-@_check("model", "sft")
+@check("model", "sft")
 def _check_start(model: ModelConfig, sft: SftConfig | None) -> Iterator[Violation]:
     if model.path is None and sft is None:
         remedy = "A model with random weights solves nothing. Set model.path, or a warm start, such as sft=arithmetic."
         yield Violation("model.path", None, remedy)
 
 
-@_check("evaluation")
+@check("evaluation")
 def _check_evaluation(evaluation: EvaluationConfig) -> Iterator[Violation]:
     for name, benchmark in evaluation.benchmarks.items():
         if benchmark.samples and evaluation.sampling.temperature == 0:
@@ -268,7 +266,7 @@ def _check_evaluation(evaluation: EvaluationConfig) -> Iterator[Violation]:
             yield Violation(key, benchmark.samples, f"{remedy}{key}=0.")
 
 
-@_check("rollout")
+@check("rollout")
 def _check_rollout(rollout: RolloutConfig) -> Iterator[Violation]:
     if rollout.backend == "sglang" and rollout.sglang is None:
         yield Violation("rollout.backend", "sglang", "It needs settings of its servers. Set rollout=sglang.")
@@ -294,7 +292,7 @@ def _check_rollout(rollout: RolloutConfig) -> Iterator[Violation]:
             )
 
 
-@_check("rollout")
+@check("rollout")
 def _check_servers(rollout: RolloutConfig) -> Iterator[Violation]:
     if (servers := rollout.sglang) is None:
         return
@@ -316,7 +314,7 @@ def _check_servers(rollout: RolloutConfig) -> Iterator[Violation]:
             yield Violation(f"rollout.sglang.arguments.{name}", servers.arguments[name], remedy)
 
 
-@_check("rollout", "parallel")
+@check("rollout", "parallel")
 def _check_control_time(rollout: RolloutConfig, parallel: ParallelConfig) -> Iterator[Violation]:
     servers = rollout.sglang
     if servers is not None and servers.control_seconds >= parallel.timeout_seconds:
@@ -327,7 +325,7 @@ def _check_control_time(rollout: RolloutConfig, parallel: ParallelConfig) -> Ite
         yield Violation("rollout.sglang.control_seconds", servers.control_seconds, remedy)
 
 
-@_check("objective", "rollout")
+@check("objective", "rollout")
 def _check_objective(objective: ObjectiveConfig, rollout: RolloutConfig) -> Iterator[Violation]:
     o = objective
     if o.reward_values[0] >= o.reward_values[1]:
@@ -374,7 +372,7 @@ def _check_objective(objective: ObjectiveConfig, rollout: RolloutConfig) -> Iter
         yield Violation("rollout.sampling.temperature", 0.0, remedy)
 
 
-@_check("objective", "run")
+@check("objective", "run")
 def _check_freeze(objective: ObjectiveConfig, run: RunConfig) -> Iterator[Violation]:
     frozen = objective.actor_freeze_steps
     if frozen and not objective.uses_reward_model and frozen >= run.num_steps > 0:
@@ -382,20 +380,20 @@ def _check_freeze(objective: ObjectiveConfig, run: RunConfig) -> Iterator[Violat
         yield Violation("objective.actor_freeze_steps", frozen, remedy)
 
 
-@_check("optimizer", "sft")
+@check("optimizer", "sft")
 def _check_schedules(optimizer: OptimizerConfig, sft: SftConfig | None) -> Iterator[Violation]:
     schedules = {"optimizer.policy": optimizer.policy, "optimizer.reward_model": optimizer.reward_model}
     if sft is not None:
         schedules["sft.optimizer"] = sft.optimizer
     for key, adamw in schedules.items():
-        if adamw.min_lr > adamw.lr:
+        if adamw.min_lr > adamw.lr and adamw.decay != "constant":
             yield Violation(f"{key}.min_lr", adamw.min_lr, f"Set it to at most {key}.lr={adamw.lr}.")
         if adamw.decay_steps is not None and adamw.decay_steps <= adamw.warmup_steps:
             remedy = f"The decay includes the warm-up. Set it above {key}.warmup_steps={adamw.warmup_steps}."
             yield Violation(f"{key}.decay_steps", adamw.decay_steps, remedy)
 
 
-@_check("run")
+@check("run")
 def _check_run(run: RunConfig) -> Iterator[Violation]:
     if run.mode == "replay" and run.replay_dir is None:
         remedy = "run.mode=replay needs it. Set it to the trajectories/ directory of a run."
@@ -405,14 +403,18 @@ def _check_run(run: RunConfig) -> Iterator[Violation]:
         yield Violation("run.replay_dir", run.replay_dir, remedy)
 
 
-@_check("run", "model", "rollout")
-def _check_decoding(run: RunConfig, model: ModelConfig, rollout: RolloutConfig) -> Iterator[Violation]:
-    if model.implementation == "transformer_engine" and rollout.backend == "embedded" and run.mode != "replay":
+@check("run", "model", "rollout", "evaluation")
+def _check_decoding(
+    run: RunConfig, model: ModelConfig, rollout: RolloutConfig, evaluation: EvaluationConfig
+) -> Iterator[Violation]:
+    generates = bool(evaluation.benchmarks) if run.mode == "sft" else run.mode != "replay"
+    if model.implementation == "transformer_engine" and rollout.backend == "embedded" and generates:
         remedy = "Embedded rollouts need the attention masks of the local layers. Set model.implementation=local, "
-        yield Violation("model.implementation", model.implementation, f"{remedy}rollout=sglang, or run.mode=replay.")
+        remedy += "rollout=sglang, or evaluation=none." if run.mode == "sft" else "rollout=sglang, or run.mode=replay."
+        yield Violation("model.implementation", model.implementation, remedy)
 
 
-@_check("tracking", "resources")
+@check("tracking", "resources")
 def _check_profile(tracking: TrackingConfig, resources: ResourcesConfig) -> Iterator[Violation]:
     steps = tracking.profile
     if steps is not None and steps[0] > steps[1]:
@@ -426,7 +428,7 @@ def _check_profile(tracking: TrackingConfig, resources: ResourcesConfig) -> Iter
         yield Violation("tracking.memory_snapshot", True, remedy)
 
 
-@_check("run", "tracking")
+@check("run", "tracking")
 def _check_rollout_mode(run: RunConfig, tracking: TrackingConfig) -> Iterator[Violation]:
     if run.mode == "rollout" and not tracking.trajectories:
         remedy = "run.mode=rollout writes trajectories and nothing else. Set tracking.trajectories=true."

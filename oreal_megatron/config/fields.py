@@ -44,6 +44,8 @@ FileName = Annotated[str, AfterValidator(_file_name)]
 """A name that becomes a part of file names."""
 AsTuple = BeforeValidator(_as_tuple)
 """Turns a list of YAML into the tuple that a frozen section needs."""
+AsPath = BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)
+"""Lets the path alone stand for a section with the key `path`."""
 Strings = Annotated[tuple[str, ...], AsTuple]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 FloatPair = Annotated[tuple[Finite, Finite], AsTuple]

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from oreal_megatron.config.cross_checks import CHECKS
 from oreal_megatron.config.errors import ConfigError, Violation
 from oreal_megatron.config.sections import TrainConfig
+from oreal_megatron.config.sft_checks import CHECKS
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -98,7 +98,7 @@ _MAY_CHANGE = (
 )
 
 # Keys that came after version 0.1.0, with the value by which that version worked.
-ADDED = {
+ADDED: dict[str, Any] = {
     "objective.optimizer": "standard",
     "objective.train_head_bias": True,
     "objective.token_weights.form": "confidence",
@@ -112,8 +112,19 @@ ADDED = {
     "objective.reward_model.updates": 1,
     "objective.reward_model.ranking_weight": 0.0,
     "data.arithmetic.wrong_order_share": 0.0,
+    "optimizer.policy.decay": "cosine",
+    "optimizer.reward_model.decay": "cosine",
+    "sft.optimizer.decay": "cosine",
+    "sft.epochs": None,
+    "sft.sources": None,
+    "sft.heldout": None,
+    "sft.turns": "assistant",
+    "sft.overlong": "refuse",
     "rollout.reward": None,
 }
+
+# Further keys that may change when fine-tuning resumes; of a warm start they made the initial policy.
+_MAY_CHANGE_IN_SFT = ("sft.steps", "sft.epochs", "sft.optimizer.decay_steps", "sft.heldout")
 
 
 def check_resume(saved: Mapping[str, Any], config: TrainConfig, place: str) -> None:
@@ -124,8 +135,9 @@ def check_resume(saved: Mapping[str, Any], config: TrainConfig, place: str) -> N
     Raises:
         ConfigError: with every key that differs and may not.
     """
-    before = {key: value for key, value in _flat(saved).items() if not key.startswith(_MAY_CHANGE)}
-    now = {key: value for key, value in settings_of(config).items() if not key.startswith(_MAY_CHANGE)}
+    may_change = _MAY_CHANGE + (_MAY_CHANGE_IN_SFT if config.is_sft else ())
+    before = {key: value for key, value in _flat(saved).items() if not key.startswith(may_change)}
+    now = {key: value for key, value in settings_of(config).items() if not key.startswith(may_change)}
     check_settings(before, now, place)
 
 

@@ -6,17 +6,14 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from oreal_megatron.config.data import DataConfig
 from oreal_megatron.config.fields import (
-    AsTuple,
-    Decay,
+    AsPath,
     FileName,
     NonNegative,
-    NonNegativeFloat,
     Positive,
-    PositiveFloat,
     Section,
     Seed,
     StepRange,
@@ -26,7 +23,9 @@ from oreal_megatron.config.fields import (
 from oreal_megatron.config.fp8_recipes import RecipeName
 from oreal_megatron.config.geometry import GeometryConfig
 from oreal_megatron.config.objective import ObjectiveConfig
+from oreal_megatron.config.optimizer import OptimizerConfig
 from oreal_megatron.config.rollout import RolloutConfig, SamplingConfig
+from oreal_megatron.config.sft import SftConfig
 from oreal_megatron.verifier.config import VerifierConfig
 
 
@@ -76,7 +75,7 @@ class Fp8ModelConfig(Section):
 
 
 class Fp8Config(Section):
-    """FP8 settings of each model. The warm start always computes in model.dtype."""
+    """FP8 settings of each model. A warm start always computes in model.dtype."""
 
     policy: Fp8ModelConfig | None
     """FP8 in the policy. null: none."""
@@ -106,36 +105,6 @@ class PromptConfig(Section):
     max_prompt_tokens: Positive
     """Longest prompt, in tokens. Longer training prompts are left out, and a benchmark with longer prompts is
     refused."""
-
-
-class AdamWConfig(Section):
-    """AdamW, gradient clipping, and a learning rate with linear warm-up and cosine decay, for one model."""
-
-    lr: PositiveFloat
-    """Largest learning rate, reached at the end of the warm-up."""
-    min_lr: NonNegativeFloat
-    """Learning rate at the end of the decay."""
-    warmup_steps: NonNegative
-    """Number of updates in which the learning rate rises to lr."""
-    decay_steps: Positive | None
-    """Number of updates after which the learning rate is min_lr. null: as many as the run has."""
-    weight_decay: NonNegativeFloat
-    """Decoupled weight decay."""
-    betas: Annotated[tuple[Decay, Decay], AsTuple]
-    """Exponential decay rates of Adam's two moments."""
-    eps: PositiveFloat
-    """Number added to Adam's denominator."""
-    clip_grad: PositiveFloat
-    """Largest norm of the gradient; a larger gradient is scaled down to it."""
-
-
-class OptimizerConfig(Section):
-    """Optimizers of the trained models."""
-
-    policy: AdamWConfig
-    """Optimizer of the policy."""
-    reward_model: AdamWConfig
-    """Optimizer of the reward model."""
 
 
 class ParallelConfig(Section):
@@ -180,19 +149,6 @@ class ResourcesConfig(Section):
     are started."""
 
 
-class SftConfig(Section):
-    """Supervised warm start on worked solutions, before the first step. null: none."""
-
-    steps: Positive
-    """Number of updates."""
-    batch_size: Positive
-    """Demonstrations in an update."""
-    demonstrations: Text | None
-    """JSONL file with question and response. null: the worked solutions of data.arithmetic."""
-    optimizer: AdamWConfig
-    """Optimizer of the warm start."""
-
-
 class BenchmarkConfig(Section):
     """Evaluation set NAME."""
 
@@ -205,9 +161,7 @@ class BenchmarkConfig(Section):
     """Number of problems, from the start of the file, that are used. null: all."""
 
 
-Benchmark = Annotated[
-    BenchmarkConfig, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)
-]
+Benchmark = Annotated[BenchmarkConfig, AsPath]
 """A benchmark, which may be given as the path alone."""
 
 
@@ -259,10 +213,11 @@ class RunConfig(Section):
     seed: Seed
     """Seed that every other seed of the run is derived from."""
     num_steps: NonNegative
-    """Number of steps. 0: only make the initial policy and evaluate it, for which data.train may be null."""
-    mode: Literal["train", "rollout", "replay"]
-    """Parts of a step that run. train: all; rollout: generate, verify and save trajectories; replay: train on saved
-    trajectories."""
+    """Number of steps. 0: only make the initial policy and evaluate it, for which data.train may be null. With `mode:
+    sft` it is 0, and sft.steps or sft.epochs is the length."""
+    mode: Literal["train", "rollout", "replay", "sft"]
+    """Kind of a step. train: all parts of OREAL; rollout: generate, verify and save trajectories; replay: train on
+    saved trajectories; sft: an update of supervised fine-tuning, as the section sft says."""
     replay_dir: Text | None
     """The trajectories/ directory of another run, for `mode: replay`. null for all other modes."""
     checkpoint_every: NonNegative
@@ -297,6 +252,20 @@ class TrainConfig(Section):
     sft: SftConfig | None
     evaluation: EvaluationConfig
     tracking: TrackingConfig
+
+    @property
+    def is_sft(self) -> bool:
+        """Whether the run is supervised fine-tuning, of the policy alone."""
+        return self.run.mode == "sft"
+
+    @property
+    def trains_reward_model(self) -> bool:
+        return not self.is_sft and self.objective.uses_reward_model
+
+    @property
+    def generates(self) -> bool:
+        """Whether the run generates responses, for training or for evaluation."""
+        return bool(self.evaluation.benchmarks) if self.is_sft else self.run.mode != "replay"
 
     @property
     def served_dtype(self) -> str:

@@ -35,13 +35,19 @@ class PackedSequence:
     """A sequence to train on or to score; the policy terms read `correct`, `advantage` and `rollout_logprobs`."""
 
     id: str
-    prompt_ids: Sequence[int]
+    prompt_ids: Sequence[int] | np.ndarray
     response_ids: Sequence[int] | np.ndarray
     correct: bool = True
     advantage: float = 0.0
     rollout_logprobs: Sequence[float] | np.ndarray = ()
     num_older_tokens: int = 0
     """Number of response tokens, at the start, that weights of earlier steps generated."""
+    loss_mask: np.ndarray | None = None
+    """Response tokens that are trained, bool [T], for a conversation of several turns; None: all."""
+
+    @property
+    def num_trained_tokens(self) -> int:
+        return len(self.response_ids) if self.loss_mask is None else int(self.loss_mask.sum())
 
     @property
     def num_tokens(self) -> int:
@@ -90,7 +96,7 @@ class TokenBatch:
     """Bounds of the sequences, int32 [N + 1]."""
     max_seqlen: int
     response_lengths: tuple[int, ...]
-    """Response tokens of each of the N sequences; they sum to R."""
+    """Trained response tokens of each of the N sequences; they sum to R."""
     correct: Tensor
     """Whether each response is correct, bool [N]."""
     advantages: Tensor
@@ -179,7 +185,7 @@ class SequenceCost:
         """Returns the work of a sequence."""
         length = sequence.num_tokens
         pairs = length * (length + 1) / 2
-        return length * self.per_token + pairs * self.per_pair + len(sequence.response_ids) * self.per_response_token
+        return length * self.per_token + pairs * self.per_pair + sequence.num_trained_tokens * self.per_response_token
 
 
 @dataclass(frozen=True)
@@ -258,8 +264,10 @@ def pack(sequences: Sequence[PackedSequence], device: torch.device, padding: Pad
         response, end = start + len(sequence.prompt_ids), start + sequence.num_tokens
         tokens_T[start:response] = sequence.prompt_ids
         tokens_T[response:end] = labels_T[response - 1 : end - 1] = sequence.response_ids
+        if sequence.loss_mask is not None:
+            labels_T[response - 1 : end - 1][~sequence.loss_mask] = IGNORE
     logprobs = [np.asarray(sequence.rollout_logprobs, np.float32) for sequence in rows]
-    is_older = [np.arange(len(sequence.response_ids)) < sequence.num_older_tokens for sequence in rows]
+    is_older = [np.arange(sequence.num_trained_tokens) < sequence.num_older_tokens for sequence in rows]
     return TokenBatch(
         ids=tuple(sequence.id for sequence in sequences),
         tokens=torch.from_numpy(tokens_T[None]).to(device),
@@ -267,7 +275,7 @@ def pack(sequences: Sequence[PackedSequence], device: torch.device, padding: Pad
         labels=torch.from_numpy(labels_T[None]).to(device),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=device),
         max_seqlen=max(lengths),
-        response_lengths=tuple(len(sequence.response_ids) for sequence in sequences),
+        response_lengths=tuple(sequence.num_trained_tokens for sequence in sequences),
         correct=torch.tensor([sequence.correct for sequence in sequences], dtype=torch.bool, device=device),
         advantages=torch.tensor([sequence.advantage for sequence in sequences], dtype=torch.float32, device=device),
         rollout_logprobs=torch.from_numpy(np.concatenate(logprobs)).to(device),

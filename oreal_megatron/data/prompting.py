@@ -62,7 +62,16 @@ class PromptRenderer:
         messages = [{"role": "user", "content": self._config.user.replace("{question}", question)}]
         if self._config.system is not None:
             messages.insert(0, {"role": "system", "content": self._config.system})
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.message_ids(messages)
+
+    def message_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        """Returns the token ids of messages by the chat template, up to where the assistant's next turn begins.
+
+        Raises:
+            ValueError: the model has no row for one of them.
+            jinja2.TemplateError: the chat template refuses the messages.
+        """
+        text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return self._encoded(str(text))
 
     def response_ids(self, text: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Prompt and demonstration files with the keys of OREAL-RL-Prompts."""
+"""Prompt files with the keys of OREAL-RL-Prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from oreal_megatron.config import BalanceBin
-from oreal_megatron.data.arithmetic import Demonstration
 from oreal_megatron.data.curation.sources import find_files, read_source
 from oreal_megatron.data.records import read_records, text_at
 from oreal_megatron.files import write_atomically
@@ -20,7 +19,6 @@ from oreal_megatron.types import Prompt
 logger = logging.getLogger(__name__)
 
 _PROMPT_KEYS = ("question", "gold_answer")
-_DEMONSTRATION_KEYS = ("question", "response")
 
 
 def read_prompts(
@@ -175,7 +173,7 @@ def read_estimated(path: Path, *, source: Sequence[Prompt]) -> list[Prompt]:
     return known
 
 
-def fingerprint(records: Iterable[Prompt | Demonstration]) -> str:
+def fingerprint(records: Iterable[Prompt]) -> str:
     """Returns 16 hex digits that depend on every field of every record and on their order.
 
     A source that is None is left out, so that checkpoints from before there were sources go on.
@@ -185,23 +183,6 @@ def fingerprint(records: Iterable[Prompt | Demonstration]) -> str:
         fields = {name: value for name, value in vars(record).items() if (name, value) != ("source", None)}
         digest.update(json.dumps(fields).encode() + b"\n")
     return digest.hexdigest()
-
-
-def read_demonstrations(path: str | Path) -> list[Demonstration]:
-    """Reads lines with `question` and `response`. Raises ValueError as `read_prompts` does."""
-    found = []
-    for number, record in read_records(path):
-        question, response = (
-            text_at(record, key, f"{path}:{number}", wanted=_DEMONSTRATION_KEYS) for key in _DEMONSTRATION_KEYS
-        )
-        if not question.strip() or not response.strip():
-            raise ValueError(f"{path}:{number}: `question` or `response` is empty. Remove the line.")
-        found.append(Demonstration(question, response))
-    if not found:
-        raise ValueError(
-            f"{path}: no demonstrations in it; every line must be a JSON object with question and response"
-        )
-    return found
 
 
 def balanced(prompts: Sequence[Prompt], bins: Sequence[BalanceBin]) -> list[Prompt]:

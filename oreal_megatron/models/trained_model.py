@@ -114,7 +114,7 @@ class TrainedModel:
             min_lr=adamw.min_lr,
             lr_warmup_steps=adamw.warmup_steps,
             lr_decay_steps=max(adamw.decay_steps or num_updates, adamw.warmup_steps + 1),
-            lr_decay_style="cosine",
+            lr_decay_style=adamw.decay,
             start_wd=adamw.weight_decay,
             end_wd=adamw.weight_decay,
             wd_incr_steps=0,

@@ -58,7 +58,8 @@ class MemoryPlan:
 
     device: Device
     phases: Sequence[PhaseMemory]
-    kv_cache: KvCache
+    kv_cache: KvCache | None
+    """Room for responses; None for a run that generates none."""
     host_bytes_per_node: int
     """Bytes of host memory for offloaded states and for the copy that a checkpoint is written from."""
 
@@ -81,6 +82,8 @@ class MemoryPlan:
                 f"{self.worst.where} needs {amount(self.worst.total)} to {self.worst.phase}, "
                 f"{self.device.name} has {amount(self.device.memory)}, of which a plan may use {FULL:.0%}"
             )
+        if self.kv_cache is None:
+            return found
         taken, left = self.kv_cache.memory_share, self.kv_cache.share_left
         if left is not None and taken > left:
             found.append(
@@ -108,8 +111,10 @@ def memory_plan(sizes: Sizes, footprints: Sequence[RankFootprint], device: Devic
     """
     config = sizes.config
     phases = [memory for footprint in footprints for memory in _trainer_phases(sizes, footprint, device)]
-    kv_cache, server = _kv_cache(sizes, footprints, device, phases)
-    phases = [*phases, *server]
+    kv_cache = None
+    if config.generates:
+        kv_cache, server = _kv_cache(sizes, footprints, device, phases)
+        phases = [*phases, *server]
     per_node = min(config.resources.devices_per_node, sizes.num_devices)
     return MemoryPlan(
         device=device, phases=phases, kv_cache=kv_cache, host_bytes_per_node=per_node * _host_bytes(sizes, footprints)
@@ -118,10 +123,12 @@ def memory_plan(sizes: Sizes, footprints: Sequence[RankFootprint], device: Devic
 
 def _trainer_phases(sizes: Sizes, footprint: RankFootprint, device: Device) -> list[PhaseMemory]:
     config, where = sizes.config, f"stage {footprint.stage}"
-    trains_rm = config.objective.uses_reward_model
+    trains_rm = config.trains_reward_model
     policy = _trained("policy", footprint.policy_parameters, sizes)
     reward_model = _trained("reward_model", footprint.reward_model_parameters, sizes) if trains_rm else {}
-    reference = {"reference weights": int(footprint.policy_parameters * sizes.weight_bytes("reference"))}
+    reference = {}
+    if not config.is_sft:
+        reference = {"reference weights": int(footprint.policy_parameters * sizes.weight_bytes("reference"))}
     policy_weights = {"policy weights": policy["policy weights"]}
     # Without offload all of it is on the device all the time; with offload only what the phase uses.
     everything = policy | reward_model | reference
@@ -136,15 +143,18 @@ def _trainer_phases(sizes: Sizes, footprint: RankFootprint, device: Device) -> l
     generating: dict[str, int] = {}
     if footprint.decoding_cache:
         generating = {"KV cache": footprint.decoding_cache, "activations": footprint.decoding_running}
-    phases = [phase("generate", policy_weights if generating else {}, generating)]
-    scoring = {"activations": max(footprint.layers.scoring_peak, footprint.head.scoring_peak)}
-    phases.append(phase("score", reference, scoring | offloaded))
+    phases = []
+    if config.generates:
+        phases.append(phase("generate", policy_weights if generating else {}, generating))
+    if not config.is_sft:
+        scoring = {"activations": max(footprint.layers.scoring_peak, footprint.head.scoring_peak)}
+        phases.append(phase("score", reference, scoring | offloaded))
     if trains_rm:
         memory = _activations(sizes, footprint, with_head=False) | _update(sizes, footprint, device)
         phases.append(phase("train reward model", reward_model, memory | offloaded))
     memory = _activations(sizes, footprint, with_head=True) | _update(sizes, footprint, device)
     phases.append(phase("train policy", policy, memory | offloaded))
-    if (servers := config.rollout.sglang) is not None:
+    if (servers := config.rollout.sglang) is not None and config.generates:
         bucket = min(servers.bucket_mib * 2**20, footprint.policy_parameters * sizes.element)
         buckets = {"buckets": _BUCKETS[servers.transport] * bucket}
         if _colocated(config):
@@ -161,7 +171,7 @@ def _saving(sizes: Sizes, footprint: RankFootprint, device: Device) -> dict[str,
     Shards of the distributed optimizer are gathered, one bucket at a time.
     """
     of_models = [footprint.policy_parameters]
-    if sizes.config.objective.uses_reward_model:
+    if sizes.config.trains_reward_model:
         of_models.append(footprint.reward_model_parameters)
     split = sizes.config.parallel.distributed_optimizer
     gathering = int(4 * _gathered_bucket(sizes, of_models[-1]) * (1 + 1 / sizes.replicas)) if split else 0
@@ -228,8 +238,9 @@ def _update(sizes: Sizes, footprint: RankFootprint, device: Device) -> dict[str,
 
 def decoded_batch(config: TrainConfig) -> DecodedBatch:
     """Returns the largest batch that the trainer's own model generates, with all prompts different."""
+    largest = config.rollout.batch_size
     return DecodedBatch(
-        num_sequences=min(config.rollout.batch_size, rollouts_per_step(config)),
+        num_sequences=largest if config.is_sft else min(largest, rollouts_per_step(config)),
         prompt_tokens=config.prompt.max_prompt_tokens,
         new_tokens=config.rollout.sampling.max_new_tokens,
     )
@@ -325,7 +336,7 @@ def _host_bytes(sizes: Sizes, footprints: Sequence[RankFootprint]) -> int:
     for footprint in footprints:
         trained = _trained("policy", footprint.policy_parameters, sizes)
         parameters = footprint.policy_parameters
-        if sizes.config.objective.uses_reward_model:
+        if sizes.config.trains_reward_model:
             trained |= _trained("reward_model", footprint.reward_model_parameters, sizes)
             parameters += footprint.reward_model_parameters
         checkpoint = parameters * (sizes.element + sizes.optimizer_whole)
@@ -335,7 +346,8 @@ def _host_bytes(sizes: Sizes, footprints: Sequence[RankFootprint]) -> int:
 
 
 def _colocated(config: TrainConfig) -> bool:
-    return config.rollout.sglang is not None and config.rollout.sglang.placement == "colocated"
+    servers = config.rollout.sglang
+    return servers is not None and servers.placement == "colocated" and config.generates
 
 
 def amount(size: float) -> str:

@@ -60,7 +60,8 @@ def make_plan(
     device = device_named(config.resources.device, sharing=num_devices)
     if figures is not None:
         device = with_figures(device, figures)
-    batch = decoded_batch(config) if config.rollout.backend == "embedded" else None
+    is_embedded = config.rollout.backend == "embedded" and config.generates
+    batch = decoded_batch(config) if is_embedded else None
     footprints = profile(config.parallel, row_tokens(config), batch)
     memory = memory_plan(sizes, footprints, device)
     work = assumed_workload(config, measured.mean_response_tokens if measured else None)

@@ -19,7 +19,7 @@ from oreal_megatron.planner.sizes import Sizes, linear_parameters, num_parameter
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Numbers of rollouts and tokens of a step."""
+    """Numbers of rollouts and tokens of a step. Supervised fine-tuning has conversations in the place of rollouts."""
 
     rollouts: int
     mean_prompt_tokens: float
@@ -37,8 +37,19 @@ class Workload:
 def assumed_workload(config: TrainConfig, mean_response_tokens: float | None = None) -> Workload:
     """Returns the work of a step if every group is useful, which is the most work.
 
-    mean_response_tokens: None: half of rollout.sampling.max_new_tokens.
+    mean_response_tokens: None: half of rollout.sampling.max_new_tokens; in supervised fine-tuning half of
+    model.max_sequence_length, prompts included.
     """
+    if config.sft is not None and config.is_sft:
+        most = config.model.max_sequence_length
+        return Workload(
+            rollouts=0,
+            mean_prompt_tokens=0,
+            mean_response_tokens=mean_response_tokens or most / 2,
+            max_response_tokens=most,
+            trained_sequences=config.sft.batch_size,
+            source="assumed: half of model.max_sequence_length" if mean_response_tokens is None else "given",
+        )
     limit = config.rollout.sampling.max_new_tokens
     per_group = 2 if config.objective.selection == "pair" else config.rollout.samples_per_prompt
     return Workload(
@@ -58,6 +69,7 @@ class Measured:
     seconds: Mapping[str, float]
     """Seconds of a step by the trainer's phases: generate, verify, score, train, publish, total."""
     mean_response_tokens: float
+    """Tokens of a response, or of a conversation in supervised fine-tuning."""
     num_steps: int
 
 
@@ -77,38 +89,51 @@ def read_measured(directory: Path) -> Measured:
     names = dict.fromkeys(name for step in steps for name in step["seconds"])
     return Measured(
         seconds={name: median(s["seconds"][name] for s in steps if name in s["seconds"]) for name in names},
-        mean_response_tokens=median(s["metrics"]["rollout/response_tokens"] for s in steps),
+        mean_response_tokens=median(_tokens_of_sequence(s["metrics"]) for s in steps),
         num_steps=len(steps),
     )
 
 
+def _tokens_of_sequence(metrics: Mapping[str, float]) -> float:
+    """Returns the mean tokens of a step's responses, or of its conversations in supervised fine-tuning."""
+    if "sft/tokens" in metrics:
+        return metrics["sft/tokens"] / metrics["sft/conversations"]
+    return metrics["rollout/response_tokens"]
+
+
 def phase_seconds(
-    sizes: Sizes, device: Device, kv_cache: KvCache, work: Workload, measured: ServerFigures | None = None
+    sizes: Sizes, device: Device, kv_cache: KvCache | None, work: Workload, measured: ServerFigures | None = None
 ) -> dict[str, float] | None:
     """Returns the seconds of a step by phase; None if the device's figures are unknown.
 
     Assumes that reward model and reference model are as large as the policy. measured: times of a token on a server.
     """
     config = sizes.config
-    is_linked = device.link is not None or config.rollout.sglang is None
+    servers = config.rollout.sglang if config.generates else None
+    is_linked = device.link is not None or servers is None
     if device.flops is None or device.bandwidth is None or not is_linked:
         return None
-    seconds = {"generate": _generate(sizes, device, kv_cache, work, measured)}
-    if config.objective.beta > 0:
-        seconds["score"] = _pass(sizes, device, work, "reference", passes=1.0, share=hardware.SCORING_SHARE)
     # Forward passes' worth: one forward, two backward, and the recomputed part.
     again = {"none": 0.0, "selective": 0.7, "full": 1.0}[config.parallel.recompute]
-    if config.objective.uses_reward_model:
+    training = _pass(sizes, device, work, "policy", passes=3.0 + again, share=hardware.TRAINING_SHARE)
+    if config.is_sft:
+        return {"train policy": training} | ({"offload": _offload(sizes)} if config.parallel.offload else {})
+    seconds = {}
+    if kv_cache is not None:
+        seconds["generate"] = _generate(sizes, device, kv_cache, work, measured)
+    if config.objective.beta > 0:
+        seconds["score"] = _pass(sizes, device, work, "reference", passes=1.0, share=hardware.SCORING_SHARE)
+    if config.trains_reward_model:
         updates = config.objective.reward_model
         learned = work if updates.responses == "trained" else replace(work, trained_sequences=work.rollouts)
         passes = updates.updates * (3.0 + again + (updates.ranking_weight > 0))
         seconds["train reward model"] = _pass(
             sizes, device, learned, "reward_model", passes=passes, share=hardware.TRAINING_SHARE
         )
-    seconds["train policy"] = _pass(sizes, device, work, "policy", passes=3.0 + again, share=hardware.TRAINING_SHARE)
+    seconds["train policy"] = training
     if config.parallel.offload:
         seconds["offload"] = _offload(sizes)
-    if (servers := config.rollout.sglang) is not None:
+    if servers is not None:
         assert device.link is not None
         received = 2 * num_parameters(sizes.geometry) / servers.tensor
         seconds["reshard"] = received / (hardware.LINK_SHARE * device.link) + hardware.RESHARD_PAUSE
@@ -189,8 +214,9 @@ def _offload(sizes: Sizes) -> float:
     """Returns the seconds in which trained models and reference model cross PCIe (25 GB/s) once each way."""
     parallel = sizes.config.parallel
     parameters = num_parameters(sizes.geometry) / (parallel.tensor * parallel.pipeline)
-    trained = 2 if sizes.config.objective.uses_reward_model else 1
-    return 2 * parameters * (trained * (sizes.element + sizes.optimizer_element) + sizes.element) / 25e9
+    trained = 2 if sizes.config.trains_reward_model else 1
+    reference = 0 if sizes.config.is_sft else sizes.element
+    return 2 * parameters * (trained * (sizes.element + sizes.optimizer_element) + reference) / 25e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +235,7 @@ def disk(sizes: Sizes, work: Workload) -> Disk:
     """Returns the bytes that a run writes."""
     config = sizes.config
     parameters = num_parameters(sizes.geometry)
-    trained = 2 if config.objective.uses_reward_model else 1
+    trained = 2 if config.trains_reward_model else 1
     state = sizes.element + (12 if config.model.dtype == "bfloat16" else 8)
     checkpoint = parameters * state * trained
     initial = parameters * sizes.element

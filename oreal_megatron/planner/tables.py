@@ -66,7 +66,7 @@ def layout_text(plan: Plan) -> str:
 
 def _print_layout(console: Console, plan: Plan) -> None:
     config, sizes = plan.sizes.config, plan.sizes
-    servers = config.rollout.sglang
+    servers = config.rollout.sglang if config.generates else None
     console.print(
         f"[bold]{escape(config.run.name)}[/]: {sizes.num_devices} trainer processes on {plan.memory.device.name}"
     )
@@ -105,20 +105,23 @@ def _fullest_by_kind(phases: Sequence) -> list:  # type: ignore[type-arg]
 
 def _print_generation(console: Console, plan: Plan) -> None:
     kv, limit = plan.memory.kv_cache, plan.sizes.config.model.max_sequence_length
+    if kv is None:
+        return
+    in_a_step = f"; {plan.work.rollouts / kv.num_holders:.0f} rollouts each in a step" if plan.work.rollouts else ""
     console.print(
         f"KV cache: {kv.num_holders} x {kv.where}, {kv.tokens:,} tokens each at {kv.bytes_per_token / 1024:.0f} KiB "
         f"per token and device; {kv.sequences_at_limit} sequences of {limit:,} tokens at once, about "
-        f"{int(kv.tokens / plan.work.mean_tokens)} of the mean length; "
-        f"{plan.work.rollouts / kv.num_holders:.0f} rollouts each in a step"
+        f"{int(kv.tokens / plan.work.mean_tokens)} of the mean length{in_a_step}"
     )
 
 
 def _print_seconds(console: Console, plan: Plan, measured: Measured | None) -> None:
     work = plan.work
-    console.print(
-        f"a step: {work.rollouts} rollouts of {work.mean_response_tokens:,.0f} tokens on average ({work.source}), "
-        f"{work.trained_sequences} trained at most"
-    )
+    on_average = f"of {work.mean_response_tokens:,.0f} tokens on average ({work.source})"
+    if plan.sizes.config.is_sft:
+        console.print(f"a step: {work.trained_sequences} conversations {on_average}")
+    else:
+        console.print(f"a step: {work.rollouts} rollouts {on_average}, {work.trained_sequences} trained at most")
     if plan.seconds is not None:
         table = Table(title="seconds of a step from the device's figures", title_justify="left")
         table.add_column("phase")
@@ -150,6 +153,8 @@ def sources(plan: Plan) -> list[str]:
     source, product, copy = (sheet, 1.0, 1.0) if figures is None else ("measured", MATRIX_SHARE, COPY_SHARE)
     training, scoring, decoding = TRAINING_SHARE / product, SCORING_SHARE / product, DECODING_SHARE / copy
     flops, bandwidth = device.flops * product / 1e12, device.bandwidth * copy / 1e12
+    if plan.sizes.config.is_sft:
+        return [f"arithmetic   {flops:,.3g} TFLOP/s ({source}): training {training:.0%} (assumed)"]
     lines = [
         f"arithmetic   {flops:,.3g} TFLOP/s ({source}): training {training:.0%}, scoring {scoring:.0%} (assumed)",
         f"reading      {bandwidth:,.3g} TB/s ({source}): decoding {decoding:.0%} (assumed)",

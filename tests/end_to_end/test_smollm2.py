@@ -13,7 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from oreal_megatron.config import PromptConfig
 from oreal_megatron.conversion.convert import to_huggingface
+from oreal_megatron.data.conversations import conversation
+from oreal_megatron.data.prompting import PromptRenderer
+from oreal_megatron.data.tokenizer import load_tokenizer
 from tests.conftest import ROOT
 
 pytestmark = [
@@ -143,3 +147,23 @@ def trained_logprobs(directory: Path, model: Path, answers: list[dict[str, Any]]
             rows = loaded(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
         parts.append(rows.gather(1, ids[0, len(prompt) :, None])[:, 0])
     return torch.cat(parts)
+
+
+def test_mask_of_its_chat_template_has_the_turns_of_the_assistant_and_their_ends(directory: Path) -> None:
+    tokenizer = load_tokenizer(str(directory / "hf"))
+    config = PromptConfig(
+        system=None, user="{question}", stop_token="<|im_end|>", thinking_end_marks=(), max_prompt_tokens=64
+    )
+    messages = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "It is 2.\n\nYes: \\boxed{2}"},
+        {"role": "user", "content": "And 2+2?"},
+        {"role": "assistant", "content": "4\n"},
+    ]
+    render = PromptRenderer(tokenizer, config, vocab_size=len(tokenizer))
+    (sequence,) = conversation({"messages": messages}, "f:1", render, turns="assistant")
+    ids = [*sequence.prompt_ids, *sequence.response_ids]
+    whole = tokenizer.encode(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)
+    assert ids == whole[: len(ids)] and tokenizer.decode(whole[len(ids) :]) == "\n"
+    trained = [id for id, is_trained in zip(sequence.response_ids, sequence.loss_mask, strict=True) if is_trained]
+    assert tokenizer.decode(trained) == "It is 2.\n\nYes: \\boxed{2}<|im_end|>4\n<|im_end|>"

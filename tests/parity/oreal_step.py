@@ -1,11 +1,13 @@
-"""Two whole OREAL steps on tiny models, and everything that they compute, by names that no layout changes."""
+"""Two steps of fine-tuning and of OREAL on tiny models, and everything that they compute, by names of the network."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from oreal_megatron.models.reward_model import build_reward_model
 from oreal_megatron.models.trained_model import TrainedModel
 from oreal_megatron.models.virtual_stages import chunks_of
 from oreal_megatron.step import update_policy, update_reward_model, with_reference, with_token_weights
+from oreal_megatron.supervised import update_supervised
 
 VOCABULARY = 105  # odd: every tensor split has rows of padding
 NUM_STEPS = 2
@@ -108,7 +111,10 @@ def run_steps(
     counts = TokenCounts(*(sum(len(s.response_ids) for s in chosen if s.correct is c) for c in (True, False)))
     outcome = Outcome()
     for step in steps:
-        batches = Packer.of_layout(groups, GEOMETRY, VOCABULARY).batches(chosen)
+        packer = Packer.of_layout(groups, GEOMETRY, VOCABULARY)
+        with policy.on_device():
+            fine_tuned = update_supervised(policy, conversations(chosen), packer)
+        batches = packer.batches(chosen)
         with reference.on_device():
             batches = with_reference(reference.module, batches, groups)
         with reward_model.on_device():
@@ -116,6 +122,7 @@ def run_steps(
         batches = with_token_weights(batches, scored, objective, groups)
         with policy.on_device():
             metrics |= update_policy(policy, batches, objective, counts)
+        metrics |= {f"fine_tuning/{name}": value for name, value in fine_tuned.items()}
         outcome.metrics.append(metrics)
         if not groups.layout.distributed_optimizer:
             outcome.gradients.append(
@@ -146,6 +153,19 @@ def scoring_reward_model(model: ModelConfig, groups: ParallelGroups) -> Any:
             head = torch.randn(1, GEOMETRY.hidden_size, generator=torch.Generator().manual_seed(3))
             chunk.output_layer.weight.data.copy_(head)
     return module
+
+
+def conversations(chosen: Sequence[PackedSequence]) -> list[PackedSequence]:
+    """The sequences with turns that are not trained: every third token from the first, as long as there are others."""
+    return [
+        PackedSequence(
+            id=one.id,
+            prompt_ids=one.prompt_ids,
+            response_ids=one.response_ids,
+            loss_mask=np.arange(len(one.response_ids)) % 3 > 0,
+        )
+        for one in chosen
+    ]
 
 
 def restore(store: CheckpointStore, trained: dict[str, Recorded], step: int) -> None:

@@ -44,10 +44,12 @@ def test_experiment_composes(composed, experiment):
     given = ["model.path=/site/model", "data.train=/site/prompts.jsonl"]
     site = {
         "math_smollm2": given,
+        "sft": ["model.path=/site/model", "sft.demonstrations=/site/records.jsonl"],
         "own_model": [*given, "+evaluation.benchmarks.math500=/site/problems.jsonl"],
     }
     everywhere = ["cluster.models=/site", "cluster.data=/site"]
-    assert parse_config(composed(f"experiment={experiment}", *everywhere, *site.get(experiment, []))).run.num_steps > 0
+    config = parse_config(composed(f"experiment={experiment}", *everywhere, *site.get(experiment, [])))
+    assert (config.run.num_steps > 0) != config.is_sft
 
 
 def test_violations_come_all_at_once(composed):
@@ -123,6 +125,14 @@ def test_violations_come_all_at_once(composed):
         ("tracking.memory_snapshot=true tracking.profile=[3,4]", "tracking.memory_snapshot"),
         ("rollout=sglang rollout.sglang.placement=colocated resources.trainer_devices=1", "rollout.sglang.transport"),
         ("objective.importance_limit=2.0 rollout.sampling.temperature=0.7", "rollout.sampling.temperature"),
+        ("run.mode=sft", "run.num_steps"),
+        ("run.mode=sft run.num_steps=0 sft=none", "sft"),
+        ("run.mode=sft run.num_steps=0 model.reward_model=x", "model.reward_model"),
+        ("run.mode=sft run.num_steps=0 model.implementation=transformer_engine", "model.implementation"),
+        ("sft.heldout={path:b}", "sft.heldout.path"),
+        ("sft.steps=null", "sft.steps"),
+        ("sft.epochs=1.0", "sft.steps"),
+        ("sft.demonstrations=a.jsonl sft.sources={a:{path:b}}", "sft.demonstrations"),
     ],
 )
 def test_cross_checks_name_key_and_value(composed, override, key):
@@ -221,3 +231,26 @@ def test_a_run_of_an_earlier_version_resumes_with_what_that_version_did(composed
         "objective.optimizer",
         "objective.token_weights.alignment",
     }
+
+
+def test_length_of_fine_tuning_may_change_and_that_of_a_warm_start_may_not(composed):
+    def changed(*overrides: str) -> set[str]:
+        mode = overrides[:2]
+        saved = parse_config(composed(*mode)).model_dump(mode="json")
+        try:
+            check_resume(saved, parse_config(composed(*overrides)), "config.yaml")
+        except ConfigError as error:
+            return {found.key for found in error.violations}
+        return set()
+
+    longer = ("sft.steps=null", "sft.epochs=2.0", "sft.batch_size=80")
+    assert changed("run.mode=sft", "run.num_steps=0", *longer) == {"sft.batch_size"}
+    assert changed("run.mode=train", "run.num_steps=90", *longer) == {"sft.batch_size", "sft.steps", "sft.epochs"}
+
+
+def test_fine_tuning_without_evaluation_needs_no_room_for_responses_and_no_masks_of_local_layers(composed):
+    short = ("model.max_sequence_length=48", "prompt.max_prompt_tokens=64")
+    sft = ("run.mode=sft", "run.num_steps=0", "evaluation=none", "model.implementation=transformer_engine")
+    config = parse_config(composed(*sft, *short))
+    assert config.is_sft and not config.generates and not config.trains_reward_model
+    assert "rollout.sampling.max_new_tokens" in violations_of(composed(*short))

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 PACKAGE = ROOT / "oreal_megatron"
-METRIC = re.compile(r"\"((?:rollout|reward|data|loss|policy|reward_model|publication|verifier)/[a-z][a-z_0-9]*)\"")
+METRIC = re.compile(r"\"((?:rollout|reward|data|loss|policy|reward_model|publication|verifier|sft)/[a-z][a-z_0-9]*)\"")
 
 
 def name(page: Path) -> str:

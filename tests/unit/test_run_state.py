@@ -45,7 +45,7 @@ def test_another_length_of_the_cosine_is_said_with_the_learning_rate_and_the_rem
                         eps=1e-4, clip_grad=1.0)  # fmt: skip
     trained = TrainedModel(policy, adamw, single_process, num_updates=9)
     trained.schedule.step(4)
-    _warn_of_schedule("policy", saved, trained)
+    _warn_of_schedule("optimizer.policy", saved, trained)
     if saved == 9:
         assert not caplog.text
     else:

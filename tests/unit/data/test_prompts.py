@@ -11,7 +11,7 @@ import pytest
 
 from oreal_megatron.config import ArithmeticConfig, BalanceBin
 from oreal_megatron.data.arithmetic import generate_arithmetic, worked_solution
-from oreal_megatron.data.prompts import balanced, read_demonstrations, read_estimated, read_prompts, write_estimated
+from oreal_megatron.data.prompts import balanced, read_estimated, read_prompts, write_estimated
 from oreal_megatron.data.stream import PromptStream
 from oreal_megatron.types import Prompt
 
@@ -69,13 +69,12 @@ def test_a_malformed_line_is_named_by_file_and_number(tmp_path, line, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("read", [read_prompts, read_demonstrations])
-def test_an_empty_or_missing_file_is_an_error(tmp_path, read):
+def test_an_empty_or_missing_file_is_an_error(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match=r"empty.jsonl: no (prompts|demonstrations) in it"):
-        read(tmp_path / "empty.jsonl")
-    with pytest.raises(ValueError, match=r"none.jsonl: (cannot be read|neither a file nor a directory)"):
-        read(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match=r"empty.jsonl: no prompts in it"):
+        read_prompts(tmp_path / "empty.jsonl")
+    with pytest.raises(ValueError, match=r"none.jsonl: neither a file nor a directory"):
+        read_prompts(tmp_path / "none.jsonl")
 
 
 def test_difficulty_balance_repeats_as_released():

@@ -12,7 +12,7 @@ import pytest
 
 from oreal_megatron.cli.data import main
 from oreal_megatron.config import parse_config
-from oreal_megatron.data.prompts import read_demonstrations, read_prompts
+from oreal_megatron.data.prompts import read_prompts
 from oreal_megatron.data.records import read_records
 from oreal_megatron.pass_rates import _check_decided
 from oreal_megatron.types import Prompt
@@ -60,10 +60,10 @@ def test_file_of_another_format_is_refused_with_the_command_that_converts_it(tmp
         (json.dumps([json.loads(LINE)] * 2, indent=2), ("is one JSON array", "oreal-data import")),
     ],
 )
-def test_demonstrations_of_another_format_are_refused_with_the_command_that_converts_them(tmp_path, content, words):
-    message = refused(tmp_path / "p.jsonl", content, read_demonstrations)
+def test_lines_of_another_format_are_refused_with_the_command_that_converts_them(tmp_path, content, words):
+    message = refused(tmp_path / "p.jsonl", content, lambda path: list(read_records(path)))
     assert all(word in message for word in words), message
-    assert "is a directory" in (message := refused(tmp_path, read=read_demonstrations))
+    assert "is a directory" in (message := refused(tmp_path, read=lambda path: list(read_records(path))))
     assert f"oreal-data import {tmp_path}" in message
 
 
@@ -144,8 +144,6 @@ def test_keys_that_no_name_fits_are_named(tmp_path):
     assert "Keys of the line: q, a. Name its keys question and gold_answer." in refused(
         tmp_path / "p.jsonl", '{"q": "1+1", "a": 2}\n'
     )
-    message = refused(tmp_path / "d.jsonl", '{"question": "1+1", "output": "2"}\n', read_demonstrations)
-    assert "oreal-data import FILE --field question=question --field response=output --output" in message
 
 
 def test_empty_golds_are_counted_and_named_and_left_out_on_request(tmp_path, caplog, composed):

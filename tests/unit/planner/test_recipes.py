@@ -15,6 +15,7 @@ from oreal_megatron.dry_run import MAX_PROCESSES, MAX_SERVERS, num_processes, sh
 from oreal_megatron.overrides import config_directory
 from oreal_megatron.planner.memory import served_weights, tokens_beside_trainer
 from oreal_megatron.planner.planner import Plan
+from oreal_megatron.planner.sizes import num_parameters
 from oreal_megatron.servers.server_process import Launcher, _command
 from oreal_megatron.slurm.checks import checked
 from oreal_megatron.slurm.cluster import LOCAL_FILE_SYSTEMS, editable_project, file_system
@@ -68,6 +69,38 @@ def test_recipe_fits(apart, name, device):
     assert plan.step_seconds is not None and 30 < plan.step_seconds < 600
 
 
+@pytest.mark.parametrize("device", ["h100", "a100"])
+@pytest.mark.parametrize(("name", "tokens", "devices"), [("sft_7b", 16384, 32), ("sft_32b", 32768, 128)])
+def test_recipe_of_fine_tuning_plans_one_model_that_the_recipe_of_oreal_takes(apart, name, tokens, devices, device):
+    plan = apart(planned_recipe, name, f"resources={device}")
+    config, after = plan.sizes.config, recipe(name.replace("sft", "oreal"))
+    assert config.model.geometry == after.model.geometry
+    assert (config.model.max_sequence_length, config.resources.trainer_devices) == (tokens, devices)
+    assert plan.memory.verdict == "fits" and plan.memory.kv_cache is None
+    assert {phase.phase for phase in plan.memory.phases} == {"train policy", "save"}
+    parts = {part for phase in plan.memory.phases for part in phase.parts}
+    assert not {part for part in parts if "reward" in part or "reference" in part or "server" in part}
+    assert plan.work.trained_sequences == config.sft.batch_size and plan.work.mean_tokens == tokens / 2
+    # Three passes and one again, of 2 FLOPs a weight, at 40% of the data sheet: attention makes it more.
+    flops = {"h100": 989e12, "a100": 312e12}[device]
+    weights = num_parameters(plan.sizes.geometry) - plan.sizes.geometry.vocab_size * plan.sizes.geometry.hidden_size
+    least = 4 * 2 * weights * config.sft.batch_size * tokens / 2 / devices / (0.4 * flops)
+    assert least < plan.step_seconds < 1.5 * least and list(plan.seconds) == ["train policy"]
+    state = num_parameters(plan.sizes.geometry) * 14
+    assert plan.disk.checkpoint == state and plan.disk.rollouts == 0
+
+
+def plan_with_evaluation() -> list[str]:
+    config = recipe(
+        "sft_7b", "model.implementation=local", "evaluation=mathematics", "evaluation.sampling.max_new_tokens=8"
+    )
+    return [phase.phase for phase in planner_of(config)(config).memory.phases]
+
+
+def test_fine_tuning_that_is_evaluated_by_generation_plans_its_cache(apart):
+    assert apart(plan_with_evaluation) == ["generate", "train policy", "save"]
+
+
 def problems_of_a_greedy_server(name: str) -> list[str]:
     config = recipe(name, "rollout.sglang.memory_share=0.7")
     return planner_of(config)(config).memory.problems
@@ -114,7 +147,12 @@ def test_experiment_shrinks_to_a_dry_run(name):
     config = composed([f"experiment={name}", "run.dry_run=true"])
     small = validated(shrunk(config))
     layout = small.parallel
-    assert small.run.num_steps == 2 and small.run.name == f"dry_run_{name}" and name in small.run.dir
+    length = (small.sft.steps, small.run.num_steps) if small.is_sft else (2, small.run.num_steps)
+    assert (
+        length == ((2, 0) if name.startswith("sft") else (2, 2))
+        and small.run.name == f"dry_run_{name}"
+        and name in small.run.dir
+    )
     assert (small.rollout.backend, small.model.path) == (config.rollout.backend, None)
     if (servers := small.rollout.sglang) is not None:
         assert servers.device == "cpu" and servers.placement == config.rollout.sglang.placement

@@ -12,7 +12,7 @@ import pytest
 
 from oreal_megatron.cli.data import main
 from oreal_megatron.data.mapping import presets
-from oreal_megatron.data.prompts import read_demonstrations, read_prompts
+from oreal_megatron.data.prompts import read_prompts
 
 INSTRUCTION = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
@@ -224,8 +224,8 @@ def test_demonstrations_are_imported(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", [{"problem": "1+1", "solution": "It is 2."}])
     fields = ("--field", "question=problem", "--field", "response=solution")
     run("import", source, "--output", tmp_path / "out.jsonl", *fields)
-    [demonstration] = read_demonstrations(tmp_path / "out.jsonl")
-    assert (demonstration.question, demonstration.response) == ("1+1", "It is 2.")
+    [demonstration] = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert (demonstration["question"], demonstration["response"]) == ("1+1", "It is 2.")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import pytest
 
 from oreal_megatron.cli.data import main
 from oreal_megatron.data.curation.selection import even_shares
-from oreal_megatron.data.prompts import read_demonstrations
 from oreal_megatron.files import json_line
 from oreal_megatron.trajectories import to_records
 from oreal_megatron.types import Prompt, Verdict
@@ -135,7 +134,7 @@ def test_the_shortest_verified_responses_become_demonstrations_with_their_origin
         "from": f"{run}/trajectories/step_000000.jsonl:2",
     }  # fmt: skip
     assert {key: written[1][key] for key in wanted} == wanted
-    assert [one.response for one in read_demonstrations(output)][:2] == ["long: \\boxed{0}", "short: \\boxed{0}"]
+    assert [one["response"] for one in written][:2] == ["long: \\boxed{0}", "short: \\boxed{0}"]
     report(capsys, "sft-from-rollouts", run, "--output", output)
     assert [r["response"] for r in lines(output)] == ["short: \\boxed{0}", "\\boxed{4}"]
 

@@ -1,0 +1,191 @@
+"""The data of supervised fine-tuning: conversations of several sources, and the order in which they train."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import random
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from oreal_megatron.config import SftConfig, SourceConfig
+from oreal_megatron.data.arithmetic import ArithmeticData
+from oreal_megatron.data.conversations import Progress, fitting, of_question, read_conversations
+from oreal_megatron.data.packing import PackedSequence
+from oreal_megatron.data.prompting import PromptRenderer
+from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.seeds import derive_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversationStream:
+    """Endless order of conversations: epoch after epoch, each shuffled by its own seed.
+
+    It has no state: the batch of a step is a function of the step.
+    """
+
+    sizes: tuple[int, ...]
+    """Number of conversations of each source."""
+    weights: tuple[float, ...]
+    """Times that each conversation of a source occurs in an epoch."""
+    fingerprint: str
+    """Digits that depend on every token of every conversation."""
+    batch_size: int
+    seed: int
+
+    @property
+    def epoch_size(self) -> Fraction:
+        """Conversations of an epoch, in the mean over epochs."""
+        pairs = zip(self.sizes, self.weights, strict=True)
+        return sum((size * Fraction(str(weight)) for size, weight in pairs), Fraction(0))
+
+    def num_steps(self, epochs: float) -> int:
+        """Returns the number of steps that have `epochs` passes; the last step may reach into the next pass."""
+        return max(math.ceil(Fraction(str(epochs)) * self.epoch_size / self.batch_size), 1)
+
+    def epoch_after(self, step: int) -> float:
+        """Returns the number of passes after `step` steps."""
+        return float(step * self.batch_size / self.epoch_size)
+
+    def batch(self, step: int) -> list[int]:
+        """Returns the step's conversations, as indices into the sources one after the other."""
+        position = step * self.batch_size
+        indices: list[int] = []
+        epoch = int(position / self.epoch_size)  # or a later one, since parts of epochs are rounded down
+        while len(indices) < self.batch_size:
+            if (start := self._start(epoch)) <= position < self._start(epoch + 1):
+                order = _order(self, epoch)
+                part = order[position - start : position - start + self.batch_size - len(indices)]
+                indices += part
+                position += len(part)
+            epoch += 1
+        return indices
+
+    def _start(self, epoch: int) -> int:
+        """Returns the number of conversations before an epoch."""
+        pairs = zip(self.sizes, self.weights, strict=True)
+        return sum(math.floor(epoch * size * Fraction(str(weight))) for size, weight in pairs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps, to know its data again."""
+        return {"data": self.fingerprint, "num_conversations": sum(self.sizes)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Checks a checkpoint's `state_dict`. Raises ValueError where it is of other data."""
+        if state["data"] != self.fingerprint:
+            raise ValueError(
+                f"the checkpoint is of other records ({state['num_conversations']} conversations with fingerprint "
+                f"{state['data']}) than sft names now ({sum(self.sizes)}, {self.fingerprint}); resume with the records "
+                "of the run, or start in another run.dir"
+            )
+
+
+@functools.lru_cache(maxsize=2)
+def _order(stream: ConversationStream, epoch: int) -> list[int]:
+    """Returns the conversations of an epoch in the order in which they train."""
+    chosen: list[int] = []
+    offset = 0
+    for place, (size, weight) in enumerate(zip(stream.sizes, stream.weights, strict=True)):
+        # A source of which an epoch has a part goes through an order of its own, from epoch to epoch.
+        own = list(range(size))
+        random.Random(derive_seed(stream.seed, f"sft source {place}", 0)).shuffle(own)
+        share = size * Fraction(str(weight))
+        first, end = math.floor(epoch * share), math.floor((epoch + 1) * share)
+        chosen += sorted(offset + own[number % size] for number in range(first, end))
+        offset += size
+    random.Random(derive_seed(stream.seed, "sft", epoch)).shuffle(chosen)
+    return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftData:
+    """Conversations of supervised fine-tuning. The main rank alone has their tokens."""
+
+    stream: ConversationStream
+    conversations: Sequence[PackedSequence]
+    """All sources, one after the other; empty on ranks but the main rank."""
+    heldout: Sequence[PackedSequence]
+    """Held-out conversations; empty on ranks but the main rank."""
+
+    def batch(self, step: int) -> list[PackedSequence]:
+        """Returns the step's conversations; none on ranks but the main rank."""
+        return [self.conversations[index] for index in self.stream.batch(step)] if self.conversations else []
+
+
+def read_sft_data(
+    sft: SftConfig,
+    renderer: PromptRenderer,
+    generated: ArithmeticData | None,
+    groups: ParallelGroups,
+    *,
+    max_tokens: int,
+    seed: int,
+    progress: Progress,
+) -> SftData:
+    """Reads the sources and the held-out records on the main rank. Every rank calls it.
+
+    generated: has the demonstrations where no source is named. seed: the run's.
+
+    Raises:
+        ValueError, OSError: see `read_conversations`.
+    """
+    reading = _read(sft, renderer, generated, max_tokens, progress)
+    found: tuple[list[list[PackedSequence]], list[PackedSequence]] | None = None
+    while not groups.from_main(found is not None):
+        # The other ranks wait in a collective, which has a time limit, and millions of records take longer.
+        end = time.monotonic() + groups.layout.timeout_seconds / 4
+        with groups.together():
+            while groups.is_main and found is None and time.monotonic() < end:
+                try:
+                    next(reading)
+                except StopIteration as finished:
+                    found = finished.value
+    sources, heldout = found or ([], [])
+    conversations = [one for source in sources for one in source]
+    stream = ConversationStream(
+        sizes=groups.from_main(tuple(map(len, sources))),
+        weights=tuple(source.weight for source in (sft.sources or {}).values()) or (1.0,),
+        fingerprint=groups.from_main(_fingerprint(conversations)),
+        batch_size=sft.batch_size,
+        seed=seed,
+    )
+    return SftData(stream=stream, conversations=conversations, heldout=heldout)
+
+
+def _read(
+    sft: SftConfig, renderer: PromptRenderer, generated: ArithmeticData | None, max_tokens: int, progress: Progress
+) -> Generator[None, None, tuple[list[list[PackedSequence]], list[PackedSequence]]]:
+    """Reads the sequences of every source and the held-out ones, and yields after each record; returns both."""
+    read = functools.partial(read_conversations, renderer=renderer, sft=sft, max_tokens=max_tokens, progress=progress)
+    named = sft.sources or ({} if sft.demonstrations is None else {"": SourceConfig(path=sft.demonstrations)})
+    sources = []
+    for source in named.values():
+        sources.append((yield from read(source.path, source.split)))
+    if not named:
+        assert generated is not None
+        shown = [
+            of_question(one.question, one.response, f"demonstration of {one.question!r}", renderer)
+            for one in generated.demonstrations
+        ]
+        sources.append(fitting(shown, "data.arithmetic", sft.overlong, max_tokens))
+    heldout: list[PackedSequence] = []
+    if sft.heldout is not None:
+        heldout = yield from read(sft.heldout.path, sft.heldout.split, limit=sft.heldout.limit)
+    return sources, heldout
+
+
+def _fingerprint(sequences: Sequence[PackedSequence]) -> str:
+    """Returns 16 hex digits that depend on every token of every sequence, on their order and on what is trained."""
+    digest = hashlib.blake2b(digest_size=8)
+    for sequence in sequences:
+        mask = np.ones(1, bool) if sequence.loss_mask is None else sequence.loss_mask
+        for part in (sequence.prompt_ids, sequence.response_ids, mask):
+            array = np.asarray(part)
+            digest.update(len(array).to_bytes(8, "little") + array.astype(np.int32).tobytes())
+    return digest.hexdigest()
