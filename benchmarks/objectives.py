@@ -1,6 +1,7 @@
 """Every objective from the same warm start with the same number of rollouts; a Markdown table of held-out pass@1.
 
     python -m benchmarks.objectives [--steps 30] [--seeds 0 1 2] [--directory runs/objectives] [OVERRIDE ...]
+    python -m benchmarks.objectives --directory runs/unfrozen objective.actor_freeze_steps=0 # equal updates
 
 Runs that are finished are read, not run again: the command goes on where it was stopped.
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 from oreal_megatron.metrics import read_metrics
 
 OBJECTIVES = (
-    "oreal", "oreal_change", "oreal_paper", "oreal_release", "oreal_no_rm",
+    "oreal", "oreal_change", "oreal_paper", "oreal_release", "oreal_no_rm", "oreal_release_no_rm",
     "grpo", "rloo", "reinforce", "raft", "reinforce_rej", "psr", "nsr",
 )  # fmt: skip
 # A process that has imported everything, to fork the runs from.
@@ -34,15 +35,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES, metavar="PRESET")
     parser.add_argument("--directory", type=Path, default=Path("runs/objectives"))
     parser.add_argument("overrides", nargs="*", help="further overrides of experiment=arithmetic, for all runs alike")
     arguments = parser.parse_args()
     shared = [f"run.num_steps={arguments.steps}", "run.checkpoint_every=0", "evaluation.every=0", *arguments.overrides]
-    scores: dict[str, list[tuple[float, float, float | None]]] = {objective: [] for objective in OBJECTIVES}
+    scores: dict[str, list[tuple[float, float, float | None]]] = {preset: [] for preset in arguments.objectives}
     for seed in arguments.seeds:
         start = arguments.directory / f"start_{seed}"
         run("oreal", seed, start, [*shared, "run.num_steps=0"])
-        for objective in OBJECTIVES:
+        for objective in arguments.objectives:
             directory = arguments.directory / f"{objective}_{seed}"
             begin_from(start, directory)
             run(objective, seed, directory, shared)
@@ -85,15 +87,15 @@ def begin_from(start: Path, directory: Path) -> None:
 
 
 def score_of(directory: Path) -> tuple[float, float, float | None]:
-    """(pass@1 before, after, AUC of the reward model after)."""
+    """(pass@1 before, after, AUC of the reward model within prompts after)."""
     evaluations = read_metrics(directory)[1]
     first, last = evaluations[0]["metrics"], evaluations[-1]["metrics"]
-    return first[SCORE], last[SCORE], last.get("heldout/reward_model_auc")
+    return first[SCORE], last[SCORE], last.get("heldout/reward_model_auc_within_prompts")
 
 
 def table(scores: dict[str, list[tuple[float, float, float | None]]], steps: int) -> str:
     lines = [
-        f"| objective | before | after {steps} steps, mean | spread (min to max) | reward model AUC, mean |",
+        f"| objective | before | after {steps} steps, mean | spread (min to max) | AUC within prompts, mean |",
         "|---|---|---|---|---|",
     ]
     for objective, found in sorted(scores.items(), key=lambda item: -statistics.mean(s[1] for s in item[1])):

@@ -34,6 +34,7 @@ from oreal_megatron.metrics import read_metrics
 SCORES = ("greedy_pass@1", "avg@4")
 AUC = "reward_model_auc_within_prompts"
 WEIGHTS = "objective.token_weights"
+FUNCTION = "objective.functions.token_weights"
 EVERYTHING = ("objective.reward_model.responses=all", "objective.reward_model.updates=4")
 CHANGE = (f"{WEIGHTS}.form=change", f"{WEIGHTS}.normalize=mean")
 DEPARTURE = (f"{WEIGHTS}.form=departure", f"{WEIGHTS}.normalize=mean")
@@ -41,18 +42,19 @@ DEPARTURE = (f"{WEIGHTS}.form=departure", f"{WEIGHTS}.normalize=mean")
 # are not the paper's.
 ARMS: dict[str, tuple[str, ...]] = {
     "ones": (f"{WEIGHTS}.source=ones",),
-    "shuffled": (f"{WEIGHTS}.function=benchmarks.token_weights.shuffled",),
+    "shuffled": (f"{FUNCTION}=benchmarks.token_weights.shuffled",),
     "predictor": (f"{WEIGHTS}.alignment=predictor",),
     "inclusive": (),
-    "oracle": (f"{WEIGHTS}.function=benchmarks.token_weights.oracle",),
-    "oracle, both": (f"{WEIGHTS}.function=benchmarks.token_weights.oracle_of_both",),
+    "oracle": (f"{FUNCTION}=benchmarks.token_weights.oracle",),
+    "oracle, both": (f"{FUNCTION}=benchmarks.token_weights.oracle_of_both",),
     "change": CHANGE,
     # Controls: the same weights at random places, and a weight that reads no score.
-    "change, shuffled": (*CHANGE, f"{WEIGHTS}.function=benchmarks.token_weights.shuffled"),
-    "first token": (f"{WEIGHTS}.function=benchmarks.token_weights.first_token",),
+    "change, shuffled": (*CHANGE, f"{FUNCTION}=benchmarks.token_weights.shuffled"),
+    "first token": (f"{FUNCTION}=benchmarks.token_weights.first_token",),
     "change, floor 0.5": (*CHANGE, f"{WEIGHTS}.floor=0.5"),
     "departure": DEPARTURE,
     "departure, floor 0.5": (*DEPARTURE, f"{WEIGHTS}.floor=0.5"),
+    "top share 0.2": (f"{WEIGHTS}.top_share=0.2",),
     "change, all responses": (*CHANGE, *EVERYTHING),
     "change, all, ranking": (*CHANGE, *EVERYTHING, "objective.reward_model.ranking_weight=1.0"),
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,5 +151,8 @@ def with_placeholders(config: DictConfig) -> list[str]:
     raw: Any = OmegaConf.to_container(config, resolve=False)
     missing = sorted(_missing(raw))
     for key in missing:
-        OmegaConf.update(config, key, PLACEHOLDERS + key)
+        *parents, name = key.split(".")
+        field = fields_at(parents).get(name)
+        is_mapping = field is not None and typing.get_origin(field.annotation) is Mapping
+        OmegaConf.update(config, key, {"name": PLACEHOLDERS + key} if is_mapping else PLACEHOLDERS + key)
     return missing

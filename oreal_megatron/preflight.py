@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from oreal_megatron.config import ConfigError, GeometryConfig, ModelConfig, SGLangConfig, TrainConfig, Violation
 from oreal_megatron.conversion.huggingface import geometry_of, max_positions, read_model
 from oreal_megatron.distributed.addresses import is_this_machine
-from oreal_megatron.losses.token_weights import weight_function
+from oreal_megatron.extensions import check_functions
 from oreal_megatron.servers.server_process import installation_problem, interpreter_problem
 from oreal_megatron.weight_sync.ipc import collector
 
@@ -40,10 +40,7 @@ def check_startable(config: TrainConfig, num_processes: int) -> None:
         violations.append(Violation("resources.trainer_devices", wanted, remedy))
     violations += _servers_elsewhere(config, num_processes)
     violations += _missing_paths(config)
-    try:
-        weight_function(config.objective.token_weights)
-    except ConfigError as error:
-        violations += error.violations
+    violations += check_functions(config.objective)
     if violations:
         raise ConfigError(violations)
 

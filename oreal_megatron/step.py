@@ -15,8 +15,9 @@ from torch import Tensor
 from oreal_megatron.config import ObjectiveConfig
 from oreal_megatron.data.packing import TokenBatch
 from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.extensions import described, objective_function
 from oreal_megatron.losses.policy_terms import TokenCounts, policy_terms, ranking_loss, reward_model_term
-from oreal_megatron.losses.token_weights import token_weights, weight_function
+from oreal_megatron.losses.token_weights import token_weights
 from oreal_megatron.models.pipeline_schedule import score
 from oreal_megatron.models.trained_model import TrainedModel
 
@@ -54,10 +55,10 @@ def with_token_weights(
     """Returns the micro-batches with token weights from the reward model's scores; zero scores if `scored` is None.
 
     Raises:
-        ValueError: `objective.token_weights.function` failed, or returned something else than weights. OSError on the
+        ValueError: `objective.functions.token_weights` failed, or returned something else than weights. OSError on the
             ranks where it did not.
     """
-    function = weight_function(config.token_weights)
+    function = objective_function(config, "token_weights")
     scores = [torch.zeros_like(b.rollout_logprobs) for b in batches] if scored is None else scored.scores
     if function is None:
         weights = [_weights(scores_R, batch, config) for batch, scores_R in zip(batches, scores, strict=True)]
@@ -91,18 +92,15 @@ def _weights_of_function(
         for batch, scores_R in zip(batches, scores, strict=True) if groups.leads_replica else ():
             parts = [scores_R.new_zeros(0)]
             for place, scores_T in enumerate(batch.split_by_sequence(scores_R)):
-                what = f"objective.token_weights.function = {config.token_weights.function} of {batch.ids[place]}"
+                what = f"{described(config, 'token_weights')} of {batch.ids[place]}"
                 prompt_ids, response_ids = batch.ids_of(place)
-                try:
-                    weights_T = function(
-                        scores_T,
-                        correct=bool(batch.correct[place]),
-                        config=config.token_weights,
-                        prompt_ids=prompt_ids,
-                        response_ids=response_ids,
-                    )
-                except Exception as error:
-                    raise ValueError(f"{what} raised {type(error).__name__}: {error}") from error
+                weights_T = function(
+                    scores_T=scores_T,
+                    correct=bool(batch.correct[place]),
+                    config=config.token_weights,
+                    prompt_ids=prompt_ids,
+                    response_ids=response_ids,
+                )
                 parts.append(_checked(weights_T, scores_T, what))
             mine.append(torch.cat(parts).cpu())
     shared = groups.from_replica_leader(mine)
@@ -223,6 +221,7 @@ def update_policy(
             weights_R=batch.token_weights,
             advantages_R=batch.per_token(batch.advantages),
             correct_R=batch.per_token(batch.correct),
+            lengths=batch.response_lengths,
         )
         seen_R = logprobs_R.detach()
         sums = {

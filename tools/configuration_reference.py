@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from oreal_megatron.config import TrainConfig
+from oreal_megatron.config import FunctionConfig, TrainConfig
 
 HEADER = """# Configuration
 
@@ -26,7 +26,7 @@ authors' release in `conf/objective/oreal.yaml` and `conf/optimizer/released.yam
 
 ## Your own model and data
 
-    oreal-train experiment=own_model model.path=DIR data.train=train.jsonl evaluation.benchmarks.heldout.path=test.jsonl
+    oreal-train experiment=own_model model.path=DIR data.train=train.jsonl +evaluation.benchmarks.math500=math500.jsonl
 
 `conf/experiment/own_model.yaml` has prompts of up to 1,024 tokens and responses of up to 3,072, in `runs/own_model`.
 `evaluation=none` leaves out the evaluation, and `run.name=NAME` changes the name and, with it, the directory.
@@ -86,6 +86,8 @@ def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type
 
 
 def nested(annotation: object) -> list[type[BaseModel]]:
+    if annotation is FunctionConfig:
+        return []
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for part in typing.get_args(annotation) for section in nested(part)]
@@ -94,6 +96,8 @@ def nested(annotation: object) -> list[type[BaseModel]]:
 def type_name(annotation: object) -> str:
     if annotation is type(None):
         return "null"
+    if annotation is FunctionConfig:
+        return "`module.name` or {path, settings}"
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return ", ".join(f"`{part}`" for part in parts)

@@ -14,7 +14,7 @@ from oreal_megatron.config.divisibility import (
 from oreal_megatron.config.errors import ConfigError, Violation
 from oreal_megatron.config.fields import NonNegative, Positive, Section, Strings
 from oreal_megatron.config.geometry import GeometryConfig, RopeScalingConfig
-from oreal_megatron.config.objective import ObjectiveConfig, TokenWeightConfig
+from oreal_megatron.config.objective import FunctionConfig, ObjectiveConfig, TokenWeightConfig
 from oreal_megatron.config.parsing import (
     check_resume,
     check_settings,
@@ -47,6 +47,7 @@ __all__ = [
     "ConfigError",
     "Fp8Config",
     "Fp8ModelConfig",
+    "FunctionConfig",
     "GeometryConfig",
     "ModelConfig",
     "NonNegative",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from oreal_megatron.config.fields import (
     FloatPair,
@@ -42,9 +43,37 @@ class TokenWeightConfig(Section):
     top_share: Annotated[float, Field(gt=0.0, le=1.0)] | None
     """Share of each response's tokens that keep a weight, those of highest confidence, min-max rescaled; under
     `form: confidence`. null: the thresholds decide."""
-    function: Text | None = None
-    """Function of one's own that weighs the tokens in place of eq. (10), as `module.name`; docs/algorithm.md has its
-    arguments. null: none."""
+
+
+class FunctionConfig(Section):
+    """A function of one's own: its path alone, or a mapping of path and settings."""
+
+    path: Text
+    """Function, as `module.name`, in a module on PYTHONPATH."""
+    settings: Mapping[str, Any] = {}
+    """Values of the pydantic model with which the function's parameter `settings` is annotated."""
+
+
+Function = Annotated[
+    FunctionConfig, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)
+]
+
+
+class FunctionsConfig(Section):
+    """Functions of one's own in place of parts of the objective. docs/extending.md has their arguments."""
+
+    advantages: Function | None
+    """Advantages of a group's responses, in place of `shaping`. null: none, as for the others."""
+    keep_group: Function | None
+    """Whether a group trains, in place of `keep_groups`."""
+    choose: Function | None
+    """Responses of a kept group that train, in place of `selection`."""
+    token_weights: Function | None
+    """Weights of a response's tokens, in place of eq. (10)."""
+    policy_loss: Function | None
+    """Losses of the tokens, in place of `positive_term` and `negative_term`."""
+    kl: Function | None
+    """Estimates of the KL divergence by token, in place of `kl_type`."""
 
 
 class RewardModelUpdateConfig(Section):
@@ -78,6 +107,8 @@ class ObjectiveConfig(Section):
     """Responses of a kept group that train. pair: one correct and one incorrect response, drawn at random."""
     token_weights: TokenWeightConfig
     """Weights of the tokens in the policy terms."""
+    functions: FunctionsConfig
+    """Functions of one's own in place of parts of the objective."""
     reward_model: RewardModelUpdateConfig
     """Updates of the reward model."""
     positive_term: Literal["logprob", "ratio"]

@@ -104,6 +104,10 @@ ADDED = {
     "objective.token_weights.form": "confidence",
     "objective.token_weights.normalize": "none",
     "objective.token_weights.floor": 0.0,
+    **{
+        f"objective.functions.{name}": None
+        for name in ("advantages", "keep_group", "choose", "token_weights", "policy_loss", "kl")
+    },
     "objective.reward_model.responses": "trained",
     "objective.reward_model.updates": 1,
     "objective.reward_model.ranking_weight": 0.0,

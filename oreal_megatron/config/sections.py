@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from oreal_megatron.config.fields import (
     AsTuple,
@@ -266,17 +266,24 @@ class BenchmarkConfig(Section):
 
     path: Text | None
     """JSONL file with question and gold_answer. null: the held-out problems of data.arithmetic."""
-    samples: NonNegative
+    samples: NonNegative = 0
     """Number k of samples for each question, for avg@k and pass@k. Greedy pass@1 is always measured. 0: only greedy."""
-    limit: Positive | None
+    limit: Positive | None = None
     """Number of problems, from the start of the file, that are used. null: all."""
+
+
+Benchmark = Annotated[
+    BenchmarkConfig, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)
+]
+"""A benchmark, which may be given as the path alone."""
 
 
 class EvaluationConfig(Section):
     """Evaluation of the policy on benchmarks."""
 
-    benchmarks: Mapping[FileName, BenchmarkConfig]
-    """Evaluation sets by name."""
+    benchmarks: Mapping[FileName, Benchmark]
+    """Evaluation sets by name: +evaluation.benchmarks.NAME=FILE, a JSONL file with question and gold_answer. NAME is in
+    all results."""
     every: NonNegative
     """Steps between evaluations. The policy is always evaluated before the first and after the last step. 0: only
     then."""

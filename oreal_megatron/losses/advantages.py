@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from oreal_megatron.config import ObjectiveConfig
+from oreal_megatron.extensions import described, objective_function
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.types import GradedRollout, Trajectory, decided
 
@@ -58,10 +59,10 @@ def select_trajectories(
         num_correct += sum(outcomes)
         all_correct += bool(outcomes) and all(outcomes)
         all_incorrect += bool(outcomes) and not any(outcomes)
-        if not _is_kept(outcomes, config):
+        if not is_useful(group, config):
             continue
         kept += 1
-        advantages = shaped_rewards(outcomes, config)
+        advantages = group_advantages(used, config)
         candidates = [
             Trajectory(rollout=graded.rollout, correct=graded.is_correct, advantage=advantage)
             for graded, advantage in zip(used, advantages, strict=True)
@@ -84,7 +85,34 @@ def select_trajectories(
 
 def is_useful(group: Sequence[GradedRollout], config: ObjectiveConfig) -> bool:
     """Returns whether a step trains on responses of the group."""
-    return _is_kept([graded.is_correct for graded in used_responses(group, config)], config)
+    responses = used_responses(group, config)
+    outcomes = [graded.is_correct for graded in responses]
+    own = objective_function(config, "keep_group")
+    if own is None:
+        return _is_kept(outcomes, config)
+    # A pair needs both outcomes, whatever the function says.
+    has_pair = any(outcomes) and not all(outcomes)
+    is_paired = config.selection == "pair" and config.functions.choose is None
+    return bool(responses) and (has_pair or not is_paired) and bool(own(responses=responses))
+
+
+def group_advantages(responses: Sequence[GradedRollout], config: ObjectiveConfig) -> list[float]:
+    """Returns the advantage of each used response of a group, by `shaping` or by a function of the user's.
+
+    Raises:
+        ValueError: the function returned something else than a finite number for each response.
+    """
+    own = objective_function(config, "advantages")
+    if own is None:
+        return shaped_rewards([graded.is_correct for graded in responses], config)
+    values = [float(value) for value in own(responses=responses)]
+    if len(values) != len(responses) or not all(map(math.isfinite, values)):
+        prompt = responses[0].rollout.prompt.id
+        raise ValueError(
+            f"{described(config, 'advantages')} returned {values} for the {len(responses)} responses to {prompt}; "
+            "return a finite number for each"
+        )
+    return values
 
 
 def shaped_rewards(outcomes: Sequence[bool], config: ObjectiveConfig) -> list[float]:
@@ -131,8 +159,24 @@ def _is_kept(outcomes: Sequence[bool], config: ObjectiveConfig) -> bool:
 
 
 def _chosen(candidates: list[Trajectory], config: ObjectiveConfig, rng: random.Random) -> list[Trajectory]:
+    own = objective_function(config, "choose")
+    if own is not None:
+        return _checked_choice(list(own(trajectories=candidates, rng=rng)), candidates, config)
     correct = [trajectory for trajectory in candidates if trajectory.correct]
     incorrect = [trajectory for trajectory in candidates if not trajectory.correct]
     if config.selection == "pair":
         return [rng.choice(correct), rng.choice(incorrect)]
     return {"all": candidates, "correct": correct, "incorrect": incorrect}[config.selection]
+
+
+def _checked_choice(
+    chosen: list[Trajectory], candidates: list[Trajectory], config: ObjectiveConfig
+) -> list[Trajectory]:
+    """Returns what a user's function chose. Raises ValueError where that is not some of the responses, each once."""
+    ids = [trajectory.id if isinstance(trajectory, Trajectory) else repr(trajectory) for trajectory in chosen]
+    if len(set(ids)) != len(ids) or not set(ids) <= {item.id for item in candidates}:
+        raise ValueError(
+            f"{described(config, 'choose')} returned {', '.join(ids)} for the responses to "
+            f"{candidates[0].rollout.prompt.id}; return some of its trajectories, each once"
+        )
+    return chosen

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oreal_megatron.config import ObjectiveConfig
+from oreal_megatron.extensions import described, objective_function
 from oreal_megatron.types import positions_by
 
 
@@ -64,6 +65,8 @@ def policy_terms(
     weights_R: Tensor,
     advantages_R: Tensor,
     correct_R: Tensor,
+    lengths: Sequence[int],
+    old_logprobs_R: Tensor | None = None,
 ) -> PolicyTerms:
     """Returns the policy's terms over the response tokens of a micro-batch.
 
@@ -72,36 +75,80 @@ def policy_terms(
               both times `importance_weights` where config.importance_limit is set
     kl        kl_penalty(reference, policy)                     summed over all tokens
 
+    A function of `objective.functions` takes the place of the first two, or of kl_penalty.
+
     logprobs_R (with gradient), reference_logprobs_R, rollout_logprobs_R: nats. weights_R: [0, 1].
-    advantages_R: the response's A at each of its tokens. correct_R: bool.
+    advantages_R: the response's A at each of its tokens. correct_R: bool. lengths: tokens of each response, in order.
+    old_logprobs_R: the policy's log-probabilities before its update, which are held constant; None: logprobs_R.
+
+    Raises:
+        ValueError: a function returned something else than a finite loss for each token.
     """
-    behaviour_R = logprobs_R.detach() if config.ratio_reference == "self" else rollout_logprobs_R
-    ratio_R = (logprobs_R - behaviour_R).exp()
-    scale_R = -advantages_R * weights_R
-    if config.importance_limit is not None:
-        scale_R = scale_R * importance_weights(logprobs_R, rollout_logprobs_R, config.importance_limit)
-    if config.clip is None:
-        by_ratio_R = scale_R * ratio_R
+    old_R = logprobs_R.detach() if old_logprobs_R is None else old_logprobs_R
+    own_loss = objective_function(config, "policy_loss")
+    if own_loss is not None:
+        loss_R = own_loss(
+            logprobs_R=logprobs_R,
+            old_logprobs_R=old_R,
+            rollout_logprobs_R=rollout_logprobs_R,
+            weights_R=weights_R,
+            advantages_R=advantages_R,
+            correct_R=correct_R,
+            lengths=tuple(lengths),
+        )
+        _check_by_token(loss_R, logprobs_R, described(config, "policy_loss"))
+        forms = {"logprob": loss_R, "ratio": loss_R}
     else:
-        clipped_R = ratio_R.clamp(1.0 - config.clip, 1.0 + config.clip)
-        by_ratio_R = torch.maximum(scale_R * ratio_R, scale_R * clipped_R)
-    by_logprob_R = scale_R * logprobs_R
-    forms = {"logprob": by_logprob_R, "ratio": by_ratio_R}
+        forms = _forms(config, logprobs_R, old_R, rollout_logprobs_R, weights_R, advantages_R)
     positive = forms[config.positive_term][correct_R].sum()
     negative = forms[config.negative_term][~correct_R].sum()
-    penalty_R = kl_penalty(reference_logprobs_R, logprobs_R, config.kl_type)
+    own_kl = objective_function(config, "kl")
+    if own_kl is not None:
+        penalty_R = own_kl(reference_logprobs_R=reference_logprobs_R, logprobs_R=logprobs_R)
+        _check_by_token(penalty_R, logprobs_R, described(config, "kl"))
+    else:
+        penalty_R = kl_penalty(reference_logprobs_R, logprobs_R, config.kl_type)
     if not config.kl_on_correct:
         penalty_R = penalty_R[~correct_R]
     return PolicyTerms(positive=positive, negative=negative, kl=penalty_R.sum())
 
 
-def importance_weights(logprobs_R: Tensor, rollout_logprobs_R: Tensor, limit: float) -> Tensor:
+def _forms(
+    config: ObjectiveConfig,
+    logprobs_R: Tensor,
+    old_R: Tensor,
+    rollout_logprobs_R: Tensor,
+    weights_R: Tensor,
+    advantages_R: Tensor,
+) -> dict[str, Tensor]:
+    """Returns the losses [R] of tokens by both forms, `logprob` and `ratio`."""
+    behaviour_R = old_R if config.ratio_reference == "self" else rollout_logprobs_R
+    ratio_R = (logprobs_R - behaviour_R).exp()
+    scale_R = -advantages_R * weights_R
+    if config.importance_limit is not None:
+        scale_R = scale_R * importance_weights(old_R, rollout_logprobs_R, config.importance_limit)
+    if config.clip is None:
+        by_ratio_R = scale_R * ratio_R
+    else:
+        clipped_R = ratio_R.clamp(1.0 - config.clip, 1.0 + config.clip)
+        by_ratio_R = torch.maximum(scale_R * ratio_R, scale_R * clipped_R)
+    return {"logprob": scale_R * logprobs_R, "ratio": by_ratio_R}
+
+
+def _check_by_token(values: object, logprobs_R: Tensor, what: str) -> None:
+    """Raises ValueError where a user's function returned something else than a float tensor like the tokens."""
+    if not isinstance(values, Tensor) or values.shape != logprobs_R.shape or not values.is_floating_point():
+        found = f"{values.dtype} of shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"{what} returned {found}; return a value for each token, of shape {list(logprobs_R.shape)}")
+
+
+def importance_weights(old_logprobs_R: Tensor, rollout_logprobs_R: Tensor, limit: float) -> Tensor:
     """Returns min(pi / pi_rollout, limit) of each token, which corrects for tokens that another policy drew.
 
     Truncation bounds the variance, at the price of a bias. The weights carry no gradient.
-    logprobs_R: the policy's log-probabilities before its update, in nats.
+    old_logprobs_R: the policy's log-probabilities before its update, in nats, without a gradient.
     """
-    return (logprobs_R.detach() - rollout_logprobs_R).exp().clamp(max=limit)
+    return (old_logprobs_R - rollout_logprobs_R).exp().clamp(max=limit)
 
 
 def kl_penalty(reference_R: Tensor, policy_R: Tensor, kl_type: str) -> Tensor:

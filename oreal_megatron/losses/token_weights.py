@@ -6,35 +6,11 @@ Shapes: T response tokens of one sequence, in order. All fp32; weights carry no 
 from __future__ import annotations
 
 import math
-import pkgutil
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from oreal_megatron.config import ConfigError, TokenWeightConfig, Violation
-
-
-def weight_function(config: TokenWeightConfig) -> Callable[..., Tensor] | None:
-    """Returns the user's function that `objective.token_weights.function` names, or None.
-
-    It is called as `function(scores_T, correct=..., config=..., prompt_ids=..., response_ids=...)`, the ids int64
-    [P] and [T], and returns fp32 [T].
-
-    Raises:
-        ConfigError: there is no such function.
-    """
-    if config.function is None:
-        return None
-    key, wanted = "objective.token_weights.function", "Set it to module.name of a function in a module on PYTHONPATH."
-    try:
-        function = pkgutil.resolve_name(config.function)
-    except Exception as error:  # whatever the user's module raises while it is imported
-        remedy = f"It cannot be imported: {type(error).__name__}: {error}. {wanted}"
-        raise ConfigError([Violation(key, config.function, remedy)]) from error
-    if not callable(function):
-        raise ConfigError([Violation(key, config.function, f"It is a {type(function).__name__}. {wanted}")])
-    return function
+from oreal_megatron.config import TokenWeightConfig
 
 
 def token_weights(scores_T: Tensor, *, correct: bool, config: TokenWeightConfig) -> Tensor:

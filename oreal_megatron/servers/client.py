@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
+import errno
 import functools
 import logging
 import socket
 import ssl
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +24,11 @@ logging.getLogger("httpx").setLevel(logging.WARNING)
 WEIGHTS, KV_CACHE = "weights", "kv_cache"
 """SGLang's tags of memory that a server can release (`GPU_MEMORY_TYPE_WEIGHTS`, `GPU_MEMORY_TYPE_KV_CACHE`)."""
 
+# Time for a connection of /health.
 _CONNECT_SECONDS = 10.0
 # Seconds of silence after which TCP probes a connection, and between two probes.
 _PROBE_SECONDS = 5.0
+_RETRY_SECONDS = 1.0
 # Connections for control requests while requests for generation take all others.
 _SPARE_CONNECTIONS = 8
 
@@ -49,6 +54,17 @@ def _signs_of_life(seconds: float) -> list[tuple[int, int, int]]:
         (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe_seconds),
         (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(int(1000 * seconds), 1)),
     ]
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    """Returns whether an error comes from a host to which there is no way at present, not from one that refuses."""
+    while True:
+        if isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
+            return True
+        inner = error.__cause__ or error.__context__
+        if inner is None:
+            return False
+        error = inner
 
 
 class ServerLost(ConnectionError):
@@ -96,11 +112,12 @@ class ServerClient:
     def __init__(self, url: str, *, max_concurrency: int, control_seconds: float, health_seconds: float):
         """Opens no connection yet.
 
-        control_seconds, health_seconds: see rollout.sglang. A connection without a sign of life for `health_seconds` is
-        closed, and a connection that the server's host does not know any more is closed within 5 seconds.
+        control_seconds, health_seconds: see rollout.sglang. A connection that is not made, or has no sign of life, in
+        `health_seconds` is closed, and one that the server's host does not know any more within 5 seconds.
         """
         self.url = url
         self._control_seconds = control_seconds
+        self._health_seconds = health_seconds
         connections = max_concurrency + _SPARE_CONNECTIONS
         self._http = httpx.AsyncClient(
             base_url=url,
@@ -113,7 +130,7 @@ class ServerClient:
                 trust_env=False,
                 socket_options=_signs_of_life(health_seconds),
             ),
-            timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
+            timeout=None,  # every request has its own
             trust_env=False,  # the machine's proxy settings are for other hosts
         )
 
@@ -241,15 +258,31 @@ class ServerClient:
         """POST /continue_generation."""
         await self._ask("POST", "/continue_generation", {})
 
+    async def _connected(
+        self, method: str, path: str, body: Mapping[str, Any] | None, seconds: float | None
+    ) -> httpx.Response:
+        """Sends a request over a new connection. A host that cannot be reached for a while is tried again.
+
+        seconds: time limit of the answer, and of the connection if it is below health_seconds; None: no limit.
+        """
+        limit = self._health_seconds if seconds is None else min(seconds, self._health_seconds)
+        deadline = time.monotonic() + limit
+        while True:
+            left = max(deadline - time.monotonic(), _RETRY_SECONDS)
+            try:
+                return await self._http.request(method, path, json=body, timeout=httpx.Timeout(seconds, connect=left))
+            except httpx.ConnectError as error:
+                if not _is_unreachable(error) or time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(_RETRY_SECONDS)
+
     async def _ask(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, *, seconds: float | None = -1.0
     ) -> Any:
         """seconds: time limit of the answer; None: no limit; negative: the limit of control requests."""
         timeout = self._control_seconds if seconds is not None and seconds < 0 else seconds
         try:
-            response = await self._http.request(
-                method, path, json=body, timeout=httpx.Timeout(timeout, connect=_CONNECT_SECONDS)
-            )
+            response = await self._connected(method, path, body, timeout)
         except httpx.HTTPError as error:
             raise ServerLost(f"{self.url}{path}: {type(error).__name__} {error}".rstrip()) from error
         if response.status_code >= 500:

@@ -103,7 +103,7 @@ def weigh_by_rank(scores_T, *, correct, config, prompt_ids, response_ids):
 def weighed(rank: int) -> None:
     torch.manual_seed(rank)
     with cpu_backend(), parallel_groups(LAYOUT, seed=0) as groups:
-        path = f"objective.token_weights.function={__name__}.weigh_by_rank"
+        path = f"objective.functions.token_weights={__name__}.weigh_by_rank"
         config = parse_config(compose("objective=oreal", path)).objective
         for failing in (False, True):
             first = groups.data_rank if failing else 5
@@ -112,7 +112,7 @@ def weighed(rank: int) -> None:
             )
             batch = pack([part], torch.device("cpu"))
             if failing:
-                with pytest.raises((ValueError, OSError), match="weigh_by_rank of p1 raised IndexError: no such token"):
+                with pytest.raises((ValueError, OSError), match="weigh_by_rank raised IndexError: no such token"):
                     with_token_weights([batch], None, config, groups)
             else:
                 (found,) = with_token_weights([batch], None, config, groups)

@@ -186,14 +186,14 @@ def test_what_a_site_must_give_is_asked_for_all_at_once():
 def test_model_and_problems_of_ones_own_are_evaluated_without_training_prompts(finished, tmp_path):
     problems = tmp_path / "problems.jsonl"
     problems.write_text("".join(f'{{"question": "Compute {i}+1.", "gold_answer": "{i + 1}"}}\n' for i in range(3)))
-    own = [f"model.path={finished}/huggingface/best/policy", f"evaluation.benchmarks.heldout.path={problems}"]
+    own = [f"model.path={finished}/huggingface/best/policy", f"+evaluation.benchmarks.sums={problems}"]
     quiet = ["tracking.wandb=disabled", "tracking.tensorboard=false", "run.export=none", "prompt=chat"]
     outcome = command_line(
         "experiment=own_model", "data.train=null", "run.num_steps=0", f"run.dir={tmp_path}/run", *own, *quiet,
         "rollout.sampling.max_new_tokens=24", "prompt.max_prompt_tokens=64", "model.max_sequence_length=128",
     )  # fmt: skip
     assert outcome.returncode == 0, outcome.stderr
-    assert "heldout: problems 3  undecided 0  undecided_share 0.0%  greedy_pass@1" in outcome.stdout
+    assert "sums: problems 3  undecided 0  undecided_share 0.0%  greedy_pass@1" in outcome.stdout
     assert "0/0" not in outcome.stdout
     assert "(3 problems),\nthe initial policy, before any step" in (tmp_path / "run" / "report.html").read_text()
 

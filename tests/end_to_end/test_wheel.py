@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from oreal_megatron import __version__
+from tests.tiny import TINY
 from tests.tiny_models import save_tiny
 
 pytestmark = pytest.mark.end_to_end
@@ -47,14 +48,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Command:
     packages = Path(sysconfig.get_path("purelib", vars=paths))
     (packages / "requirements.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
-    def run(name: str, *arguments: object, status: int = 0) -> str:
+    def run(name: str, *arguments: object, status: int = 0, python_path: Path | None = None) -> str:
         kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
         outcome = subprocess.run(
             [environment / "bin" / name, *map(str, arguments)],
             capture_output=True,
             text=True,
             cwd=directory,
-            env=kept | {"OMP_NUM_THREADS": "1"},
+            env=kept | {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(python_path)} if python_path else {}),
         )
         assert outcome.returncode == status, outcome.stdout + outcome.stderr
         return outcome.stdout + outcome.stderr
@@ -102,3 +103,18 @@ def test_wheel_imports_a_data_set(installed, tmp_path):
 
 def test_wheel_plans_32b(installed):
     assert "fits" in installed("oreal-plan", "experiment=oreal_32b")
+
+
+def test_wheel_trains_an_objective_of_ones_own(installed, tmp_path):
+    """The example is a directory outside the package; its objective passes its own tests and trains."""
+    example = shutil.copytree(ROOT / "examples" / "own_objective", tmp_path / "example")
+    tested = installed("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", example, python_path=example)
+    assert "2 passed" in tested
+    installed(
+        "oreal-train", "--config-dir", example / "conf", *TINY, "objective=gspo", f"run.dir={tmp_path}/run",
+        "run.num_steps=2", python_path=example,
+    )  # fmt: skip
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps if step["kind"] == "step" and step["skipped"] is None]
+    message = installed("oreal-train", "objective.functions.kl=nowhere.kl", f"run.dir={tmp_path}/no", status=1)
+    assert "objective.functions.kl = 'nowhere.kl': It cannot be imported" in message and "Traceback" not in message

@@ -53,6 +53,29 @@ def test_a_connection_without_another_end_is_lost(network, nodeb, comes_back, he
     asyncio.run(lose())
 
 
+def test_request_that_begins_while_the_link_is_cut_waits_for_it(network, nodeb):
+    """Every request opens a connection, so a cut that is shorter than health_seconds must not lose the server."""
+    FORK.Process(target=serve, args=(nodeb, nodeb.address), daemon=True).start()
+
+    async def ask():
+        url = server_url(nodeb.address, PORT)
+        client = ServerClient(url, max_concurrency=2, control_seconds=60.0, health_seconds=60.0)
+        while not await client.is_healthy(1.0):
+            await asyncio.sleep(0.1)
+        nodeb.cut()
+        asked = [
+            asyncio.create_task(client.describe()),
+            asyncio.create_task(client.generate("r", (5, 6), {"max_new_tokens": 1})),
+        ]
+        await asyncio.sleep(12.0)
+        network.restore(nodeb)
+        _, answer = await asyncio.gather(*asked)
+        assert answer.token_ids
+        await client.close()
+
+    asyncio.run(ask())
+
+
 def test_server_at_an_ipv6_address_is_reached_until_its_link_is_cut(nodeb):
     """A host that does not answer is unhealthy after the time that was asked for, not after that of a connection."""
     FORK.Process(target=serve, args=(nodeb, nodeb.address6), daemon=True).start()

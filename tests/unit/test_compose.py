@@ -27,17 +27,22 @@ def refused(*overrides, **options) -> list[Violation]:
 
 
 def test_own_model_has_its_own_lengths_name_and_evaluation():
-    config = validated(composed(["experiment=own_model", *OWN, "evaluation.benchmarks.heldout.path=test.jsonl"]))
+    config = validated(composed(["experiment=own_model", *OWN, "+evaluation.benchmarks.math500=test.jsonl"]))
     assert (config.run.name, config.run.dir) == ("own_model", "runs/own_model")
     assert config.prompt.max_prompt_tokens == 1024 and config.rollout.sampling.max_new_tokens == 3072
-    assert config.evaluation.benchmarks["heldout"].path == "test.jsonl" and config.data.arithmetic is None
+    assert [(name, it.path, it.samples) for name, it in config.evaluation.benchmarks.items()] == [
+        ("math500", "test.jsonl", 0)
+    ]
+    assert config.data.arithmetic is None
     assert config.optimizer.policy.lr == 5e-7 and config.sft is None
 
 
 def test_own_model_asks_for_all_that_only_its_user_knows():
     found = {violation.key: violation.remedy for violation in refused("experiment=own_model")}
-    assert found.keys() == {"model.path", "data.train", "evaluation.benchmarks.heldout.path"}
-    assert "JSONL file with question and gold_answer" in found["evaluation.benchmarks.heldout.path"]
+    assert found.keys() == {"model.path", "data.train", "evaluation.benchmarks"}
+    assert (
+        "+evaluation.benchmarks.NAME=FILE, a JSONL file with question and gold_answer" in found["evaluation.benchmarks"]
+    )
 
 
 @pytest.mark.parametrize("more", [[], ["data=jsonl", "evaluation=none"], ["experiment=arithmetic_sglang"]])

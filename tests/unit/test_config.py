@@ -44,7 +44,7 @@ def test_experiment_composes(composed, experiment):
     given = ["model.path=/site/model", "data.train=/site/prompts.jsonl"]
     site = {
         "math_smollm2": given,
-        "own_model": [*given, "evaluation.benchmarks.heldout.path=/site/problems.jsonl"],
+        "own_model": [*given, "+evaluation.benchmarks.math500=/site/problems.jsonl"],
     }
     everywhere = ["cluster.models=/site", "cluster.data=/site"]
     assert parse_config(composed(f"experiment={experiment}", *everywhere, *site.get(experiment, []))).run.num_steps > 0
@@ -206,7 +206,7 @@ def test_a_run_of_an_earlier_version_resumes_with_what_that_version_did(composed
     for key in [*ADDED, "rollout.undecided"]:
         section, _, name = key.rpartition(".")
         del functools.reduce(operator.getitem, section.split("."), saved)[name]
-    assert saved["objective"].pop("reward_model") == {}
+    assert saved["objective"].pop("reward_model") == saved["objective"].pop("functions") == {}
     check_resume(saved, same, "config.yaml")
     with pytest.raises(ConfigError) as error:
         check_resume(saved, parse_config(composed("objective.optimizer=release")), "config.yaml")

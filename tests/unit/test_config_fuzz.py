@@ -27,7 +27,7 @@ from tests.tiny import command_line
 SITE = ["cluster.models=/site", "cluster.data=/site", "cluster.runs=/site/runs"]
 EXPERIMENTS = (
     ["experiment=arithmetic"],
-    ["experiment=own_model", "model.path=/m", "data.train=/t", "evaluation.benchmarks.heldout.path=/e"],
+    ["experiment=own_model", "model.path=/m", "data.train=/t", "+evaluation.benchmarks.math500=/e"],
     ["experiment=oreal_32b_disaggregated", *SITE],
     ["experiment=oreal_7b", "fp8=blockwise", "verifier=rules_and_judge", "objective=grpo", *SITE],
 )

@@ -121,7 +121,7 @@ def first_of_correct(scores_T, *, correct, config, prompt_ids, response_ids):
 
 
 def test_a_function_of_ones_own_weighs_the_tokens(composed, single_process):
-    weights = f"objective.token_weights.function={__name__}"
+    weights = f"objective.functions.token_weights={__name__}"
     config = parse_config(composed(f"{weights}.first_of_correct")).objective
     made = [sequence for sequence in sequences() if len(sequence.response_ids) < 6]
     (batch,) = with_token_weights([pack(made, CPU)], None, config, single_process)
@@ -131,10 +131,10 @@ def test_a_function_of_ones_own_weighs_the_tokens(composed, single_process):
         assert tuple(response_ids.tolist()) == sequence.response_ids
         assert part.tolist() == [2.0 * sequence.correct] + [0.0] * (len(part) - 1)
     for path, problem in (
-        ("nowhere.weights", r"token_weights.function = 'nowhere.weights': It cannot be imported"),
+        ("nowhere.weights", r"functions.token_weights = 'nowhere.weights': It cannot be imported"),
         (f"{__name__}.__name__", r"It is a str\. Set it to module.name of a function"),
     ):
-        config = parse_config(composed(f"objective.token_weights.function={path}")).objective
+        config = parse_config(composed(f"objective.functions.token_weights={path}")).objective
         with pytest.raises(ConfigError, match=problem):
             with_token_weights([batch], None, config, single_process)
 
@@ -147,12 +147,12 @@ def test_a_function_of_ones_own_weighs_the_tokens(composed, single_process):
         (lambda scores: scores.numpy(), "returned a ndarray; return a float32 tensor"),
         (lambda scores: scores - 1, "returned a weight of -1.0; return finite numbers of at least 0"),
         (lambda scores: scores / 0, "returned a weight of nan"),
-        (lambda scores: {}["key"], "raised KeyError: 'key'"),
+        (lambda scores: {}["key"], r"first_of_correct raised KeyError: 'key'"),
     ],
 )
 def test_what_is_no_weight_is_refused(composed, single_process, monkeypatch, returned, problem):
     monkeypatch.setitem(globals(), "first_of_correct", lambda scores_T, **_: returned(scores_T))
-    config = parse_config(composed(f"objective.token_weights.function={__name__}.first_of_correct")).objective
+    config = parse_config(composed(f"objective.functions.token_weights={__name__}.first_of_correct")).objective
     with pytest.raises(ValueError, match=problem):
         with_token_weights([pack(sequences(), CPU)], None, config, single_process)
 

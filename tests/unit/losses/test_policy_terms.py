@@ -33,6 +33,7 @@ def terms_of(config, rollout=None, reference=None):
         weights_R=WEIGHTS,
         advantages_R=ADVANTAGES,
         correct_R=CORRECT,
+        lengths=(len(CORRECT),),
     )
     return logprobs, terms
 
@@ -126,6 +127,7 @@ def test_splitting_a_batch_changes_no_loss(presets):
             weights_R=WEIGHTS[part],
             advantages_R=ADVANTAGES[part],
             correct_R=CORRECT[part],
+            lengths=(len(CORRECT[part]),),
         )
         return terms.loss(counts, config)
 
@@ -143,6 +145,7 @@ def test_no_correct_token_at_all_divides_by_one(presets):
         weights_R=empty,
         advantages_R=empty,
         correct_R=empty.bool(),
+        lengths=(len(empty.bool()),),
     )
     assert terms.loss(TokenCounts(correct=0, incorrect=0), config).item() == 0.0
 

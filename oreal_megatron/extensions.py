@@ -1,0 +1,112 @@
+"""Functions of a user's own that the configuration names: imported, with their settings, and checked before a run."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import pkgutil
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from oreal_megatron.config import ConfigError, FunctionConfig, ObjectiveConfig, Violation, parse_section
+
+PARAMETERS: Mapping[str, tuple[str, ...]] = {
+    "advantages": ("responses",),
+    "keep_group": ("responses",),
+    "choose": ("trajectories", "rng"),
+    "token_weights": ("scores_T", "correct", "config", "prompt_ids", "response_ids"),
+    "policy_loss": (
+        "logprobs_R",
+        "old_logprobs_R",
+        "rollout_logprobs_R",
+        "weights_R",
+        "advantages_R",
+        "correct_R",
+        "lengths",
+    ),
+    "kl": ("reference_logprobs_R", "logprobs_R"),
+}
+"""Keyword arguments of each function of `objective.functions`."""
+
+
+def objective_function(config: ObjectiveConfig, name: str) -> Callable[..., Any] | None:
+    """Returns the function that `objective.functions.NAME` names, with its settings bound; None where it names none.
+
+    Raises:
+        ConfigError: it cannot be imported or called with the arguments, or its settings are wrong.
+    """
+    function: FunctionConfig | None = getattr(config.functions, name)
+    return None if function is None else load_function(f"objective.functions.{name}", function, PARAMETERS[name])
+
+
+def described(config: ObjectiveConfig, name: str) -> str:
+    """Returns key and path of a function of `objective.functions`, for messages."""
+    function: FunctionConfig | None = getattr(config.functions, name)
+    return f"objective.functions.{name} = {None if function is None else function.path}"
+
+
+def check_functions(config: ObjectiveConfig) -> list[Violation]:
+    """Returns what is wrong with the functions of `objective.functions`."""
+    violations: list[Violation] = []
+    for name in PARAMETERS:
+        try:
+            objective_function(config, name)
+        except ConfigError as error:
+            violations += error.violations
+    return violations
+
+
+def load_function(key: str, config: FunctionConfig, parameters: tuple[str, ...]) -> Callable[..., Any]:
+    """Imports a function and binds its settings. What it raises becomes a ValueError with its name.
+
+    key: the configuration's key, for messages. parameters: the keywords with which it is called.
+
+    Raises:
+        ConfigError: there is no such function, it does not take the keywords, or its settings are wrong.
+    """
+    wanted = "Set it to module.name of a function in a module on PYTHONPATH."
+    try:
+        function = pkgutil.resolve_name(config.path)
+    except Exception as error:  # whatever the user's module raises while it is imported
+        remedy = f"It cannot be imported: {type(error).__name__}: {error}. {wanted}"
+        raise ConfigError([Violation(key, config.path, remedy)]) from error
+    if not callable(function):
+        raise ConfigError([Violation(key, config.path, f"It is a {type(function).__name__}. {wanted}")])
+    signature = inspect.signature(function)
+    settings = _settings(key, config, function, signature)
+    try:
+        signature.bind(**dict.fromkeys(parameters), **settings)
+    except TypeError as error:
+        names = ", ".join([*parameters, *settings])
+        remedy = f"It is called with the keywords {names}, and takes {signature}: {error}. Take these, or **others."
+        raise ConfigError([Violation(key, config.path, remedy)]) from error
+
+    @functools.wraps(function)
+    def called(**arguments: Any) -> Any:
+        try:
+            return function(**arguments, **settings)
+        except Exception as error:  # whatever the user's function raises
+            raise ValueError(f"{key} = {config.path} raised {type(error).__name__}: {error}") from error
+
+    return called
+
+
+def _settings(
+    key: str, config: FunctionConfig, function: Callable[..., Any], signature: inspect.Signature
+) -> dict[str, BaseModel]:
+    """Returns the keyword argument `settings`, or nothing where the function has no such parameter."""
+    if "settings" not in signature.parameters:
+        if config.settings:
+            remedy = (
+                f"{config.path} has no parameter `settings`. Remove them, or add it, annotated with a pydantic model."
+            )
+            raise ConfigError([Violation(f"{key}.settings", dict(config.settings), remedy)])
+        return {}
+    model = typing.get_type_hints(function).get("settings")
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        remedy = "Its parameter `settings` is not annotated with a pydantic model. Annotate it with one."
+        raise ConfigError([Violation(key, config.path, remedy)])
+    return {"settings": parse_section(f"{key}.settings", dict(config.settings), model)}
