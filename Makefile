@@ -142,5 +142,5 @@ bench-token-weights: setup ## compare token weights on two tasks, five seeds eac
 bench-fp8: setup ## measure emulated FP8's effect on log-probabilities and gradients (a quarter of an hour)
 	$(BIN)/python -m benchmarks.fp8
 
-clean: ## remove the environment, the site and caches, not the runs
-	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache *.egg-info
+clean: ## remove the environments, the site and caches, not the runs
+	rm -rf $(VENV) $(NEWEST) site .mypy_cache .ruff_cache .pytest_cache *.egg-info
