@@ -11,7 +11,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from oreal_megatron.config import ConfigError, FunctionConfig, ObjectiveConfig, Violation, parse_section
+from oreal_megatron.config import (
+    ConfigError,
+    FunctionConfig,
+    ObjectiveConfig,
+    TrainConfig,
+    Violation,
+    parse_section,
+)
 
 PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "advantages": ("responses",),
@@ -30,6 +37,8 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "kl": ("reference_logprobs_R", "logprobs_R"),
 }
 """Keyword arguments of each function of `objective.functions`."""
+REWARD_PARAMETERS = ("question", "gold_answer", "response", "stopped")
+"""Keyword arguments of `rollout.reward`."""
 
 
 def objective_function(config: ObjectiveConfig, name: str) -> Callable[..., Any] | None:
@@ -48,12 +57,19 @@ def described(config: ObjectiveConfig, name: str) -> str:
     return f"objective.functions.{name} = {None if function is None else function.path}"
 
 
-def check_functions(config: ObjectiveConfig) -> list[Violation]:
-    """Returns what is wrong with the functions of `objective.functions`."""
+def reward_function(config: TrainConfig) -> Callable[..., Any] | None:
+    """Returns the function that `rollout.reward` names. Raises ConfigError as `objective_function` does."""
+    function = config.rollout.reward
+    return None if function is None else load_function("rollout.reward", function, REWARD_PARAMETERS)
+
+
+def check_functions(config: TrainConfig) -> list[Violation]:
+    """Returns what is wrong with the functions that a configuration names."""
+    loads = [functools.partial(objective_function, config.objective, name) for name in PARAMETERS]
     violations: list[Violation] = []
-    for name in PARAMETERS:
+    for load in (*loads, functools.partial(reward_function, config)):
         try:
-            objective_function(config, name)
+            load()
         except ConfigError as error:
             violations += error.violations
     return violations

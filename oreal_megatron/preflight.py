@@ -40,7 +40,7 @@ def check_startable(config: TrainConfig, num_processes: int) -> None:
         violations.append(Violation("resources.trainer_devices", wanted, remedy))
     violations += _servers_elsewhere(config, num_processes)
     violations += _missing_paths(config)
-    violations += check_functions(config.objective)
+    violations += check_functions(config)
     if violations:
         raise ConfigError(violations)
 

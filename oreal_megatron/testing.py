@@ -65,9 +65,10 @@ def check_objective(
         ConfigError: the overrides are no valid configuration.
         AssertionError: a check fails. The message has all that fail.
     """
-    config = validated(composed([*overrides], config_dir=config_dir)).objective
-    if violations := check_functions(config):
+    run = validated(composed([*overrides], config_dir=config_dir))
+    if violations := check_functions(run):
         raise ConfigError(violations)
+    config = run.objective
     values = _random_values(sum(_LENGTHS), seed)
     faults = [
         *_faults_of_gradient(config, values),

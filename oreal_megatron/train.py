@@ -13,6 +13,7 @@ from torch import Tensor
 from oreal_megatron.checkpoint.store import Best, is_better, step_name
 from oreal_megatron.config import TrainConfig
 from oreal_megatron.data.packing import PackedSequence, TokenBatch
+from oreal_megatron.distributed.profiling import profiled
 from oreal_megatron.distributed.step_timer import StepTimer
 from oreal_megatron.evaluation import areas_under_curve, evaluate_run
 from oreal_megatron.losses.advantages import Selection, is_useful, select_trajectories, used_responses
@@ -61,7 +62,9 @@ def train(run: Run) -> None:
             while progress.step < config.num_steps:
                 if run.groups.any_rank(run.stop.is_made):
                     raise Stopped("stopped between two steps")
-                run.tracker.step(train_step(run))
+                with profiled(run.directory, run.config.tracking, step=progress.step, rank=run.groups.rank):
+                    report = train_step(run)
+                run.tracker.step(report)
                 bar.advance()
                 progress.step += 1
                 run.store.finish(wait=False)

@@ -118,6 +118,8 @@ class Grade:
     """Reason for the verdict, as text for people."""
     stage: str
     """Stage that decided: `stop`, `extract`, `rules`, `judge`, ..."""
+    credit: float | None = None
+    """Share of the reward of a CORRECT response, in [0, 1]; None: 1 for CORRECT, 0 for other verdicts."""
     answer: str = ""
     """Final answer that was extracted from the response; empty where there is none, or extraction was not reached."""
     seconds: float = 0.0
@@ -138,6 +140,11 @@ class GradedRollout:
     @property
     def is_correct(self) -> bool:
         return self.grade.verdict is Verdict.CORRECT
+
+    @property
+    def credit(self) -> float:
+        """Share of the reward of a CORRECT response, in [0, 1]."""
+        return float(self.is_correct) if self.grade.credit is None else self.grade.credit
 
     def to_json(self) -> dict[str, Any]:
         """Returns a record for `files.json_line`."""

@@ -26,6 +26,7 @@ from oreal_megatron.data.tokenizer import load_tokenizer
 from oreal_megatron.directory_lock import check_shared, locked
 from oreal_megatron.distributed.cpu_backend import cpu_backend
 from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
+from oreal_megatron.extensions import reward_function
 from oreal_megatron.files import write_atomically
 from oreal_megatron.log import run_logging
 from oreal_megatron.machine.requirements import check_machine
@@ -106,7 +107,7 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
             config.run.seed,
             directory,
         )
-        verifier = stack.enter_context(contextlib.closing(build_verifier(config.verifier)))
+        verifier = stack.enter_context(contextlib.closing(build_verifier(config.verifier, reward_function(config))))
         tokenizer = load_tokenizer(config.model.tokenizer)
         journal = stack.enter_context(contextlib.closing(RolloutJournal(directory / "journal", groups)))
         geometry = geometry_of_run(config.model)

@@ -12,9 +12,9 @@ from oreal_megatron.config.divisibility import (
     unserved_shapes,
 )
 from oreal_megatron.config.errors import ConfigError, Violation
-from oreal_megatron.config.fields import NonNegative, Positive, Section, Strings
+from oreal_megatron.config.fields import FunctionConfig, NonNegative, Positive, Section, Strings
 from oreal_megatron.config.geometry import GeometryConfig, RopeScalingConfig
-from oreal_megatron.config.objective import FunctionConfig, ObjectiveConfig, TokenWeightConfig
+from oreal_megatron.config.objective import ObjectiveConfig, TokenWeightConfig
 from oreal_megatron.config.parsing import (
     check_resume,
     check_settings,
@@ -36,6 +36,7 @@ from oreal_megatron.config.sections import (
     ParallelConfig,
     PromptConfig,
     SftConfig,
+    TrackingConfig,
     TrainConfig,
 )
 
@@ -62,6 +63,7 @@ __all__ = [
     "SftConfig",
     "Strings",
     "TokenWeightConfig",
+    "TrackingConfig",
     "TrainConfig",
     "UndecidedConfig",
     "Violation",

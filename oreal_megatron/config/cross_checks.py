@@ -399,6 +399,20 @@ def _check_decoding(run: RunConfig, model: ModelConfig, rollout: RolloutConfig) 
         yield Violation("model.implementation", model.implementation, f"{remedy}rollout=sglang, or run.mode=replay.")
 
 
+@_check("tracking", "resources")
+def _check_profile(tracking: TrackingConfig, resources: ResourcesConfig) -> Iterator[Violation]:
+    steps = tracking.profile
+    if steps is not None and steps[0] > steps[1]:
+        remedy = f"The last step comes before the first. Set it to [{steps[1]},{steps[0]}]."
+        yield Violation("tracking.profile", steps, remedy)
+    if tracking.memory_snapshot and steps is None:
+        remedy = "Snapshots are of profiled steps. Set tracking.profile, such as [3,4]."
+        yield Violation("tracking.memory_snapshot", True, remedy)
+    if tracking.memory_snapshot and resources.device == "cpu":
+        remedy = "A CPU's memory has no snapshots. Set it to false, or resources to that of a GPU."
+        yield Violation("tracking.memory_snapshot", True, remedy)
+
+
 @_check("run", "tracking")
 def _check_rollout_mode(run: RunConfig, tracking: TrackingConfig) -> Iterator[Violation]:
     if run.mode == "rollout" and not tracking.trajectories:

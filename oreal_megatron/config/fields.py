@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -46,6 +47,8 @@ AsTuple = BeforeValidator(_as_tuple)
 Strings = Annotated[tuple[str, ...], AsTuple]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 FloatPair = Annotated[tuple[Finite, Finite], AsTuple]
+StepRange = Annotated[tuple[NonNegative, NonNegative], AsTuple]
+"""Numbers of a first and a last step."""
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -53,3 +56,17 @@ class Section(BaseModel):
     """Base of the configuration's sections: no unknown keys, no coercion, immutable."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class FunctionConfig(Section):
+    """A function of one's own: its path alone, or a mapping of path and settings."""
+
+    path: Text
+    """Function, as `module.name`, in a module on PYTHONPATH."""
+    settings: Mapping[str, Any] = {}
+    """Values of the pydantic model with which the function's parameter `settings` is annotated."""
+
+
+Function = Annotated[
+    FunctionConfig, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)
+]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from oreal_megatron.config.fields import (
     FloatPair,
+    Function,
     NonNegative,
     NonNegativeFloat,
     Positive,
@@ -43,20 +43,6 @@ class TokenWeightConfig(Section):
     top_share: Annotated[float, Field(gt=0.0, le=1.0)] | None
     """Share of each response's tokens that keep a weight, those of highest confidence, min-max rescaled; under
     `form: confidence`. null: the thresholds decide."""
-
-
-class FunctionConfig(Section):
-    """A function of one's own: its path alone, or a mapping of path and settings."""
-
-    path: Text
-    """Function, as `module.name`, in a module on PYTHONPATH."""
-    settings: Mapping[str, Any] = {}
-    """Values of the pydantic model with which the function's parameter `settings` is annotated."""
-
-
-Function = Annotated[
-    FunctionConfig, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)
-]
 
 
 class FunctionsConfig(Section):

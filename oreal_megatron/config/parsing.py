@@ -112,6 +112,7 @@ ADDED = {
     "objective.reward_model.updates": 1,
     "objective.reward_model.ranking_weight": 0.0,
     "data.arithmetic.wrong_order_share": 0.0,
+    "rollout.reward": None,
 }
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from oreal_megatron.config.fields import (
+    Function,
     NonNegative,
     NonNegativeFloat,
     Positive,
@@ -164,6 +165,9 @@ class RolloutConfig(Section):
     batch_size: Positive
     """Number of sequences that the embedded backend generates at the same time. Pass rates are estimated in batches of
     this size too."""
+    reward: Function | None = None
+    """Function of one's own that rewards a response, in place of the verifier; docs/extending.md has its arguments.
+    null: none."""
     mismatch: MismatchConfig | None = None
     """Limits of the difference between policy and rollouts. null: only report it."""
     undecided: UndecidedConfig | None = None

@@ -19,6 +19,7 @@ from oreal_megatron.config.fields import (
     Section,
     Seed,
     Share,
+    StepRange,
     Strings,
     Text,
 )
@@ -308,6 +309,11 @@ class TrackingConfig(Section):
     """Write every step's graded rollouts to trajectories/ below run.dir."""
     report: bool
     """Write report.html to run.dir at the end of the run."""
+    profile: StepRange | None
+    """First and last step that torch's profiler records, such as [3, 4]: traces/ below run.dir has a trace of each rank
+    and step, for https://ui.perfetto.dev. null: none."""
+    memory_snapshot: bool
+    """Write a snapshot of the device's memory with each trace, for https://pytorch.org/memory_viz. Needs a GPU."""
 
 
 class RunConfig(Section):

@@ -6,6 +6,8 @@ import contextlib
 import time
 from collections.abc import Iterator
 
+import torch
+
 from oreal_megatron.distributed.cpu_backend import peak_memory, reset_peak_memory
 from oreal_megatron.distributed.groups import ParallelGroups
 
@@ -25,7 +27,8 @@ class StepTimer:
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         reset_peak_memory()
-        yield
+        with torch.profiler.record_function(phase):
+            yield
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
         if (peak := peak_memory()) is not None:
             self._peaks[phase] = max(peak, self._peaks.get(phase, 0))

@@ -104,7 +104,8 @@ def group_advantages(responses: Sequence[GradedRollout], config: ObjectiveConfig
     """
     own = objective_function(config, "advantages")
     if own is None:
-        return shaped_rewards([graded.is_correct for graded in responses], config)
+        outcomes = [graded.is_correct for graded in responses]
+        return shaped_rewards(outcomes, config, credits=[graded.credit for graded in responses])
     values = [float(value) for value in own(responses=responses)]
     if len(values) != len(responses) or not all(map(math.isfinite, values)):
         prompt = responses[0].rollout.prompt.id
@@ -115,8 +116,13 @@ def group_advantages(responses: Sequence[GradedRollout], config: ObjectiveConfig
     return values
 
 
-def shaped_rewards(outcomes: Sequence[bool], config: ObjectiveConfig) -> list[float]:
+def shaped_rewards(
+    outcomes: Sequence[bool], config: ObjectiveConfig, *, credits: Sequence[float] | None = None
+) -> list[float]:
     """Returns the advantage A_i of each decided response of a group.
+
+    The reward r_i goes from the lower value of `reward_values` at credit 0 to the upper one at credit 1. credits: in
+    [0, 1]; None: 1 for correct and 0 for incorrect responses.
 
     rloo   r_i - mean of the others' r
     grpo   (r_i - mean) / (population std + eps)
@@ -125,7 +131,8 @@ def shaped_rewards(outcomes: Sequence[bool], config: ObjectiveConfig) -> list[fl
     """
     n = len(outcomes)
     low, high = config.reward_values
-    rewards = [high if correct else low for correct in outcomes]
+    shares = [float(correct) for correct in outcomes] if credits is None else credits
+    rewards = [(1.0 - share) * low + share * high for share in shares]
     total = math.fsum(rewards)
     if config.shaping == "rloo":
         return [reward - (total - reward) / (n - 1) for reward in rewards] if n > 1 else [0.0]

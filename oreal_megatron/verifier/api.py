@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from oreal_megatron.types import Grade, GradeRequest, Verdict
 from oreal_megatron.verifier.cache import VerdictCache, cache_key
@@ -17,6 +17,7 @@ from oreal_megatron.verifier.extract import Extraction, extract
 from oreal_megatron.verifier.judge.judge import Judge
 from oreal_megatron.verifier.metrics import VerifierMetrics
 from oreal_megatron.verifier.outcome import RULES, Outcome
+from oreal_megatron.verifier.own_reward import grades_of
 from oreal_megatron.verifier.rules import compare_final
 from oreal_megatron.verifier.workers.pool import Job, WorkerPool
 
@@ -43,8 +44,9 @@ class _Case:
 class StagedVerifier:
     """Grades in stages (stop rule, extraction, rules, judge); each stage passes on the cases that it cannot decide."""
 
-    def __init__(self, config: VerifierConfig) -> None:
+    def __init__(self, config: VerifierConfig, reward: Callable[..., Any] | None = None) -> None:
         self.config = config
+        self._reward = reward
         self._pool = WorkerPool(config.num_workers, config.timeout_seconds, config.memory_limit_mb)
         self._cache = VerdictCache(config.cache_path) if config.cache_path is not None else None
         self._judge = Judge(config.judge) if config.judge.mode != "off" else None
@@ -74,6 +76,11 @@ class StagedVerifier:
 
     def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
         """Returns a grade for each request, in order. Never raises for a bad answer."""
+        if self._reward is not None:
+            seconds, concurrency = self.config.timeout_seconds, self.config.num_workers
+            grades = grades_of(self._reward, requests, seconds=seconds, concurrency=concurrency)
+            self._metrics.record(grades)
+            return grades
         return self._grade_cases([self._first_stages(request) for request in requests])
 
     def grade_answers(self, requests: Sequence[GradeRequest]) -> list[Grade]:
@@ -207,6 +214,6 @@ def _grade(case: _Case) -> Grade:
     )
 
 
-def build_verifier(config: VerifierConfig) -> StagedVerifier:
-    """Builds the verifier that the config describes."""
-    return StagedVerifier(config)
+def build_verifier(config: VerifierConfig, reward: Callable[..., Any] | None = None) -> StagedVerifier:
+    """Builds the verifier that the config describes. reward: function of a user's that grades in its place."""
+    return StagedVerifier(config, reward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -239,3 +240,11 @@ def test_help_and_cfg_job_work():
     assert shown.returncode == 0 and "actor_freeze_steps: 1" in shown.stdout
     helped = invoke("--help")
     assert helped.returncode == 0 and "experiment=arithmetic" in helped.stdout
+
+
+def test_a_profiled_step_has_a_trace_with_its_phases(finished):
+    (trace,) = (finished / "traces").iterdir()
+    assert trace.name == "step_000001.rank_0000.json.gz"
+    with gzip.open(trace) as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"generate", "verify", "reward_model", "publish", "aten::mm"} <= names

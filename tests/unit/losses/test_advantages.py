@@ -144,3 +144,12 @@ def test_a_group_is_of_use_where_some_of_it_trains(composed):
     oreal, nsr = objective(composed, "oreal"), objective(composed, "nsr")
     assert [is_useful(group(verdicts), oreal) for verdicts in ([C, I], [C, U], [I, I], [U, U])] == [True] + [False] * 3
     assert [is_useful(group(verdicts), nsr) for verdicts in ([C, I], [C, U], [I, I], [U, U])] == [1, 0, 1, 0]
+
+
+def test_partial_credit_lies_between_the_rewards(composed):
+    config = objective(composed, "rloo")
+    values = shaped_rewards([True, False, False], config, credits=[1.0, 0.5, 0.0])  # rewards 1, 0, -1
+    assert values == pytest.approx([1.5, 0.0, -1.5])
+    assert shaped_rewards([True, False, False], config, credits=[1.0, 0.0, 0.0]) == shaped_rewards(
+        [True, False, False], config
+    )
