@@ -48,7 +48,7 @@ setup(
         "torch>=2.11,<2.15",
         "megatron-core>=0.16.1,<0.20",
         "numpy>=2,<3",
-        "scipy>=1.15",  # confidence intervals of oreal-eval
+        "scipy>=1.15",  # confidence intervals of oreal-eval, skills of oreal-data
         "psutil>=7",  # megatron-core's checkpoint writer hangs without it
         "transformers>=5.17,<6",
         "tokenizers>=0.22",
@@ -64,7 +64,7 @@ setup(
         "sympy>=1.13,<2",
         "mpmath>=1.3,<1.4",
         "latex2sympy2_extended>=1.11,<2",
-        "httpx>=0.27,<1",  # the verifier's judge
+        "httpx>=0.27,<1",  # the verifier's judge, the tagger of oreal-data
         "rich>=14",
         "jinja2>=3.1",
         "matplotlib>=3.10",

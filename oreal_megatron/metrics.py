@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from oreal_megatron.config import ConfigError, TrainConfig, Violation
+from oreal_megatron.data.difficulty import drawn_shares
 from oreal_megatron.files import (
     append_line,
     json_line,
@@ -312,6 +313,7 @@ def rollout_metrics(groups: Sequence[Sequence[GradedRollout]], selection: Select
     """Returns metrics of a step's responses, and of the selection that trains."""
     rollouts = [graded.rollout for group in groups for graded in group]
     stages = Counter(graded.grade.stage for group in groups for graded in group)
+    prompts = [group[0].rollout.prompt for group in groups]
     count = max(len(rollouts), 1)
     return {
         **{f"verifier/share_by_{stage}": number / count for stage, number in sorted(stages.items())},
@@ -325,4 +327,5 @@ def rollout_metrics(groups: Sequence[Sequence[GradedRollout]], selection: Select
         "data/all_correct_groups": float(selection.num_all_correct),
         "data/all_incorrect_groups": float(selection.num_all_incorrect),
         "data/trajectories": float(len(selection.trajectories)),
+        **{f"data/drawn_{name}": share for name, share in drawn_shares(prompts).items()},
     }

@@ -65,7 +65,7 @@ def _missing_paths(config: TrainConfig) -> list[Violation]:
     directories = {"model.path": config.model.path}
     if config.model.tokenizer not in ("arithmetic", config.model.path):
         directories["model.tokenizer"] = config.model.tokenizer
-    files = {"data.train": config.data.train, "sft.demonstrations": config.sft.demonstrations if config.sft else None}
+    files = {**config.data.train_paths, "sft.demonstrations": config.sft.demonstrations if config.sft else None}
     files |= {f"evaluation.benchmarks.{name}.path": item.path for name, item in config.evaluation.benchmarks.items()}
     violations = [
         Violation(key, path, "There is no such directory. Set it to a directory of the form of Hugging Face models.")

@@ -78,7 +78,7 @@ def write_report(directory: Path) -> Path:
             skipped=[record for record in steps if record["skipped"]],
             seconds=_mean_seconds(steps),
             evaluation_figures=[f for f in (_pass_figure(evaluations),) if f is not None],
-            training_figures=_training_figures(steps, _PANELS),
+            training_figures=_training_figures(steps, [*_PANELS, *_drawn_panels(steps)]),
             reward_model_figures=_reward_model_figures(directory, steps, weighted),
             shown_value=shown_value,
             written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -158,6 +158,18 @@ def _training_figures(steps: Sequence[dict[str, Any]], panels: Sequence[tuple[An
             axis.legend()
         figures.append(_svg(figure))
     return figures
+
+
+def _drawn_panels(steps: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """Returns panels of the prompts that steps drew: by band of pass rate and by source, where the run has these."""
+    keys = dict.fromkeys(key for record in steps for key in record["metrics"])
+    panels: list[tuple[Any, ...]] = []
+    for title, prefix in (("Prompts by pass rate", "data/drawn_pass_rate_"), ("Prompts by source", "data/drawn_from_")):
+        lines = tuple((key.removeprefix(prefix).replace("_to_", " to "), key) for key in keys if key.startswith(prefix))
+        shown = [line for line in lines if any(record["metrics"].get(line[1]) for record in steps)]
+        if shown:
+            panels.append((title, "%", 100, shown))
+    return panels
 
 
 def _calibration_figure(directory: Path) -> str | None:

@@ -169,6 +169,7 @@ def rolled_out(run: Run, clock: StepTimer) -> SampleResult:
         run.stream.load_state_dict(position)
         raise
     run.stream.put_back(sampled.unfinished)
+    run.stream.observe(sampled.groups)
     return sampled
 
 

@@ -40,6 +40,8 @@ class Prompt:
     gold_answer: str
     pass_rate: float | None = None
     """Share of the initial policy's responses that are correct, in [0, 1]; None where it is not estimated."""
+    source: str | None = None
+    """Name of the prompt's source in data.train; None where data.train names none."""
 
 
 @dataclass(frozen=True, kw_only=True)

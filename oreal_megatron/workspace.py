@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from oreal_megatron.data.arithmetic import ArithmeticData, generate_arithmetic
 from oreal_megatron.data.golds import check_golds
 from oreal_megatron.data.packing import Packer
 from oreal_megatron.data.prompting import PromptRenderer
-from oreal_megatron.data.prompts import read_prompts
+from oreal_megatron.data.prompts import read_prompts, warn_of_common
 from oreal_megatron.data.tokenizer import load_tokenizer
 from oreal_megatron.directory_lock import check_shared, locked
 from oreal_megatron.distributed.cpu_backend import cpu_backend
@@ -200,13 +200,18 @@ def claim_directory(directory: Path, config: TrainConfig, groups: ParallelGroups
 
 
 def _train_prompts(config: TrainConfig, renderer: PromptRenderer, generated: ArithmeticData | None) -> list[Prompt]:
-    if config.data.train is not None:
-        source = f"data.train = {config.data.train}"
-        prompts = read_prompts(config.data.train, empty_golds=config.data.empty_golds)
-        check_golds(prompts, source, phrases_are_judged=config.verifier.judge.mode != "off")
-        return _fitting(prompts, source, renderer, config)
-    # The configuration has no prompts where run.num_steps is 0 alone.
-    return [] if generated is None else _fitting(generated.train, "data.arithmetic", renderer, config)
+    if config.data.train is None:
+        # The configuration has no prompts where run.num_steps is 0 alone.
+        return [] if generated is None else _fitting(generated.train, "data.arithmetic", renderer, config)
+    found: list[Prompt] = []
+    names = config.data.train if isinstance(config.data.train, Mapping) else [None]
+    for name, (key, path) in zip(names, config.data.train_paths.items(), strict=True):
+        place = f"{key} = {path}"
+        prompts = read_prompts(path, empty_golds=config.data.empty_golds, source=name)
+        check_golds(prompts, place, phrases_are_judged=config.verifier.judge.mode != "off")
+        found += _fitting(prompts, place, renderer, config)
+    warn_of_common(found)
+    return found
 
 
 def _benchmarks(config: TrainConfig, renderer: PromptRenderer, generated: ArithmeticData | None) -> list[Benchmark]:

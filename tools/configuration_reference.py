@@ -38,11 +38,12 @@ Prompts and problems are JSONL files in UTF-8, demonstrations likewise:
 {"question": "What is 6 times 7?", "response": "It is $\\\\boxed{42}$."}
 ```
 
-`id` and `pass_rate` are optional, other keys are not read. A file of another format (Parquet, a data set's directory, a
-JSON array), or with other names for these keys, is refused with the command that converts it. Lines without a gold
-answer are refused with their number; `data.empty_golds=skip` leaves them out. Questions that are on several lines are
-counted when the run starts, and so are whole solutions and phrases as gold answers: more than a fifth of them is
-refused. [data.md](data.md) has the commands that import, check and deduplicate prompt files.
+`id` and `pass_rate` are optional, other keys are not read. Prompts and problems may also be Parquet or Arrow files,
+JSON arrays, and directories of data sets. Other names for these keys are refused with the command that converts them.
+Records without a gold answer are refused with their number; `data.empty_golds=skip` leaves them out. Questions that are
+in several records are counted when the run starts, and so are whole solutions and phrases as gold answers: more than a
+fifth of them is refused. [data.md](data.md) has the commands that import, check and deduplicate prompt files, and says
+how a run draws from several [sources](data.md#in-a-run).
 
 ## Options of your own
 
@@ -80,7 +81,7 @@ def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type
     for name, field in model.model_fields.items():
         key = f"{path}.{name}" if path else name
         for section in nested(field.annotation):
-            inner = f"{key}.NAME" if typing.get_origin(field.annotation) is Mapping else key
+            inner = f"{key}.NAME" if has_mapping(field.annotation) else key
             yield inner, section
             yield from sections(section, inner)
 
@@ -91,6 +92,19 @@ def nested(annotation: object) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for part in typing.get_args(annotation) for section in nested(part)]
+
+
+def has_mapping(annotation: object) -> bool:
+    parts = typing.get_args(annotation)
+    return typing.get_origin(annotation) is Mapping or any(has_mapping(part) for part in parts)
+
+
+def has_values(annotation: object) -> bool:
+    """Whether a key may hold a value besides sections, lists and mappings of these, and null."""
+    parts = typing.get_args(annotation)
+    if not nested(annotation):
+        return annotation is not type(None)
+    return typing.get_origin(annotation) not in (Mapping, tuple) and any(has_values(part) for part in parts)
 
 
 def type_name(annotation: object) -> str:
@@ -105,6 +119,8 @@ def type_name(annotation: object) -> str:
         return type_name(parts[0])
     if parts and origin is not None and getattr(origin, "__name__", "") in ("UnionType", "Union"):
         return " or ".join(type_name(part) for part in parts)
+    if origin is Mapping:
+        return "mapping"
     if parts:
         return "list of " + type_name(parts[0])
     return getattr(annotation, "__name__", str(annotation))
@@ -118,7 +134,7 @@ def main() -> None:
         print(f"## `{path}`\n\n{(section.__doc__ or '').strip().splitlines()[0] if section.__doc__ else ''}\n")
         print("| key | type | meaning |\n|---|---|---|")
         for name, field in section.model_fields.items():
-            if nested(field.annotation):
+            if not has_values(field.annotation):
                 continue
             meaning = " ".join((field.description or "").split()).replace("|", "\\|")
             print(f"| `{name}` | {type_name(field.annotation)} | {meaning} |")

@@ -1,10 +1,9 @@
-"""`oreal-data`: makes prompt files from public data sets, and checks them."""
+"""`oreal-data`: makes, checks and rates prompt files, and chooses what is trained on."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,15 +11,15 @@ from typing import Any, NoReturn
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 from oreal_megatron.cli.arguments import add_overrides, add_subcommand, command_parser, positive
+from oreal_megatron.cli.data_pass_rates import add_pass_rates
+from oreal_megatron.cli.data_reports import add_output, progress_bar, share, show
+from oreal_megatron.cli.data_selection import add_select, add_sft_from_rollouts
+from oreal_megatron.cli.data_skills import add_skills
 from oreal_megatron.cli.errors import run_command
 from oreal_megatron.compose import composed, missing_value
 from oreal_megatron.config import ConfigError, PromptConfig, Violation, parse_section
-from oreal_megatron.data.curation.report import Report
 from oreal_megatron.data.curation.sources import find_files, num_records
 from oreal_megatron.data.mapping import RecordMapping, load_mapping, presets, validated_mapping
 from oreal_megatron.verifier.config import VerifierConfig
@@ -30,19 +29,30 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs `oreal-data`. Exit status 1: a file cannot be used, or `check` found faults and has no --output."""
     parser = command_parser(
         "oreal-data",
-        "Makes prompt files (JSONL with question and gold_answer) from public data sets, and checks them.",
+        "Makes prompt files (JSONL with question and gold_answer) from public data sets, checks and rates them, and\n"
+        "chooses the prompts and responses that are trained on.",
         example="oreal-data import DAPO-Math-17k --output dapo.jsonl\n"
         "  oreal-data dedupe dapo.jsonl --output unique.jsonl\n"
         "  oreal-data decontaminate unique.jsonl --benchmark math500.jsonl aime24.jsonl --output train.jsonl\n"
-        "  oreal-data check train.jsonl",
+        "  oreal-data check train.jsonl\n"
+        "  oreal-data pass-rates models/Qwen2.5-7B train.jsonl --output rated.jsonl",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_import(commands)
     _add_check(commands)
     _add_dedupe(commands)
     _add_decontaminate(commands)
-    arguments = parser.parse_args(argv)
-    run_command(lambda: arguments.run(arguments))
+    add_pass_rates(commands)
+    add_select(commands)
+    add_sft_from_rollouts(commands)
+    add_skills(commands)
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes no positional argument of a sub-command after an option.
+    if rest and (not hasattr(arguments, "overrides") or any(argument.startswith("-") for argument in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    run_command(lambda: arguments.run(arguments), continues=arguments.command == "pass-rates")
 
 
 def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -73,7 +83,7 @@ def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="with --field: gold_answer is the text after #### or in the last box",
     )
     command.add_argument("--split", metavar="NAME", help="split of a directory with several (default: train)")
-    _add_output(command, required=True)
+    add_output(command, required=True)
 
 
 def _import(arguments: argparse.Namespace) -> int:
@@ -81,9 +91,9 @@ def _import(arguments: argparse.Namespace) -> int:
 
     files = [file for source in arguments.sources for file in find_files(source, arguments.split)]
     mapping = _mapping(arguments, lambda: recognized(files))
-    with _progress_bar("import", num_records(files)) as advance:
+    with progress_bar("import", num_records(files)) as advance:
         report = import_records(files, arguments.output, mapping, advance=advance)
-    _show(report, arguments, title=f"{', '.join(map(str, arguments.sources))} as {mapping.title or 'given'}")
+    show(report, arguments, title=f"{', '.join(map(str, arguments.sources))} as {mapping.title or 'given'}")
     return 0
 
 
@@ -120,7 +130,7 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     command.add_argument("file", type=Path, metavar="FILE", help="JSONL file with question and gold_answer")
     add_overrides(command)
-    _add_output(command, required=False, help="file to write with the lines that have no fault of their own")
+    add_output(command, required=False, help="file to write with the lines that have no fault of their own")
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -129,7 +139,7 @@ def _check(arguments: argparse.Namespace) -> int:
     num_tokens, limit = None, 0
     if arguments.overrides or arguments.config_dir is not None:
         num_tokens, limit = _prompt_lengths(arguments)
-    with _verifier() as verifier, _progress_bar("check", num_records([arguments.file])) as advance:
+    with _verifier() as verifier, progress_bar("check", num_records([arguments.file])) as advance:
         report = checking.check(
             arguments.file,
             verifier,
@@ -138,7 +148,7 @@ def _check(arguments: argparse.Namespace) -> int:
             max_prompt_tokens=limit,
             advance=advance,
         )
-    _show(report, arguments, title=str(arguments.file))
+    show(report, arguments, title=str(arguments.file))
     has_faults = any(kind not in (checking.SOUND, checking.REPEATED) for kind in report.counts)
     return 1 if has_faults and arguments.output is None else 0
 
@@ -174,21 +184,21 @@ def _add_dedupe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument("file", type=Path, metavar="FILE", help="JSONL file with question and gold_answer")
     command.add_argument(
         "--threshold",
-        type=_share,
+        type=share,
         default=0.7,
         metavar="SHARE",
         help="Jaccard similarity of near duplicates; 1: equal questions only (default: %(default)s)",
     )
-    _add_output(command, required=True)
+    add_output(command, required=True)
 
 
 def _dedupe(arguments: argparse.Namespace) -> int:
     from oreal_megatron.data.curation.duplicates import dedupe
 
     threshold = None if arguments.threshold == 1 else arguments.threshold
-    with _verifier() as verifier, _progress_bar("dedupe", 2 * num_records([arguments.file])) as advance:
+    with _verifier() as verifier, progress_bar("dedupe", 2 * num_records([arguments.file])) as advance:
         report = dedupe(arguments.file, arguments.output, verifier, threshold=threshold, advance=advance)
-    _show(report, arguments, title=str(arguments.file))
+    show(report, arguments, title=str(arguments.file))
     return 0
 
 
@@ -208,7 +218,7 @@ def _add_decontaminate(commands: argparse._SubParsersAction[argparse.ArgumentPar
     )
     command.add_argument(
         "--overlap",
-        type=_share,
+        type=share,
         default=0.5,
         metavar="SHARE",
         help="least overlap of a match (default: %(default)s)",
@@ -217,13 +227,13 @@ def _add_decontaminate(commands: argparse._SubParsersAction[argparse.ArgumentPar
         "--words", type=positive, default=5, metavar="N", help="words of an n-gram (default: %(default)s)"
     )
     command.add_argument("--matches", type=Path, metavar="FILE", help="JSONL file to write with every match")
-    _add_output(command, required=True)
+    add_output(command, required=True)
 
 
 def _decontaminate(arguments: argparse.Namespace) -> int:
     from oreal_megatron.data.curation.contamination import BenchmarkIndex, decontaminate
 
-    with _progress_bar("decontaminate", num_records([*arguments.benchmark, arguments.file])) as advance:
+    with progress_bar("decontaminate", num_records([*arguments.benchmark, arguments.file])) as advance:
         report = decontaminate(
             arguments.file,
             arguments.output,
@@ -232,21 +242,8 @@ def _decontaminate(arguments: argparse.Namespace) -> int:
             matches=arguments.matches,
             advance=advance,
         )
-    _show(report, arguments, title=str(arguments.file))
+    show(report, arguments, title=str(arguments.file))
     return 0
-
-
-def _add_output(command: argparse.ArgumentParser, *, required: bool, help: str = "JSONL file to write") -> None:
-    command.add_argument("--output", type=Path, required=required, metavar="FILE", help=help)
-    command.add_argument("--json", action="store_true", help="print the report as JSON")
-
-
-def _share(text: str) -> float:
-    """Returns the number that an argument names, or refuses it if it is not above 0 and at most 1."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return value
 
 
 @contextlib.contextmanager
@@ -256,31 +253,6 @@ def _verifier() -> Iterator[Any]:
 
     with build_verifier(VerifierConfig(num_workers=os.cpu_count() or 1)) as verifier:
         yield verifier
-
-
-@contextlib.contextmanager
-def _progress_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """Shows a bar of records on stderr, and gives the function that advances it by one."""
-    console = Console(stderr=True)
-    with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda: progress.advance(task)
-
-
-def _show(report: Report, arguments: argparse.Namespace, *, title: str) -> None:
-    """Prints the report as a table with its examples, or as JSON."""
-    if arguments.json:
-        print(json.dumps(report.as_json(), ensure_ascii=False, indent=2))
-        return
-    table = Table("lines", "what", title=title, title_justify="left")
-    for kind, count in report.counts.most_common():
-        table.add_row(f"{count:,}", kind)
-    console = Console(markup=False, highlight=False, soft_wrap=True)
-    console.print(table)
-    for example in report.examples:
-        console.print(f"{example.where}: {example.kind}: {' '.join(example.text.split())[:200]}")
-    if arguments.output is not None:
-        console.print(f"written: {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from oreal_megatron.cli.arguments import add_overrides, command_parser, positive
 from oreal_megatron.cli.errors import run_command
-from oreal_megatron.compose import composed, validated
+from oreal_megatron.cli.model_settings import model_settings
+from oreal_megatron.compose import validated
 from oreal_megatron.config import TrainConfig
 from oreal_megatron.distributed.environment import NCCL_WITHOUT_CUMEM, devices_hidden
 from oreal_megatron.files import write_atomically
@@ -97,51 +98,9 @@ def evaluation_config(arguments: argparse.Namespace) -> TrainConfig:
         ValueError: MODEL is no Hugging Face directory, an override sets what an evaluation fixes, or there is no
             benchmark.
     """
-    _check_model(Path(arguments.model))
-    given = [override.partition("=")[0].lstrip("+~") for override in arguments.overrides]
-    for key, override in zip(given, arguments.overrides, strict=True):
-        if any(f"{key}.".startswith(f"{fixed}.") for fixed in ("model.path", *_FIXED)):
-            raise ValueError(f"{override}: oreal-eval scores MODEL and trains nothing. Remove this override")
-    defaults = [f"{group}={option}" for group, option in _DEFAULTS.items() if group not in given]
-    raw = composed([*defaults, *arguments.overrides], config_dir=arguments.config_dir)
-    own = {"model.path": arguments.model}
-    if "run.name" not in given:
-        own["run.name"] = _name_of(Path(arguments.model).resolve())
-    if "run.dir" not in given:
-        own["run.dir"] = "evaluations/${run.name}"
-    for key, value in (own | _FIXED).items():
-        OmegaConf.update(raw, key, value, merge=False)
+    raw = model_settings(arguments, command="oreal-eval", directory="evaluations/${run.name}")
     _add_benchmarks(raw, arguments)
     return validated(raw)
-
-
-def _name_of(model: Path) -> str:
-    """Returns the name of a model's directory; of an export, RUN/huggingface/STEP/policy, run and step."""
-    run, exports, step, name = ("", "", "", *model.parts)[-4:]
-    return f"{run}_{step}" if (exports, name) == ("huggingface", "policy") else name
-
-
-_DEFAULTS = {"experiment": "own_model", "evaluation": "none"}
-"""Options of groups where no override names another."""
-_FIXED: dict[str, Any] = {
-    "run.num_steps": 0,
-    "run.mode": "train",
-    "run.replay_dir": None,
-    "run.export": "none",
-    "data.train": None,
-    "data.pass_rate": None,
-    "data.difficulty_balance": [],
-    "sft": None,
-    "fp8.policy": None,
-    "fp8.reward_model": None,
-    "fp8.reference": None,
-    "model.reward_model": None,
-    "rollout.long_tail": None,
-    "tracking.tensorboard": False,
-    "tracking.wandb": "disabled",
-    "tracking.report": False,
-}
-"""Keys of what trains, or reports on training, with the values that switch it off."""
 
 
 def _add_benchmarks(raw: DictConfig, arguments: argparse.Namespace) -> None:
@@ -161,21 +120,6 @@ def _add_benchmarks(raw: DictConfig, arguments: argparse.Namespace) -> None:
             benchmark.samples = arguments.samples
         if arguments.limit is not None:
             benchmark.limit = arguments.limit
-
-
-def _check_model(path: Path) -> None:
-    """Raises ValueError for what is no Hugging Face directory; for a run, it says where or how its model is one."""
-    if (path / "config.json").is_file():
-        return
-    if not path.is_dir():
-        raise ValueError(f"{path}: there is no such directory. Name a Hugging Face directory")
-    exports = sorted(path.glob("huggingface/*/policy"))
-    if exports:
-        raise ValueError(f"{path} is the directory of a run. Name its model, {exports[0]}")
-    raise ValueError(
-        f"{path}: there is no config.json, so it is no Hugging Face directory. For the checkpoint of a run, make one: "
-        "oreal-convert to-hf RUN/checkpoints/step_NNNNNN DIR --model policy --like RUN/huggingface/assets"
-    )
 
 
 def run_evaluation(config: TrainConfig) -> None:

@@ -4,6 +4,7 @@ Hydra composes conf/ and overrides. `parse_config` validates the result once and
 with key, value and remedy. No other package reads a DictConfig.
 """
 
+from oreal_megatron.config.data import ArithmeticConfig, BalanceBin, DataConfig
 from oreal_megatron.config.divisibility import (
     SERVED_BLOCK,
     check_layout,
@@ -28,8 +29,6 @@ from oreal_megatron.config.parsing import (
 from oreal_megatron.config.rollout import SamplingConfig, SGLangConfig, UndecidedConfig
 from oreal_megatron.config.sections import (
     AdamWConfig,
-    ArithmeticConfig,
-    BalanceBin,
     Fp8Config,
     Fp8ModelConfig,
     ModelConfig,
@@ -46,6 +45,7 @@ __all__ = [
     "ArithmeticConfig",
     "BalanceBin",
     "ConfigError",
+    "DataConfig",
     "Fp8Config",
     "Fp8ModelConfig",
     "FunctionConfig",

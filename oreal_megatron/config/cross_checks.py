@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
+from oreal_megatron.config.data import DataConfig
 from oreal_megatron.config.divisibility import (
     layout_violations,
     served_head_violations,
@@ -14,7 +15,6 @@ from oreal_megatron.config.errors import Violation
 from oreal_megatron.config.fp8_recipes import CAPABILITIES, device_problem, recipes_for
 from oreal_megatron.config.rollout import OPTIONS_SET_BY_RUN, RolloutConfig
 from oreal_megatron.config.sections import (
-    DataConfig,
     EvaluationConfig,
     Fp8Config,
     Fp8ModelConfig,
@@ -157,11 +157,24 @@ def _check_prompt(prompt: PromptConfig) -> Iterator[Violation]:
 @_check("data", "run")
 def _check_data(data: DataConfig, run: RunConfig) -> Iterator[Violation]:
     if data.train is None and data.arithmetic is None and run.num_steps:
-        remedy = "There are no prompts. Set data.train to a JSONL file, data=arithmetic, or run.num_steps=0."
+        remedy = "There are no prompts. Set data.train to a file, data=arithmetic, or run.num_steps=0."
         yield Violation("data.train", None, remedy)
+    if data.train == {}:
+        yield Violation("data.train", {}, "There is no source in it. Set it to a file, or to sources by name.")
+    sources = data.train if isinstance(data.train, Mapping) else {}
+    weights = {name: source.weight for name, source in sources.items()}
+    if None in weights.values() and any(weights.values()):
+        for name in (name for name, weight in weights.items() if weight is None):
+            remedy = "Other sources have a weight. Set one for each source, or none."
+            yield Violation(f"data.train.{name}.weight", None, remedy)
     if (a := data.arithmetic) is not None and a.min_terms > a.max_terms:
         remedy = f"Set it to at most data.arithmetic.max_terms={a.max_terms}."
         yield Violation("data.arithmetic.min_terms", a.min_terms, remedy)
+    if data.curriculum is not None and not data.difficulty_balance:
+        remedy = (
+            "It changes the balance by difficulty, and there is none. Set data.difficulty_balance, or this to null."
+        )
+        yield Violation("data.curriculum", data.curriculum.model_dump(), remedy)
     for index, bin in enumerate(data.difficulty_balance):
         if bin.low >= bin.high:
             yield Violation(f"data.difficulty_balance.{index}.low", bin.low, f"Set it below high={bin.high}.")

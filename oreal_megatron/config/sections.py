@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from oreal_megatron.config.data import DataConfig
 from oreal_megatron.config.fields import (
     AsTuple,
     Decay,
@@ -18,7 +19,6 @@ from oreal_megatron.config.fields import (
     PositiveFloat,
     Section,
     Seed,
-    Share,
     StepRange,
     Strings,
     Text,
@@ -106,75 +106,6 @@ class PromptConfig(Section):
     max_prompt_tokens: Positive
     """Longest prompt, in tokens. Longer training prompts are left out, and a benchmark with longer prompts is
     refused."""
-
-
-class ArithmeticConfig(Section):
-    """Generated arithmetic problems with worked solutions."""
-
-    num_train: Positive
-    """Number of training problems."""
-    num_heldout: Positive
-    """Number of problems for evaluation."""
-    num_demonstrations: Positive
-    """Number of worked solutions for the warm start, drawn separately from the two problem sets."""
-    direct_shares: Annotated[tuple[Share, Share], AsTuple]
-    """Shares of the demonstrations that state the answer without working: at min_terms, and at max_terms. Between the
-    two the share changes linearly."""
-    wrong_order_share: Share
-    """Share of the demonstrations' lines that take the leftmost operation where a multiplication comes first, so that
-    the line, and most often the answer, is wrong. Above 0 the problems have a step that decides."""
-    min_terms: Annotated[int, Field(ge=2, le=6)]
-    """Fewest terms of a problem."""
-    max_terms: Annotated[int, Field(ge=2, le=6)]
-    """Most terms of a problem."""
-    max_operand: Annotated[int, Field(ge=2, le=999)]
-    """Largest operand of an addition or subtraction."""
-    max_factor: Annotated[int, Field(ge=2, le=99)]
-    """Largest operand of a multiplication."""
-    operators: Annotated[tuple[Literal["+", "-", "*"], ...], AsTuple, Field(min_length=1)]
-    """Operators that problems use."""
-
-
-class PassRateConfig(Section):
-    """Estimation of pass rates with the initial policy, for prompts whose data have none."""
-
-    samples: Positive
-    """Responses drawn for each prompt."""
-    max_prompts: Positive | None
-    """Number of prompts that are estimated and kept, drawn by run.seed. null: all."""
-
-
-class BalanceBin(Section):
-    """Repetition of prompts with low <= pass rate < high."""
-
-    low: Share
-    """Lowest pass rate of the bin."""
-    high: Annotated[float, Field(ge=0.0)]
-    """Pass rate at which the bin ends; prompts at it are not in the bin."""
-    repeat: NonNegative
-    """Number of times that each prompt of the bin occurs in an epoch. 0: never."""
-
-
-class DataConfig(Section):
-    """The stream of training prompts."""
-
-    train: Text | None
-    """JSONL file with question, gold_answer and, optionally, pass_rate and id. null: generated arithmetic, or no
-    prompts where run.num_steps is 0."""
-    empty_golds: Literal["skip"] | None = None
-    """Treatment of lines without a gold_answer in data.train and in the files of benchmarks. null: refuse the file;
-    skip: leave the lines out."""
-    arithmetic: ArithmeticConfig | None
-    """Generated arithmetic: the prompts where data.train is null, and the held-out problems and demonstrations where no
-    file is named for them. null: nothing is generated."""
-    prompts_per_step: Positive
-    """Number of prompts in a step."""
-    pass_rate: PassRateConfig | None
-    """Estimation of missing pass rates before the first step. null: none; data.difficulty_balance then needs pass rates
-    in the file."""
-    difficulty_balance: Annotated[tuple[BalanceBin, ...], AsTuple]
-    """Bins of pass rates and how often their prompts occur in an epoch. Prompts outside all bins are dropped. Empty:
-    every prompt occurs once."""
 
 
 class AdamWConfig(Section):
@@ -266,7 +197,8 @@ class BenchmarkConfig(Section):
     """Evaluation set NAME."""
 
     path: Text | None
-    """JSONL file with question and gold_answer. null: the held-out problems of data.arithmetic."""
+    """File or directory with question and gold_answer, as data.train takes it. null: the held-out problems of
+    data.arithmetic."""
     samples: NonNegative = 0
     """Number k of samples for each question, for avg@k and pass@k. Greedy pass@1 is always measured. 0: only greedy."""
     limit: Positive | None = None

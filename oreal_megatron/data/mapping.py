@@ -50,13 +50,13 @@ class Source(Section):
     @field_validator("path")
     @classmethod
     def _is_expression(cls, path: str) -> str:
-        _expression(path)
+        expression(path)
         return path
 
     def value(self, record: Any) -> Any:
         """Returns what is at the place, of any type; None where there is nothing that the expression takes."""
         try:
-            return _expression(self.path).search(record)
+            return expression(self.path).search(record)
         except JMESPathTypeError:
             return None
 
@@ -183,7 +183,7 @@ def _place_of(value: Any, names: tuple[str, ...], at: str = "") -> str | None:
 
 
 @functools.cache
-def _expression(path: str) -> Any:
+def expression(path: str) -> Any:
     """Returns the compiled JMESPath expression. Raises ValueError where it is none."""
     try:
         return jmespath.compile(path)

@@ -184,7 +184,7 @@ def _files(config: TrainConfig) -> dict[str, str]:
         "model.path": config.model.path,
         "model.tokenizer": None if tokenizer in ("arithmetic", config.model.path) else tokenizer,
         "model.reward_model": config.model.reward_model,
-        "data.train": config.data.train,
+        **config.data.train_paths,
         "sft.demonstrations": config.sft.demonstrations if config.sft else None,
         **{f"evaluation.benchmarks.{name}.path": item.path for name, item in config.evaluation.benchmarks.items()},
     }

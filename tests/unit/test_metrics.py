@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+import random
 import threading
 
 import numpy as np
@@ -14,8 +15,10 @@ from rich.console import Console
 
 from oreal_megatron.config import ConfigError, parse_config
 from oreal_megatron.log import run_logging
-from oreal_megatron.metrics import Tracker, read_metrics, shown_value
-from oreal_megatron.types import EvaluationReport, StepReport
+from oreal_megatron.losses.advantages import select_trajectories
+from oreal_megatron.metrics import Tracker, read_metrics, rollout_metrics, shown_value
+from oreal_megatron.types import EvaluationReport, Prompt, StepReport, Verdict
+from tests.graded import graded
 
 PARTS = {"reward/pass_rate": 0.5, "loss/reward_model": 0.69, "reward_model/auc": math.nan}
 QUIET = ("tracking.console=quiet", "tracking.wandb=disabled", "tracking.tensorboard=false")
@@ -211,3 +214,23 @@ def test_a_rising_share_of_undecided_responses_is_said_also_over_a_restart(track
     made.close()
     steps(tracker(20), range(20, 30), 5.0)
     assert "have risen from 2.0% in the first 10 steps to 5.0% in the last 10" in caplog.text
+
+
+def test_a_step_says_which_prompts_it_drew_by_band_and_source(composed):
+    prompts = [
+        Prompt(id=f"{i}", question="q", gold_answer="1", pass_rate=rate, source=source)
+        for i, (rate, source) in enumerate([(0.0, "math"), (0.25, "math"), (0.375, "code"), (1.0, "math")])
+    ]
+    groups = [[graded(prompt, i, verdict) for i, verdict in enumerate(Verdict)] for prompt in prompts]
+    selection = select_trajectories(
+        groups, parse_config(composed()).objective, seed=0, step=0, global_rng=random.Random(0)
+    )
+    metrics = rollout_metrics(groups, selection)
+    drawn = {name: value for name, value in metrics.items() if name.startswith("data/drawn_") and value}
+    assert drawn == {
+        "data/drawn_pass_rate_0": 0.25,
+        "data/drawn_pass_rate_0.2_to_0.4": 0.5,
+        "data/drawn_pass_rate_1": 0.25,
+        "data/drawn_from_code": 0.25,
+        "data/drawn_from_math": 0.75,
+    }

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from oreal_megatron import __version__
-from oreal_megatron.report import write_report
+from oreal_megatron.report import _drawn_panels, write_report
 
 STEP = {"reward/pass_rate": 0.5, "loss/reward_model": None, "data/groups": 8.0, "data/kept_groups": 0.0}
 
@@ -83,3 +83,14 @@ def test_responses_of_a_prompt_are_side_by_side_from_where_they_part(report, tmp
     assert both in text and "&lt;699&gt; [100 tokens] INCORRECT , advantage -1.00 &lt;1&gt; &lt;2&gt; &#x2503;" in text
     assert 'title="3.000" style="background: rgba(46, 160, 67, 0.850)"' in html
     assert html.count("Confidence after each token") == 2
+
+
+def test_prompts_drawn_by_band_and_source_have_a_panel_each_without_empty_bands():
+    drawn = {"data/drawn_pass_rate_0": 0.25, "data/drawn_pass_rate_0.2_to_0.4": 0.75, "data/drawn_pass_rate_1": 0.0}
+    steps = [{"metrics": STEP}, {"metrics": {**STEP, **drawn, "data/drawn_from_math": 1.0}}]
+    bands = [("0", "data/drawn_pass_rate_0"), ("0.2 to 0.4", "data/drawn_pass_rate_0.2_to_0.4")]
+    assert _drawn_panels(steps) == [
+        ("Prompts by pass rate", "%", 100, bands),
+        ("Prompts by source", "%", 100, [("math", "data/drawn_from_math")]),
+    ]
+    assert _drawn_panels(steps[:1]) == []

@@ -42,3 +42,22 @@ def test_renamed_gsm8k_with_whole_solutions_is_refused_with_the_command_that_tak
     assert f"oreal-data import {path}" in str(refused.value)
     path.write_text(json.dumps({"question": "How many?", "gold_answer": "72"}) + "\n")
     assert [prompt.gold_answer for prompt in _train_prompts(config, renderer, None)] == ["72"]
+
+
+def test_several_sources_have_names_and_each_is_checked(composed, tmp_path, caplog):
+    for name in "ab":
+        lines = [json.dumps({"question": f"{name} {i}?", "gold_answer": f"{i}", "id": i}) for i in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([*lines, '{"question": "c?", "gold_answer": "1"}']))
+    sources = f"data.train={{a: {{path: {tmp_path}/a.jsonl, weight: 3}}, b: {{path: {tmp_path}/b.jsonl, weight: 1}}}}"
+    config = parse_config(composed(sources))
+    tokenizer = arithmetic_tokenizer()
+    renderer = PromptRenderer(tokenizer, config.prompt, vocab_size=len(tokenizer))
+    found = _train_prompts(config, renderer, None)
+    assert [(one.id, one.source) for one in found[:3]] == [("a/0", "a"), ("a/1", "a"), ("a/2", "a")]
+    assert len({one.id for one in found}) == 8 and config.data.source_weights == {"a": 3.0, "b": 1.0}
+    assert "1 questions are in several sources (first: a/a-000004 and b/b-000004)" in caplog.text
+    paths = parse_config(composed(f"data.train={{a: {tmp_path}/a.jsonl, b: {tmp_path}/b.jsonl}}")).data
+    assert paths.train_paths == config.data.train_paths and paths.source_weights is None
+    (tmp_path / "b.jsonl").write_text('{"question": "c?", "gold_answer": "2 and 3 #### 3"}')
+    with pytest.raises(ValueError, match=r"data\.train\.b\.path = .*b\.jsonl: 1 of 1 prompts have a whole solution"):
+        _train_prompts(config, renderer, None)

@@ -27,6 +27,8 @@ class Report:
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: list[Example] = field(default_factory=list)
+    tables: dict[str, Counter[str]] = field(default_factory=dict)
+    """Numbers of lines by a value of theirs, such as the band of the pass rate, in order; by the name of the value."""
 
     def add(self, kind: str, where: str, text: str) -> None:
         """Counts a record, and keeps it as an example if it is one of the first of its kind."""
@@ -36,4 +38,8 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Returns the report as plain data."""
-        return {"counts": dict(self.counts), "examples": [example._asdict() for example in self.examples]}
+        return {
+            "counts": dict(self.counts),
+            "examples": [example._asdict() for example in self.examples],
+            **({"tables": {name: dict(table) for name, table in self.tables.items()}} if self.tables else {}),
+        }

@@ -83,7 +83,10 @@ def _chosen(path: Path, names: Sequence[str], split: str | None) -> str:
     """Returns the split that was asked for, or `train`, or the only split."""
     name = split or ("train" if "train" in names else names[0] if len(names) == 1 else None)
     if name not in names:
-        raise ValueError(f"{path}: its splits are {', '.join(names)}. Choose one with --split NAME.")
+        raise ValueError(
+            f"{path}: its splits are {', '.join(names)}. Choose one with --split NAME of oreal-data import, or name "
+            "its files."
+        )
     return str(name)
 
 

@@ -1,4 +1,4 @@
-"""Choice of the judge endpoint for the next request: in turn, without those that keep failing."""
+"""Choice of the endpoint for the next request: in turn, without those that keep failing."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Endpoints:
             endpoint.failures += 1
             if endpoint.failures == self._max_failures:
                 logger.warning(
-                    "judge %s failed %d times in a row and is not used for %g s",
+                    "endpoint %s failed %d times in a row and is not used for %g s",
                     url,
                     endpoint.failures,
                     self._open_seconds,

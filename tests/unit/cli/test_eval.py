@@ -66,7 +66,7 @@ def test_the_usual_benchmarks_are_an_option(model):
     ("overrides", "options", "message"),
     [
         ([], {"benchmarks": ()}, "there is no benchmark. Name one with --benchmark NAME=FILE.jsonl"),
-        (["run.num_steps=5"], {}, "run.num_steps=5: oreal-eval scores MODEL and trains nothing"),
+        (["run.num_steps=5"], {}, "run.num_steps=5: oreal-eval takes MODEL and trains nothing"),
         (["data.train=x.jsonl"], {}, "data.train=x.jsonl: oreal-eval"),
         (["sft=arithmetic"], {}, "sft=arithmetic: oreal-eval"),
         (["evaluation=heldout"], {"benchmarks": [("heldout", "a")]}, "there is a benchmark heldout already"),

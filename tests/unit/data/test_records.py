@@ -6,11 +6,14 @@ import gzip
 import json
 import shlex
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from oreal_megatron.cli.data import main
 from oreal_megatron.config import parse_config
 from oreal_megatron.data.prompts import read_demonstrations, read_prompts
+from oreal_megatron.data.records import read_records
 from oreal_megatron.pass_rates import _check_decided
 from oreal_megatron.types import Prompt
 
@@ -34,26 +37,81 @@ def test_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"PAR1\x15\x04", ("a Parquet file", "oreal-data import")),
         (gzip.compress(LINE.encode(), mtime=0), ("compressed with gzip", "gunzip --keep")),
         (LINE.encode("utf-16"), ("UTF-16 text", "iconv --from-code UTF-16")),
         (LINE.encode() + b"caf\xe9\n", ("p.jsonl:2: the line is not UTF-8", "iconv")),
-        (f"[{LINE.strip()}, {LINE.strip()}]", ("is one JSON array", "oreal-data import")),
         ("[1]\n[2]\n", ("p.jsonl:1: a JSON object is expected, not list",)),
-        (json.dumps([json.loads(LINE)] * 2, indent=2), ("is one JSON array", "oreal-data import")),
         (json.dumps(json.loads(LINE), indent=2), ("goes over several lines", "jq --compact-output '.'")),
         ("question,gold_answer\nq,1\n", ("p.jsonl:1: not JSON", "Every line must be a JSON object")),
         ("[" * 100000, ("p.jsonl:1: not JSON", "Every line")),
     ],
 )
-def test_file_of_another_format_is_refused_with_the_command_that_converts_it(tmp_path, content, words):
-    message = refused(tmp_path / "p.jsonl", content)
+@pytest.mark.parametrize("read", [read_prompts, lambda path: list(read_records(path))])
+def test_file_of_another_format_is_refused_with_the_command_that_converts_it(tmp_path, content, words, read):
+    message = refused(tmp_path / "p.jsonl", content, read)
     assert all(word in message for word in words), message
 
 
-def test_data_set_directory_is_refused_with_the_call_that_converts_it(tmp_path):
-    message = refused(tmp_path)
-    assert "is a directory" in message and f"oreal-data import {tmp_path}" in message
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"PAR1\x15\x04", ("a Parquet file", "oreal-data import")),
+        (f"[{LINE.strip()}, {LINE.strip()}]", ("is one JSON array", "oreal-data import")),
+        (json.dumps([json.loads(LINE)] * 2, indent=2), ("is one JSON array", "oreal-data import")),
+    ],
+)
+def test_demonstrations_of_another_format_are_refused_with_the_command_that_converts_them(tmp_path, content, words):
+    message = refused(tmp_path / "p.jsonl", content, read_demonstrations)
+    assert all(word in message for word in words), message
+    assert "is a directory" in (message := refused(tmp_path, read=read_demonstrations))
+    assert f"oreal-data import {tmp_path}" in message
+
+
+RECORDS = [{"question": f"q{i}", "gold_answer": f"{i}", "pass_rate": i / 4, "level": "hard"} for i in range(3)]
+
+
+def parquet(path):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
+    return path
+
+
+def arrow_directory(path):
+    path.mkdir()
+    with pyarrow.ipc.new_stream(
+        str(path / "data-00000-of-00001.arrow"), pyarrow.Table.from_pylist(RECORDS).schema
+    ) as file:
+        file.write_table(pyarrow.Table.from_pylist(RECORDS))
+    (path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+    return path
+
+
+def hub_directory(path):
+    (path / "data").mkdir(parents=True)
+    parquet(path / "data" / "train-00000-of-00001.parquet")
+    (path / "data" / "test-00000-of-00001.parquet").write_bytes(b"not read")
+    return path
+
+
+def array(path):
+    path.write_text(json.dumps(RECORDS, indent=1))
+    return path
+
+
+@pytest.mark.parametrize("write", [parquet, arrow_directory, hub_directory, array])
+def test_prompts_are_read_from_files_and_directories_as_hubs_have_them(tmp_path, write):
+    found = read_prompts(write(tmp_path / "train"), source="math")
+    assert [(one.question, one.gold_answer, one.pass_rate, one.source) for one in found] == [
+        (f"q{i}", f"{i}", i / 4, "math") for i in range(3)
+    ]
+    assert len({one.id for one in found}) == 3 and all(one.id.startswith("math/") for one in found)
+
+
+def test_damaged_files_and_other_keys_are_named(tmp_path):
+    assert "cannot be read" in refused(tmp_path / "p.parquet", b"PAR1\x15\x04")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GSM8K]), tmp_path / "g.parquet")
+    message = refused(tmp_path / "g.parquet")
+    assert "g.parquet:1: `gold_answer` is missing. Keys of the line: question, answer." in message
+    assert "oreal-data import FILE --mapping gsm8k" in message
 
 
 GSM8K = {"question": "How many?", "answer": "2+2=4\n#### 4"}
@@ -111,12 +169,12 @@ def test_repeated_questions_are_counted_and_other_golds_named(tmp_path, caplog):
 
 def test_prompts_that_the_verifier_never_decides_are_counted(caplog):
     prompts = [Prompt(id=id, question="q", gold_answer="Some sentence") for id in "abc"]
-    _check_decided(prompts, prompts, has_others=False)
+    _check_decided([], 3, is_empty=False)
     assert caplog.text == ""
-    _check_decided(prompts, prompts[1:], has_others=False)
+    _check_decided(prompts[:1], 3, is_empty=False)
     assert "1 of 3 prompts have no pass rate" in caplog.text and "first: a" in caplog.text
     with pytest.raises(ValueError, match=r"3 of 3 prompts have no pass rate.*'Some sentence'"):
-        _check_decided(prompts, [], has_others=False)
+        _check_decided(prompts, 3, is_empty=True)
 
 
 def test_half_of_a_surrogate_pair_is_refused_and_a_whole_one_is_read(tmp_path):

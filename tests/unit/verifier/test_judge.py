@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from oreal_megatron.types import Grade, GradeRequest, Verdict
 from oreal_megatron.verifier import JudgeConfig, VerifierConfig, build_verifier
+from oreal_megatron.verifier.judge.chat import ChatFailure
 from oreal_megatron.verifier.judge.endpoints import Endpoints
-from oreal_megatron.verifier.judge.judge import JudgeFailure, build_messages, parse_reply
+from oreal_megatron.verifier.judge.judge import build_messages, parse_reply
 
 from .judge_server import Behaviour, JudgeServer, completion, says, slowly
 from .labelled import pair
@@ -200,7 +201,7 @@ def test_letters_for_servers_without_schemas() -> None:
     with JudgeServer(lambda body: completion(" B\n")) as server:
         assert grade(judge_config(server.url, enforce_json=False), NEEDS_JUDGE)[0].verdict is Verdict.INCORRECT
     assert "response_format" not in server.requests[0]
-    with pytest.raises(JudgeFailure):
+    with pytest.raises(ChatFailure):
         parse_reply("A.", enforce_json=False)
 
 
