@@ -87,10 +87,9 @@ $(NEWEST)/.ready: setup.py requirements/cuda13.lock requirements/sglang_cpu.txt
 	  --target $(NEWEST)/sglang --constraint requirements/cuda13.lock
 	@touch $@
 
-test-megatron-0.19: $(NEWEST)/.ready ## run parity, publication, conversion, planner, checkpoints and kills on Python 3.12 and megatron-core 0.19
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest -m 'not slow and not gpu' tests/parity tests/distributed tests/unit/planner \
-	  tests/unit/checkpoint tests/unit/models tests/unit/conversion tests/unit/transformer_engine \
-	  tests/end_to_end/test_kills.py tests/servers/test_publication.py
+test-megatron-0.19: $(NEWEST)/.ready ## run unit tests, parity, servers, conversion and kills on Python 3.12, megatron-core 0.19 and torch 2.14 for CUDA
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest -m 'not slow and not gpu' tests/unit tests/parity tests/distributed \
+	  tests/end_to_end/test_kills.py tests/servers/test_publication.py tests/servers/test_servers.py
 
 test-gpu: ## run the tests that need GPUs, in an environment with a CUDA torch (GPU_PYTHON)
 	$(GPU_PYTHON) -m pytest tests/gpu -m gpu
@@ -143,5 +142,5 @@ bench-token-weights: setup ## compare token weights on two tasks, five seeds eac
 bench-fp8: setup ## measure emulated FP8's effect on log-probabilities and gradients (a quarter of an hour)
 	$(BIN)/python -m benchmarks.fp8
 
-clean: ## remove the environment, the site and caches, not the runs
-	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache *.egg-info
+clean: ## remove the environments, the site and caches, not the runs
+	rm -rf $(VENV) $(NEWEST) site .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -193,7 +193,8 @@ def _load_reward_model(workspace: Workspace, module: TokenRewardModel | ModelChu
     try:
         wanted = weights_only("reward_model", module)
         names = list(wanted)  # loading adds the checkpoint's plain values, which are not wanted
-        state = load_checkpoint(checkpoint, wanted, damages_of(checkpoint, workspace.groups))
+        groups = workspace.groups
+        state = load_checkpoint(checkpoint, wanted, groups, found=damages_of(checkpoint, groups))
     except ValueError as error:
         raise ValueError(f"model.reward_model: {error}") from error
     missing = load_weights_only("reward_model", module, {name: state[name] for name in names})

@@ -69,6 +69,8 @@ def validated(config: DictConfig) -> TrainConfig:
 
 def missing_value(key: str) -> str:
     """Returns the remedy for a key without a value, with the first sentence of the key's description."""
+    if key.startswith(f"{SITE}."):
+        return "It has no value. Set it in the file of conf/cluster, or as an override."
     *parents, name = key.split(".")
     field = fields_at(parents).get(name)
     meaning = (field.description or "").split(". ")[0].rstrip(".") if field is not None else ""
@@ -129,6 +131,19 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, dict):
         for inner in value.values():
             yield from _texts(inner)
+
+
+def with_missing_values(violations: Sequence[Violation]) -> list[Violation]:
+    """Returns the violations, those of missing values with the value ??? and its remedy.
+
+    A placeholder of `with_placeholders` is text, which fits no number.
+    """
+    return [
+        Violation(v.key, "???", missing_value(v.key))
+        if v.value == "???" or str(v.value).startswith(PLACEHOLDERS)
+        else v
+        for v in violations
+    ]
 
 
 def with_placeholders(config: DictConfig) -> list[str]:

@@ -14,6 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from oreal_megatron.compose import with_missing_values
 from oreal_megatron.config import ConfigError, parse_sections
 from oreal_megatron.overrides import composition_error, config_directory
 
@@ -105,7 +106,7 @@ def _check_sections(config: DictConfig) -> None:
     # Values of a site are not needed: they are ??? until it gives them.
     violations = [v for v in parse_sections(raw, _READ)[1] if v.key != "resources.trainer_devices" or v.value != "???"]
     if violations:
-        raise ConfigError(violations)
+        raise ConfigError(with_missing_values(violations))
 
 
 def layout_mapping(config: DictConfig) -> dict[str, tuple[Any, Any]]:

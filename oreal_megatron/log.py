@@ -72,5 +72,7 @@ def quiet_libraries() -> None:
     """Silences what libraries say at import and for every request; their errors still show."""
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|ShardedTensor).*")
+    # Calls of Megatron-Core that newer torches deprecate; the caller that the warning names is torch itself.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
     logging.getLogger("megatron").setLevel(logging.ERROR)
     logging.getLogger("httpx").setLevel(logging.WARNING)

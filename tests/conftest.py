@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from oreal_megatron.distributed.environment import NO_DEVICES
@@ -15,6 +16,10 @@ from tests.skips import UnexpectedSkips
 from tests.tiny import TINY, command_line
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# How long an example takes depends on what else the machine does.
+hypothesis.settings.register_profile("without deadline", deadline=None)
+hypothesis.settings.load_profile("without deadline")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -21,6 +21,8 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 
 from oreal_megatron.checkpoint.manifest import damages, read_manifest
@@ -135,7 +137,7 @@ class CheckpointStore:
         Raises:
             ValueError: the checkpoint is damaged, or holds another model.
         """
-        return load_checkpoint(self.directory / name, sharded_state, self.damages(name))
+        return load_checkpoint(self.directory / name, sharded_state, self._groups, found=self.damages(name))
 
     def has(self, name: str) -> bool:
         """Returns whether there is a checkpoint of this name, damaged or not."""
@@ -237,12 +239,20 @@ def damages_of(path: Path, groups: ParallelGroups) -> list[str]:
     return sorted({text for part in parts for text in part})
 
 
-def load_checkpoint(path: Path, sharded_state: dict[str, Any], found: list[str]) -> dict[str, Any]:
-    """Loads a checkpoint directory; see CheckpointStore.load. found: its damages."""
+def load_checkpoint(
+    path: Path, sharded_state: dict[str, Any], groups: ParallelGroups, *, found: list[str]
+) -> dict[str, Any]:
+    """Loads a checkpoint directory; see CheckpointStore.load. found: its damages.
+
+    Of the tensors that several data-parallel ranks need, each is read by one of them, which sends it to the others.
+    """
     if found:
         raise ValueError(f"checkpoint {path} is damaged: {'; '.join(found)}")
     try:
-        return dist_checkpointing.load(sharded_state, str(path))
+        strategy = FullyParallelLoadStrategyWrapper(
+            get_default_load_sharded_strategy(str(path)), groups.collection.dp_cp
+        )
+        return dist_checkpointing.load(sharded_state, str(path), strategy)
     except (CheckpointingException, CheckpointException, KeyError, OSError, RuntimeError) as error:
         raise ValueError(f"checkpoint {path} does not fit this run's model: {error}") from error
 

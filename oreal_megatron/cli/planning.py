@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from oreal_megatron.compose import PLACEHOLDERS, composed, resolved, with_placeholders
+from oreal_megatron.compose import PLACEHOLDERS, SITE, composed, resolved, with_missing_values, with_placeholders
 from oreal_megatron.config import ConfigError, GeometryConfig, TrainConfig, Violation, parse_config
 from oreal_megatron.distributed.environment import devices_hidden
 from oreal_megatron.dry_run import is_dry_run, shrunk
@@ -45,10 +45,14 @@ def planned_config(overrides: list[str], console: Console, *, config_dir: Path |
     if is_dry_run(raw):
         raw = shrunk(raw)
     missing = with_placeholders(raw)
-    own = [key for key in missing if not key.startswith("cluster.")]
+    try:
+        config = parse_config(resolved(raw))
+    except ConfigError as error:
+        raise ConfigError(with_missing_values(error.violations)) from error
+    own = [key for key in missing if not key.startswith(f"{SITE}.")]
     if own:
         console.print(f"[yellow]without values yet: {escape(', '.join(own))}[/]")
-    return parse_config(resolved(raw))
+    return config
 
 
 def num_devices(config: TrainConfig, given: int | None) -> int:

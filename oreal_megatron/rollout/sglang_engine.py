@@ -226,12 +226,11 @@ class SGLangEngine:
             servers = [server for server in servers if server.url in again]
         report["publication/continue_seconds"] = time.perf_counter() - start
         pool = self.pool
-        found = (pool.label(weight_version), [server.url for server in pool.servers], pool.num_current)
-        label, urls, num_current = self._groups.from_main(found)
+        label, has_weights = self._groups.from_main((pool.label(weight_version), pool.has_weights))
         if self._loop is not None and not self._groups.is_main:
-            self._loop.run(pool.follow(weight_version, label, urls)).result()
+            self._loop.run(pool.follow(weight_version, label, has_weights)).result()
         self.weight_version = weight_version
-        return report | {"publication/servers": float(num_current)}
+        return report | {"publication/servers": float(sum(has_weights.values()))}
 
     def _resume_after(self, error: Exception, servers: Sequence[SGLangServer]) -> None:
         """Ends the update of servers after an error of the trainer, so that attached servers serve others again."""

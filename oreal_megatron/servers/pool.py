@@ -62,9 +62,9 @@ class ServerPool:
         return weight_label(version, self._settings.run, self._token)
 
     @property
-    def num_current(self) -> int:
-        """Number of servers that have the weights of the last update."""
-        return sum(server.label == self._label for server in self.servers)
+    def has_weights(self) -> dict[str, bool]:
+        """Whether a server has the weights of the last update, by URL of every server."""
+        return {server.url: server.label == self._label for server in self.servers}
 
     # ---- weights -------------------------------------------------------------------------------------------------
 
@@ -110,15 +110,18 @@ class ServerPool:
         # A server that is sent the first weights a second time has not had its first update yet.
         self._is_first_update &= any(server.state is ServerState.UPDATING for server in self.servers)
 
-    async def follow(self, version: int, label: str, urls: Sequence[str]) -> None:
-        """Makes this pool use servers that another process of the run has updated to weights `label`."""
+    async def follow(self, version: int, label: str, has_weights: Mapping[str, bool]) -> None:
+        """Makes this pool use servers that another process of the run has updated to weights `label`.
+
+        has_weights: whether a server has these weights, by URL of every server.
+        """
         self._version, self._label = version, label
         remote = [server for server in self.servers if isinstance(server, RemoteServer)] or [
-            RemoteServer(index, url, self._settings) for index, url in enumerate(urls)
+            RemoteServer(index, url, self._settings) for index, url in enumerate(has_weights)
         ]
         self.servers = remote
         for server in remote:
-            server.expect_update()
+            server.follow_update(label if has_weights[server.url] else None)
 
     def _create_servers(self) -> None:
         model = self._settings.launcher.model

@@ -20,9 +20,6 @@ from oreal_megatron.types import Completion
 
 # Seconds between two calls of `is_enough`, and between two rounds of aborts afterwards.
 _ENOUGH_SECONDS = 0.1
-# Seconds in which servers that are up may become ready before the first request is sent; without them, the first server
-# that is ready would get everything.
-_OPENING_SECONDS = 5.0
 
 
 class Router:
@@ -86,9 +83,13 @@ class Router:
             return
         serving: list[asyncio.Task[None]] = [asyncio.create_task(self._serve(server)) for server in self._servers]
         waiting: asyncio.Task[Any] = asyncio.create_task(queue.finished.wait())
-        opening = asyncio.get_running_loop().call_later(_OPENING_SECONDS, self._begin)
         ending = [asyncio.create_task(self._end_early(is_enough))] if is_enough is not None else []
         try:
+            # The tasks of all servers that have the current weights take requests once they have run; the first of them
+            # would get everything if requests were placed before. No other server is waited for.
+            await asyncio.sleep(0)
+            self._may_place = True
+            self._place()
             while not queue.finished.is_set():
                 await asyncio.wait([waiting, *ending, *serving], return_when=asyncio.FIRST_COMPLETED)
                 for task in (*ending, *serving):
@@ -99,7 +100,6 @@ class Router:
                 if not serving and not queue.finished.is_set():
                     raise NoServerError.of({s.url: s.failure for s in self._servers}, len(self._servers))
         finally:
-            opening.cancel()
             for task in (waiting, *ending, *serving):
                 task.cancel()
             await asyncio.gather(waiting, *ending, *serving, return_exceptions=True)
@@ -131,8 +131,6 @@ class Router:
         """Gives a server requests until it is lost or answers with other weights; raises ServerLost or _StaleAnswer."""
         inbox: asyncio.Queue[int] = asyncio.Queue()
         self._inboxes[server] = inbox
-        if not any(self._may_open(server) for server in self._servers):
-            self._begin()
         self._place()
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -149,16 +147,6 @@ class Router:
                 if not self._queue.finished.is_set():
                     self._untake(index)
             self._place()
-
-    def _may_open(self, server: SGLangServer) -> bool:
-        """Returns whether a server is about to take requests, as far as this process knows."""
-        is_gone = server.state in (ServerState.LOST, ServerState.FAILED)
-        return server not in self._inboxes and not is_gone and server.label in (None, self._label)
-
-    def _begin(self) -> None:
-        """Ends the time in which servers become ready."""
-        self._may_place = True
-        self._place()
 
     def _place(self) -> None:
         """Gives pending requests to servers that have room."""

@@ -85,32 +85,35 @@ class RemoteServer(SGLangServer):
 
     transitions: ClassVar[Mapping[ServerState, frozenset[ServerState]]] = {
         **SGLangServer.transitions,
-        ServerState.FAILED: frozenset({ServerState.LOST}),
+        ServerState.NEW: SGLangServer.transitions[ServerState.NEW] | {ServerState.LOST},
+        ServerState.FAILED: frozenset({ServerState.CONNECTED, ServerState.LOST}),
     }
 
     async def _connect(self) -> None:
         if not self.is_up:
-            self._set_state(ServerState.CONNECTED)
+            self._set_state(ServerState.CONNECTED, label=(await self._wait_for_description()).weight_label)
 
-    def expect_update(self) -> None:
-        """Forgets label, losses and failure: the other process may have updated or restarted the server."""
-        self._num_losses = 0
-        if self._state is ServerState.FAILED:
-            self._set_state(ServerState.LOST, reason="the other process may have restarted it")
-        elif self._state is ServerState.CONNECTED:
-            self._set_state(ServerState.CONNECTED)
+    def follow_update(self, label: str | None) -> None:
+        """Records what the other process knows of the server after an update.
+
+        label: of the weights that the server has been given; None: the server is lost to the other process, which may
+        start it again. Earlier losses and failures are forgotten.
+        """
+        if label is not None:
+            self._num_losses = 0
+            self._set_state(ServerState.CONNECTED, label=label)
+        elif self._state is not ServerState.LOST:
+            self._num_losses = 1
+            self._set_state(ServerState.LOST, reason=f"{self.url} has not been given the current weights")
 
     async def wait_for_weights(self, label: str, waiting: Callable[[], None]) -> bool:
-        """Returns True once the server says that it has weights `label`, False if it failed.
+        """Returns True once the server says that it has weights `label`, False if it is lost or failed.
 
         The server fails if that takes longer than rollout.sglang.startup_seconds. `waiting` is not called.
         """
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._config.startup_seconds
-        while self._state is not ServerState.FAILED:
-            if self._label is None:
-                with contextlib.suppress(ServerLost):
-                    self._set_state(ServerState.CONNECTED, label=await self.client.weight_label())
+        while self.is_up:
             if self._label == label:
                 return True
             if clock() > deadline:
@@ -118,7 +121,9 @@ class RemoteServer(SGLangServer):
                     f"{self.url} did not get the current weights in time (rollout.sglang.startup_seconds)"
                 )
                 return False
-            if self._label is not None:
-                self._set_state(ServerState.CONNECTED)
             await asyncio.sleep(self._settings.poll_seconds / 5)
+            try:
+                self._set_state(ServerState.CONNECTED, label=await self.client.weight_label())
+            except ServerLost as error:
+                await self.report_lost(error)
         return False

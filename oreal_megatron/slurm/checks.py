@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from oreal_megatron.compose import PLACEHOLDERS, SITE, missing_keys, resolved, with_placeholders
+from oreal_megatron.compose import PLACEHOLDERS, SITE, missing_keys, missing_value, resolved, with_placeholders
 from oreal_megatron.config import ConfigError, TrainConfig, Violation, parse_config
 from oreal_megatron.slurm.cluster import ClusterConfig, parse_cluster, site_violations
 from oreal_megatron.slurm.sbatch import Allocation, nodes_of_another_kind
@@ -54,8 +54,7 @@ def checked(
         violations += site_violations(cluster, config, num_nodes=num_nodes, num_apart=num_apart)
     # A placeholder stands for a missing value, which has its own violation.
     violations = [v for v in violations if v.key not in missing and not str(v.value).startswith(PLACEHOLDERS)]
-    remedy = "It has no value. Set it in the file of conf/cluster, or as an override."
-    lacking = [Violation(key, "???", remedy) for key in sorted(missing)]
+    lacking = [Violation(key, "???", missing_value(key)) for key in sorted(missing)]
     if lacking or violations:
         raise ConfigError(lacking + violations)
     assert config is not None and cluster is not None and nodes is not None

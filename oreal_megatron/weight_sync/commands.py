@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
 
 from oreal_megatron.distributed.addresses import address_towards
 from oreal_megatron.weight_sync.p2p import nccl_version
@@ -18,8 +22,6 @@ from oreal_megatron.weight_sync.sglang_layout import LOADER
 from oreal_megatron.weight_sync.source import PolicyShards
 from oreal_megatron.weight_sync.types import PausedServer, TransferFailure
 from oreal_megatron.weight_sync.worker import Command, Question, Receive, Unpack, WorkerReport
-
-NamedTensors = list[tuple[str, Tensor]]
 
 EncodedCommand = tuple[str, bytes]
 """The key of a command's report, and the command as bytes that a server takes. Any trainer rank makes it, the main rank
@@ -58,16 +60,8 @@ class CommandChannel:
         address = (address_towards(peers), self.store.port) if self.store is not None else None
         self.host, self.port = shards.groups.from_main(address)
 
-    def encode(
-        self,
-        task: Receive | Unpack | Question,
-        rank: int,
-        pickled: Callable[[NamedTensors], bytes] = pickle.dumps,
-    ) -> EncodedCommand:
-        """Encodes a task for the worker of tensor-parallel rank `rank`.
-
-        pickled: pickles the tensors that SGLang hands to the worker; a caller that adds buffers has its own function.
-        """
+    def encode(self, task: Receive | Unpack | Question, rank: int, *, bucket: Tensor | None = None) -> EncodedCommand:
+        """Encodes a task for the worker of tensor-parallel rank `rank`. bucket: GPU tensor that goes with it."""
         command = Command(
             host=self.host,
             port=self.port,
@@ -77,7 +71,8 @@ class CommandChannel:
             parameters=self._parameters[rank],
             task=task,
         )
-        return command.report_key, pickled([("command", command.encoded())])
+        tensors = [("command", command.encoded())] + ([] if bucket is None else [("bucket", bucket)])
+        return command.report_key, pickled(tensors)
 
     def send(self, server: PausedServer, commands: Sequence[EncodedCommand]) -> Future[None]:
         """Sends a server one command a tensor-parallel rank; returns the server's answer, for `reports`."""
@@ -143,3 +138,23 @@ class CommandChannel:
 
     def close(self) -> None:
         self.store = None
+
+
+def pickled(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
+    """Pickles named tensors for SGLang: GPU tensors as CUDA's handles, CPU tensors, uint8 [n], by value."""
+    stream = io.BytesIO()
+    _TensorPickler(stream).dump(tensors)
+    return stream.getvalue()
+
+
+class _TensorPickler(pickle.Pickler):
+    """Pickles tensors with functions that SGLang's unpickler accepts.
+
+    Tensors' own pickles name torch's function for storage on the CPU, in whose place megatron-core 0.19 puts another,
+    which SGLang refuses. torch.multiprocessing's pickler starts a process for them.
+    """
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        return reduce_tensor(value) if value.is_cuda else (torch.ByteTensor, (bytearray(value.numpy()),))

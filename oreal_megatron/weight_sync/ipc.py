@@ -8,22 +8,18 @@ while the next is gathered.
 
 from __future__ import annotations
 
-import io
-import pickle
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.multiprocessing.reductions import reduce_tensor
 
 from oreal_megatron.distributed.cpu_backend import device
-from oreal_megatron.weight_sync.commands import CommandChannel, EncodedCommand, NamedTensors
+from oreal_megatron.weight_sync.commands import CommandChannel, EncodedCommand
 from oreal_megatron.weight_sync.p2p import pack
 from oreal_megatron.weight_sync.planner import ReshardingPlan, TransferOp, buckets, num_elements, ops_by_sender
 from oreal_megatron.weight_sync.source import PolicyShards
@@ -184,8 +180,9 @@ class IpcTransport:
             if bucket.collector == rank:
                 buffer = shared[bucket.receiver]
                 task = Unpack(bucket.ops, is_first, buffer.file)
-                pickled = pickle.dumps if buffer.file is not None else buffer.pickled
-                commands[bucket.receiver] = self._channel.encode(task, bucket.receiver % self._plan.tensor, pickled)
+                commands[bucket.receiver] = self._channel.encode(
+                    task, bucket.receiver % self._plan.tensor, bucket=None if buffer.file is not None else buffer.tensor
+                )
         return commands, list(shared.values())
 
     def _send_commands(
@@ -234,16 +231,3 @@ class _SharedBuffer:
     def file(self) -> str | None:
         """Path of the file; None on a GPU, where the tensor itself goes with the command."""
         return self._file.name if self._file is not None else None
-
-    def pickled(self, command: NamedTensors) -> bytes:
-        """Pickles a command together with this buffer's tensor."""
-        stream = io.BytesIO()
-        _HandlePickler(stream).dump([*command, ("bucket", self.tensor)])
-        return stream.getvalue()
-
-
-class _HandlePickler(pickle.Pickler):
-    """Pickles GPU tensors as CUDA's handles and CPU tensors by value; torch's own pickler starts a server for these."""
-
-    def reducer_override(self, value: Any) -> Any:
-        return reduce_tensor(value) if isinstance(value, Tensor) and value.is_cuda else NotImplemented

@@ -141,3 +141,22 @@ def test_a_run_goes_on_without_a_host_that_dies_until_it_is_back(network, nodec,
     assert all(step["skipped"] is None for step in steps)
     served = [step["metrics"]["publication/servers"] for step in steps[1:]]  # the first updates no policy
     assert served[0] == served[-1] == 2 and min(served) == 1, served
+
+
+@pytest.mark.slow
+def test_connections_that_a_host_forgets_cost_their_requests_time_alone(network, nodec, warm):
+    """Half-open connections in generation: the host of a server loses their state, closes none, and answers again."""
+    options = ("run.num_steps=3", "rollout.sglang.port=30400", "rollout.sglang.health_seconds=300.0")
+    job = Job(network, warm(), *options, servers=("nodec", "nodeb"))
+    job.wait_for(GENERATES.format(version=1))
+    # More connections than any control request has.
+    wait_until(lambda: len(nodec.output("ss", "-Htn", "state", "established", "sport = :30400").splitlines()) > 4, 120)
+    nodec.cut()
+    nodec.forget_connections()
+    network.restore(nodec)
+    # Health checks go on by connections of their own, so nothing but TCP's probes can tell.
+    job.wait_for("rollout server 0 lost")
+    job.wait_for("rollout server 0 connected: ")
+    assert job.ended() == [0, 0], job.all_logs()
+    steps = metrics_of(job.directory)
+    assert len(steps) == 3 and all(step["skipped"] is None for step in steps), steps

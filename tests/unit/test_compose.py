@@ -8,10 +8,14 @@ import subprocess
 import sys
 
 import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
 
 from oreal_megatron.cli import plan, train
-from oreal_megatron.compose import composed, resolved, validated
+from oreal_megatron.cli.planning import planned_config
+from oreal_megatron.compose import composed, missing_keys, resolved, validated
 from oreal_megatron.config import ConfigError, Violation, parse_config
+from tests.conftest import ROOT
 
 OWN = ["model.path=DIR", "data.train=train.jsonl"]
 
@@ -185,3 +189,47 @@ def test_job_gets_the_options_from_outside(config_dir, monkeypatch, tmp_path):
 def test_version_of_train_is_the_products(capsys, monkeypatch):
     assert ended(train.main, monkeypatch, "--version") in (0, None)
     assert capsys.readouterr().out.startswith("oreal_megatron ")
+
+
+LEFT_OPEN = sorted(
+    (path.parent.name, path.stem, key)
+    for path in (ROOT / "conf").glob("*/*.yaml")
+    if path.parent.name != "experiment"
+    for key in missing_keys(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
+)
+
+
+@pytest.mark.parametrize(("group", "option", "key"), LEFT_OPEN)
+def test_a_value_that_an_option_leaves_open_is_missing(group, option, key):
+    """A ??? changes nothing over a value of another option, such as the number of servers of `rollout=sglang`."""
+    *sections, name = [group, *key.split(".")]
+    section = OmegaConf.select(composed(["experiment=own_model", f"{group}={option}"]), ".".join(sections))
+    assert OmegaConf.is_missing(section, name)
+
+
+@pytest.mark.parametrize(
+    ("option", "key", "meaning"),
+    [
+        ("resources=h100", "resources.trainer_devices", "Number of trainer processes"),
+        ("rollout=sglang_disaggregated", "rollout.sglang.num_servers", "Number of servers"),
+    ],
+)
+def test_a_plan_asks_for_a_number_without_a_value(option, key, meaning):
+    with pytest.raises(ConfigError) as caught:
+        planned_config(["experiment=arithmetic", option], Console(), config_dir=None)
+    (violation,) = [found for found in caught.value.violations if found.key == key]
+    assert violation.value == "???" and violation.remedy.startswith("It has no value. Set it: ")
+    assert meaning in violation.remedy and "/site/" not in str(caught.value)
+
+
+def test_a_dry_run_asks_for_a_number_that_it_reduces():
+    small = planned_config(["experiment=arithmetic", "resources=h100", "run.dry_run=true"], Console(), config_dir=None)
+    assert small.resources.trainer_devices == 1  # which it sets itself
+    with pytest.raises(ConfigError, match=r"sglang.tensor = '\?\?\?': It has no value. Set it: Tensor-"):
+        planned_config(["rollout=sglang_disaggregated", "run.dry_run=true"], Console(), config_dir=None)
+
+
+def test_a_value_of_the_site_names_the_site():
+    found = {violation.key: violation.remedy for violation in refused("experiment=oreal_7b")}
+    assert found.keys() == {"cluster.data", "cluster.models"}
+    assert "conf/cluster" in found["cluster.data"]

@@ -32,7 +32,7 @@ EXPERIMENTS = (
     ["experiment=oreal_7b", "fp8=blockwise", "verifier=rules_and_judge", "objective=grpo", *SITE],
 )
 MANY = int(os.environ.get("OREAL_FUZZ", "2000"))
-SHARED = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+SHARED = settings(database=None, suppress_health_check=list(HealthCheck))
 
 
 def reduced(count: int) -> settings:

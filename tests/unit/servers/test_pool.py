@@ -23,7 +23,7 @@ def states(pool):
 async def test_first_update_launches_every_server_and_labels_it(fakes):
     pool = fakes.pool(num_servers=2)
     assert await update(pool, 3) == [0, 1]
-    assert [fakes.last(index).label for index in (0, 1)] == [pool.label(3)] * 2 and pool.num_current == 2
+    assert [fakes.last(index).label for index in (0, 1)] == [pool.label(3)] * 2 and sum(pool.has_weights.values()) == 2
     assert (fakes.settings().launcher.model / "config.json").is_file()
     await pool.close()
     await until(lambda: all(fake.exit_code is not None for _, fake in fakes.started))
@@ -42,7 +42,7 @@ async def test_server_of_a_live_run_is_refused_to_another_until_that_run_ends(fa
     label = fake.label
     with pytest.raises(NoServerError, match=rf"{fake.url}: .*weights {label} of another run.*update_weight_version"):
         await update(other, 0)
-    assert fake.label == label and live.num_current == 1
+    assert fake.label == label and sum(live.has_weights.values()) == 1
     assert len(await generate(live, requests_of(4))) == 4
     await other.close()
     assert fake.label == label
@@ -88,9 +88,9 @@ async def test_later_update_goes_on_without_a_server_that_failed(fakes):
     pool = fakes.pool(fakes.server().url, fakes.server().url)
     await update(pool, 0)
     await update(pool, 1, failures={1: "audit failed"})
-    assert pool.num_current == 1 and pool.servers[0].label == pool.label(1)
+    assert sum(pool.has_weights.values()) == 1 and pool.servers[0].label == pool.label(1)
     await until(lambda: pool.servers[1].state is ServerState.CONNECTED)
-    assert await update(pool, 2) == [0, 1] and pool.num_current == 2
+    assert await update(pool, 2) == [0, 1] and sum(pool.has_weights.values()) == 2
     await pool.close()
 
 
@@ -101,9 +101,9 @@ async def test_update_sends_again_to_the_server_that_failed(fakes):
     await pool.connect(1, wait=False)
     first, second = await pool.begin_update()
     await pool.finish_update([first], {})
-    assert second.state is ServerState.UPDATING and pool.num_current == 1
+    assert second.state is ServerState.UPDATING and sum(pool.has_weights.values()) == 1
     await pool.finish_update([second], {})
-    assert pool.num_current == 2
+    assert sum(pool.has_weights.values()) == 2
     await pool.close()
 
 
@@ -113,7 +113,7 @@ async def test_update_of_the_same_weights_takes_only_servers_without_them(fakes)
     await update(pool, 1)
     fakes.kill(fakes.last(1))
     await until(lambda: len(fakes.started) == 3 and pool.servers[1].is_up and not pool.servers[1].is_down)
-    assert await update(pool, 1, wait=True) == [1] and pool.num_current == 2
+    assert await update(pool, 1, wait=True) == [1] and sum(pool.has_weights.values()) == 2
     await pool.close()
 
 
@@ -146,7 +146,7 @@ async def test_update_without_any_server_left_raises(fakes):
     await update(pool, 0)
     fakes.kill(fake)
     await update(pool, 1)
-    assert pool.num_current == 0
+    assert sum(pool.has_weights.values()) == 0
     await until(lambda: states(pool) == [ServerState.FAILED])
     with pytest.raises(NoServerError, match="1 of 1"):
         await update(pool, 2)
@@ -184,7 +184,7 @@ async def test_offloaded_pool_leaves_a_mark_and_starts_no_server(fakes):
     await asyncio.sleep(0.1)
     assert len(fakes.started) == 2
     assert await update(pool, 1) == [0, 1]
-    assert not mark.exists() and len(fakes.started) == 3 and pool.num_current == 2
+    assert not mark.exists() and len(fakes.started) == 3 and sum(pool.has_weights.values()) == 2
     await pool.close()
 
 
@@ -214,12 +214,54 @@ async def test_offload_without_any_server_left_raises(fakes):
     await pool.close()
 
 
+async def killed_and_following(fakes, num_servers, **options):
+    """A pool of attached servers at version 1, the last of which died before, and the pool of another process."""
+    servers = [fakes.server() for _ in range(num_servers)]
+    owner, follower = (fakes.pool(*(server.url for server in servers), **options) for _ in range(2))
+    await update(owner, 0)
+    fakes.kill(servers[-1])
+    await update(owner, 1)
+    await follower.follow(1, owner.label(1), owner.has_weights)
+    return owner, follower, servers
+
+
+@on_loop
+async def test_a_server_that_is_down_gets_no_request_of_another_process_and_is_not_waited_for(fakes):
+    owner, follower, servers = await killed_and_following(fakes, 16)
+    assert list(owner.has_weights.values()) == [True] * 15 + [False]
+    assert states(follower) == [ServerState.CONNECTED] * 15 + [ServerState.LOST]
+    # Servers answer nothing but requests: no label is asked for, and nothing can be waited for.
+    for server in servers[:-1]:
+        server.break_("/model_info", "hang")
+    await generate(follower, requests_of(64))
+    num_requests = [len(server.prompts) for server in servers]
+    assert min(num_requests[:-1]) >= 4 and num_requests[-1] == follower.num_retries == 0
+    await follower.close()
+    await owner.close()
+
+
+@on_loop
+async def test_a_server_that_comes_back_during_generation_is_used_by_another_process(fakes):
+    owner, follower, servers = await killed_and_following(fakes, 2, max_concurrency=1)
+    back = servers[1]
+    servers[0].token_seconds = 0.02
+    running = asyncio.create_task(generate(follower, requests_of(12)))
+    await until(lambda: servers[0].prompts)
+    back.label = owner.label(1)  # the host lost its link, not its servers
+    fakes.run(back.start())
+    await running
+    assert back.prompts and follower.num_retries == 0
+    assert states(follower) == [ServerState.CONNECTED] * 2
+    await follower.close()
+    await owner.close()
+
+
 @on_loop
 async def test_following_pool_uses_the_labels_of_another_process(fakes):
     owner, follower = fakes.pool(num_servers=2), fakes.pool()
     for version in (0, 1):
         await update(owner, version)
-        await follower.follow(version, owner.label(version), [server.url for server in owner.servers])
+        await follower.follow(version, owner.label(version), owner.has_weights)
         found = await generate(follower, requests_of(4))
         assert {span.version for c in found for span in c.weight_spans} == {version}
     assert len(fakes.started) == 2

@@ -408,21 +408,21 @@ async def test_remote_server_asks_for_the_label(fakes):
     fake.label = "1-a"
     assert await asyncio.wait_for(waiting, 2)
     assert (server.state, server.label) == (ServerState.CONNECTED, "1-a")
-    server.expect_update()
-    assert server.label is None and not fake.calls
+    server.follow_update("2-a")
+    assert (server.state, server.label) == (ServerState.CONNECTED, "2-a") and not fake.calls
     await server.close()
 
 
 @on_loop
 async def test_remote_server_that_failed_gets_another_chance(fakes):
     fake = fakes.server(label="0-a")
-    server = RemoteServer(0, fake.url, fakes.settings(startup_seconds=0.1))
+    server = RemoteServer(0, fake.url, fakes.settings(startup_seconds=1.0))
     await server.connect()
     assert not await server.wait_for_weights("1-a", lambda: None)
     assert server.state is ServerState.FAILED and "rollout.sglang.startup_seconds" in server.failure
     fake.label = "1-a"
-    server.expect_update()
-    assert server.failure is None
+    server.follow_update(None)
+    assert server.state is ServerState.LOST and server.failure is None
     await server.connect()
     assert await server.wait_for_weights("1-a", lambda: None)
     await server.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from oreal_megatron.config import SamplingConfig
-from oreal_megatron.servers.client import Generated
+from oreal_megatron.servers.client import Generated, ServerDescription, ServerLost
 from oreal_megatron.servers.pool import ServerPool
 from oreal_megatron.servers.server import ServerSettings
 from oreal_megatron.types import GenerationRequest
@@ -44,14 +45,20 @@ class SleepingClient:
         self.num_tokens = 0
         self.prompts: Counter[tuple[int, ...]] = Counter()
         self.at_once = self.most_at_once = 0
+        self.is_up = True
+        self.first_seconds = math.inf
+        """Time of the first request on the clock of the loop."""
 
-    async def weight_label(self) -> str:
-        return "0-run"
+    async def describe(self) -> ServerDescription:
+        assert not self.is_up, "the other process has said that the server has the weights"
+        await asyncio.sleep(10.0)
+        raise ServerLost("no answer to a connection")
 
     async def is_healthy(self, seconds: float) -> bool:
         return True
 
     async def generate(self, rid: str, prompt_ids: tuple[int, ...], sampling: dict[str, int]) -> Generated:
+        self.first_seconds = min(self.first_seconds, asyncio.get_running_loop().time())
         self.prompts[prompt_ids] += 1
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
@@ -64,19 +71,26 @@ class SleepingClient:
         return Generated(token_ids=tokens, logprobs=(-1.0,) * length, finish=finish, weight_labels=frozenset({"0-run"}))
 
 
-def clients_after(*, num_replicas: int, num_prompts: int, max_concurrency: int, seed: int = 3) -> list[SleepingClient]:
-    """The servers' clients after `num_replicas` pools have generated their groups at the same time."""
+def clients_after(
+    *, num_replicas: int, num_prompts: int, max_concurrency: int, seed: int = 3, num_down: int = 0
+) -> list[SleepingClient]:
+    """The servers' clients after `num_replicas` pools have generated their groups at the same time.
+
+    num_down: number of the servers, counted from the first, that do not answer.
+    """
     random_lengths = random.Random(seed)
     num_requests = num_replicas * num_prompts * SAMPLES
     lengths = [min(int(random_lengths.lognormvariate(7.5, 0.6)) + 1, LIMIT) for _ in range(num_requests)]
     clients = [SleepingClient(number, lengths) for number in range(SERVERS)]
+    for client in clients[:num_down]:
+        client.is_up = False
     config = sglang_config(max_concurrency=max_concurrency, health_seconds=60.0, startup_seconds=600.0)
     settings = ServerSettings(config=config, launcher=SimpleNamespace(), check=lambda url, found: None, run="run")  # type: ignore[arg-type]
     done: Counter[int] = Counter()
 
     async def replica(number: int) -> None:
         pool = ServerPool(settings, stop_token_id=STOP, config_json={}, replica=number, num_replicas=num_replicas)
-        await pool.follow(0, "0-run", [client.url for client in clients])
+        await pool.follow(0, "0-run", {client.url: client.is_up for client in clients})
         for server, client in zip(pool.servers, clients, strict=True):
             server.client = client  # type: ignore[assignment]
         first = number * num_prompts
@@ -113,3 +127,10 @@ def test_a_server_has_whole_groups_where_everything_is_in_flight():
 def test_groups_are_split_where_servers_would_be_idle():
     clients = clients_after(num_replicas=1, num_prompts=8, max_concurrency=256)
     assert [list(client.prompts.values()) for client in clients] == [[8 * SAMPLES // SERVERS]] * SERVERS
+
+
+@pytest.mark.parametrize("num_down", [0, 1])
+def test_a_server_that_is_down_costs_no_time(num_down):
+    clients = clients_after(num_replicas=8, num_prompts=8, max_concurrency=16, num_down=num_down)
+    assert {client.first_seconds for client in clients[num_down:]} == {0.0}
+    assert not any(client.prompts for client in clients[:num_down])

@@ -104,7 +104,7 @@ ARGUMENTS = st.lists(
 EVERY_KIND = "a=b,c (d) 'e' \"f\" #g & {h} ~i ${j} $k `l` %t [m] hetjob é漢"
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @example(name=EVERY_KIND, arguments=[EVERY_KIND, "", "a\nb", "\\"])
 @given(name=NAMES.filter(lambda name: name.strip(".")), arguments=ARGUMENTS)
 def test_names_and_arguments_arrive_as_they_are(run_config, name, arguments):

@@ -44,7 +44,7 @@ def test_rational_by_hand(text: str, value: Fraction | int | None) -> None:
 
 
 @given(top=st.integers(-(10**9), 10**9), bottom=st.integers(1, 10**9))
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_every_spelling_of_a_fraction_has_its_value(top: int, bottom: int) -> None:
     value = Fraction(top, bottom)
     assert parse_rational(f"\\frac{{{top}}}{{{bottom}}}") == value
@@ -84,7 +84,7 @@ def test_spaces_matter_between_digits_only() -> None:
 
 
 @given(st.text(max_size=200))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 def test_normalising_any_text_ends(text: str) -> None:
     assert isinstance(normalize(text), str)
 
@@ -236,7 +236,7 @@ def test_no_value(latex: str) -> None:
 
 
 @given(a=st.integers(-9, 9), b=st.integers(-9, 9), c=st.integers(-9, 9))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 def test_expanding_keeps_and_a_changed_coefficient_breaks_equality(a: int, b: int, c: int) -> None:
     x = sympy.Symbol("x")
     expanded = sympy.latex(sympy.expand((x - a) * (x - b) * (x - c)))

@@ -135,7 +135,7 @@ def elements_by_sender(assignment: Assignment, num_senders: int) -> np.ndarray:
 
 
 CASES = given(models(), trainers(), servers, st.integers(1, 3), st.integers(1, 200))
-OPTIONS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "derandomize": True}
+OPTIONS = {"suppress_health_check": [HealthCheck.too_slow], "derandomize": True}
 
 
 @settings(max_examples=40, **OPTIONS)

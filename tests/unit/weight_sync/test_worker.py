@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from oreal_megatron.conversion.rules import Box
+from oreal_megatron.weight_sync.commands import pickled
 from oreal_megatron.weight_sync.fp8_blocks import E4M3, quantise_into
 from oreal_megatron.weight_sync.p2p import Rendezvous
 from oreal_megatron.weight_sync.planner import TransferOp
@@ -118,3 +120,19 @@ def test_worker_that_fails_closes_its_connections():
     with pytest.raises(RuntimeError, match="connection reset"):
         worker.execute(command(task), parameters(), [], store=None)
     assert receiver.is_closed and worker._receiver is None
+
+
+def test_a_command_reaches_sglang_by_functions_that_it_accepts(
+    monkeypatch,
+):
+    """megatron-core 0.19 puts a function of its own in the place of torch.storage._load_from_bytes."""
+
+    class Accepting(pickle.Unpickler):
+        def find_class(self, module, name):
+            assert (module, name) in {("torch", "ByteTensor"), ("builtins", "bytearray")}  # SGLang's list has them
+            return super().find_class(module, name)
+
+    monkeypatch.setattr(torch.storage, "_load_from_bytes", Box)
+    sent = command(Unpack([], is_first=True, file="bucket"))
+    ((name, tensor),) = Accepting(io.BytesIO(pickled([("command", sent.encoded())]))).load()
+    assert name == "command" and Command.decoded(tensor) == sent
