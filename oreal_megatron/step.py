@@ -261,7 +261,7 @@ def update_policy(
         "loss/positive": positive,
         "loss/negative": negative,
         "loss/kl": mean.pop("kl"),
-        "loss/policy": positive + config.eta * negative + config.beta * total["kl"] / max(counts.all, 1),
+        "loss/policy": positive + config.eta * negative + config.beta * total["kl"] / counts.of_kl(config),
         **{f"policy/{name}": value for name, value in (mean | mismatch | update).items()},
     }
 

@@ -33,6 +33,7 @@ _ADVANTAGES = (0.7, -1.3, 1.1, -0.4, 0.9, -0.6)
 _COUNTS = TokenCounts(
     correct=sum(length for length, a in zip(_LENGTHS, _ADVANTAGES, strict=True) if a > 0),
     incorrect=sum(length for length, a in zip(_LENGTHS, _ADVANTAGES, strict=True) if a < 0),
+    limit=8 * len(_LENGTHS),
 )
 _STEP = 1e-6
 """Step of the central differences, in nats."""

@@ -241,6 +241,7 @@ def packed(run: Run, trajectories: Sequence[Trajectory]) -> tuple[TokenCounts, l
     counts = TokenCounts(
         correct=sum(t.rollout.num_response_tokens for t in trajectories if t.correct),
         incorrect=sum(t.rollout.num_response_tokens for t in trajectories if not t.correct),
+        limit=len(trajectories) * run.config.rollout.sampling.max_new_tokens,
     )
     as_released = run.config.objective.sampler == "release"
     return counts, run.packer.batches_from_main(sequences, run.groups, as_released=as_released)

@@ -110,9 +110,13 @@ class ObjectiveConfig(Section):
     importance_limit: PositiveFloat | None
     """Upper limit of token-level importance weights pi / pi_rollout in the policy terms, with pi at the start of the
     step's training. Needs `ratio_reference: self`. null: no importance weights."""
-    denominators: Literal["by_outcome", "all_trained"]
+    normalize_advantages: Literal["none", "step"]
+    """Scale of the advantages. none: as `shaping` gives them; step: those of all trained responses of the step, less
+    their mean and divided by their standard deviation."""
+    denominators: Literal["by_outcome", "all_trained", "token_limit"]
     """Token count that a policy term is divided by. by_outcome: trained tokens of the same outcome (eq. 11);
-    all_trained: all trained tokens."""
+    all_trained: all trained tokens; token_limit:
+    rollout.sampling.max_new_tokens for each trained response, so that a token counts the same in every response."""
     eta: NonNegativeFloat
     """Weight of the negative term."""
     kl_type: Literal["k3", "k1", "mse"]

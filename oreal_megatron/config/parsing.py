@@ -108,6 +108,7 @@ ADDED: dict[str, Any] = {
         f"objective.functions.{name}": None
         for name in ("advantages", "keep_group", "choose", "token_weights", "policy_loss", "kl")
     },
+    "objective.normalize_advantages": "none",
     "objective.reward_model.responses": "trained",
     "objective.reward_model.updates": 1,
     "objective.reward_model.ranking_weight": 0.0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from oreal_megatron.config import ObjectiveConfig
 from oreal_megatron.extensions import described, objective_function
@@ -72,6 +72,8 @@ def select_trajectories(
         else:
             rng = random.Random(derive_seed(seed, step, "pair", candidates[0].rollout.prompt.id))
         trajectories += _chosen(candidates, config, rng)
+    if config.normalize_advantages == "step":
+        trajectories = _normalized(trajectories)
     return Selection(
         trajectories=tuple(trajectories),
         num_groups=len(groups),
@@ -81,6 +83,17 @@ def select_trajectories(
         num_undecided=undecided,
         pass_rate=num_correct / num_decided if num_decided else math.nan,
     )
+
+
+def _normalized(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """Returns the trajectories with advantages of mean 0 and standard deviation 1; of 0 if all are equal."""
+    advantages = [trajectory.advantage for trajectory in trajectories]
+    mean = math.fsum(advantages) / max(len(advantages), 1)
+    std = math.sqrt(math.fsum((advantage - mean) ** 2 for advantage in advantages) / max(len(advantages), 1))
+    return [
+        replace(trajectory, advantage=(trajectory.advantage - mean) / std if std > 0 else 0.0)
+        for trajectory in trajectories
+    ]
 
 
 def is_useful(group: Sequence[GradedRollout], config: ObjectiveConfig) -> bool:

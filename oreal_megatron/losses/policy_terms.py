@@ -24,6 +24,8 @@ class TokenCounts:
 
     correct: int
     incorrect: int
+    limit: int
+    """Number of tokens that its responses could have had."""
 
     @property
     def all(self) -> int:
@@ -31,11 +33,18 @@ class TokenCounts:
 
     def of_positive(self, config: ObjectiveConfig) -> int:
         """Returns the positive term's denominator, at least 1."""
-        return max(self.correct if config.denominators == "by_outcome" else self.all, 1)
+        return max(self.correct if config.denominators == "by_outcome" else self._of_all(config), 1)
 
     def of_negative(self, config: ObjectiveConfig) -> int:
         """Returns the negative term's denominator, at least 1."""
-        return max(self.incorrect if config.denominators == "by_outcome" else self.all, 1)
+        return max(self.incorrect if config.denominators == "by_outcome" else self._of_all(config), 1)
+
+    def of_kl(self, config: ObjectiveConfig) -> int:
+        """Returns the KL term's denominator, at least 1."""
+        return max(self._of_all(config), 1)
+
+    def _of_all(self, config: ObjectiveConfig) -> int:
+        return self.limit if config.denominators == "token_limit" else self.all
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class PolicyTerms:
         return (
             self.positive / counts.of_positive(config)
             + config.eta * self.negative / counts.of_negative(config)
-            + config.beta * self.kl / max(counts.all, 1)
+            + config.beta * self.kl / counts.of_kl(config)
         )
 
 

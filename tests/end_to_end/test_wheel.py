@@ -111,7 +111,7 @@ def test_wheel_trains_an_objective_of_ones_own(installed, tmp_path):
     tested = installed("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", example, python_path=example)
     assert "2 passed" in tested
     installed(
-        "oreal-train", "--config-dir", example / "conf", *TINY, "objective=gspo", f"run.dir={tmp_path}/run",
+        "oreal-train", "--config-dir", example / "conf", *TINY, "objective=soft_clip", f"run.dir={tmp_path}/run",
         "run.num_steps=2", python_path=example,
     )  # fmt: skip
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -108,7 +108,7 @@ def run_steps(
     for each in (policy, reward_model, reference):
         each.offload()
     chosen = sequences(num_sequences)
-    counts = TokenCounts(*(sum(len(s.response_ids) for s in chosen if s.correct is c) for c in (True, False)))
+    counts = TokenCounts(*(sum(len(s.response_ids) for s in chosen if s.correct is c) for c in (True, False)), limit=0)
     outcome = Outcome()
     for step in steps:
         packer = Packer.of_layout(groups, GEOMETRY, VOCABULARY)

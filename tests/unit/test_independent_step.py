@@ -51,6 +51,11 @@ PRESETS = {
     "reinforce_rej": BASELINE | {"advantage": "raw", "keep": "mixed"},
     "psr": BASELINE | {"advantage": "one", "train": "correct", "terms": ("ratio", "ratio")},
     "nsr": BASELINE | {"advantage": "minus_one", "train": "incorrect", "terms": ("ratio", "ratio")},
+    "dapo": BASELINE | {"advantage": "grpo", "keep": "mixed", "terms": ("clip_higher", "clip_higher"), "beta": 0.0},
+    "dr_grpo": BASELINE | {"advantage": "centred", "terms": ("clip", "clip"), "beta": 0.0, "limit_of_tokens": 64},
+    "gspo": BASELINE | {"advantage": "grpo", "terms": ("whole", "whole"), "beta": 0.0},
+    "cispo": BASELINE | {"advantage": "grpo", "terms": ("capped", "capped"), "beta": 0.0},
+    "reinforce_pp": BASELINE | {"advantage": "centred", "normalized": True, "terms": ("clip", "clip"), "kl": "k1"},
 }
 
 
@@ -108,6 +113,7 @@ def advantage(kind: str, reward: float, rewards: list[float]) -> float:
         "paper": lambda: 1.0 if reward > 0 else -(1 - p),
         "grpo": lambda: (reward - mean) / (std + 1e-6) if std else 0.0,
         "raw": lambda: reward,
+        "centred": lambda: (reward - mean) / 2,
         "one": lambda: 1.0,
         "minus_one": lambda: -1.0,
     }[kind]()
@@ -127,6 +133,9 @@ def trained_rows(preset: dict, groups) -> list[tuple[Rollout, bool, float]]:
         for rollout, reward in known:
             if {"correct": reward > 0, "incorrect": reward < 0}.get(preset["train"], True):
                 rows.append((rollout, reward > 0, advantage(preset["advantage"], reward, values)))
+    if preset.get("normalized"):
+        values = np.array([value for *_, value in rows])
+        rows = [(*row, (value - values.mean()) / values.std()) for *row, value in rows]
     return rows
 
 
@@ -168,14 +177,19 @@ def derived(preset: dict, rows, models, head_bias: bool) -> tuple[dict[str, floa
             "log": value * logp,
             "ratio": value * torch.exp(logp - logp.detach()),
             "clip": torch.minimum(value * (logp - old).exp(), value * (logp - old).exp().clamp(0.8, 1.2)),
+            "clip_higher": torch.minimum(value * (logp - old).exp(), value * (logp - old).exp().clamp(0.8, 1.28)),
+            "whole": torch.minimum(
+                value * (logp - old).mean().exp(), value * (logp - old).mean().exp().clamp(1 - 3e-4, 1 + 4e-4)
+            ).expand(length),
+            "capped": value * torch.clamp((logp.detach() - old).exp(), max=1.28) * logp,
         }
-        count = size[correct] if preset["own_counts"] else total
+        count = size[correct] if preset["own_counts"] else len(rows) * preset.get("limit_of_tokens", 0) or total
         term = -(weights * forms[preset["terms"][not correct]]).sum() / count
         sums["positive" if correct else "negative"] += term.item()
         gap = reference - logp
-        kl = (gap.exp() - gap - 1).sum() / total
+        kl = (-gap if preset.get("kl") == "k1" else gap.exp() - gap - 1).sum() / total
         sums["kl"] += kl.item()
-        policy_loss = policy_loss + (term if correct else preset["eta"] * term) + 0.01 * kl
+        policy_loss = policy_loss + (term if correct else preset["eta"] * term) + preset.get("beta", 0.01) * kl
     policy_loss.backward()
     gradients = {f"policy.{name}": p.grad for name, p in models["policy"].named_parameters()}
     losses = {f"loss/{name}": value for name, value in sums.items()}
@@ -241,7 +255,11 @@ def product_step(objective, paths, groups, parallel, budget: int):
     trained = {"policy": Recorded(policy, ADAMW, parallel, num_updates=10)}
     selection = select_trajectories(groups, objective, seed=0, step=4, global_rng=random.Random(1))
     run = SimpleNamespace(
-        config=SimpleNamespace(run=SimpleNamespace(mode="train"), objective=objective),
+        config=SimpleNamespace(
+            run=SimpleNamespace(mode="train"),
+            objective=objective,
+            rollout=SimpleNamespace(sampling=SimpleNamespace(max_new_tokens=64)),
+        ),
         progress=SimpleNamespace(weight_version=0),
         packer=replace(Packer.of_layout(parallel, geometry, VOCABULARY), token_budget=budget),
         groups=parallel,

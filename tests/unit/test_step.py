@@ -168,7 +168,7 @@ def test_splitting_into_micro_batches_changes_no_update(composed, single_process
         batches = with_reference(trained(build_policy, single_process).module, split, single_process)
         scored, metrics = update_reward_model(reward_model, batches, config, num_sequences=7)
         batches = with_token_weights(batches, scored, config, single_process)
-        counts = TokenCounts(correct=2 + 4 + 6 + 8, incorrect=3 + 5 + 7)
+        counts = TokenCounts(correct=2 + 4 + 6 + 8, incorrect=3 + 5 + 7, limit=0)
         metrics |= update_policy(policy, batches, config, counts)
         weights = [p.detach() for model in (policy, reward_model) for p in model.module.parameters()]
         return metrics, weights
@@ -198,7 +198,7 @@ def test_every_update_sees_its_own_gradient_alone(composed, single_process):
     policy = trained(build_policy, single_process, still)
     batches = with_token_weights(micro_batches(sequences(), 24, CPU), None, config, single_process)
     batches = with_reference(policy.module, batches, single_process)
-    counts = TokenCounts(correct=20, incorrect=15)
+    counts = TokenCounts(correct=20, incorrect=15, limit=0)
     norms = [update_policy(policy, batches, config, counts)["policy/grad_norm"] for _ in range(3)]
     assert len(batches) > 1 and norms == pytest.approx([norms[0]] * 3, rel=1e-6)
 
@@ -211,7 +211,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(composed, single_process)
     batches = with_reference(policy.module, batches, single_process)
     batches[0].advantages[0] = math.nan
     with pytest.raises(UpdateRefused, match=r"positive = nan in a micro-batch of .*6.*0"):
-        update_policy(policy, batches, config, TokenCounts(correct=20, incorrect=15))
+        update_policy(policy, batches, config, TokenCounts(correct=20, incorrect=15, limit=0))
     assert all(torch.equal(a, b) for a, b in zip(before, policy.module.parameters(), strict=True))
 
 
@@ -246,7 +246,7 @@ def test_rollouts_of_another_model_are_not_trained_on(composed, single_process):
     batches = with_token_weights(micro_batches(sequences(), 1000, CPU), None, config, single_process)
     batches = with_reference(policy.module, batches, single_process)
     with pytest.raises(UpdateRefused, match=r"more than rollout.mismatch.stop = 0.5 \(99th percentile"):
-        update_policy(policy, batches, config, TokenCounts(correct=20, incorrect=15), max_mismatch=0.5)
+        update_policy(policy, batches, config, TokenCounts(correct=20, incorrect=15, limit=0), max_mismatch=0.5)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.module.parameters(), strict=True))
 
 
@@ -261,7 +261,7 @@ def test_older_tokens_are_no_mismatch_and_get_importance_weights(composed, singl
         carried = replace(sequence, rollout_logprobs=tuple(drawn.tolist()), num_older_tokens=num_older_tokens)
         batch = replace(pack([carried], CPU), reference_logprobs=own.reference_logprobs)
         batches = with_token_weights([batch], None, config, single_process)
-        counts = TokenCounts(correct=4, incorrect=0)
+        counts = TokenCounts(correct=4, incorrect=0, limit=0)
         return update_policy(trained(build_policy, single_process), batches, config, counts, max_mismatch=0.01)
 
     metrics = update(2)
@@ -298,7 +298,7 @@ def test_offloaded_model_holds_no_memory_and_trains_the_same(composed, single_pr
             with policy.on_device():
                 batches = with_token_weights(micro_batches(sequences(), 24, CPU), None, config, single_process)
                 batches = with_reference(policy.module, batches, single_process)
-                update_policy(policy, batches, config, TokenCounts(correct=20, incorrect=15))
+                update_policy(policy, batches, config, TokenCounts(correct=20, incorrect=15, limit=0))
     assert bytes_on_device(moving.module.parameters()) == bytes_on_device(moments(moving)) == 0
     assert all(chunk.buffers[0].grad_data.untyped_storage().nbytes() == 0 for chunk in moving.chunks)
     assert bytes_on_device(staying.module.parameters()) > 10_000 and bytes_on_device(moments(staying)) > 20_000

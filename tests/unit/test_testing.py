@@ -13,7 +13,7 @@ from oreal_megatron.testing import check_objective
 
 PRESETS = (
     "oreal", "oreal_change", "oreal_paper", "oreal_release", "oreal_no_rm", "oreal_release_no_rm",
-    "grpo", "rloo", "reinforce", "raft", "reinforce_rej", "psr", "nsr",
+    "grpo", "rloo", "reinforce", "raft", "reinforce_rej", "psr", "nsr", "dapo", "dr_grpo", "cispo", "reinforce_pp",
 )  # fmt: skip
 OWN = f"objective.functions.{{}}={__name__}.{{}}"
 
@@ -25,6 +25,10 @@ def own(point: str, function: str) -> str:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_passes(preset):
     check_objective([f"objective={preset}"])
+
+
+def test_the_preset_with_ratios_of_whole_responses_passes():
+    check_objective(["objective=gspo"], reads="sequence")
 
 
 # Policy losses: right ones, and one for each fault.

@@ -45,7 +45,7 @@ def test_oreal_terms_by_hand(presets):
     assert terms.positive.item() == pytest.approx(2.0)
     assert terms.negative.item() == pytest.approx(0.625)
     assert terms.kl.item() == 0.0
-    counts = TokenCounts(correct=4, incorrect=10)
+    counts = TokenCounts(correct=4, incorrect=10, limit=0)
     loss = terms.loss(counts, config)
     assert loss.item() == pytest.approx(2.0 / 4 + 0.5 * 0.625 / 10)
     loss.backward()
@@ -109,12 +109,12 @@ def test_baselines_share_one_denominator(presets):
     config = presets("reinforce", beta=0.0)
     _, terms = terms_of(config)
     by_hand = ((2.0 * 0.5 + 1.0 * 1.0) + (-0.5 * 0.25 * 0.25 - 0.5 * 2.0)) / 14
-    assert terms.loss(TokenCounts(correct=4, incorrect=10), config).item() == pytest.approx(by_hand)
+    assert terms.loss(TokenCounts(correct=4, incorrect=10, limit=0), config).item() == pytest.approx(by_hand)
 
 
 def test_splitting_a_batch_changes_no_loss(presets):
     config = presets("oreal", beta=0.1)
-    counts = TokenCounts(correct=2, incorrect=3)
+    counts = TokenCounts(correct=2, incorrect=3, limit=0)
     generator = torch.Generator().manual_seed(0)
     logprobs, reference, rollout = (-torch.rand(3, 5, generator=generator)).unbind(0)
 
@@ -147,7 +147,7 @@ def test_no_correct_token_at_all_divides_by_one(presets):
         correct_R=empty.bool(),
         lengths=(len(empty.bool()),),
     )
-    assert terms.loss(TokenCounts(correct=0, incorrect=0), config).item() == 0.0
+    assert terms.loss(TokenCounts(correct=0, incorrect=0, limit=0), config).item() == 0.0
 
 
 def test_reward_model_term_is_one_cross_entropy_a_sequence():
