@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from oreal_megatron.types import FinishReason, GradedRollout, undecided
+from oreal_megatron.verifier.own_reward import STAGE as OWN_REWARD
 
 AreEqual = Callable[[Sequence[tuple[str, str]]], list[bool]]
 """Pairs of final answers -> for each pair, whether the two are equal."""
@@ -23,6 +24,8 @@ def problem_scores(
 ) -> dict[str, list[float]]:
     """Returns name -> a score in [0, 1] for each problem: greedy_pass@1, and with n samples avg@n, pass@k, maj@n.
 
+    Responses that a reward of the user's own graded have no answers that could vote, and so no maj@n.
+
     greedy: a response for each problem. sampled: n responses for each problem, or empty. ks: numbers k of pass@k; those
     that are not in 2 to n are left out.
     """
@@ -34,7 +37,7 @@ def problem_scores(
         for k in ks:
             if 1 < k <= n:
                 scores[f"pass@{k}"] = [pass_at_k(n, correct, k) for correct in num_correct]
-        if n > 1:
+        if n > 1 and not _is_own_reward(sampled[0][0]):
             scores[f"maj@{n}"] = majority_scores(sampled, are_equal)
     return scores
 
@@ -101,13 +104,22 @@ def benchmark_metrics(
         "response_tokens": mean([float(graded.rollout.num_response_tokens) for graded in greedy]),
         "stopped": mean([float(is_stopped(graded)) for graded in greedy]),
         "truncated_share": sum(not is_stopped(graded) for graded in responses) / count,
-        "no_answer_share": sum(is_stopped(graded) and not graded.grade.answer for graded in responses) / count,
+        "no_answer_share": sum(_lacks_answer(graded) for graded in responses) / count,
     }
 
 
 def all_responses(greedy: Sequence[GradedRollout], sampled: Sequence[Sequence[GradedRollout]]) -> list[GradedRollout]:
     """Returns the greedy responses, then the samples of every problem."""
     return [*greedy, *(graded for group in sampled for graded in group)]
+
+
+def _is_own_reward(graded: GradedRollout) -> bool:
+    """Returns whether a function of the user's graded a response, without extracting an answer from it."""
+    return graded.grade.stage == OWN_REWARD
+
+
+def _lacks_answer(graded: GradedRollout) -> bool:
+    return is_stopped(graded) and not graded.grade.answer and not _is_own_reward(graded)
 
 
 def is_stopped(graded: GradedRollout) -> bool:

@@ -118,3 +118,18 @@ def test_wheel_trains_an_objective_of_ones_own(installed, tmp_path):
     assert [step["step"] for step in steps if step["kind"] == "step" and step["skipped"] is None]
     message = installed("oreal-train", "objective.functions.kl=nowhere.kl", f"run.dir={tmp_path}/no", status=1)
     assert "objective.functions.kl = 'nowhere.kl': It cannot be imported" in message and "Traceback" not in message
+
+
+def test_wheel_trains_with_a_reward_of_ones_own(installed, tmp_path):
+    example = shutil.copytree(ROOT / "examples" / "own_reward", tmp_path / "example")
+    (tmp_path / "data").mkdir()
+    installed("python", example / "backwards.py", tmp_path / "data")
+    installed(
+        "oreal-train", "--config-dir", example / "conf", "experiment=backwards", f"run.dir={tmp_path}/run",
+        f"data.train={tmp_path}/data/prompts.jsonl", f"sft.demonstrations={tmp_path}/data/demonstrations.jsonl",
+        f"+evaluation.benchmarks.words={tmp_path}/data/heldout.jsonl", "run.num_steps=2", "sft.steps=40",
+        "tracking.wandb=disabled", python_path=example,
+    )  # fmt: skip
+    lines = (tmp_path / "run" / "trajectories" / "step_000000.jsonl").read_text().splitlines()
+    grades = [json.loads(line)["grade"] for line in lines]
+    assert {grade["stage"] for grade in grades} == {"reward"} and len({grade["credit"] for grade in grades}) > 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -36,6 +37,13 @@ def test_pass_at_k_is_the_share_of_draws_with_a_correct_sample():
     for correct, k in itertools.product(range(7), range(1, 7)):
         draws = list(itertools.combinations([index < correct for index in range(6)], k))
         assert pass_at_k(6, correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_rewards_of_ones_own_have_no_answers_that_could_vote():
+    sampled = [[replace(one, grade=replace(one.grade, stage="reward")) for one in group((C, ""), (W, ""))]]
+    scores = problem_scores([sampled[0][0]], sampled, by_text, ks=[2])
+    assert scores == {"greedy_pass@1": [1.0], "avg@2": [0.5], "pass@2": [1.0]}
+    assert benchmark_metrics([sampled[0][0]], sampled, scores)["no_answer_share"] == 0.0
 
 
 def test_scores_of_problems():
