@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import re
@@ -46,6 +47,6 @@ def test_calls_that_newer_torches_deprecate_are_not_the_users():
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         quiet_libraries()
-        with pytest.raises(ValueError, match="group has not been initialized"):
+        with contextlib.suppress(ValueError):  # another test of the process may have made a group, or not
             torch.distributed.reduce_scatter_tensor(torch.zeros(1), torch.zeros(1))  # as Megatron-Core does
     assert not shown
