@@ -192,6 +192,16 @@ def comparison(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str,
     return {name: _compared(name, first["benchmarks"][name], second["benchmarks"][name]) for name in names}
 
 
+def differing_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Returns the settings in which two evaluations differ, except the model, as texts with both values."""
+    names = ("dtype", "backend", "max_sequence_length", "sampling", "prompt", "verifier", "reward")
+    return [
+        f"{name}: {first.get(name)} in the first, {second.get(name)} in the second"
+        for name in names
+        if first.get(name) != second.get(name)
+    ]
+
+
 def _compared(name: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     others = {problem["id"]: problem for problem in second["problems"]}
     pairs = [(problem, others[problem["id"]]) for problem in first["problems"] if problem["id"] in others]

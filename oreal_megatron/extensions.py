@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import pkgutil
-import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +18,7 @@ from oreal_megatron.config import (
     TrainConfig,
     Violation,
     parse_section,
+    unknown_key,
 )
 
 PARAMETERS: Mapping[str, tuple[str, ...]] = {
@@ -91,7 +92,11 @@ def load_function(key: str, config: FunctionConfig, parameters: tuple[str, ...])
         raise ConfigError([Violation(key, config.path, remedy)]) from error
     if not callable(function):
         raise ConfigError([Violation(key, config.path, f"It is a {type(function).__name__}. {wanted}")])
-    signature = inspect.signature(function)
+    try:
+        signature = inspect.signature(function)
+    except ValueError as error:  # some functions of C
+        remedy = f"Its parameters are not known: {error}. Wrap it in a function of your own."
+        raise ConfigError([Violation(key, config.path, remedy)]) from error
     settings = _settings(key, config, function, signature)
     try:
         signature.bind(**dict.fromkeys(parameters), **settings)
@@ -121,8 +126,20 @@ def _settings(
             )
             raise ConfigError([Violation(f"{key}.settings", dict(config.settings), remedy)])
         return {}
-    model = typing.get_type_hints(function).get("settings")
+    model = signature.parameters["settings"].annotation
+    if isinstance(model, str):  # of a module with `from __future__ import annotations`
+        with contextlib.suppress(Exception):
+            model = eval(model, getattr(inspect.unwrap(function), "__globals__", {}))
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
         remedy = "Its parameter `settings` is not annotated with a pydantic model. Annotate it with one."
         raise ConfigError([Violation(key, config.path, remedy)])
+    if model.model_config.get("extra") != "allow":
+        unknown = [name for name in config.settings if name not in model.model_fields]
+        if unknown:
+            raise ConfigError(
+                [
+                    Violation(f"{key}.settings.{name}", config.settings[name], unknown_key(name, model.model_fields))
+                    for name in unknown
+                ]
+            )
     return {"settings": parse_section(f"{key}.settings", dict(config.settings), model)}

@@ -29,7 +29,7 @@ from oreal_megatron.files import (
     write_parts_atomically,
 )
 from oreal_megatron.losses.advantages import Selection
-from oreal_megatron.types import EvaluationReport, FinishReason, GradedRollout, StepReport
+from oreal_megatron.types import EvaluationReport, FinishReason, GradedRollout, StepReport, decided
 
 logger = logging.getLogger(__name__)
 
@@ -318,6 +318,12 @@ def _drop_from(path: Path, first_step: int, is_evaluated: bool) -> list[dict[str
     return kept
 
 
+def mean_credit(graded: Sequence[GradedRollout]) -> float:
+    """Returns the mean credit of decided responses, in [0, 1]; nan without one."""
+    credits = [one.credit for one in decided(graded)]
+    return sum(credits) / len(credits) if credits else math.nan
+
+
 def rollout_metrics(groups: Sequence[Sequence[GradedRollout]], selection: Selection) -> dict[str, float]:
     """Returns metrics of a step's responses, and of the selection that trains."""
     rollouts = [graded.rollout for group in groups for graded in group]
@@ -330,6 +336,7 @@ def rollout_metrics(groups: Sequence[Sequence[GradedRollout]], selection: Select
         "rollout/response_tokens": sum(rollout.num_response_tokens for rollout in rollouts) / count,
         "rollout/stopped": sum(rollout.finish_reason is FinishReason.STOP for rollout in rollouts) / count,
         "reward/pass_rate": selection.pass_rate,
+        "reward/credit": mean_credit([graded for group in groups for graded in group]),
         "reward/undecided": float(selection.num_undecided),
         "data/groups": float(selection.num_groups),
         "data/kept_groups": float(selection.num_kept_groups),

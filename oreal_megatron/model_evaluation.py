@@ -72,4 +72,6 @@ def evaluated(config: TrainConfig, weights: str) -> dict[str, Any]:
         "max_sequence_length": config.model.max_sequence_length,
         "sampling": config.evaluation.sampling.model_dump(mode="json"),
         "prompt": config.prompt.model_dump(mode="json"),
+        "verifier": config.verifier.model_dump(mode="json", exclude={"num_workers", "cache_path"}),
+        "reward": None if config.rollout.reward is None else config.rollout.reward.model_dump(mode="json"),
     }

@@ -121,12 +121,17 @@ def _remedy(override: Override, value: str, directories: Sequence[Path], message
         fields = fields_at(above)
         if fields and part not in fields:
             return unknown_key(part, fields)
-        if not fields and _is_value(above):
+        if not fields and _is_value(above) and not _is_function(above):
             return f"{'.'.join(above)} has no keys below it. Set it as a whole."
     if f"'{name}'" in message and not override.is_add() and not override.is_delete():
         written = value if value.isprintable() else "VALUE"
         return f"The chosen options do not set this key. Choose an option that does, or write +{name}={written}."
     return None
+
+
+def _is_function(path: Sequence[str]) -> bool:
+    """Returns whether a key is a function of one's own, which may have settings of its own, or is below one."""
+    return path[:2] == ["rollout", "reward"] or path[:2] == ["objective", "functions"]
 
 
 def _option_remedy(override: Override, group: str, directories: Sequence[Path]) -> str | None:

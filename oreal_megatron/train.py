@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ from oreal_megatron.data.packing import PackedSequence, TokenBatch
 from oreal_megatron.distributed.profiling import profiled
 from oreal_megatron.distributed.step_timer import StepTimer
 from oreal_megatron.evaluation import areas_under_curve, evaluate_run
-from oreal_megatron.losses.advantages import Selection, is_useful, select_trajectories, used_responses
+from oreal_megatron.losses.advantages import (
+    Selection,
+    is_useful,
+    select_trajectories,
+    selects_by_functions,
+    used_responses,
+)
 from oreal_megatron.losses.policy_terms import TokenCounts
 from oreal_megatron.metrics import rollout_metrics
 from oreal_megatron.models.trained_model import TrainedModel
@@ -104,9 +111,7 @@ def train_step(run: Run) -> StepReport:
     run.groups.seed_generators(derive_seed(config.run.seed, "generators", step))
     sampled = replayed(run) if config.run.mode == "replay" else rolled_out(run, clock)
     graded = sampled.groups
-    selection = select_trajectories(
-        graded, config.objective, seed=config.run.seed, step=step, global_rng=run.global_rng
-    )
+    selection = selected(run, graded)
     metrics = {**rollout_metrics(graded, selection), **sampled.metrics}
     if config.run.mode == "rollout" or not selection.trajectories:
         skipped = "rollouts only" if config.run.mode == "rollout" else selection.why_unusable
@@ -143,6 +148,27 @@ def train_step(run: Run) -> StepReport:
     run.progress.num_usable_steps += 1
     save_trajectories(run, graded, selection, batches)
     return StepReport(step=step, metrics=metrics | {"policy/frozen": float(frozen)}, **costs(run, clock))
+
+
+def selected(run: Run, graded: Sequence[Sequence[GradedRollout]]) -> Selection:
+    """Returns the selection of the step, the same on every rank: whole on the main rank, elsewhere without tokens."""
+    objective = run.config.objective
+
+    def select() -> Selection:
+        seed, step = run.config.run.seed, run.progress.step
+        return select_trajectories(graded, objective, seed=seed, step=step, global_rng=run.global_rng)
+
+    if not selects_by_functions(objective):
+        return select()
+    # The user's functions may read texts and tokens, which the main rank alone has.
+    found: tuple[Selection, list[Trajectory]] | None = None
+    with run.groups.together():
+        if run.groups.is_main:
+            selection = select()
+            light = [replace(one, rollout=one.rollout.without_tokens()) for one in selection.trajectories]
+            found = (replace(selection, trajectories=()), light)
+    counts, light = run.groups.from_main(found)
+    return selection if run.groups.is_main else replace(counts, trajectories=tuple(light))
 
 
 def supervised_step(run: Run) -> StepReport:

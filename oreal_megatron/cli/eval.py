@@ -115,6 +115,9 @@ def _add_benchmarks(raw: DictConfig, arguments: argparse.Namespace) -> None:
             "there is no benchmark. Name one with --benchmark NAME=FILE.jsonl, or several with evaluation=benchmarks "
             "cluster.data=DIR"
         )
+    for name, benchmark in benchmarks.items():
+        if isinstance(benchmark, str):
+            benchmarks[name] = {"path": benchmark}
     for benchmark in benchmarks.values():
         if arguments.samples is not None:
             benchmark.samples = arguments.samples
@@ -145,10 +148,13 @@ def run_evaluation(config: TrainConfig) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from oreal_megatron.evaluation_report import comparison, print_comparison, read_results
+    from oreal_megatron.evaluation_report import comparison, differing_settings, print_comparison, read_results
 
-    compared = comparison(read_results(arguments.first), read_results(arguments.second))
+    first, second = read_results(arguments.first), read_results(arguments.second)
+    compared = comparison(first, second)
     print_comparison(_console(), compared)
+    for setting in differing_settings(first, second):
+        _console().print(f"other settings, so the models are not all that differs: {setting}", markup=False)
     if arguments.json is not None:
         write_atomically(arguments.json, json.dumps(compared, indent=1) + "\n")
     return 0

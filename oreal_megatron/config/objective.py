@@ -120,8 +120,8 @@ class ObjectiveConfig(Section):
     eta: NonNegativeFloat
     """Weight of the negative term."""
     kl_type: Literal["k3", "k1", "mse"]
-    """Estimator of KL(policy || reference), from d = log pi - log pi_reference. k3: exp(-d) + d - 1; k1: d; mse:
-    d^2 / 2."""
+    """Estimator of KL(policy || reference), from d = log pi - log pi_reference. k3: exp(-d) + d - 1; k1: d, whose
+    gradient does not depend on the reference on average; mse: d^2 / 2."""
     beta: NonNegativeFloat
     """Weight of the KL term. 0: no KL term."""
     kl_on_correct: bool

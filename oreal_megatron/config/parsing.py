@@ -125,7 +125,15 @@ ADDED: dict[str, Any] = {
 }
 
 # Further keys that may change when fine-tuning resumes; of a warm start they made the initial policy.
-_MAY_CHANGE_IN_SFT = ("sft.steps", "sft.epochs", "sft.optimizer.decay_steps", "sft.heldout")
+_MAY_CHANGE_IN_SFT = (
+    "sft.steps",
+    "sft.epochs",
+    "sft.optimizer.decay_steps",
+    # After an update that was refused, the run has to be able to go on.
+    "sft.optimizer.lr",
+    "sft.optimizer.min_lr",
+    "sft.optimizer.clip_grad",
+)
 
 
 def check_resume(saved: Mapping[str, Any], config: TrainConfig, place: str) -> None:

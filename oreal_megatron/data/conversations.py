@@ -25,6 +25,7 @@ from oreal_megatron.data.records import text_at
 logger = logging.getLogger(__name__)
 
 _ROLES = ("system", "user", "assistant", "tool")
+_KEYS = ("role", "content", "weight", "name")
 _WANTED = ("question", "response")
 
 Progress = Callable[[str, int], Any]
@@ -80,6 +81,8 @@ def conversation(record: Any, where: str, renderer: PromptRenderer, *, turns: st
         if not asked.strip() or not answered.strip():
             raise ValueError(f"{where}: `{question}` or `response` is empty. Remove the record.")
         return [of_question(asked, answered, where, renderer)]
+    if record.get("tools"):
+        raise ValueError(f"{where}: `tools` would be lost. Describe them in a system message, and remove the key.")
     messages = _checked(record["messages"], where)
     spans: list[tuple[tuple[int, ...], list[int], list[bool]]] = []
     for index in _trained_turns(messages, turns, where):
@@ -153,6 +156,11 @@ def _checked(messages: Any, where: str) -> list[dict[str, Any]]:
         content = message.get("content")
         if not isinstance(content, str) or (message["role"] == "assistant" and not content.strip()):
             raise ValueError(f"{where}: {key}.content` is {_shown(content)}. Give it a text, or remove the record.")
+        if lost := [name for name in message if name not in _KEYS and message[name]]:
+            raise ValueError(
+                f"{where}: {key}` has {', '.join(map(repr, lost))}, which would be lost: a turn is its content. Put it "
+                "into `content` in the form that the model shall write, or remove it."
+            )
         if message.get("weight") not in (None, 0, 1):
             raise ValueError(f"{where}: {key}.weight` is {_shown(message['weight'])}. Set it to 0 or 1.")
     if messages[0]["role"] == "assistant":

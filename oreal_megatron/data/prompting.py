@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from oreal_megatron.config import PromptConfig
@@ -57,12 +58,16 @@ class PromptRenderer:
         """Returns the token ids of the whole prompt, up to where the assistant begins.
 
         Raises:
-            ValueError: the model has no row for one of them.
+            ValueError: the model has no row for one of them, or the chat template refuses them.
         """
         messages = [{"role": "user", "content": self._config.user.replace("{question}", question)}]
         if self._config.system is not None:
             messages.insert(0, {"role": "system", "content": self._config.system})
-        return self.message_ids(messages)
+        try:
+            return self.message_ids(messages)
+        except jinja2.TemplateError as error:
+            remedy = "Set prompt.system=null, or choose another prompt"
+            raise ValueError(f"the chat template of model.tokenizer refuses the prompt: {error}. {remedy}") from error
 
     def message_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         """Returns the token ids of messages by the chat template, up to where the assistant's next turn begins.

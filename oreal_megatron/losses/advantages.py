@@ -12,6 +12,9 @@ from oreal_megatron.extensions import described, objective_function
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.types import GradedRollout, Trajectory, decided
 
+# Spread of advantages that are equal but for rounding.
+_ROUNDING = 1e-9
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -91,7 +94,7 @@ def _normalized(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     mean = math.fsum(advantages) / max(len(advantages), 1)
     std = math.sqrt(math.fsum((advantage - mean) ** 2 for advantage in advantages) / max(len(advantages), 1))
     return [
-        replace(trajectory, advantage=(trajectory.advantage - mean) / std if std > 0 else 0.0)
+        replace(trajectory, advantage=(trajectory.advantage - mean) / std if std > _ROUNDING else 0.0)
         for trajectory in trajectories
     ]
 
@@ -109,6 +112,12 @@ def is_useful(group: Sequence[GradedRollout], config: ObjectiveConfig) -> bool:
     return bool(responses) and (has_pair or not is_paired) and bool(own(responses=responses))
 
 
+def selects_by_functions(config: ObjectiveConfig) -> bool:
+    """Returns whether functions of the user's take part in the selection; they may read texts and tokens."""
+    functions = config.functions
+    return any(one is not None for one in (functions.advantages, functions.keep_group, functions.choose))
+
+
 def group_advantages(responses: Sequence[GradedRollout], config: ObjectiveConfig) -> list[float]:
     """Returns the advantage of each used response of a group, by `shaping` or by a function of the user's.
 
@@ -117,8 +126,9 @@ def group_advantages(responses: Sequence[GradedRollout], config: ObjectiveConfig
     """
     own = objective_function(config, "advantages")
     if own is None:
-        outcomes = [graded.is_correct for graded in responses]
-        return shaped_rewards(outcomes, config, credits=[graded.credit for graded in responses])
+        # The reward model's weights have the direction of the outcome, so advantages must have it too.
+        credits = None if config.uses_reward_model else [graded.credit for graded in responses]
+        return shaped_rewards([graded.is_correct for graded in responses], config, credits=credits)
     values = [float(value) for value in own(responses=responses)]
     if len(values) != len(responses) or not all(map(math.isfinite, values)):
         prompt = responses[0].rollout.prompt.id

@@ -120,7 +120,7 @@ def overlong_shaped(*, responses: Sequence[GradedRollout], settings: Overlong) -
         rewards.append(2.0 * graded.credit - 1.0 - min(max(beyond / buffer, 0.0), 1.0))
     mean = math.fsum(rewards) / len(rewards)
     std = math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards))
-    return [(reward - mean) / (std + settings.epsilon) if std > 0 else 0.0 for reward in rewards]
+    return [(reward - mean) / (std + settings.epsilon) if std > 1e-9 else 0.0 for reward in rewards]
 
 
 def _clipped(ratio_R: Tensor, advantages_R: Tensor, limits: ClipRange) -> Tensor:

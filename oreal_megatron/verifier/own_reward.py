@@ -13,6 +13,8 @@ from typing import Any
 
 from oreal_megatron.types import Grade, GradeRequest, Verdict
 
+# Distance from 0 or 1 at which a sum of shares counts as that.
+_ROUNDING = 1e-6
 STAGE = "reward"
 """Stage of these grades."""
 
@@ -59,7 +61,8 @@ async def _grades_of(
 async def _called(reward: Callable[..., Any], request: GradeRequest) -> Any:
     if inspect.iscoroutinefunction(inspect.unwrap(reward)):
         return await reward(**vars(request))
-    return await _in_thread(lambda: reward(**vars(request)))
+    found = await _in_thread(lambda: reward(**vars(request)))
+    return await found if inspect.isawaitable(found) else found
 
 
 async def _in_thread(function: Callable[[], Any]) -> Any:
@@ -90,8 +93,12 @@ def _read(found: Any) -> tuple[Verdict, float | None, str]:
     """Returns verdict, credit and reason of what a reward function returned: a bool, a number in [0, 1], or None."""
     if found is None:
         return Verdict.UNDECIDED, None, "the reward is None"
+    if hasattr(found, "item"):  # a number of numpy or torch
+        found = found.item()
     if isinstance(found, bool):
         return (Verdict.CORRECT if found else Verdict.INCORRECT), None, f"the reward is {found}"
-    if isinstance(found, int | float) and 0 <= found <= 1:
-        return (Verdict.CORRECT if found == 1 else Verdict.INCORRECT), float(found), f"the reward is {found:g}"
+    if isinstance(found, int | float) and -_ROUNDING <= found <= 1 + _ROUNDING:
+        credit = min(max(float(found), 0.0), 1.0)
+        credit = round(credit) if abs(credit - round(credit)) <= _ROUNDING else credit
+        return (Verdict.CORRECT if credit == 1 else Verdict.INCORRECT), float(credit), f"the reward is {found:g}"
     return Verdict.UNDECIDED, None, f"the reward is {found!r}, no number in [0, 1], bool or None"

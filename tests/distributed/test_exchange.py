@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from oreal_megatron.data.packing import PackedSequence, Packer, Padding, Sequenc
 from oreal_megatron.distributed.cpu_backend import cpu_backend
 from oreal_megatron.distributed.groups import parallel_groups
 from oreal_megatron.rollout.journal import RolloutJournal
-from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
+from oreal_megatron.rollout.sampler import Sampler, on_every_rank, rollout_seeds
 from oreal_megatron.step import with_token_weights
 from oreal_megatron.stopping import StopRequest
-from oreal_megatron.types import Completion, FinishReason, Prompt, Trajectory, WeightSpan
+from oreal_megatron.train import selected
+from oreal_megatron.types import Completion, FinishReason, Prompt, Trajectory, Verdict, WeightSpan
 from tests.conftest import compose
+from tests.graded import graded
 from tests.ranks import run_ranks
 from tests.unit.rollout.test_journal import Renderer, grade
 
@@ -122,3 +125,36 @@ def weighed(rank: int) -> None:
 
 def test_a_replica_weighs_its_tokens_once_and_an_error_ends_every_rank():
     run_ranks(4, weighed, processes=multiprocessing.get_context("spawn"))
+
+
+def advantages_by_text(*, responses):
+    """A user's function that reads what the main rank alone has."""
+    assert all(one.rollout.text and len(one.rollout.response_ids) for one in responses)
+    return [float(len(one.rollout.text)) if one.is_correct else -1.0 for one in responses]
+
+
+def with_text(*, trajectories, rng):
+    return [trajectory for trajectory in trajectories if trajectory.rollout.text]
+
+
+def selected_on_every_rank(rank: int) -> None:
+    functions = f"advantages: {__name__}.advantages_by_text, choose: {__name__}.with_text"
+    functions += ", keep_group: null, token_weights: null, policy_loss: null, kl: null"
+    config = parse_config(compose("objective=grpo", f"objective.functions={{{functions}}}"))
+    verdicts = (Verdict.CORRECT, Verdict.INCORRECT, Verdict.CORRECT)
+    prompts = [Prompt(id=f"p{index}", question="q", gold_answer="1") for index in range(2)]
+    groups_of = [
+        [graded(prompt, i, verdict, 2 + i, text="x" * (i + 1)) for i, verdict in enumerate(verdicts)]
+        for prompt in prompts
+    ]
+    with cpu_backend(), parallel_groups(LAYOUT, seed=0) as groups:
+        run = SimpleNamespace(config=config, progress=SimpleNamespace(step=0), global_rng=None, groups=groups)
+        selection = selected(run, on_every_rank(groups_of, groups))
+        mine = [(one.id, one.correct, one.advantage, one.rollout.num_response_tokens) for one in selection.trajectories]
+        everyone = groups.gather_over_world([(mine, selection.num_kept_groups)])
+        assert len(mine) == 6 and all(found == everyone[0] for found in everyone)
+        assert (len(selection.trajectories[0].rollout.text) == 1) is groups.is_main
+
+
+def test_functions_that_read_texts_select_the_same_on_every_rank():
+    run_ranks(2, selected_on_every_rank, processes=multiprocessing.get_context("spawn"))

@@ -233,3 +233,10 @@ def test_a_value_of_the_site_names_the_site():
     found = {violation.key: violation.remedy for violation in refused("experiment=oreal_7b")}
     assert found.keys() == {"cluster.data", "cluster.models"}
     assert "conf/cluster" in found["cluster.data"]
+
+
+def test_settings_of_a_function_are_overridden_one_by_one():
+    config = validated(composed(["objective=gspo", "objective.functions.policy_loss.settings.high=5e-4"]))
+    assert config.objective.functions.policy_loss.settings == {"low": 3e-4, "high": 5e-4}
+    found = refused("objective=gspo", "objective.functions.policy_los.settings.high=5e-4")
+    assert "Did you mean `policy_loss`?" in found[0].remedy

@@ -11,6 +11,7 @@ from rich.console import Console
 from oreal_megatron.evaluation_report import (
     benchmark_results,
     comparison,
+    differing_settings,
     print_comparison,
     print_results,
     read_results,
@@ -125,3 +126,9 @@ def test_what_cannot_be_compared_says_why(tmp_path):
     (tmp_path / "evaluation.json").write_text("[1]")
     with pytest.raises(ValueError, match="not the results of oreal-eval"):
         read_results(tmp_path)
+
+
+def test_settings_in_which_two_evaluations_differ_are_named():
+    judged = SETTINGS | {"verifier": {"judge": {"mode": "undecided"}}, "model": "another"}
+    (found,) = differing_settings(SETTINGS | {"verifier": {"judge": {"mode": "off"}}}, judged)
+    assert found.startswith("verifier: {'judge': {'mode': 'off'}} in the first")

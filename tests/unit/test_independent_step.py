@@ -55,7 +55,7 @@ PRESETS = {
     "dr_grpo": BASELINE | {"advantage": "centred", "terms": ("clip", "clip"), "beta": 0.0, "limit_of_tokens": 64},
     "gspo": BASELINE | {"advantage": "grpo", "terms": ("whole", "whole"), "beta": 0.0},
     "cispo": BASELINE | {"advantage": "grpo", "terms": ("capped", "capped"), "beta": 0.0},
-    "reinforce_pp": BASELINE | {"advantage": "centred", "normalized": True, "terms": ("clip", "clip"), "kl": "k1"},
+    "reinforce_pp": BASELINE | {"advantage": "centred", "normalized": True, "terms": ("clip", "clip"), "kl": "mse"},
 }
 
 
@@ -187,7 +187,7 @@ def derived(preset: dict, rows, models, head_bias: bool) -> tuple[dict[str, floa
         term = -(weights * forms[preset["terms"][not correct]]).sum() / count
         sums["positive" if correct else "negative"] += term.item()
         gap = reference - logp
-        kl = (-gap if preset.get("kl") == "k1" else gap.exp() - gap - 1).sum() / total
+        kl = (gap**2 / 2 if preset.get("kl") == "mse" else gap.exp() - gap - 1).sum() / total
         sums["kl"] += kl.item()
         policy_loss = policy_loss + (term if correct else preset["eta"] * term) + preset.get("beta", 0.01) * kl
     policy_loss.backward()

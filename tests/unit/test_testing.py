@@ -208,6 +208,12 @@ def test_what_a_function_may_not_return_is_named(point, function, fault):
             "objective.functions.advantages.settings.power",
             "valid number",
         ),
+        (
+            f"objective.functions.advantages={{path: {__name__}.by_length, settings: {{powr: 1.0}}}}",
+            "objective.functions.advantages.settings.powr",
+            "Did you mean `power`?",
+        ),
+        ("objective.functions.kl=builtins.dict", "objective.functions.kl", "Its parameters are not known"),
     ],
 )
 def test_a_function_that_cannot_be_used_is_refused_before_a_run(override, key, remedy):

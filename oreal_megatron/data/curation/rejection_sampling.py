@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,8 +40,24 @@ def rollout_files(path: Path) -> list[Path]:
     )
 
 
-def read_rollouts(files: Sequence[Path], advance: Callable[[], None] = lambda: None) -> Iterator[tuple[str, Any]]:
-    """Yields (file and line, record) of every graded rollout, in trajectories or journals. advance: called for a line.
+_KEYS = (
+    ("prompt", "question"),
+    ("prompt", "id"),
+    ("prompt", "gold_answer"),
+    ("text",),
+    ("finish_reason",),
+    ("response_ids",),
+    ("sample_index",),
+    ("grade", "verdict"),
+    ("grade", "stage"),
+)
+"""Keys of a graded rollout that are read."""
+Place = tuple[str, int]
+"""File and line of a rollout, and its number on the line; lines that are appended meanwhile do not change it."""
+
+
+def read_rollouts(files: Sequence[Path], advance: Callable[[], None] = lambda: None) -> Iterator[tuple[Place, Any]]:
+    """Yields the place and record of every graded rollout, in trajectories or journals. advance: called for a line.
 
     Raises:
         ValueError: a line is not such a record; the message names file and line.
@@ -52,12 +70,13 @@ def read_rollouts(files: Sequence[Path], advance: Callable[[], None] = lambda: N
                     record = orjson.loads(line)
                     rollouts = record.get("rollouts", [record])
                     for rollout in rollouts:
-                        _ = rollout["prompt"]["question"], rollout["text"], rollout["grade"]["verdict"]
+                        for keys in _KEYS:
+                            functools.reduce(operator.getitem, keys, rollout)
                 except (KeyError, TypeError, ValueError, AttributeError) as error:
                     if not line.endswith(b"\n"):  # left by a killed process
                         continue
                     raise ValueError(f"{where}: not a graded rollout: {error!r}") from error
-                yield from ((where, rollout) for rollout in rollouts)
+                yield from (((where, index), rollout) for index, rollout in enumerate(rollouts))
                 advance()
 
 
@@ -87,19 +106,19 @@ def write_demonstrations(
     return report
 
 
-def _chosen(files: Sequence[Path], best: int, by: Ranking, report: Report, advance: Callable[[], None]) -> set[int]:
-    """Returns the indices of the rollouts to write, in the order of the files."""
-    ranked: dict[bytes, dict[bytes, tuple[float, int]]] = {}
-    """Rank and index of the best of equal responses, by the keys of question and response."""
-    for index, (_, rollout) in enumerate(read_rollouts(files, advance)):
+def _chosen(files: Sequence[Path], best: int, by: Ranking, report: Report, advance: Callable[[], None]) -> set[Place]:
+    """Returns the places of the rollouts to write."""
+    ranked: dict[bytes, dict[bytes, tuple[float, int, Place]]] = {}
+    """Rank, number and place of the best of equal responses, by the keys of question and response."""
+    for index, (place, rollout) in enumerate(read_rollouts(files, advance)):
         responses = ranked.setdefault(question_key(rollout["prompt"]["question"]), {})
         if (fault := _fault(rollout, by)) is not None:
             report.counts[f"left out, {fault}"] += 1
             continue
-        key, rank = question_key(rollout["text"]), (_rank(rollout, by), index)
+        key, rank = question_key(rollout["text"]), (_rank(rollout, by), index, place)
         report.counts["left out, equal to another response"] += key in responses
         responses[key] = min(rank, responses.get(key, rank))
-    chosen = {index for responses in ranked.values() for _, index in heapq.nsmallest(best, responses.values())}
+    chosen = {place for responses in ranked.values() for *_, place in heapq.nsmallest(best, responses.values())}
     report.counts["written"] = len(chosen)
     report.counts["left out, behind better ones"] = sum(map(len, ranked.values())) - len(chosen)
     solved = sum(map(bool, ranked.values()))
@@ -133,9 +152,11 @@ def outcome_score(rollout: Mapping[str, Any]) -> float | None:
     return sum(scores) / len(scores) if scores else None
 
 
-def _lines(files: Sequence[Path], chosen: set[int], as_messages: bool, advance: Callable[[], None]) -> Iterator[bytes]:
-    for index, (where, rollout) in enumerate(read_rollouts(files, advance)):
-        if index in chosen:
+def _lines(
+    files: Sequence[Path], chosen: set[Place], as_messages: bool, advance: Callable[[], None]
+) -> Iterator[bytes]:
+    for place, rollout in read_rollouts(files, advance):
+        if place in chosen:
             question, response = rollout["prompt"]["question"], rollout["text"]
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
             yield json_line(
@@ -147,7 +168,7 @@ def _lines(files: Sequence[Path], chosen: set[int], as_messages: bool, advance: 
                     "verdict_by": rollout["grade"]["stage"],
                     "num_tokens": len(rollout["response_ids"]),
                     "reward_model_logit": outcome_score(rollout),
-                    "from": where,
+                    "from": place[0],
                     "prompt_id": rollout["prompt"]["id"],
                     "sample_index": rollout["sample_index"],
                 }

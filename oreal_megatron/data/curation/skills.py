@@ -50,7 +50,11 @@ def tags_at(place: Source) -> Tag:
         found = [place.value(record) for record in records]
         return [
             tuple(
-                skill_name(str(one)) for one in (value if isinstance(value, list) else [value]) if one not in (None, "")
+                dict.fromkeys(
+                    skill_name(str(one))
+                    for one in (value if isinstance(value, list) else [value])
+                    if one not in (None, "")
+                )
             )
             for value in found
         ]

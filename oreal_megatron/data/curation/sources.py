@@ -31,6 +31,8 @@ def find_files(path: Path, split: str | None) -> list[Path]:
         ValueError: there are no such files, or those of several data sets; the message names them.
     """
     if path.is_file():
+        if split is not None:
+            raise ValueError(f"{path}: it is one file, and has no split {split!r}. Leave the split out.")
         return [path]
     if not path.is_dir():
         raise ValueError(f"{path}: neither a file nor a directory. Name a file or the directory of a data set.")

@@ -34,6 +34,13 @@ def test_an_evaluation_has_nothing_that_trains(model):
     assert (sums.path, sums.samples, sums.limit) == ("sums.jsonl", 4, 10)
 
 
+def test_samples_and_limit_are_also_those_of_a_benchmark_given_as_a_path(model):
+    overrides = ["evaluation=none", "+evaluation.benchmarks.m=m.jsonl"]
+    config = evaluation_config(parsed(model, *overrides, benchmarks=(), samples=4, limit=10))
+    (found,) = config.evaluation.benchmarks.values()
+    assert (found.path, found.samples, found.limit) == ("m.jsonl", 4, 10)
+
+
 @pytest.mark.parametrize(
     ("directory", "name"),
     [("m", "m"), ("runs/arithmetic/huggingface/best/policy", "arithmetic_best"), ("other/best/policy", "policy")],

@@ -211,6 +211,11 @@ GOOD = {"role": "user", "content": "1+1?"}
         ({"messages": [GOOD, {"role": "assistant", "content": "2", "weight": 0.5}]}, "weight` is 0.5. Set it to 0"),
         ({"messages": [{"role": "assistant", "content": "2"}]}, "'assistant', before any question. Remove"),
         ({"messages": [GOOD]}, "no turn of the assistant to train on. Remove the record."),
+        (
+            {"messages": [GOOD, {"role": "assistant", "content": "2", "reasoning_content": "1+1 is 2"}]},
+            "`messages[1]` has 'reasoning_content', which would be lost",
+        ),
+        ({"messages": [GOOD, {"role": "assistant", "content": "2"}], "tools": [{}]}, "`tools` would be lost"),
     ],
 )  # fmt: skip
 def test_bad_record_is_refused_with_file_line_key_and_remedy(tmp_path, record, message):
@@ -225,6 +230,9 @@ def test_template_that_refuses_a_conversation_is_named_with_the_record(tmp_path)
     strict = "{% for m in messages %}{{ raise_exception('roles must alternate') if loop.index > 1 }}{% endfor %}"
     with pytest.raises(ValueError, match=r"f:7: the chat template of model\.tokenizer refuses .* roles must alternate"):
         conversation({"messages": TWO_TURNS}, "f:7", renderer(strict), turns="assistant")
+    never = "{{ raise_exception('no system message') }}"
+    with pytest.raises(ValueError, match=r"f:8: the chat template .* refuses the prompt: no system message"):
+        conversation({"question": "1+1?", "response": "2"}, "f:8", renderer(never), turns="assistant")
 
 
 def test_overlong_conversations_are_counted_and_treated_as_asked(tmp_path, caplog):

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from oreal_megatron.config import ObjectiveConfig, TrainConfig, parse_config
-from oreal_megatron.losses.advantages import Selection, is_useful, select_trajectories, shaped_rewards
+from oreal_megatron.losses.advantages import (
+    Selection,
+    group_advantages,
+    is_useful,
+    select_trajectories,
+    shaped_rewards,
+)
 from oreal_megatron.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, Verdict
 
 C, I, U = Verdict.CORRECT, Verdict.INCORRECT, Verdict.UNDECIDED
@@ -153,3 +160,23 @@ def test_partial_credit_lies_between_the_rewards(composed):
     assert shaped_rewards([True, False, False], config, credits=[1.0, 0.0, 0.0]) == shaped_rewards(
         [True, False, False], config
     )
+
+
+def test_credit_changes_no_advantage_where_the_reward_model_weighs_tokens(composed):
+    """The weights of an INCORRECT response have the direction of its outcome, whatever its credit."""
+    responses = [
+        replace(one, grade=replace(one.grade, credit=credit))
+        for one, credit in zip(group([C, I, I, I]), [1.0, 0.8, 0.0, 0.0], strict=True)
+    ]
+    with_reward_model = group_advantages(responses, objective(composed, "oreal"))
+    assert with_reward_model == shaped_rewards([True, False, False, False], objective(composed, "oreal"))
+    assert group_advantages(responses, objective(composed, "grpo"))[1] > 0
+
+
+def test_advantages_that_are_equal_but_for_rounding_normalize_to_zero(composed):
+    groups = [
+        [replace(one, grade=replace(one.grade, credit=credit)) for one in group([I] * 6)] for credit in (0.1, 0.7)
+    ]
+    config = objective(composed, "reinforce_pp")
+    selection = select_trajectories(groups, config, seed=0, step=0, global_rng=random.Random(0))
+    assert {trajectory.advantage for trajectory in selection.trajectories} == {0.0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+import numpy as np
 import pytest
 from pydantic import BaseModel
 
@@ -14,7 +15,8 @@ from oreal_megatron.types import GradeRequest, Verdict
 from oreal_megatron.verifier import VerifierConfig, build_verifier
 
 C, I, U = Verdict.CORRECT, Verdict.INCORRECT, Verdict.UNDECIDED  # noqa: E741
-RETURNED = {"true": True, "one": 1, "part": 0.25, "false": False, "none": None, "large": 7, "text": "yes"}
+RETURNED = {"sum": 0.6 + 0.3 + 0.1, "above": 1 + 1e-12, "numpy": np.float32(1), "flag": np.True_}
+RETURNED |= {"true": True, "one": 1, "part": 0.25, "false": False, "none": None, "large": 7, "text": "yes"}
 
 
 class Settings(BaseModel):
@@ -33,6 +35,11 @@ async def asked(*, response, **_):
     return RETURNED[response]
 
 
+def later(**values):
+    """A function that is not async, and returns an awaitable."""
+    return asked(**values)
+
+
 def graded(function, responses, *, settings=None, **verifier):
     config = FunctionConfig(path=f"{__name__}.{function}", settings=settings or {})
     reward = load_function("rollout.reward", config, REWARD_PARAMETERS)
@@ -41,16 +48,17 @@ def graded(function, responses, *, settings=None, **verifier):
         return built.grade(requests), built.drain_metrics()
 
 
-@pytest.mark.parametrize("function", ["looked_up", "asked"])
+@pytest.mark.parametrize("function", ["looked_up", "asked", "later"])
 def test_what_is_returned_is_the_verdict(function):
     grades, metrics = graded(function, [*RETURNED, "unknown"])
     assert [(grade.verdict, grade.credit) for grade in grades] == [
-        (C, None), (C, 1.0), (I, 0.25), (I, None), (U, None), (U, None), (U, None), (U, None),
+        (C, 1.0), (C, 1.0), (C, 1.0), (C, None), (C, None), (C, 1.0), (I, 0.25), (I, None),
+        (U, None), (U, None), (U, None), (U, None),
     ]  # fmt: skip
     assert {grade.stage for grade in grades} == {"reward"}
-    assert grades[5].reason == "the reward is 7, no number in [0, 1], bool or None"
-    assert "KeyError: 'unknown'" in grades[7].reason
-    assert metrics["verifier/num_graded"] == 8 and metrics["verifier/num_undecided"] == 4
+    assert grades[9].reason == "the reward is 7, no number in [0, 1], bool or None"
+    assert "KeyError: 'unknown'" in grades[11].reason
+    assert metrics["verifier/num_graded"] == 12 and metrics["verifier/num_undecided"] == 4
 
 
 @pytest.mark.parametrize(

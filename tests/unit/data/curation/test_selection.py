@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from oreal_megatron.cli.data import main
+from oreal_megatron.data.curation import rejection_sampling
 from oreal_megatron.data.curation.selection import even_shares
 from oreal_megatron.files import json_line
 from oreal_megatron.trajectories import to_records
@@ -161,3 +162,34 @@ def test_responses_in_a_journal_are_read_without_the_line_of_a_killed_process(tm
         with pytest.raises(SystemExit) as ended:
             main(["sft-from-rollouts", str(path), "--output", str(tmp_path / "o.jsonl")])
         assert ended.value.code == 1 and message in capsys.readouterr().err
+
+
+def test_lines_that_are_appended_while_demonstrations_are_chosen_change_none(run, tmp_path, monkeypatch, capsys):
+    """A journal may be that of a live evaluation."""
+    first, second = (run / "trajectories" / f"step_00000{step}.jsonl" for step in range(2))
+    every = first.read_bytes().splitlines(keepends=True)
+    wrong = [line for line in every if json.loads(line)["grade"]["verdict"] == "INCORRECT"]
+    second.write_bytes(b"".join(every))
+    first.write_bytes(wrong[0])
+    report(capsys, "sft-from-rollouts", run, "--best", "2", "--output", tmp_path / "before.jsonl")
+    chosen = rejection_sampling._chosen
+
+    def then_appended(*arguments):
+        places = chosen(*arguments)
+        with first.open("ab") as file:
+            file.write(wrong[0])
+        return places
+
+    monkeypatch.setattr(rejection_sampling, "_chosen", then_appended)
+    report(capsys, "sft-from-rollouts", run, "--best", "2", "--output", tmp_path / "d.jsonl")
+    assert lines(tmp_path / "d.jsonl") == lines(tmp_path / "before.jsonl") != []
+
+
+def test_a_rollout_without_a_key_that_is_read_is_refused(run, tmp_path, capsys):
+    journal = run / "trajectories" / "step_000000.jsonl"
+    record = json.loads(journal.read_text().splitlines()[0])
+    del record["finish_reason"]
+    journal.write_text(json.dumps(record) + "\n")
+    with pytest.raises(SystemExit):
+        main(["sft-from-rollouts", str(run), "--output", str(tmp_path / "d.jsonl")])
+    assert "step_000000.jsonl:1: not a graded rollout: KeyError('finish_reason')" in capsys.readouterr().err

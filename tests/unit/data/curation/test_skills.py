@@ -13,7 +13,9 @@ import pytest
 
 from oreal_megatron.cli.data import main
 from oreal_megatron.data.curation.similarity import most_similar
+from oreal_megatron.data.curation.skills import tags_at
 from oreal_megatron.data.curation.text import tokens
+from oreal_megatron.data.mapping import Source
 from tests.unit.data.curation.test_curation import report
 from tests.unit.data.curation.test_selection import lines
 from tests.unit.verifier.judge_server import JudgeServer, completion
@@ -148,3 +150,7 @@ def test_similarity_against_dense_vectors():
         order = [i for i in np.argsort(-wanted, kind="stable") if wanted[i] > 0][:2]
         assert [index for index, _ in own] == order
         assert [value for _, value in own] == pytest.approx([wanted[i] for i in order])
+
+
+def test_a_skill_that_a_record_names_twice_counts_once():
+    assert tags_at(Source(path="skills"))([{"skills": ["Algebra", "algebra ", "Sets"]}]) == [("algebra", "sets")]
