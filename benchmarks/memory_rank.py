@@ -117,7 +117,9 @@ class Trainer:
                 )
             )
         batches = Packer.of_layout(groups, self.geometry, self.vocab_size).batches(sequences)
-        counts = TokenCounts(*(sum(len(s.response_ids) for s in sequences if s.correct is c) for c in (True, False)))
+        counts = TokenCounts(
+            *(sum(len(s.response_ids) for s in sequences if s.correct is c) for c in (True, False)), limit=0
+        )
         with peaks.of("score"):
             batches = with_reference(self.reference, batches, groups)
         with peaks.of("train reward model"):

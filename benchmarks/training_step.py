@@ -55,7 +55,7 @@ def oreal_step(batches: list[TokenBatch], chosen: list[PackedSequence], groups: 
     objective = oreal_objective()
     policy, reward_model = trained(policy_of(groups), groups), trained(reward_model_of(groups), groups)
     reference = policy_of(groups)
-    counts = TokenCounts(*(sum(len(s.response_ids) for s in chosen if s.correct is c) for c in (True, False)))
+    counts = TokenCounts(*(sum(len(s.response_ids) for s in chosen if s.correct is c) for c in (True, False)), limit=0)
 
     def step() -> None:
         scored = with_reference(reference, batches, groups)

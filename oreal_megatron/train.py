@@ -43,7 +43,7 @@ from oreal_megatron.step import (
 from oreal_megatron.stopping import Stopped, TooManyUndecided
 from oreal_megatron.supervised import update_supervised
 from oreal_megatron.trajectories import read_groups, to_records
-from oreal_megatron.types import GradedRollout, StepReport, Trajectory, undecided
+from oreal_megatron.types import Benchmark, GradedRollout, StepReport, Trajectory, undecided
 
 logger = logging.getLogger(__name__)
 
@@ -288,13 +288,20 @@ def evaluate_and_save(run: Run) -> None:
                 run.engine.publish(progress.weight_version)
         metrics = evaluate_run(run).metrics
         progress.evaluated_step = step
-        # Without benchmarks the best checkpoint of fine-tuning is that of the lowest loss of held-out records.
-        score = metrics[f"{run.benchmarks[0].name}/greedy_pass@1"] if run.benchmarks else -metrics["sft/heldout_loss"]
+        score = score_of(metrics, run.benchmarks)
         if is_better(score, progress.best):
             progress.best = Best(step=step, score=score)
     if last or is_multiple(step, config.run.checkpoint_every) or (progress.best and progress.best.step == step):
         save(run, wait=last)
     run.exporter.update()
+
+
+def score_of(metrics: Mapping[str, float], benchmarks: Sequence[Benchmark]) -> float:
+    """Returns the score by which the best checkpoint is chosen: the higher, the better.
+
+    It is the greedy pass@1 of the first benchmark; without benchmarks, minus the loss of the held-out records.
+    """
+    return metrics[f"{benchmarks[0].name}/greedy_pass@1"] if benchmarks else -metrics["sft/heldout_loss"]
 
 
 def max_mismatch(config: TrainConfig) -> float | None:

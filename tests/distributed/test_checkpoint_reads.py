@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ def saved_and_loaded(rank: int, directory: Path) -> None:
 
 
 def test_data_parallel_ranks_read_a_checkpoint_once(tmp_path):
-    run_ranks(RANKS, saved_and_loaded, tmp_path)
+    run_ranks(RANKS, saved_and_loaded, tmp_path, processes=multiprocessing.get_context("spawn"))
     num_read = [json.loads((tmp_path / f"read_{rank}.json").read_text()) for rank in range(RANKS)]
     size = sum(path.stat().st_size for path in (tmp_path / "step_000001").glob("*.distcp"))
     assert size > 4 * NUM_TENSORS * SIZE

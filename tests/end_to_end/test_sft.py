@@ -86,9 +86,7 @@ def test_kills_at_random_instants_change_nothing(sources, single_process, tmp_pa
     losses = [r["metrics"]["loss/nll"] for r in records if r["kind"] == "step"]
     heldout = [r["metrics"]["sft/heldout_loss"] for r in records if r["kind"] == "evaluation"]
     assert len(losses) == NUM_STEPS and losses[-1] < losses[0] - 0.5 and heldout[-1] < heldout[0] - 0.5
-    steps = [r["step"] for r in records if r["kind"] == "evaluation"]
-    assert steps == [0, 20, 40, NUM_STEPS]
-    assert json.loads((whole / "checkpoints/best.json").read_text())["step"] == steps[heldout.index(min(heldout))]
+    assert [r["step"] for r in records if r["kind"] == "evaluation"] == [0, 20, 40, NUM_STEPS]
     first = records[1]["metrics"]
     assert 0.8 < read_measured(whole).mean_response_tokens / (first["sft/tokens"] / first["sft/conversations"]) < 1.25
     # What is left: an export with the tokenizer, and a page.

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from oreal_megatron.checkpoint.store import Best, is_better
 from oreal_megatron.config import parse_config
 from oreal_megatron.data.packing import PackedSequence, Packer
 from oreal_megatron.losses.advantages import select_trajectories
 from oreal_megatron.models.reward_model import build_reward_model
-from oreal_megatron.train import train_reward_model
-from oreal_megatron.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, Verdict, WeightSpan
+from oreal_megatron.train import score_of, train_reward_model
+from oreal_megatron.types import Benchmark, FinishReason, Grade, GradedRollout, Prompt, Rollout, Verdict, WeightSpan
 from tests.tiny_models import GEOMETRY
 from tests.unit.test_step import trained
 
@@ -70,3 +71,10 @@ def test_reward_model_learns_from_what_is_asked_and_weighs_by_its_earlier_scores
     else:
         assert metrics["loss/reward_model"] < math.log(2) - 1e-4, "of the last update"
     assert torch.isfinite(torch.tensor(list(metrics.values()))).all()
+
+
+def test_best_checkpoint_is_that_of_the_first_benchmark_or_of_the_lowest_loss():
+    metrics = {"a/greedy_pass@1": 0.25, "b/greedy_pass@1": 0.75, "sft/heldout_loss": 2.0}
+    benchmarks = [Benchmark(name=name, prompts=(), samples=0) for name in ("a", "b")]
+    assert score_of(metrics, benchmarks) == 0.25
+    assert is_better(score_of({"sft/heldout_loss": 1.5}, ()), Best(step=0, score=score_of(metrics, ())))
