@@ -71,10 +71,15 @@ def missing_value(key: str) -> str:
     """Returns the remedy for a key without a value, with the first sentence of the key's description."""
     if key.startswith(f"{SITE}."):
         return "It has no value. Set it in the file of conf/cluster, or as an override."
-    *parents, name = key.split(".")
-    field = fields_at(parents).get(name)
+    field = _field_at(key)
     meaning = (field.description or "").split(". ")[0].rstrip(".") if field is not None else ""
     return f"It has no value. Set it{': ' + ' '.join(meaning.split()) if meaning else ''}."
+
+
+def _field_at(key: str) -> Any:
+    """Returns the schema's field of a key; None where there is none."""
+    *parents, name = key.split(".")
+    return fields_at(parents).get(name)
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
@@ -151,8 +156,7 @@ def with_placeholders(config: DictConfig) -> list[str]:
     raw: Any = OmegaConf.to_container(config, resolve=False)
     missing = sorted(_missing(raw))
     for key in missing:
-        *parents, name = key.split(".")
-        field = fields_at(parents).get(name)
+        field = _field_at(key)
         is_mapping = field is not None and typing.get_origin(field.annotation) is Mapping
         OmegaConf.update(config, key, {"name": PLACEHOLDERS + key} if is_mapping else PLACEHOLDERS + key)
     return missing

@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 
-from oreal_megatron.config import ConfigError, TrainConfig, Violation, fields_at, unknown_key
+from oreal_megatron.config import ConfigError, TrainConfig, Violation, fields_at, kinds_of, unknown_key
 
 
 def config_directory() -> Path:
@@ -121,17 +121,12 @@ def _remedy(override: Override, value: str, directories: Sequence[Path], message
         fields = fields_at(above)
         if fields and part not in fields:
             return unknown_key(part, fields)
-        if not fields and _is_value(above) and not _is_function(above):
+        if not fields and _is_value(above):
             return f"{'.'.join(above)} has no keys below it. Set it as a whole."
     if f"'{name}'" in message and not override.is_add() and not override.is_delete():
         written = value if value.isprintable() else "VALUE"
         return f"The chosen options do not set this key. Choose an option that does, or write +{name}={written}."
     return None
-
-
-def _is_function(path: Sequence[str]) -> bool:
-    """Returns whether a key is a function of one's own, which may have settings of its own, or is below one."""
-    return path[:2] == ["rollout", "reward"] or path[:2] == ["objective", "functions"]
 
 
 def _option_remedy(override: Override, group: str, directories: Sequence[Path]) -> str | None:
@@ -157,8 +152,7 @@ def _is_value(path: Sequence[str]) -> bool:
     field = fields_at(path[:-1]).get(path[-1])
     if field is None or fields_at(path):
         return False
-    kinds = (field.annotation, *typing.get_args(field.annotation))
-    return not any(typing.get_origin(kind) is Mapping for kind in kinds)
+    return not any(typing.get_origin(kind) is Mapping for kind in kinds_of(field.annotation))
 
 
 def _top_level_keys(file: Path) -> Iterable[str]:

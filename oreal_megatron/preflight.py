@@ -65,10 +65,6 @@ def _missing_paths(config: TrainConfig) -> list[Violation]:
     directories = {"model.path": config.model.path}
     if config.model.tokenizer not in ("arithmetic", config.model.path):
         directories["model.tokenizer"] = config.model.tokenizer
-    benchmarks = {
-        f"evaluation.benchmarks.{name}.path": item.path for name, item in config.evaluation.benchmarks.items()
-    }
-    data = {**config.data.train_paths, **(config.sft.paths if config.sft is not None else {}), **benchmarks}
     violations = [
         Violation(key, path, "There is no such directory. Set it to a directory of the form of Hugging Face models.")
         for key, path in directories.items()
@@ -76,8 +72,8 @@ def _missing_paths(config: TrainConfig) -> list[Violation]:
     ]
     return violations + [
         Violation(key, path, "There is no such file or directory. Set it to a file, or to a data set's directory.")
-        for key, path in data.items()
-        if path is not None and not Path(path).exists()
+        for key, path in config.data_paths.items()
+        if not Path(path).exists()
     ]
 
 

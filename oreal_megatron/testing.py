@@ -70,7 +70,7 @@ def check_objective(
     if violations := check_functions(run):
         raise ConfigError(violations)
     config = run.objective
-    values = _random_values(sum(_LENGTHS), seed)
+    values = _random_values(seed)
     faults = [
         *_faults_of_gradient(config, values),
         *_faults_of_splits(config, values),
@@ -82,11 +82,11 @@ def check_objective(
     assert not faults, "the objective fails:\n" + "\n".join(f"  - {fault}" for fault in faults)
 
 
-def _random_values(num_tokens: int, seed: int) -> Values:
+def _random_values(seed: int) -> Values:
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(num_tokens, generator=generator, dtype=torch.float64)
+        return low + (high - low) * torch.rand(sum(_LENGTHS), generator=generator, dtype=torch.float64)
 
     logprobs_R = drawn(-3.0, -0.1)
     advantages_R = torch.tensor(_ADVANTAGES, dtype=torch.float64).repeat_interleave(torch.tensor(_LENGTHS))
@@ -113,14 +113,15 @@ def _sequences(values: Values, order: Sequence[int]) -> tuple[Values, tuple[int,
     return chosen, tuple(_LENGTHS[index] for index in order)
 
 
-def _gradient(config: ObjectiveConfig, values: Values, lengths: Sequence[int], wanted: str) -> Tensor:
-    leaf = values[wanted].clone().requires_grad_()
-    loss = _loss(config, {**values, wanted: leaf}, lengths)
+def _gradient(config: ObjectiveConfig, values: Values, lengths: Sequence[int]) -> Tensor:
+    """Returns the gradient of a micro-batch's share by logprobs_R, fp64 [R]."""
+    leaf = values["logprobs_R"].clone().requires_grad_()
+    loss = _loss(config, {**values, "logprobs_R": leaf}, lengths)
     return torch.autograd.grad(loss + 0.0 * leaf.sum(), leaf)[0]
 
 
 def _faults_of_gradient(config: ObjectiveConfig, values: Values) -> list[str]:
-    analytic = _gradient(config, values, _LENGTHS, "logprobs_R")
+    analytic = _gradient(config, values, _LENGTHS)
     base = values["logprobs_R"]
     differences = torch.empty_like(base)
     for index in range(len(base)):
@@ -143,7 +144,7 @@ def _faults_of_gradient(config: ObjectiveConfig, values: Values) -> list[str]:
 
 def _faults_of_splits(config: ObjectiveConfig, values: Values) -> list[str]:
     whole = _loss(config, values, _LENGTHS).item()
-    gradient = _gradient(config, values, _LENGTHS, "logprobs_R")
+    gradient = _gradient(config, values, _LENGTHS)
     faults = []
     for name, split in (
         ("one micro-batch for each sequence", [[index] for index in range(len(_LENGTHS))]),
@@ -154,7 +155,7 @@ def _faults_of_splits(config: ObjectiveConfig, values: Values) -> list[str]:
         for order in split:
             chosen, lengths = _sequences(values, order)
             total += _loss(config, chosen, lengths).item()
-            for index, part in zip(order, _gradient(config, chosen, lengths, "logprobs_R").split(lengths), strict=True):
+            for index, part in zip(order, _gradient(config, chosen, lengths).split(lengths), strict=True):
                 parts[index] = part
         error = (torch.cat(parts) - gradient).abs().max().item()
         if abs(total - whole) > 1e-9 * max(1.0, abs(whole)) or error > 1e-9:

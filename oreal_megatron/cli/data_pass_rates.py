@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from oreal_megatron.cli.arguments import add_overrides, add_subcommand, positive
 from oreal_megatron.cli.data_reports import add_output, show
-from oreal_megatron.cli.model_settings import model_settings
+from oreal_megatron.cli.model_argument import model_settings, opened_model
 from oreal_megatron.compose import validated
 from oreal_megatron.config import TrainConfig
-from oreal_megatron.distributed.environment import NCCL_WITHOUT_CUMEM, devices_hidden
-from oreal_megatron.log import quiet_libraries
-from oreal_megatron.stopping import StopRequest
 
 
 def add_pass_rates(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -59,11 +54,14 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _pass_rates(arguments: argparse.Namespace) -> int:
-    os.environ.setdefault(*NCCL_WITHOUT_CUMEM)  # before torch is imported
     config = pass_rate_config(arguments)
-    quiet_libraries()
-    with devices_hidden(when=config.resources.device == "cpu"):
-        _run(config, arguments)
+    with opened_model(config) as (workspace, sampler, weights):
+        # Imported here because it imports torch, which --help should not wait for.
+        from oreal_megatron.pass_rates import rate_model
+
+        report = rate_model(workspace, sampler, arguments.output, weights=weights, shard=arguments.shard)
+    if report is not None:
+        show(report, arguments, title=f"{arguments.file} by {config.model.path}")
     return 0
 
 
@@ -81,22 +79,3 @@ def pass_rate_config(arguments: argparse.Namespace) -> TrainConfig:
     raw.data.pass_rate = {"samples": arguments.samples, "max_prompts": None}
     OmegaConf.update(raw, "evaluation.benchmarks", {}, merge=False)
     return validated(raw)
-
-
-def _run(config: TrainConfig, arguments: argparse.Namespace) -> None:
-    """Estimates the pass rates, and shows the report on the main rank."""
-    # Imported here because they import torch, which --help should not wait for.
-    from oreal_megatron.builder import build_evaluation
-    from oreal_megatron.initial_policy import weights_fingerprint
-    from oreal_megatron.pass_rates import rate_model
-    from oreal_megatron.workspace import opened_workspace
-
-    stop = StopRequest()
-    with stop.on_signals(), opened_workspace(config, stop) as workspace:
-        is_main = workspace.groups.is_main
-        weights = workspace.groups.from_main(weights_fingerprint(Path(str(config.model.path))) if is_main else "")
-        sampler, generating = build_evaluation(workspace)
-        with generating:
-            report = rate_model(workspace, sampler, arguments.output, weights=weights, shard=arguments.shard)
-    if report is not None:
-        show(report, arguments, title=f"{arguments.file} by {config.model.path}")

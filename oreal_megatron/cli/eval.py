@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +14,10 @@ from rich.console import Console
 
 from oreal_megatron.cli.arguments import add_overrides, command_parser, positive
 from oreal_megatron.cli.errors import run_command
-from oreal_megatron.cli.model_settings import model_settings
+from oreal_megatron.cli.model_argument import model_settings, opened_model
 from oreal_megatron.compose import validated
 from oreal_megatron.config import TrainConfig
-from oreal_megatron.distributed.environment import NCCL_WITHOUT_CUMEM, devices_hidden
 from oreal_megatron.files import write_atomically
-from oreal_megatron.log import quiet_libraries
-from oreal_megatron.stopping import StopRequest
 
 _DESCRIPTION = """\
 Scores the model of a Hugging Face directory on benchmarks: greedy pass@1 and, with samples, avg@k, pass@k and maj@k,
@@ -82,11 +78,18 @@ def _benchmark(text: str) -> tuple[str, str]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    os.environ.setdefault(*NCCL_WITHOUT_CUMEM)  # before torch is imported
     config = evaluation_config(arguments)
-    quiet_libraries()
-    with devices_hidden(when=config.resources.device == "cpu"):
-        run_evaluation(config)
+    with opened_model(config) as (workspace, sampler, weights):
+        # Imported here because they import torch and scipy, which --help should not wait for.
+        from oreal_megatron.evaluation_report import print_results
+        from oreal_megatron.model_evaluation import evaluate_model
+
+        results = evaluate_model(workspace, sampler, weights=weights)
+        is_main = workspace.groups.is_main
+    if is_main:
+        console = _console()
+        print_results(console, results)
+        console.print(f"every response: {Path(config.run.dir) / 'evaluation.html'}", markup=False)
     return 0
 
 
@@ -123,28 +126,6 @@ def _add_benchmarks(raw: DictConfig, arguments: argparse.Namespace) -> None:
             benchmark.samples = arguments.samples
         if arguments.limit is not None:
             benchmark.limit = arguments.limit
-
-
-def run_evaluation(config: TrainConfig) -> None:
-    """Evaluates the model of model.path, and prints the results on the main rank."""
-    # Imported here because they import torch and scipy, which --help should not wait for.
-    from oreal_megatron.builder import build_evaluation
-    from oreal_megatron.evaluation_report import print_results
-    from oreal_megatron.initial_policy import weights_fingerprint
-    from oreal_megatron.model_evaluation import evaluate_model
-    from oreal_megatron.workspace import opened_workspace
-
-    stop = StopRequest()
-    with stop.on_signals(), opened_workspace(config, stop) as workspace:
-        is_main = workspace.groups.is_main
-        weights = workspace.groups.from_main(weights_fingerprint(Path(str(config.model.path))) if is_main else "")
-        sampler, generating = build_evaluation(workspace)
-        with generating:
-            results = evaluate_model(workspace, sampler, weights=weights)
-    if is_main:
-        console = _console()
-        print_results(console, results)
-        console.print(f"every response: {Path(config.run.dir) / 'evaluation.html'}", markup=False)
 
 
 def _compare(arguments: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from oreal_megatron.config.divisibility import (
     unserved_shapes,
 )
 from oreal_megatron.config.errors import ConfigError, Violation
-from oreal_megatron.config.fields import FunctionConfig, NonNegative, Positive, Section, Strings
+from oreal_megatron.config.fields import AsPath, FunctionConfig, NonNegative, Positive, Section, Strings
 from oreal_megatron.config.geometry import GeometryConfig, RopeScalingConfig
 from oreal_megatron.config.objective import ObjectiveConfig, TokenWeightConfig
 from oreal_megatron.config.optimizer import AdamWConfig
@@ -21,6 +21,7 @@ from oreal_megatron.config.parsing import (
     check_resume,
     check_settings,
     fields_at,
+    kinds_of,
     parse_config,
     parse_section,
     parse_sections,
@@ -43,6 +44,7 @@ __all__ = [
     "SERVED_BLOCK",
     "AdamWConfig",
     "ArithmeticConfig",
+    "AsPath",
     "BalanceBin",
     "ConfigError",
     "DataConfig",
@@ -73,6 +75,7 @@ __all__ = [
     "check_resume",
     "check_settings",
     "fields_at",
+    "kinds_of",
     "parse_config",
     "parse_section",
     "parse_sections",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
 from oreal_megatron.config.fields import (
+    AsPath,
     AsTuple,
     FileName,
     NonNegative,
@@ -83,7 +84,7 @@ class TrainSource(Section):
     sources or none: in proportion to their prompts."""
 
 
-_Source = Annotated[TrainSource, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)]
+_Source = Annotated[TrainSource, AsPath]
 """A source, which may be given as the path alone."""
 
 

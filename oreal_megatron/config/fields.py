@@ -69,6 +69,4 @@ class FunctionConfig(Section):
     """Values of the pydantic model with which the function's parameter `settings` is annotated."""
 
 
-Function = Annotated[
-    FunctionConfig, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)
-]
+Function = Annotated[FunctionConfig, AsPath]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from oreal_megatron.config.errors import ConfigError, Violation
+from oreal_megatron.config.objective import FunctionsConfig
 from oreal_megatron.config.sections import TrainConfig
 from oreal_megatron.config.sft_checks import CHECKS
 
@@ -104,10 +106,7 @@ ADDED: dict[str, Any] = {
     "objective.token_weights.form": "confidence",
     "objective.token_weights.normalize": "none",
     "objective.token_weights.floor": 0.0,
-    **{
-        f"objective.functions.{name}": None
-        for name in ("advantages", "keep_group", "choose", "token_weights", "policy_loss", "kl")
-    },
+    **{f"objective.functions.{name}": None for name in FunctionsConfig.model_fields},
     "objective.normalize_advantages": "none",
     "objective.reward_model.responses": "trained",
     "objective.reward_model.updates": 1,
@@ -190,16 +189,23 @@ def _from_pydantic(section: str, raw: Any, annotation: Any, error: Any) -> Viola
 
 def fields_at(path: Sequence[Any], annotation: Any = TrainConfig) -> Mapping[str, Any]:
     """Returns the fields of the section that `path` leads to from `annotation`; empty where it leads to no section."""
-    inner = typing.get_args(annotation)
     if typing.get_origin(annotation) is Mapping:
-        return fields_at(path[1:], inner[1]) if path else {}
-    model = next((c for c in (annotation, *inner) if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        return fields_at(path[1:], typing.get_args(annotation)[1]) if path else {}
+    model = next((c for c in kinds_of(annotation) if isinstance(c, type) and issubclass(c, BaseModel)), None)
     if model is None:
         return {}
     if not path:
         return model.model_fields
     info = model.model_fields.get(str(path[0]))
     return fields_at(path[1:], info.annotation) if info else {}
+
+
+def kinds_of(annotation: Any) -> Iterator[Any]:
+    """Yields what an annotation is, and what it is made of where it is a union or has metadata, outermost first."""
+    yield annotation
+    if typing.get_origin(annotation) in (typing.Annotated, typing.Union, types.UnionType):
+        for inner in typing.get_args(annotation):
+            yield from kinds_of(inner)
 
 
 def unknown_key(name: str, known: Iterable[str], *, kind: str = "key") -> str:

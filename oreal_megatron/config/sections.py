@@ -259,6 +259,18 @@ class TrainConfig(Section):
         return self.run.mode == "sft"
 
     @property
+    def data_paths(self) -> dict[str, str]:
+        """Files and directories of prompts, demonstrations and benchmarks, by the key that names them."""
+        benchmarks = {
+            f"evaluation.benchmarks.{name}.path": one.path for name, one in self.evaluation.benchmarks.items()
+        }
+        return {
+            **self.data.train_paths,
+            **(self.sft.paths if self.sft is not None else {}),
+            **{key: path for key, path in benchmarks.items() if path is not None},
+        }
+
+    @property
     def trains_reward_model(self) -> bool:
         return not self.is_sft and self.objective.uses_reward_model
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import jmespath
 import yaml
 from jmespath.exceptions import JMESPathError, JMESPathTypeError
-from pydantic import BeforeValidator, field_validator
+from pydantic import field_validator
 
-from oreal_megatron.config import Section, Strings, parse_section
+from oreal_megatron.config import AsPath, Section, Strings, parse_section
 from oreal_megatron.verifier.extract import gold_value
 
 PRESETS = Path(__file__).parent / "mappings"
@@ -72,11 +72,7 @@ class Source(Section):
         return text.removeprefix(self.prefix).removesuffix(self.suffix).strip()
 
 
-def _as_source(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
-
-
-Place = Annotated[Source, BeforeValidator(_as_source)]
+Place = Annotated[Source, AsPath]
 
 
 class RecordMapping(Section):

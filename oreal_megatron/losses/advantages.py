@@ -62,7 +62,7 @@ def select_trajectories(
         num_correct += sum(outcomes)
         all_correct += bool(outcomes) and all(outcomes)
         all_incorrect += bool(outcomes) and not any(outcomes)
-        if not is_useful(group, config):
+        if not _is_kept(used, config):
             continue
         kept += 1
         advantages = group_advantages(used, config)
@@ -90,26 +90,22 @@ def select_trajectories(
 
 def _normalized(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     """Returns the trajectories with advantages of mean 0 and standard deviation 1; of 0 if all are equal."""
-    advantages = [trajectory.advantage for trajectory in trajectories]
-    mean = math.fsum(advantages) / max(len(advantages), 1)
-    std = math.sqrt(math.fsum((advantage - mean) ** 2 for advantage in advantages) / max(len(advantages), 1))
+    advantages = standardized([trajectory.advantage for trajectory in trajectories], epsilon=0.0)
     return [
-        replace(trajectory, advantage=(trajectory.advantage - mean) / std if std > _ROUNDING else 0.0)
-        for trajectory in trajectories
+        replace(trajectory, advantage=advantage) for trajectory, advantage in zip(trajectories, advantages, strict=True)
     ]
+
+
+def standardized(values: Sequence[float], *, epsilon: float) -> list[float]:
+    """Returns (value - mean) / (population standard deviation + epsilon); 0 where all are equal up to rounding."""
+    mean = math.fsum(values) / max(len(values), 1)
+    std = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(len(values), 1))
+    return [(value - mean) / (std + epsilon) if std > _ROUNDING else 0.0 for value in values]
 
 
 def is_useful(group: Sequence[GradedRollout], config: ObjectiveConfig) -> bool:
     """Returns whether a step trains on responses of the group."""
-    responses = used_responses(group, config)
-    outcomes = [graded.is_correct for graded in responses]
-    own = objective_function(config, "keep_group")
-    if own is None:
-        return _is_kept(outcomes, config)
-    # A pair needs both outcomes, whatever the function says.
-    has_pair = any(outcomes) and not all(outcomes)
-    is_paired = config.selection == "pair" and config.functions.choose is None
-    return bool(responses) and (has_pair or not is_paired) and bool(own(responses=responses))
+    return _is_kept(used_responses(group, config), config)
 
 
 def selects_by_functions(config: ObjectiveConfig) -> bool:
@@ -160,9 +156,7 @@ def shaped_rewards(
     if config.shaping == "rloo":
         return [reward - (total - reward) / (n - 1) for reward in rewards] if n > 1 else [0.0]
     if config.shaping == "grpo":
-        mean = total / n
-        std = math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / n)
-        return [(reward - mean) / (std + config.grpo_epsilon) if std > 0 else 0.0 for reward in rewards]
+        return standardized(rewards, epsilon=config.grpo_epsilon)
     if config.shaping == "paper":
         p = sum(outcomes) / n
         return [1.0 if correct else -(1.0 - p) for correct in outcomes]
@@ -176,7 +170,15 @@ def used_responses(group: Sequence[GradedRollout], config: ObjectiveConfig) -> l
     return list(group) if config.undecided_as_incorrect else decided(group)
 
 
-def _is_kept(outcomes: Sequence[bool], config: ObjectiveConfig) -> bool:
+def _is_kept(responses: Sequence[GradedRollout], config: ObjectiveConfig) -> bool:
+    """Returns whether a group trains. responses: its `used_responses`."""
+    outcomes = [graded.is_correct for graded in responses]
+    own = objective_function(config, "keep_group")
+    if own is not None:
+        # A pair needs both outcomes, whatever the function says.
+        has_pair = any(outcomes) and not all(outcomes)
+        is_paired = config.selection == "pair" and config.functions.choose is None
+        return bool(responses) and (has_pair or not is_paired) and bool(own(responses=responses))
     if not outcomes or (config.shaping == "rloo" and len(outcomes) < 2):
         return False
     some_correct, some_incorrect = any(outcomes), not all(outcomes)

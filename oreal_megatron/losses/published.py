@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from oreal_megatron.losses.advantages import standardized
 from oreal_megatron.types import GradedRollout
 
 Positive = Annotated[float, Field(gt=0.0)]
@@ -118,9 +119,7 @@ def overlong_shaped(*, responses: Sequence[GradedRollout], settings: Overlong) -
     for graded in responses:
         beyond = graded.rollout.num_response_tokens - (settings.max_tokens - buffer)
         rewards.append(2.0 * graded.credit - 1.0 - min(max(beyond / buffer, 0.0), 1.0))
-    mean = math.fsum(rewards) / len(rewards)
-    std = math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards))
-    return [(reward - mean) / (std + settings.epsilon) if std > 1e-9 else 0.0 for reward in rewards]
+    return standardized(rewards, epsilon=settings.epsilon)
 
 
 def _clipped(ratio_R: Tensor, advantages_R: Tensor, limits: ClipRange) -> Tensor:

@@ -184,9 +184,7 @@ def _files(config: TrainConfig) -> dict[str, str]:
         "model.path": config.model.path,
         "model.tokenizer": None if tokenizer in ("arithmetic", config.model.path) else tokenizer,
         "model.reward_model": config.model.reward_model,
-        **config.data.train_paths,
-        **(config.sft.paths if config.sft is not None else {}),
-        **{f"evaluation.benchmarks.{name}.path": item.path for name, item in config.evaluation.benchmarks.items()},
+        **config.data_paths,
     }
     return {key: file for key, file in files.items() if file is not None}
 

@@ -1,14 +1,25 @@
-"""Settings of commands that generate with the model of a Hugging Face directory and train nothing."""
+"""The argument MODEL of commands that generate with a model and train nothing: their settings, and the opened model."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from oreal_megatron.compose import composed
+from oreal_megatron.config import TrainConfig
+from oreal_megatron.distributed.environment import NCCL_WITHOUT_CUMEM, devices_hidden
+from oreal_megatron.log import quiet_libraries
+from oreal_megatron.stopping import StopRequest
+
+if TYPE_CHECKING:
+    from oreal_megatron.rollout.sampler import Sampler
+    from oreal_megatron.workspace import Workspace
 
 _DEFAULTS = {"experiment": "own_model", "evaluation": "none"}
 """Options of groups where no override names another."""
@@ -59,6 +70,33 @@ def model_settings(arguments: argparse.Namespace, *, command: str, directory: st
     for key, value in (own | _FIXED).items():
         OmegaConf.update(raw, key, value, merge=False)
     return raw
+
+
+@contextlib.contextmanager
+def opened_model(config: TrainConfig) -> Iterator[tuple[Workspace, Sampler, str]]:
+    """Opens the run's directory and the model of model.path. Gives workspace, sampler and the digest of the weights.
+
+    Every rank calls it, before torch is imported.
+
+    Raises:
+        ValueError: model.path cannot be read; a server does not fit the policy.
+        Stopped: a signal asked for it.
+    """
+    os.environ.setdefault(*NCCL_WITHOUT_CUMEM)
+    quiet_libraries()
+    with devices_hidden(when=config.resources.device == "cpu"):
+        # Imported here because they import torch, which --help should not wait for.
+        from oreal_megatron.builder import build_evaluation
+        from oreal_megatron.initial_policy import weights_fingerprint
+        from oreal_megatron.workspace import opened_workspace
+
+        stop = StopRequest()
+        with stop.on_signals(), opened_workspace(config, stop) as workspace:
+            groups, path = workspace.groups, Path(str(config.model.path))
+            weights = groups.from_main(weights_fingerprint(path) if groups.is_main else "")
+            sampler, generating = build_evaluation(workspace)
+            with generating:
+                yield workspace, sampler, weights
 
 
 def _name_of(model: Path) -> str:
