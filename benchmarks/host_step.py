@@ -8,7 +8,8 @@ own. The second of two steps is reported. The peer writes and reads the same tok
 numpy.
 
 A rank's seconds are those in which it works: wall seconds on the main rank, and CPU seconds of the calling thread on
-the others, which wait for the main rank.
+the others, which wait for the main rank. Memory is that of the process; the limit is for what is left without the
+micro-batches, which are on the device in a run with GPUs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import yaml
 from benchmarks.pairs import seconds
 from oreal_megatron.compose import composed, validated
 from oreal_megatron.config import ParallelConfig, SamplingConfig
-from oreal_megatron.data.packing import Packer, Padding, SequenceCost
+from oreal_megatron.data.packing import Packer, Padding, SequenceCost, TokenBatch
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.data.tokenizer import load_tokenizer
 from oreal_megatron.distributed.cpu_backend import cpu_backend, peak_memory, reset_peak_memory
@@ -140,8 +141,8 @@ class Phases:
         return time.perf_counter() if self._groups.is_main else time.thread_time()
 
 
-def step(phases: Phases, directory: Path, groups: ParallelGroups, arguments: argparse.Namespace) -> None:
-    """Runs a step in a directory of its own."""
+def step(phases: Phases, directory: Path, groups: ParallelGroups, arguments: argparse.Namespace) -> float:
+    """Runs a step in a directory of its own. Returns the MiB of its micro-batches, which a GPU would hold."""
     config = validated(composed(["experiment=arithmetic", "objective.selection=all", f"run.dir={directory}"]))
     tokenizer = load_tokenizer("arithmetic")
     renderer = PromptRenderer(tokenizer, config.prompt, vocab_size=len(tokenizer))
@@ -205,9 +206,16 @@ def step(phases: Phases, directory: Path, groups: ParallelGroups, arguments: arg
     phases("write", run.tracker.finish_trajectories)
     engine.generate = lambda *unused: iter(())
     phases("resume", lambda: (sample(), None)[1])
+    on_device = sum(mib_of(batch) for batch in batches)
     if groups.is_main:
         (directory / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     run.tracker.close()
+    return on_device
+
+
+def mib_of(batch: TokenBatch) -> float:
+    """Returns the memory of a micro-batch's tensors in MiB."""
+    return sum(value.nbytes for value in vars(batch).values() if isinstance(value, torch.Tensor)) / 2**20
 
 
 def peer(directory: Path, num_tokens: int) -> tuple[float, float]:
@@ -234,20 +242,20 @@ def main() -> None:
         phases = Phases(groups)
         for name in ("warm-up", "measured"):  # the second step finds memory that the process has already
             phases.rows.clear()
-            step(phases, directory / name, groups, arguments)
+            on_device = step(phases, directory / name, groups, arguments)
         if groups.is_main:
             phases.begin("report")
             write_report(directory / "measured")
             phases.end()
         arrays = arguments.prompts * arguments.samples * arguments.tokens * 8 / 2**20
-        ranks = groups.gather_over_world([phases.rows])
+        ranks = groups.gather_over_world([(phases.rows, on_device)])
         if not groups.is_main:
             return
         written, read = peer(directory, int(arrays * 2**20 / 8))
     responses = arguments.prompts * arguments.samples
     print(f"{responses} responses of {arguments.tokens} tokens, {len(ranks)} rank(s)")
     print(f"arrays {arrays:.0f} MiB; numpy writes them in {written:.2f} s and reads them in {read:.2f} s\n")
-    for rank, (rows,) in enumerate(ranks):
+    for rank, ((rows, on_device),) in enumerate(ranks):
         print(f"rank {rank:<17} seconds   peak MiB beyond the start and the arrays")
         for phase, spent, mib in rows:
             note = "no step waits for it" if phase in BEHIND else "on the device" if phase in ON_DEVICE else ""
@@ -256,7 +264,8 @@ def main() -> None:
         total, limit = sum(row[1] for row in critical), LIMIT_OTHERS if rank else LIMIT_MAIN
         most = max(row[2] for row in critical) - arrays
         print(f"  a step waits         {total:9.2f}   (limit {limit})")
-        print(f"  most memory                      {most:8.0f}   (limit {LIMIT_MIB:.0f})\n")
+        print(f"  most memory                      {most:8.0f}")
+        print(f"  without micro-batches            {most - on_device:8.0f}   (limit {LIMIT_MIB:.0f})\n")
 
 
 if __name__ == "__main__":
