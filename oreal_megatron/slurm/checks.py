@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from oreal_megatron.compose import PLACEHOLDERS, SITE, missing_keys, missing_value, resolved, with_placeholders
 from oreal_megatron.config import ConfigError, TrainConfig, Violation, parse_config
-from oreal_megatron.slurm.cluster import ClusterConfig, parse_cluster, site_violations
+from oreal_megatron.slurm.cluster import ClusterConfig, is_site, parse_cluster, site_violations
 from oreal_megatron.slurm.sbatch import Allocation, nodes_of_another_kind
 
 T = TypeVar("T")
@@ -29,6 +29,8 @@ def checked(
     """
     plain: Any = OmegaConf.to_container(raw, resolve=False)
     missing = {*missing_keys(plain), *(f"{SITE}.{k}" for k, v in plain[SITE].items() if v == "???")}
+    if not is_site(plain[SITE]):  # the file of the site that is to be chosen gives its keys values
+        missing = {key for key in missing if not key.startswith(f"{SITE}.")}
     violations: list[Violation] = []
     filled = OmegaConf.create(plain)
     with_placeholders(filled)

@@ -93,13 +93,18 @@ class ClusterConfig(Section):
     verifier.judge.endpoints. null: no judge."""
 
 
+def is_site(raw: Mapping[str, Any]) -> bool:
+    """Returns whether the section `cluster` describes a site, as that of `cluster=none` does not."""
+    return "partition" in raw
+
+
 def parse_cluster(raw: Mapping[str, Any]) -> ClusterConfig:
     """Validates the values of a site.
 
     Raises:
         ConfigError: with all violations. `cluster=none` has no keys of a site.
     """
-    if "partition" not in raw:
+    if not is_site(raw):
         raise ConfigError(
             [Violation("cluster", "none", "There is no site. Copy conf/cluster/slurm.yaml, and set cluster=NAME.")]
         )

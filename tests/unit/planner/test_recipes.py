@@ -192,6 +192,10 @@ def test_submission_names_all_missing_values():
     assert sorted(found) == [f"cluster.{name}" for name in ("account", "data", "models", "partition", "runs", "venv")]
 
 
+def test_submission_without_a_site_asks_for_the_site_alone():
+    assert refused("experiment=oreal_32b_disaggregated", "cluster=none").keys() == {"cluster"}
+
+
 def test_submission_names_missing_and_wrong_values_together(tmp_path):
     """A layout that does not divide, a path that other nodes do not see, a missing account, and more of the kind."""
     found = refused(
