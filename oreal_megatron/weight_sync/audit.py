@@ -75,15 +75,15 @@ class Auditor:
         return sums
 
     def _parts(self, rank: int) -> Iterator[tuple[TransferOp, Tensor]]:
-        """Yields this trainer rank's ops for a server's rank, with their elements in the dtype of the transfer."""
+        """Yields this trainer rank's ops for a server's rank, with their elements in the policy's dtype."""
         tensors = self._shards.tensors()
         for op in self._ops[rank]:
-            yield op, view(tensors[op.source], op.source_box).to(self._shards.dtype)
+            yield op, view(tensors[op.source], op.source_box)
 
     def _sum(self, op: TransferOp, part: Tensor, scales: Mapping[str, Tensor]) -> int:
-        if op.target in scales:
-            part = quantised(part, op.target_box, scales[op.target])
-        return checksum(part, op.target_box)
+        if op.target not in scales:
+            return checksum(part, op.target_box, self._shards.dtype)
+        return checksum(quantised(part.to(self._shards.dtype), op.target_box, scales[op.target]), op.target_box)
 
     def _scales(self) -> list[dict[str, Tensor]]:
         """Computes the scales of the server's FP8 weights, by its rank: from each block's largest value on any rank."""
@@ -94,7 +94,7 @@ class Auditor:
         for rank, by_name in enumerate(_split(largest, shapes)):
             for op, part in self._parts(rank):
                 if op.target in by_name:
-                    found, blocks = block_amax(part, op.target_box)
+                    found, blocks = block_amax(part.to(self._shards.dtype), op.target_box)
                     by_name[op.target][blocks] = torch.maximum(by_name[op.target][blocks], found)
         return _split(scales_for(self._shards.groups.max_over_world(largest)), shapes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -169,6 +170,44 @@ def test_checksum_sees_swapped_rows_columns_and_elements():
     swapped[0, 0], swapped[0, 1] = tensor[0, 1], tensor[0, 0]
     for other in (tensor.flip(0), tensor.flip(1), tensor.t(), swapped, -tensor, tensor.double().float() + 1e-6):
         assert checksum(other, box) != total
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "first"),
+    [
+        (torch.bfloat16, (3, 131_073 + 5), (0, 0)),  # wider than one exact product in float64
+        (torch.bfloat16, (300, 1000), (5, 70_000)),
+        (torch.float32, (3, 70_000), (2, 9)),
+        (torch.float8_e4m3fn, (5, 33), (128, 7)),
+        (torch.bfloat16, (77,), (11,)),
+    ],
+)
+def test_checksum_is_the_exact_weighted_sum_of_the_bits(dtype, shape, first):
+    """Against Python's integers, with every bit set in places: also where float64 would round a longer sum."""
+    bits = torch.randint(0, 256, (*shape[:-1], shape[-1] * dtype.itemsize), dtype=torch.uint8)
+    bits[..., : bits.size(-1) // 2] = 0x80
+    bits = bits.view(shape[0], -1)
+    tensor = bits.view(dtype).view(shape)
+    box = Box(*((start, start + size) for start, size in zip(first, shape, strict=True)), *[None] * (2 - len(shape)))
+    words = bits if dtype.itemsize == 1 else bits.view(torch.int16)
+    start = 0 if len(first) == 1 else first[1] * max(dtype.itemsize // 2, 1)
+
+    def weight(place: int, multiplier: int, size: int) -> int:
+        return (place + 1) * multiplier % 2 ** (size - 1) * 2 + 1
+
+    columns = [weight(start + c, 0x85EBCA6B, 21) for c in range(words.size(1))]
+    total = sum(
+        weight(first[0] + r, 0x9E3779B1, 32) * sum(map(operator.mul, row, columns))
+        for r, row in enumerate(words.tolist())
+    )
+    assert checksum(tensor, box) == total % 2**64
+
+
+def test_checksum_of_weights_that_are_cast_is_that_of_the_cast_weights():
+    tensor = torch.randn(64, 300)[:, 3:200]
+    box = Box((0, 64), (100, 297))
+    assert checksum(tensor, box, torch.bfloat16) == checksum(tensor.bfloat16(), box) != checksum(tensor, box)
+    assert checksum(tensor[:0], Box((0, 0), (100, 297))) == 0
 
 
 def test_rounds_give_every_process_one_partner():
