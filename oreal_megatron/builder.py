@@ -19,10 +19,12 @@ from oreal_megatron.models.trained_model import TrainedModel
 from oreal_megatron.models.virtual_stages import ModelChunks
 from oreal_megatron.planner.memory import tokens_beside_trainer
 from oreal_megatron.preflight import first_server_device
+from oreal_megatron.rollout.ahead import RolloutsAhead
 from oreal_megatron.rollout.build_sglang import build_sglang_engine
 from oreal_megatron.rollout.embedded import EmbeddedEngine
 from oreal_megatron.rollout.engine import RolloutEngine
 from oreal_megatron.rollout.sampler import Sampler
+from oreal_megatron.rollout.sglang_engine import SGLangEngine
 from oreal_megatron.run_state import Run
 from oreal_megatron.workspace import Workspace
 
@@ -41,6 +43,7 @@ def build_run(workspace: Workspace) -> Run:
     config = workspace.config
     policy = _initial_policy(workspace, config.fp8.policy)
     engine = _engine(workspace, policy)
+    sampler = _sampler(workspace, engine)
     sft, num_steps = None, config.run.num_steps
     if config.is_sft:
         assert config.sft is not None
@@ -54,8 +57,9 @@ def build_run(workspace: Workspace) -> Run:
         tracker=workspace.tracker,
         store=workspace.store,
         exporter=_exporter(workspace),
-        sampler=_sampler(workspace, engine),
+        sampler=sampler,
         engine=engine,
+        ahead=_rollouts_ahead(workspace, sampler, engine),
         policy=_trained_policy(workspace, policy, num_steps),
         reference=None if config.is_sft else _reference(workspace),
         reward_model=_reward_model(workspace) if config.trains_reward_model else None,
@@ -95,6 +99,24 @@ def _sampler(workspace: Workspace, engine: RolloutEngine) -> Sampler:
         max_sequence_length=workspace.config.model.max_sequence_length,
         undecided=workspace.config.rollout.undecided,
     )
+
+
+def _rollouts_ahead(workspace: Workspace, sampler: Sampler, engine: RolloutEngine) -> RolloutsAhead | None:
+    config = workspace.config
+    if config.rollout.schedule == "in_turn":
+        return None
+    assert isinstance(engine, SGLangEngine)
+    ahead = RolloutsAhead(
+        sampler,
+        engine,
+        workspace.groups,
+        workspace.stop,
+        config.rollout,
+        run_seed=config.run.seed,
+        num_steps=config.run.num_steps,
+    )
+    workspace.close_later(ahead.close)
+    return ahead
 
 
 def _engine(workspace: Workspace, policy: Policy | ModelChunks) -> RolloutEngine:

@@ -22,6 +22,7 @@ from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.metrics import Tracker
 from oreal_megatron.models.offload import FrozenModel
 from oreal_megatron.models.trained_model import TrainedModel
+from oreal_megatron.rollout.ahead import RolloutsAhead
 from oreal_megatron.rollout.engine import RolloutEngine
 from oreal_megatron.rollout.sampler import Sampler
 from oreal_megatron.seeds import derive_seed
@@ -61,6 +62,8 @@ class Run:
     exporter: Exporter
     sampler: Sampler
     engine: RolloutEngine
+    ahead: RolloutsAhead | None
+    """Rollouts of the present step and later steps; None where a step generates its own (rollout.schedule)."""
     policy: TrainedModel
     reference: FrozenModel | None
     """Frozen initial policy; None in supervised fine-tuning."""
@@ -123,7 +126,11 @@ def save(run: Run, *, wait: bool) -> None:
             on_device.enter_context(run.reward_model.on_device(states=True))
             state |= trained_state("reward_model", run.reward_model)
         state["progress"] = asdict(progress)
-        state["stream"] = stream_of(run).state_dict()
+        state["stream"] = (
+            stream_of(run).state_dict()
+            if run.ahead is None
+            else run.stream.state_dict(waiting=run.ahead.waiting(progress.step))
+        )
         state["global_rng"] = run.global_rng.getstate()
         run.store.save(
             name,

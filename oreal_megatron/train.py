@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from oreal_megatron.distributed.step_timer import StepTimer
 from oreal_megatron.evaluation import areas_under_curve, evaluate_run
 from oreal_megatron.losses.advantages import (
     Selection,
-    is_useful,
     select_trajectories,
     selects_by_functions,
     used_responses,
@@ -27,7 +25,6 @@ from oreal_megatron.losses.advantages import (
 from oreal_megatron.losses.policy_terms import TokenCounts
 from oreal_megatron.metrics import rollout_metrics
 from oreal_megatron.models.trained_model import TrainedModel
-from oreal_megatron.rollout.sampler import EarlyStop, SampleResult, on_every_rank, rollout_seeds
 from oreal_megatron.run_state import Run, restore, save
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.step import (
@@ -40,10 +37,11 @@ from oreal_megatron.step import (
     with_reference,
     with_token_weights,
 )
+from oreal_megatron.step_rollouts import replayed, rolled_out, settled
 from oreal_megatron.stopping import Stopped, TooManyUndecided
 from oreal_megatron.supervised import update_supervised
-from oreal_megatron.trajectories import read_groups, to_records
-from oreal_megatron.types import Benchmark, GradedRollout, StepReport, Trajectory, undecided
+from oreal_megatron.trajectories import to_records
+from oreal_megatron.types import Benchmark, GradedRollout, StepReport, Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +113,9 @@ def train_step(run: Run) -> StepReport:
     metrics = {**rollout_metrics(graded, selection), **sampled.metrics}
     if config.run.mode == "rollout" or not selection.trajectories:
         skipped = "rollouts only" if config.run.mode == "rollout" else selection.why_unusable
+        busy_seconds = settled(run, clock)
         save_trajectories(run, graded, selection)
-        return StepReport(step=step, skipped=skipped, metrics=metrics, **costs(run, clock))
+        return report_of(run, clock, metrics, busy_seconds, skipped=skipped)
 
     frozen = run.progress.num_usable_steps < config.objective.actor_freeze_steps
     counts, batches = packed(run, selection.trajectories)
@@ -140,6 +139,7 @@ def train_step(run: Run) -> StepReport:
             run.policy.advance_schedule()
     except UpdateRefused as error:
         raise UpdateRefused(f"step {step}: {error}") from error
+    busy_seconds = settled(run, clock)
     if not frozen:
         run.progress.weight_version += 1
         with clock("publish"), run.policy.on_device():
@@ -147,7 +147,7 @@ def train_step(run: Run) -> StepReport:
         warn_of_mismatch(run, metrics)
     run.progress.num_usable_steps += 1
     save_trajectories(run, graded, selection, batches)
-    return StepReport(step=step, metrics=metrics | {"policy/frozen": float(frozen)}, **costs(run, clock))
+    return report_of(run, clock, metrics | {"policy/frozen": float(frozen)}, busy_seconds)
 
 
 def selected(run: Run, graded: Sequence[Sequence[GradedRollout]]) -> Selection:
@@ -195,68 +195,19 @@ def supervised_step(run: Run) -> StepReport:
     return StepReport(step=step, metrics=metrics, **seconds)
 
 
+def report_of(
+    run: Run, clock: StepTimer, metrics: Mapping[str, float], busy_seconds: float | None, *, skipped: str | None = None
+) -> StepReport:
+    """Returns the report of a step. busy_seconds: see `settled`."""
+    spent = costs(run, clock)
+    if busy_seconds is not None:
+        metrics = {**metrics, "rollout/server_idle_share": 1.0 - busy_seconds / spent["seconds"]["total"]}
+    return StepReport(step=run.progress.step, skipped=skipped, metrics=metrics, **spent)
+
+
 def costs(run: Run, clock: StepTimer) -> dict[str, Any]:
     """Returns the step's wall seconds and its peaks of memory in GiB, by phase."""
     return {"seconds": clock.seconds(), "peak_gib": clock.peak_gib(run.groups)}
-
-
-def rolled_out(run: Run, clock: StepTimer) -> SampleResult:
-    """Generates and grades responses to the step's prompts; rollouts in the journal are read from there."""
-    config, position = run.config, run.stream.state_dict()
-    try:
-        with run.engine.generation_context(run.policy.on_device):
-            sampled = run.sampler.sample(
-                run.stream.draw(),
-                batch_name=step_name(run.progress.step),
-                num_samples=config.rollout.samples_per_prompt,
-                sampling=config.rollout.sampling,
-                seed_of=rollout_seeds(config.run.seed, "train", run.progress.step),
-                clock=clock,
-                early_stop=early_stop_of(config, run.progress.step),
-            )
-        name = step_name(run.progress.step)
-        responses = [graded for group in sampled.groups for graded in group]
-        run.sampler.check_undecided(name.replace("_", " "), undecided(responses), len(responses), [name])
-    except (Stopped, TooManyUndecided):
-        # Nothing was trained on these prompts. The checkpoint that follows has the stream draw them again.
-        run.stream.load_state_dict(position)
-        raise
-    run.stream.put_back(sampled.unfinished)
-    run.stream.observe(sampled.groups)
-    return sampled
-
-
-def early_stop_of(config: TrainConfig, step: int) -> EarlyStop | None:
-    """Returns when the step's sampling ends early under rollout.long_tail; None without it."""
-    tail = config.rollout.long_tail
-    if tail is None:
-        return None
-    return EarlyStop(
-        num_groups=config.data.prompts_per_step,
-        counts=lambda group: tail.until == "complete" or is_useful(group, config.objective),
-        max_staleness=tail.carry_updates,
-        next_batch=step_name(step + 1),
-    )
-
-
-def replayed(run: Run) -> SampleResult:
-    """Reads the graded rollouts of this step from run.replay_dir.
-
-    Raises:
-        ValueError: there is no file for the step, or a line of it is not a trajectory record. OSError on other ranks
-            than the main rank, which reads the file.
-    """
-    assert run.config.run.replay_dir is not None
-    path = Path(run.config.run.replay_dir) / f"{step_name(run.progress.step)}.jsonl"
-    graded: list[list[GradedRollout]] = []
-    with run.groups.together():
-        if run.groups.is_main:
-            if not path.is_file():
-                raise ValueError(
-                    f"run.replay_dir: there is no {path}; set run.num_steps to the number of steps that were saved"
-                )
-            graded = read_groups(path)
-    return SampleResult(groups=on_every_rank(graded, run.groups), unfinished=[], metrics={})
 
 
 def packed(run: Run, trajectories: Sequence[Trajectory]) -> tuple[TokenCounts, list[TokenBatch]]:

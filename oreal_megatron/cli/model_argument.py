@@ -38,6 +38,8 @@ _FIXED: dict[str, Any] = {
     "fp8.reference": None,
     "model.reward_model": None,
     "rollout.long_tail": None,
+    "rollout.schedule": "in_turn",
+    "rollout.max_staleness": 0,
     "tracking.tensorboard": False,
     "tracking.wandb": "disabled",
     "tracking.report": False,

@@ -12,8 +12,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from oreal_megatron.config.errors import ConfigError, Violation
 from oreal_megatron.config.objective import FunctionsConfig
+from oreal_megatron.config.schedule_checks import CHECKS
 from oreal_megatron.config.sections import TrainConfig
-from oreal_megatron.config.sft_checks import CHECKS
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -121,6 +121,8 @@ ADDED: dict[str, Any] = {
     "sft.turns": "assistant",
     "sft.overlong": "refuse",
     "rollout.reward": None,
+    "rollout.schedule": "in_turn",
+    "rollout.max_staleness": 0,
 }
 
 # Further keys that may change when fine-tuning resumes; of a warm start they made the initial policy.

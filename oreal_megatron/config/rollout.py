@@ -158,6 +158,13 @@ class RolloutConfig(Section):
 
     backend: Literal["embedded", "sglang"]
     """Place of generation. embedded: on the trainer's own model, in its processes; sglang: by servers."""
+    schedule: Literal["in_turn", "one_ahead", "continuous"] = "in_turn"
+    """Order of generation and training. in_turn: a step generates, then trains; one_ahead: while a step trains, the
+    servers generate the next step's rollouts, which complete before new weights are published; continuous: the servers
+    generate for the next max_staleness steps, and their responses go on under the new weights."""
+    max_staleness: NonNegative = 0
+    """Largest number of policy updates between the oldest token of a trained response and the policy that it trains: 0
+    for in_turn, 1 for one_ahead, any number above 0 for continuous."""
     samples_per_prompt: Positive
     """Number K of responses for each prompt."""
     sampling: SamplingConfig

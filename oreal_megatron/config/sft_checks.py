@@ -9,7 +9,7 @@ from oreal_megatron.config.errors import Violation
 from oreal_megatron.config.sections import DataConfig, ModelConfig, RunConfig
 from oreal_megatron.config.sft import SftConfig
 
-__all__ = ["CHECKS"]
+__all__ = ["CHECKS", "check"]
 
 
 @check("sft", "data")

@@ -117,8 +117,12 @@ class PromptStream:
                 rate = sum(outcomes) / len(outcomes)
                 self._pass_rates[id] = weight * rate + (1.0 - weight) * (earlier or 0.0)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the position in the stream, the re-estimated pass rates, and the fingerprint of its prompts."""
+    def state_dict(self, waiting: Sequence[Prompt] = ()) -> dict[str, Any]:
+        """Returns the position in the stream, the re-estimated pass rates, and the fingerprint of its prompts.
+
+        waiting: prompts of the last draws that wait for their step, in the order of the draws; a stream with this state
+        draws them again, the same for each step.
+        """
         return {
             "pools": {
                 pool.name: {
@@ -130,7 +134,7 @@ class PromptStream:
                 for pool in self._pools
             },
             "pass_rates": dict(self._pass_rates),
-            "put_off": list(self._put_off),
+            "put_off": [*(prompt.id for prompt in waiting), *self._put_off],
             "num_prompts": len(self._prompts),
             "data": self._data,
         }

@@ -130,12 +130,16 @@ class RolloutJournal:
 
 
 def unit_key(
-    prompts: Sequence[Prompt], requests: Sequence[GenerationRequest], sampling: SamplingConfig, weight_version: int
+    prompts: Sequence[Prompt],
+    requests: Sequence[GenerationRequest],
+    sampling: SamplingConfig,
+    weight_version: int | None,
 ) -> str:
     """Returns a digest of everything that a unit's graded rollouts depend on.
 
     prompts: the prompt of each request. Weights are named by their version: a run's directory takes one configuration
     and one data set only, so a version is one set of weights (up to rounding, where the layout changed).
+    weight_version: None where several versions may generate the unit; the spans of its responses then name them.
     """
     content = [
         weight_version,

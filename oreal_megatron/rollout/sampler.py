@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -15,8 +15,10 @@ from oreal_megatron.config import SamplingConfig, UndecidedConfig
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.metrics import ProgressBar
+from oreal_megatron.rollout.early_stop import EarlyStop, Tally
 from oreal_megatron.rollout.engine import RolloutEngine
-from oreal_megatron.rollout.journal import PartialResponses, RolloutJournal, unit_key
+from oreal_megatron.rollout.journal import PartialResponses, RolloutJournal
+from oreal_megatron.rollout.sample_call import SampleCall, staleness
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.stopping import Stopped, StopRequest, TooManyUndecided
 from oreal_megatron.types import (
@@ -37,20 +39,6 @@ Grader = Callable[[Sequence[GradeRequest]], list[Grade]]
 StepTimer = Callable[[str], AbstractContextManager[None]]
 Progress = Callable[[int, int], AbstractContextManager[ProgressBar]]
 """(number of responses, how many of them are there already) -> context with a progress bar."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EarlyStop:
-    """Condition under which sampling ends before all groups are complete, and where unfinished responses are kept."""
-
-    num_groups: int
-    """Number of complete groups that count, after which sampling ends."""
-    counts: Callable[[Sequence[GradedRollout]], bool]
-    """Function that says whether a complete group counts."""
-    max_staleness: int
-    """Largest number of policy updates by which the weights of a kept token may be behind when its response goes on."""
-    next_batch: str
-    """Name of the batch that goes on with the unfinished responses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,21 +111,23 @@ class Sampler:
             OSError: the journal cannot be written.
         """
         partial, metrics = ({}, {}) if early_stop is None else self._partial(batch_name, early_stop.max_staleness)
-        asked = [(prompt, index) for prompt in prompts for index in range(num_samples)]
-        requests = [
-            self._request(prompt, seed_of(prompt, index), sampling, partial.get((prompt.id, index)))
-            for prompt, index in asked
-        ]
-        call = _SampleCall(self._engine, batch_name, asked, requests, sampling)
-        tally = None if early_stop is None else _Tally(self._groups, early_stop)
-        todo, finished = self._todo(call, tally)
+        call = self.call(
+            prompts,
+            batch_name=batch_name,
+            num_samples=num_samples,
+            sampling=sampling,
+            seed_of=seed_of,
+            weight_version=self._engine.weight_version,
+            partial=partial,
+        )
+        tally = None if early_stop is None else Tally(self._groups, early_stop)
+        finished = self.journalled(call)
+        todo = self._todo(call, finished, tally)
         with contextlib.nullcontext() if progress is None else self._bar(call, todo, progress) as bar:
             broken_off = self._generate(call, todo, finished, tally, clock, bar)
-        parts = self._groups.gather_to_main((finished, broken_off))
-        by_prompt = call.by_prompt({index: unit for units, _ in parts for index, unit in units.items()})
-        groups = on_every_rank([by_prompt[p.id] for p in prompts if p.id in by_prompt], self._groups)
+        groups = self.complete_groups(call, finished)
         if early_stop is not None:
-            rest = {at: completion for _, some in parts for at, completion in some.items()}
+            rest = {at: c for some in self._groups.gather_to_main(broken_off) for at, c in some.items()}
             num_tokens = self._groups.from_main(sum(len(completion.token_ids) for completion in rest.values()))
             if todo:  # a call that was killed after it ended early has kept them already
                 self._keep(rest, early_stop.next_batch)
@@ -145,11 +135,70 @@ class Sampler:
                 "rollout/asked_groups": float(len(prompts)),
                 "rollout/unfinished_groups": float(len(prompts) - len(groups)),
                 "rollout/unfinished_tokens": float(num_tokens),
-                **_staleness(groups, self._engine.weight_version),
+                **staleness(groups, self._engine.weight_version),
             }
         complete = {group[0].rollout.prompt.id for group in groups}
         unfinished = [prompt for prompt in prompts if prompt.id not in complete]
         return SampleResult(groups=groups, unfinished=unfinished, metrics=metrics)
+
+    def call(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        batch_name: str,
+        num_samples: int,
+        sampling: SamplingConfig,
+        seed_of: Callable[[Prompt, int], int],
+        weight_version: int | None,
+        partial: PartialResponses = MappingProxyType({}),
+    ) -> SampleCall:
+        """Returns the requests for `num_samples` responses a prompt, cut into units. For the arguments see `sample`.
+
+        weight_version: version of the weights that generate them; None: several versions may. partial: beginnings of
+        responses.
+
+        Raises:
+            ValueError: a prompt leaves no room for a response.
+        """
+        asked = [(prompt, index) for prompt in prompts for index in range(num_samples)]
+        requests = [
+            self._request(prompt, seed_of(prompt, index), sampling, partial.get((prompt.id, index)))
+            for prompt, index in asked
+        ]
+        return SampleCall(
+            batch_name, asked, requests, sampling, units=self._engine.units(requests), weight_version=weight_version
+        )
+
+    def journalled(self, call: SampleCall) -> dict[int, list[GradedRollout]]:
+        """Returns the journal's units of a call by their index, on the main rank; empty on the other ranks.
+
+        UNDECIDED responses are graded again where `check_undecided` ended the run.
+        """
+        journalled = self.journal.read(call.batch_name)
+        finished = {index: journalled[key] for index, key in enumerate(call.keys) if key in journalled}
+        if finished and self.journal.is_graded_again(call.batch_name):
+            finished = self._graded_again(finished)
+        return finished
+
+    def graded_unit(self, call: SampleCall, index: int, completions: Sequence[Completion]) -> list[GradedRollout]:
+        """Grades the responses of a unit. Called by the leading process of a replica, on one thread at a time."""
+        return self._graded(
+            [
+                self._rollout(*call.asked[i], call.requests[i], completion)
+                for i, completion in zip(call.units[index], completions, strict=True)
+            ]
+        )
+
+    def complete_groups(
+        self, call: SampleCall, finished: Mapping[int, Sequence[GradedRollout]]
+    ) -> list[list[GradedRollout]]:
+        """Returns the complete groups of a call in the order of its prompts; tokens, on the main rank alone.
+
+        finished: graded units by index, on the leading process of each replica those of the replica.
+        """
+        parts = self._groups.gather_to_main(finished)
+        by_prompt = call.by_prompt({index: unit for units in parts for index, unit in units.items()})
+        return on_every_rank(list(by_prompt.values()), self._groups)
 
     def _partial(self, batch_name: str, max_staleness: int) -> tuple[PartialResponses, dict[str, float]]:
         """Returns the partial responses that are not too stale, and metrics of all that were kept."""
@@ -170,19 +219,17 @@ class Sampler:
                     batch_name, {at: completion for at, completion in rest.items() if completion.token_ids}
                 )
 
-    def _todo(self, call: _SampleCall, tally: _Tally | None) -> tuple[list[int], dict[int, list[GradedRollout]]]:
-        """Returns the units to generate, the same on every rank; and the journalled units, on the main rank."""
-        journalled = self.journal.read(call.batch_name)
-        finished = {index: journalled[key] for index, key in enumerate(call.keys) if key in journalled}
-        if finished and self.journal.is_graded_again(call.batch_name):
-            finished = self._graded_again(finished)
+    def _todo(
+        self, call: SampleCall, finished: Mapping[int, Sequence[GradedRollout]], tally: Tally | None
+    ) -> list[int]:
+        """Returns the units to generate, the same on every rank."""
         if tally is not None:
             tally.add(finished.values())
         had_enough = tally is not None and tally.is_enough()
         known, had_enough = self._groups.from_main((set(finished), had_enough))
-        return ([] if had_enough else [index for index in range(len(call.units)) if index not in known]), finished
+        return [] if had_enough else [index for index in range(len(call.units)) if index not in known]
 
-    def _bar(self, call: _SampleCall, todo: Sequence[int], progress: Progress) -> AbstractContextManager[ProgressBar]:
+    def _bar(self, call: SampleCall, todo: Sequence[int], progress: Progress) -> AbstractContextManager[ProgressBar]:
         """Returns the progress bar of this replica's share of `todo`, and of its share of what the journal has."""
         replicas = self._groups.data_size
         mine = sum(len(call.units[index]) for index in todo[self._groups.data_rank :: replicas])
@@ -191,10 +238,10 @@ class Sampler:
 
     def _generate(
         self,
-        call: _SampleCall,
+        call: SampleCall,
         todo: Sequence[int],
         finished: dict[int, list[GradedRollout]],
-        tally: _Tally | None,
+        tally: Tally | None,
         clock: StepTimer,
         bar: ProgressBar | None,
     ) -> dict[tuple[str, int], Completion]:
@@ -216,16 +263,15 @@ class Sampler:
             if any(completion.finish_reason is None for completion in completions):
                 broken_off |= {(call.asked[i][0].id, call.asked[i][1]): completion for i, completion in answered}
                 continue
-            rollouts = [self._rollout(*call.asked[i], call.requests[i], completion) for i, completion in answered]
             if self._groups.leads_replica:
                 with clock("verify"):
-                    finished[index] = self._graded(rollouts)
+                    finished[index] = self.graded_unit(call, index, completions)
                 self.journal.append(call.batch_name, call.keys[index], finished[index])
                 if tally is not None:
                     tally.add([finished[index]])
                 if bar is not None:
                     everything = [graded.is_correct for unit in finished.values() for graded in unit]
-                    bar.advance(f"{sum(everything) / len(everything):.1%} correct", by=len(rollouts))
+                    bar.advance(f"{sum(everything) / len(everything):.1%} correct", by=len(answered))
         if self._groups.any_rank(self._stop.is_made):
             raise Stopped(
                 f"stopped while {call.batch_name} was generated: finished rollouts are in the journal, the same "
@@ -321,59 +367,6 @@ class Sampler:
         return [GradedRollout(rollout=rollout, grade=grade) for rollout, grade in zip(rollouts, grades, strict=True)]
 
 
-class _SampleCall:
-    """Requests of a call of `Sampler.sample`, cut into units."""
-
-    def __init__(
-        self,
-        engine: RolloutEngine,
-        batch_name: str,
-        asked: Sequence[tuple[Prompt, int]],
-        requests: Sequence[GenerationRequest],
-        sampling: SamplingConfig,
-    ):
-        """Cuts `requests` into units. asked: prompt and sample index of every request."""
-        self.batch_name, self.asked, self.requests, self.sampling = batch_name, asked, requests, sampling
-        self.units = engine.units(requests)
-        self.keys = [
-            unit_key([asked[i][0] for i in unit], [requests[i] for i in unit], sampling, engine.weight_version)
-            for unit in self.units
-        ]
-
-    def unit(self, index: int) -> list[GenerationRequest]:
-        return [self.requests[i] for i in self.units[index]]
-
-    def by_prompt(self, graded: Mapping[int, Sequence[GradedRollout]]) -> dict[str, list[GradedRollout]]:
-        """Returns the complete groups of the graded units, by prompt id."""
-        at = {i: rollout for index, unit in graded.items() for i, rollout in zip(self.units[index], unit, strict=True)}
-        places: dict[str, list[int]] = {}
-        for i, (prompt, _) in enumerate(self.asked):
-            places.setdefault(prompt.id, []).append(i)
-        return {id: [at[i] for i in group] for id, group in places.items() if all(i in at for i in group)}
-
-
-class _Tally:
-    """Count of the complete groups that count towards an early stop, shared by all replicas."""
-
-    def __init__(self, groups: ParallelGroups, early_stop: EarlyStop):
-        self._groups, self._early_stop = groups, early_stop
-        self._name = f"early_stop/{groups.from_main(uuid.uuid4().hex)}"
-
-    def add(self, units: Iterable[Sequence[GradedRollout]]) -> None:
-        """Counts the groups of graded units, each of whole groups."""
-        useful = 0
-        for unit in units:
-            by_prompt: dict[str, list[GradedRollout]] = {}
-            for graded in unit:
-                by_prompt.setdefault(graded.rollout.prompt.id, []).append(graded)
-            useful += sum(self._early_stop.counts(group) for group in by_prompt.values())
-        self._groups.count(self._name, useful)
-
-    def is_enough(self) -> bool:
-        """Returns whether sampling may end."""
-        return self._groups.count(self._name) >= self._early_stop.num_groups
-
-
 def on_every_rank(graded: list[list[GradedRollout]], groups: ParallelGroups) -> list[list[GradedRollout]]:
     """Returns the main rank's groups: whole on the main rank, without tokens on the other ranks."""
     light = None
@@ -381,15 +374,6 @@ def on_every_rank(graded: list[list[GradedRollout]], groups: ParallelGroups) -> 
         light = [[replace(one, rollout=one.rollout.without_tokens()) for one in group] for group in graded]
     light = groups.from_main(light)
     return graded if groups.is_main else light
-
-
-def _staleness(groups: Sequence[Sequence[GradedRollout]], version: int) -> dict[str, float]:
-    """Returns metrics of the staleness of the groups' tokens, at weight version `version`."""
-    rollouts = [graded.rollout for group in groups for graded in group]
-    num_tokens = sum(rollout.num_response_tokens for rollout in rollouts)
-    older = sum(rollout.num_older_tokens(version) for rollout in rollouts)
-    oldest = min((rollout.weight_spans[0].version for rollout in rollouts), default=version)
-    return {"rollout/older_tokens": older / max(num_tokens, 1), "rollout/oldest_updates": float(version - oldest)}
 
 
 def rollout_seeds(run_seed: int, phase: str, step: int) -> Callable[[Prompt, int], int]:

@@ -60,7 +60,8 @@ class SGLangEngine:
         self.publisher = publisher
         self._groups = groups
         self._stop = stop
-        self._heartbeat_seconds = min(timeout_seconds / 4, _HEARTBEAT_SECONDS)
+        self.heartbeat_seconds = min(timeout_seconds / 4, _HEARTBEAT_SECONDS)
+        """Seconds between two collectives of ranks that wait."""
         self._loop = _LoopThread() if groups.leads_replica else None
 
     def units(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
@@ -79,10 +80,10 @@ class SGLangEngine:
             ValueError: A server refuses a prompt.
             NoServerError: No server is left.
         """
-        finished: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
+        finished: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         generation = None
         if self._loop is not None:
-            generation = self._loop.run(self._generate(units, sampling, is_enough, finished))
+            generation = self.start(units, sampling, is_enough, finished)
         try:
             while True:
                 outcome = self._together(finished if generation is not None else None, until_stop=True)
@@ -96,14 +97,30 @@ class SGLangEngine:
             if generation is not None and self._loop is not None:
                 generation.cancel()
 
+    def start(
+        self,
+        units: Sequence[Sequence[GenerationRequest]],
+        sampling: SamplingConfig,
+        is_enough: Callable[[], bool] | None,
+        finished: queue.SimpleQueue[Outcome],
+    ) -> concurrent.futures.Future[None]:
+        """Has the servers generate while this thread does something else. Called by the leading process of a replica.
+
+        is_enough: see RolloutEngine. finished: gets an outcome for every unit, of its position and its completions;
+        then an outcome without a value, or the error. A generation that is cancelled through the returned future ends
+        without either.
+        """
+        assert self._loop is not None
+        return self._loop.run(self._generate(units, sampling, is_enough, finished))
+
     async def _generate(
         self,
         units: Sequence[Sequence[GenerationRequest]],
         sampling: SamplingConfig,
         is_enough: Callable[[], bool] | None,
-        finished: queue.SimpleQueue[_Outcome],
+        finished: queue.SimpleQueue[Outcome],
     ) -> None:
-        """Puts every unit into `finished` once it is complete; then an outcome without a value, or the error."""
+        """See `start`."""
         unit_of = [(position, place) for position, unit in enumerate(units) for place in range(len(unit))]
         parts: list[list[Completion | None]] = [[None] * len(unit) for unit in units]
 
@@ -112,16 +129,16 @@ class SGLangEngine:
             parts[position][place] = completion
             if None not in parts[position]:
                 # The unit is not kept here: its tokens as Python numbers take eight times their bytes.
-                finished.put(_Outcome(value=(position, parts[position])))
+                finished.put(Outcome(value=(position, parts[position])))
                 parts[position] = []
 
-        self.pool.on_no_current_weights = lambda: finished.put(_Outcome(no_current_weights=True))
+        self.pool.on_no_current_weights = lambda: finished.put(Outcome(no_current_weights=True))
         try:
             requests = [request for unit in units for request in unit]
             await self.pool.generate(requests, sampling, completed, is_enough)
-            finished.put(_Outcome())
+            finished.put(Outcome())
         except Exception as error:
-            finished.put(_Outcome(error=error))
+            finished.put(Outcome(error=error))
 
     def publish(self, weight_version: int) -> dict[str, float]:
         """See RolloutEngine. A server that is being restarted gets the weights later: see `_resend_weights`.
@@ -183,6 +200,16 @@ class SGLangEngine:
                 f"no rollout server has the current weights any more, and {reason} cannot send them in the middle of a "
                 "step; start the run again: finished rollouts are in the journal. With more servers this is less likely"
             )
+        self.resend()
+
+    def resend(self) -> None:
+        """Publishes the current weights again and waits for servers that start. Every rank calls it.
+
+        The policy still has these weights, and nothing is generated.
+
+        Raises:
+            Stopped, NoServerError: See `publish`.
+        """
         self._deliver(self.weight_version, wait=True)
 
     def _deliver(self, weight_version: int, *, wait: bool) -> dict[str, float]:
@@ -247,15 +274,15 @@ class SGLangEngine:
         Raises:
             Stopped: The work was cancelled.
         """
-        outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
+        outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         results: list[T] = []
 
         async def do() -> None:
             try:
                 results.append(await work())
-                outcomes.put(_Outcome())
+                outcomes.put(Outcome())
             except Exception as error:
-                outcomes.put(_Outcome(error=error))
+                outcomes.put(Outcome(error=error))
 
         running = None
         if self._groups.is_main:
@@ -268,8 +295,8 @@ class SGLangEngine:
         return results[0] if results else None
 
     def _together(
-        self, outcomes: queue.SimpleQueue[_Outcome] | None, *, of_main: bool = False, until_stop: bool = False
-    ) -> _Outcome | None:
+        self, outcomes: queue.SimpleQueue[Outcome] | None, *, of_main: bool = False, until_stop: bool = False
+    ) -> Outcome | None:
         """Returns the next outcome of the leading process, or raises its error, on every rank of the replica.
 
         outcomes: given on the leading process only. of_main: the main process has the outcome, for every rank.
@@ -283,10 +310,10 @@ class SGLangEngine:
         broadcast = self._groups.from_main if of_main else self._groups.from_replica_leader
         any_of = self._groups.any_rank if of_main else self._groups.any_of_replica
         while True:
-            outcome: _Outcome | None = None
+            outcome: Outcome | None = None
             if outcomes is not None:
                 with contextlib.suppress(queue.Empty):
-                    outcome = outcomes.get(timeout=self._heartbeat_seconds)
+                    outcome = outcomes.get(timeout=self.heartbeat_seconds)
             outcome = broadcast(outcome)
             if outcome is not None and outcome.error is not None:
                 raise outcome.error
@@ -306,7 +333,9 @@ class SGLangEngine:
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class Outcome:
+    """Message of work on the event loop to the thread that waits for it."""
+
     value: Any = None
     error: Exception | None = None
     no_current_weights: bool = False

@@ -120,6 +120,7 @@ class ServerPool:
             RemoteServer(index, url, self._settings) for index, url in enumerate(has_weights)
         ]
         self.servers = remote
+        self._has_reported_no_weights = False
         for server in remote:
             server.follow_update(label if has_weights[server.url] else None)
 

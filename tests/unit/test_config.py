@@ -16,6 +16,7 @@ from oreal_megatron.config.parsing import ADDED
 from tools.configuration_reference import nested
 
 WIDE = "model.geometry.hidden_size=128 model.geometry.ffn_hidden_size=256 +model.geometry.head_dim=64"
+AHEAD, SCHEDULE = "rollout=sglang_cpu rollout.schedule=continuous rollout.max_staleness=2", "rollout.schedule"
 FP8_SERVERS = f"rollout=sglang rollout.sglang.dtype=fp8 {WIDE}"
 ARGUMENT = "rollout.sglang.arguments."
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -119,6 +120,17 @@ def test_violations_come_all_at_once(composed):
         ("objective.selection=pair objective.keep_groups=all", "objective.selection"),
         ("objective=oreal objective.selection=correct", "objective.selection"),
         ("rollout.long_tail={oversample:1.5,until:useful,carry_updates:1}", "rollout.backend"),
+        ("rollout=sglang_cpu rollout.max_staleness=1", "rollout.max_staleness"),
+        ("rollout=sglang_cpu rollout.schedule=one_ahead", "rollout.max_staleness"),
+        ("rollout=sglang_cpu rollout.schedule=one_ahead rollout.max_staleness=2", "rollout.max_staleness"),
+        ("rollout=sglang_cpu rollout.schedule=continuous", "rollout.max_staleness"),
+        ("rollout.schedule=one_ahead rollout.max_staleness=1", "rollout.schedule"),
+        (
+            f"{AHEAD} rollout.sglang.placement=colocated rollout.sglang.transport=ipc resources.trainer_devices=1",
+            SCHEDULE,
+        ),
+        (f"{AHEAD} rollout.long_tail={{oversample:1.5,until:useful,carry_updates:1}}", SCHEDULE),
+        (f"{AHEAD} run.mode=rollout", SCHEDULE),
         ("objective=grpo objective.importance_limit=2.0", "objective.importance_limit"),
         ("tracking.profile=[4,3]", "tracking.profile"),
         ("tracking.memory_snapshot=true", "tracking.memory_snapshot"),

@@ -10,9 +10,10 @@ import pytest
 
 from oreal_megatron.config import SamplingConfig
 from oreal_megatron.data.stream import PromptStream
+from oreal_megatron.rollout.early_stop import EarlyStop
 from oreal_megatron.rollout.engine import units_by_prompt
 from oreal_megatron.rollout.journal import RolloutJournal
-from oreal_megatron.rollout.sampler import EarlyStop, Sampler, rollout_seeds
+from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
 from oreal_megatron.servers.request_queue import NOTHING
 from oreal_megatron.stopping import StopRequest
 from oreal_megatron.types import Completion, FinishReason, Prompt, WeightSpan

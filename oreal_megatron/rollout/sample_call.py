@@ -1,0 +1,61 @@
+"""The requests for the responses to some prompts, cut into units; and the staleness of what they gave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from oreal_megatron.config import SamplingConfig
+from oreal_megatron.rollout.journal import unit_key
+from oreal_megatron.types import GenerationRequest, GradedRollout, Prompt
+
+
+class SampleCall:
+    """Requests of a batch, cut into units, which are generated, graded and journalled as a whole."""
+
+    def __init__(
+        self,
+        batch_name: str,
+        asked: Sequence[tuple[Prompt, int]],
+        requests: Sequence[GenerationRequest],
+        sampling: SamplingConfig,
+        *,
+        units: Sequence[Sequence[int]],
+        weight_version: int | None,
+    ):
+        """Names the units for the journal.
+
+        asked: prompt and sample index of every request. units: the indices of each unit's requests. weight_version: see
+        `unit_key`.
+        """
+        self.batch_name, self.asked, self.requests, self.sampling = batch_name, asked, requests, sampling
+        self.units = units
+        self.keys = [
+            unit_key([asked[i][0] for i in unit], [requests[i] for i in unit], sampling, weight_version)
+            for unit in units
+        ]
+
+    def unit(self, index: int) -> list[GenerationRequest]:
+        return [self.requests[i] for i in self.units[index]]
+
+    def by_prompt(self, graded: Mapping[int, Sequence[GradedRollout]]) -> dict[str, list[GradedRollout]]:
+        """Returns the complete groups of the graded units by prompt id, in the order of the prompts."""
+        at = {i: rollout for index, unit in graded.items() for i, rollout in zip(self.units[index], unit, strict=True)}
+        places: dict[str, list[int]] = {}
+        for i, (prompt, _) in enumerate(self.asked):
+            places.setdefault(prompt.id, []).append(i)
+        return {id: [at[i] for i in group] for id, group in places.items() if all(i in at for i in group)}
+
+
+def staleness(groups: Sequence[Sequence[GradedRollout]], version: int) -> dict[str, float]:
+    """Returns metrics of the staleness of the groups' tokens, at weight version `version`."""
+    rollouts = [graded.rollout for group in groups for graded in group]
+    num_tokens = sum(rollout.num_response_tokens for rollout in rollouts)
+    spans = [span for rollout in rollouts for span in rollout.weight_spans]
+    older = sum(rollout.num_older_tokens(version) for rollout in rollouts)
+    updates = sum((version - span.version) * (span.end - span.start) for span in spans)
+    oldest = min((span.version for span in spans), default=version)
+    return {
+        "rollout/older_tokens": older / max(num_tokens, 1),
+        "rollout/mean_updates": updates / max(num_tokens, 1),
+        "rollout/oldest_updates": float(version - oldest),
+    }
