@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from oreal_megatron.config import ConfigError, GeometryConfig, ParallelConfig, TrainConfig, check_layout
 from oreal_megatron.planner.figures import Figures
 from oreal_megatron.planner.footprints import DecodedBatch, RankFootprint
 from oreal_megatron.planner.hardware import device_named, with_figures
 from oreal_megatron.planner.memory import MemoryPlan, decoded_batch, memory_plan
+from oreal_megatron.planner.schedules import Setting, Simulated, simulate
 from oreal_megatron.planner.sizes import Sizes, row_tokens
-from oreal_megatron.planner.step_time import Disk, Measured, Workload, assumed_workload, disk, phase_seconds
+from oreal_megatron.planner.step_time import Decoding, Disk, Measured, Workload, assumed_workload, disk, phase_seconds
 
 Profile = Callable[[ParallelConfig, int, DecodedBatch | None], list[RankFootprint]]
 """Type of models.memory_profile.MemoryProfiler.stages, an argument because this package imports no torch."""
@@ -33,7 +34,40 @@ class Plan:
 
     @property
     def step_seconds(self) -> float | None:
-        return None if self.seconds is None else sum(self.seconds.values())
+        """Seconds of a step under the configured `rollout.schedule`."""
+        if self.seconds is None:
+            return None
+        rollout = self.sizes.config.rollout
+        if rollout.schedule == "in_turn":
+            return sum(self.seconds.values())
+        return simulate(self.setting(), rollout.schedule, rollout.max_staleness).step_seconds
+
+    def setting(self) -> Setting:
+        """Returns what the simulation of schedules needs, of servers on devices of their own."""
+        kv_cache, seconds = self.memory.kv_cache, self.seconds
+        assert kv_cache is not None and seconds is not None
+        decoding = Decoding(
+            sizes=self.sizes,
+            device=self.memory.device,
+            kv_cache=kv_cache,
+            work=self.work,
+            measured=self.figures.server if self.figures else None,
+        )
+        return replace(
+            decoding.setting(),
+            train_seconds=sum(value for name, value in seconds.items() if name not in ("generate", "reshard")),
+            publish_seconds=seconds["reshard"],
+        )
+
+    def schedules(self) -> list[Simulated]:
+        """Simulates every `rollout.schedule`; empty where servers cannot generate while the trainer works."""
+        config = self.sizes.config
+        servers = config.rollout.sglang if config.generates else None
+        if self.seconds is None or servers is None or servers.shares_devices or config.rollout.long_tail is not None:
+            return []
+        setting, bound = self.setting(), max(config.rollout.max_staleness, 2)
+        rows = [("in_turn", 0), ("one_ahead", 1), *(("continuous", staleness) for staleness in {1, bound})]
+        return [simulate(setting, schedule, staleness) for schedule, staleness in rows]
 
 
 def make_plan(
@@ -65,6 +99,8 @@ def make_plan(
     footprints = profile(config.parallel, row_tokens(config), batch)
     memory = memory_plan(sizes, footprints, device)
     work = assumed_workload(config, measured.mean_response_tokens if measured else None)
+    if measured is not None:
+        work = replace(work, response_lengths=measured.response_lengths)
     return Plan(
         sizes=sizes,
         footprints=footprints,

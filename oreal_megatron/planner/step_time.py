@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from statistics import median
 
-from oreal_megatron.config import TrainConfig
+import orjson
+
+from oreal_megatron.config import SGLangConfig, TrainConfig
 from oreal_megatron.planner import hardware
 from oreal_megatron.planner.figures import ServerFigures
 from oreal_megatron.planner.hardware import Device
 from oreal_megatron.planner.memory import KvCache, served_weights
+from oreal_megatron.planner.schedules import Setting, generation_seconds, lognormal_lengths
 from oreal_megatron.planner.sizes import Sizes, linear_parameters, num_parameters, rollouts_per_step
 
 
@@ -28,6 +32,8 @@ class Workload:
     trained_sequences: int
     source: str
     """Source of the lengths, as text."""
+    response_lengths: tuple[int, ...] = ()
+    """Measured lengths of responses; empty without any."""
 
     @property
     def mean_tokens(self) -> float:
@@ -62,6 +68,10 @@ def assumed_workload(config: TrainConfig, mean_response_tokens: float | None = N
     )
 
 
+_MEASURED_STEPS = 4
+"""Steps whose trajectories are read for the lengths of responses."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """Medians of a run's metrics.jsonl."""
@@ -71,6 +81,8 @@ class Measured:
     mean_response_tokens: float
     """Tokens of a response, or of a conversation in supervised fine-tuning."""
     num_steps: int
+    response_lengths: tuple[int, ...] = ()
+    """Tokens of the responses of the last steps; empty if the run keeps no trajectories."""
 
 
 def read_measured(directory: Path) -> Measured:
@@ -91,7 +103,17 @@ def read_measured(directory: Path) -> Measured:
         seconds={name: median(s["seconds"][name] for s in steps if name in s["seconds"]) for name in names},
         mean_response_tokens=median(_tokens_of_sequence(s["metrics"]) for s in steps),
         num_steps=len(steps),
+        response_lengths=tuple(_response_lengths(directory / "trajectories")),
     )
+
+
+def _response_lengths(directory: Path) -> Iterator[int]:
+    """Yields the lengths of the responses of the last steps that wrote their trajectories whole."""
+    for path in sorted(directory.glob("step_*.jsonl"))[-_MEASURED_STEPS:]:
+        with path.open("rb") as file:
+            for line in file:
+                with contextlib.suppress(KeyError, TypeError, ValueError):  # the run may be writing the last line
+                    yield len(orjson.loads(line)["response_ids"])
 
 
 def _tokens_of_sequence(metrics: Mapping[str, float]) -> float:
@@ -120,7 +142,8 @@ def phase_seconds(
         return {"train policy": training} | ({"offload": _offload(sizes)} if config.parallel.offload else {})
     seconds = {}
     if kv_cache is not None:
-        seconds["generate"] = _generate(sizes, device, kv_cache, work, measured)
+        decoding = Decoding(sizes=sizes, device=device, kv_cache=kv_cache, work=work, measured=measured)
+        seconds["generate"] = generation_seconds(decoding.setting())
     if config.objective.beta > 0:
         seconds["score"] = _pass(sizes, device, work, "reference", passes=1.0, share=hardware.SCORING_SHARE)
     if config.trains_reward_model:
@@ -176,38 +199,77 @@ def flops_per_token(sizes: Sizes, length: float) -> float:
     return 2 * weights + 2 * g.num_layers * g.num_attention_heads * head_dim * length
 
 
-def _generate(sizes: Sizes, device: Device, kv_cache: KvCache, work: Workload, measured: ServerFigures | None) -> float:
-    """Returns the seconds of generation.
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """Times of generation on a server, or on a replica of the trainer.
 
-    Decoding is limited by reading weights and KV cache, and takes at least as long as the longest response. Where the
-    time of a token is measured, reading the KV cache of longer sequences is added to it.
+    Decoding is limited by reading weights and KV cache. Where the time of a token is measured, reading the KV cache of
+    longer sequences is added to it.
     """
-    assert device.bandwidth is not None
-    bandwidth = hardware.DECODING_SHARE * device.bandwidth
-    servers = sizes.config.rollout.sglang
-    tensor = servers.tensor if servers else sizes.config.parallel.tensor
-    weights = served_weights(sizes, servers) if servers else 2 * num_parameters(sizes.geometry) / tensor
-    fp8 = servers is not None and servers.dtype == "fp8"
-    in_fp8 = 2 * sizes.geometry.num_layers * linear_parameters(sizes.geometry) if fp8 else 0
-    per_holder = work.rollouts / kv_cache.num_holders
-    live = work.mean_prompt_tokens + work.mean_response_tokens / 2
-    at_once = max(min(per_holder, kv_cache.tokens / work.mean_tokens), 1.0)
 
-    def product_seconds(length: float, share: float) -> float:
-        return _product_seconds(device, flops_per_token(sizes, length), in_fp8, share) / tensor
+    sizes: Sizes
+    device: Device
+    kv_cache: KvCache
+    work: Workload
+    measured: ServerFigures | None
 
-    def token_seconds(sequences: float, length: float) -> float:
-        if measured is not None and servers is not None:
-            longer = max(length - measured.context_tokens, 0.0)
-            return measured.seconds_at(sequences) + sequences * longer * kv_cache.bytes_per_token / bandwidth
-        read = weights + sequences * length * kv_cache.bytes_per_token
-        computed = sequences * product_seconds(length, hardware.SCORING_SHARE)
-        return max(read / bandwidth, computed) + hardware.DECODING_LATENCY * sizes.geometry.num_layers
+    @property
+    def places(self) -> float:
+        """Responses of the mean length that the KV cache holds at once, at least 1."""
+        return max(self.kv_cache.tokens / self.work.mean_tokens, 1.0)
 
-    bulk = per_holder / at_once * work.mean_response_tokens * token_seconds(at_once, live)
-    tail = work.max_response_tokens * token_seconds(1.0, work.max_response_tokens / 2)
-    prefill = per_holder / sizes.config.rollout.samples_per_prompt * work.mean_prompt_tokens
-    return max(bulk, tail) + prefill * product_seconds(work.mean_prompt_tokens, hardware.SCORING_SHARE)
+    @property
+    def prefill_token_seconds(self) -> float:
+        """Seconds in which a token of a prompt is read."""
+        return self._product_seconds(self.work.mean_prompt_tokens, hardware.SCORING_SHARE)
+
+    def token_seconds(self, sequences: float, length: float | None = None) -> float:
+        """Returns the seconds of a token of `sequences` responses at once.
+
+        length: mean tokens of the sequences so far; None: those of half a response of the mean length.
+        """
+        assert self.device.bandwidth is not None
+        bandwidth = hardware.DECODING_SHARE * self.device.bandwidth
+        if length is None:
+            length = self.work.mean_prompt_tokens + self.work.mean_response_tokens / 2
+        if self.measured is not None and self._servers is not None:
+            longer = max(length - self.measured.context_tokens, 0.0)
+            return self.measured.seconds_at(sequences) + sequences * longer * self.kv_cache.bytes_per_token / bandwidth
+        weights = 2 * num_parameters(self.sizes.geometry) / self._tensor
+        if self._servers is not None:
+            weights = served_weights(self.sizes, self._servers)
+        read = weights + sequences * length * self.kv_cache.bytes_per_token
+        computed = sequences * self._product_seconds(length, hardware.SCORING_SHARE)
+        return max(read / bandwidth, computed) + hardware.DECODING_LATENCY * self.sizes.geometry.num_layers
+
+    def setting(self) -> Setting:
+        """Returns the setting of a simulation in which nothing is trained."""
+        work, servers = self.work, self._servers
+        places = int(self.places) if servers is None else min(servers.max_concurrency, int(self.places))
+        return Setting(
+            num_servers=self.kv_cache.num_holders,
+            places=places,
+            token_seconds=self.token_seconds,
+            prefill_token_seconds=self.prefill_token_seconds,
+            prompt_tokens=work.mean_prompt_tokens,
+            samples_per_prompt=self.sizes.config.rollout.samples_per_prompt,
+            responses=work.rollouts,
+            lengths=work.response_lengths
+            or lognormal_lengths(work.mean_response_tokens, work.max_response_tokens, work.rollouts),
+        )
+
+    @property
+    def _servers(self) -> SGLangConfig | None:
+        return self.sizes.config.rollout.sglang
+
+    @property
+    def _tensor(self) -> int:
+        return self._servers.tensor if self._servers else self.sizes.config.parallel.tensor
+
+    def _product_seconds(self, length: float, share: float) -> float:
+        fp8 = self._servers is not None and self._servers.dtype == "fp8"
+        in_fp8 = 2 * self.sizes.geometry.num_layers * linear_parameters(self.sizes.geometry) if fp8 else 0
+        return _product_seconds(self.device, flops_per_token(self.sizes, length), in_fp8, share) / self._tensor
 
 
 def _offload(sizes: Sizes) -> float:

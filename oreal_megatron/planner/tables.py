@@ -22,6 +22,7 @@ from oreal_megatron.planner.hardware import (
 )
 from oreal_megatron.planner.memory import PHASES, MemoryPlan, amount, micro_batches_in_flight
 from oreal_megatron.planner.planner import Plan
+from oreal_megatron.planner.schedules import LENGTH_SIGMA
 from oreal_megatron.planner.sizes import num_parameters
 from oreal_megatron.planner.step_time import Measured
 
@@ -130,6 +131,7 @@ def _print_seconds(console: Console, plan: Plan, measured: Measured | None) -> N
             table.add_row(name, f"{value:,.1f}")
         table.add_row("total", f"{plan.step_seconds:,.0f}")
         console.print(table)
+        _print_schedules(console, plan)
         console.print("the figures behind them:")
         for line in sources(plan):
             console.print(f"  {escape(line)}")
@@ -143,6 +145,28 @@ def _print_seconds(console: Console, plan: Plan, measured: Measured | None) -> N
     if measured is not None:
         medians = ", ".join(f"{name} {value:.1f}" for name, value in measured.seconds.items())
         console.print(f"measured, medians of {measured.num_steps} steps: {medians}")
+
+
+def _print_schedules(console: Console, plan: Plan) -> None:
+    schedules = plan.schedules()
+    if not schedules:
+        return
+    lengths = (
+        "measured lengths" if plan.work.response_lengths else f"log-normal lengths, sigma {LENGTH_SIGMA} (assumed)"
+    )
+    table = Table(title=f"a step by rollout.schedule, simulated with {lengths}", title_justify="left")
+    for column in ("schedule", "max_staleness", "s", "speed-up", "servers idle", "mean staleness"):
+        table.add_column(column, justify="left" if column == "schedule" else "right")
+    for row in schedules:
+        table.add_row(
+            row.schedule,
+            str(row.max_staleness),
+            f"{row.step_seconds:,.0f}",
+            f"{schedules[0].step_seconds / row.step_seconds:.2f}",
+            f"{row.idle_share:.0%}",
+            f"{row.mean_staleness:.1f}",
+        )
+    console.print(table)
 
 
 def sources(plan: Plan) -> list[str]:

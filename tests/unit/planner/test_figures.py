@@ -75,10 +75,10 @@ def test_plan_takes_measured_figures_and_names_their_source(tmp_path):
     faster = phase_seconds(sizes, twice, KV, work, figures.server)
     assert faster["train policy"] == pytest.approx(seconds["train policy"] / 2)
     slow = figures.server.model_copy(update={"token_seconds": {1: 1.0}})
-    bulk = work.rollouts / (16384 / work.mean_tokens) * work.mean_response_tokens
-    assert phase_seconds(sizes, device, KV, work, slow)["generate"] == pytest.approx(
-        max(bulk, work.max_response_tokens), rel=1e-3
-    )
+    # Responses beyond rollout.sglang.max_concurrency wait for a place.
+    bulk = work.rollouts / CONFIG.rollout.sglang.max_concurrency * work.mean_response_tokens
+    generate = phase_seconds(sizes, device, KV, work, slow)["generate"]
+    assert bulk * 0.98 < generate < bulk + work.max_response_tokens
     lines = "\n".join(sources(SimpleNamespace(figures=figures, memory=SimpleNamespace(device=device), sizes=sizes)))
     assert "0.07 TFLOP/s (measured): training 57%" in lines and "2 ms at 1, 10 ms at 32 responses" in lines
     assert "8 Gb/s within a node (measured)" in lines

@@ -1,0 +1,218 @@
+"""Seconds of a step under each `rollout.schedule`, by simulation: servers that share their time among responses.
+
+A closed formula lacks what decides between the schedules: how long a server waits for the longest responses, and how
+much of that wait other steps' responses fill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import log
+
+import numpy as np
+from numpy.typing import NDArray
+
+STEPS = 32
+_WARM_UP = 8
+"""Steps before those that are measured: servers begin with empty hands."""
+LENGTH_SIGMA = 0.6
+"""Standard deviation of the logarithm of response lengths, where none were measured. Assumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Servers, responses and trainer of a step."""
+
+    num_servers: int
+    places: int
+    """Responses that a server generates at once at most."""
+    token_seconds: Callable[[float], float]
+    """Seconds of a token of each response, by the number of responses at once on a server."""
+    prefill_token_seconds: float
+    """Seconds in which a server reads a token of a prompt, or of a response that it goes on with."""
+    prompt_tokens: float
+    samples_per_prompt: int
+    responses: int
+    """Responses of a step."""
+    lengths: Sequence[int]
+    """Tokens of responses, from which every response draws its own."""
+    train_seconds: float = 0.0
+    """Seconds between a step's last response and the publication."""
+    publish_seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """Steps of a schedule."""
+
+    schedule: str
+    max_staleness: int
+    step_seconds: float
+    """Mean: steps whose batches were generated at the same time end soon after each other, and the next waits."""
+    idle_share: float
+    """Share of the servers' time in which a server has no response to generate."""
+    mean_staleness: float
+    """Updates between the weights that generated a token and those that train on it, mean over tokens."""
+
+
+def lognormal_lengths(mean: float, limit: int, count: int) -> list[int]:
+    """Returns quantiles of a log-normal distribution that is cut off at `limit` and has the mean `mean`."""
+    normal = np.sort(np.random.default_rng(0).standard_normal(count))
+
+    def lengths(location: float) -> NDArray[np.float64]:
+        return np.minimum(np.exp(location + LENGTH_SIGMA * normal), limit)
+
+    low, high = log(1e-3), log(limit) + 8 * LENGTH_SIGMA
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if lengths(middle).mean() < mean else (low, middle)
+    return [max(round(length), 1) for length in lengths(low)]
+
+
+def generation_seconds(setting: Setting) -> float:
+    """Returns the seconds in which servers that have nothing else to do generate the responses of a step."""
+    servers = _Servers(setting)
+    servers.admit(0, _drawn(setting, np.random.default_rng(0)))
+    servers.begin(version=0)
+    servers.run(until=lambda: servers.is_complete(0))
+    return servers.now
+
+
+def _drawn(setting: Setting, rng: np.random.Generator) -> NDArray[np.int64]:
+    return rng.choice(setting.lengths, setting.responses)
+
+
+def simulate(setting: Setting, schedule: str, max_staleness: int, *, seed: int = 0) -> Simulated:
+    """Simulates steps of a schedule as `rollout/ahead.py` has them.
+
+    At step s the servers have the batches of steps s to s + max_staleness, the oldest first. A step trains once its
+    batch is complete. Generation stands still during a publication, and what is unfinished is read again after it;
+    under one_ahead the next step's batch is complete before.
+    """
+    servers = _Servers(setting)
+    rng = np.random.default_rng(seed)
+    staleness: list[float] = []
+    idle_from = time_from = 0.0
+    admitted = 0
+    for step in range(STEPS):
+        if step == _WARM_UP:
+            idle_from, time_from = servers.idle_seconds, servers.now
+        while admitted <= step + max_staleness:
+            servers.admit(admitted, _drawn(setting, rng))
+            admitted += 1
+        servers.begin(version=step)
+        servers.run(until=lambda: servers.is_complete(step))  # noqa: B023 (called before the next step)
+        staleness.append(servers.staleness(step))
+        servers.run(seconds=setting.train_seconds)
+        if schedule == "one_ahead":
+            servers.run(until=lambda: servers.is_complete(admitted - 1))  # noqa: B023
+        servers.pause(setting.publish_seconds)
+    spent = (servers.now - time_from) * setting.num_servers
+    return Simulated(
+        schedule=schedule,
+        max_staleness=max_staleness,
+        step_seconds=(servers.now - time_from) / (STEPS - _WARM_UP),
+        idle_share=(servers.idle_seconds - idle_from) / spent,
+        mean_staleness=float(np.mean(staleness[_WARM_UP:])),
+    )
+
+
+@dataclass
+class _Servers:
+    """Servers in simulated time; every array has an entry for each response that was admitted."""
+
+    setting: Setting
+    now: float = 0.0
+    idle_seconds: float = 0.0
+    """Sum over servers."""
+    step: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    length: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    left: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    """Tokens that are still to be generated."""
+    age: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    """Sum over tokens of (step of the response - version that generated the token)."""
+    server: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Server of the response; -1 while it waits for a place, and after its end."""
+    reading: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    """Seconds that each server still reads prompts and begun responses."""
+    version: int = 0
+
+    def __post_init__(self) -> None:
+        places = range(1, self.setting.places + 1)
+        self.token_seconds = np.array([np.inf, *(self.setting.token_seconds(float(n)) for n in places)])
+
+    def admit(self, step: int, lengths: NDArray[np.int64]) -> None:
+        """Adds the batch of a step."""
+        count = len(lengths)
+        self.step = np.append(self.step, np.full(count, step))
+        self.length = np.append(self.length, lengths.astype(float))
+        self.left = np.append(self.left, lengths.astype(float))
+        self.age = np.append(self.age, np.zeros(count))
+        self.server = np.append(self.server, np.full(count, -1))
+
+    def begin(self, *, version: int) -> None:
+        """Begins generation with the weights of a version."""
+        self.version = version
+        self.reading = np.zeros(self.setting.num_servers)
+        self._fill(np.zeros(self.setting.num_servers, np.int64))
+
+    def pause(self, seconds: float) -> None:
+        """Ends generation for a publication. Responses that are finished and trained are forgotten."""
+        self.now += seconds
+        self.idle_seconds += seconds * self.setting.num_servers
+        kept = (self.left > 0) | (self.step > self.version)
+        for name in ("step", "length", "left", "age", "server"):
+            setattr(self, name, getattr(self, name)[kept])
+        self.server[:] = -1
+
+    def is_complete(self, step: int) -> bool:
+        """Returns whether every response of steps up to `step` is finished."""
+        return not (self.left[self.step <= step] > 0).any()
+
+    def staleness(self, step: int) -> float:
+        """Returns the mean age of a step's tokens."""
+        mine = self.step == step
+        return float(self.age[mine].sum() / self.length[mine].sum())
+
+    def run(self, *, seconds: float = float("inf"), until: Callable[[], bool] = lambda: False) -> None:
+        """Generates for some seconds, or until a condition holds, which an end of a response makes true."""
+        end = self.now + seconds
+        while self.now < end and not until():
+            active = np.flatnonzero(self.server >= 0)
+            of = self.server[active]
+            counts = np.bincount(of, minlength=self.setting.num_servers)
+            if not len(active):
+                self._pass(end - self.now, counts)
+                return
+            token = self.token_seconds[counts]
+            ahead = self.reading[of] + self.left[active] * token[of]
+            passed = min(float(ahead.min()), end - self.now)
+            generated = np.maximum(passed - self.reading[of], 0.0) / token[of]
+            ends = ahead <= passed * (1 + 1e-12)
+            generated[ends] = self.left[active[ends]]
+            self.left[active] -= generated
+            self.age[active] += generated * (self.step[active] - self.version)
+            self._pass(passed, counts)
+            self.reading = np.maximum(self.reading - passed, 0.0)
+            self.server[active[ends]] = -1
+            self._fill(np.bincount(self.server[active[~ends]], minlength=self.setting.num_servers))
+
+    def _pass(self, seconds: float, counts: NDArray[np.int64]) -> None:
+        self.now += seconds
+        self.idle_seconds += seconds * int((counts == 0).sum())
+
+    def _fill(self, counts: NDArray[np.int64]) -> None:
+        """Gives waiting responses to the servers with the fewest, the oldest step first. counts: those of each."""
+        setting = self.setting
+        room = int((setting.places - counts).sum())
+        # Responses are in the order of their steps, as they were admitted.
+        for index in np.flatnonzero((self.server < 0) & (self.left > 0))[:room] if room else ():
+            server = int(counts.argmin())
+            self.server[index] = server
+            counts[server] += 1
+            tokens = setting.prompt_tokens / setting.samples_per_prompt
+            begun = self.length[index] - self.left[index]
+            if begun:
+                tokens = setting.prompt_tokens + begun
+            self.reading[server] += tokens * setting.prefill_token_seconds
