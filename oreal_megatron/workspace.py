@@ -15,9 +15,10 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from oreal_megatron.checkpoint.manifest import read_manifest
-from oreal_megatron.checkpoint.store import CheckpointStore
+from oreal_megatron.checkpoint.store import INITIAL, CheckpointStore
 from oreal_megatron.config import ConfigError, GeometryConfig, TrainConfig, Violation, check_layout, check_resume
 from oreal_megatron.data.arithmetic import ArithmeticData, generate_arithmetic
+from oreal_megatron.data.conversation_stream import SftData, read_sft_data
 from oreal_megatron.data.golds import check_golds
 from oreal_megatron.data.packing import Packer
 from oreal_megatron.data.prompting import PromptRenderer
@@ -66,6 +67,8 @@ class Workspace:
     """Generated problems and demonstrations, where data.arithmetic is given."""
     train_prompts: Sequence[Prompt]
     benchmarks: Sequence[Benchmark]
+    sft: SftData | None
+    """Conversations of supervised fine-tuning, or of a warm start that is still to come."""
     stop: StopRequest
     close_later: Callable[[Callable[[], None]], object]
     """Registers a function that is called when the workspace is closed; the last one registered is called first."""
@@ -79,6 +82,7 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
         ConfigError: the configuration does not fit the machine, or the directory holds a run of another configuration.
         OSError: another live run has the directory, it cannot be written to, or a rank has another one there.
         ValueError: data, tokenizer, model directory or layout cannot be used.
+        Stopped: a stop was asked for while conversations of supervised fine-tuning were encoded.
     """
     check_host(config)
     if config.run.threads is not None:
@@ -123,6 +127,28 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
                 vocab_size,
             )
         generated = generate_arithmetic(config.data.arithmetic, config.run.seed) if config.data.arithmetic else None
+        store = CheckpointStore(
+            directory / "checkpoints",
+            groups,
+            keep=config.run.keep_checkpoints,
+            on_saved=lambda oldest: journal.drop(before_step=oldest),
+        )
+        # All data are read before anything is made that ties the directory to these settings.
+        train_prompts = _train_prompts(config, renderer, generated)
+        benchmarks = _benchmarks(config, renderer, generated)
+        sft = None
+        if config.sft is not None and (config.is_sft or not store.has(INITIAL)):
+            sft = read_sft_data(
+                config.sft,
+                renderer,
+                generated,
+                groups,
+                stop,
+                directory=directory / "conversations",
+                max_tokens=config.model.max_sequence_length,
+                seed=config.run.seed,
+                progress=tracker.progress,
+            )
         yield Workspace(
             config=config,
             directory=directory,
@@ -132,18 +158,14 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
             tokenizer=tokenizer,
             renderer=renderer,
             journal=journal,
-            store=CheckpointStore(
-                directory / "checkpoints",
-                groups,
-                keep=config.run.keep_checkpoints,
-                on_saved=lambda oldest: journal.drop(before_step=oldest),
-            ),
+            store=store,
             geometry=geometry,
             vocab_size=vocab_size,
             packer=Packer.of_layout(groups, geometry, vocab_size, fp8=config.fp8),
             generated=generated,
-            train_prompts=_train_prompts(config, renderer, generated),
-            benchmarks=_benchmarks(config, renderer, generated),
+            train_prompts=train_prompts,
+            benchmarks=benchmarks,
+            sft=sft,
             stop=stop,
             close_later=stack.callback,
         )
