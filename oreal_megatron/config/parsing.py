@@ -121,6 +121,7 @@ ADDED: dict[str, Any] = {
     "sft.turns": "assistant",
     "sft.overlong": "refuse",
     "rollout.reward": None,
+    "prompt.date": None,
 }
 
 # Further keys that may change when fine-tuning resumes; of a warm start they made the initial policy.

@@ -5,13 +5,42 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import json
+import re
 from collections.abc import Sequence
+from datetime import datetime
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from oreal_megatron.config import PromptConfig
 from oreal_megatron.types import Prompt
+
+_CLOCK = re.compile(r"\bstrftime_now\s*\(\s*(?:(['\"])(.*?)\1\s*\))?")
+"""Call of the function by which chat templates show a date. The second group is the date's form where it is text."""
+
+
+def has_clock(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Returns whether the chat template shows the time, so that the same messages give other tokens another day."""
+    return _CLOCK.search(str(tokenizer.chat_template)) is not None
+
+
+def _at_day(template: str, day: datetime) -> str:
+    """Returns a chat template that shows a given day.
+
+    Raises:
+        ValueError: the form of its date is no text, so the day cannot be written into it.
+    """
+
+    def shown(call: re.Match[str]) -> str:
+        if call[2] is None:
+            raise ValueError(
+                "prompt.date: the chat template of model.tokenizer calls strftime_now with something else than a text, "
+                "so its day cannot be fixed. Write the form of the date into the template"
+            )
+        return json.dumps(day.strftime(call[2]))
+
+    return _CLOCK.sub(shown, template)
 
 
 class PromptRenderer:
@@ -42,6 +71,9 @@ class PromptRenderer:
         self.may_exceed_model = max(tokenizer.get_vocab().values()) >= vocab_size
         """Whether the tokenizer has token ids for which the model has no row."""
         self._cache: dict[str, tuple[int, ...]] = {}
+        self._template = tokenizer.get_chat_template()
+        if config.date is not None:
+            self._template = _at_day(self._template, datetime.fromisoformat(config.date))
         self._token_text = functools.cache(lambda token: str(tokenizer.decode([token])))
 
     @functools.cached_property
@@ -51,7 +83,7 @@ class PromptRenderer:
         vocabulary = (
             tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
         )
-        config = self._config.model_dump(include={"system", "user", "stop_token"})
+        config = self._config.model_dump(include={"system", "user", "stop_token", "date"})
         parts = [str(vocabulary), str(tokenizer.chat_template), str(tokenizer.special_tokens_map), str(config)]
         return hashlib.blake2b("\0".join([*parts, str(self._vocab_size)]).encode(), digest_size=8).hexdigest()
 
@@ -92,7 +124,9 @@ class PromptRenderer:
         Raises:
             jinja2.TemplateError: the chat template refuses the messages.
         """
-        text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        text = self._tokenizer.apply_chat_template(
+            list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=True
+        )
         return str(text)
 
     def encode(self, texts: Sequence[str], places: Sequence[str] = ()) -> list[list[int]]:
