@@ -38,9 +38,13 @@ _BATCH_RECORDS, _BATCH_CHARACTERS = 1024, 1 << 22
 """Most records, and characters after which no record is added, of those that are encoded together."""
 _DIGEST = b"digest"
 _IDS = pyarrow.list_(pyarrow.int32())
-_SCHEMA = pyarrow.schema(
-    {"id": pyarrow.string(), "prompt_ids": _IDS, "response_ids": _IDS, "loss_mask": pyarrow.list_(pyarrow.bool_())}
-)
+_SCHEMA = pyarrow.schema({
+    "id": pyarrow.string(),
+    "key": pyarrow.binary(16),
+    "prompt_ids": _IDS,
+    "response_ids": _IDS,
+    "loss_mask": pyarrow.list_(pyarrow.bool_()),
+})  # fmt: skip
 
 
 class Conversations(Sequence[PackedSequence]):
@@ -58,11 +62,10 @@ class Conversations(Sequence[PackedSequence]):
         self.digest = digest
 
     @classmethod
-    def of(cls, sequences: Sequence[PackedSequence]) -> Conversations:
-        """Makes conversations in memory."""
+    def of(cls, records: Sequence[Rendered], renderer: PromptRenderer) -> Conversations:
+        """Encodes records in memory."""
         digest = _Digest()
-        digest.update(sequences)
-        return cls([_batch(sequences)], digest.value)
+        return cls([_batch(records, renderer, digest)], digest.value)
 
     @classmethod
     def read(cls, path: Path) -> Conversations:
@@ -79,7 +82,8 @@ class Conversations(Sequence[PackedSequence]):
             return [self[one] for one in range(*index.indices(len(self)))]
         row = int(self._kept[index])
         place = bisect_right(self._starts, row) - 1
-        id, prompt_ids, response_ids, loss_mask = (column[row - self._starts[place]] for column in self._batches[place])
+        columns = (column[row - self._starts[place]] for column in self._batches[place])
+        id, _, prompt_ids, response_ids, loss_mask = columns
         prompt = prompt_ids.values.to_numpy()
         end = None if self._max_tokens is None else max(self._max_tokens - len(prompt), 0)
         mask = None if loss_mask.values is None else loss_mask.values.to_numpy(zero_copy_only=False)[:end]
@@ -124,6 +128,17 @@ class Conversations(Sequence[PackedSequence]):
         cut = f"{len(longer) - len(lost)} are cut off, " if overlong == "truncate" else ""
         logger.warning("%s; %s%d are left out (sft.overlong = %s)", problem, cut, len(lost), overlong)
         return kept
+
+    def num_common(self, others: Sequence[Conversations]) -> int:
+        """Returns how many of the rows begin with the prompt of a row of others, whatever the case and punctuation."""
+        keys = pyarrow.chunked_array([batch["key"] for batch in self._batches], _SCHEMA.field("key").type)
+        common = {
+            key
+            for other in others
+            for batch in other._batches
+            for key in batch["key"].filter(pyarrow.compute.is_in(batch["key"], value_set=keys)).to_pylist()
+        }
+        return sum(key in common for key in keys.to_pylist())
 
     def _lengths(self) -> np.ndarray:
         """Returns the number of tokens of every row."""
@@ -184,10 +199,9 @@ def _encode(
     digest, num_found, started = _Digest(), 0, time.monotonic()
     with written_atomically(file) as opened, pyarrow.ipc.new_file(opened, _SCHEMA) as writer:
         for batch in _batches(records):
-            sequences = encoded(batch, renderer)
-            digest.update(sequences)
-            writer.write_batch(_batch(sequences), custom_metadata={_DIGEST: digest.value})
-            num_found += len(sequences)
+            rows = _batch(batch, renderer, digest)
+            writer.write_batch(rows, custom_metadata={_DIGEST: digest.value})
+            num_found += rows.num_rows
             bar.advance(f"{digest.num_tokens / (time.monotonic() - started):,.0f} tokens/s", by=len(batch))
             yield
         if not num_found:
@@ -209,11 +223,20 @@ def _batches(records: Iterable[Rendered]) -> Iterator[list[Rendered]]:
         yield batch
 
 
-def _batch(sequences: Sequence[PackedSequence]) -> pyarrow.RecordBatch:
-    columns = ([getattr(one, name) for one in sequences] for name in _SCHEMA.names)
-    return pyarrow.record_batch(
-        [pyarrow.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA
-    )
+def _batch(records: Sequence[Rendered], renderer: PromptRenderer, digest: _Digest) -> pyarrow.RecordBatch:
+    """Returns the rows of records, and adds them to the digest."""
+    pairs = [
+        (record.key, sequence)
+        for record, sequences in zip(records, encoded(records, renderer), strict=True)
+        for sequence in sequences
+    ]
+    digest.update([sequence for _, sequence in pairs])
+    columns = [
+        [key for key, _ in pairs] if field.name == "key" else [getattr(sequence, field.name) for _, sequence in pairs]
+        for field in _SCHEMA
+    ]
+    arrays = [pyarrow.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
+    return pyarrow.record_batch(arrays, schema=_SCHEMA)
 
 
 def _key(files: Sequence[Path], renderer: PromptRenderer, sft: SftConfig, limit: int | None) -> str:

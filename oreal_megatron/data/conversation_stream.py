@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import math
 import random
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from oreal_megatron.config import SftConfig, SourceConfig
+from oreal_megatron.config import HeldoutConfig, SftConfig, SourceConfig
 from oreal_megatron.data.arithmetic import ArithmeticData
 from oreal_megatron.data.conversation_files import Conversations, Progress, read_conversations
-from oreal_megatron.data.conversations import encoded, of_question
+from oreal_megatron.data.conversations import of_question
+from oreal_megatron.data.curation.sources import find_files
 from oreal_megatron.data.packing import PackedSequence
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.stopping import Stopped, StopRequest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +194,9 @@ def _read(
         read_conversations, renderer=renderer, sft=sft, directory=directory, max_tokens=max_tokens, progress=progress
     )
     named = sft.sources or ({} if sft.demonstrations is None else {"": SourceConfig(path=sft.demonstrations)})
-    sources, heldout, files = [], Conversations.of([]), set()
+    if sft.heldout is not None:
+        _check_other_files(sft.heldout, named)
+    sources, heldout, files = [], Conversations.of([], renderer), set()
     for source in named.values():
         conversations, file = yield from read(source.path, source.split)
         sources.append(conversations)
@@ -201,11 +207,32 @@ def _read(
             of_question(one.question, one.response, f"demonstration of {one.question!r}", renderer)
             for one in generated.demonstrations
         ]
-        made = Conversations.of(encoded(shown, renderer))
+        made = Conversations.of(shown, renderer)
         sources.append(made.fitting("data.arithmetic", sft.overlong, max_tokens))
     if sft.heldout is not None:
         heldout, file = yield from read(sft.heldout.path, sft.heldout.split, limit=sft.heldout.limit)
         files.add(file)
+        if num_common := heldout.num_common(sources):
+            logger.warning(
+                "sft.heldout.path = %s: %d of %d conversations begin with a prompt that is trained on, so their loss "
+                "says less of other prompts. Remove them from the records that are trained",
+                sft.heldout.path,
+                num_common,
+                len(heldout),
+            )
     for file in set(directory.glob("*.arrow")) - files:
         file.unlink()
     return sources, heldout
+
+
+def _check_other_files(heldout: HeldoutConfig, sources: Mapping[str, SourceConfig]) -> None:
+    """Raises ValueError where held-out records are in a file that is trained on."""
+    files = {file.resolve() for file in find_files(Path(heldout.path), heldout.split)}
+    for name, source in sources.items():
+        for file in find_files(Path(source.path), source.split):
+            if file.resolve() in files:
+                key = f"sft.sources.{name}" if name else "sft.demonstrations"
+                raise ValueError(
+                    f"sft.heldout.path = {heldout.path}: {file} is trained on too, by {key}, so its loss would say "
+                    "nothing of other records. Set sft.heldout.split to another split, or name another file."
+                )

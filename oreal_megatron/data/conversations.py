@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from oreal_megatron.data.curation.text import question_key
 from oreal_megatron.data.packing import PackedSequence
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.data.records import text_at
@@ -39,6 +40,11 @@ class Rendered:
     where: str
     """File and number of the record."""
     turns: tuple[Turn, ...]
+
+    @property
+    def key(self) -> bytes:
+        """16 bytes that are equal for records whose first prompts differ in case, punctuation and layout alone."""
+        return question_key(self.turns[0].prompt)
 
     @property
     def num_characters(self) -> int:
@@ -95,8 +101,8 @@ def _turn(prompt: str, content: str, where: str) -> Turn:
     return Turn(prompt, content)
 
 
-def encoded(records: Sequence[Rendered], renderer: PromptRenderer) -> list[PackedSequence]:
-    """Returns the sequences of records, whose texts are encoded together.
+def encoded(records: Sequence[Rendered], renderer: PromptRenderer) -> list[list[PackedSequence]]:
+    """Returns the sequences of each record. The texts of all records are encoded together.
 
     A record is one sequence, or several where the template changes what earlier turns look like.
 
@@ -110,7 +116,7 @@ def encoded(records: Sequence[Rendered], renderer: PromptRenderer) -> list[Packe
     start, sequences = 0, []
     for record in records:
         end = start + len(record.turns)
-        sequences += _sequences(record.where, prompts[start:end], responses[start:end], renderer.stop_token_id)
+        sequences.append(_sequences(record.where, prompts[start:end], responses[start:end], renderer.stop_token_id))
         start = end
     return sequences
 

@@ -137,6 +137,8 @@ class PromptRenderer:
         Raises:
             ValueError: the model has no row for one of them.
         """
+        if not texts:  # the tokenizer takes no empty list
+            return []
         encoded: list[list[int]] = self._tokenizer(
             list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
         )["input_ids"]

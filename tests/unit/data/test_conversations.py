@@ -80,7 +80,7 @@ def merging() -> PreTrainedTokenizerFast:
 
 
 def conversation(record, where, render, *, turns="assistant") -> list[PackedSequence]:
-    return encoded([rendered(record, where, render, turns=turns)], render)
+    return encoded([rendered(record, where, render, turns=turns)], render)[0]
 
 
 def trained_text(tokenizer, sequence: PackedSequence) -> list[str]:
@@ -344,6 +344,34 @@ def test_encoded_records_are_read_again_without_encoding_them(tmp_path, monkeypa
     others.append(read(path))
     assert len({first.digest, *(one.digest for one in others)}) == 5
     assert len(list(file.parent.iterdir())) == 5
+
+
+def test_heldout_records_are_not_those_that_are_trained(single_process, tmp_path, caplog):
+    for split, numbers in ("train", range(6)), ("test", range(4, 14)):
+        path = tmp_path / "set" / f"{split}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        asked = [f"What is {n} + 1?" if split == "train" else f"what is ${n}+1$" for n in numbers]
+        path.write_text("".join(json.dumps({"question": q, "response": "r"}) + "\n" for q in asked))
+
+    def data(heldout, **changes):
+        return read_sft_data(
+            sft(**({"demonstrations": str(path.parent), "heldout": heldout} | changes)), renderer(), None,
+            single_process, StopRequest(), directory=tmp_path / "encoded", max_tokens=128, seed=0, progress=progress,
+        )  # fmt: skip
+
+    for same in (
+        {"heldout": {"path": str(path.parent)}},
+        {"heldout": {"path": str(path.parent / "train.jsonl"), "limit": 2}},
+        {"heldout": {"path": str(path.parent), "split": "test"}, "demonstrations": str(path)},
+    ):
+        with pytest.raises(ValueError, match=r"sft\.heldout\.path = .* is trained on too, by sft\.demonstrations"):
+            data(**same)
+    named = {"demonstrations": None, "sources": {"math": {"path": str(path.parent)}}}
+    with pytest.raises(ValueError, match=r"by sft\.sources\.math"):
+        data({"path": str(path.parent)}, **named)
+    found = data({"path": str(path.parent), "split": "test"})
+    assert len(found.heldout) == 10 and found.stream.sizes == (6,)
+    assert "2 of 10 conversations begin with a prompt that is trained on" in caplog.text
 
 
 def test_stop_while_records_are_encoded_leaves_no_part_of_a_file(single_process, tmp_path):
