@@ -50,7 +50,7 @@ lock: setup ## write requirements/*.lock again after a change of setup.py; with 
 demo: setup ## train on arithmetic: warm start, 50 steps, three evaluations, report.html (4 minutes)
 	$(BIN)/oreal-train experiment=arithmetic
 
-tutorial: setup ## run the commands of docs/tutorial.md in runs/tutorial: raw data, fine-tuning, OREAL, scores (from 6 minutes)
+tutorial: setup ## run the commands of docs/tutorial.md in runs/tutorial: raw data, fine-tuning, OREAL, scores (14 minutes on busy cores)
 	$(BIN)/python tools/run_page.py docs/tutorial.md runs/tutorial
 
 slurm-deps: ## install shellcheck and the SLURM daemons that tests/slurm needs (Debian, as root)
