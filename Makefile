@@ -14,7 +14,7 @@ NEWEST := .venv-newest
 GPU_PYTHON ?= python
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup lock sglang-deps slurm-deps hosts-deps demo test test-fast test-slow lint docs test-gpu test-gpu-one gpu-wheels \
+.PHONY: help setup lock sglang-deps slurm-deps hosts-deps demo tutorial test test-fast test-slow lint docs test-gpu test-gpu-one gpu-wheels \
 	test-megatron-0.19 bench bench-host bench-rollout \
 	bench-memory bench-reshard bench-verifier bench-conversion bench-objectives bench-token-weights bench-fp8 clean
 
@@ -49,6 +49,9 @@ lock: setup ## write requirements/*.lock again after a change of setup.py; with 
 
 demo: setup ## train on arithmetic: warm start, 50 steps, three evaluations, report.html (4 minutes)
 	$(BIN)/oreal-train experiment=arithmetic
+
+tutorial: setup ## run the commands of docs/tutorial.md in runs/tutorial: raw data, fine-tuning, OREAL, scores (14 minutes on busy cores)
+	$(BIN)/python tools/run_page.py docs/tutorial.md runs/tutorial
 
 slurm-deps: ## install shellcheck and the SLURM daemons that tests/slurm needs (Debian, as root)
 	apt-get update --quiet

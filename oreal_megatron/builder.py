@@ -10,7 +10,7 @@ from oreal_megatron.checkpoint.export import Exporter, write_assets
 from oreal_megatron.checkpoint.state import load_weights_only, weights_only
 from oreal_megatron.checkpoint.store import INITIAL, damages_of, load_checkpoint
 from oreal_megatron.config import AdamWConfig, Fp8ModelConfig
-from oreal_megatron.initial_policy import loaded_policy, new_policy, sft_data, sft_steps
+from oreal_megatron.initial_policy import loaded_policy, new_policy, sft_steps
 from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.models.offload import FrozenModel
 from oreal_megatron.models.policy import Policy
@@ -37,8 +37,7 @@ def build_run(workspace: Workspace) -> Run:
     `pass_rates.prepare` gives the run its prompt stream, and `train` the state of its newest checkpoint.
 
     Raises:
-        ValueError: a checkpoint is damaged or does not fit the model; a server does not fit the policy; the records of
-            supervised fine-tuning cannot be read.
+        ValueError: a checkpoint is damaged or does not fit the model; a server does not fit the policy.
     """
     config = workspace.config
     policy = _initial_policy(workspace, config.fp8.policy)
@@ -46,8 +45,8 @@ def build_run(workspace: Workspace) -> Run:
     sampler = _sampler(workspace, engine)
     sft, num_steps = None, config.run.num_steps
     if config.is_sft:
-        assert config.sft is not None
-        sft = sft_data(workspace, config.sft)
+        assert config.sft is not None and workspace.sft is not None
+        sft = workspace.sft
         num_steps = sft_steps(config.sft, sft)
     return Run(
         config=config,

@@ -36,12 +36,23 @@ def write_parts_atomically(path: Path, parts: Iterable[bytes]) -> None:
     Raises:
         OSError: the message names `path`; an earlier file is untouched.
     """
+    with written_atomically(path) as file:
+        file.writelines(parts)
+
+
+@contextlib.contextmanager
+def written_atomically(path: Path) -> Iterator[IO[bytes]]:
+    """Gives a file to write, which becomes `path` once the body has ended without an error.
+
+    Raises:
+        OSError: the message names `path`; an earlier file is untouched.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
         with naming(path):
             with partial.open("wb") as file:
-                file.writelines(parts)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)

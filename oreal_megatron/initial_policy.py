@@ -25,7 +25,7 @@ from oreal_megatron.config import (
 )
 from oreal_megatron.conversion.convert import WEIGHTS
 from oreal_megatron.conversion.module import load_weights
-from oreal_megatron.data.conversation_stream import SftData, read_sft_data
+from oreal_megatron.data.conversation_stream import SftData
 from oreal_megatron.models.policy import Policy, build_policy
 from oreal_megatron.models.trained_model import TrainedModel
 from oreal_megatron.models.virtual_stages import ModelChunks, chunks_of
@@ -47,7 +47,7 @@ def make_initial_policy(workspace: Workspace) -> None:
     Raises:
         ConfigError: the checkpoint that is there was made with other settings.
         Stopped: a stop was asked for during the warm start.
-        ValueError: model.path or the records of sft cannot be read.
+        ValueError: model.path cannot be read.
         FloatingPointError: the warm start diverged.
     """
     config, store = workspace.config, workspace.store
@@ -158,7 +158,8 @@ def _check_made_from(checkpoint: Path, settings: dict[str, Any]) -> None:
 
 def _warm_start(module: Policy | ModelChunks, sft: SftConfig, workspace: Workspace) -> None:
     """Fine-tunes by the section sft, and logs each update's loss. Nothing is saved before its end."""
-    groups, data = workspace.groups, sft_data(workspace, sft)
+    groups, data = workspace.groups, workspace.sft
+    assert data is not None
     steps = sft_steps(sft, data)
     model = TrainedModel(module, sft.optimizer, groups, num_updates=steps)
     losses: list[float] = []
@@ -177,23 +178,6 @@ def _warm_start(module: Policy | ModelChunks, sft: SftConfig, workspace: Workspa
             bar.advance(f"nll {losses[-1]:.3f}")
     workspace.tracker.trajectories("warm_start", ({"step": i, "nll": loss} for i, loss in enumerate(losses)))
     workspace.tracker.finish_trajectories()
-
-
-def sft_data(workspace: Workspace, sft: SftConfig) -> SftData:
-    """Reads the conversations of the section sft. Every rank calls it.
-
-    Raises:
-        ValueError, OSError: see `read_sft_data`.
-    """
-    return read_sft_data(
-        sft,
-        workspace.renderer,
-        workspace.generated,
-        workspace.groups,
-        max_tokens=workspace.config.model.max_sequence_length,
-        seed=workspace.config.run.seed,
-        progress=workspace.tracker.progress,
-    )
 
 
 def sft_steps(sft: SftConfig, data: SftData) -> int:

@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -15,12 +16,13 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from oreal_megatron.checkpoint.manifest import read_manifest
-from oreal_megatron.checkpoint.store import CheckpointStore
+from oreal_megatron.checkpoint.store import INITIAL, CheckpointStore
 from oreal_megatron.config import ConfigError, GeometryConfig, TrainConfig, Violation, check_layout, check_resume
 from oreal_megatron.data.arithmetic import ArithmeticData, generate_arithmetic
+from oreal_megatron.data.conversation_stream import SftData, read_sft_data
 from oreal_megatron.data.golds import check_golds
 from oreal_megatron.data.packing import Packer
-from oreal_megatron.data.prompting import PromptRenderer
+from oreal_megatron.data.prompting import PromptRenderer, has_clock
 from oreal_megatron.data.prompts import read_prompts, warn_of_common
 from oreal_megatron.data.tokenizer import load_tokenizer
 from oreal_megatron.directory_lock import check_shared, locked
@@ -66,6 +68,8 @@ class Workspace:
     """Generated problems and demonstrations, where data.arithmetic is given."""
     train_prompts: Sequence[Prompt]
     benchmarks: Sequence[Benchmark]
+    sft: SftData | None
+    """Conversations of supervised fine-tuning, or of a warm start that is still to come."""
     stop: StopRequest
     close_later: Callable[[Callable[[], None]], object]
     """Registers a function that is called when the workspace is closed; the last one registered is called first."""
@@ -79,6 +83,7 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
         ConfigError: the configuration does not fit the machine, or the directory holds a run of another configuration.
         OSError: another live run has the directory, it cannot be written to, or a rank has another one there.
         ValueError: data, tokenizer, model directory or layout cannot be used.
+        Stopped: a stop was asked for while conversations of supervised fine-tuning were encoded.
     """
     check_host(config)
     if config.run.threads is not None:
@@ -95,6 +100,9 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
         with groups.together():
             if not groups.is_main:
                 check_shared(directory, held, rank=groups.rank, max_wait_seconds=max_wait_seconds)
+        tokenizer = load_tokenizer(config.model.tokenizer)
+        if has_clock(tokenizer):
+            config = with_day(directory, config, groups)
         claim_directory(directory, config, groups)
         with groups.together():
             tracker = stack.enter_context(contextlib.closing(Tracker(config, directory, is_main=groups.is_main)))
@@ -108,7 +116,6 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
             directory,
         )
         verifier = stack.enter_context(contextlib.closing(build_verifier(config.verifier, reward_function(config))))
-        tokenizer = load_tokenizer(config.model.tokenizer)
         journal = stack.enter_context(contextlib.closing(RolloutJournal(directory / "journal", groups)))
         geometry = geometry_of_run(config.model)
         check_layout(geometry, config.parallel, config.rollout.sglang)
@@ -123,6 +130,28 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
                 vocab_size,
             )
         generated = generate_arithmetic(config.data.arithmetic, config.run.seed) if config.data.arithmetic else None
+        store = CheckpointStore(
+            directory / "checkpoints",
+            groups,
+            keep=config.run.keep_checkpoints,
+            on_saved=lambda oldest: journal.drop(before_step=oldest),
+        )
+        # All data are read before anything is made that ties the directory to these settings.
+        train_prompts = _train_prompts(config, renderer, generated)
+        benchmarks = _benchmarks(config, renderer, generated)
+        sft = None
+        if config.sft is not None and (config.is_sft or not store.has(INITIAL)):
+            sft = read_sft_data(
+                config.sft,
+                renderer,
+                generated,
+                groups,
+                stop,
+                directory=directory / "conversations",
+                max_tokens=config.model.max_sequence_length,
+                seed=config.run.seed,
+                progress=tracker.progress,
+            )
         yield Workspace(
             config=config,
             directory=directory,
@@ -132,18 +161,14 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
             tokenizer=tokenizer,
             renderer=renderer,
             journal=journal,
-            store=CheckpointStore(
-                directory / "checkpoints",
-                groups,
-                keep=config.run.keep_checkpoints,
-                on_saved=lambda oldest: journal.drop(before_step=oldest),
-            ),
+            store=store,
             geometry=geometry,
             vocab_size=vocab_size,
             packer=Packer.of_layout(groups, geometry, vocab_size, fp8=config.fp8),
             generated=generated,
-            train_prompts=_train_prompts(config, renderer, generated),
-            benchmarks=_benchmarks(config, renderer, generated),
+            train_prompts=train_prompts,
+            benchmarks=benchmarks,
+            sft=sft,
             stop=stop,
             close_later=stack.callback,
         )
@@ -181,6 +206,30 @@ def check_device(device: str) -> None:
         raise ConfigError([Violation("resources.device", device, remedy)])
 
 
+def with_day(directory: Path, config: TrainConfig, groups: ParallelGroups) -> TrainConfig:
+    """Returns the configuration with a day in prompt.date: its own, that of the run in the directory, or today.
+
+    A run of version 0.1.0 goes on without one.
+    """
+    if config.prompt.date is not None:
+        return config
+    day = None
+    with groups.together():
+        if groups.is_main:
+            paths = [directory / name for name in _CONFIG_FILES if (directory / name).is_file()]
+            if paths and _has_state(directory):
+                day = yaml.safe_load(paths[0].read_text())["prompt"].get("date")
+            else:
+                day = datetime.now().date().isoformat()
+    prompt = config.prompt.model_copy(update={"date": groups.from_main(day)})
+    return config.model_copy(update={"prompt": prompt})
+
+
+def _has_state(directory: Path) -> bool:
+    """Returns whether a run left in the directory what depends on its configuration."""
+    return any(next(directory.glob(pattern), None) for pattern in _STATE_FILES)
+
+
 def claim_directory(directory: Path, config: TrainConfig, groups: ParallelGroups) -> None:
     """Writes config.yaml, unless the directory holds the state of a run that was configured otherwise.
 
@@ -195,7 +244,7 @@ def claim_directory(directory: Path, config: TrainConfig, groups: ParallelGroups
     with groups.together():
         if groups.is_main:
             paths = [directory / name for name in _CONFIG_FILES]
-            if any(next(directory.glob(pattern), None) for pattern in _STATE_FILES):
+            if _has_state(directory):
                 for path in paths:
                     if path.is_file():
                         check_resume(yaml.safe_load(path.read_text()), config, str(path))

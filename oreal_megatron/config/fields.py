@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import date
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -42,6 +43,17 @@ def _file_name(value: str) -> str:
 
 FileName = Annotated[str, AfterValidator(_file_name)]
 """A name that becomes a part of file names."""
+
+
+def _day(value: str) -> str:
+    try:
+        return date.fromisoformat(value).isoformat()
+    except ValueError:
+        raise ValueError("It is no day. Set it to one such as 2026-11-29, or to null.") from None
+
+
+Day = Annotated[str, AfterValidator(_day)]
+"""A day as YYYY-MM-DD."""
 AsTuple = BeforeValidator(_as_tuple)
 """Turns a list of YAML into the tuple that a frozen section needs."""
 AsPath = BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)

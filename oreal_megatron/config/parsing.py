@@ -123,6 +123,7 @@ ADDED: dict[str, Any] = {
     "rollout.reward": None,
     "rollout.schedule": "in_turn",
     "rollout.max_staleness": 0,
+    "prompt.date": None,
 }
 
 # Further keys that may change when fine-tuning resumes; of a warm start they made the initial policy.

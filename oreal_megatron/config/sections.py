@@ -11,6 +11,7 @@ from pydantic import Field
 from oreal_megatron.config.data import DataConfig
 from oreal_megatron.config.fields import (
     AsPath,
+    Day,
     FileName,
     NonNegative,
     Positive,
@@ -105,6 +106,9 @@ class PromptConfig(Section):
     max_prompt_tokens: Positive
     """Longest prompt, in tokens. Longer training prompts are left out, and a benchmark with longer prompts is
     refused."""
+    date: Day | None = None
+    """Day that a chat template with a clock (`strftime_now`) shows, such as 2026-11-29. null: the day on which the run
+    began, which its config.yaml then has. Templates without a clock show none."""
 
 
 class ParallelConfig(Section):

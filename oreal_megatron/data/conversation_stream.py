@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import math
 import random
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from oreal_megatron.config import SftConfig, SourceConfig
+from oreal_megatron.config import HeldoutConfig, SftConfig, SourceConfig
 from oreal_megatron.data.arithmetic import ArithmeticData
-from oreal_megatron.data.conversations import Progress, fitting, of_question, read_conversations
+from oreal_megatron.data.conversation_files import Conversations, Progress, read_conversations
+from oreal_megatron.data.conversations import of_question
+from oreal_megatron.data.curation.sources import find_files
 from oreal_megatron.data.packing import PackedSequence
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.seeds import derive_seed
+from oreal_megatron.stopping import Stopped, StopRequest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,17 +110,25 @@ def _order(stream: ConversationStream, epoch: int) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class SftData:
-    """Conversations of supervised fine-tuning. The main rank alone has their tokens."""
+    """Conversations of supervised fine-tuning. The main rank alone has them."""
 
     stream: ConversationStream
-    conversations: Sequence[PackedSequence]
-    """All sources, one after the other; empty on ranks but the main rank."""
+    sources: Sequence[Sequence[PackedSequence]]
+    """Conversations of every source; none on ranks but the main rank."""
     heldout: Sequence[PackedSequence]
     """Held-out conversations; empty on ranks but the main rank."""
 
     def batch(self, step: int) -> list[PackedSequence]:
         """Returns the step's conversations; none on ranks but the main rank."""
-        return [self.conversations[index] for index in self.stream.batch(step)] if self.conversations else []
+        return [self._conversation(index) for index in self.stream.batch(step)] if self.sources else []
+
+    def _conversation(self, index: int) -> PackedSequence:
+        """Returns a conversation by its index into the sources one after the other."""
+        for source in self.sources:
+            if index < len(source):
+                return source[index]
+            index -= len(source)
+        raise IndexError(index)
 
 
 def read_sft_data(
@@ -123,69 +136,103 @@ def read_sft_data(
     renderer: PromptRenderer,
     generated: ArithmeticData | None,
     groups: ParallelGroups,
+    stop: StopRequest,
     *,
+    directory: Path,
     max_tokens: int,
     seed: int,
     progress: Progress,
 ) -> SftData:
     """Reads the sources and the held-out records on the main rank. Every rank calls it.
 
-    generated: has the demonstrations where no source is named. seed: the run's.
+    generated: has the demonstrations where no source is named. directory: takes the encoded records, so that a further
+    call with the same files and settings need not encode them. seed: the run's.
 
     Raises:
         ValueError, OSError: see `read_conversations`.
+        Stopped: a stop was asked for before all records were encoded.
     """
-    reading = _read(sft, renderer, generated, max_tokens, progress)
-    found: tuple[list[list[PackedSequence]], list[PackedSequence]] | None = None
+    reading = _read(sft, renderer, generated, directory, max_tokens, progress)
+    found: tuple[list[Conversations], Sequence[PackedSequence]] | None = None
     while not groups.from_main(found is not None):
         # The other ranks wait in a collective, which has a time limit, and millions of records take longer.
         end = time.monotonic() + groups.layout.timeout_seconds / 4
         with groups.together():
-            while groups.is_main and found is None and time.monotonic() < end:
+            while groups.is_main and found is None and time.monotonic() < end and not stop.is_made:
                 try:
                     next(reading)
                 except StopIteration as finished:
                     found = finished.value
+        if groups.any_rank(stop.is_made):
+            reading.close()
+            raise Stopped("stopped while records were encoded: nothing was trained; the same command starts again")
     sources, heldout = found or ([], [])
-    conversations = [one for source in sources for one in source]
+    digest = hashlib.blake2b("".join(source.digest for source in sources).encode(), digest_size=8)
     stream = ConversationStream(
         sizes=groups.from_main(tuple(map(len, sources))),
         weights=tuple(source.weight for source in (sft.sources or {}).values()) or (1.0,),
-        fingerprint=groups.from_main(_fingerprint(conversations)),
+        fingerprint=groups.from_main(digest.hexdigest()),
         batch_size=sft.batch_size,
         seed=seed,
     )
-    return SftData(stream=stream, conversations=conversations, heldout=heldout)
+    return SftData(stream=stream, sources=sources, heldout=heldout)
 
 
 def _read(
-    sft: SftConfig, renderer: PromptRenderer, generated: ArithmeticData | None, max_tokens: int, progress: Progress
-) -> Generator[None, None, tuple[list[list[PackedSequence]], list[PackedSequence]]]:
-    """Reads the sequences of every source and the held-out ones, and yields after each record; returns both."""
-    read = functools.partial(read_conversations, renderer=renderer, sft=sft, max_tokens=max_tokens, progress=progress)
+    sft: SftConfig,
+    renderer: PromptRenderer,
+    generated: ArithmeticData | None,
+    directory: Path,
+    max_tokens: int,
+    progress: Progress,
+) -> Generator[None, None, tuple[list[Conversations], Sequence[PackedSequence]]]:
+    """Reads the conversations of every source and the held-out ones, and yields now and then; returns both.
+
+    Files of the directory that none of them needs are removed.
+    """
+    read = functools.partial(
+        read_conversations, renderer=renderer, sft=sft, directory=directory, max_tokens=max_tokens, progress=progress
+    )
     named = sft.sources or ({} if sft.demonstrations is None else {"": SourceConfig(path=sft.demonstrations)})
-    sources = []
+    if sft.heldout is not None:
+        _check_other_files(sft.heldout, named)
+    sources, heldout, files = [], Conversations.of([], renderer), set()
     for source in named.values():
-        sources.append((yield from read(source.path, source.split)))
+        conversations, file = yield from read(source.path, source.split)
+        sources.append(conversations)
+        files.add(file)
     if not named:
         assert generated is not None
         shown = [
             of_question(one.question, one.response, f"demonstration of {one.question!r}", renderer)
             for one in generated.demonstrations
         ]
-        sources.append(fitting(shown, "data.arithmetic", sft.overlong, max_tokens))
-    heldout: list[PackedSequence] = []
+        made = Conversations.of(shown, renderer)
+        sources.append(made.fitting("data.arithmetic", sft.overlong, max_tokens))
     if sft.heldout is not None:
-        heldout = yield from read(sft.heldout.path, sft.heldout.split, limit=sft.heldout.limit)
+        heldout, file = yield from read(sft.heldout.path, sft.heldout.split, limit=sft.heldout.limit)
+        files.add(file)
+        if num_common := heldout.num_common(sources):
+            logger.warning(
+                "sft.heldout.path = %s: %d of %d conversations begin with a prompt that is trained on, so their loss "
+                "says less of other prompts. Remove them from the records that are trained",
+                sft.heldout.path,
+                num_common,
+                len(heldout),
+            )
+    for file in set(directory.glob("*.arrow")) - files:
+        file.unlink()
     return sources, heldout
 
 
-def _fingerprint(sequences: Sequence[PackedSequence]) -> str:
-    """Returns 16 hex digits that depend on every token of every sequence, on their order and on what is trained."""
-    digest = hashlib.blake2b(digest_size=8)
-    for sequence in sequences:
-        mask = np.ones(1, bool) if sequence.loss_mask is None else sequence.loss_mask
-        for part in (sequence.prompt_ids, sequence.response_ids, mask):
-            array = np.asarray(part)
-            digest.update(len(array).to_bytes(8, "little") + array.astype(np.int32).tobytes())
-    return digest.hexdigest()
+def _check_other_files(heldout: HeldoutConfig, sources: Mapping[str, SourceConfig]) -> None:
+    """Raises ValueError where held-out records are in a file that is trained on."""
+    files = {file.resolve() for file in find_files(Path(heldout.path), heldout.split)}
+    for name, source in sources.items():
+        for file in find_files(Path(source.path), source.split):
+            if file.resolve() in files:
+                key = f"sft.sources.{name}" if name else "sft.demonstrations"
+                raise ValueError(
+                    f"sft.heldout.path = {heldout.path}: {file} is trained on too, by {key}, so its loss would say "
+                    "nothing of other records. Set sft.heldout.split to another split, or name another file."
+                )

@@ -1,4 +1,4 @@
-"""Conversations of supervised fine-tuning: records of files as token ids, with a mask of the tokens that are trained.
+"""Conversations of supervised fine-tuning: records as token ids, with a mask of the tokens that are trained.
 
 The tokens before a trained turn are those that generation would begin from: the chat template of all messages before
 it, with the opening of the assistant's turn. The turn's own tokens are its content and the stop token. So the mask is
@@ -7,71 +7,57 @@ exact for every template, and training sees what generation sees.
 
 from __future__ import annotations
 
-import itertools
-import logging
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 import numpy as np
 
-from oreal_megatron.config import SftConfig
-from oreal_megatron.data.curation.sources import find_files, num_records, read_source
+from oreal_megatron.data.curation.text import question_key
 from oreal_megatron.data.packing import PackedSequence
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.data.records import text_at
-
-logger = logging.getLogger(__name__)
 
 _ROLES = ("system", "user", "assistant", "tool")
 _KEYS = ("role", "content", "weight", "name")
 _WANTED = ("question", "response")
 
-Progress = Callable[[str, int], Any]
-"""(title, total) -> context of a progress bar with the method `advance`, such as Tracker.progress."""
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn of the assistant that is trained."""
+
+    prompt: str
+    """Text that generation of the turn would begin from."""
+    content: str
 
 
-def read_conversations(
-    path: str,
-    split: str | None,
-    renderer: PromptRenderer,
-    sft: SftConfig,
-    *,
-    max_tokens: int,
-    progress: Progress,
-    limit: int | None = None,
-) -> Generator[None, None, list[PackedSequence]]:
-    """Reads the records of a file or of a data set's directory, and yields after each; returns the sequences.
+@dataclass(frozen=True)
+class Rendered:
+    """A record as text."""
 
-    max_tokens: most tokens of a sequence; sft.overlong says what becomes of longer ones. limit: most records.
+    where: str
+    """File and number of the record."""
+    turns: tuple[Turn, ...]
 
-    Raises:
-        ValueError: a record is no conversation, or too long under `sft.overlong: refuse`, or there is none. The message
-            names file and record.
-    """
-    files = find_files(Path(path), split)
-    total = num_records(files) if limit is None else min(limit, num_records(files))
-    found: list[PackedSequence] = []
-    with progress(f"tokens of {Path(path).name}", total) as bar:
-        for number, (where, record) in enumerate(itertools.islice(read_source(files), limit), start=1):
-            found += conversation(record, where, renderer, turns=sft.turns)
-            bar.advance(f"{len(found)} sequences" if number % 1000 == 0 else "")
-            yield
-    if not found:
-        raise ValueError(
-            f"{path}: no records in it. A record has messages, or question and response, or prompt and response."
-        )
-    return fitting(found, path, sft.overlong, max_tokens)
+    @property
+    def key(self) -> bytes:
+        """16 bytes that are equal for records whose first prompts differ in case, punctuation and layout alone."""
+        return question_key(self.turns[0].prompt)
+
+    @property
+    def num_characters(self) -> int:
+        return sum(len(turn.prompt) + len(turn.content) for turn in self.turns)
 
 
-def conversation(record: Any, where: str, renderer: PromptRenderer, *, turns: str) -> list[PackedSequence]:
-    """Returns the sequences of a record: one, or several where the template changes what earlier turns look like.
+def rendered(record: Any, where: str, renderer: PromptRenderer, *, turns: str) -> Rendered:
+    """Renders a record by the chat template.
 
     where: file and number of the record, for messages and ids. turns: see sft.turns.
 
     Raises:
-        ValueError: the record is no conversation, or the template or the model's vocabulary refuses it.
+        ValueError: the record is no conversation, or the template refuses it.
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: an object is expected, not {type(record).__name__}")
@@ -80,31 +66,77 @@ def conversation(record: Any, where: str, renderer: PromptRenderer, *, turns: st
         asked, answered = (text_at(record, key, where, wanted=_WANTED) for key in (question, "response"))
         if not asked.strip() or not answered.strip():
             raise ValueError(f"{where}: `{question}` or `response` is empty. Remove the record.")
-        return [of_question(asked, answered, where, renderer)]
+        return of_question(asked, answered, where, renderer)
     if record.get("tools"):
         raise ValueError(f"{where}: `tools` would be lost. Describe them in a system message, and remove the key.")
     messages = _checked(record["messages"], where)
-    spans: list[tuple[tuple[int, ...], list[int], list[bool]]] = []
+    found = []
     for index in _trained_turns(messages, turns, where):
         try:
-            prompt_ids = renderer.message_ids(messages[:index])
-            response_ids = _response_ids(messages[index]["content"], prompt_ids, where, renderer)
+            prompt = renderer.message_text(messages[:index])
         except jinja2.TemplateError as error:
             raise ValueError(
                 f"{where}: the chat template of model.tokenizer refuses `messages` before turn {index + 1}: {error}. "
                 "Change the messages, or remove the record."
             ) from error
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+        found.append(_turn(prompt, messages[index]["content"], where))
+    return Rendered(where, tuple(found))
+
+
+def of_question(question: str, response: str, where: str, renderer: PromptRenderer) -> Rendered:
+    """Renders a question, as the section `prompt` says, with its response. Raises ValueError as `rendered`."""
+    try:
+        prompt = renderer.question_text(question)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return Rendered(where, (_turn(prompt, response, where),))
+
+
+def _turn(prompt: str, content: str, where: str) -> Turn:
+    if content.lstrip().startswith("<think>") and prompt.rstrip().endswith("<think>"):
+        raise ValueError(
+            f"{where}: the response begins with <think>, and so does the assistant's turn of the chat template, before "
+            "it. Remove <think> from the response."
+        )
+    return Turn(prompt, content)
+
+
+def encoded(records: Sequence[Rendered], renderer: PromptRenderer) -> list[list[PackedSequence]]:
+    """Returns the sequences of each record. The texts of all records are encoded together.
+
+    A record is one sequence, or several where the template changes what earlier turns look like.
+
+    Raises:
+        ValueError: the model's vocabulary has no row for a token of a record.
+    """
+    turns = [(record.where, turn) for record in records for turn in record.turns]
+    places = [where for where, _ in turns]
+    prompts = renderer.encode([turn.prompt for _, turn in turns], places)
+    responses = renderer.encode([turn.content for _, turn in turns], places)
+    start, sequences = 0, []
+    for record in records:
+        end = start + len(record.turns)
+        sequences.append(_sequences(record.where, prompts[start:end], responses[start:end], renderer.stop_token_id))
+        start = end
+    return sequences
+
+
+def _sequences(
+    where: str, prompts: Sequence[list[int]], responses: Sequence[list[int]], stop_token_id: int
+) -> list[PackedSequence]:
+    """Returns the sequences of a record, by the token ids of its turns."""
+    spans: list[tuple[list[int], list[int], list[bool]]] = []
+    for prompt_ids, content_ids in zip(prompts, responses, strict=True):
+        response_ids = [*content_ids, stop_token_id]
         if spans:
             first, ids, mask = spans[-1]
-            before = (*first, *ids)
+            before = [*first, *ids]
             if prompt_ids[: len(before)] == before:
                 between = prompt_ids[len(before) :]
                 ids += [*between, *response_ids]
                 mask += [False] * len(between) + [True] * len(response_ids)
                 continue
-        spans.append((prompt_ids, list(response_ids), [True] * len(response_ids)))
+        spans.append((prompt_ids, response_ids, [True] * len(response_ids)))
     return [
         PackedSequence(
             id=where if len(spans) == 1 else f"{where} part {part}",
@@ -114,32 +146,6 @@ def conversation(record: Any, where: str, renderer: PromptRenderer, *, turns: st
         )
         for part, (first, ids, mask) in enumerate(spans, start=1)
     ]
-
-
-def of_question(question: str, response: str, where: str, renderer: PromptRenderer) -> PackedSequence:
-    """Returns the sequence of a question, rendered as the section `prompt` says, and its response.
-
-    Raises:
-        ValueError: the model has no row for a token.
-    """
-    try:
-        prompt_ids = renderer.question_ids(question)
-        response_ids = _response_ids(response, prompt_ids, where, renderer)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    return PackedSequence(
-        id=where, prompt_ids=np.array(prompt_ids, np.int32), response_ids=np.array(response_ids, np.int32)
-    )
-
-
-def _response_ids(content: str, prompt_ids: Sequence[int], where: str, renderer: PromptRenderer) -> tuple[int, ...]:
-    """Returns the token ids of an assistant's turn, with the stop token."""
-    if content.lstrip().startswith("<think>") and renderer.response_text(prompt_ids).rstrip().endswith("<think>"):
-        raise ValueError(
-            "the response begins with <think>, and so does the assistant's turn of the chat template, before it. "
-            "Remove <think> from the response."
-        )
-    return renderer.response_ids(content)
 
 
 def _checked(messages: Any, where: str) -> list[dict[str, Any]]:
@@ -182,48 +188,3 @@ def _trained_turns(messages: Sequence[dict[str, Any]], turns: str, where: str) -
 def _shown(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 80 else shown[:77] + "..."
-
-
-def fitting(sequences: Sequence[PackedSequence], path: str, overlong: str, max_tokens: int) -> list[PackedSequence]:
-    """Returns the sequences of at most `max_tokens` tokens, and those that `overlong` keeps; logs how many were longer.
-
-    Raises:
-        ValueError: `overlong` is refuse and a sequence is longer, or no sequence is left.
-    """
-    longer = [sequence for sequence in sequences if sequence.num_tokens > max_tokens]
-    if not longer:
-        return list(sequences)
-    longest = max(sequence.num_tokens for sequence in longer)
-    problem = (
-        f"{path}: {len(longer)} of {len(sequences)} conversations have more tokens than model.max_sequence_length = "
-        f"{max_tokens} (first: {longer[0].id}, longest: {longest})"
-    )
-    if overlong == "refuse":
-        raise ValueError(
-            f"{problem}. Set model.max_sequence_length={longest}, or sft.overlong=drop to leave them out, or "
-            "sft.overlong=truncate to cut them off."
-        )
-    kept = list(_cut_off(sequences, max_tokens)) if overlong == "truncate" else []
-    if overlong == "drop":
-        kept = [sequence for sequence in sequences if sequence.num_tokens <= max_tokens]
-    if not kept:
-        raise ValueError(f"{problem}, and none is left. Set model.max_sequence_length={longest}.")
-    dropped = len(sequences) - len(kept)
-    cut = f"{len(longer) - dropped} are cut off, " if overlong == "truncate" else ""
-    logger.warning("%s; %s%d are left out (sft.overlong = %s)", problem, cut, dropped, overlong)
-    return kept
-
-
-def _cut_off(sequences: Sequence[PackedSequence], max_tokens: int) -> Iterator[PackedSequence]:
-    """Yields the sequences, cut off after `max_tokens` tokens; without those of which no trained token is left."""
-    for sequence in sequences:
-        length = max(max_tokens - len(sequence.prompt_ids), 0)
-        mask = None if sequence.loss_mask is None else sequence.loss_mask[:length]
-        cut = PackedSequence(
-            id=sequence.id,
-            prompt_ids=sequence.prompt_ids,
-            response_ids=sequence.response_ids[:length],
-            loss_mask=mask,
-        )
-        if cut.num_trained_tokens:
-            yield cut

@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import itertools
+import json
+import re
 from collections.abc import Sequence
+from datetime import datetime
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from oreal_megatron.config import PromptConfig
 from oreal_megatron.types import Prompt
+
+_CLOCK = re.compile(r"\bstrftime_now\s*\(\s*(?:(['\"])(.*?)\1\s*\))?")
+"""Call of the function by which chat templates show a date. The second group is the date's form where it is text."""
+
+
+def has_clock(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Returns whether the chat template shows the time, so that the same messages give other tokens another day."""
+    return _CLOCK.search(str(tokenizer.chat_template)) is not None
+
+
+def _at_day(template: str, day: datetime) -> str:
+    """Returns a chat template that shows a given day.
+
+    Raises:
+        ValueError: the form of its date is no text, so the day cannot be written into it.
+    """
+
+    def shown(call: re.Match[str]) -> str:
+        if call[2] is None:
+            raise ValueError(
+                "prompt.date: the chat template of model.tokenizer calls strftime_now with something else than a text, "
+                "so its day cannot be fixed. Write the form of the date into the template"
+            )
+        return json.dumps(day.strftime(call[2]))
+
+    return _CLOCK.sub(shown, template)
 
 
 class PromptRenderer:
@@ -40,7 +71,21 @@ class PromptRenderer:
         self.may_exceed_model = max(tokenizer.get_vocab().values()) >= vocab_size
         """Whether the tokenizer has token ids for which the model has no row."""
         self._cache: dict[str, tuple[int, ...]] = {}
+        self._template = tokenizer.get_chat_template()
+        if config.date is not None:
+            self._template = _at_day(self._template, datetime.fromisoformat(config.date))
         self._token_text = functools.cache(lambda token: str(tokenizer.decode([token])))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that depend on everything that turns a text into token ids: tokenizer, template and prompt."""
+        tokenizer = self._tokenizer
+        vocabulary = (
+            tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+        )
+        config = self._config.model_dump(include={"system", "user", "stop_token", "date"})
+        parts = [str(vocabulary), str(tokenizer.chat_template), str(tokenizer.special_tokens_map), str(config)]
+        return hashlib.blake2b("\0".join([*parts, str(self._vocab_size)]).encode(), digest_size=8).hexdigest()
 
     def token_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Returns the token ids of a prompt. Raises ValueError where they exceed prompt.max_prompt_tokens."""
@@ -60,24 +105,48 @@ class PromptRenderer:
         Raises:
             ValueError: the model has no row for one of them, or the chat template refuses them.
         """
+        return tuple(self.encode([self.question_text(question)])[0])
+
+    def question_text(self, question: str) -> str:
+        """Returns the whole prompt as text. Raises ValueError where the chat template refuses it."""
         messages = [{"role": "user", "content": self._config.user.replace("{question}", question)}]
         if self._config.system is not None:
             messages.insert(0, {"role": "system", "content": self._config.system})
         try:
-            return self.message_ids(messages)
+            return self.message_text(messages)
         except jinja2.TemplateError as error:
             remedy = "Set prompt.system=null, or choose another prompt"
             raise ValueError(f"the chat template of model.tokenizer refuses the prompt: {error}. {remedy}") from error
 
-    def message_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
-        """Returns the token ids of messages by the chat template, up to where the assistant's next turn begins.
+    def message_text(self, messages: Sequence[dict[str, str]]) -> str:
+        """Returns messages as text by the chat template, up to where the assistant's next turn begins.
+
+        Raises:
+            jinja2.TemplateError: the chat template refuses the messages.
+        """
+        text = self._tokenizer.apply_chat_template(
+            list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=True
+        )
+        return str(text)
+
+    def encode(self, texts: Sequence[str], places: Sequence[str] = ()) -> list[list[int]]:
+        """Returns the token ids of each text, by the tokenizer's own threads.
+
+        places: file and number of the record of each text, for messages.
 
         Raises:
             ValueError: the model has no row for one of them.
-            jinja2.TemplateError: the chat template refuses the messages.
         """
-        text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return self._encoded(str(text))
+        if not texts:  # the tokenizer takes no empty list
+            return []
+        encoded: list[list[int]] = self._tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
+        )["input_ids"]
+        if self.may_exceed_model:
+            for text, ids, place in zip(texts, encoded, places or itertools.repeat(""), strict=False):
+                shown = text if len(text) <= 200 else text[:197] + "..."
+                self._check_rows(ids, f"{place}: the text {shown!r}" if place else f"the text {shown!r}")
+        return encoded
 
     def response_ids(self, text: str) -> tuple[int, ...]:
         """Returns the token ids of a finished response, with the stop token.
@@ -85,12 +154,7 @@ class PromptRenderer:
         Raises:
             ValueError: the model has no row for one of them.
         """
-        return (*self._encoded(text), self.stop_token_id)
-
-    def _encoded(self, text: str) -> tuple[int, ...]:
-        ids = self._tokenizer.encode(text, add_special_tokens=False)
-        self._check_rows(ids, f"the text {text if len(text) <= 200 else text[:197] + '...'!r}")
-        return tuple(ids)
+        return (*self.encode([text])[0], self.stop_token_id)
 
     def _check_rows(self, ids: Sequence[int], source: str) -> None:
         """Raises ValueError where the model has no row for a token id. source: the ids' origin, for the message."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from oreal_megatron.data.difficulty import BANDS, UNKNOWN, band_of
 from oreal_megatron.data.prompts import fingerprint
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.types import GradedRollout, Prompt, decided
@@ -196,20 +198,30 @@ class PromptStream:
         return pool.ids[pool.order[pool.offset - 1]]
 
     def _rebalance(self, pool: _Pool) -> None:
-        """Has the next epoch balanced by the pass rates of now, unless too few different prompts would be left."""
+        """Has the next epoch balanced by the pass rates of now, unless the pool would have too few prompts for a step.
+
+        With fewer different prompts than its share of a step, the other pools would fill the steps, against the
+        weights.
+        """
         new = set(self._balanced(pool.name, self._pass_rates))
+        share = math.ceil(round(self._prompts_per_step * pool.share, 9))
         others = {id for other in self._pools if other is not pool for id in other.ids}
-        if new and len(new | others) >= self._prompts_per_step:
+        needed = max(share, self._prompts_per_step - len(others))
+        if len(new) >= needed:
             pool.pass_rates = dict(self._pass_rates)
-        else:
-            logger.warning(
-                "epoch %d has the balance of the one before it: by the pass rates of now, data.difficulty_balance "
-                "leaves %d different prompts%s, and a step asks for %d. Give harder prompts, or widen it",
-                pool.epoch,
-                len(new),
-                f" of data.train.{pool.name}" if pool.name else "",
-                self._prompts_per_step,
-            )
+            return
+        own = [self._rated(id, self._pass_rates) for id in self._by_id if self._is_of(pool.name, id)]
+        counts = Counter(band_of(prompt.pass_rate) for prompt in own)
+        logger.warning(
+            "%s: epoch %d has the balance of the one before it: by the pass rates of now, data.difficulty_balance "
+            "leaves %d different prompts, and a step needs %d. Prompts by pass rate: %s. Give harder prompts, widen "
+            "data.difficulty_balance, or lower data.prompts_per_step",
+            f"data.train.{pool.name}" if pool.name else "data.train",
+            pool.epoch,
+            len(new),
+            needed,
+            ", ".join(f"{band}: {counts[band]}" for band in (*BANDS, UNKNOWN) if counts[band]),
+        )
 
     def _start_epoch(self, pool: _Pool) -> None:
         """Sets the ids and the order of the pool's epoch."""
@@ -220,9 +232,13 @@ class PromptStream:
     def _balanced(self, name: str, pass_rates: Mapping[str, float]) -> list[str]:
         """Returns the ids of a pool's epoch. name: see `_Pool`. pass_rates: re-estimated ones."""
         if not pass_rates:
-            return [prompt.id for prompt in self._prompts if name in ("", prompt.source)]
-        own = [self._rated(id, pass_rates) for id, prompt in self._by_id.items() if name in ("", prompt.source)]
+            return [prompt.id for prompt in self._prompts if self._is_of(name, prompt.id)]
+        own = [self._rated(id, pass_rates) for id in self._by_id if self._is_of(name, id)]
         return [prompt.id for prompt in self._balance(own)]
+
+    def _is_of(self, name: str, id: str) -> bool:
+        """Returns whether a prompt is of the pool of this name."""
+        return name in ("", self._by_id[id].source)
 
     def _rated(self, id: str, pass_rates: Mapping[str, float]) -> Prompt:
         prompt = self._by_id[id]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 
 import pytest
 import torch
+import yaml
 
+from oreal_megatron.data.tokenizer import arithmetic_tokenizer
 from tests.tiny import TINY, command_line
 from tests.tiny_models import save_tiny
 
@@ -66,3 +69,24 @@ def test_what_does_not_fit_the_run_is_refused_before_any_work(tmp_path):
     assert "evaluation.benchmarks.exam: 1 of 2 prompts are longer than prompt.max_prompt_tokens = 64" in overlong.stderr
     for refused in (long, overlong):
         assert refused.returncode == 1 and "Traceback" not in refused.stderr
+
+
+def test_a_run_goes_on_with_the_day_on_which_it_began(tmp_path):
+    model = save_tiny(tmp_path / "model", "qwen2", tied=True, vocabulary=TOKENS)
+    tokenizer = arithmetic_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    dated = f"model.tokenizer={tmp_path}/tokenizer"
+    first = own_run(model, tmp_path / "run", dated)
+    assert first.returncode == 0, first.stdout + first.stderr
+    for name in ("config.yaml", "journal/config.yaml"):  # as if the run had begun on an earlier day
+        path = tmp_path / "run" / name
+        saved = yaml.safe_load(path.read_text())
+        assert abs((date.fromisoformat(saved["prompt"]["date"]) - date.today()).days) <= 1
+        saved["prompt"]["date"] = "2020-02-01"
+        path.write_text(yaml.safe_dump(saved))
+    later = own_run(model, tmp_path / "run", dated, "run.num_steps=2")
+    assert later.returncode == 0, later.stdout + later.stderr
+    lines = (tmp_path / "run/trajectories/step_000001.jsonl").read_text().splitlines()
+    shown = {tokenizer.decode(json.loads(line)["prompt_ids"])[:11] for line in lines}
+    assert shown == {"01 Feb 2020"}

@@ -99,3 +99,20 @@ def test_kills_at_random_instants_change_nothing(sources, single_process, tmp_pa
     assert longer.returncode == 0, longer.stdout + longer.stderr
     assert f"step {NUM_STEPS + 1}  loss" in longer.stdout and f"step {NUM_STEPS - 1}  loss" not in longer.stdout
     assert "sft.optimizer: the decay of the learning rate has 51 updates now and had 49" in longer.stdout
+
+
+def test_fault_of_the_records_leaves_the_directory_free_for_the_remedy(tmp_path):
+    records = tmp_path / "records.jsonl"
+    good, long = {"prompt": "1+1?", "response": "2"}, {"prompt": "1+2?", "response": "3" * 200}
+    directory = tmp_path / "run"
+    command = (*SFT, "sft.steps=1", f"sft.demonstrations={records}", "evaluation=none", f"run.dir={directory}")
+    for broken, message in ({"prompt": "1+2?"}, "`response` is missing"), (long, "sft.overlong=drop to leave them out"):
+        records.write_text("".join(json.dumps(record) + "\n" for record in (good, broken)))
+        refused = invoke(*command)
+        assert refused.returncode == 1 and message in refused.stderr + refused.stdout
+        assert not list(directory.glob("checkpoints/*"))
+    # The remedies change the records, a setting and a key of the model.
+    mended = invoke(*command, "sft.overlong=drop", "model.max_sequence_length=160")
+    assert mended.returncode == 0, mended.stdout + mended.stderr
+    assert "1 of 2 conversations" in mended.stdout + mended.stderr
+    assert (directory / "checkpoints/step_000001").is_dir()

@@ -15,7 +15,7 @@ import torch
 
 from oreal_megatron.config import PromptConfig
 from oreal_megatron.conversion.convert import to_huggingface
-from oreal_megatron.data.conversations import conversation
+from oreal_megatron.data.conversations import encoded, rendered
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.data.tokenizer import load_tokenizer
 from tests.conftest import ROOT
@@ -161,7 +161,7 @@ def test_mask_of_its_chat_template_has_the_turns_of_the_assistant_and_their_ends
         {"role": "assistant", "content": "4\n"},
     ]
     render = PromptRenderer(tokenizer, config, vocab_size=len(tokenizer))
-    (sequence,) = conversation({"messages": messages}, "f:1", render, turns="assistant")
+    ((sequence,),) = encoded([rendered({"messages": messages}, "f:1", render, turns="assistant")], render)
     ids = [*sequence.prompt_ids, *sequence.response_ids]
     whole = tokenizer.encode(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)
     assert ids == whole[: len(ids)] and tokenizer.decode(whole[len(ids) :]) == "\n"

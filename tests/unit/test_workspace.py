@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 
 import pytest
+import yaml
 
+from oreal_megatron import workspace
 from oreal_megatron.checkpoint.manifest import write_manifest
 from oreal_megatron.config import ConfigError, parse_config, settings_of
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.data.tokenizer import arithmetic_tokenizer
-from oreal_megatron.workspace import _train_prompts, claim_directory
+from oreal_megatron.workspace import _train_prompts, claim_directory, with_day
 
 
 @pytest.mark.parametrize("left", ["config.yaml", "journal/config.yaml", "checkpoints/step_000002/manifest.json"])
@@ -28,6 +31,33 @@ def test_each_record_of_the_configuration_refuses_another_run(composed, tmp_path
     assert len(refused.value.violations) == 1
     claim_directory(tmp_path, config, single_process)
     assert (tmp_path / "config.yaml").is_file()
+
+
+def test_run_keeps_the_day_on_which_it_began(composed, tmp_path, single_process, monkeypatch):
+    def on(day: str, *overrides: str):
+        class Clock(datetime):
+            @classmethod
+            def now(cls):
+                return cls.fromisoformat(f"{day}T23:59:59")
+
+        monkeypatch.setattr(workspace, "datetime", Clock)
+        found = with_day(tmp_path, parse_config(composed(*overrides)), single_process)
+        claim_directory(tmp_path, found, single_process)
+        return found.prompt.date
+
+    assert on("2026-11-29") == "2026-11-29"
+    assert on("2026-11-30") == "2026-11-30", "nothing depends on the day yet"
+    (tmp_path / "checkpoints/initial").mkdir(parents=True)
+    assert on("2026-12-01") == on("2026-12-02", "run.num_steps=7") == "2026-11-30"
+    with pytest.raises(ConfigError, match=r"prompt\.date = '2026-12-02': .* was made with '2026-11-30'"):
+        on("2026-12-02", "prompt.date=2026-12-02")
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del saved["prompt"]["date"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    (tmp_path / "journal/config.yaml").unlink()
+    assert on("2026-12-03") is None, "a run of version 0.1.0"
+    with pytest.raises(ConfigError, match=r"prompt\.date = 'yesterday': It is no day\. Set it to one"):
+        parse_config(composed("prompt.date=yesterday"))
 
 
 def test_renamed_gsm8k_with_whole_solutions_is_refused_with_the_command_that_takes_the_answers(composed, tmp_path):

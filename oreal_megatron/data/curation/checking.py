@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from oreal_megatron.data.curation.report import Report
-from oreal_megatron.data.curation.text import tokens
+from oreal_megatron.data.curation.text import question_key
 from oreal_megatron.data.golds import gold_fault
 from oreal_megatron.data.records import read_records, text_at
 from oreal_megatron.files import json_line, write_parts_atomically
@@ -47,11 +46,6 @@ def read_questions(path: Path, advance: Callable[[], None]) -> Iterator[Record]:
         advance()
     if not number:
         raise ValueError(f"{path}: it has no records. Every line must be an object with question and gold_answer.")
-
-
-def question_key(question: str) -> bytes:
-    """Returns 16 bytes that are equal for questions that differ in case, punctuation and layout alone."""
-    return hashlib.blake2b(" ".join(tokens(question)).encode(), digest_size=16).digest()
 
 
 def check(

@@ -10,9 +10,9 @@ from typing import Any
 
 from datasketch import MinHash, MinHashLSH
 
-from oreal_megatron.data.curation.checking import question_key, read_questions
+from oreal_megatron.data.curation.checking import read_questions
 from oreal_megatron.data.curation.report import Report
-from oreal_megatron.data.curation.text import tokens
+from oreal_megatron.data.curation.text import question_key, tokens
 from oreal_megatron.files import json_line, write_parts_atomically
 from oreal_megatron.types import GradeRequest, Verdict
 from oreal_megatron.verifier import StagedVerifier

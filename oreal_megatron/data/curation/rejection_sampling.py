@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import orjson
 
-from oreal_megatron.data.curation.checking import question_key
 from oreal_megatron.data.curation.report import Report
+from oreal_megatron.data.curation.text import question_key
 from oreal_megatron.files import json_line, write_parts_atomically
 from oreal_megatron.types import FinishReason, Verdict
 

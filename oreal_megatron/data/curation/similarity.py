@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 
@@ -10,8 +11,8 @@ from scipy.sparse import csr_array, diags_array
 
 from oreal_megatron.data.curation.text import tokens
 
-_ROWS = 256
-"""Queries whose similarities are in memory at the same time."""
+_BLOCK = 1 << 23
+"""Similarities that are in memory at the same time, at most."""
 
 
 def most_similar(queries: Sequence[str], texts: Sequence[str], num: int) -> list[list[tuple[int, float]]]:
@@ -22,11 +23,15 @@ def most_similar(queries: Sequence[str], texts: Sequence[str], num: int) -> list
     vectors = _tf_idf([*queries, *texts])
     asked, others = vectors[: len(queries)], vectors[len(queries) :].T.tocsr()
     found = []
-    for start in range(0, len(queries), _ROWS):
-        cosines = (asked[start : start + _ROWS] @ others).tocsr()
+    num_rows = max(_BLOCK // max(len(texts), 1), 1)
+    for start in range(0, len(queries), num_rows):
+        cosines = (asked[start : start + num_rows] @ others).tocsr()
         for row in range(cosines.shape[0]):
             part = slice(cosines.indptr[row], cosines.indptr[row + 1])
             indices, values = cosines.indices[part], cosines.data[part]
+            if len(values) > num:  # without those that are less similar than the last one
+                near = np.flatnonzero(values >= -np.partition(-values, num - 1)[num - 1])
+                indices, values = indices[near], values[near]
             best = np.lexsort((indices, -values))[:num]
             found.append([(int(indices[i]), float(values[i])) for i in best])
     return found
@@ -38,10 +43,13 @@ def _tf_idf(texts: Sequence[str]) -> csr_array:
     The inverse document frequency of a token in n of N texts is log((1 + N) / (1 + n)) + 1.
     """
     ids: dict[str, int] = {}
-    counts = [Counter(ids.setdefault(token, len(ids)) for token in tokens(text)) for text in texts]
-    columns = np.fromiter((id for own in counts for id in own), np.int64)
-    values = np.fromiter((count for own in counts for count in own.values()), np.float64)
-    starts = np.cumsum([0, *map(len, counts)])
+    found, counts, starts = array("i"), array("d"), array("q", [0])
+    for text in texts:
+        own = Counter(ids.setdefault(token, len(ids)) for token in tokens(text))
+        found.extend(own.keys())
+        counts.extend(own.values())
+        starts.append(len(found))
+    columns, values = np.frombuffer(found, np.int32), np.frombuffer(counts, np.float64)
     matrix = csr_array((values, columns, starts), shape=(len(texts), len(ids)))
     weights = np.log((1 + len(texts)) / (1 + np.bincount(columns, minlength=len(ids)))) + 1
     matrix = matrix @ diags_array(weights)

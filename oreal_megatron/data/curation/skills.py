@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from scipy.stats import binomtest
 
-from oreal_megatron.data.curation.checking import question_key
 from oreal_megatron.data.curation.report import Example, Report
 from oreal_megatron.data.curation.similarity import most_similar
 from oreal_megatron.data.curation.sources import find_files, num_records
+from oreal_megatron.data.curation.text import question_key
 from oreal_megatron.data.mapping import Source
 from oreal_megatron.data.prompts import prompt_of, prompt_records
 from oreal_megatron.files import json_line, write_parts_atomically

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 from collections import Counter
@@ -29,3 +30,8 @@ def tokens(question: str) -> list[str]:
 def numbers(words: Sequence[str]) -> Counter[str]:
     """Returns how often each number occurs among the tokens of a question."""
     return Counter(word for word in words if word.isdigit())
+
+
+def question_key(question: str) -> bytes:
+    """Returns 16 bytes that are equal for questions that differ in case, punctuation and layout alone."""
+    return hashlib.blake2b(" ".join(tokens(question)).encode(), digest_size=16).digest()

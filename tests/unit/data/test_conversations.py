@@ -16,11 +16,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from oreal_megatron.config import AdamWConfig, PromptConfig, SftConfig
+from oreal_megatron.data.conversation_files import read_conversations
 from oreal_megatron.data.conversation_stream import ConversationStream, read_sft_data
-from oreal_megatron.data.conversations import conversation, read_conversations
+from oreal_megatron.data.conversations import encoded, rendered
 from oreal_megatron.data.packing import IGNORE, PackedSequence, pack
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.data.tokenizer import arithmetic_tokenizer
+from oreal_megatron.stopping import Stopped, StopRequest
 
 OPTIMIZER = AdamWConfig(
     lr=1e-3, min_lr=0.0, warmup_steps=0, decay_steps=None, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, clip_grad=1.0
@@ -77,6 +79,10 @@ def merging() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
 
 
+def conversation(record, where, render, *, turns="assistant") -> list[PackedSequence]:
+    return encoded([rendered(record, where, render, turns=turns)], render)[0]
+
+
 def trained_text(tokenizer, sequence: PackedSequence) -> list[str]:
     """The runs of trained tokens as text, from the labels of the packed sequence."""
     labels = pack([sequence], torch.device("cpu")).labels[0].tolist()
@@ -91,7 +97,7 @@ def trained_text(tokenizer, sequence: PackedSequence) -> list[str]:
 
 def test_loss_is_on_the_turns_of_the_assistant_and_their_ends():
     tokenizer = arithmetic_tokenizer()
-    (sequence,) = conversation({"messages": TWO_TURNS}, "f:1", renderer(), turns="assistant")
+    (sequence,) = conversation({"messages": TWO_TURNS}, "f:1", renderer())
     whole = tokenizer.decode([*sequence.prompt_ids, *sequence.response_ids])
     assert whole + "\n" == tokenizer.apply_chat_template(TWO_TURNS, tokenize=False)
     assert trained_text(tokenizer, sequence) == ["\n2, as always<|im_end|>", "It is 4.\n\nIt is.<|im_end|>"]
@@ -100,13 +106,13 @@ def test_loss_is_on_the_turns_of_the_assistant_and_their_ends():
     (last,) = conversation({"messages": TWO_TURNS}, "f:1", renderer(), turns="last_assistant")
     assert trained_text(tokenizer, last) == ["It is 4.\n\nIt is.<|im_end|>"] and last.loss_mask is None
     unweighted = [*TWO_TURNS[:-1], {**TWO_TURNS[-1], "weight": 0}]
-    (first,) = conversation({"messages": unweighted}, "f:1", renderer(), turns="assistant")
+    (first,) = conversation({"messages": unweighted}, "f:1", renderer())
     assert trained_text(tokenizer, first) == ["\n2, as always<|im_end|>"]
 
 
 def test_mask_equals_that_of_transformers_where_the_template_marks_the_assistant():
     tokenizer = arithmetic_tokenizer()
-    (sequence,) = conversation({"messages": TWO_TURNS}, "f:1", renderer(MARKED), turns="assistant")
+    (sequence,) = conversation({"messages": TWO_TURNS}, "f:1", renderer(MARKED))
     expected = tokenizer.apply_chat_template(
         TWO_TURNS, chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -120,11 +126,11 @@ def test_prompts_of_trained_turns_are_those_of_generation_although_a_tokenizer_m
     render = renderer(MARKED, merging)
     # Encoded with its turn, the end of the opening merges with the turn: generation never sees that token.
     whole = merging.encode(merging.apply_chat_template(TWO_TURNS[:3], tokenize=False), add_special_tokens=False)
-    prompt = render.message_ids(TWO_TURNS[:2])
+    prompt = tuple(render.encode([render.message_text(TWO_TURNS[:2])])[0])
     assert tuple(whole[: len(prompt)]) != prompt
-    first, second = conversation({"messages": TWO_TURNS}, "f:1", render, turns="assistant")
+    first, second = conversation({"messages": TWO_TURNS}, "f:1", render)
     assert tuple(first.prompt_ids) == prompt
-    assert tuple(second.prompt_ids) == render.message_ids(TWO_TURNS[:4])
+    assert tuple(second.prompt_ids) == tuple(render.encode([render.message_text(TWO_TURNS[:4])])[0])
     for sequence, index in ((first, 2), (second, 4)):
         assert trained_text(merging, sequence) == [TWO_TURNS[index]["content"] + "<|im_end|>"]
     assert (first.id, second.id) == ("f:1 part 1", "f:1 part 2")
@@ -138,30 +144,35 @@ def test_turn_keeps_its_reasoning_although_the_template_drops_it_from_earlier_tu
         {"role": "assistant", "content": "<think>more</think>4"},
     ]
     tokenizer = arithmetic_tokenizer()
-    first, second = conversation({"messages": messages}, "f:1", renderer(STRIPPING), turns="assistant")
+    first, second = conversation({"messages": messages}, "f:1", renderer(STRIPPING))
     assert trained_text(tokenizer, first) == ["<think>add</think>2<|im_end|>"]
     assert trained_text(tokenizer, second) == ["<think>more</think>4<|im_end|>"]
     assert "add" not in tokenizer.decode(second.prompt_ids)
     opening = STRIPPING.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     with pytest.raises(ValueError, match=r"f:1: the response begins with <think>.*Remove <think>"):
-        conversation({"messages": messages[:2]}, "f:1", renderer(opening), turns="assistant")
+        conversation({"messages": messages[:2]}, "f:1", renderer(opening))
 
 
-def read(path, config=None, *, max_tokens=128, split=None, limit=None):
+def progress(title, total):
+    return nullcontext(SimpleNamespace(advance=lambda note, by: None))
+
+
+def read(path, config=None, *, max_tokens=128, split=None, limit=None, render=None):
     reading = read_conversations(
         str(path),
         split,
-        renderer(),
+        render or renderer(),
         config or sft(),
+        directory=path.parent / "encoded",
         max_tokens=max_tokens,
-        progress=lambda title, total: nullcontext(SimpleNamespace(advance=lambda note: None)),
+        progress=progress,
         limit=limit,
     )
     while True:
         try:
             next(reading)
         except StopIteration as finished:
-            return finished.value
+            return finished.value[0]
 
 
 def test_files_of_every_format_give_the_same_conversations(tmp_path):
@@ -177,10 +188,7 @@ def test_files_of_every_format_give_the_same_conversations(tmp_path):
         writer.write_table(table)
     (saved / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
     (saved.parent / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
-    of_question = [
-        conversation({"question": r["prompt"], "response": r["response"]}, "", renderer(), turns="assistant")
-        for r in records
-    ]
+    of_question = [conversation({"question": r["prompt"], "response": r["response"]}, "", renderer()) for r in records]
     expected = [(list(one.prompt_ids), list(one.response_ids)) for (one,) in of_question]
     for path, split in (
         (lines, None),
@@ -229,10 +237,10 @@ def test_bad_record_is_refused_with_file_line_key_and_remedy(tmp_path, record, m
 def test_template_that_refuses_a_conversation_is_named_with_the_record(tmp_path):
     strict = "{% for m in messages %}{{ raise_exception('roles must alternate') if loop.index > 1 }}{% endfor %}"
     with pytest.raises(ValueError, match=r"f:7: the chat template of model\.tokenizer refuses .* roles must alternate"):
-        conversation({"messages": TWO_TURNS}, "f:7", renderer(strict), turns="assistant")
+        conversation({"messages": TWO_TURNS}, "f:7", renderer(strict))
     never = "{{ raise_exception('no system message') }}"
     with pytest.raises(ValueError, match=r"f:8: the chat template .* refuses the prompt: no system message"):
-        conversation({"question": "1+1?", "response": "2"}, "f:8", renderer(never), turns="assistant")
+        conversation({"question": "1+1?", "response": "2"}, "f:8", renderer(never))
 
 
 def test_overlong_conversations_are_counted_and_treated_as_asked(tmp_path, caplog):
@@ -298,14 +306,96 @@ def test_stream_refuses_the_checkpoint_of_other_records(single_process, tmp_path
     def data(response: str):
         path.write_text(json.dumps({"question": "1+1?", "response": response}) + "\n")
         return read_sft_data(
-            sft(demonstrations=str(path)), renderer(), None, single_process, max_tokens=64, seed=0,
-            progress=lambda title, total: nullcontext(SimpleNamespace(advance=lambda note: None)),
+            sft(demonstrations=str(path)), renderer(), None, single_process, StopRequest(),
+            directory=tmp_path / "encoded", max_tokens=64, seed=0, progress=progress,
         )  # fmt: skip
 
     state = data("2").stream.state_dict()
     data("2").stream.load_state_dict(state)
     with pytest.raises(ValueError, match=r"of other records \(1 conversations .* another run\.dir"):
         data("3").stream.load_state_dict(state)
+
+
+def many(tmp_path, number=3000):
+    path = tmp_path / "many.jsonl"
+    turns = [{"messages": [*TWO_TURNS[:3], {"role": "user", "content": f"{i}?"}, TWO_TURNS[4]]} for i in range(number)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in turns))
+    return path
+
+
+def test_encoded_records_are_read_again_without_encoding_them(tmp_path, monkeypatch):
+    path = many(tmp_path)
+    first = read(path)
+    (file,) = (tmp_path / "encoded").glob("*.arrow")
+    assert len(first) == 3000
+    monkeypatch.setattr("oreal_megatron.data.conversation_files.encoded", None)
+    again = read(path)
+    assert again.digest == first.digest and again.num_tokens == sum(one.num_tokens for one in first)
+    (expected,) = conversation(json.loads(path.read_text().splitlines()[2500]), f"{path}:2501", renderer())
+    for found in (first[2500], again[2500]):
+        assert found.id == expected.id
+        for name in ("prompt_ids", "response_ids", "loss_mask"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    monkeypatch.undo()
+    # What the tokens depend on has a file of its own.
+    longer = "{% if true %}x{% endif %}" + MARKED
+    others = [read(path, sft(turns="last_assistant")), read(path, limit=7), read(path, render=renderer(longer))]
+    path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
+    others.append(read(path))
+    assert len({first.digest, *(one.digest for one in others)}) == 5
+    assert len(list(file.parent.iterdir())) == 5
+
+
+def test_heldout_records_are_not_those_that_are_trained(single_process, tmp_path, caplog):
+    for split, numbers in ("train", range(6)), ("test", range(4, 14)):
+        path = tmp_path / "set" / f"{split}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        asked = [f"What is {n} + 1?" if split == "train" else f"what is ${n}+1$" for n in numbers]
+        path.write_text("".join(json.dumps({"question": q, "response": "r"}) + "\n" for q in asked))
+
+    def data(heldout, **changes):
+        return read_sft_data(
+            sft(**({"demonstrations": str(path.parent), "heldout": heldout} | changes)), renderer(), None,
+            single_process, StopRequest(), directory=tmp_path / "encoded", max_tokens=128, seed=0, progress=progress,
+        )  # fmt: skip
+
+    for same in (
+        {"heldout": {"path": str(path.parent)}},
+        {"heldout": {"path": str(path.parent / "train.jsonl"), "limit": 2}},
+        {"heldout": {"path": str(path.parent), "split": "test"}, "demonstrations": str(path)},
+    ):
+        with pytest.raises(ValueError, match=r"sft\.heldout\.path = .* is trained on too, by sft\.demonstrations"):
+            data(**same)
+    named = {"demonstrations": None, "sources": {"math": {"path": str(path.parent)}}}
+    with pytest.raises(ValueError, match=r"by sft\.sources\.math"):
+        data({"path": str(path.parent)}, **named)
+    found = data({"path": str(path.parent), "split": "test"})
+    assert len(found.heldout) == 10 and found.stream.sizes == (6,)
+    assert "2 of 10 conversations begin with a prompt that is trained on" in caplog.text
+
+
+def test_stop_while_records_are_encoded_leaves_no_part_of_a_file(single_process, tmp_path):
+    path, stop, asked = many(tmp_path), StopRequest(), []
+
+    def stopping(title, total):
+        def advance(note, by):
+            asked.append(by)
+            stop._receive(15, None)
+
+        return nullcontext(SimpleNamespace(advance=advance))
+
+    def data(stop, progress):
+        return read_sft_data(
+            sft(demonstrations=str(path)), renderer(), None, single_process, stop, directory=tmp_path / "encoded",
+            max_tokens=128, seed=0, progress=progress,
+        )  # fmt: skip
+
+    with pytest.raises(Stopped, match="stopped while records were encoded"):
+        data(stop, stopping)
+    assert len(asked) == 1 and asked[0] < 3000 and list((tmp_path / "encoded").iterdir()) == []
+    (tmp_path / "encoded/left.arrow").write_text("of other settings")
+    assert data(StopRequest(), progress).stream.sizes == (3000,)
+    assert len(list((tmp_path / "encoded").iterdir())) == 1
 
 
 def test_packing_keeps_the_mask_of_every_conversation():

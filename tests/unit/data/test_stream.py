@@ -119,7 +119,37 @@ def test_an_epoch_without_enough_hard_prompts_keeps_the_earlier_balance(caplog):
     stream = curriculum()
     drawn = [step(stream, {f"{i}": [Verdict.CORRECT] * 4 for i in range(12)}) for _ in range(40)]
     assert {one.id for one in drawn[-1]} and len({one.id for one in drawn[-1]}) == 4
-    assert "leaves 0 different prompts, and a step asks for 4" in caplog.text
+    assert "data.train: epoch 2 has the balance of the one before it" in caplog.text
+    assert "leaves 0 different prompts, and a step needs 4. Prompts by pass rate: 0.8_to_1: 12. Give" in caplog.text
+
+
+def test_source_with_too_few_hard_prompts_keeps_its_weight(caplog):
+    """All but two prompts of `a` become easy: with these two alone, `b` would fill the steps."""
+    prompts = [prompt(f"a/{i}", 0.25, "a") for i in range(12)] + [prompt(f"b/{i}", 0.25, "b") for i in range(40)]
+    balance = functools.partial(balanced, bins=BINS)
+    stream = PromptStream(
+        balance(prompts), prompts_per_step=8, seed=0, weights={"a": 3.0, "b": 5.0}, rollout_weight=1.0, balance=balance
+    )
+    solved = {f"a/{i}": [Verdict.CORRECT] * 4 for i in range(2, 12)}
+    counts = Counter()
+    for number in range(1, 121):
+        counts.update(one.source for one in step(stream, solved))
+        assert abs(counts["a"] - 3 * number) <= 3
+    assert "data.train.a: epoch 1 has the balance of the one before it" in caplog.text
+    assert "leaves 2 different prompts, and a step needs 3. Prompts by pass rate: 0: 2, 1: 10." in caplog.text
+    assert "data.train.b: epoch" not in caplog.text
+
+
+def test_pools_that_are_short_together_still_fill_a_step(caplog):
+    """`a` has fewer prompts than its weight asks for, so `b` must keep what a step needs beside them."""
+    prompts = [prompt(f"a/{i}", 0.25, "a") for i in range(3)] + [prompt(f"b/{i}", 0.25, "b") for i in range(12)]
+    balance = functools.partial(balanced, bins=BINS)
+    stream = PromptStream(
+        balance(prompts), prompts_per_step=10, seed=0, weights={"a": 1.0, "b": 1.0}, rollout_weight=1.0, balance=balance
+    )
+    solved = {f"b/{i}": [Verdict.CORRECT] * 4 for i in range(6, 12)}
+    assert all(len({one.id for one in step(stream, solved)}) == 10 for _ in range(30))
+    assert "leaves 6 different prompts, and a step needs 7" in caplog.text
 
 
 def test_shares_of_bands_and_sources():

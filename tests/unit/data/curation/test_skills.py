@@ -152,5 +152,14 @@ def test_similarity_against_dense_vectors():
         assert [value for _, value in own] == pytest.approx([wanted[i] for i in order])
 
 
+def test_similarity_in_blocks_takes_the_first_of_equally_similar_texts(monkeypatch):
+    texts = [f"sum of {word} numbers" for word in ("odd", "even", "odd", "prime", "odd", "even")] * 5
+    queries = ["sum of odd numbers", "even numbers", "prime"] * 3
+    whole = most_similar(queries, texts, 4)
+    assert [index for index, _ in whole[0]] == [0, 2, 4, 6]
+    monkeypatch.setattr("oreal_megatron.data.curation.similarity._BLOCK", 2 * len(texts))
+    assert most_similar(queries, texts, 4) == whole
+
+
 def test_a_skill_that_a_record_names_twice_counts_once():
     assert tags_at(Source(path="skills"))([{"skills": ["Algebra", "algebra ", "Sets"]}]) == [("algebra", "sets")]
