@@ -135,8 +135,9 @@ def _trained_policy(workspace: Workspace, module: Policy | ModelChunks, num_step
     config, objective = workspace.config, workspace.config.objective
     if config.sft is not None and config.is_sft:
         return TrainedModel(module, config.sft.optimizer, workspace.groups, num_updates=num_steps)
-    frozen_updates = objective.actor_freeze_steps if objective.policy_schedule == "from_first_update" else 0
-    return _trained(workspace, module, config.optimizer.policy, num_steps - frozen_updates)
+    frozen_steps = objective.actor_freeze_steps if objective.policy_schedule == "from_first_update" else 0
+    num_updates = (num_steps - frozen_steps) * objective.updates.number
+    return _trained(workspace, module, config.optimizer.policy, num_updates)
 
 
 def _reference(workspace: Workspace) -> FrozenModel:

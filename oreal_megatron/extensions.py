@@ -29,6 +29,7 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "policy_loss": (
         "logprobs_R",
         "old_logprobs_R",
+        "detached_logprobs_R",
         "rollout_logprobs_R",
         "weights_R",
         "advantages_R",

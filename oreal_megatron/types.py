@@ -49,7 +49,7 @@ class WeightSpan:
     """Version of the weights that generated the tokens `start` to `end` (exclusive) of a response."""
 
     version: int
-    """Number of policy updates that led to the weights."""
+    """Number of publications that led to the weights: one a step that updates the policy."""
     start: int
     end: int
 

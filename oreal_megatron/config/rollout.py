@@ -149,8 +149,9 @@ class LongTailConfig(Section):
     """Groups that count towards data.prompts_per_step. complete: groups with all responses; useful: complete groups
     that objective.keep_groups keeps. Prompts of unfinished groups come first in the next step."""
     carry_updates: NonNegative
-    """Number of policy updates for which tokens of an interrupted response are kept. The response continues from them,
-    and each token keeps the log-probability that it was drawn with. 0: it is generated again after an update."""
+    """Number of steps that update the policy for which tokens of an interrupted response are kept. The response
+    continues from them, and each token keeps the log-probability that it was drawn with. 0: it is generated again after
+    an update."""
 
 
 class RolloutConfig(Section):

@@ -107,6 +107,8 @@ class TokenBatch:
     """Whether weights of earlier steps generated the token, bool [R]."""
     reference_logprobs: Tensor | None = None
     """Log-probabilities of the frozen initial policy, fp32 [R], nats; None until the reference has scored the batch."""
+    old_logprobs: Tensor | None = None
+    """Log-probabilities of the policy before the step's first update, fp32 [R], nats; None in a step of one update."""
     token_weights: Tensor | None = None
     """Token weights, fp32 [R]; None until the reward model has scored the batch."""
     token_scores: Tensor | None = None
