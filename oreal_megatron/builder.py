@@ -10,6 +10,7 @@ from oreal_megatron.checkpoint.export import Exporter, write_assets
 from oreal_megatron.checkpoint.state import load_weights_only, weights_only
 from oreal_megatron.checkpoint.store import INITIAL, damages_of, load_checkpoint
 from oreal_megatron.config import AdamWConfig, Fp8ModelConfig
+from oreal_megatron.extensions import generation_function
 from oreal_megatron.initial_policy import loaded_policy, new_policy, sft_data, sft_steps
 from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.models.offload import FrozenModel
@@ -20,8 +21,9 @@ from oreal_megatron.models.virtual_stages import ModelChunks
 from oreal_megatron.planner.memory import tokens_beside_trainer
 from oreal_megatron.preflight import first_server_device
 from oreal_megatron.rollout.build_sglang import build_sglang_engine
+from oreal_megatron.rollout.conversation import LoopGenerator
 from oreal_megatron.rollout.embedded import EmbeddedEngine
-from oreal_megatron.rollout.engine import RolloutEngine
+from oreal_megatron.rollout.engine import ResponseGenerator, RolloutEngine
 from oreal_megatron.rollout.sampler import Sampler
 from oreal_megatron.run_state import Run
 from oreal_megatron.workspace import Workspace
@@ -86,7 +88,7 @@ def build_evaluation(workspace: Workspace) -> tuple[Sampler, AbstractContextMana
 
 def _sampler(workspace: Workspace, engine: RolloutEngine) -> Sampler:
     return Sampler(
-        engine,
+        _response_generator(workspace, engine),
         workspace.renderer,
         workspace.verifier.grade,
         workspace.journal,
@@ -94,6 +96,24 @@ def _sampler(workspace: Workspace, engine: RolloutEngine) -> Sampler:
         workspace.stop,
         max_sequence_length=workspace.config.model.max_sequence_length,
         undecided=workspace.config.rollout.undecided,
+    )
+
+
+def _response_generator(workspace: Workspace, engine: RolloutEngine) -> ResponseGenerator:
+    """Returns the engine, or what writes responses with it by the function of rollout.generation."""
+    config = workspace.config.rollout
+    function = generation_function(workspace.config)
+    if function is None or config.generation is None:
+        return engine
+    return LoopGenerator(
+        engine,
+        function,
+        workspace.renderer,
+        workspace.groups,
+        workspace.stop,
+        name=f"rollout.generation.function = {config.generation.function.path}",
+        seconds=config.generation.seconds,
+        all_units_at_once=config.sglang is not None,
     )
 
 

@@ -280,8 +280,8 @@ def packed(run: Run, trajectories: Sequence[Trajectory]) -> Minibatch:
     version = 0 if run.config.run.mode == "replay" else run.progress.weight_version
     sequences = [PackedSequence.from_trajectory(trajectory, weight_version=version) for trajectory in trajectories]
     counts = TokenCounts(
-        correct=sum(t.rollout.num_response_tokens for t in trajectories if t.correct),
-        incorrect=sum(t.rollout.num_response_tokens for t in trajectories if not t.correct),
+        correct=sum(t.rollout.num_policy_tokens for t in trajectories if t.correct),
+        incorrect=sum(t.rollout.num_policy_tokens for t in trajectories if not t.correct),
         limit=len(trajectories) * run.config.rollout.sampling.max_new_tokens,
     )
     as_released = run.config.objective.sampler == "release"

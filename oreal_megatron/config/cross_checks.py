@@ -275,6 +275,11 @@ def _check_rollout(rollout: RolloutConfig) -> Iterator[Violation]:
     if rollout.long_tail is not None and rollout.backend == "embedded":
         remedy = "It generates a batch as a whole and cannot stop early. Set rollout.long_tail=null, or rollout=sglang."
         yield Violation("rollout.backend", "embedded", remedy)
+    if rollout.long_tail is not None and rollout.generation is not None:
+        remedy = (
+            "A response of several turns cannot be broken off. Set rollout.long_tail=null, or rollout.generation=null."
+        )
+        yield Violation("rollout.long_tail", rollout.long_tail.model_dump(), remedy)
     if (shares := rollout.undecided) is not None and shares.warn > shares.stop:
         remedy = f"Set it to at most rollout.undecided.stop={shares.stop}."
         yield Violation("rollout.undecided.warn", shares.warn, remedy)

@@ -123,6 +123,9 @@ ADDED: dict[str, Any] = {
     "sft.turns": "assistant",
     "sft.overlong": "refuse",
     "rollout.reward": None,
+    "rollout.generation": None,
+    "prompt.function": None,
+    "evaluation.functions": {},
 }
 
 # Further keys that may change when fine-tuning resumes; of a warm start they made the initial policy.

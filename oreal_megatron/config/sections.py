@@ -12,6 +12,7 @@ from oreal_megatron.config.data import DataConfig
 from oreal_megatron.config.fields import (
     AsPath,
     FileName,
+    Function,
     NonNegative,
     Positive,
     Section,
@@ -105,6 +106,9 @@ class PromptConfig(Section):
     max_prompt_tokens: Positive
     """Longest prompt, in tokens. Longer training prompts are left out, and a benchmark with longer prompts is
     refused."""
+    function: Function | None = None
+    """Function of one's own that makes the messages of a question, in place of `system` and `user`; docs/extending.md
+    has its arguments. null: none."""
 
 
 class ParallelConfig(Section):
@@ -176,6 +180,8 @@ class EvaluationConfig(Section):
     then."""
     sampling: SamplingConfig
     """Sampling for avg@k and pass@k. Greedy answers have the same token limit."""
+    functions: Mapping[FileName, Function] = {}
+    """Metrics of one's own by name, each a function of a benchmark's responses; docs/extending.md has its arguments."""
 
 
 class TrackingConfig(Section):
@@ -195,6 +201,9 @@ class TrackingConfig(Section):
     """Write every step's graded rollouts to trajectories/ below run.dir."""
     report: bool
     """Write report.html to run.dir at the end of the run."""
+    function: Function | None = None
+    """Function of one's own that gets every record of metrics.jsonl; docs/extending.md has its arguments. null:
+    none."""
     profile: StepRange | None
     """First and last step that torch's profiler records, such as [3, 4]: traces/ below run.dir has a trace of each rank
     and step, for https://ui.perfetto.dev. null: none."""

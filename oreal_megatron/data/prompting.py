@@ -9,7 +9,10 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from oreal_megatron.config import PromptConfig
+from oreal_megatron.extensions import prompt_function
 from oreal_megatron.types import Prompt
+
+_PLACEHOLDER = "content of the turn"
 
 
 class PromptRenderer:
@@ -39,6 +42,7 @@ class PromptRenderer:
         self.stop_token_id = stop_token_id
         self.may_exceed_model = max(tokenizer.get_vocab().values()) >= vocab_size
         """Whether the tokenizer has token ids for which the model has no row."""
+        self._own_messages = prompt_function(config)
         self._cache: dict[str, tuple[int, ...]] = {}
         self._token_text = functools.cache(lambda token: str(tokenizer.decode([token])))
 
@@ -60,14 +64,62 @@ class PromptRenderer:
         Raises:
             ValueError: the model has no row for one of them, or the chat template refuses them.
         """
-        messages = [{"role": "user", "content": self._config.user.replace("{question}", question)}]
-        if self._config.system is not None:
-            messages.insert(0, {"role": "system", "content": self._config.system})
         try:
-            return self.message_ids(messages)
+            return self.message_ids(self._messages(question))
         except jinja2.TemplateError as error:
             remedy = "Set prompt.system=null, or choose another prompt"
             raise ValueError(f"the chat template of model.tokenizer refuses the prompt: {error}. {remedy}") from error
+
+    def _messages(self, question: str) -> list[dict[str, str]]:
+        """Returns the messages of a question. Raises ValueError where prompt.function returned something else."""
+        if self._own_messages is not None:
+            messages = self._own_messages(question=question)
+            if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
+                assert self._config.function is not None
+                raise ValueError(
+                    f"prompt.function = {self._config.function.path} returned {messages!r:.200} for the question "
+                    f"{question[:80]!r}; return a list of {{'role': ..., 'content': ...}} with texts"
+                )
+            return messages
+        messages = [{"role": "user", "content": self._config.user.replace("{question}", question)}]
+        if self._config.system is not None:
+            messages.insert(0, {"role": "system", "content": self._config.system})
+        return messages
+
+    def between_turns(self, role: str, content: str) -> tuple[int, ...]:
+        """Returns the token ids after a turn of the assistant and its stop token, up to where its next turn begins.
+
+        role, content: the message between the two turns.
+
+        Raises:
+            ValueError: the chat template refuses the message or changes earlier turns, or the model has no row for a
+                token.
+        """
+        turn = {"role": "assistant", "content": _PLACEHOLDER}
+        messages = [*self._messages("question"), turn, {"role": role, "content": content}]
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            remedy = "Name another role, or append the text with its marks"
+            raise ValueError(
+                f"the chat template of model.tokenizer refuses a message of the role {role!r} after the assistant's: "
+                f"{error}. {remedy}"
+            ) from error
+        _, found, between = str(text).partition(_PLACEHOLDER + self._config.stop_token)
+        if not found:
+            raise ValueError(
+                "the chat template of model.tokenizer does not end the assistant's turns with their content and "
+                f"prompt.stop_token = {self._config.stop_token!r}; append the text between turns with its marks"
+            )
+        return self._encoded(between)
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """Returns the token ids of a text; marks of the chat template in it become their tokens.
+
+        Raises:
+            ValueError: the model has no row for one of them.
+        """
+        return self._encoded(text)
 
     def message_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         """Returns the token ids of messages by the chat template, up to where the assistant's next turn begins.
@@ -116,3 +168,9 @@ class PromptRenderer:
         """Returns (prompts that fit prompt.max_prompt_tokens, the other prompts)."""
         fits = {p.id: len(self.question_ids(p.question)) <= self._config.max_prompt_tokens for p in prompts}
         return [p for p in prompts if fits[p.id]], [p for p in prompts if not fits[p.id]]
+
+
+def _is_message(message: object) -> bool:
+    return (
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+    )

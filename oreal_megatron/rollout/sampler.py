@@ -15,7 +15,7 @@ from oreal_megatron.config import SamplingConfig, UndecidedConfig
 from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.metrics import ProgressBar
-from oreal_megatron.rollout.engine import RolloutEngine
+from oreal_megatron.rollout.engine import ResponseGenerator
 from oreal_megatron.rollout.journal import PartialResponses, RolloutJournal, unit_key
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.stopping import Stopped, StopRequest, TooManyUndecided
@@ -73,7 +73,7 @@ class Sampler:
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        engine: ResponseGenerator,
         renderer: PromptRenderer,
         grade: Grader,
         journal: RolloutJournal,
@@ -244,7 +244,9 @@ class Sampler:
                 f"model.max_sequence_length = {self._max_sequence_length}; raise it, or lower prompt.max_prompt_tokens"
             )
         limit = min(room, sampling.max_new_tokens)
-        return GenerationRequest(prompt_ids=prompt_ids, seed=seed, max_new_tokens=limit, partial=partial)
+        return GenerationRequest(
+            prompt_ids=prompt_ids, seed=seed, max_new_tokens=limit, question=prompt.question, partial=partial
+        )
 
     def _rollout(
         self, prompt: Prompt, sample_index: int, request: GenerationRequest, completion: Completion
@@ -259,6 +261,7 @@ class Sampler:
             text=self._renderer.response_text(completion.token_ids),
             finish_reason=completion.finish_reason,
             weight_spans=completion.weight_spans,
+            inserted_spans=completion.inserted_spans,
         )
 
     def check_undecided(
@@ -312,7 +315,10 @@ class Sampler:
                 GradeRequest(
                     question=rollout.prompt.question,
                     gold_answer=rollout.prompt.gold_answer,
-                    response=rollout.text,
+                    # What a tool wrote is no answer of the policy's.
+                    response=rollout.text
+                    if not rollout.inserted_spans
+                    else self._renderer.response_text(rollout.last_turn_ids.tolist()),
                     stopped=rollout.finish_reason is FinishReason.STOP,
                 )
                 for rollout in rollouts
@@ -326,7 +332,7 @@ class _SampleCall:
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        engine: ResponseGenerator,
         batch_name: str,
         asked: Sequence[tuple[Prompt, int]],
         requests: Sequence[GenerationRequest],

@@ -1,10 +1,4 @@
-"""Checks of an objective of one's own, for its tests: what a trainer needs of it whatever the layout and the batch.
-
-from oreal_megatron.testing import check_objective
-
-def test_my_objective():
-    check_objective(["objective.functions.policy_loss=mine.policy_loss"])
-"""
+"""The check of an objective of one's own: what a trainer needs of it whatever the layout and the batch."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_three_kills_change_nothing(warm, single_process):
 
 
 def test_a_kill_changes_nothing_where_a_step_has_several_updates(warm, single_process):
-    check(warm, ["any", "any"], 5, 2, "objective.updates={epochs: 2, minibatches: 2}")
+    check(warm, ["rollout", "checkpoint"], 8, 2, "objective.updates={epochs: 2, minibatches: 2}")
 
 
 @pytest.mark.slow

@@ -155,7 +155,9 @@ def run_steps(
 
 
 def counts_of(chosen: Sequence[PackedSequence]) -> TokenCounts:
-    correct, incorrect = (sum(len(s.response_ids) for s in chosen if s.correct is outcome) for outcome in (True, False))
+    correct, incorrect = (
+        sum(s.num_trained_tokens for s in chosen if s.correct is outcome) for outcome in (True, False)
+    )
     return TokenCounts(correct=correct, incorrect=incorrect, limit=0)
 
 
@@ -201,23 +203,27 @@ def continuations(policy: Any, groups: ParallelGroups) -> Tensor:
 
 
 def sequences(count: int) -> list[PackedSequence]:
-    """Lengths from 4 to 31; the rollout's log-probabilities are not the policy's."""
+    """Lengths from 4 to 31; the rollout's log-probabilities are not the policy's. Every third has inserted tokens."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(length: int) -> tuple[int, ...]:
         return tuple(torch.randint(0, VOCABULARY, (length,), generator=generator).tolist())
 
-    return [
-        PackedSequence(
-            id=str(i),
-            prompt_ids=ids(1 + i % 3),
-            response_ids=ids(3 + 4 * i),
-            correct=i % 2 == 0,
-            advantage=1.0 if i % 2 == 0 else -0.5,
-            rollout_logprobs=(-1.0,) * (3 + 4 * i),
+    made = []
+    for i in range(count):
+        mask = None if i % 3 else ~np.isin(np.arange(3 + 4 * i), (1, 7, 8, 9))
+        made.append(
+            PackedSequence(
+                id=str(i),
+                prompt_ids=ids(1 + i % 3),
+                response_ids=ids(3 + 4 * i),
+                correct=i % 2 == 0,
+                advantage=1.0 if i % 2 == 0 else -0.5,
+                rollout_logprobs=(-1.0,) * (3 + 4 * i if mask is None else int(mask.sum())),
+                loss_mask=mask,
+            )
         )
-        for i in range(count)
-    ]
+    return made
 
 
 def differences(

@@ -59,11 +59,11 @@ def test_layouts_give_the_numbers_of_one_rank(compare: Compare, world: int) -> N
 
 
 def test_layouts_split_into_the_same_minibatches(compare: Compare) -> None:
-    """Two epochs of three mini-batches, of two or three sequences; with two ranks of data one rank may have none."""
+    """Two epochs of three mini-batches, of one to three sequences; with two ranks of data one rank may have none."""
     terms = ("positive_term=ratio", "negative_term=ratio", "clip=0.2", "importance_limit=2.0")
     updates = "objective.updates={epochs: 2, minibatches: 3}"
     cases = [Case(name, 2, layout) for name, layout in LAYOUTS[2].items()]
-    cases.append(with_options(Case("DP2", 2, LAYOUTS[2]["DP2"], num_sequences=3), "distopt", "overlap"))
+    cases.append(with_options(Case("DP2", 2, LAYOUTS[2]["DP2"], num_sequences=5), "distopt", "overlap"))
     results = compare(cases, "fork", updates, *(f"objective.{term}" for term in terms))
     assert len(results) == len(LAYOUTS[2]) + 1 and not beyond_tolerance(results)
 
