@@ -20,7 +20,7 @@ from oreal_megatron.metrics import read_metrics
 OBJECTIVES = (
     "oreal", "oreal_change", "oreal_paper", "oreal_release", "oreal_no_rm", "oreal_release_no_rm",
     "grpo", "rloo", "reinforce", "raft", "reinforce_rej", "psr", "nsr",
-    "dapo", "dr_grpo", "gspo", "cispo", "reinforce_pp",
+    "dapo", "dr_grpo", "gspo", "cispo", "reinforce_pp", "grpo_epochs",
 )  # fmt: skip
 # A process that has imported everything, to fork the runs from.
 FORKS = multiprocessing.get_context("forkserver")

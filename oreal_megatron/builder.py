@@ -10,6 +10,7 @@ from oreal_megatron.checkpoint.export import Exporter, write_assets
 from oreal_megatron.checkpoint.state import load_weights_only, weights_only
 from oreal_megatron.checkpoint.store import INITIAL, damages_of, load_checkpoint
 from oreal_megatron.config import AdamWConfig, Fp8ModelConfig
+from oreal_megatron.extensions import generation_function
 from oreal_megatron.initial_policy import loaded_policy, new_policy, sft_steps
 from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.models.offload import FrozenModel
@@ -21,8 +22,9 @@ from oreal_megatron.planner.memory import tokens_beside_trainer
 from oreal_megatron.preflight import first_server_device
 from oreal_megatron.rollout.ahead import RolloutsAhead
 from oreal_megatron.rollout.build_sglang import build_sglang_engine
+from oreal_megatron.rollout.conversation import LoopGenerator
 from oreal_megatron.rollout.embedded import EmbeddedEngine
-from oreal_megatron.rollout.engine import RolloutEngine
+from oreal_megatron.rollout.engine import ResponseGenerator, RolloutEngine
 from oreal_megatron.rollout.sampler import Sampler
 from oreal_megatron.rollout.sglang_engine import SGLangEngine
 from oreal_megatron.run_state import Run
@@ -89,7 +91,7 @@ def build_evaluation(workspace: Workspace) -> tuple[Sampler, AbstractContextMana
 
 def _sampler(workspace: Workspace, engine: RolloutEngine) -> Sampler:
     return Sampler(
-        engine,
+        _response_generator(workspace, engine),
         workspace.renderer,
         workspace.verifier.grade,
         workspace.journal,
@@ -116,6 +118,24 @@ def _rollouts_ahead(workspace: Workspace, sampler: Sampler, engine: RolloutEngin
     )
     workspace.close_later(ahead.close)
     return ahead
+
+
+def _response_generator(workspace: Workspace, engine: RolloutEngine) -> ResponseGenerator:
+    """Returns the engine, or what writes responses with it by the function of rollout.generation."""
+    config = workspace.config.rollout
+    function = generation_function(workspace.config)
+    if function is None or config.generation is None:
+        return engine
+    return LoopGenerator(
+        engine,
+        function,
+        workspace.renderer,
+        workspace.groups,
+        workspace.stop,
+        name=f"rollout.generation.function = {config.generation.function.path}",
+        seconds=config.generation.seconds,
+        all_units_at_once=config.sglang is not None,
+    )
 
 
 def _engine(workspace: Workspace, policy: Policy | ModelChunks) -> RolloutEngine:
@@ -156,8 +176,9 @@ def _trained_policy(workspace: Workspace, module: Policy | ModelChunks, num_step
     config, objective = workspace.config, workspace.config.objective
     if config.sft is not None and config.is_sft:
         return TrainedModel(module, config.sft.optimizer, workspace.groups, num_updates=num_steps)
-    frozen_updates = objective.actor_freeze_steps if objective.policy_schedule == "from_first_update" else 0
-    return _trained(workspace, module, config.optimizer.policy, num_steps - frozen_updates)
+    frozen_steps = objective.actor_freeze_steps if objective.policy_schedule == "from_first_update" else 0
+    num_updates = (num_steps - frozen_steps) * objective.updates.number
+    return _trained(workspace, module, config.optimizer.policy, num_updates)
 
 
 def _reference(workspace: Workspace) -> FrozenModel:

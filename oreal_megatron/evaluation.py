@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
 
-from oreal_megatron.config import SamplingConfig
+from oreal_megatron.config import EvaluationConfig, SamplingConfig
 from oreal_megatron.data.packing import PackedSequence
 from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.extensions import metric_functions
 from oreal_megatron.metrics import ProgressBar
 from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
 from oreal_megatron.run_state import Run
@@ -47,6 +48,7 @@ def evaluate_run(run: Run) -> EvaluationReport:
             greedy, sampled, run.verifier.are_equal, ks=[benchmark.samples], groups=run.groups
         )
         values = benchmark_metrics(greedy, sampled, by_problem)
+        values |= own_metrics(run.config.evaluation, greedy, sampled, known=values, groups=run.groups)
         metrics |= {f"{benchmark.name}/{name}": value for name, value in values.items()}
         groups = sampled or [[graded] for graded in greedy]
         scores = _reward_model_scores(run, groups)
@@ -93,6 +95,33 @@ def scores_on_every_rank(
         if groups.is_main:
             scores = problem_scores(greedy, sampled, are_equal, ks=ks)
     return groups.from_main(scores)
+
+
+def own_metrics(
+    config: EvaluationConfig,
+    greedy: Sequence[GradedRollout],
+    sampled: Sequence[Sequence[GradedRollout]],
+    *,
+    known: Collection[str],
+    groups: ParallelGroups,
+) -> dict[str, float]:
+    """Returns the metrics of evaluation.functions, which the main rank computes. known: names that are taken.
+
+    Raises:
+        ValueError: a function failed, returned something else than a number, or has the name of another metric.
+            OSError on the ranks that do not compute them.
+    """
+    found: dict[str, float] = {}
+    with groups.together():
+        for name, function in metric_functions(config).items() if groups.is_main else ():
+            value = function(greedy=list(greedy), sampled=[list(group) for group in sampled])
+            what = f"evaluation.functions.{name} = {config.functions[name].path}"
+            if name in known:
+                raise ValueError(f"{what}: there is a metric of this name. Give it another name")
+            if not isinstance(value, int | float):
+                raise ValueError(f"{what} returned a {type(value).__name__}; return a number")
+            found[name] = float(value)
+    return groups.from_main(found)
 
 
 def generator(

@@ -194,7 +194,7 @@ def comparison(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str,
 
 def differing_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """Returns the settings in which two evaluations differ, except the model, as texts with both values."""
-    names = ("dtype", "backend", "max_sequence_length", "sampling", "prompt", "verifier", "reward")
+    names = ("dtype", "backend", "max_sequence_length", "sampling", "prompt", "verifier", "generation", "reward")
     return [
         f"{name}: {first.get(name)} in the first, {second.get(name)} in the second"
         for name in names

@@ -13,8 +13,11 @@ from pydantic import BaseModel
 
 from oreal_megatron.config import (
     ConfigError,
+    EvaluationConfig,
     FunctionConfig,
     ObjectiveConfig,
+    PromptConfig,
+    TrackingConfig,
     TrainConfig,
     Violation,
     parse_section,
@@ -29,6 +32,7 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "policy_loss": (
         "logprobs_R",
         "old_logprobs_R",
+        "detached_logprobs_R",
         "rollout_logprobs_R",
         "weights_R",
         "advantages_R",
@@ -40,6 +44,14 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
 """Keyword arguments of each function of `objective.functions`."""
 REWARD_PARAMETERS = ("question", "gold_answer", "response", "stopped")
 """Keyword arguments of `rollout.reward`."""
+PROMPT_PARAMETERS = ("question",)
+"""Keyword arguments of `prompt.function`."""
+METRIC_PARAMETERS = ("greedy", "sampled")
+"""Keyword arguments of the functions of `evaluation.functions`."""
+TRACKER_PARAMETERS = ("record", "directory")
+"""Keyword arguments of `tracking.function`."""
+GENERATION_PARAMETERS = ("conversation", "question", "prompt_ids")
+"""Keyword arguments of `rollout.generation.function`."""
 
 
 def objective_function(config: ObjectiveConfig, name: str) -> Callable[..., Any] | None:
@@ -64,11 +76,51 @@ def reward_function(config: TrainConfig) -> Callable[..., Any] | None:
     return None if function is None else load_function("rollout.reward", function, REWARD_PARAMETERS)
 
 
+def generation_function(config: TrainConfig) -> Callable[..., Any] | None:
+    """Returns the function that `rollout.generation` names.
+
+    Raises:
+        ConfigError: as `objective_function` does, and where the function is not async.
+    """
+    if config.rollout.generation is None:
+        return None
+    key, function = "rollout.generation.function", config.rollout.generation.function
+    found = load_function(key, function, GENERATION_PARAMETERS)
+    if not inspect.iscoroutinefunction(inspect.unwrap(found)):
+        raise ConfigError([Violation(key, function.path, "It is not async. Define it with `async def`.")])
+    return found
+
+
+def prompt_function(config: PromptConfig) -> Callable[..., Any] | None:
+    """Returns the function that `prompt.function` names. Raises ConfigError as `objective_function` does."""
+    return None if config.function is None else load_function("prompt.function", config.function, PROMPT_PARAMETERS)
+
+
+def metric_functions(config: EvaluationConfig) -> dict[str, Callable[..., Any]]:
+    """Returns the functions of `evaluation.functions` by name. Raises ConfigError as `objective_function` does."""
+    return {
+        name: load_function(f"evaluation.functions.{name}", function, METRIC_PARAMETERS)
+        for name, function in config.functions.items()
+    }
+
+
+def tracker_function(config: TrackingConfig) -> Callable[..., Any] | None:
+    """Returns the function that `tracking.function` names. Raises ConfigError as `objective_function` does."""
+    function = config.function
+    return None if function is None else load_function("tracking.function", function, TRACKER_PARAMETERS)
+
+
 def check_functions(config: TrainConfig) -> list[Violation]:
     """Returns what is wrong with the functions that a configuration names."""
-    loads = [functools.partial(objective_function, config.objective, name) for name in PARAMETERS]
+    loads: list[Callable[[], Any]] = [functools.partial(objective_function, config.objective, n) for n in PARAMETERS]
+    loads += [functools.partial(load, config) for load in (reward_function, generation_function)]
+    loads += [
+        functools.partial(prompt_function, config.prompt),
+        functools.partial(metric_functions, config.evaluation),
+        functools.partial(tracker_function, config.tracking),
+    ]
     violations: list[Violation] = []
-    for load in (*loads, functools.partial(reward_function, config)):
+    for load in loads:
         try:
             load()
         except ConfigError as error:

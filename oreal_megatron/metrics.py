@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from oreal_megatron.config import ConfigError, TrainConfig, Violation
 from oreal_megatron.data.difficulty import drawn_shares
+from oreal_megatron.extensions import tracker_function
 from oreal_megatron.files import (
     append_line,
     json_line,
@@ -71,6 +72,7 @@ class Tracker:
         self._wandb: Any = None
         if is_main and config.tracking.wandb != "disabled":
             self._wandb = self._open_wandb()
+        self._own = tracker_function(config.tracking) if is_main else None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="trajectories")
         self._being_written: Future[None] | None = None
         self._undecided_shares: list[float] = []
@@ -220,6 +222,11 @@ class Tracker:
     def _write(self, record: Mapping[str, Any]) -> None:
         if self._file is not None:
             append_line(self._file, json_line(record))
+        if self._own is not None:
+            try:
+                self._own(record=record, directory=self._directory)
+            except ValueError as error:  # a service that does not answer ends no run
+                logger.error("%s", error)
 
     def _log(self, values: Mapping[str, float], step: int) -> None:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
@@ -330,10 +337,12 @@ def rollout_metrics(groups: Sequence[Sequence[GradedRollout]], selection: Select
     stages = Counter(graded.grade.stage for group in groups for graded in group)
     prompts = [group[0].rollout.prompt for group in groups]
     count = max(len(rollouts), 1)
+    inserted = sum(rollout.num_response_tokens - rollout.num_policy_tokens for rollout in rollouts)
     return {
         **{f"verifier/share_by_{stage}": number / count for stage, number in sorted(stages.items())},
         "rollout/responses": float(len(rollouts)),
         "rollout/response_tokens": sum(rollout.num_response_tokens for rollout in rollouts) / count,
+        **({"rollout/inserted_tokens": inserted / count} if inserted else {}),
         "rollout/stopped": sum(rollout.finish_reason is FinishReason.STOP for rollout in rollouts) / count,
         "reward/pass_rate": selection.pass_rate,
         "reward/credit": mean_credit([graded for group in groups for graded in group]),

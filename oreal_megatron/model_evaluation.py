@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from oreal_megatron.config import TrainConfig
-from oreal_megatron.evaluation import evaluate_benchmark, generator, scores_on_every_rank
+from oreal_megatron.evaluation import evaluate_benchmark, generator, own_metrics, scores_on_every_rank
 from oreal_megatron.evaluation_report import (
     benchmark_results,
     response_records,
@@ -15,7 +15,7 @@ from oreal_megatron.evaluation_report import (
     write_results,
 )
 from oreal_megatron.rollout.sampler import Sampler
-from oreal_megatron.scores import all_responses
+from oreal_megatron.scores import all_responses, benchmark_metrics
 from oreal_megatron.types import undecided
 from oreal_megatron.workspace import Workspace
 
@@ -47,10 +47,13 @@ def evaluate_model(workspace: Workspace, sampler: Sampler, *, weights: str) -> d
         # pass@k for k = 2, 4, 8, ..., and for all samples.
         ks = sorted({benchmark.samples, *(2**power for power in range(1, benchmark.samples.bit_length()))})
         scores = scores_on_every_rank(greedy, sampled, workspace.verifier.are_equal, ks=ks, groups=groups)
+        known = benchmark_metrics(greedy, sampled, scores)
+        own = own_metrics(config.evaluation, greedy, sampled, known=known, groups=groups)
         with groups.together():
             if groups.is_main:
                 write_responses(directory, benchmark.name, greedy, sampled)
                 benchmarks[benchmark.name] = benchmark_results(benchmark, greedy, sampled, scores)
+                benchmarks[benchmark.name]["metrics"] |= own
                 records += response_records(benchmark.name, greedy, sampled)
                 for _, _, score, value, interval in score_rows({benchmark.name: benchmarks[benchmark.name]}):
                     logger.info("%s: %s %s (%s)", benchmark.name, score, value, interval)
@@ -73,5 +76,6 @@ def evaluated(config: TrainConfig, weights: str) -> dict[str, Any]:
         "sampling": config.evaluation.sampling.model_dump(mode="json"),
         "prompt": config.prompt.model_dump(mode="json"),
         "verifier": config.verifier.model_dump(mode="json", exclude={"num_workers", "cache_path"}),
+        "generation": None if config.rollout.generation is None else config.rollout.generation.model_dump(mode="json"),
         "reward": None if config.rollout.reward is None else config.rollout.reward.model_dump(mode="json"),
     }

@@ -241,7 +241,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 def _example(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns the responses of a prompt, around the token where they part, and a plot of their confidence."""
-    ids = [record["response_ids"] for record in records]
+    ids = [_policy_ids(record) for record in records]
     parting = next((t for t, tokens in enumerate(zip(*ids, strict=False)) if len(set(tokens)) > 1), 0)
     shown = slice(max(parting - _TOKENS_BEFORE, 0), parting + _TOKENS_AFTER)
     return {
@@ -251,6 +251,14 @@ def _example(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "sides": [_side(record, shown) for record in records],
         "course": _course_figure(records, parting) if all("token_scores" in record for record in records) else None,
     }
+
+
+def _policy_ids(record: dict[str, Any]) -> list[int]:
+    """Returns the response's token ids without inserted tokens, which have neither weights nor scores."""
+    ids = list(record["response_ids"])
+    for start, end in reversed(record.get("inserted_spans", ())):
+        del ids[start:end]
+    return ids
 
 
 def _side(record: dict[str, Any], shown: slice) -> dict[str, Any]:

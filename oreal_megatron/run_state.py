@@ -42,7 +42,7 @@ class RunProgress:
     num_usable_steps: int = 0
     """Steps with a usable group so far; objective.actor_freeze_steps counts these."""
     weight_version: int = 0
-    """Policy updates so far."""
+    """Publications of an updated policy so far: one a step that updates it, whatever objective.updates is."""
     evaluated_step: int | None = None
     """The step of the last evaluation."""
     best: Best | None = None

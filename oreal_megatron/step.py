@@ -18,6 +18,7 @@ from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.extensions import described, objective_function
 from oreal_megatron.losses.policy_terms import TokenCounts, policy_terms, ranking_loss, reward_model_term
 from oreal_megatron.losses.token_weights import token_weights
+from oreal_megatron.mismatch import importance_metrics, rollout_mismatch
 from oreal_megatron.models.pipeline_schedule import score
 from oreal_megatron.models.trained_model import TrainedModel
 
@@ -45,8 +46,13 @@ def with_reference(
     reference: torch.nn.Module, batches: Sequence[TokenBatch], groups: ParallelGroups
 ) -> list[TokenBatch]:
     """Returns the micro-batches with the reference's log-probabilities."""
-    logprobs = score(reference, batches, lambda output, batch: output[batch.predicting, 0].clone(), groups)
+    logprobs = logprobs_of(reference, batches, groups)
     return [replace(batch, reference_logprobs=values) for batch, values in zip(batches, logprobs, strict=True)]
+
+
+def logprobs_of(policy: torch.nn.Module, batches: Sequence[TokenBatch], groups: ParallelGroups) -> list[Tensor]:
+    """Returns the log-probabilities of a policy without an update, fp32 [R] per micro-batch, in nats."""
+    return score(policy, batches, lambda output, batch: output[batch.predicting, 0].clone(), groups)
 
 
 def with_token_weights(
@@ -204,11 +210,13 @@ def update_policy(
 ) -> dict[str, float]:
     """Updates the policy by eq. (11) or a baseline's objective. Returns `section/name` metrics over all ranks.
 
-    max_mismatch: limit of the mean |difference| from the rollouts' log-probabilities, in nats; None: no limit.
+    Micro-batches with `old_logprobs` belong to a step of several updates, whose rollouts are compared with the policy
+    before the first of them (`rollout_differences`), and not here. max_mismatch: see there.
 
     Raises:
         UpdateRefused: on every rank, before the update.
     """
+    is_only_update = batches[0].old_logprobs is None
 
     def loss(output: Tensor, batch: TokenBatch) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor]]:
         assert batch.reference_logprobs is not None and batch.token_weights is not None
@@ -222,6 +230,7 @@ def update_policy(
             advantages_R=batch.per_token(batch.advantages),
             correct_R=batch.per_token(batch.correct),
             lengths=batch.response_lengths,
+            old_logprobs_R=batch.old_logprobs,
         )
         seen_R = logprobs_R.detach()
         sums = {
@@ -232,26 +241,19 @@ def update_policy(
             "entropy": entropy_R.sum(),
             "token_weight": batch.token_weights.sum(),
             "zero_token_weights": (batch.token_weights == 0).sum(),
+            **({} if is_only_update else _moved(seen_R, batch, config)),
         }
         detached = {name: value.detach() for name, value in sums.items()}
-        return terms.loss(counts, config) + 0.0 * output.sum(), (detached, seen_R - batch.rollout_logprobs)
+        return terms.loss(counts, config) + 0.0 * output.sum(), (detached, seen_R)
 
     results = policy.forward_backward(batches, loss)
     names = list(results[0][0])
     local = torch.stack([torch.stack([sums[name] for name in names]) for sums, _ in results]).double()
     _check_finite(dict(zip(names, local.t().tolist(), strict=True)), batches, policy.groups)
-    # Tokens of older weights differ by the updates since, which is no mismatch.
-    differences = [difference_R[~batch.is_older] for batch, (_, difference_R) in zip(batches, results, strict=True)]
-    mismatch = rollout_mismatch(differences, policy.groups)
-    if max_mismatch is not None and mismatch.get("rollout_logprob_difference", 0.0) > max_mismatch:
-        raise UpdateRefused(
-            f"the policy's log-probabilities differ from the rollouts' by {mismatch['rollout_logprob_difference']:.3g} "
-            f"nats in the mean, more than rollout.mismatch.stop = {max_mismatch:g} (99th percentile "
-            f"{mismatch['rollout_logprob_difference_p99']:.3g}); no update was made. Check that the engine has the "
-            "policy's weights, or raise rollout.mismatch.stop"
-        )
-    if config.importance_limit is not None:
-        mismatch |= _importance([difference_R for _, difference_R in results], config.importance_limit, policy.groups)
+    mismatch = {}
+    if is_only_update:
+        seen = [seen_R for _, seen_R in results]
+        mismatch = rollout_differences(seen, batches, config, policy.groups, max_mismatch=max_mismatch)
     update = _update(policy, "policy", batches)
     total = dict(zip(names, policy.groups.sum_over_data(local.sum(0)).tolist(), strict=True))
     positive = total["positive"] / counts.of_positive(config)
@@ -262,64 +264,53 @@ def update_policy(
         "loss/negative": negative,
         "loss/kl": mean.pop("kl"),
         "loss/policy": positive + config.eta * negative + config.beta * total["kl"] / counts.of_kl(config),
-        **{f"policy/{name}": value for name, value in (mean | mismatch | update).items()},
+        **{f"policy/{name}": value for name, value in mean.items()},
+        **mismatch,
+        **{f"policy/{name}": value for name, value in update.items()},
     }
 
 
-def rollout_mismatch(differences: Sequence[Tensor], groups: ParallelGroups) -> dict[str, float]:
-    """Measures how far the policy is from the weights that generated the tokens; on-policy, rounding alone remains.
+def _moved(logprobs_R: Tensor, batch: TokenBatch, config: ObjectiveConfig) -> dict[str, Tensor]:
+    """Returns sums over the tokens that say how far a step's updates have moved the policy."""
+    assert batch.old_logprobs is not None
+    change_R = logprobs_R - batch.old_logprobs
+    sums = {"kl_from_old": (torch.expm1(change_R) - change_R).sum()}
+    if config.clip is not None:
+        behaviour_R = batch.old_logprobs if config.ratio_reference == "self" else batch.rollout_logprobs
+        sums["outside_clip"] = (((logprobs_R - behaviour_R).exp() - 1.0).abs() > config.clip).sum()
+    return sums
 
-    differences: fp32 [R] per micro-batch of this rank, log pi - log pi_rollout of tokens that pi_rollout drew, in nats.
-    Returns the mean, 99th percentile and maximum of the absolute difference; the k3 estimate of KL(rollout || policy);
-    and the effective sample size of the importance weights pi / pi_rollout as a share of the tokens, in (0, 1].
+
+def rollout_differences(
+    logprobs: Sequence[Tensor],
+    batches: Sequence[TokenBatch],
+    config: ObjectiveConfig,
+    groups: ParallelGroups,
+    *,
+    max_mismatch: float | None,
+) -> dict[str, float]:
+    """Compares the policy before the step's first update with the rollouts. Returns `policy/name` metrics.
+
+    logprobs: the policy's log-probabilities, fp32 [R] per micro-batch. max_mismatch: limit of the mean |difference|
+    from the rollouts' log-probabilities, in nats; None: no limit.
+
+    Raises:
+        UpdateRefused: on every rank, the mean difference is above the limit.
     """
-    parts = [difference.detach().float() for difference in differences if len(difference)]
-    local = torch.zeros(5, dtype=torch.float64)
-    for difference_R in map(Tensor.double, parts):
-        weights_R = difference_R.exp()
-        terms = (difference_R.abs(), weights_R - 1 - difference_R, weights_R, weights_R**2)
-        local += torch.stack([difference_R.new_tensor(len(difference_R)), *(term.sum() for term in terms)]).cpu()
-    count, absolute, kl, weight, square = groups.sum_over_data(local).tolist()
-    if not count:
-        return {}
-    largest = torch.stack([difference_R.abs().max().cpu() for difference_R in parts] or [torch.zeros(())]).max()
-    return {
-        "rollout_logprob_difference": absolute / count,
-        "rollout_logprob_difference_p99": _smallest(parts, math.ceil(0.99 * count), groups),
-        "rollout_logprob_difference_max": groups.max_over_world(largest).item(),
-        "rollout_kl_k3": kl / count,
-        "rollout_effective_samples": weight**2 / (count * square),
-    }
-
-
-def _smallest(parts: Sequence[Tensor], k: int, groups: ParallelGroups) -> float:
-    """Returns the k-th smallest absolute value over all data-parallel ranks, k from 1, exactly.
-
-    parts: fp32 [R] each. The bits of floats that are not negative are ordered as the floats are: two histograms, of the
-    upper and then the lower 16 bits, find the value without gathering the others.
-    """
-    bits = [part.abs().view(torch.int32) for part in parts]
-    upper, k = _bin_of(k, [part >> 16 for part in bits], groups)
-    lower, _ = _bin_of(k, [part[part >> 16 == upper] & 0xFFFF for part in bits], groups)
-    return torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32).item()
-
-
-def _bin_of(k: int, parts: Sequence[Tensor], groups: ParallelGroups) -> tuple[int, int]:
-    """Returns the k-th smallest of ints below 65,536 over all data-parallel ranks, and its place among equal ones."""
-    counts = torch.zeros(1 << 16, dtype=torch.float64)
-    for part in parts:
-        counts += part.bincount(minlength=1 << 16).cpu()
-    below = groups.sum_over_data(counts).cumsum(0)
-    found = int(torch.searchsorted(below, k))
-    return found, k - (int(below[found - 1]) if found else 0)
-
-
-def _importance(differences: Sequence[Tensor], limit: float, groups: ParallelGroups) -> dict[str, float]:
-    """Returns the mean of the truncated importance weights, and the share of tokens whose weight is truncated."""
-    ratios = [difference.double().exp() for difference in differences]
-    local = [[r.clamp(max=limit).sum().item(), (r > limit).sum().item(), len(r)] for r in ratios]
-    total, truncated, count = groups.sum_over_data(torch.tensor(local).sum(0)).tolist()
-    return {"importance_weight": total / max(count, 1), "importance_truncated": truncated / max(count, 1)}
+    differences = [seen_R - batch.rollout_logprobs for seen_R, batch in zip(logprobs, batches, strict=True)]
+    # Tokens of older weights differ by the updates since, which is no mismatch.
+    newest = [difference_R[~batch.is_older] for batch, difference_R in zip(batches, differences, strict=True)]
+    mismatch = rollout_mismatch(newest, groups)
+    if max_mismatch is not None and mismatch.get("rollout_logprob_difference", 0.0) > max_mismatch:
+        raise UpdateRefused(
+            f"the policy's log-probabilities differ from the rollouts' by {mismatch['rollout_logprob_difference']:.3g} "
+            f"nats in the mean, more than rollout.mismatch.stop = {max_mismatch:g} (99th percentile "
+            f"{mismatch['rollout_logprob_difference_p99']:.3g}); no update was made. Check that the engine has the "
+            "policy's weights, or raise rollout.mismatch.stop"
+        )
+    if config.importance_limit is not None:
+        mismatch |= importance_metrics(differences, config.importance_limit, groups)
+    return {f"policy/{name}": value for name, value in mismatch.items()}
 
 
 def _aligned(output: Tensor, batch: TokenBatch, alignment: str) -> Tensor:

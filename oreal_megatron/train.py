@@ -25,6 +25,13 @@ from oreal_megatron.losses.advantages import (
 from oreal_megatron.losses.policy_terms import TokenCounts
 from oreal_megatron.metrics import rollout_metrics
 from oreal_megatron.models.trained_model import TrainedModel
+from oreal_megatron.policy_updates import (
+    Minibatch,
+    all_batches,
+    split_into_minibatches,
+    update_policy_in_minibatches,
+    with_batches,
+)
 from oreal_megatron.run_state import Run, restore, save
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.step import (
@@ -32,7 +39,6 @@ from oreal_megatron.step import (
     UpdateRefused,
     over_all_ranks,
     score_sequences,
-    update_policy,
     update_reward_model,
     with_reference,
     with_token_weights,
@@ -118,7 +124,8 @@ def train_step(run: Run) -> StepReport:
         return report_of(run, clock, metrics, busy_seconds, skipped=skipped)
 
     frozen = run.progress.num_usable_steps < config.objective.actor_freeze_steps
-    counts, batches = packed(run, selection.trajectories)
+    minibatches = packed_minibatches(run, selection.trajectories)
+    batches = all_batches(minibatches)
     try:
         if not frozen:
             assert run.reference is not None
@@ -132,11 +139,12 @@ def train_step(run: Run) -> StepReport:
         batches = with_token_weights(batches, scored, config.objective, run.groups)
         if not frozen:
             with clock("policy"), run.policy.on_device():
-                metrics |= update_policy(
-                    run.policy, batches, config.objective, counts, max_mismatch=max_mismatch(config)
+                minibatches = with_batches(minibatches, batches)
+                metrics |= update_policy_in_minibatches(
+                    run.policy, minibatches, config.objective, max_mismatch=max_mismatch(config)
                 )
         elif config.objective.policy_schedule == "from_first_step":
-            run.policy.advance_schedule()
+            run.policy.advance_schedule(config.objective.updates.number)
     except UpdateRefused as error:
         raise UpdateRefused(f"step {step}: {error}") from error
     busy_seconds = settled(run, clock)
@@ -210,14 +218,21 @@ def costs(run: Run, clock: StepTimer) -> dict[str, Any]:
     return {"seconds": clock.seconds(), "peak_gib": clock.peak_gib(run.groups)}
 
 
-def packed(run: Run, trajectories: Sequence[Trajectory]) -> tuple[TokenCounts, list[TokenBatch]]:
-    """Returns the step's global token counts, and this rank's share of the trajectories as micro-batches."""
+def packed_minibatches(run: Run, trajectories: Sequence[Trajectory]) -> list[Minibatch]:
+    """Returns the step's mini-batches: a single one, or as objective.updates says."""
+    number = run.config.objective.updates.minibatches
+    seed = derive_seed(run.config.run.seed, "minibatches", run.progress.step)
+    return [packed(run, part) for part in split_into_minibatches(trajectories, number, seed=seed)]
+
+
+def packed(run: Run, trajectories: Sequence[Trajectory]) -> Minibatch:
+    """Returns the trajectories' global token counts, and this rank's share of them as micro-batches."""
     # Weight versions of replayed rollouts count another run's updates.
     version = 0 if run.config.run.mode == "replay" else run.progress.weight_version
     sequences = [PackedSequence.from_trajectory(trajectory, weight_version=version) for trajectory in trajectories]
     counts = TokenCounts(
-        correct=sum(t.rollout.num_response_tokens for t in trajectories if t.correct),
-        incorrect=sum(t.rollout.num_response_tokens for t in trajectories if not t.correct),
+        correct=sum(t.rollout.num_policy_tokens for t in trajectories if t.correct),
+        incorrect=sum(t.rollout.num_policy_tokens for t in trajectories if not t.correct),
         limit=len(trajectories) * run.config.rollout.sampling.max_new_tokens,
     )
     as_released = run.config.objective.sampler == "release"

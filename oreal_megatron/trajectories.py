@@ -22,8 +22,9 @@ def to_records(
 ) -> Iterator[dict[str, Any]]:
     """Yields a record for each rollout, to be written by `files.json_line`.
 
-    trained: trajectories whose advantages are added. token_weights and token_scores (fp32 [T]), scores (logits of the
-    reward model): by rollout id. token_texts: returns the tokens of a response as text; added where a rollout has
+    trained: trajectories whose advantages are added. token_weights and token_scores (fp32, of the policy's tokens),
+    scores (logits of the
+    reward model): by rollout id. token_texts: returns tokens as text; added where a rollout has
     token weights.
     """
     advantages = {trajectory.id: trajectory.advantage for trajectory in trained}
@@ -37,7 +38,9 @@ def to_records(
             if token_weights and id in token_weights:
                 record["token_weights"] = token_weights[id].round(4)
                 if token_texts is not None:
-                    record["token_texts"] = token_texts(rollout.response_ids.tolist())
+                    mask = rollout.policy_mask
+                    ids = rollout.response_ids if mask is None else rollout.response_ids[mask]
+                    record["token_texts"] = token_texts(ids.tolist())
             if token_scores and id in token_scores:
                 record["token_scores"] = token_scores[id].round(4)
             if scores and id in scores:

@@ -49,7 +49,7 @@ class WeightSpan:
     """Version of the weights that generated the tokens `start` to `end` (exclusive) of a response."""
 
     version: int
-    """Number of policy updates that led to the weights."""
+    """Number of publications that led to the weights: one a step that updates the policy."""
     start: int
     end: int
 
@@ -73,12 +73,16 @@ class Rollout:
     response_ids: np.ndarray
     """Token ids of the response, int32 [T], with the stop token if it ends with it."""
     logprobs: np.ndarray
-    """Log softmax(logits / temperature) of each response token, fp32 [T], before top-p, in nats."""
+    """Log softmax(logits / temperature) of each response token that the policy generated, fp32 [T] without inserted
+    tokens, before top-p, in nats."""
     text: str
     """Text of the response, without the stop token."""
     finish_reason: FinishReason
     weight_spans: tuple[WeightSpan, ...]
     """Spans of tokens by the weights that generated them: in order, without a gap, each older than the next."""
+    inserted_spans: tuple[tuple[int, int], ...] = ()
+    """Spans (start, end) of response tokens that the policy did not generate, such as a tool's output, in order. They
+    have no log-probabilities and are not trained on. Their weight version is that of a neighbour."""
 
     @property
     def id(self) -> str:
@@ -90,13 +94,34 @@ class Rollout:
         """Number of response tokens T, which every process knows."""
         return self.weight_spans[-1].end if self.weight_spans else 0
 
+    @property
+    def num_policy_tokens(self) -> int:
+        """Number of response tokens that the policy generated, which every process knows."""
+        return self.num_response_tokens - sum(end - start for start, end in self.inserted_spans)
+
+    @property
+    def policy_mask(self) -> np.ndarray | None:
+        """Response tokens that the policy generated, bool [T]; None: all."""
+        if not self.inserted_spans:
+            return None
+        mask = np.ones(self.num_response_tokens, bool)
+        for start, end in self.inserted_spans:
+            mask[start:end] = False
+        return mask
+
+    @property
+    def last_turn_ids(self) -> np.ndarray:
+        """Token ids after the last inserted token, int32; the whole response where none was inserted."""
+        return self.response_ids[self.inserted_spans[-1][1] if self.inserted_spans else 0 :]
+
     def without_tokens(self) -> Rollout:
         """Returns the rollout as processes other than the main process have it."""
         return replace(self, response_ids=_NO_TOKENS, logprobs=_NO_LOGPROBS, text="")
 
     def num_older_tokens(self, version: int) -> int:
-        """Number of tokens, all at the response's start, that weights older than `version` generated."""
-        return max((span.end for span in self.weight_spans if span.version < version), default=0)
+        """Number of the policy's tokens, the first of the response, that weights older than `version` generated."""
+        end = max((span.end for span in self.weight_spans if span.version < version), default=0)
+        return end - sum(max(min(last, end) - first, 0) for first, last in self.inserted_spans)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,9 +174,11 @@ class GradedRollout:
         return float(self.is_correct) if self.grade.credit is None else self.grade.credit
 
     def to_json(self) -> dict[str, Any]:
-        """Returns a record for `files.json_line`."""
+        """Returns a record for `files.json_line`. It has `inserted_spans` where there are any."""
+        inserted = {"inserted_spans": self.rollout.inserted_spans} if self.rollout.inserted_spans else {}
         return {
-            **vars(self.rollout),
+            **{name: value for name, value in vars(self.rollout).items() if name != "inserted_spans"},
+            **inserted,
             "prompt": dict(vars(self.rollout.prompt)),
             "weight_spans": [dict(vars(span)) for span in self.rollout.weight_spans],
             "grade": dict(vars(self.grade)),
@@ -170,6 +197,7 @@ class GradedRollout:
                 text=record["text"],
                 finish_reason=FinishReason(record["finish_reason"]),
                 weight_spans=tuple(WeightSpan(**span) for span in record["weight_spans"]),
+                inserted_spans=tuple((start, end) for start, end in record.get("inserted_spans", ())),
             ),
             grade=Grade(**{**record["grade"], "verdict": Verdict(record["grade"]["verdict"])}),
         )
@@ -256,14 +284,20 @@ class Completion:
     token_ids: tuple[int, ...]
     """Token ids, with the stop token if the response ends with it."""
     logprobs: tuple[float, ...]
-    """Log softmax(logits / temperature) of each token in nats, before top-p; of plain logits at temperature 0."""
+    """Log softmax(logits / temperature) of each token in nats, before top-p; of plain logits at temperature 0. Inserted
+    tokens have none."""
     finish_reason: FinishReason | None
     """Reason for which generation ended; None where it was broken off and can go on."""
     weight_spans: tuple[WeightSpan, ...]
     """Spans of tokens by the weights that generated them."""
+    inserted_spans: tuple[tuple[int, int], ...] = ()
+    """Spans (start, end) of tokens that the policy did not generate; see Rollout."""
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "weight_spans": [dict(vars(span)) for span in self.weight_spans]}
+        """Returns a record of a response without inserted tokens, which alone can be broken off and go on."""
+        assert not self.inserted_spans
+        kept = {name: value for name, value in vars(self).items() if name != "inserted_spans"}
+        return {**kept, "weight_spans": [dict(vars(span)) for span in self.weight_spans]}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Completion:
@@ -286,5 +320,7 @@ class GenerationRequest:
     """Seed of the response's randomness, which does not depend on its batch."""
     max_new_tokens: int
     """Limit of the whole response, with the tokens of `partial`."""
+    question: str = ""
+    """Question of the prompt, for a loop of several turns."""
     partial: Completion | None = None
     """Beginning of the response from an earlier step, to go on from; a finished response is returned as it is."""

@@ -56,6 +56,16 @@ A group's option is a YAML file, and needs no change of the package. `--config-d
 `oreal-plan`, `oreal-submit`, `oreal-serve` and `oreal-doctor` have `--config-dir` too. `experiment/NAME.yaml` in it is
 a whole run of your own; it begins with `# @package _global_`, as the files of `conf/experiment` do.
 
+`oreal-train` takes Hydra's own ways too, also from an installed wheel, whose `conf/` is inside the package:
+
+    oreal-train "hydra.searchpath=[file://$PWD/mine]" objective=mine        # several directories
+    oreal-train --info searchpath                                          # directories that options come from
+    oreal-train --info defaults                                            # files that make up the configuration
+    eval "$(oreal-train -sc install=bash)"                                 # completion in the shell; or zsh, fish
+
+With the last command in the shell's start-up file, `oreal-train objective=grp` and the tab key offer `grpo` and
+`grpo_epochs`, within about two seconds.
+
 ## Values with special characters
 
 Hydra reads values by a grammar of its own, in which `<`, `|`, `{`, `[`, `,`, `=` and others have a

@@ -46,7 +46,8 @@ def _compose_and_train() -> None:
     config_dir = None if arguments.config_dir is None else Path(arguments.config_dir)
     if config_dir is not None:
         search_path(config_dir)
-    check_overrides(arguments.overrides, config_dir)
+    if not arguments.shell_completion:  # its arguments, such as install=bash, are no overrides
+        check_overrides(arguments.overrides, config_dir)
     _composed.clear()
     try:
         _train()

@@ -30,6 +30,7 @@ from oreal_megatron.config.parsing import (
 )
 from oreal_megatron.config.rollout import SamplingConfig, SGLangConfig, UndecidedConfig
 from oreal_megatron.config.sections import (
+    EvaluationConfig,
     Fp8Config,
     Fp8ModelConfig,
     ModelConfig,
@@ -48,6 +49,7 @@ __all__ = [
     "BalanceBin",
     "ConfigError",
     "DataConfig",
+    "EvaluationConfig",
     "Fp8Config",
     "Fp8ModelConfig",
     "FunctionConfig",

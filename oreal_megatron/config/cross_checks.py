@@ -275,6 +275,11 @@ def _check_rollout(rollout: RolloutConfig) -> Iterator[Violation]:
     if rollout.long_tail is not None and rollout.backend == "embedded":
         remedy = "It generates a batch as a whole and cannot stop early. Set rollout.long_tail=null, or rollout=sglang."
         yield Violation("rollout.backend", "embedded", remedy)
+    if rollout.long_tail is not None and rollout.generation is not None:
+        remedy = (
+            "A response of several turns cannot be broken off. Set rollout.long_tail=null, or rollout.generation=null."
+        )
+        yield Violation("rollout.long_tail", rollout.long_tail.model_dump(), remedy)
     if (shares := rollout.undecided) is not None and shares.warn > shares.stop:
         remedy = f"Set it to at most rollout.undecided.stop={shares.stop}."
         yield Violation("rollout.undecided.warn", shares.warn, remedy)
@@ -331,9 +336,14 @@ def _check_objective(objective: ObjectiveConfig, rollout: RolloutConfig) -> Iter
     if o.reward_values[0] >= o.reward_values[1]:
         remedy = "The first value, of incorrect responses, must be the smaller one. Set, for example, [-1.0, 1.0]."
         yield Violation("objective.reward_values", o.reward_values, remedy)
-    if o.clip is not None and (o.ratio_reference != "rollout" or "logprob" in (o.positive_term, o.negative_term)):
-        remedy = "It clips ratios to the rollout. Set objective.positive_term=ratio, objective.negative_term=ratio and "
-        yield Violation("objective.clip", o.clip, f"{remedy}objective.ratio_reference=rollout, or objective.clip=null.")
+    always_one = o.ratio_reference == "self" and o.updates.number == 1
+    if o.clip is not None and (always_one or "logprob" in (o.positive_term, o.negative_term)):
+        remedy = "It clips ratios, which are 1 with one update a step. Set objective.positive_term=ratio, objective."
+        remedy += "negative_term=ratio and objective.ratio_reference=rollout, or objective.updates.epochs=2, or "
+        yield Violation("objective.clip", o.clip, f"{remedy}objective.clip=null.")
+    if o.updates.number > 1 and o.sampler == "release":
+        remedy = "The release's sampler repeats responses of a whole step. Set objective.sampler=exact, or both to 1."
+        yield Violation("objective.updates", o.updates.model_dump(), remedy)
     if o.importance_limit is not None and o.ratio_reference != "self":
         remedy = "A ratio to the rollout is an importance weight already. Set objective.ratio_reference=self, or "
         yield Violation("objective.importance_limit", o.importance_limit, f"{remedy}objective.importance_limit=null.")

@@ -74,6 +74,20 @@ class RewardModelUpdateConfig(Section):
     response to the same prompt, averaged over all such pairs of the step. 0: eq. (12) alone."""
 
 
+class UpdatesConfig(Section):
+    """Updates of the policy in a step: epochs times mini-batches. Other values than 1 are not the paper's."""
+
+    epochs: Positive
+    """Number of passes over the step's responses."""
+    minibatches: Positive
+    """Number of parts that the responses are split into, with an update on each. Parts are of whole responses, drawn
+    once a step from run.seed and step, and the same in every epoch. A step with fewer responses has fewer parts."""
+
+    @property
+    def number(self) -> int:
+        return self.epochs * self.minibatches
+
+
 class ObjectiveConfig(Section):
     """The objective of a step. conf/objective has presets."""
 
@@ -97,19 +111,22 @@ class ObjectiveConfig(Section):
     """Functions of one's own in place of parts of the objective."""
     reward_model: RewardModelUpdateConfig
     """Updates of the reward model."""
+    updates: UpdatesConfig
+    """Updates of the policy."""
     positive_term: Literal["logprob", "ratio"]
     """Loss of a correct response's token, A the response's advantage. logprob: -A * weight * log pi; ratio:
     -A * weight * ratio (see ratio_reference)."""
     negative_term: Literal["logprob", "ratio"]
     """Loss of an incorrect response's token, likewise."""
     ratio_reference: Literal["self", "rollout"]
-    """Denominator of a ratio. self: the policy itself, so the value is 1 and the gradient that of log pi; rollout: the
-    log-probabilities that the response was drawn with."""
+    """Denominator of a ratio. self: the policy before the step's first update. With one update a step that is the
+    policy itself, so the value is 1 and the gradient that of log pi; rollout: the log-probabilities that the response
+    was drawn with."""
     clip: Annotated[float, Field(gt=0.0, lt=1.0)] | None
-    """PPO clip range of the ratio. Needs `ratio_reference: rollout`. null: no clipping."""
+    """PPO clip range of the ratio. Needs `ratio_reference: rollout`, or several updates a step. null: no clipping."""
     importance_limit: PositiveFloat | None
-    """Upper limit of token-level importance weights pi / pi_rollout in the policy terms, with pi at the start of the
-    step's training. Needs `ratio_reference: self`. null: no importance weights."""
+    """Upper limit of token-level importance weights pi / pi_rollout in the policy terms, with pi before the
+    step's first update. Needs `ratio_reference: self`. null: no importance weights."""
     normalize_advantages: Literal["none", "step"]
     """Scale of the advantages. none: as `shaping` gives them; step: those of all trained responses of the step, less
     their mean and divided by their standard deviation."""

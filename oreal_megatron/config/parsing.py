@@ -111,6 +111,8 @@ ADDED: dict[str, Any] = {
     "objective.reward_model.responses": "trained",
     "objective.reward_model.updates": 1,
     "objective.reward_model.ranking_weight": 0.0,
+    "objective.updates.epochs": 1,
+    "objective.updates.minibatches": 1,
     "data.arithmetic.wrong_order_share": 0.0,
     "optimizer.policy.decay": "cosine",
     "optimizer.reward_model.decay": "cosine",
@@ -124,6 +126,9 @@ ADDED: dict[str, Any] = {
     "rollout.schedule": "in_turn",
     "rollout.max_staleness": 0,
     "prompt.date": None,
+    "rollout.generation": None,
+    "prompt.function": None,
+    "evaluation.functions": {},
 }
 
 # Further keys that may change when fine-tuning resumes; of a warm start they made the initial policy.

@@ -137,6 +137,15 @@ class UndecidedConfig(Section):
     """Share above which the run ends. It continues with the responses that it has, and grades UNDECIDED ones again."""
 
 
+class GenerationConfig(Section):
+    """A loop of one's own that writes a response with the policy, in several turns. null: a response is one turn."""
+
+    function: Function
+    """Async function that writes a response; docs/extending.md has its arguments."""
+    seconds: PositiveFloat = 60.0
+    """Time for which loops may be busy between two requests for the policy's tokens; then the run ends."""
+
+
 class LongTailConfig(Section):
     """Early stop of generation: a step asks for more prompts than it needs and goes on without the slowest responses.
 
@@ -149,8 +158,9 @@ class LongTailConfig(Section):
     """Groups that count towards data.prompts_per_step. complete: groups with all responses; useful: complete groups
     that objective.keep_groups keeps. Prompts of unfinished groups come first in the next step."""
     carry_updates: NonNegative
-    """Number of policy updates for which tokens of an interrupted response are kept. The response continues from them,
-    and each token keeps the log-probability that it was drawn with. 0: it is generated again after an update."""
+    """Number of steps that update the policy for which tokens of an interrupted response are kept. The response
+    continues from them, and each token keeps the log-probability that it was drawn with. 0: it is generated again after
+    an update."""
 
 
 class RolloutConfig(Section):
@@ -175,6 +185,8 @@ class RolloutConfig(Section):
     reward: Function | None = None
     """Function of one's own that rewards a response, in place of the verifier; docs/extending.md has its arguments.
     null: none."""
+    generation: GenerationConfig | None = None
+    """Loop of one's own that writes a response, such as with tools. null: a response is one turn of the policy."""
     mismatch: MismatchConfig | None = None
     """Limits of the difference between policy and rollouts. null: only report it."""
     undecided: UndecidedConfig | None = None

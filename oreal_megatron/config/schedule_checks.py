@@ -42,6 +42,9 @@ def _check_ahead(rollout: RolloutConfig) -> Iterator[Violation]:
     if rollout.long_tail is not None:
         remedy = "A step has its groups from earlier generation and stops none early. Set rollout.long_tail=null, or "
         yield Violation("rollout.schedule", schedule, f"{remedy}rollout.schedule=in_turn and rollout.max_staleness=0.")
+    if rollout.generation is not None:
+        remedy = "A function's responses of several turns are generated in turn. Set rollout.generation=null, or "
+        yield Violation("rollout.schedule", schedule, f"{remedy}rollout.schedule=in_turn and rollout.max_staleness=0.")
 
 
 @check("rollout", "run")

@@ -13,6 +13,7 @@ from oreal_megatron.config.fields import (
     AsPath,
     Day,
     FileName,
+    Function,
     NonNegative,
     Positive,
     Section,
@@ -109,6 +110,9 @@ class PromptConfig(Section):
     date: Day | None = None
     """Day that a chat template with a clock (`strftime_now`) shows, such as 2026-11-29. null: the day on which the run
     began, which its config.yaml then has. Templates without a clock show none."""
+    function: Function | None = None
+    """Function of one's own that makes the messages of a question, in place of `system` and `user`; docs/extending.md
+    has its arguments. null: none."""
 
 
 class ParallelConfig(Section):
@@ -180,6 +184,8 @@ class EvaluationConfig(Section):
     then."""
     sampling: SamplingConfig
     """Sampling for avg@k and pass@k. Greedy answers have the same token limit."""
+    functions: Mapping[FileName, Function] = {}
+    """Metrics of one's own by name, each a function of a benchmark's responses; docs/extending.md has its arguments."""
 
 
 class TrackingConfig(Section):
@@ -199,6 +205,9 @@ class TrackingConfig(Section):
     """Write every step's graded rollouts to trajectories/ below run.dir."""
     report: bool
     """Write report.html to run.dir at the end of the run."""
+    function: Function | None = None
+    """Function of one's own that gets every record of metrics.jsonl; docs/extending.md has its arguments. null:
+    none."""
     profile: StepRange | None
     """First and last step that torch's profiler records, such as [3, 4]: traces/ below run.dir has a trace of each rank
     and step, for https://ui.perfetto.dev. null: none."""

@@ -43,7 +43,8 @@ class PackedSequence:
     num_older_tokens: int = 0
     """Number of response tokens, at the start, that weights of earlier steps generated."""
     loss_mask: np.ndarray | None = None
-    """Response tokens that are trained, bool [T], for a conversation of several turns; None: all."""
+    """Response tokens that are trained, bool [T], for a response of several turns; None: all. `rollout_logprobs` and
+    `num_older_tokens` are of trained tokens alone."""
 
     @property
     def num_trained_tokens(self) -> int:
@@ -66,6 +67,7 @@ class PackedSequence:
             advantage=advantage,
             rollout_logprobs=rollout.logprobs,
             num_older_tokens=num_older_tokens,
+            loss_mask=rollout.policy_mask if len(rollout.response_ids) else None,
         )
 
     @classmethod
@@ -107,6 +109,8 @@ class TokenBatch:
     """Whether weights of earlier steps generated the token, bool [R]."""
     reference_logprobs: Tensor | None = None
     """Log-probabilities of the frozen initial policy, fp32 [R], nats; None until the reference has scored the batch."""
+    old_logprobs: Tensor | None = None
+    """Log-probabilities of the policy before the step's first update, fp32 [R], nats; None in a step of one update."""
     token_weights: Tensor | None = None
     """Token weights, fp32 [R]; None until the reward model has scored the batch."""
     token_scores: Tensor | None = None
@@ -118,7 +122,10 @@ class TokenBatch:
         return torch.where(self.labels[0] != IGNORE)[0]
 
     def ids_of(self, sequence: int) -> tuple[Tensor, Tensor]:
-        """Returns the ids of a sequence's prompt and response, int64 [P] and [T]."""
+        """Returns the ids of a sequence's prompt and of its trained response tokens, int64 [P] and [T].
+
+        The prompt ends where the first trained token begins.
+        """
         start, length = int(self.cu_seqlens[sequence]), self.response_lengths[sequence]
         first = sum(self.response_lengths[:sequence])
         predicting = self.predicting[first : first + length]

@@ -14,6 +14,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from oreal_megatron.config import PromptConfig
+from oreal_megatron.extensions import prompt_function
 from oreal_megatron.types import Prompt
 
 _CLOCK = re.compile(r"\bstrftime_now\s*\(\s*(?:(['\"])(.*?)\1\s*\))?")
@@ -43,6 +44,9 @@ def _at_day(template: str, day: datetime) -> str:
     return _CLOCK.sub(shown, template)
 
 
+_PLACEHOLDER = "content of the turn"
+
+
 class PromptRenderer:
     """Renders prompts with the tokenizer's chat template."""
 
@@ -70,6 +74,7 @@ class PromptRenderer:
         self.stop_token_id = stop_token_id
         self.may_exceed_model = max(tokenizer.get_vocab().values()) >= vocab_size
         """Whether the tokenizer has token ids for which the model has no row."""
+        self._own_messages = prompt_function(config)
         self._cache: dict[str, tuple[int, ...]] = {}
         self._template = tokenizer.get_chat_template()
         if config.date is not None:
@@ -83,7 +88,7 @@ class PromptRenderer:
         vocabulary = (
             tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
         )
-        config = self._config.model_dump(include={"system", "user", "stop_token", "date"})
+        config = self._config.model_dump(include={"system", "user", "stop_token", "date", "function"})
         parts = [str(vocabulary), str(tokenizer.chat_template), str(tokenizer.special_tokens_map), str(config)]
         return hashlib.blake2b("\0".join([*parts, str(self._vocab_size)]).encode(), digest_size=8).hexdigest()
 
@@ -105,18 +110,66 @@ class PromptRenderer:
         Raises:
             ValueError: the model has no row for one of them, or the chat template refuses them.
         """
-        return tuple(self.encode([self.question_text(question)])[0])
+        return self.text_ids(self.question_text(question))
 
     def question_text(self, question: str) -> str:
         """Returns the whole prompt as text. Raises ValueError where the chat template refuses it."""
-        messages = [{"role": "user", "content": self._config.user.replace("{question}", question)}]
-        if self._config.system is not None:
-            messages.insert(0, {"role": "system", "content": self._config.system})
         try:
-            return self.message_text(messages)
+            return self.message_text(self._messages(question))
         except jinja2.TemplateError as error:
             remedy = "Set prompt.system=null, or choose another prompt"
             raise ValueError(f"the chat template of model.tokenizer refuses the prompt: {error}. {remedy}") from error
+
+    def _messages(self, question: str) -> list[dict[str, str]]:
+        """Returns the messages of a question. Raises ValueError where prompt.function returned something else."""
+        if self._own_messages is not None:
+            messages = self._own_messages(question=question)
+            if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
+                assert self._config.function is not None
+                raise ValueError(
+                    f"prompt.function = {self._config.function.path} returned {messages!r:.200} for the question "
+                    f"{question[:80]!r}; return a list of {{'role': ..., 'content': ...}} with texts"
+                )
+            return messages
+        messages = [{"role": "user", "content": self._config.user.replace("{question}", question)}]
+        if self._config.system is not None:
+            messages.insert(0, {"role": "system", "content": self._config.system})
+        return messages
+
+    def between_turns(self, role: str, content: str) -> tuple[int, ...]:
+        """Returns the token ids after a turn of the assistant and its stop token, up to where its next turn begins.
+
+        role, content: the message between the two turns.
+
+        Raises:
+            ValueError: the chat template refuses the message or changes earlier turns, or the model has no row for a
+                token.
+        """
+        turn = {"role": "assistant", "content": _PLACEHOLDER}
+        messages = [*self._messages("question"), turn, {"role": role, "content": content}]
+        try:
+            text = self.message_text(messages)
+        except jinja2.TemplateError as error:
+            remedy = "Name another role, or append the text with its marks"
+            raise ValueError(
+                f"the chat template of model.tokenizer refuses a message of the role {role!r} after the assistant's: "
+                f"{error}. {remedy}"
+            ) from error
+        _, found, between = text.partition(_PLACEHOLDER + self._config.stop_token)
+        if not found:
+            raise ValueError(
+                "the chat template of model.tokenizer does not end the assistant's turns with their content and "
+                f"prompt.stop_token = {self._config.stop_token!r}; append the text between turns with its marks"
+            )
+        return self.text_ids(between)
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """Returns the token ids of a text; marks of the chat template in it become their tokens.
+
+        Raises:
+            ValueError: the model has no row for one of them.
+        """
+        return tuple(self.encode([text])[0])
 
     def message_text(self, messages: Sequence[dict[str, str]]) -> str:
         """Returns messages as text by the chat template, up to where the assistant's next turn begins.
@@ -180,3 +233,9 @@ class PromptRenderer:
         """Returns (prompts that fit prompt.max_prompt_tokens, the other prompts)."""
         fits = {p.id: len(self.question_ids(p.question)) <= self._config.max_prompt_tokens for p in prompts}
         return [p for p in prompts if fits[p.id]], [p for p in prompts if not fits[p.id]]
+
+
+def _is_message(message: object) -> bool:
+    return (
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+    )

@@ -76,6 +76,7 @@ def policy_terms(
     correct_R: Tensor,
     lengths: Sequence[int],
     old_logprobs_R: Tensor | None = None,
+    detached_logprobs_R: Tensor | None = None,
 ) -> PolicyTerms:
     """Returns the policy's terms over the response tokens of a micro-batch.
 
@@ -88,17 +89,20 @@ def policy_terms(
 
     logprobs_R (with gradient), reference_logprobs_R, rollout_logprobs_R: nats. weights_R: [0, 1].
     advantages_R: the response's A at each of its tokens. correct_R: bool. lengths: tokens of each response, in order.
-    old_logprobs_R: the policy's log-probabilities before its update, which are held constant; None: logprobs_R.
+    old_logprobs_R: the policy's log-probabilities before the step's first update; None: this is the first update.
+    detached_logprobs_R: the values of logprobs_R as a constant; None: logprobs_R without its gradient.
 
     Raises:
         ValueError: a function returned something else than a finite loss for each token.
     """
-    old_R = logprobs_R.detach() if old_logprobs_R is None else old_logprobs_R
+    now_R = logprobs_R.detach() if detached_logprobs_R is None else detached_logprobs_R
+    old_R = now_R if old_logprobs_R is None else old_logprobs_R
     own_loss = objective_function(config, "policy_loss")
     if own_loss is not None:
         loss_R = own_loss(
             logprobs_R=logprobs_R,
             old_logprobs_R=old_R,
+            detached_logprobs_R=now_R,
             rollout_logprobs_R=rollout_logprobs_R,
             weights_R=weights_R,
             advantages_R=advantages_R,
@@ -155,7 +159,7 @@ def importance_weights(old_logprobs_R: Tensor, rollout_logprobs_R: Tensor, limit
     """Returns min(pi / pi_rollout, limit) of each token, which corrects for tokens that another policy drew.
 
     Truncation bounds the variance, at the price of a bias. The weights carry no gradient.
-    old_logprobs_R: the policy's log-probabilities before its update, in nats, without a gradient.
+    old_logprobs_R: the policy's log-probabilities before the step's first update, in nats, without a gradient.
     """
     return (old_logprobs_R - rollout_logprobs_R).exp().clamp(max=limit)
 

@@ -84,7 +84,7 @@ def sequence_ratio(
 def capped_importance(
     *,
     logprobs_R: Tensor,
-    old_logprobs_R: Tensor,
+    detached_logprobs_R: Tensor,
     rollout_logprobs_R: Tensor,
     weights_R: Tensor,
     advantages_R: Tensor,
@@ -95,7 +95,7 @@ def capped_importance(
 
     Every token keeps its gradient, where a clipped ratio has none.
     """
-    ratio_R = (old_logprobs_R - rollout_logprobs_R).exp().clamp(max=1.0 + settings.high)
+    ratio_R = (detached_logprobs_R - rollout_logprobs_R).exp().clamp(max=1.0 + settings.high)
     return -ratio_R * weights_R * advantages_R * logprobs_R
 
 

@@ -193,9 +193,9 @@ class TrainedModel:
             chunk.restore_grad_buffers()
         return forward_backward(self.chunks, batches, loss, self.groups)
 
-    def advance_schedule(self) -> None:
-        """Advances the schedule by one; update u, counted from 1, has the learning rate of position u."""
-        self.schedule.step(1)
+    def advance_schedule(self, num_updates: int = 1) -> None:
+        """Advances the schedule; update u, counted from 1, has the learning rate of position u."""
+        self.schedule.step(num_updates)
 
     def update(self) -> dict[str, float]:
         """Advances the schedule, clips and steps. Returns the metrics `grad_norm` (before clipping) and `lr`.

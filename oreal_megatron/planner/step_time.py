@@ -137,7 +137,19 @@ def phase_seconds(
         return None
     # Forward passes' worth: one forward, two backward, and the recomputed part.
     again = {"none": 0.0, "selective": 0.7, "full": 1.0}[config.parallel.recompute]
-    training = _pass(sizes, device, work, "policy", passes=3.0 + again, share=hardware.TRAINING_SHARE)
+    updates = config.objective.updates
+    num_epochs, num_minibatches = (1, 1) if config.is_sft else (updates.epochs, updates.minibatches)
+    training = _pass(
+        sizes,
+        device,
+        work,
+        "policy",
+        passes=num_epochs * (3.0 + again),
+        share=hardware.TRAINING_SHARE,
+        num_minibatches=num_minibatches,
+    )
+    if num_epochs * num_minibatches > 1:  # the log-probabilities before the first update
+        training += _pass(sizes, device, work, "policy", passes=1.0, share=hardware.SCORING_SHARE)
     if config.is_sft:
         return {"train policy": training} | ({"offload": _offload(sizes)} if config.parallel.offload else {})
     seconds = {}
@@ -147,9 +159,10 @@ def phase_seconds(
     if config.objective.beta > 0:
         seconds["score"] = _pass(sizes, device, work, "reference", passes=1.0, share=hardware.SCORING_SHARE)
     if config.trains_reward_model:
-        updates = config.objective.reward_model
-        learned = work if updates.responses == "trained" else replace(work, trained_sequences=work.rollouts)
-        passes = updates.updates * (3.0 + again + (updates.ranking_weight > 0))
+        of_reward_model = config.objective.reward_model
+        learns_all = of_reward_model.responses == "all"
+        learned = replace(work, trained_sequences=work.rollouts) if learns_all else work
+        passes = of_reward_model.updates * (3.0 + again + (of_reward_model.ranking_weight > 0))
         seconds["train reward model"] = _pass(
             sizes, device, learned, "reward_model", passes=passes, share=hardware.TRAINING_SHARE
         )
@@ -163,17 +176,19 @@ def phase_seconds(
     return seconds
 
 
-def _pass(sizes: Sizes, device: Device, work: Workload, model: str, *, passes: float, share: float) -> float:
+def _pass(
+    sizes: Sizes, device: Device, work: Workload, model: str, *, passes: float, share: float, num_minibatches: int = 1
+) -> float:
     """Returns the seconds of `passes` forward passes over the trained sequences, pipeline bubbles included.
 
-    model: name in the section `fp8`.
+    model: name in the section `fp8`. num_minibatches: parts of the sequences, each of which has bubbles of its own.
     """
     parallel = sizes.config.parallel
     tokens = work.trained_sequences * work.mean_tokens
     in_fp8 = 2 * sizes.fp8_share(model) * num_parameters(sizes.geometry)
     per_token = _product_seconds(device, flops_per_token(sizes, work.mean_tokens), in_fp8, share)
     arithmetic = tokens * per_token * passes / sizes.num_devices
-    micro_batches = max(ceil(tokens / sizes.data / parallel.micro_batch_tokens), 1)
+    micro_batches = max(ceil(tokens / num_minibatches / sizes.data / parallel.micro_batch_tokens), 1)
     bubble = (parallel.pipeline - 1) / (parallel.virtual_pipeline * micro_batches)
     return arithmetic * (1 + bubble)
 

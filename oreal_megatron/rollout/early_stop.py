@@ -19,7 +19,7 @@ class EarlyStop:
     counts: Callable[[Sequence[GradedRollout]], bool]
     """Function that says whether a complete group counts."""
     max_staleness: int
-    """Largest number of policy updates by which the weights of a kept token may be behind when its response goes on."""
+    """Largest number of publications by which the weights of a kept token may be behind when its response goes on."""
     next_batch: str
     """Name of the batch that goes on with the unfinished responses."""
 

@@ -10,11 +10,12 @@ from oreal_megatron.config import SamplingConfig
 from oreal_megatron.types import Completion, GenerationRequest, positions_by
 
 
-class RolloutEngine(Protocol):
-    """An engine that generates with the weights of the last `publish`."""
+class ResponseGenerator(Protocol):
+    """Generates responses with one version of the weights."""
 
-    weight_version: int
-    """Version given to the last `publish`; 0 before the first."""
+    @property
+    def weight_version(self) -> int:
+        """Version of the weights; 0 before the first publication."""
 
     def units(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
         """Cuts requests into units, which are generated, journalled and, after a kill, repeated as a whole.
@@ -35,6 +36,10 @@ class RolloutEngine(Protocol):
         is_enough: asked now and then, from any thread, on the leading process of each replica. Once it is true,
         generation is broken off, and the remaining units are yielded with unfinished completions.
         """
+
+
+class RolloutEngine(ResponseGenerator, Protocol):
+    """An engine that generates with the weights of the last `publish`."""
 
     def publish(self, weight_version: int) -> Mapping[str, float]:
         """Takes the policy's present weights, which are on the devices, as version `weight_version`.

@@ -16,7 +16,7 @@ from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.metrics import ProgressBar
 from oreal_megatron.rollout.early_stop import EarlyStop, Tally
-from oreal_megatron.rollout.engine import RolloutEngine
+from oreal_megatron.rollout.engine import ResponseGenerator
 from oreal_megatron.rollout.journal import PartialResponses, RolloutJournal
 from oreal_megatron.rollout.sample_call import SampleCall, staleness
 from oreal_megatron.seeds import derive_seed
@@ -61,7 +61,7 @@ class Sampler:
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        engine: ResponseGenerator,
         renderer: PromptRenderer,
         grade: Grader,
         journal: RolloutJournal,
@@ -290,7 +290,9 @@ class Sampler:
                 f"model.max_sequence_length = {self._max_sequence_length}; raise it, or lower prompt.max_prompt_tokens"
             )
         limit = min(room, sampling.max_new_tokens)
-        return GenerationRequest(prompt_ids=prompt_ids, seed=seed, max_new_tokens=limit, partial=partial)
+        return GenerationRequest(
+            prompt_ids=prompt_ids, seed=seed, max_new_tokens=limit, question=prompt.question, partial=partial
+        )
 
     def _rollout(
         self, prompt: Prompt, sample_index: int, request: GenerationRequest, completion: Completion
@@ -305,6 +307,7 @@ class Sampler:
             text=self._renderer.response_text(completion.token_ids),
             finish_reason=completion.finish_reason,
             weight_spans=completion.weight_spans,
+            inserted_spans=completion.inserted_spans,
         )
 
     def check_undecided(
@@ -358,7 +361,10 @@ class Sampler:
                 GradeRequest(
                     question=rollout.prompt.question,
                     gold_answer=rollout.prompt.gold_answer,
-                    response=rollout.text,
+                    # What a tool wrote is no answer of the policy's.
+                    response=rollout.text
+                    if not rollout.inserted_spans
+                    else self._renderer.response_text(rollout.last_turn_ids.tolist()),
                     stopped=rollout.finish_reason is FinishReason.STOP,
                 )
                 for rollout in rollouts

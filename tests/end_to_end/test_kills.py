@@ -97,6 +97,10 @@ def test_three_kills_change_nothing(warm, single_process):
     check(warm, ["rollout", "checkpoint", "any"], 8, 0)
 
 
+def test_a_kill_changes_nothing_where_a_step_has_several_updates(warm, single_process):
+    check(warm, ["rollout", "checkpoint"], 8, 2, "objective.updates={epochs: 2, minibatches: 2}")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("mode", ["true", "false"], ids=["async", "sync"])

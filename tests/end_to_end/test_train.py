@@ -150,6 +150,18 @@ def test_nan_in_a_loss_stops_with_step_terms_and_samples(warm):
     assert list((directory / "checkpoints").glob("step_*")), "the last good checkpoint is kept"
 
 
+def test_a_step_whose_later_update_is_refused_is_not_saved(warm):
+    """The first update makes numbers so large that the second has no finite loss."""
+    directory = warm()
+    outcome = invoke(
+        f"run.dir={directory}", "objective.updates.epochs=2", "run.checkpoint_every=1", "evaluation.every=0",
+        "optimizer.policy={lr: 1.0e+30, min_lr: 1.0e+30}", "objective.actor_freeze_steps=1",
+    )  # fmt: skip
+    assert outcome.returncode == 1
+    assert "error: step 1: update 2 of 2: " in outcome.stderr and "neither saved nor published" in outcome.stderr
+    assert [path.name for path in (directory / "checkpoints").glob("step_*")] == ["step_000001"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

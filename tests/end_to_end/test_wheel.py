@@ -105,6 +105,23 @@ def test_wheel_plans_32b(installed):
     assert "fits" in installed("oreal-plan", "experiment=oreal_32b")
 
 
+def test_wheel_has_hydras_own_ways(installed, tmp_path, monkeypatch):
+    """Own directories on the search path, information on them, and completion in a shell."""
+    (tmp_path / "objective").mkdir()
+    (tmp_path / "objective" / "mine.yaml").write_text("defaults: [baseline]\npreset: mine\n")
+    search = f"hydra.searchpath=[file://{tmp_path}]"
+    assert "preset: mine" in installed("oreal-train", search, "objective=mine", "--cfg", "job")
+    assert "mine" in installed("oreal-train", search, "objective=mien", "--cfg", "job", status=1)
+    found = installed("oreal-train", "--config-dir", tmp_path, "--info", "searchpath")
+    assert str(tmp_path) in found and "oreal_megatron/conf" in found
+    assert "experiment/arithmetic" in installed("oreal-train", "--info", "defaults")
+    assert "complete -o nospace" in installed("oreal-train", "-sc", "install=bash")
+    for line, offered in (("oreal-train objective=grp", "objective=grpo_epochs"), ("oreal-train run.se", "run.seed=")):
+        monkeypatch.setenv("COMP_LINE", line)
+        monkeypatch.setenv("COMP_POINT", str(len(line)))
+        assert offered in installed("oreal-train", "-sc", "query=bash")
+
+
 def test_wheel_trains_an_objective_of_ones_own(installed, tmp_path):
     """The example is a directory outside the package; its objective passes its own tests and trains."""
     example = shutil.copytree(ROOT / "examples" / "own_objective", tmp_path / "example")
@@ -133,3 +150,36 @@ def test_wheel_trains_with_a_reward_of_ones_own(installed, tmp_path):
     lines = (tmp_path / "run" / "trajectories" / "step_000000.jsonl").read_text().splitlines()
     grades = [json.loads(line)["grade"] for line in lines]
     assert {grade["stage"] for grade in grades} == {"reward"} and len({grade["credit"] for grade in grades}) > 2
+
+
+def test_wheel_trains_with_a_tool(installed, tmp_path):
+    example = shutil.copytree(ROOT / "examples" / "tool_use", tmp_path / "example")
+    (tmp_path / "data").mkdir()
+    installed("python", example / "calculator.py", tmp_path / "data")
+    installed(
+        "oreal-train", "--config-dir", example / "conf", "experiment=tool_use", f"run.dir={tmp_path}/run",
+        f"data.train={tmp_path}/data/prompts.jsonl", f"sft.demonstrations={tmp_path}/data/demonstrations.jsonl",
+        f"+evaluation.benchmarks.calls={tmp_path}/data/heldout.jsonl", "run.num_steps=2", "sft.steps=100",
+        "tracking.wandb=disabled", python_path=example,
+    )  # fmt: skip
+    lines = (tmp_path / "run" / "trajectories" / "step_000000.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if "inserted_spans" in record]
+    assert len(records) > len(lines) / 2 and all("<|im_start|>tool" in record["text"] for record in records)
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    differences = [step["metrics"]["policy/rollout_logprob_difference"] for step in steps if step["kind"] == "step"]
+    assert len(differences) == 2 and max(differences) < 1e-4
+
+
+def test_wheel_has_prompts_metrics_and_a_tracker_of_ones_own(installed, tmp_path):
+    example = shutil.copytree(ROOT / "examples" / "own_parts", tmp_path / "example")
+    shots = "{path: parts.messages, settings: {examples: [[Compute 1+1., '2']]}}"
+    installed(
+        "oreal-train", *TINY, f"prompt.function={shots}", "prompt.max_prompt_tokens=100",
+        "model.max_sequence_length=160", "+evaluation.functions.lines=parts.lines",
+        "tracking.function=parts.write_line",
+        f"run.dir={tmp_path}/run", "run.num_steps=2", python_path=example,
+    )  # fmt: skip
+    written = (tmp_path / "run" / "progress.txt").read_text().splitlines()
+    assert [line.split(" {")[0] for line in written] == ["evaluation 0", "step 0", "step 1", "evaluation 2"]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(r["metrics"]["heldout/lines"] >= 1 for r in records if r["kind"] == "evaluation")

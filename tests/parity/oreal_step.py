@@ -25,7 +25,13 @@ from oreal_megatron.models.policy import build_policy
 from oreal_megatron.models.reward_model import build_reward_model
 from oreal_megatron.models.trained_model import TrainedModel
 from oreal_megatron.models.virtual_stages import chunks_of
-from oreal_megatron.step import update_policy, update_reward_model, with_reference, with_token_weights
+from oreal_megatron.policy_updates import (
+    all_batches,
+    split_into_minibatches,
+    update_policy_in_minibatches,
+    with_batches,
+)
+from oreal_megatron.step import update_reward_model, with_reference, with_token_weights
 from oreal_megatron.supervised import update_supervised
 
 VOCABULARY = 105  # odd: every tensor split has rows of padding
@@ -108,20 +114,23 @@ def run_steps(
     for each in (policy, reward_model, reference):
         each.offload()
     chosen = sequences(num_sequences)
-    counts = TokenCounts(*(sum(len(s.response_ids) for s in chosen if s.correct is c) for c in (True, False)), limit=0)
     outcome = Outcome()
     for step in steps:
         packer = Packer.of_layout(groups, GEOMETRY, VOCABULARY)
         with policy.on_device():
             fine_tuned = update_supervised(policy, conversations(chosen), packer)
-        batches = packer.batches(chosen)
+        minibatches = [
+            (counts_of(part), packer.batches(part))
+            for part in split_into_minibatches(chosen, objective.updates.minibatches, seed=step)
+        ]
+        batches = all_batches(minibatches)
         with reference.on_device():
             batches = with_reference(reference.module, batches, groups)
         with reward_model.on_device():
             scored, metrics = update_reward_model(reward_model, batches, objective, num_sequences=len(chosen))
         batches = with_token_weights(batches, scored, objective, groups)
         with policy.on_device():
-            metrics |= update_policy(policy, batches, objective, counts)
+            metrics |= update_policy_in_minibatches(policy, with_batches(minibatches, batches), objective)
         metrics |= {f"fine_tuning/{name}": value for name, value in fine_tuned.items()}
         outcome.metrics.append(metrics)
         if not groups.layout.distributed_optimizer:
@@ -143,6 +152,13 @@ def run_steps(
         outcome.weights = {name: on_cpu(parameter) for name, (_, parameter) in parameters.items()}
         outcome.generation = on_cpu(continuations(policy.module, groups))
     return outcome, parameters
+
+
+def counts_of(chosen: Sequence[PackedSequence]) -> TokenCounts:
+    correct, incorrect = (
+        sum(s.num_trained_tokens for s in chosen if s.correct is outcome) for outcome in (True, False)
+    )
+    return TokenCounts(correct=correct, incorrect=incorrect, limit=0)
 
 
 def scoring_reward_model(model: ModelConfig, groups: ParallelGroups) -> Any:
@@ -187,23 +203,27 @@ def continuations(policy: Any, groups: ParallelGroups) -> Tensor:
 
 
 def sequences(count: int) -> list[PackedSequence]:
-    """Lengths from 4 to 31; the rollout's log-probabilities are not the policy's."""
+    """Lengths from 4 to 31; the rollout's log-probabilities are not the policy's. Every third has inserted tokens."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(length: int) -> tuple[int, ...]:
         return tuple(torch.randint(0, VOCABULARY, (length,), generator=generator).tolist())
 
-    return [
-        PackedSequence(
-            id=str(i),
-            prompt_ids=ids(1 + i % 3),
-            response_ids=ids(3 + 4 * i),
-            correct=i % 2 == 0,
-            advantage=1.0 if i % 2 == 0 else -0.5,
-            rollout_logprobs=(-1.0,) * (3 + 4 * i),
+    made = []
+    for i in range(count):
+        mask = None if i % 3 else ~np.isin(np.arange(3 + 4 * i), (1, 7, 8, 9))
+        made.append(
+            PackedSequence(
+                id=str(i),
+                prompt_ids=ids(1 + i % 3),
+                response_ids=ids(3 + 4 * i),
+                correct=i % 2 == 0,
+                advantage=1.0 if i % 2 == 0 else -0.5,
+                rollout_logprobs=(-1.0,) * (3 + 4 * i if mask is None else int(mask.sum())),
+                loss_mask=mask,
+            )
         )
-        for i in range(count)
-    ]
+    return made
 
 
 def differences(

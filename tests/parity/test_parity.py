@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from oreal_megatron.config import parse_config
-from tests.parity.layouts import EVERY_MOVE, LAYOUTS, SOME_MOVES, Case, covering_cases, every_case, moves
+from tests.parity.layouts import EVERY_MOVE, LAYOUTS, SOME_MOVES, Case, covering_cases, every_case, moves, with_options
 
 pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,8 +31,8 @@ Compare = Callable[..., dict[str, Any]]
 def compare(composed, tmp_path: Path) -> Compare:
     """Runs cases, each on processes of its own; by case their largest differences from one rank, or what went wrong."""
 
-    def run(cases: Iterable[Case], method: str = "fork") -> dict[str, Any]:
-        objective = parse_config(composed("objective=oreal", "objective.beta=0.1")).objective
+    def run(cases: Iterable[Case], method: str = "fork", *overrides: str) -> dict[str, Any]:
+        objective = parse_config(composed("objective=oreal", "objective.beta=0.1", *overrides)).objective
         (tmp_path / "cases.pickle").write_bytes(pickle.dumps((list(cases), objective)))
         command = [sys.executable, "-m", "tests.parity.worker", str(tmp_path), method]
         subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
@@ -56,6 +56,16 @@ def beyond_tolerance(results: dict[str, Any]) -> list[str]:
 def test_layouts_give_the_numbers_of_one_rank(compare: Compare, world: int) -> None:
     results = compare(covering_cases(world))
     assert len(results) >= 15 and not beyond_tolerance(results)
+
+
+def test_layouts_split_into_the_same_minibatches(compare: Compare) -> None:
+    """Two epochs of three mini-batches, of one to three sequences; with two ranks of data one rank may have none."""
+    terms = ("positive_term=ratio", "negative_term=ratio", "clip=0.2", "importance_limit=2.0")
+    updates = "objective.updates={epochs: 2, minibatches: 3}"
+    cases = [Case(name, 2, layout) for name, layout in LAYOUTS[2].items()]
+    cases.append(with_options(Case("DP2", 2, LAYOUTS[2]["DP2"], num_sequences=5), "distopt", "overlap"))
+    results = compare(cases, "fork", updates, *(f"objective.{term}" for term in terms))
+    assert len(results) == len(LAYOUTS[2]) + 1 and not beyond_tolerance(results)
 
 
 def test_a_checkpoint_goes_on_in_another_layout_as_one_rank_does(compare: Compare) -> None:

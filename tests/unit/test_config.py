@@ -78,6 +78,8 @@ def test_violations_come_all_at_once(composed):
         ("rollout.sampling.temperature=0.0", "rollout.sampling.temperature"),
         ("rollout.sampling.max_new_tokens=100", "rollout.sampling.max_new_tokens"),
         ("objective.clip=0.2", "objective.clip"),
+        ("objective=grpo_epochs objective.updates={epochs:1,minibatches:1}", "objective.clip"),
+        ("objective=oreal_release objective.updates.epochs=2", "objective.updates"),
         ("objective.reward_values=[1.0,-1.0]", "objective.reward_values"),
         ("prompt.user=solve", "prompt.user"),
         ("fp8=tensorwise", "model.implementation"),
@@ -130,6 +132,7 @@ def test_violations_come_all_at_once(composed):
             SCHEDULE,
         ),
         (f"{AHEAD} rollout.long_tail={{oversample:1.5,until:useful,carry_updates:1}}", SCHEDULE),
+        (f"{AHEAD} rollout.generation={{function:{{path:random.random,settings:{{}}}},seconds:9.0}}", SCHEDULE),
         (f"{AHEAD} run.mode=rollout", SCHEDULE),
         ("objective=grpo objective.importance_limit=2.0", "objective.importance_limit"),
         ("tracking.profile=[4,3]", "tracking.profile"),
@@ -235,7 +238,7 @@ def test_a_run_of_an_earlier_version_resumes_with_what_that_version_did(composed
     for key in [*ADDED, "rollout.undecided"]:
         section, _, name = key.rpartition(".")
         del functools.reduce(operator.getitem, section.split("."), saved)[name]
-    assert saved["objective"].pop("reward_model") == saved["objective"].pop("functions") == {}
+    assert [saved["objective"].pop(name) for name in ("reward_model", "functions", "updates")] == [{}] * 3
     check_resume(saved, same, "config.yaml")
     with pytest.raises(ConfigError) as error:
         check_resume(saved, parse_config(composed("objective.optimizer=release")), "config.yaml")

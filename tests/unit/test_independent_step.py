@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from dataclasses import replace
@@ -19,8 +20,9 @@ from oreal_megatron.data.packing import Packer
 from oreal_megatron.losses.advantages import select_trajectories
 from oreal_megatron.models.reward_model import build_reward_model
 from oreal_megatron.models.trained_model import TrainedModel
+from oreal_megatron.policy_updates import all_batches, update_policy_in_minibatches, with_batches
 from oreal_megatron.step import update_policy, update_reward_model, with_reference, with_token_weights
-from oreal_megatron.train import packed
+from oreal_megatron.train import packed, packed_minibatches
 from oreal_megatron.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, Verdict, WeightSpan
 from tests.tiny_models import VOCABULARY, as_policy, save_tiny
 
@@ -55,6 +57,7 @@ PRESETS = {
     "dr_grpo": BASELINE | {"advantage": "centred", "terms": ("clip", "clip"), "beta": 0.0, "limit_of_tokens": 64},
     "gspo": BASELINE | {"advantage": "grpo", "terms": ("whole", "whole"), "beta": 0.0},
     "cispo": BASELINE | {"advantage": "grpo", "terms": ("capped", "capped"), "beta": 0.0},
+    "grpo_epochs": BASELINE | {"advantage": "grpo", "terms": ("truncated", "truncated")},
     "reinforce_pp": BASELINE | {"advantage": "centred", "normalized": True, "terms": ("clip", "clip"), "kl": "mse"},
 }
 
@@ -139,8 +142,11 @@ def trained_rows(preset: dict, groups) -> list[tuple[Rollout, bool, float]]:
     return rows
 
 
-def derived(preset: dict, rows, models, head_bias: bool) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Returns the losses, and the gradients by `policy.` or `reward_model.` and transformers' name."""
+def derived(preset: dict, rows, models, head_bias: bool, at_start=None) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Returns the losses, and the gradients by `policy.` or `reward_model.` and transformers' name.
+
+    at_start: log-probabilities by rollout id before the step's first update; None: this is the first update.
+    """
     for model in models.values():
         model.zero_grad()
     head = HEAD.clone().requires_grad_()
@@ -173,6 +179,8 @@ def derived(preset: dict, rows, models, head_bias: bool) -> tuple[dict[str, floa
                 weights *= length / weights.sum()
         weight_sum += weights.sum().item()
         old = torch.tensor(rollout.logprobs, dtype=torch.float64)
+        proximal = logp.detach() if at_start is None else at_start[rollout.id]
+        moved, correction = (logp - proximal).exp(), (proximal - old).exp().clamp(max=2.0)
         forms = {
             "log": value * logp,
             "ratio": value * torch.exp(logp - logp.detach()),
@@ -181,6 +189,7 @@ def derived(preset: dict, rows, models, head_bias: bool) -> tuple[dict[str, floa
             "whole": torch.minimum(
                 value * (logp - old).mean().exp(), value * (logp - old).mean().exp().clamp(1 - 3e-4, 1 + 4e-4)
             ).expand(length),
+            "truncated": correction * torch.minimum(value * moved, value * moved.clamp(0.8, 1.2)),
             "capped": value * torch.clamp((logp.detach() - old).exp(), max=1.28) * logp,
         }
         count = size[correct] if preset["own_counts"] else len(rows) * preset.get("limit_of_tokens", 0) or total
@@ -237,6 +246,20 @@ class Recorded(TrainedModel):
         return super().update()
 
 
+def step_of(objective, paths, parallel, budget: int):
+    """What the package's step reads of a run to pack trajectories."""
+    return SimpleNamespace(
+        config=SimpleNamespace(
+            run=SimpleNamespace(mode="train", seed=0),
+            objective=objective,
+            rollout=SimpleNamespace(sampling=SimpleNamespace(max_new_tokens=64)),
+        ),
+        progress=SimpleNamespace(weight_version=0, step=4),
+        packer=replace(Packer.of_layout(parallel, geometry_of(paths["policy"]), VOCABULARY), token_budget=budget),
+        groups=parallel,
+    )
+
+
 def product_step(objective, paths, groups, parallel, budget: int):
     """Returns metrics, gradients by model, trajectories and the number of micro-batches of a step of the package."""
     policy, reference = (as_policy(paths[name], parallel) for name in ("policy", "reference"))
@@ -254,16 +277,7 @@ def product_step(objective, paths, groups, parallel, budget: int):
         module.output_layer.bias.fill_(HEAD_BIAS if objective.train_head_bias else 0.0)
     trained = {"policy": Recorded(policy, ADAMW, parallel, num_updates=10)}
     selection = select_trajectories(groups, objective, seed=0, step=4, global_rng=random.Random(1))
-    run = SimpleNamespace(
-        config=SimpleNamespace(
-            run=SimpleNamespace(mode="train"),
-            objective=objective,
-            rollout=SimpleNamespace(sampling=SimpleNamespace(max_new_tokens=64)),
-        ),
-        progress=SimpleNamespace(weight_version=0),
-        packer=replace(Packer.of_layout(parallel, geometry, VOCABULARY), token_budget=budget),
-        groups=parallel,
-    )
+    run = step_of(objective, paths, parallel, budget)
     counts, batches = packed(run, selection.trajectories)
     batches = with_reference(reference, batches, parallel)
     metrics, scored = {}, None
@@ -311,3 +325,63 @@ def test_losses_and_gradients_are_those_of_the_derivation(composed, single_proce
             for key, value in expected.items():
                 error = (recorded[key][: len(value)] - value).abs().max()
                 assert error <= 1e-5 * max(value.abs().max(), 0.01 * largest), f"{model} {key}: {error / largest}"
+
+
+def hand_written_adamw(model, gradients, moments, update: int, norm_limit: float) -> float:
+    """Makes update number `update`, from 1, of the policy by ADAMW's values; returns the gradient's norm."""
+    grads = {name: gradients[f"policy.{name}"] for name, _ in model.named_parameters()}
+    norm = math.sqrt(sum(float(g.square().sum()) for g in grads.values()))
+    scale = min(1.0, norm_limit / (norm + 1e-6))
+    # Two updates of warm-up to 1e-3, then a cosine to 1e-4 at update 10.
+    rate = 1e-3 * update / 2 if update <= 2 else 1e-4 + 0.45e-3 * (1 + math.cos(math.pi * (update - 2) / 8))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            first, second = moments.setdefault(name, (torch.zeros_like(parameter), torch.zeros_like(parameter)))
+            first.mul_(0.9).add_(0.1 * scale * grads[name])
+            second.mul_(0.999).add_(0.001 * (scale * grads[name]) ** 2)
+            mean, spread = first / (1 - 0.9**update), second / (1 - 0.999**update)
+            parameter -= rate * mean / (spread.sqrt() + ADAMW.eps)
+    return norm
+
+
+def test_two_epochs_of_two_minibatches_are_those_of_the_derivation(composed, single_process, models, groups):
+    """Four updates of the policy by hand: own denominators of each mini-batch, and one proximal policy for all."""
+    paths, in_fp64 = models
+    preset, policy = PRESETS["grpo_epochs"], copy.deepcopy(in_fp64["policy"])
+    objective = parse_config(composed("objective=grpo_epochs")).objective
+    rows = {row[0].id: row for row in trained_rows(preset, groups)}
+    with torch.no_grad():
+        before = {id: logprobs_of(policy, row[0].prompt_ids, row[0].response_ids) for id, row in rows.items()}
+    found = {budget: product_updates(objective, paths, groups, single_process, budget) for budget in (100_000, 24)}
+    parts = found[24][2]
+    assert sorted(id for part in parts for id in part) == sorted(rows) and parts == found[100_000][2]
+    assert abs(len(parts[0]) - len(parts[1])) <= 1
+    reports, moments = [], {}
+    for update, part in enumerate(parts * 2, start=1):
+        chosen = [rows[id] for id in part]
+        losses, gradients = derived(preset, chosen, {**in_fp64, "policy": policy}, head_bias=True, at_start=before)
+        reports.append(losses | {"policy/grad_norm": hand_written_adamw(policy, gradients, moments, update, 1.0)})
+    expected = in_megatron({f"policy.{name}": p.detach() for name, p in policy.named_parameters()}, "policy")
+    start = in_megatron({f"policy.{name}": p.detach() for name, p in in_fp64["policy"].named_parameters()}, "policy")
+    for metrics, trained, _ in found.values():
+        means = {key: sum(report[key] for report in reports) / 4 for key in reports[0]}
+        assert {key: metrics[key] for key in means} == pytest.approx(means, rel=2e-4, abs=1e-7)
+        assert metrics["policy/updates"] == 4 and metrics["policy/outside_clip"] > 0
+        for name, parameter in trained.module.named_parameters():
+            moved = expected[name] - start[name]
+            error = parameter.detach().double()[: len(moved)] - expected[name]
+            # AdamW moves by the sign of gradients that are nearly zero, where rounding decides.
+            assert error.norm() <= 2e-3 * moved.norm() + 1e-6, f"{name}: {error.norm() / moved.norm()}"
+
+
+def product_updates(objective, paths, groups, parallel, budget: int):
+    """Returns metrics and policy of the package's updates of a step, and the ids of its mini-batches."""
+    policy, reference = (as_policy(paths[name], parallel) for name in ("policy", "reference"))
+    trained = TrainedModel(policy, ADAMW, parallel, num_updates=10)
+    selection = select_trajectories(groups, objective, seed=0, step=4, global_rng=random.Random(1))
+    run = step_of(objective, paths, parallel, budget)
+    minibatches = packed_minibatches(run, selection.trajectories)
+    batches = with_reference(reference, all_batches(minibatches), parallel)
+    minibatches = with_batches(minibatches, with_token_weights(batches, None, objective, parallel))
+    metrics = update_policy_in_minibatches(trained, minibatches, objective)
+    return metrics, trained, [sorted(id for batch in some for id in batch.ids) for _, some in minibatches]

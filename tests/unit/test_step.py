@@ -11,14 +11,13 @@ import torch
 from oreal_megatron.config import AdamWConfig, ConfigError, parse_config
 from oreal_megatron.data.packing import PackedSequence, Padding, micro_batches, pack
 from oreal_megatron.losses.policy_terms import TokenCounts
+from oreal_megatron.mismatch import _smallest, rollout_mismatch
 from oreal_megatron.models.policy import build_policy
 from oreal_megatron.models.reward_model import build_reward_model
 from oreal_megatron.models.trained_model import TrainedModel
 from oreal_megatron.step import (
     UpdateRefused,
     _aligned,
-    _smallest,
-    rollout_mismatch,
     score_sequences,
     update_policy,
     update_reward_model,

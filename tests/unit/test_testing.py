@@ -14,6 +14,7 @@ from oreal_megatron.testing import check_objective
 PRESETS = (
     "oreal", "oreal_change", "oreal_paper", "oreal_release", "oreal_no_rm", "oreal_release_no_rm",
     "grpo", "rloo", "reinforce", "raft", "reinforce_rej", "psr", "nsr", "dapo", "dr_grpo", "cispo", "reinforce_pp",
+    "grpo_epochs",
 )  # fmt: skip
 OWN = f"objective.functions.{{}}={__name__}.{{}}"
 

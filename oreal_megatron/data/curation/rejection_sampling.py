@@ -135,6 +135,8 @@ def _fault(rollout: Mapping[str, Any], by: Ranking) -> str | None:
         return str(rollout["grade"]["verdict"])
     if rollout["finish_reason"] != FinishReason.STOP:
         return "truncated"
+    if rollout.get("inserted_spans"):
+        return "of several turns"  # a demonstration of one turn would train a tool's output
     return "without a score of the reward model" if by == "reward_model" and outcome_score(rollout) is None else None
 
 

@@ -23,7 +23,7 @@ ADVANTAGES = torch.tensor([2.0, 2.0, -0.5, -0.5, -0.5])
 WEIGHTS = torch.tensor([1.0, 0.5, 0.25, 1.0, 0.0])
 
 
-def terms_of(config, rollout=None, reference=None):
+def terms_of(config, rollout=None, reference=None, old=None):
     logprobs = torch.tensor(LOGPROBS, requires_grad=True)
     terms = policy_terms(
         config,
@@ -34,6 +34,7 @@ def terms_of(config, rollout=None, reference=None):
         advantages_R=ADVANTAGES,
         correct_R=CORRECT,
         lengths=(len(CORRECT),),
+        old_logprobs_R=old,
     )
     return logprobs, terms
 
@@ -96,6 +97,19 @@ def test_importance_weights_are_truncated_without_gradient(presets):
     assert terms.negative.item() == pytest.approx(1.0 * 0.125 + 2.0 * 0.5)
     (terms.positive + terms.negative).backward()
     expected = [0.5 * -2.0, 2.0 * -1.0, 1.0 * 0.125, 2.0 * 0.5, 0.0]
+    torch.testing.assert_close(logprobs.grad, torch.tensor(expected))
+
+
+def test_several_updates_clip_against_the_policy_before_the_first(presets):
+    """Behaviour, proximal and present policy: min(old / rollout, 2) times the clipped present / old."""
+    old = torch.tensor(LOGPROBS) - torch.tensor([1.5, 1.1, 1.1, 0.5, 1.0]).log()
+    rollout = old - torch.tensor([0.5, 4.0, 1.0, 3.0, 1.0]).log()
+    logprobs, terms = terms_of(presets("grpo_epochs"), rollout=rollout, old=old)
+    # Ratios 1.5 (A > 0: clipped to 1.2), 1.1, 1.1, 0.5 (A < 0: clipped to 0.8); importance 0.5, 2, 1, 2.
+    assert terms.positive.item() == pytest.approx(-2.0 * (0.5 * 1.0 * 1.2 + 2.0 * 0.5 * 1.1), rel=1e-5)
+    assert terms.negative.item() == pytest.approx(0.5 * (1.0 * 0.25 * 1.1 + 2.0 * 1.0 * 0.8), rel=1e-5)
+    (terms.positive + terms.negative).backward()
+    expected = [0.0, -2.0 * 2.0 * 0.5 * 1.1, 0.5 * 0.25 * 1.1, 0.0, 0.0]
     torch.testing.assert_close(logprobs.grad, torch.tensor(expected))
 
 

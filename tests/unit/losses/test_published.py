@@ -22,7 +22,13 @@ from oreal_megatron.types import FinishReason, Grade, GradedRollout, Prompt, Rol
 
 OLD = torch.tensor([-1.0, -1.0, -1.0, -1.0])
 NEW = OLD + torch.tensor([1.5, 1.1, 0.9, 0.5]).log()  # ratios
-VALUES = {"logprobs_R": NEW, "old_logprobs_R": NEW, "rollout_logprobs_R": OLD, "weights_R": torch.ones(4)}
+VALUES = {
+    "logprobs_R": NEW,
+    "old_logprobs_R": NEW,
+    "detached_logprobs_R": NEW,
+    "rollout_logprobs_R": OLD,
+    "weights_R": torch.ones(4),
+}
 
 
 def graded(length: int, credit: float) -> GradedRollout:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from oreal_megatron.config import SamplingConfig
+from oreal_megatron.rollout.conversation import LoopGenerator
 from oreal_megatron.rollout.sglang_engine import SGLangEngine
 from oreal_megatron.servers.request_queue import NoServerError
 from oreal_megatron.servers.server_process import NO_WEIGHTS
@@ -120,6 +121,32 @@ def test_publish_and_generate_on_launched_servers(open_engine):
     assert sorted(found) == [0, 1, 2, 3]
     assert_tokens(found, requests_of(8))
     assert {span.version for unit in found.values() for c in unit for span in c.weight_spans} == {3}
+
+
+def test_loops_of_several_turns_share_the_servers(open_engine):
+    """Every loop's second turn begins from its first turn and what it inserted."""
+    engine, _, _ = open_engine(num_servers=2)
+    engine.publish(3)
+
+    async def loop(*, conversation, prompt_ids, **_):
+        first = await conversation.generate(4)
+        assert first.token_ids == response(prompt_ids, 4) and first.weight_version == 3
+        conversation.append_ids([7, 8])
+        await conversation.generate(3)
+
+    renderer = SimpleNamespace(response_text=str)
+    settings = {"name": "loop", "seconds": 20.0, "all_units_at_once": True}
+    loops = LoopGenerator(engine, loop, renderer, Groups(), StopRequest(), **settings)
+    requests = requests_of(8)
+    found = generate(loops, requests)
+    assert sorted(found) == [0, 1, 2, 3]
+    for position, completions in found.items():
+        prompt = requests[2 * position].prompt_ids
+        begun = (*response(prompt, 4), 7, 8)
+        assert [c.token_ids for c in completions] == [begun + response(prompt + begun, 3)] * 2
+        assert [c.inserted_spans for c in completions] == [((4, 6),)] * 2
+        assert [len(c.logprobs) for c in completions] == [7, 7]
+        assert {(span.version, span.start, span.end) for c in completions for span in c.weight_spans} == {(3, 0, 9)}
 
 
 def test_publish_sends_again_to_a_server_that_is_alive(open_engine):

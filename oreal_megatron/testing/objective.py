@@ -1,10 +1,4 @@
-"""Checks of an objective of one's own, for its tests: what a trainer needs of it whatever the layout and the batch.
-
-from oreal_megatron.testing import check_objective
-
-def test_my_objective():
-    check_objective(["objective.functions.policy_loss=mine.policy_loss"])
-"""
+"""The check of an objective of one's own: what a trainer needs of it whatever the layout and the batch."""
 
 from __future__ import annotations
 
@@ -37,7 +31,7 @@ _COUNTS = TokenCounts(
 )
 _STEP = 1e-6
 """Step of the central differences, in nats."""
-_NAMES = ("reference_logprobs_R", "rollout_logprobs_R", "weights_R", "advantages_R", "correct_R")
+_NAMES = ("reference_logprobs_R", "old_logprobs_R", "rollout_logprobs_R", "weights_R", "advantages_R", "correct_R")
 
 Values = dict[str, Tensor]
 """Inputs of a policy loss by the names of its keyword arguments, fp64 [R] (correct_R: bool [R])."""
@@ -53,7 +47,7 @@ def check_objective(
     """Checks the objective that overrides of `oreal-train` compose, on random responses, in fp64 on the CPU.
 
     - The gradient of the loss is that of its value, by central differences. What an objective holds constant on purpose
-      it takes from `old_logprobs_R`.
+      it takes from `detached_logprobs_R` or `old_logprobs_R`.
     - The loss is the same sum for every split into micro-batches, and so for every split over data-parallel ranks.
     - A sequence's losses do not depend on the order of sequences or on tokens of others. With `reads="token"`, which an
       objective of ratios of whole sequences does not fulfil, a token's loss depends on that token's values alone.
@@ -95,14 +89,17 @@ def _random_values(seed: int) -> Values:
         "reference_logprobs_R": logprobs_R + drawn(-0.5, 0.5),
         "rollout_logprobs_R": logprobs_R + drawn(-0.15, 0.15),
         "weights_R": drawn(0.1, 1.0),
+        "old_logprobs_R": logprobs_R + drawn(-0.15, 0.15),
         "advantages_R": advantages_R,
         "correct_R": advantages_R > 0,
     }
 
 
-def _loss(config: ObjectiveConfig, values: Values, lengths: Sequence[int], *, old_R: Tensor | None = None) -> Tensor:
-    """Returns a micro-batch's share of the loss of all sequences. old_R: see `policy_terms`."""
-    return policy_terms(config, **values, lengths=lengths, old_logprobs_R=old_R).loss(_COUNTS, config)
+def _loss(
+    config: ObjectiveConfig, values: Values, lengths: Sequence[int], *, detached_R: Tensor | None = None
+) -> Tensor:
+    """Returns a micro-batch's share of the loss of all sequences. detached_R: see `policy_terms`."""
+    return policy_terms(config, **values, lengths=lengths, detached_logprobs_R=detached_R).loss(_COUNTS, config)
 
 
 def _sequences(values: Values, order: Sequence[int]) -> tuple[Values, tuple[int, ...]]:
@@ -128,7 +125,7 @@ def _faults_of_gradient(config: ObjectiveConfig, values: Values) -> list[str]:
         moved = torch.zeros_like(base)
         moved[index] = _STEP
         above, below = (
-            _loss(config, {**values, "logprobs_R": base + sign * moved}, _LENGTHS, old_R=base) for sign in (1, -1)
+            _loss(config, {**values, "logprobs_R": base + sign * moved}, _LENGTHS, detached_R=base) for sign in (1, -1)
         )
         differences[index] = (above - below) / (2 * _STEP)
     error = (analytic - differences).abs().max().item()
@@ -138,7 +135,7 @@ def _faults_of_gradient(config: ObjectiveConfig, values: Values) -> list[str]:
     return [
         f"the gradient is not that of the loss: {analytic[worst].item():.6g} at token {worst}, where differences of "
         f"the loss give {differences[worst].item():.6g}. Something that logprobs_R enters is detached; take what is "
-        "held constant from old_logprobs_R"
+        "held constant from detached_logprobs_R, or from old_logprobs_R"
     ]
 
 
@@ -203,7 +200,7 @@ def _losses_by_token(config: ObjectiveConfig) -> Callable[[Values, Sequence[int]
 
     def losses(values: Values, lengths: Sequence[int]) -> Tensor:
         given = {name: value for name, value in values.items() if name != "reference_logprobs_R"}
-        result: Tensor = own(**given, old_logprobs_R=values["logprobs_R"], lengths=tuple(lengths))
+        result: Tensor = own(**given, detached_logprobs_R=values["logprobs_R"], lengths=tuple(lengths))
         return result.detach()
 
     return losses
