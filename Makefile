@@ -15,7 +15,7 @@ GPU_PYTHON ?= python
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: help setup lock sglang-deps slurm-deps hosts-deps demo tutorial test test-fast test-slow lint docs test-gpu test-gpu-one gpu-wheels \
-	test-megatron-0.19 bench bench-host bench-rollout \
+	test-megatron-0.19 bench bench-host bench-rollout bench-async \
 	bench-memory bench-reshard bench-verifier bench-conversion bench-objectives bench-token-weights bench-fp8 clean
 
 help: ## print this list
@@ -122,6 +122,9 @@ bench-rollout: sglang-deps ## compare the rollout client with a bare load genera
 
 bench-host: setup ## measure a step's work on the host, seconds and memory, for 1,024 responses of 8,000 tokens on two ranks
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m benchmarks.host_step
+
+bench-async: sglang-deps ## compare schedules of generation and training with an SGLang server, a core each
+	$(BIN)/python -m benchmarks.async_schedules
 
 bench-reshard: sglang-deps ## publish a 0.5B model to a server by every transport; simulate 32B
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.resharding

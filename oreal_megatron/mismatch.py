@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from oreal_megatron.config import ObjectiveConfig
+from oreal_megatron.data.packing import TokenBatch
 from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.losses.policy_terms import within_bands
 
 
 def rollout_mismatch(differences: Sequence[Tensor], groups: ParallelGroups) -> dict[str, float]:
@@ -59,9 +62,33 @@ def _bin_of(k: int, parts: Sequence[Tensor], groups: ParallelGroups) -> tuple[in
     return found, k - (int(below[found - 1]) if found else 0)
 
 
-def importance_metrics(differences: Sequence[Tensor], limit: float, groups: ParallelGroups) -> dict[str, float]:
-    """Returns the mean of the truncated importance weights, and the share of tokens whose weight is truncated."""
-    ratios = [difference.double().exp() for difference in differences]
-    local = [[r.clamp(max=limit).sum().item(), (r > limit).sum().item(), len(r)] for r in ratios]
-    total, truncated, count = groups.sum_over_data(torch.tensor(local).sum(0)).tolist()
-    return {"importance_weight": total / max(count, 1), "importance_truncated": truncated / max(count, 1)}
+def correction_metrics(
+    config: ObjectiveConfig, batches: Sequence[TokenBatch], differences: Sequence[Tensor], groups: ParallelGroups
+) -> dict[str, float]:
+    """Returns metrics of the corrections for rollouts of other weights; empty without corrections.
+
+    differences: fp32 [R] per micro-batch of this rank, log pi - log pi_rollout in nats.
+    """
+    limit = math.inf if config.importance_limit is None else config.importance_limit
+    has_bands = config.importance_token_band is not None or config.importance_response_band is not None
+    if config.importance_limit is None and not has_bands:
+        return {}
+    local = torch.zeros(8, dtype=torch.float64)
+    for batch, difference_R in zip(batches, differences, strict=True):
+        within_R = within_bands(config, difference_R, batch.response_lengths)
+        ratio_R = difference_R.double().exp()
+        weight_R = ratio_R.clamp(max=limit)
+        used_R = weight_R * within_R
+        without = [not part.any() for part in batch.split_by_sequence(within_R)]
+        sums = [weight_R.sum(), (ratio_R > limit).sum(), (~within_R).sum(), used_R.sum(), used_R.square().sum()]
+        local += torch.tensor([*map(float, sums), len(ratio_R), sum(without), len(without)], dtype=torch.float64)
+    weight, truncated, outside, used, square, tokens, dropped, responses = groups.sum_over_data(local).tolist()
+    metrics = {"importance_effective_samples": used**2 / (tokens * square) if square else 0.0}
+    if config.importance_limit is not None:
+        metrics |= {"importance_weight": weight / max(tokens, 1), "importance_truncated": truncated / max(tokens, 1)}
+    if has_bands:
+        metrics |= {
+            "importance_dropped_tokens": outside / max(tokens, 1),
+            "importance_dropped_responses": dropped / max(responses, 1),
+        }
+    return metrics

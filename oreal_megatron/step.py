@@ -16,9 +16,14 @@ from oreal_megatron.config import ObjectiveConfig
 from oreal_megatron.data.packing import TokenBatch
 from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.extensions import described, objective_function
-from oreal_megatron.losses.policy_terms import TokenCounts, policy_terms, ranking_loss, reward_model_term
+from oreal_megatron.losses.policy_terms import (
+    TokenCounts,
+    policy_terms,
+    ranking_loss,
+    reward_model_term,
+)
 from oreal_megatron.losses.token_weights import token_weights
-from oreal_megatron.mismatch import importance_metrics, rollout_mismatch
+from oreal_megatron.mismatch import correction_metrics, rollout_mismatch
 from oreal_megatron.models.pipeline_schedule import score
 from oreal_megatron.models.trained_model import TrainedModel
 
@@ -308,8 +313,9 @@ def rollout_differences(
             f"{mismatch['rollout_logprob_difference_p99']:.3g}); no update was made. Check that the engine has the "
             "policy's weights, or raise rollout.mismatch.stop"
         )
-    if config.importance_limit is not None:
-        mismatch |= importance_metrics(differences, config.importance_limit, groups)
+    older = [difference_R[batch.is_older] for batch, difference_R in zip(batches, differences, strict=True)]
+    mismatch |= {name.replace("rollout_", "older_"): value for name, value in rollout_mismatch(older, groups).items()}
+    mismatch |= correction_metrics(config, batches, differences, groups)
     return {f"policy/{name}": value for name, value in mismatch.items()}
 
 

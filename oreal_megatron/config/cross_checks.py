@@ -347,7 +347,12 @@ def _check_objective(objective: ObjectiveConfig, rollout: RolloutConfig) -> Iter
     if o.importance_limit is not None and o.ratio_reference != "self":
         remedy = "A ratio to the rollout is an importance weight already. Set objective.ratio_reference=self, or "
         yield Violation("objective.importance_limit", o.importance_limit, f"{remedy}objective.importance_limit=null.")
-    by_rollout = o.ratio_reference == "rollout" or o.importance_limit is not None
+    bands = {"token": o.importance_token_band, "response": o.importance_response_band}
+    for name, band in bands.items():
+        if band is not None and not 0.0 <= band[0] <= 1.0 <= band[1]:
+            remedy = "Rollouts of the policy itself have the ratio 1. Set a band around it, such as [0.5, 2.0]."
+            yield Violation(f"objective.importance_{name}_band", band, remedy)
+    by_rollout = o.ratio_reference == "rollout" or o.importance_limit is not None or any(bands.values())
     if by_rollout and rollout.sampling.temperature != 1.0:
         yield Violation(
             "rollout.sampling.temperature",

@@ -127,6 +127,11 @@ class ObjectiveConfig(Section):
     importance_limit: PositiveFloat | None
     """Upper limit of token-level importance weights pi / pi_rollout in the policy terms, with pi before the
     step's first update. Needs `ratio_reference: self`. null: no importance weights."""
+    importance_token_band: FloatPair | None = None
+    """Smallest and largest ratio pi / pi_rollout of a token that has policy terms, with pi before the step's
+    first update; other tokens have the KL term alone. null: all tokens have them."""
+    importance_response_band: FloatPair | None = None
+    """The same for a whole response, by the geometric mean of its tokens' ratios."""
     normalize_advantages: Literal["none", "step"]
     """Scale of the advantages. none: as `shaping` gives them; step: those of all trained responses of the step, less
     their mean and divided by their standard deviation."""

@@ -108,6 +108,8 @@ ADDED: dict[str, Any] = {
     "objective.token_weights.floor": 0.0,
     **{f"objective.functions.{name}": None for name in FunctionsConfig.model_fields},
     "objective.normalize_advantages": "none",
+    "objective.importance_token_band": None,
+    "objective.importance_response_band": None,
     "objective.reward_model.responses": "trained",
     "objective.reward_model.updates": 1,
     "objective.reward_model.ranking_weight": 0.0,

@@ -82,7 +82,8 @@ def policy_terms(
 
     positive  -A weight log pi         or  -A weight ratio      summed over tokens of correct responses
     negative  the same over tokens of incorrect responses       (eq. 11 uses log pi above and the ratio here)
-              both times `importance_weights` where config.importance_limit is set
+              both times `importance_weights` where config.importance_limit is set, and without the tokens outside of
+              config.importance_token_band and importance_response_band
     kl        kl_penalty(reference, policy)                     summed over all tokens
 
     A function of `objective.functions` takes the place of the first two, or of kl_penalty.
@@ -113,8 +114,9 @@ def policy_terms(
         forms = {"logprob": loss_R, "ratio": loss_R}
     else:
         forms = _forms(config, logprobs_R, old_R, rollout_logprobs_R, weights_R, advantages_R)
-    positive = forms[config.positive_term][correct_R].sum()
-    negative = forms[config.negative_term][~correct_R].sum()
+    within_R = within_bands(config, (old_R - rollout_logprobs_R).detach(), lengths)
+    positive = forms[config.positive_term][correct_R & within_R].sum()
+    negative = forms[config.negative_term][~correct_R & within_R].sum()
     own_kl = objective_function(config, "kl")
     if own_kl is not None:
         penalty_R = own_kl(reference_logprobs_R=reference_logprobs_R, logprobs_R=logprobs_R)
@@ -162,6 +164,25 @@ def importance_weights(old_logprobs_R: Tensor, rollout_logprobs_R: Tensor, limit
     old_logprobs_R: the policy's log-probabilities before the step's first update, in nats, without a gradient.
     """
     return (old_logprobs_R - rollout_logprobs_R).exp().clamp(max=limit)
+
+
+def within_bands(config: ObjectiveConfig, differences_R: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Returns which tokens have policy terms by the bands of importance ratios, bool [R].
+
+    differences_R: log pi - log pi_rollout in nats, pi before the update. lengths: tokens of each response, in order.
+    """
+    within_R = torch.ones_like(differences_R, dtype=torch.bool)
+    if (band := config.importance_token_band) is not None:
+        within_R &= _is_within(differences_R.exp(), band)
+    if (band := config.importance_response_band) is not None and len(lengths):
+        means_N = torch.stack([part.mean() for part in differences_R.split(list(lengths))])
+        within_N = _is_within(means_N.exp(), band)
+        within_R &= within_N.repeat_interleave(torch.tensor(lengths, device=within_N.device))
+    return within_R
+
+
+def _is_within(ratios: Tensor, band: tuple[float, float]) -> Tensor:
+    return (ratios >= band[0]) & (ratios <= band[1])
 
 
 def kl_penalty(reference_R: Tensor, policy_R: Tensor, kl_type: str) -> Tensor:

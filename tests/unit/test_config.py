@@ -135,6 +135,8 @@ def test_violations_come_all_at_once(composed):
         (f"{AHEAD} rollout.generation={{function:{{path:random.random,settings:{{}}}},seconds:9.0}}", SCHEDULE),
         (f"{AHEAD} run.mode=rollout", SCHEDULE),
         ("objective=grpo objective.importance_limit=2.0", "objective.importance_limit"),
+        ("objective.importance_token_band=[1.1,2.0]", "objective.importance_token_band"),
+        ("objective.importance_response_band=[2.0,0.5]", "objective.importance_response_band"),
         ("tracking.profile=[4,3]", "tracking.profile"),
         ("tracking.memory_snapshot=true", "tracking.memory_snapshot"),
         ("tracking.memory_snapshot=true tracking.profile=[3,4]", "tracking.memory_snapshot"),

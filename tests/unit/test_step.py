@@ -271,6 +271,34 @@ def test_older_tokens_are_no_mismatch_and_get_importance_weights(composed, singl
         update(0)
 
 
+def test_corrections_are_counted_by_token_and_response(composed, single_process):
+    """Ratios 4 and 1/2 in one response, 1 and 8 in another: the second's geometric mean is beyond the band."""
+    bands = ("objective.importance_token_band=[0.25,2.0]", "objective.importance_response_band=[0.5,2.0]")
+    config = parse_config(composed("objective=oreal_no_rm", "objective.importance_limit=3.0", *bands)).objective
+    sequences = [PackedSequence(id=id, prompt_ids=(1, 2), response_ids=(3, 4), advantage=1.0) for id in "ab"]
+    own = with_reference(trained(build_policy, single_process).module, [pack(sequences, CPU)], single_process)[0]
+    drawn = (own.reference_logprobs - torch.tensor([4.0, 0.5, 1.0, 8.0]).log()).tolist()
+    carried = [
+        replace(sequences[0], rollout_logprobs=tuple(drawn[:2]), num_older_tokens=2),
+        replace(sequences[1], rollout_logprobs=tuple(drawn[2:]), num_older_tokens=1),
+    ]
+    batches = [
+        replace(pack([one], CPU), reference_logprobs=own.reference_logprobs[2 * i : 2 * i + 2])
+        for i, one in enumerate(carried)
+    ]
+    batches = with_token_weights(batches, None, config, single_process)
+    counts = TokenCounts(correct=4, incorrect=0, limit=0)
+    metrics = update_policy(trained(build_policy, single_process), batches, config, counts)
+    assert metrics["policy/importance_dropped_tokens"] == 0.75
+    assert metrics["policy/importance_dropped_responses"] == 0.5
+    assert metrics["policy/importance_weight"] == pytest.approx((3.0 + 0.5 + 1.0 + 3.0) / 4)
+    assert metrics["policy/importance_truncated"] == 0.5
+    assert metrics["policy/importance_effective_samples"] == pytest.approx(0.5**2 / (4 * 0.5**2))
+    older = [math.log(4.0), math.log(2.0), 0.0]
+    assert metrics["policy/older_logprob_difference"] == pytest.approx(sum(older) / 3, abs=1e-5)
+    assert metrics["policy/older_logprob_difference_max"] == pytest.approx(math.log(4.0), abs=1e-5)
+
+
 def bytes_on_device(tensors):
     """Bytes of the storages of tensors."""
     storages = [tensor.untyped_storage() for tensor in tensors]

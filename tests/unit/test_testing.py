@@ -32,6 +32,11 @@ def test_the_preset_with_ratios_of_whole_responses_passes():
     check_objective(["objective=gspo"], reads="sequence")
 
 
+def test_bands_of_importance_ratios_pass():
+    check_objective(["objective.importance_token_band=[0.9,1.1]"])
+    check_objective(["objective.importance_response_band=[0.97,1.03]"], reads="sequence")
+
+
 # Policy losses: right ones, and one for each fault.
 
 

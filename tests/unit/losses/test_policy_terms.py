@@ -33,7 +33,7 @@ def terms_of(config, rollout=None, reference=None, old=None):
         weights_R=WEIGHTS,
         advantages_R=ADVANTAGES,
         correct_R=CORRECT,
-        lengths=(len(CORRECT),),
+        lengths=(2, 3),
         old_logprobs_R=old,
     )
     return logprobs, terms
@@ -111,6 +111,31 @@ def test_several_updates_clip_against_the_policy_before_the_first(presets):
     (terms.positive + terms.negative).backward()
     expected = [0.0, -2.0 * 2.0 * 0.5 * 1.1, 0.5 * 0.25 * 1.1, 0.0, 0.0]
     torch.testing.assert_close(logprobs.grad, torch.tensor(expected))
+
+
+def test_token_outside_of_the_band_has_the_kl_term_alone(presets):
+    # pi / pi_rollout = 1/2 (the edge is inside), 4, 1, 3 (both outside), 1.
+    rollout = torch.tensor(LOGPROBS) - torch.tensor([0.5, 4.0, 1.0, 3.0, 1.0]).log()
+    reference = torch.tensor(LOGPROBS) - 0.1
+    config = presets("oreal", importance_token_band=(0.5, 2.0))
+    logprobs, terms = terms_of(config, rollout=rollout, reference=reference)
+    _, plain = terms_of(presets("oreal"), reference=reference)
+    # The tokens' own terms are 1.0, 1.0; 0.125, 0.5, 0.0, as in the test of importance weights.
+    assert terms.positive.item() == pytest.approx(1.0) and terms.negative.item() == pytest.approx(0.125)
+    assert terms.kl.item() == plain.kl.item()
+    (terms.positive + terms.negative).backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([-2.0, 0.0, 0.125, 0.0, 0.0]))
+
+
+def test_response_whose_mean_ratio_leaves_the_band_is_dropped(presets):
+    # The first response's ratios 1/2 and 4 have the geometric mean sqrt(2); the second's 1, 27 and 1 have 3.
+    rollout = torch.tensor(LOGPROBS) - torch.tensor([0.5, 4.0, 1.0, 27.0, 1.0]).log()
+    logprobs, terms = terms_of(presets("oreal", importance_response_band=(0.5, 2.0)), rollout=rollout)
+    assert terms.positive.item() == pytest.approx(2.0) and terms.negative.item() == 0.0
+    (terms.positive + terms.negative).backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([-2.0, -1.0, 0.0, 0.0, 0.0]))
+    both = presets("oreal", importance_response_band=(0.5, 2.0), importance_token_band=(0.1, 3.0), importance_limit=2.0)
+    assert terms_of(both, rollout=rollout)[1].positive.item() == pytest.approx(0.5)
 
 
 def test_rollouts_of_the_policy_itself_have_importance_one(presets):

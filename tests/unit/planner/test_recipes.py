@@ -38,7 +38,8 @@ def planned_recipe(*overrides: str) -> Plan:
 
 def test_recipes_are_complete():
     bases = ("oreal_7b", "oreal_7b_no_rm", "oreal_r1_distill_qwen_7b", "oreal_32b")
-    assert sorted(base + variant for base in bases for variant in ("", "_disaggregated")) == RECIPES
+    ahead = ["oreal_7b_async", "oreal_32b_async"]
+    assert sorted([base + variant for base in bases for variant in ("", "_disaggregated")] + ahead) == RECIPES
 
 
 @pytest.mark.parametrize("device", ["h100", "a100"])
@@ -48,7 +49,8 @@ def test_recipe_is_what_its_name_says(name, device):
     servers = config.rollout.sglang
     assert servers is not None and config.model.geometry is not None
     assert config.resources.device == f"{device}_80gb"
-    assert servers.placement == ("disaggregated" if "disaggregated" in name else "colocated")
+    assert servers.placement == ("disaggregated" if name.endswith(("_disaggregated", "_async")) else "colocated")
+    assert config.rollout.schedule == ("continuous" if name.endswith("_async") else "in_turn")
     assert config.model.geometry.num_layers == (64 if "32b" in name else 28)
     assert config.objective.uses_reward_model == ("no_rm" not in name)
     # Released: 64 prompts x 16 at 16k tokens, 90 steps; 32 GPUs for 7B, 128 for 32B, servers included.

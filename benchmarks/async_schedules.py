@@ -1,0 +1,238 @@
+"""Schedules of generation and training compared: one trainer and one SGLang server, a core each, run after run.
+
+    python -m benchmarks.async_schedules [--steps 10] [--rounds 1]
+
+Responses have a fixed length: nothing stops them. With the planted tail, one of 32 is ten times as long. The objective
+trains on every response, with a learning rate that changes next to nothing. Prints a Markdown table of whole runs, the
+first step of which has nothing that was generated ahead, and the last steps nothing to generate: trained response
+tokens a second, their ratio to `in_turn`, the share of the time in which the server had no request, and the mean and
+largest age of the trained tokens in updates. A short run before the others warms the server up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from oreal_megatron.metrics import read_metrics
+
+TRAINER_CORE, SERVER_CORE = 0, 1
+FIRST = "warm_up"
+TAIL_OF, TAIL_TIMES = 32, 10
+ARMS = {
+    "even": [("in_turn", 0), ("one_ahead", 1), ("continuous", 1), ("continuous", 2)],
+    "tail": [("in_turn", 0), ("one_ahead", 1), ("continuous", 2), ("continuous", 4)],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """Measures of a run."""
+
+    tokens: float
+    """Trained response tokens."""
+    seconds: float
+    """Of all its steps."""
+    idle_seconds: float
+    ages: Sequence[float]
+    """Mean age of a step's tokens, in updates."""
+    oldest: float
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
+def settings(arguments: argparse.Namespace, directory: Path) -> list[str]:
+    """Overrides that all runs share, and their server."""
+    longest = TAIL_TIMES * arguments.tokens
+    return [
+        "experiment=arithmetic_sglang",
+        "objective=reinforce",
+        "evaluation=none",
+        "evaluation.every=0",
+        "sft.steps=1",
+        "optimizer.policy={lr: 1.0e-9, min_lr: 1.0e-9}",
+        "data.pass_rate=null",
+        "data.difficulty_balance=[]",
+        f"data.prompts_per_step={arguments.prompts}",
+        f"rollout.samples_per_prompt={arguments.samples}",
+        f"rollout.sampling={{temperature: 1.0, top_p: 1.0, max_new_tokens: {longest}}}",
+        "rollout.mismatch=null",
+        "rollout.undecided=null",
+        "rollout.sglang.startup_seconds=900.0",
+        "rollout.sglang.max_concurrency=256",
+        "rollout.sglang.arguments.max-total-tokens=65536",
+        f"model.max_sequence_length={longest + 128}",
+        f"model.geometry.hidden_size={arguments.hidden}",
+        f"model.geometry.ffn_hidden_size={2 * arguments.hidden}",
+        "run.checkpoint_every=0",
+        "run.export=none",
+        "tracking.trajectories=false",
+        "tracking.report=false",
+        "tracking.wandb=disabled",
+        "tracking.tensorboard=false",
+        "tracking.console=plain",
+        f"run.dir={directory}",
+    ]
+
+
+def on_core(core: int) -> Callable[[], None]:
+    """Binds a child process to one core, where the machine has it."""
+
+    def bind() -> None:
+        if core in os.sched_getaffinity(0):
+            os.sched_setaffinity(0, {core})
+
+    return bind
+
+
+def started(command: Sequence[str], core: int, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as stream:
+        return subprocess.Popen(
+            [sys.executable, "-m", *command],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            preexec_fn=on_core(core),
+        )
+
+
+@contextmanager
+def server(arguments: argparse.Namespace, directory: Path) -> Iterator[str]:
+    """Runs a server; yields its URL. It takes its config.json from the first run that attaches to it."""
+    announced = directory / "urls"
+    options = settings(arguments, directory / FIRST)
+    process = started(
+        ["oreal_megatron.cli.serve", "--announce", str(announced), *options], SERVER_CORE, directory / "server.log"
+    )
+    try:
+        while not (urls := [path.read_text().strip() for path in announced.glob("*")]):
+            if process.poll() is not None:
+                raise RuntimeError(f"the server did not start: see {directory / 'server.log'}")
+            time.sleep(0.5)
+        yield urls[0]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Runs a trainer in this process, with responses of the lengths that are asked for."""
+    from oreal_megatron.cli.train import main as train_main
+    from oreal_megatron.rollout.sampler import Sampler
+    from oreal_megatron.servers.request_queue import RequestQueue
+
+    call, options = Sampler.call, RequestQueue.options
+
+    def planted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = call(self, *args, **kwargs)
+        made.requests = [
+            replace(request, max_new_tokens=length_of(index, arguments)) for index, request in enumerate(made.requests)
+        ]
+        return made
+
+    def endless(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {**options(self, *args, **kwargs), "stop_token_ids": [], "ignore_eos": True}
+
+    Sampler.call, RequestQueue.options = planted, endless  # type: ignore[method-assign]
+    sys.argv = ["oreal-train", *arguments.overrides]
+    train_main()
+
+
+def length_of(index: int, arguments: argparse.Namespace) -> int:
+    """Returns the tokens of a step's response."""
+    is_long = arguments.lengths == "tail" and index % TAIL_OF == TAIL_OF - 1
+    return arguments.tokens * (TAIL_TIMES if is_long else 1)
+
+
+def measured(directory: Path) -> Measures:
+    """Returns the measures of a run."""
+    steps, _ = read_metrics(directory)
+    metrics, seconds = [record["metrics"] for record in steps], [record["seconds"] for record in steps]
+    idle = [
+        m.get("rollout/server_idle_share", 1 - s["generate"] / s["total"]) * s["total"]
+        for m, s in zip(metrics, seconds, strict=True)
+    ]
+    return Measures(
+        tokens=sum(m["rollout/responses"] * m["rollout/response_tokens"] for m in metrics),
+        seconds=sum(s["total"] for s in seconds),
+        idle_seconds=sum(idle),
+        ages=[m.get("rollout/mean_updates", 0.0) for m in metrics],
+        oldest=max(m.get("rollout/oldest_updates", 0.0) for m in metrics),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=1, help="runs of every schedule, in turns")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=48, help="of a response that is not in the tail")
+    parser.add_argument("--hidden", type=int, default=192, help="size of the model, which sets what training takes")
+    parser.add_argument("--directory", type=Path, help="for the runs, which are kept; none: a temporary one")
+    parser.add_argument("--lengths", choices=sorted(ARMS), help=argparse.SUPPRESS)  # of a trainer's process
+    parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.lengths is not None:
+        train(arguments)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = arguments.directory or Path(temporary)
+        directory.mkdir(parents=True, exist_ok=True)
+        found: dict[tuple[str, str, int], list[Measures]] = {}
+        with server(arguments, directory) as url:
+            run(arguments, directory / FIRST, url, "even", "in_turn", 0, num_steps=1)
+            for turn in range(arguments.rounds):
+                for lengths, schedule, ahead in [(key, *arm) for key, arms in ARMS.items() for arm in arms]:
+                    own = directory / f"{lengths}_{schedule}_{ahead}_{turn}"
+                    run(arguments, own, url, lengths, schedule, ahead, num_steps=arguments.steps)
+                    found.setdefault((lengths, schedule, ahead), []).append(measured(own))
+    print_table(found)
+
+
+def run(
+    arguments: argparse.Namespace, directory: Path, url: str, lengths: str, schedule: str, ahead: int, *, num_steps: int
+) -> None:
+    options = [
+        *settings(arguments, directory),
+        f"run.num_steps={num_steps}",
+        f"rollout.sglang.urls=[{url}]",
+        f"rollout.schedule={schedule}",
+        f"rollout.max_staleness={ahead}",
+    ]
+    command = ["benchmarks.async_schedules", f"--lengths={lengths}", f"--tokens={arguments.tokens}", "--", *options]
+    log = directory.with_name(f"{directory.name}.log")
+    if started(command, TRAINER_CORE, log).wait() != 0:
+        raise RuntimeError(f"a run failed: see {log}")
+
+
+def print_table(found: Mapping[tuple[str, str, int], Sequence[Measures]]) -> None:
+    print("| lengths | schedule | max_staleness | tokens/s | ratio | server idle | mean age | largest age |")
+    print("|---|---|---|---|---|---|---|---|")
+    for (lengths, schedule, ahead), runs in found.items():
+        ratio = statistics.median(
+            mine.rate / base.rate for mine, base in zip(runs, found[lengths, "in_turn", 0], strict=True)
+        )
+        idle = sum(run.idle_seconds for run in runs) / sum(run.seconds for run in runs)
+        age = statistics.mean(age for run in runs for age in run.ages)
+        print(
+            f"| {lengths} | `{schedule}` | {ahead} | {statistics.median(run.rate for run in runs):.0f} | {ratio:.2f} "
+            f"| {idle:.0%} | {age:.2f} | {max(run.oldest for run in runs):.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
