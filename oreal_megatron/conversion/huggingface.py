@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from oreal_megatron.config import SERVED_BLOCK, GeometryConfig, RopeScalingConfig
-from oreal_megatron.conversion.families import FAMILIES, family_of
+from oreal_megatron.conversion.families import all_families, family_of
 from oreal_megatron.conversion.families.decoder import Family, Head
 from oreal_megatron.conversion.rules import Table
 
@@ -80,7 +80,7 @@ def geometry_of(path: Path, *, is_served: bool = False) -> GeometryConfig:
 
 def _family(file: Path, config: Mapping[str, Any], *, is_served: bool) -> tuple[Family, Head]:
     architecture = (config.get("architectures") or ["?"])[0]
-    known = {name: (family, head) for family in FAMILIES for head, name in family.architectures.items()}
+    known = {name: (family, head) for family in all_families() for head, name in family.architectures.items()}
     if architecture not in known:
         raise ValueError(f"{file}: {architecture} is not supported; supported are {', '.join(known)}")
     family, head = known[architecture]
@@ -218,6 +218,6 @@ def served_config(
 
 def with_scalar_head(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the config.json of a reward model with the decoder of `config`."""
-    family = next(f for f in FAMILIES if f.name == config["model_type"])
+    family = next(f for f in all_families() if f.name == config["model_type"])
     labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
     return {**config, "architectures": [family.architectures["scalar"]], **labels}

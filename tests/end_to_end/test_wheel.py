@@ -139,6 +139,8 @@ def test_wheel_trains_an_objective_of_ones_own(installed, tmp_path):
 
 def test_wheel_trains_with_a_reward_of_ones_own(installed, tmp_path):
     example = shutil.copytree(ROOT / "examples" / "own_reward", tmp_path / "example")
+    tested = installed("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", example, python_path=example)
+    assert "2 passed" in tested
     (tmp_path / "data").mkdir()
     installed("python", example / "backwards.py", tmp_path / "data")
     installed(
