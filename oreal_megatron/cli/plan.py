@@ -12,9 +12,9 @@ from rich.console import Console
 from oreal_megatron.cli.arguments import add_overrides, command_parser, positive
 from oreal_megatron.cli.errors import run_command
 from oreal_megatron.cli.planning import num_devices, planned_config, planner_of, suggest
-from oreal_megatron.planner.planner import search
+from oreal_megatron.planner.planner import search, splits
 from oreal_megatron.planner.step_time import read_measured
-from oreal_megatron.planner.tables import print_plan, print_search
+from oreal_megatron.planner.tables import print_plan, print_search, print_splits
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -36,8 +36,17 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         help="file of oreal-doctor --measure, whose figures replace assumed ones, or directory of a run, whose lengths "
         "of responses do; may be given twice, for both",
     )
-    parser.add_argument("--search", action="store_true", help="list layouts that fit, fastest first")
+    listed = parser.add_mutually_exclusive_group()
+    listed.add_argument("--search", action="store_true", help="list layouts that fit, fastest first")
+    listed.add_argument(
+        "--budget",
+        type=positive,
+        metavar="DEVICES",
+        help="list the splits of so many devices between trainer and servers, fastest first",
+    )
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.budget and arguments.devices:
+        parser.error("--budget splits its devices itself; leave out --devices")
     run_command(lambda: _plan(Console(highlight=False, soft_wrap=True), arguments))
 
 
@@ -58,6 +67,16 @@ def _plan(console: Console, arguments: argparse.Namespace) -> int:
                 lambda done, total: status.update(f"planning layout {done + 1} of {total}"),
             )
         print_search(console, plans)
+        return 0 if plans else 1
+    if arguments.budget:
+        with console.status("planning splits") as status:
+            plans = splits(
+                config,
+                replan,
+                arguments.budget,
+                lambda done, total: status.update(f"planning split {done + 1} of {total}"),
+            )
+        print_splits(console, plans, arguments.budget)
         return 0 if plans else 1
     with console.status("planning"):
         planned = replan(config)

@@ -66,6 +66,8 @@ def planner_of(
 ) -> Callable[[TrainConfig], Plan]:
     """Returns a function that plans variants of a configuration with the same model.
 
+    devices: number of trainer processes; None: that of each variant.
+
     A plan needs no device, and is made on the CPU whatever the machine has: fake tensors on two devices do not mix.
     measured: metrics of a run. figures: file of `oreal-doctor --measure`.
 
@@ -85,9 +87,9 @@ def planner_of(
         lambda logits: sample(logits, logits.new_zeros(1), sampling),
         on_cpu=config.resources.device == "cpu",
     )
-    count = num_devices(config, devices)
 
     def plan(variant: TrainConfig) -> Plan:
+        count = num_devices(variant, devices)
         with devices_hidden():
             return make_plan(variant, geometry, profiler.stages, num_devices=count, measured=measured, figures=found)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from oreal_megatron.config import ConfigError, GeometryConfig, ParallelConfig, TrainConfig, check_layout
+from oreal_megatron.config import ConfigError, GeometryConfig, ParallelConfig, TrainConfig, Violation, check_layout
 from oreal_megatron.planner.figures import Figures
 from oreal_megatron.planner.footprints import DecodedBatch, RankFootprint
 from oreal_megatron.planner.hardware import device_named, with_figures
@@ -173,6 +174,40 @@ def search(
             found.append(plan)
     # Among equally fast plans, those with more free memory come first.
     return sorted(found, key=lambda plan: (round(plan.step_seconds or 0.0), plan.memory.share))
+
+
+def splits(
+    config: TrainConfig, replan: Callable[[TrainConfig], Plan], budget: int, advance: Callable[[int, int], None]
+) -> list[Plan]:
+    """Returns the plans that fit of all splits of `budget` devices between trainer and servers, fastest step first.
+
+    The layout of a replica and of a server stay. Of several nodes, each is a trainer's or the servers'. advance: called
+    with the number of splits planned so far and the number of all splits.
+
+    Raises:
+        ConfigError: the servers have no devices of their own.
+    """
+    servers, per_node = config.rollout.sglang, config.resources.devices_per_node
+    if servers is None or servers.shares_devices or servers.urls:
+        remedy = "--budget splits devices between trainer and servers. Set rollout=sglang_disaggregated."
+        raise ConfigError([Violation("rollout", config.rollout.backend, remedy)])
+    unit = math.lcm(per_node, servers.tensor) if budget > per_node else servers.tensor
+    p = config.parallel
+    replica = p.tensor * p.pipeline * p.context
+    serving = [devices for devices in range(unit, budget, unit) if (budget - devices) % replica == 0]
+    found = []
+    for index, devices in enumerate(serving):
+        advance(index, len(serving))
+        resources = config.resources.model_copy(update={"trainer_devices": budget - devices})
+        sglang = servers.model_copy(update={"num_servers": devices // servers.tensor})
+        rollout = config.rollout.model_copy(update={"sglang": sglang})
+        try:
+            plan = replan(config.model_copy(update={"resources": resources, "rollout": rollout}))
+        except (ConfigError, ValueError):
+            continue
+        if not plan.memory.problems:
+            found.append(plan)
+    return sorted(found, key=lambda plan: plan.step_seconds or 0.0)
 
 
 def _layouts(config: TrainConfig, num_devices: int) -> Iterator[ParallelConfig]:

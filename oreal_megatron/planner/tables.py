@@ -220,3 +220,28 @@ def print_search(console: Console, plans: Sequence[Plan], limit: int = 10) -> No
         seconds = "" if plan.step_seconds is None else f"{plan.step_seconds:,.0f}"
         table.add_row(layout_text(plan), f"{plan.memory.share:.0%}", seconds)
     console.print(table)
+
+
+def print_splits(console: Console, plans: Sequence[Plan], budget: int) -> None:
+    """Prints the plans of `splits`."""
+    table = Table(title=f"{len(plans)} splits of {budget} devices fit", title_justify="left")
+    for column in ("trainer devices", "servers", "memory", "step s"):
+        table.add_column(column, justify="right")
+    for plan in plans:
+        servers = plan.sizes.config.rollout.sglang
+        assert servers is not None
+        seconds = "" if plan.step_seconds is None else f"{plan.step_seconds:,.0f}"
+        table.add_row(
+            str(plan.sizes.num_devices),
+            f"{servers.num_servers} x TP{servers.tensor}",
+            f"{plan.memory.share:.0%}",
+            seconds,
+        )
+    console.print(table)
+    if plans:
+        best = plans[0].sizes.config
+        assert best.rollout.sglang is not None
+        console.print(
+            f"fastest under rollout.schedule={best.rollout.schedule}: [bold]resources.trainer_devices="
+            f"{best.resources.trainer_devices} rollout.sglang.num_servers={best.rollout.sglang.num_servers}[/]"
+        )

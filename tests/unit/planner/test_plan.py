@@ -21,7 +21,7 @@ from oreal_megatron.config import (
 )
 from oreal_megatron.models.memory_profile import MemoryProfiler
 from oreal_megatron.planner.footprints import DecodedBatch, RankFootprint
-from oreal_megatron.planner.planner import Plan, first_change, search
+from oreal_megatron.planner.planner import Plan, first_change, search, splits
 from oreal_megatron.planner.sizes import num_parameters
 from oreal_megatron.planner.step_time import assumed_workload, read_measured
 
@@ -256,6 +256,26 @@ def test_search_finds_layouts_that_fit_fastest_first(apart):
     seconds = [round(plan.step_seconds or 0.0) for plan in plans]
     assert seconds == sorted(seconds)
     assert len({plan.sizes.config.parallel for plan in plans}) == len(plans)
+
+
+def split(*overrides: str) -> list[Plan]:
+    config = configuration(*overrides)
+    return splits(config, planner_of(config), 48, lambda done, of: None)
+
+
+def test_splits_use_the_whole_budget_fastest_first(apart):
+    plans = apart(split, "experiment=oreal_7b_disaggregated", "rollout.schedule=one_ahead", "rollout.max_staleness=1")
+    devices = [(plan.sizes.num_devices, plan.sizes.config.rollout.sglang.num_servers) for plan in plans]
+    assert len(set(devices)) == len(devices) > 2
+    tensor = plans[0].sizes.config.rollout.sglang.tensor
+    assert all(trainer + servers * tensor == 48 and trainer % 8 == 0 for trainer, servers in devices)
+    seconds = [plan.step_seconds for plan in plans]
+    assert seconds == sorted(seconds) and seconds[0] < seconds[-1]
+
+
+def test_splits_of_servers_without_devices_of_their_own_are_refused():
+    with pytest.raises(ConfigError, match="rollout=sglang_disaggregated"):
+        split("experiment=oreal_7b")
 
 
 def test_measured_figures_replace_assumed_ones(finished, tmp_path):
