@@ -23,7 +23,7 @@ from oreal_megatron.data.conversation_stream import SftData, read_sft_data
 from oreal_megatron.data.golds import check_golds
 from oreal_megatron.data.packing import Packer
 from oreal_megatron.data.prompting import PromptRenderer, has_clock
-from oreal_megatron.data.prompts import read_prompts, warn_of_common
+from oreal_megatron.data.prompts import read_prompts, warn_of_benchmarks, warn_of_common
 from oreal_megatron.data.tokenizer import load_tokenizer
 from oreal_megatron.directory_lock import check_shared, locked
 from oreal_megatron.distributed.cpu_backend import cpu_backend
@@ -139,6 +139,7 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
         # All data are read before anything is made that ties the directory to these settings.
         train_prompts = _train_prompts(config, renderer, generated)
         benchmarks = _benchmarks(config, renderer, generated)
+        warn_of_benchmarks(train_prompts, benchmarks)
         sft = None
         if config.sft is not None and (config.is_sft or not store.has(INITIAL)):
             sft = read_sft_data(

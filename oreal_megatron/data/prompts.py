@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from oreal_megatron.config import BalanceBin
 from oreal_megatron.data.curation.sources import find_files, read_source
+from oreal_megatron.data.curation.text import question_key
 from oreal_megatron.data.records import read_records, text_at
 from oreal_megatron.files import write_atomically
-from oreal_megatron.types import Prompt
+from oreal_megatron.types import Benchmark, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +149,24 @@ def warn_of_common(prompts: Sequence[Prompt]) -> None:
             len(common),
             " and ".join(list(common[0].values())[:2]),
         )
+
+
+def warn_of_benchmarks(prompts: Sequence[Prompt], benchmarks: Sequence[Benchmark]) -> None:
+    """Logs how many problems of each benchmark are trained on, whatever the case, punctuation and layout."""
+    trained = {question_key(prompt.question): prompt.id for prompt in prompts}
+    for benchmark in benchmarks:
+        found = [(p, id) for p in benchmark.prompts if (id := trained.get(question_key(p.question))) is not None]
+        if found:
+            problem, id = found[0]
+            logger.warning(
+                "evaluation.benchmarks.%s: %d of %d problems are trained on too (first: %s, as %s), so its scores say "
+                "less of other problems. Remove them with oreal-data decontaminate, which finds reworded ones too",
+                benchmark.name,
+                len(found),
+                len(benchmark.prompts),
+                problem.id,
+                id,
+            )
 
 
 def write_estimated(path: Path, prompts: Iterable[Prompt], *, source: Sequence[Prompt]) -> None:

@@ -11,8 +11,11 @@ import yaml
 from oreal_megatron import workspace
 from oreal_megatron.checkpoint.manifest import write_manifest
 from oreal_megatron.config import ConfigError, parse_config, settings_of
+from oreal_megatron.data.arithmetic import generate_arithmetic
 from oreal_megatron.data.prompting import PromptRenderer
+from oreal_megatron.data.prompts import warn_of_benchmarks
 from oreal_megatron.data.tokenizer import arithmetic_tokenizer
+from oreal_megatron.types import Benchmark, Prompt
 from oreal_megatron.workspace import _train_prompts, claim_directory, with_day
 
 
@@ -72,6 +75,23 @@ def test_renamed_gsm8k_with_whole_solutions_is_refused_with_the_command_that_tak
     assert f"oreal-data import {path}" in str(refused.value)
     path.write_text(json.dumps({"question": "How many?", "gold_answer": "72"}) + "\n")
     assert [prompt.gold_answer for prompt in _train_prompts(config, renderer, None)] == ["72"]
+
+
+def test_problems_of_a_benchmark_that_are_trained_on_are_counted(composed, caplog):
+    def of(*questions: str) -> tuple[Prompt, ...]:
+        return tuple(Prompt(id=f"p{i}", question=question, gold_answer="1") for i, question in enumerate(questions))
+
+    trained = of("What is $x$?", "How many are left, then?", "What is z?")
+    warn_of_benchmarks(trained, [Benchmark(name="other", prompts=of("What is w?"), samples=0)])
+    assert not caplog.messages
+    warn_of_benchmarks(
+        trained, [Benchmark(name="test", prompts=of("A?", "how many are left then", "what is x"), samples=0)]
+    )
+    (message,) = caplog.messages
+    assert "evaluation.benchmarks.test: 2 of 3 problems are trained on too (first: p1, as p1)" in message
+    generated = generate_arithmetic(parse_config(composed()).data.arithmetic, 0)
+    warn_of_benchmarks(generated.train, [Benchmark(name="heldout", prompts=tuple(generated.heldout), samples=0)])
+    assert len(caplog.messages) == 1
 
 
 def test_several_sources_have_names_and_each_is_checked(composed, tmp_path, caplog):
