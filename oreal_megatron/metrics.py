@@ -30,6 +30,7 @@ from oreal_megatron.files import (
     write_parts_atomically,
 )
 from oreal_megatron.losses.advantages import Selection
+from oreal_megatron.trends import Trends
 from oreal_megatron.types import EvaluationReport, FinishReason, GradedRollout, StepReport, decided
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class Tracker:
         self._own = tracker_function(config.tracking) if is_main else None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="trajectories")
         self._being_written: Future[None] | None = None
-        self._undecided_shares: list[float] = []
+        self._trends = Trends()
 
     def start(self, first_step: int, *, is_evaluated: bool) -> None:
         """Opens the files to go on from `first_step`; records of later steps are removed.
@@ -89,7 +90,9 @@ class Tracker:
             return
         path = self._directory / METRICS_FILE
         kept = _drop_from(path, first_step, is_evaluated)
-        self._undecided_shares = [_undecided_share(r["metrics"]) for r in kept if r["kind"] == "step"]
+        for record in kept:
+            if record["kind"] == "step":
+                self._trends.add(record["metrics"])
         self._file = open_log(path)
         if self._config.tracking.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -146,8 +149,8 @@ class Tracker:
         seconds = {f"seconds/{phase}": value for phase, value in report.seconds.items()}
         peaks = {f"peak_gib/{phase}": value for phase, value in report.peak_gib.items()}
         self._log({**report.metrics, **seconds, **peaks}, report.step)
-        self._undecided_shares.append(_undecided_share(report.metrics))
-        self._warn_of_undecided()
+        self._trends.add(report.metrics)
+        self._trends.warn()
         if report.skipped:
             logger.info("step %d  updated nothing: %s", report.step, report.skipped)
             return
@@ -159,20 +162,6 @@ class Tracker:
         if report.metrics.get("policy/frozen"):
             parts.append("policy frozen")
         logger.info("step %d  %s  in %.1f s", report.step, "  ".join(parts), report.seconds["total"])
-
-    def _warn_of_undecided(self) -> None:
-        """Warns every ten steps where the share of UNDECIDED responses has doubled, and risen by a point at least."""
-        shares, n = self._undecided_shares, 10
-        first, last = (sum(part) / n for part in (shares[:n], shares[-n:]))
-        if len(shares) >= 2 * n and len(shares) % n == 0 and last > max(2 * first, first + 0.01):
-            logger.warning(
-                "UNDECIDED responses have risen from %.1f%% in the first %d steps to %.1f%% in the last %d: "
-                "the policy may be learning answers that the verifier cannot read. The trajectories give the reasons",
-                100 * first,
-                n,
-                100 * last,
-                n,
-            )
 
     def evaluation(self, report: EvaluationReport) -> None:
         """Writes an evaluation's report, and logs its metrics."""
@@ -296,11 +285,6 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         except (KeyError, TypeError, ValueError) as error:
             damaged.append(f"{path}:{number}: not a metrics record: {error!r}")
     return records, damaged
-
-
-def _undecided_share(metrics: Mapping[str, float]) -> float:
-    """Returns the share of a step's responses that are UNDECIDED."""
-    return metrics.get("reward/undecided", 0.0) / max(metrics.get("rollout/responses", 0.0), 1.0)
 
 
 def _drop_from(path: Path, first_step: int, is_evaluated: bool) -> list[dict[str, Any]]:

@@ -216,6 +216,33 @@ def test_a_rising_share_of_undecided_responses_is_said_also_over_a_restart(track
     assert "have risen from 2.0% in the first 10 steps to 5.0% in the last 10" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("mismatch", "is_said"),
+    [
+        (lambda step: 0.011 + 0.0008 * step, True),
+        (lambda step: 0.011 + 0.0001 * step, False),  # less than half in 30 steps
+        (lambda step: 0.011, False),
+        (lambda step: 0.011 + 0.01 * (step == 27), False),  # one step is no trend
+        (lambda step: 1e-7 * (1 + step), False),  # rounding
+    ],
+)
+def test_rollouts_that_drift_from_the_policy_are_said_also_over_a_restart(tracker, caplog, mismatch, is_said):
+    rng = random.Random(0)
+
+    def steps(made, numbers):
+        for number in numbers:
+            noisy = mismatch(number) * rng.uniform(0.9, 1.1)
+            metrics = {"policy/rollout_logprob_difference": noisy}
+            made.step(StepReport(step=number, metrics=metrics, seconds={"total": 1.0}))
+
+    made = tracker(0)
+    steps(made, range(12))
+    made.close()
+    assert "drift" not in caplog.text
+    steps(tracker(12), range(12, 30))
+    assert ("drift apart" in caplog.text) == is_said
+
+
 def test_a_step_says_which_prompts_it_drew_by_band_and_source(composed):
     prompts = [
         Prompt(id=f"{i}", question="q", gold_answer="1", pass_rate=rate, source=source)
