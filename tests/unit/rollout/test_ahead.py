@@ -131,6 +131,7 @@ def test_one_ahead_completes_the_next_step_while_this_one_trains_and_before_new_
     server = fakes.last(0)
     everything = 2 * PROMPTS_PER_STEP * SAMPLES
     trainer.step(0, lambda: wait_until(lambda: len(server.prompts) == everything))
+    server.token_seconds = 0.02  # generation is under way when the next steps have trained
     for step in range(1, 4):
         sampled = trainer.step(step)
         spans = {graded.rollout.weight_spans for group in sampled.groups for graded in group}
@@ -214,6 +215,7 @@ def test_stop_while_ahead_ends_at_once_and_keeps_the_prompts(fakes, start, sched
     trainer = start(schedule, bound)
     trainer.ahead.take(0, trainer.stream.draw)
     fakes.last(0).token_seconds = 60
+    fakes.last(0).break_("/abort_request", "hang")
     trainer.stop.signal = "SIGTERM"
     begin = time.monotonic()
     trainer.ahead.settle()
