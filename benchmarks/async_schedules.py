@@ -7,6 +7,9 @@ trains on every response, with a learning rate that changes next to nothing. Pri
 first step of which has nothing that was generated ahead, and the last steps nothing to generate: trained response
 tokens a second, their ratio to `in_turn`, the share of the time in which the server had no request, and the mean and
 largest age of the trained tokens in updates. A short run before the others warms the server up.
+
+The last column is what the planner's simulation makes of the times of the two runs in turn: tokens a second of the same
+run under the schedule, over those measured.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from oreal_megatron.metrics import read_metrics
+from oreal_megatron.planner.schedules import Setting, simulate
 
 TRAINER_CORE, SERVER_CORE = 0, 1
 FIRST = "warm_up"
@@ -44,6 +48,11 @@ class Measures:
     """Trained response tokens."""
     seconds: float
     """Of all its steps."""
+    num_steps: int
+    generate_seconds: float
+    """Median of a step, as those that follow."""
+    publish_seconds: float
+    other_seconds: float
     idle_seconds: float
     ages: Sequence[float]
     """Mean age of a step's tokens, in updates."""
@@ -168,6 +177,10 @@ def measured(directory: Path) -> Measures:
     return Measures(
         tokens=sum(m["rollout/responses"] * m["rollout/response_tokens"] for m in metrics),
         seconds=sum(s["total"] for s in seconds),
+        num_steps=len(steps),
+        generate_seconds=statistics.median(s["generate"] for s in seconds),
+        publish_seconds=statistics.median(s["publish"] for s in seconds),
+        other_seconds=statistics.median(s["total"] - s["generate"] - s["publish"] for s in seconds),
         idle_seconds=sum(idle),
         ages=[m.get("rollout/mean_updates", 0.0) for m in metrics],
         oldest=max(m.get("rollout/oldest_updates", 0.0) for m in metrics),
@@ -200,7 +213,7 @@ def main() -> None:
                     own = directory / f"{lengths}_{schedule}_{ahead}_{turn}"
                     run(arguments, own, url, lengths, schedule, ahead, num_steps=arguments.steps)
                     found.setdefault((lengths, schedule, ahead), []).append(measured(own))
-    print_table(found)
+    print_table(found, arguments)
 
 
 def run(
@@ -219,18 +232,53 @@ def run(
         raise RuntimeError(f"a run failed: see {log}")
 
 
-def print_table(found: Mapping[tuple[str, str, int], Sequence[Measures]]) -> None:
-    print("| lengths | schedule | max_staleness | tokens/s | ratio | server idle | mean age | largest age |")
-    print("|---|---|---|---|---|---|---|---|")
+def simulated_rate(
+    lengths: str, schedule: str, ahead: int, even: Measures, tail: Measures, arguments: argparse.Namespace
+) -> float:
+    """Returns the tokens a second of a run by simulation. even, tail: runs in turn with such lengths.
+
+    In them, all responses of a step have `--tokens` tokens at the same time, and the long ones the rest by themselves:
+    two times of a token, between and beyond which it is linear in the number of responses.
+    """
+    count = arguments.prompts * arguments.samples
+    few = count // TAIL_OF
+    many_seconds = even.generate_seconds / arguments.tokens
+    few_seconds = (tail.generate_seconds - even.generate_seconds) / ((TAIL_TIMES - 1) * arguments.tokens)
+    slope = (many_seconds - few_seconds) / (count - few)
+    base = even if lengths == "even" else tail
+    setting = Setting(
+        num_servers=1,
+        places=256,
+        token_seconds=lambda sequences: few_seconds + slope * (sequences - few),
+        prefill_token_seconds=0.0,
+        prompt_tokens=0.0,
+        samples_per_prompt=arguments.samples,
+        responses=count,
+        lengths=[arguments.tokens * (TAIL_TIMES if lengths == "tail" and index < few else 1) for index in range(count)],
+        train_seconds=base.other_seconds,
+        publish_seconds=base.publish_seconds,
+    )
+    step_seconds = simulate(setting, schedule, ahead, num_steps=base.num_steps).step_seconds
+    return base.tokens / base.num_steps / step_seconds
+
+
+def print_table(found: Mapping[tuple[str, str, int], Sequence[Measures]], arguments: argparse.Namespace) -> None:
+    print(
+        "| lengths | schedule | max_staleness | tokens/s | ratio | server idle | mean age | largest age | simulated |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for (lengths, schedule, ahead), runs in found.items():
-        ratio = statistics.median(
-            mine.rate / base.rate for mine, base in zip(runs, found[lengths, "in_turn", 0], strict=True)
-        )
+        in_turn = {key: found[key, "in_turn", 0] for key in ARMS}
+        ratio = statistics.median(mine.rate / base.rate for mine, base in zip(runs, in_turn[lengths], strict=True))
         idle = sum(run.idle_seconds for run in runs) / sum(run.seconds for run in runs)
         age = statistics.mean(age for run in runs for age in run.ages)
+        simulated = statistics.median(
+            simulated_rate(lengths, schedule, ahead, even, tail, arguments) / mine.rate
+            for mine, even, tail in zip(runs, in_turn["even"], in_turn["tail"], strict=True)
+        )
         print(
             f"| {lengths} | `{schedule}` | {ahead} | {statistics.median(run.rate for run in runs):.0f} | {ratio:.2f} "
-            f"| {idle:.0%} | {age:.2f} | {max(run.oldest for run in runs):.0f} |"
+            f"| {idle:.0%} | {age:.2f} | {max(run.oldest for run in runs):.0f} | {simulated:.2f} |"
         )
 
 

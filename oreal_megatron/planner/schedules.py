@@ -83,8 +83,12 @@ def _drawn(setting: Setting, rng: np.random.Generator) -> NDArray[np.int64]:
     return rng.choice(setting.lengths, setting.responses)
 
 
-def simulate(setting: Setting, schedule: str, max_staleness: int, *, seed: int = 0) -> Simulated:
+def simulate(
+    setting: Setting, schedule: str, max_staleness: int, *, num_steps: int | None = None, seed: int = 0
+) -> Simulated:
     """Simulates steps of a schedule as `rollout/ahead.py` has them.
+
+    num_steps: steps of a whole run, at whose end no batch is left to generate; None: steps in the middle of a long run.
 
     At step s the servers have the batches of steps s to s + max_staleness, the oldest first. A step trains once its
     batch is complete. Generation stands still during a publication, and what is unfinished is read again after it;
@@ -94,11 +98,12 @@ def simulate(setting: Setting, schedule: str, max_staleness: int, *, seed: int =
     rng = np.random.default_rng(seed)
     staleness: list[float] = []
     idle_from = time_from = 0.0
-    admitted = 0
-    for step in range(STEPS):
-        if step == _WARM_UP:
+    admitted, first = 0, _WARM_UP if num_steps is None else 0
+    last = STEPS if num_steps is None else num_steps
+    for step in range(last):
+        if step == first:
             idle_from, time_from = servers.idle_seconds, servers.now
-        while admitted <= step + max_staleness:
+        while admitted <= step + max_staleness and (num_steps is None or admitted < num_steps):
             servers.admit(admitted, _drawn(setting, rng))
             admitted += 1
         servers.begin(version=step)
@@ -112,9 +117,9 @@ def simulate(setting: Setting, schedule: str, max_staleness: int, *, seed: int =
     return Simulated(
         schedule=schedule,
         max_staleness=max_staleness,
-        step_seconds=(servers.now - time_from) / (STEPS - _WARM_UP),
+        step_seconds=(servers.now - time_from) / (last - first),
         idle_share=(servers.idle_seconds - idle_from) / spent,
-        mean_staleness=float(np.mean(staleness[_WARM_UP:])),
+        mean_staleness=float(np.mean(staleness[first:])),
     )
 
 

@@ -80,6 +80,14 @@ def test_other_steps_fill_the_wait_for_long_responses():
     assert all(0 < found.mean_staleness <= found.max_staleness for found in ahead)
 
 
+def test_a_whole_run_begins_with_nothing_ahead_and_ends_with_nothing_to_generate():
+    # Three steps: 5 s of generation before the first alone, as training of 9 s takes longer than generation.
+    found = simulate(replace(EVEN, train_seconds=9.0), "one_ahead", 1, num_steps=3)
+    assert found.step_seconds * 3 == pytest.approx(5.0 + 3 * (9.0 + 0.5))
+    # The first two batches are generated at the same time, which takes no longer here.
+    assert found.idle_share * found.step_seconds * 3 == pytest.approx(5.0 + 3 * 9.5 - 2 * 5.0)
+
+
 @pytest.mark.parametrize(("mean", "limit"), [(7000, 14_000), (300, 14_000), (13_000, 14_000)])
 def test_lengths_have_the_mean_and_the_limit(mean, limit):
     lengths = lognormal_lengths(mean, limit, 1024)
