@@ -1,4 +1,4 @@
-"""A loop of several turns in whole runs: the same responses in every layout, also after a kill, and one clear error."""
+"""A loop of several turns in whole runs on two processes, of which one runs the loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import pytest
 from tests.tiny import invoke
 
 pytestmark = pytest.mark.end_to_end
-LOOP = f"rollout.generation={{function: {__name__}.{{}}}}"
+
+
+def by_loop(name: str) -> str:
+    return f"rollout.generation={{function: {__name__}.{name}}}"
 
 
 async def two_turns(*, conversation, question, **_):
@@ -19,22 +22,23 @@ async def two_turns(*, conversation, question, **_):
     await conversation.generate()
 
 
-async def fails(*, conversation, question, **_):
-    await conversation.generate(2)
-    raise LookupError(question)
-
-
 def responses(directory: Path) -> dict[str, tuple[list[int], list[list[int]]]]:
     lines = (directory / "trajectories" / "step_000000.jsonl").read_text().splitlines()
     return {r["id"]: (r["response_ids"], r["inserted_spans"]) for r in map(json.loads, lines)}
 
 
-@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2", "parallel.context=1"])
-def test_layouts_write_the_same_responses(warm, layout):
-    options = ("run.num_steps=1", "evaluation=none", "objective=grpo", "rollout.batch_size=8", LOOP.format("two_turns"))
+def test_two_pipeline_stages_write_the_same_responses(warm):
+    options = (
+        "run.num_steps=1",
+        "evaluation=none",
+        "objective=grpo",
+        "objective.actor_freeze_steps=0",
+        "rollout.batch_size=8",
+        by_loop("two_turns"),
+    )
     one, two = warm("one"), warm("two")
     assert invoke(*options, f"run.dir={one}").returncode == 0
-    outcome = invoke(*options, layout, f"run.dir={two}", num_processes=2)
+    outcome = invoke(*options, "parallel.pipeline=2", f"run.dir={two}", num_processes=2)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     assert responses(one) == responses(two) and len(responses(one)) == 32
     metrics = [json.loads((each / "metrics.jsonl").read_text().splitlines()[0])["metrics"] for each in (one, two)]
@@ -42,9 +46,3 @@ def test_layouts_write_the_same_responses(warm, layout):
     assert metrics[1]["policy/grad_norm"] == pytest.approx(metrics[0]["policy/grad_norm"], rel=1e-3)
     assert max(each["policy/rollout_logprob_difference"] for each in metrics) < 1e-4
     assert metrics[0]["rollout/inserted_tokens"] > 10
-
-
-def test_loop_that_fails_is_one_clear_error_on_every_rank(warm):
-    outcome = invoke(LOOP.format("fails"), "evaluation=none", f"run.dir={warm()}", "parallel.tensor=2", num_processes=2)
-    assert outcome.returncode != 0 and "Traceback" not in outcome.stderr
-    assert f"rollout.generation.function = {__name__}.fails raised LookupError: Compute " in outcome.stderr
