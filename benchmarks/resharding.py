@@ -35,6 +35,7 @@ from oreal_megatron.rollout.sglang_engine import SGLangEngine
 from oreal_megatron.servers.pool import ServerPool
 from oreal_megatron.servers.server_kinds import LaunchedServer
 from oreal_megatron.stopping import StopRequest
+from oreal_megatron.timeline import Timeline
 from oreal_megatron.weight_sync.p2p import rounds
 from oreal_megatron.weight_sync.planner import num_elements, plan_resharding
 from oreal_megatron.weight_sync.publisher import build_publisher
@@ -129,6 +130,7 @@ def measure(
         groups,
         directory=directory,
         stop=StopRequest(),
+        timeline=Timeline(),
         dtype="bfloat16",
         stop_token_id=0,
         max_sequence_length=128,

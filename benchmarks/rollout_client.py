@@ -24,6 +24,7 @@ from oreal_megatron.distributed.groups import parallel_groups
 from oreal_megatron.models.policy import build_policy
 from oreal_megatron.rollout.build_sglang import build_sglang_engine
 from oreal_megatron.stopping import StopRequest
+from oreal_megatron.timeline import Timeline
 from oreal_megatron.types import GenerationRequest
 
 CONCURRENCY = 32
@@ -92,6 +93,7 @@ def main() -> None:
             groups,
             directory=directory,
             stop=StopRequest(),
+            timeline=Timeline(),
             dtype="float32",
             stop_token_id=STOP,
             max_sequence_length=MODEL.max_sequence_length,

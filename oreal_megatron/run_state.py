@@ -27,6 +27,7 @@ from oreal_megatron.rollout.engine import RolloutEngine
 from oreal_megatron.rollout.sampler import Sampler
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.stopping import StopRequest
+from oreal_megatron.timeline import Timeline
 from oreal_megatron.types import Benchmark, Prompt
 from oreal_megatron.verifier import StagedVerifier
 
@@ -58,6 +59,7 @@ class Run:
     groups: ParallelGroups
     packer: Packer
     tracker: Tracker
+    timeline: Timeline
     store: CheckpointStore
     exporter: Exporter
     sampler: Sampler

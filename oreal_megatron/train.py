@@ -13,7 +13,7 @@ from torch import Tensor
 from oreal_megatron.checkpoint.store import Best, is_better, step_name
 from oreal_megatron.config import TrainConfig
 from oreal_megatron.data.packing import PackedSequence, TokenBatch
-from oreal_megatron.distributed.profiling import profiled
+from oreal_megatron.distributed.profiling import gather_timeline, profiled
 from oreal_megatron.distributed.step_timer import StepTimer
 from oreal_megatron.evaluation import areas_under_curve, evaluate_run
 from oreal_megatron.losses.advantages import (
@@ -74,13 +74,17 @@ def train(run: Run) -> None:
             while progress.step < run.num_steps:
                 if run.groups.any_rank(run.stop.is_made):
                     raise Stopped("stopped between two steps")
-                with profiled(run.directory, run.config.tracking, step=progress.step, rank=run.groups.rank):
+                step = progress.step
+                run.timeline.begin(step)
+                profiling = profiled(run.directory, run.config.tracking, step=step, rank=run.groups.rank)
+                with profiling, run.timeline.recorded(f"step {step}"):
                     report = step_of_mode(run)
                 run.tracker.step(report)
                 bar.advance()
                 progress.step += 1
                 run.store.finish(wait=False)
                 evaluate_and_save(run)
+                gather_timeline(run.timeline, run.groups, step=step)
         if not run.num_steps:
             logger.info("run.num_steps = 0: nothing is trained")
     except Stopped:
@@ -111,7 +115,7 @@ def train_step(run: Run) -> StepReport:
         UpdateRefused: see `train`; the message names the step.
         Stopped: a stop was asked for while responses were generated.
     """
-    config, step, clock = run.config, run.progress.step, StepTimer()
+    config, step, clock = run.config, run.progress.step, StepTimer(run.timeline.phase)
     run.groups.seed_generators(derive_seed(config.run.seed, "generators", step))
     sampled = replayed(run) if config.run.mode == "replay" else rolled_out(run, clock)
     graded = sampled.groups
@@ -186,7 +190,7 @@ def supervised_step(run: Run) -> StepReport:
         UpdateRefused: the gradient norm is not finite; the message names the step and the conversations.
     """
     assert run.sft is not None
-    step, clock = run.progress.step, StepTimer()
+    step, clock = run.progress.step, StepTimer(run.timeline.phase)
     run.groups.seed_generators(derive_seed(run.config.run.seed, "generators", step))
     sequences = run.sft.batch(step)
     with clock("policy"), run.policy.on_device():
@@ -252,13 +256,15 @@ def evaluate_and_save(run: Run) -> None:
         if config.is_sft and run.benchmarks and step:
             with run.policy.on_device():
                 run.engine.publish(progress.weight_version)
-        metrics = evaluate_run(run).metrics
+        with run.timeline.recorded("evaluation"):
+            metrics = evaluate_run(run).metrics
         progress.evaluated_step = step
         score = score_of(metrics, run.benchmarks)
         if is_better(score, progress.best):
             progress.best = Best(step=step, score=score)
     if last or is_multiple(step, config.run.checkpoint_every) or (progress.best and progress.best.step == step):
-        save(run, wait=last)
+        with run.timeline.recorded("save"):
+            save(run, wait=last)
     run.exporter.update()
 
 

@@ -322,5 +322,7 @@ class GenerationRequest:
     """Limit of the whole response, with the tokens of `partial`."""
     question: str = ""
     """Question of the prompt, for a loop of several turns."""
+    label: str = ""
+    """Batch, prompt and sample of the response, such as `step_000003 12#0`, for timelines."""
     partial: Completion | None = None
     """Beginning of the response from an earlier step, to go on from; a finished response is returned as it is."""

@@ -36,6 +36,7 @@ from oreal_megatron.metrics import Tracker
 from oreal_megatron.preflight import check_startable, geometry_of_run
 from oreal_megatron.rollout.journal import RolloutJournal
 from oreal_megatron.stopping import StopRequest
+from oreal_megatron.timeline import Timeline
 from oreal_megatron.types import Benchmark, Prompt
 from oreal_megatron.verifier import StagedVerifier, build_verifier
 
@@ -54,6 +55,7 @@ class Workspace:
     directory: Path
     groups: ParallelGroups
     tracker: Tracker
+    timeline: Timeline
     verifier: StagedVerifier
     tokenizer: PreTrainedTokenizerBase
     renderer: PromptRenderer
@@ -115,6 +117,8 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
             config.run.seed,
             directory,
         )
+        timeline = Timeline(directory / "timeline", config.tracking.timeline, rank=groups.rank)
+        stack.callback(timeline.close)
         verifier = stack.enter_context(contextlib.closing(build_verifier(config.verifier, reward_function(config))))
         journal = stack.enter_context(contextlib.closing(RolloutJournal(directory / "journal", groups)))
         geometry = geometry_of_run(config.model)
@@ -158,6 +162,7 @@ def opened_workspace(config: TrainConfig, stop: StopRequest) -> Iterator[Workspa
             directory=directory,
             groups=groups,
             tracker=tracker,
+            timeline=timeline,
             verifier=verifier,
             tokenizer=tokenizer,
             renderer=renderer,

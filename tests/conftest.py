@@ -72,7 +72,9 @@ def single_process() -> Iterator[Any]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of one finished tiny run."""
     directory = tmp_path_factory.mktemp("runs") / "finished"
-    outcome = command_line(*TINY, f"run.dir={directory}", "tracking.profile=[1,1]", new_interpreter=True)
+    outcome = command_line(
+        *TINY, f"run.dir={directory}", "tracking.profile=[1,1]", "tracking.timeline=[1,2]", new_interpreter=True
+    )
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     return directory
 

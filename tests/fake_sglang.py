@@ -23,6 +23,7 @@ from oreal_megatron.config import SGLangConfig
 from oreal_megatron.servers.pool import ServerPool
 from oreal_megatron.servers.server import ServerSettings
 from oreal_megatron.servers.server_process import NO_WEIGHTS, Launcher, ServerStartError
+from oreal_megatron.timeline import Timeline
 
 LOADER = "fake.load"
 STOP = 7
@@ -332,17 +333,26 @@ class FakeServers:
         """Returns the server that was last launched for an index."""
         return next(server for number, server in reversed(self.started) if number == index)
 
-    def settings(self, check: Any = lambda url, found: None, run: str = "run", **options: Any) -> ServerSettings:
+    def settings(
+        self,
+        check: Any = lambda url, found: None,
+        run: str = "run",
+        timeline: Timeline | None = None,
+        **options: Any,
+    ) -> ServerSettings:
         """Returns settings with short time limits. options: of rollout.sglang."""
         config = sglang_config(**options)
         launcher = FakeLauncher(
             config=config, model=self._directory / "servers" / "model", weight_loader=LOADER, dtype="float32",
             max_sequence_length=256, logs=self._directory, fakes=self,
         )  # fmt: skip
-        return ServerSettings(config=config, launcher=launcher, check=check, run=run, poll_seconds=0.01)
+        timeline = Timeline() if timeline is None else timeline
+        return ServerSettings(
+            config=config, launcher=launcher, check=check, run=run, poll_seconds=0.01, timeline=timeline
+        )
 
     def pool(self, *urls: str, **options: Any) -> ServerPool:
-        """Returns a pool; without URLs it launches servers. options: of rollout.sglang."""
+        """Returns a pool; without URLs it launches servers. options: of `settings`."""
         settings = self.settings(urls=urls, **options)
         return ServerPool(settings, stop_token_id=STOP, config_json={})
 

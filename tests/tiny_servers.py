@@ -18,6 +18,7 @@ from oreal_megatron.log import PACKAGE
 from oreal_megatron.models.virtual_stages import chunks_of
 from oreal_megatron.rollout.build_sglang import build_sglang_engine
 from oreal_megatron.stopping import StopRequest
+from oreal_megatron.timeline import Timeline
 from oreal_megatron.weight_sync.disk import DiskTransport
 from oreal_megatron.weight_sync.source import PolicyShards
 from tests.tiny_models import as_policy
@@ -120,6 +121,7 @@ def open_servers(groups: Any, source: Path, directory: Path, *, run: str = RUN, 
         groups,
         directory=directory,
         stop=StopRequest(),
+        timeline=Timeline(),
         dtype=dtype,
         stop_token_id=STOP,
         max_sequence_length=MAX_SEQUENCE_LENGTH,

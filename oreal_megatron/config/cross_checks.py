@@ -430,12 +430,12 @@ def _check_decoding(
 
 
 @check("tracking", "resources")
-def _check_profile(tracking: TrackingConfig, resources: ResourcesConfig) -> Iterator[Violation]:
-    steps = tracking.profile
-    if steps is not None and steps[0] > steps[1]:
-        remedy = f"The last step comes before the first. Set it to [{steps[1]},{steps[0]}]."
-        yield Violation("tracking.profile", steps, remedy)
-    if tracking.memory_snapshot and steps is None:
+def _check_recorded_steps(tracking: TrackingConfig, resources: ResourcesConfig) -> Iterator[Violation]:
+    for name, steps in (("profile", tracking.profile), ("timeline", tracking.timeline)):
+        if steps is not None and steps[0] > steps[1]:
+            remedy = f"The last step comes before the first. Set it to [{steps[1]},{steps[0]}]."
+            yield Violation(f"tracking.{name}", steps, remedy)
+    if tracking.memory_snapshot and tracking.profile is None:
         remedy = "Snapshots are of profiled steps. Set tracking.profile, such as [3,4]."
         yield Violation("tracking.memory_snapshot", True, remedy)
     if tracking.memory_snapshot and resources.device == "cpu":

@@ -211,6 +211,9 @@ class TrackingConfig(Section):
     profile: StepRange | None
     """First and last step that torch's profiler records, such as [3, 4]: traces/ below run.dir has a trace of each rank
     and step, for https://ui.perfetto.dev. null: none."""
+    timeline: StepRange | None
+    """First and last step whose timeline is written, such as [3, 4]: phases of the trainer, and requests and states of
+    the servers, as one trace in timeline/ below run.dir, for https://ui.perfetto.dev. null: none."""
     memory_snapshot: bool
     """Write a snapshot of the device's memory with each trace, for https://pytorch.org/memory_viz. Needs a GPU."""
 

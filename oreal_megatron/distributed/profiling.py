@@ -1,4 +1,4 @@
-"""Traces of torch's profiler, and snapshots of device memory, for chosen steps."""
+"""Traces of torch's profiler, snapshots of device memory, and the timeline, for chosen steps."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from oreal_megatron.config import TrackingConfig
+from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -51,3 +53,20 @@ def _memory_snapshot(path: Path) -> Iterator[None]:
     finally:
         torch.cuda.memory._dump_snapshot(str(path))
         torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def gather_timeline(timeline: Timeline, groups: ParallelGroups, *, step: int) -> None:
+    """Gathers what the replicas' first ranks recorded of a step; writes the trace after the last of the steps.
+
+    Every rank calls it.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    if not timeline.has(step):
+        return
+    recordings = groups.gather_to_main(timeline.take(is_last=timeline.ends_with(step)))
+    timeline.keep(recordings)
+    if timeline.ends_with(step):
+        with groups.together():
+            timeline.write()

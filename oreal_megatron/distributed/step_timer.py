@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -18,8 +18,10 @@ class StepTimer:
     The total runs from the construction of the timer. Phases do not nest.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, record: Callable[[str, float, float], None] = lambda phase, start, end: None) -> None:
+        """Begins the total. record: called with every phase, its start and its end, in seconds of time.perf_counter."""
         self._start = time.perf_counter()
+        self._record = record
         self._seconds: dict[str, float] = {}
         self._peaks: dict[str, int] = {}
 
@@ -29,7 +31,9 @@ class StepTimer:
         reset_peak_memory()
         with torch.profiler.record_function(phase):
             yield
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+        end = time.perf_counter()
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + end - start
+        self._record(phase, start, end)
         if (peak := peak_memory()) is not None:
             self._peaks[phase] = max(peak, self._peaks.get(phase, 0))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from oreal_megatron.servers.pool import ServerPool
 from oreal_megatron.servers.server import ServerSettings
 from oreal_megatron.servers.server_process import Launcher, start_directory
 from oreal_megatron.stopping import StopRequest
+from oreal_megatron.timeline import Timeline
 from oreal_megatron.weight_sync.publisher import build_publisher
 from oreal_megatron.weight_sync.sglang_layout import LOADER
 from oreal_megatron.weight_sync.source import PolicyShards
@@ -32,6 +34,7 @@ def build_sglang_engine(
     *,
     directory: Path,
     stop: StopRequest,
+    timeline: Timeline,
     dtype: str,
     stop_token_id: int,
     max_sequence_length: int,
@@ -43,9 +46,9 @@ def build_sglang_engine(
     """Builds an engine whose servers start, or are attached to, at its first publication. Every rank calls it.
 
     geometry: with vocab_size. directory: of the run, for its id, servers' logs and the weights of the transport `disk`.
-    stop: ends waits for servers. dtype: dtype that servers compute in. timeout_seconds: limit of the groups'
-    collectives. model_path: the policy's Hugging Face directory; None if only its geometry is known. kv_tokens: see
-    Launcher. first_device: index of the servers' first device on a machine.
+    stop: ends waits for servers. timeline: recorder of this process. dtype: dtype that servers compute in.
+    timeout_seconds: limit of the groups' collectives. model_path: the policy's Hugging Face directory; None if only its
+    geometry is known. kv_tokens: see Launcher. first_device: index of the servers' first device on a machine.
 
     Raises:
         ValueError: the model does not split over a server's ranks.
@@ -70,7 +73,7 @@ def build_sglang_engine(
     )
     return SGLangEngine(
         ServerPool(
-            settings,
+            replace(settings, timeline=timeline),
             stop_token_id=stop_token_id,
             config_json=described,
             replica=groups.data_rank,

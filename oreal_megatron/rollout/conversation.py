@@ -92,6 +92,7 @@ class Conversation:
             # The first turn has the response's own seed, so that a loop of one turn generates what no loop would.
             seed=derive_seed(seed, "turn", self._num_turns) if self._num_turns else seed,
             max_new_tokens=self.room if max_new_tokens is None else min(max_new_tokens, self.room),
+            label=self._request.label,
         )
         self._answer = asyncio.get_running_loop().create_future()
         self._changed()

@@ -162,7 +162,10 @@ class Sampler:
         """
         asked = [(prompt, index) for prompt in prompts for index in range(num_samples)]
         requests = [
-            self._request(prompt, seed_of(prompt, index), sampling, partial.get((prompt.id, index)))
+            replace(
+                self._request(prompt, seed_of(prompt, index), sampling, partial.get((prompt.id, index))),
+                label=f"{batch_name} {prompt.id}#{index}",
+            )
             for prompt, index in asked
         ]
         return SampleCall(

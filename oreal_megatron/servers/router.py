@@ -206,12 +206,16 @@ class Router:
                 continue
             rid = f"{self._token}-{uuid.uuid4().hex[:12]}"
             queue.at_servers[rid] = server.client
+            self._settings.timeline.request_begins(rid, queue.requests[index].label, server.index)
+            answer: dict[str, Any] = {"finish": "refused"}
             try:
                 generated = await server.client.generate(
                     rid, queue.input_ids(index), queue.options(index, self._stop_token_id)
                 )
+                answer = _described(generated)
                 completion = self._completion(server, index, generated)
             except (ServerLost, _StaleAnswer, asyncio.CancelledError) as error:
+                answer["finish"] = "cancelled" if isinstance(error, asyncio.CancelledError) else str(error)
                 if not queue.finished.is_set():
                     lost_with = (
                         ServerLost(f"{server.url} was lost") if isinstance(error, asyncio.CancelledError) else error
@@ -220,6 +224,7 @@ class Router:
                 raise
             finally:
                 del queue.at_servers[rid]
+                self._settings.timeline.request_ends(rid, answer)
                 self._remove(server, index)
             if completion.finish_reason is None and not queue.is_ending:
                 self._put_back(index, ServerLost(f"{server.url}: another client aborted {rid}"))
@@ -271,6 +276,12 @@ class Router:
 
 class _StaleAnswer(Exception):
     """A server answered with other weights than the current weights."""
+
+
+def _described(generated: Generated) -> dict[str, Any]:
+    """Returns what a timeline shows of an answer."""
+    weights = ", ".join(sorted(generated.weight_labels))
+    return {"finish": generated.finish["type"], "tokens": len(generated.token_ids), "weights": weights}
 
 
 def _raise_failure(task: asyncio.Task[None]) -> None:

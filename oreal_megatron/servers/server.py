@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar
 
@@ -25,6 +26,7 @@ from oreal_megatron.servers.client import (
 )
 from oreal_megatron.servers.fingerprint import check_options
 from oreal_megatron.servers.server_process import OFFLOADED, Launcher, ServerStartError
+from oreal_megatron.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,8 @@ class ServerSettings:
     """Id of the run, which stays over its restarts; a part of the weights' labels."""
     poll_seconds: float = 0.5
     """Seconds between two attempts to reach a server."""
+    timeline: Timeline = field(default_factory=Timeline)
+    """Recorder of requests and states; that of the run, or one that records nothing."""
 
 
 class SGLangServer(ABC):
@@ -144,6 +148,7 @@ class SGLangServer(ABC):
         if state not in self.transitions[self._state]:
             raise AssertionError(f"rollout server {self.index} cannot go from {self._state} to {state}")
         self._state, self._label, self._reason = state, label, reason
+        self._settings.timeline.state(self.index, self.url, state.value, reason or f"weights {label}")
         level = _LOG_LEVELS.get(state, logging.DEBUG if reason is None else logging.WARNING)
         logger.log(level, "rollout server %d %s: %s", self.index, state.value, reason or f"weights {label}")
 
@@ -238,12 +243,14 @@ class SGLangServer(ABC):
         try:
             if not self.is_up:  # lost while the caller waited for the lock
                 return False
+            start = time.perf_counter()
             if WEIGHTS in self._released_tags:
                 await self.client.resume_memory_occupation([WEIGHTS])
                 self._released_tags -= {WEIGHTS}
             else:
                 await self.client.pause_generation()
             await self.client.begin_weight_update()
+            self._settings.timeline.pause(self.index, start)
             self._set_state(_UPDATING)
             is_paused = True
         except (ServerLost, RequestRefused) as error:

@@ -8,6 +8,7 @@ import json
 import pytest
 import yaml
 
+from oreal_megatron.metrics import read_metrics
 from tests.tiny import command_line, invoke, metrics_of
 
 pytestmark = pytest.mark.end_to_end
@@ -260,3 +261,22 @@ def test_a_profiled_step_has_a_trace_with_its_phases(finished):
     with gzip.open(trace) as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert {"generate", "verify", "reward_model", "publish", "aten::mm"} <= names
+
+
+def test_a_timeline_has_the_phases_of_its_steps(finished):
+    (path,) = (finished / "timeline").iterdir()
+    assert path.name == "steps_000001_000002.json"
+    phases = [event for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
+    steps = {event["name"]: event for event in phases if event["name"].startswith("step ")}
+    assert list(steps) == ["step 1", "step 2"]
+    seconds = {record["step"]: record["seconds"] for record in read_metrics(finished)[0]}
+    for step in (1, 2):
+        whole = steps[f"step {step}"]
+        within = [e for e in phases if whole["ts"] <= e["ts"] < whole["ts"] + whole["dur"] and e is not whole]
+        assert all(e["ts"] + e["dur"] <= whole["ts"] + whole["dur"] for e in within)
+        found = {name: sum(e["args"]["seconds"] for e in within if e["name"] == name) for name in seconds[step]}
+        assert found | {"total": 0} == pytest.approx(seconds[step] | {"total": 0}, abs=1e-6)
+        assert seconds[step]["total"] == pytest.approx(whole["args"]["seconds"], rel=0.2)
+    # An evaluation and a checkpoint are due after the first of the two steps.
+    after = [event["name"] for event in phases if event["ts"] >= steps["step 1"]["ts"] + steps["step 1"]["dur"]]
+    assert after.index("evaluation") < after.index("save") < after.index("step 2")

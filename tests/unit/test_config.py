@@ -138,6 +138,7 @@ def test_violations_come_all_at_once(composed):
         ("objective.importance_token_band=[1.1,2.0]", "objective.importance_token_band"),
         ("objective.importance_response_band=[2.0,0.5]", "objective.importance_response_band"),
         ("tracking.profile=[4,3]", "tracking.profile"),
+        ("tracking.timeline=[4,3]", "tracking.timeline"),
         ("tracking.memory_snapshot=true", "tracking.memory_snapshot"),
         ("tracking.memory_snapshot=true tracking.profile=[3,4]", "tracking.memory_snapshot"),
         ("rollout=sglang rollout.sglang.placement=colocated resources.trainer_devices=1", "rollout.sglang.transport"),
