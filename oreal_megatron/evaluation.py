@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
@@ -116,9 +117,9 @@ def own_metrics(
         for name, function in metric_functions(config).items() if groups.is_main else ():
             value = function(greedy=list(greedy), sampled=[list(group) for group in sampled])
             what = f"evaluation.functions.{name} = {config.functions[name].path}"
-            if name in known:
+            if name in known or name.startswith("reward_model_"):
                 raise ValueError(f"{what}: there is a metric of this name. Give it another name")
-            if not isinstance(value, int | float):
+            if not isinstance(value, numbers.Real):
                 raise ValueError(f"{what} returned a {type(value).__name__}; return a number")
             found[name] = float(value)
     return groups.from_main(found)

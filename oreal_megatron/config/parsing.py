@@ -84,7 +84,7 @@ def _unwritable(value: Any, key: str = "") -> Iterator[Violation]:
 _MAY_CHANGE = (
     "run.dir",  # the directory may have been moved
     "run.num_steps",
-    "optimizer.policy.decay_steps",  # null means run.num_steps
+    "optimizer.policy.decay_steps",  # null means all updates of run.num_steps
     "optimizer.reward_model.decay_steps",
     "run.checkpoint_every",
     "run.keep_checkpoints",
