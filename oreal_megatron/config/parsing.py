@@ -94,6 +94,8 @@ _MAY_CHANGE = (
     "tracking.",
     "parallel.",
     "rollout.sglang.",
+    "rollout.schedule",  # what was trained so far stays; rollouts that are too old are generated again
+    "rollout.max_staleness",
     "rollout.mismatch",  # limits, which may be null
     "rollout.undecided",
     "resources.",
@@ -122,7 +124,7 @@ ADDED: dict[str, Any] = {
     "sft.overlong": "refuse",
     "rollout.reward": None,
     "rollout.schedule": "in_turn",
-    "rollout.max_staleness": 0,
+    "rollout.max_staleness": None,
 }
 
 # Further keys that may change when fine-tuning resumes; of a warm start they made the initial policy.
