@@ -42,9 +42,8 @@ def evaluate_run(run: Run) -> EvaluationReport:
         results = [evaluate_benchmark(each, generate, run.config.evaluation.sampling) for each in run.benchmarks]
     for benchmark, (greedy, sampled) in zip(run.benchmarks, results, strict=True):
         responses = all_responses(greedy, sampled)
-        run.sampler.check_undecided(
-            f"evaluation on {benchmark.name}", undecided(responses), len(responses), [batch_name]
-        )
+        names = [batch_name, *(run.ahead.batch_names if run.ahead is not None else ())]
+        run.sampler.check_undecided(f"evaluation on {benchmark.name}", undecided(responses), len(responses), names)
         by_problem = scores_on_every_rank(
             greedy, sampled, run.verifier.are_equal, ks=[benchmark.samples], groups=run.groups
         )

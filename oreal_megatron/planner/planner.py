@@ -42,7 +42,7 @@ class Plan:
         rollout = self.sizes.config.rollout
         if rollout.schedule == "in_turn":
             return sum(self.seconds.values())
-        return simulate(self.setting(), rollout.schedule, rollout.max_staleness).step_seconds
+        return simulate(self.setting(), rollout.schedule, rollout.staleness_bound).step_seconds
 
     def setting(self) -> Setting:
         """Returns what the simulation of schedules needs, of servers on devices of their own."""
@@ -67,7 +67,7 @@ class Plan:
         servers = config.rollout.sglang if config.generates else None
         if self.seconds is None or servers is None or servers.shares_devices or config.rollout.long_tail is not None:
             return []
-        setting, bound = self.setting(), max(config.rollout.max_staleness, 2)
+        setting, bound = self.setting(), max(config.rollout.staleness_bound, 2)
         rows = [("in_turn", 0), ("one_ahead", 1), *(("continuous", staleness) for staleness in {1, bound})]
         return [simulate(setting, schedule, staleness) for schedule, staleness in rows]
 
