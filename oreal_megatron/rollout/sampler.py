@@ -318,7 +318,7 @@ class Sampler:
         """Warns, or ends the run, where the share of UNDECIDED responses is above its limits. Every rank calls it.
 
         what: the responses, in words, for the message. undecided: those of them that are UNDECIDED. batch_names: the
-        calls of `sample` that gave the responses.
+        batches whose UNDECIDED responses are graded again then: those of the responses, and others of the same time.
 
         Raises:
             TooManyUndecided: the share is above rollout.undecided.stop.
