@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from oreal_megatron.rollout.sampler import Sampler
 from oreal_megatron.rollout.sglang_engine import SGLangEngine
 from oreal_megatron.run_state import Run
 from oreal_megatron.workspace import Workspace
+
+logger = logging.getLogger(__name__)
 
 
 def build_run(workspace: Workspace) -> Run:
@@ -108,6 +111,11 @@ def _rollouts_ahead(workspace: Workspace, sampler: Sampler, engine: RolloutEngin
     if config.rollout.schedule == "in_turn":
         return None
     assert isinstance(engine, SGLangEngine)
+    if config.rollout.schedule == "one_ahead" and config.rollout.mismatch is not None:
+        logger.warning(
+            "rollout.mismatch compares tokens of the newest weights, and rollout.schedule = one_ahead trains tokens of "
+            "the weights before them: its limits hold for the first step, and after steps without an update"
+        )
     ahead = RolloutsAhead(
         sampler,
         engine,

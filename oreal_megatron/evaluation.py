@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
@@ -41,9 +42,8 @@ def evaluate_run(run: Run) -> EvaluationReport:
         results = [evaluate_benchmark(each, generate, run.config.evaluation.sampling) for each in run.benchmarks]
     for benchmark, (greedy, sampled) in zip(run.benchmarks, results, strict=True):
         responses = all_responses(greedy, sampled)
-        run.sampler.check_undecided(
-            f"evaluation on {benchmark.name}", undecided(responses), len(responses), [batch_name]
-        )
+        names = [batch_name, *(run.ahead.batch_names if run.ahead is not None else ())]
+        run.sampler.check_undecided(f"evaluation on {benchmark.name}", undecided(responses), len(responses), names)
         by_problem = scores_on_every_rank(
             greedy, sampled, run.verifier.are_equal, ks=[benchmark.samples], groups=run.groups
         )
@@ -116,9 +116,9 @@ def own_metrics(
         for name, function in metric_functions(config).items() if groups.is_main else ():
             value = function(greedy=list(greedy), sampled=[list(group) for group in sampled])
             what = f"evaluation.functions.{name} = {config.functions[name].path}"
-            if name in known:
+            if name in known or name.startswith("reward_model_"):
                 raise ValueError(f"{what}: there is a metric of this name. Give it another name")
-            if not isinstance(value, int | float):
+            if not isinstance(value, numbers.Real):
                 raise ValueError(f"{what} returned a {type(value).__name__}; return a number")
             found[name] = float(value)
     return groups.from_main(found)

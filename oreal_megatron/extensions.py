@@ -96,6 +96,17 @@ def prompt_function(config: PromptConfig) -> Callable[..., Any] | None:
     return None if config.function is None else load_function("prompt.function", config.function, PROMPT_PARAMETERS)
 
 
+def source_of(function: Callable[..., Any]) -> str:
+    """Returns the source of the module of a user's function; empty where there is none."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    module = inspect.getmodule(inspect.unwrap(function))
+    try:
+        return "" if module is None else inspect.getsource(module)
+    except (OSError, TypeError):
+        return ""
+
+
 def metric_functions(config: EvaluationConfig) -> dict[str, Callable[..., Any]]:
     """Returns the functions of `evaluation.functions` by name. Raises ConfigError as `objective_function` does."""
     return {

@@ -15,6 +15,8 @@ from typing import IO, Any
 
 import orjson
 
+_BLOCK_BYTES = 1 << 16
+
 
 def json_line(record: Mapping[str, Any]) -> bytes:
     """Returns a record as one line of JSON, with its line end. Numpy arrays are lists; NaN and infinity are null."""
@@ -68,13 +70,23 @@ def open_log(path: Path) -> IO[bytes]:
     with naming(path):
         is_new = not path.exists()
         file = path.open("a+b")
-        file.seek(0)
-        content = file.read()
-        if not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
+        file.truncate(_end_of_last_line(file))
         if is_new:
             sync(path.parent)
         return file
+
+
+def _end_of_last_line(file: IO[bytes]) -> int:
+    """Returns the offset behind the last line end of an open file; 0 without one. Reads the end of the file only."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(end - _BLOCK_BYTES, 0)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def append_line(file: IO[bytes], line: bytes) -> None:

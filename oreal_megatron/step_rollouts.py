@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from oreal_megatron.checkpoint.store import step_name
@@ -24,13 +25,13 @@ def rolled_out(run: Run, clock: StepTimer) -> SampleResult:
         with run.engine.generation_context(run.policy.on_device):
             sampled = generated_now(run, clock) if run.ahead is None else generated_ahead(run, run.ahead, clock)
         responses = [graded for group in sampled.groups for graded in group]
-        run.sampler.check_undecided(name.replace("_", " "), undecided(responses), len(responses), [name])
+        # What makes a step's responses UNDECIDED has made those of the later steps UNDECIDED too.
+        names = [name] if run.ahead is None else run.ahead.batch_names
+        run.sampler.check_undecided(name.replace("_", " "), undecided(responses), len(responses), names)
     except (Stopped, TooManyUndecided):
         # Nothing was trained on these prompts. The checkpoint that follows has the stream draw them again.
         if run.ahead is None:
             run.stream.load_state_dict(position)
-        else:
-            run.ahead.settle()
         raise
     run.stream.put_back(sampled.unfinished)
     run.stream.observe(sampled.groups)
@@ -90,12 +91,35 @@ def replayed(run: Run) -> SampleResult:
     return SampleResult(groups=on_every_rank(graded, run.groups), unfinished=[], metrics={})
 
 
-def settled(run: Run, clock: StepTimer) -> float | None:
-    """Ends generation for later steps, so that weights can be published; returns the seconds in which servers had work.
+def published(run: Run, clock: StepTimer) -> Mapping[str, float]:
+    """Publishes the policy as the progress's weight version; servers generate ahead until the weights can be sent.
 
-    None where a step generates its own rollouts.
+    Returns metrics for the step's report.
     """
-    if run.ahead is None:
-        return None
-    with clock("generate"):
-        return run.ahead.settle()
+    version = run.progress.weight_version
+    with clock("publish"), run.policy.on_device():
+        if run.ahead is None:
+            return run.engine.publish(version)
+        run.ahead.prepare(version)
+    with clock("settle"):
+        run.ahead.settle()
+    with clock("publish"), run.policy.on_device():
+        return run.engine.publish(version)
+
+
+def begin_ahead(run: Run, step: int) -> None:
+    """Has the servers generate for `step`, the next to train, and later steps, where rollouts are generated ahead."""
+    if run.ahead is not None:
+        run.ahead.begin(step, run.stream.draw)
+
+
+def pause_ahead(run: Run) -> None:
+    """Ends generation and grading for later steps, so that an evaluation has servers and verifier for itself."""
+    if run.ahead is not None:
+        run.ahead.pause()
+
+
+def keep_ahead(run: Run) -> None:
+    """Ends generation for later steps, and keeps what there is of their responses for the next start."""
+    if run.ahead is not None:
+        run.ahead.keep()

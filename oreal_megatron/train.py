@@ -43,7 +43,7 @@ from oreal_megatron.step import (
     with_reference,
     with_token_weights,
 )
-from oreal_megatron.step_rollouts import replayed, rolled_out, settled
+from oreal_megatron.step_rollouts import begin_ahead, keep_ahead, pause_ahead, published, replayed, rolled_out
 from oreal_megatron.stopping import Stopped, TooManyUndecided
 from oreal_megatron.supervised import update_supervised
 from oreal_megatron.trajectories import to_records
@@ -87,11 +87,11 @@ def train(run: Run) -> None:
                 gather_timeline(run.timeline, run.groups, step=step)
         if not run.num_steps:
             logger.info("run.num_steps = 0: nothing is trained")
-    except Stopped:
+    except (Stopped, TooManyUndecided) as ending:
+        keep_ahead(run)
         save(run, wait=True)
-        raise Stopped(where_stopped(run)) from None
-    except TooManyUndecided:
-        save(run, wait=True)
+        if isinstance(ending, Stopped):
+            raise Stopped(where_stopped(run)) from None
         raise
     except UpdateRefused:
         run.store.finish(wait=True)
@@ -123,9 +123,8 @@ def train_step(run: Run) -> StepReport:
     metrics = {**rollout_metrics(graded, selection), **sampled.metrics}
     if config.run.mode == "rollout" or not selection.trajectories:
         skipped = "rollouts only" if config.run.mode == "rollout" else selection.why_unusable
-        busy_seconds = settled(run, clock)
         save_trajectories(run, graded, selection)
-        return report_of(run, clock, metrics, busy_seconds, skipped=skipped)
+        return StepReport(step=step, skipped=skipped, metrics=metrics, **costs(run, clock))
 
     frozen = run.progress.num_usable_steps < config.objective.actor_freeze_steps
     minibatches = packed_minibatches(run, selection.trajectories)
@@ -151,15 +150,16 @@ def train_step(run: Run) -> StepReport:
             run.policy.advance_schedule(config.objective.updates.number)
     except UpdateRefused as error:
         raise UpdateRefused(f"step {step}: {error}") from error
-    busy_seconds = settled(run, clock)
     if not frozen:
         run.progress.weight_version += 1
-        with clock("publish"), run.policy.on_device():
-            metrics |= run.engine.publish(run.progress.weight_version)
+        metrics |= published(run, clock)
+        if not is_evaluated_after(run, step + 1):
+            begin_ahead(run, step + 1)
         warn_of_mismatch(run, metrics)
     run.progress.num_usable_steps += 1
     save_trajectories(run, graded, selection, batches)
-    return report_of(run, clock, metrics | {"policy/frozen": float(frozen)}, busy_seconds)
+    metrics["policy/frozen"] = float(frozen)
+    return StepReport(step=step, metrics=metrics, **costs(run, clock))
 
 
 def selected(run: Run, graded: Sequence[Sequence[GradedRollout]]) -> Selection:
@@ -207,16 +207,6 @@ def supervised_step(run: Run) -> StepReport:
     return StepReport(step=step, metrics=metrics, **seconds)
 
 
-def report_of(
-    run: Run, clock: StepTimer, metrics: Mapping[str, float], busy_seconds: float | None, *, skipped: str | None = None
-) -> StepReport:
-    """Returns the report of a step. busy_seconds: see `settled`."""
-    spent = costs(run, clock)
-    if busy_seconds is not None:
-        metrics = {**metrics, "rollout/server_idle_share": 1.0 - busy_seconds / spent["seconds"]["total"]}
-    return StepReport(step=run.progress.step, skipped=skipped, metrics=metrics, **spent)
-
-
 def costs(run: Run, clock: StepTimer) -> dict[str, Any]:
     """Returns the step's wall seconds and its peaks of memory in GiB, by phase."""
     return {"seconds": clock.seconds(), "peak_gib": clock.peak_gib(run.groups)}
@@ -250,9 +240,8 @@ def evaluate_and_save(run: Run) -> None:
         return
     step = progress.step
     last = step == run.num_steps
-    measures = bool(run.benchmarks) or (config.is_sft and config.sft is not None and config.sft.heldout is not None)
-    evaluating = measures and (step == 0 or last or is_multiple(step, config.evaluation.every))
-    if evaluating and progress.evaluated_step != step:
+    if is_evaluated_after(run, step) and progress.evaluated_step != step:
+        pause_ahead(run)
         if config.is_sft and run.benchmarks and step:
             with run.policy.on_device():
                 run.engine.publish(progress.weight_version)
@@ -262,10 +251,19 @@ def evaluate_and_save(run: Run) -> None:
         score = score_of(metrics, run.benchmarks)
         if is_better(score, progress.best):
             progress.best = Best(step=step, score=score)
+        begin_ahead(run, step)
     if last or is_multiple(step, config.run.checkpoint_every) or (progress.best and progress.best.step == step):
         with run.timeline.recorded("save"):
             save(run, wait=last)
     run.exporter.update()
+
+
+def is_evaluated_after(run: Run, num_steps: int) -> bool:
+    """Returns whether an evaluation is due after so many steps of the run."""
+    config = run.config
+    measures = bool(run.benchmarks) or (config.is_sft and config.sft is not None and config.sft.heldout is not None)
+    is_due = num_steps in (0, run.num_steps) or is_multiple(num_steps, config.evaluation.every)
+    return measures and is_due and config.run.mode != "rollout"
 
 
 def score_of(metrics: Mapping[str, float], benchmarks: Sequence[Benchmark]) -> float:

@@ -23,8 +23,7 @@ def to_records(
     """Yields a record for each rollout, to be written by `files.json_line`.
 
     trained: trajectories whose advantages are added. token_weights and token_scores (fp32, of the policy's tokens),
-    scores (logits of the
-    reward model): by rollout id. token_texts: returns tokens as text; added where a rollout has
+    scores (logits of the reward model): by rollout id. token_texts: returns tokens as text; added where a rollout has
     token weights.
     """
     advantages = {trajectory.id: trajectory.advantage for trajectory in trained}

@@ -88,6 +88,8 @@ class FakeSGLang:
     """Control requests, without repetitions in a row."""
     prompts: list[tuple[int, ...]] = field(default_factory=list)
     """input_ids of every /generate."""
+    num_tokens: int = 0
+    """Tokens of all responses, also of those that nobody waits for any more."""
     exit_code: int | None = None
     released: set[str] = field(default_factory=set)
     is_paused: bool = False
@@ -249,6 +251,7 @@ class FakeSGLang:
                 break
             ids.append(next_token(ids))
         output = ids[start:]
+        self.num_tokens += len(output)
         return {
             "output_ids": output,
             "meta_info": {

@@ -39,7 +39,7 @@ _FIXED: dict[str, Any] = {
     "model.reward_model": None,
     "rollout.long_tail": None,
     "rollout.schedule": "in_turn",
-    "rollout.max_staleness": 0,
+    "rollout.max_staleness": None,
     "tracking.tensorboard": False,
     "tracking.wandb": "disabled",
     "tracking.report": False,

@@ -336,11 +336,12 @@ def _check_objective(objective: ObjectiveConfig, rollout: RolloutConfig) -> Iter
     if o.reward_values[0] >= o.reward_values[1]:
         remedy = "The first value, of incorrect responses, must be the smaller one. Set, for example, [-1.0, 1.0]."
         yield Violation("objective.reward_values", o.reward_values, remedy)
-    always_one = o.ratio_reference == "self" and o.updates.number == 1
-    if o.clip is not None and (always_one or "logprob" in (o.positive_term, o.negative_term)):
-        remedy = "It clips ratios, which are 1 with one update a step. Set objective.positive_term=ratio, objective."
-        remedy += "negative_term=ratio and objective.ratio_reference=rollout, or objective.updates.epochs=2, or "
-        yield Violation("objective.clip", o.clip, f"{remedy}objective.clip=null.")
+    if o.clip is not None and "logprob" in (o.positive_term, o.negative_term):
+        remedy = "It clips ratios, and a term has log-probabilities. Set objective.positive_term=ratio and objective."
+        yield Violation("objective.clip", o.clip, f"{remedy}negative_term=ratio, or objective.clip=null.")
+    elif o.clip is not None and o.ratio_reference == "self" and o.updates.number == 1:
+        remedy = "With one update a step, ratios to the policy itself are 1. Set objective.ratio_reference=rollout, or "
+        yield Violation("objective.clip", o.clip, f"{remedy}objective.updates.epochs=2, or objective.clip=null.")
     if o.updates.number > 1 and o.sampler == "release":
         remedy = "The release's sampler repeats responses of a whole step. Set objective.sampler=exact, or both to 1."
         yield Violation("objective.updates", o.updates.model_dump(), remedy)

@@ -84,7 +84,7 @@ def _unwritable(value: Any, key: str = "") -> Iterator[Violation]:
 _MAY_CHANGE = (
     "run.dir",  # the directory may have been moved
     "run.num_steps",
-    "optimizer.policy.decay_steps",  # null means run.num_steps
+    "optimizer.policy.decay_steps",  # null means all updates of run.num_steps
     "optimizer.reward_model.decay_steps",
     "run.checkpoint_every",
     "run.keep_checkpoints",
@@ -94,6 +94,8 @@ _MAY_CHANGE = (
     "tracking.",
     "parallel.",
     "rollout.sglang.",
+    "rollout.schedule",  # what was trained so far stays; rollouts that are too old are generated again
+    "rollout.max_staleness",
     "rollout.mismatch",  # limits, which may be null
     "rollout.undecided",
     "resources.",
@@ -126,7 +128,7 @@ ADDED: dict[str, Any] = {
     "sft.overlong": "refuse",
     "rollout.reward": None,
     "rollout.schedule": "in_turn",
-    "rollout.max_staleness": 0,
+    "rollout.max_staleness": None,
     "prompt.date": None,
     "rollout.generation": None,
     "prompt.function": None,

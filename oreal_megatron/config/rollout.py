@@ -172,9 +172,10 @@ class RolloutConfig(Section):
     """Order of generation and training. in_turn: a step generates, then trains; one_ahead: while a step trains, the
     servers generate the next step's rollouts, which complete before new weights are published; continuous: the servers
     generate for the next max_staleness steps, and their responses go on under the new weights."""
-    max_staleness: NonNegative = 0
+    max_staleness: NonNegative | None = None
     """Largest number of policy updates between the oldest token of a trained response and the policy that it trains: 0
-    for in_turn, 1 for one_ahead, any number above 0 for continuous."""
+    for in_turn, 1 for one_ahead, any number above 0 for continuous. null: 0 for in_turn, 1 for one_ahead, 2 for
+    continuous."""
     samples_per_prompt: Positive
     """Number K of responses for each prompt."""
     sampling: SamplingConfig
@@ -195,3 +196,10 @@ class RolloutConfig(Section):
     """Early stop of generation. Needs `backend: sglang`. null: a step waits for all responses."""
     sglang: SGLangConfig | None = None
     """Settings of the servers. Needed by `backend: sglang`; null for `backend: embedded`."""
+
+    @property
+    def staleness_bound(self) -> int:
+        """max_staleness, or what the schedule needs."""
+        if self.max_staleness is not None:
+            return self.max_staleness
+        return {"in_turn": 0, "one_ahead": 1, "continuous": 2}[self.schedule]

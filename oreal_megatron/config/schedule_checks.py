@@ -14,16 +14,16 @@ __all__ = ["CHECKS"]
 
 @check("rollout")
 def _check_staleness(rollout: RolloutConfig) -> Iterator[Violation]:
-    schedule, bound = rollout.schedule, rollout.max_staleness
+    schedule, bound = rollout.schedule, rollout.staleness_bound
     if schedule == "in_turn" and bound:
-        remedy = "In turn, no rollout is generated ahead. Set it to 0, or rollout.schedule=continuous."
+        remedy = "In turn, no rollout is generated ahead. Set it to null, or rollout.schedule=continuous."
         yield Violation("rollout.max_staleness", bound, remedy)
     if schedule == "one_ahead" and bound != 1:
-        remedy = "Rollouts of the step before train with one update between. Set it to 1"
+        remedy = "Rollouts of the step before train with one update between. Set it to null"
         remedy += ", or rollout.schedule=continuous." if bound else "."
         yield Violation("rollout.max_staleness", bound, remedy)
     if schedule == "continuous" and not bound:
-        remedy = "Responses that go on under new weights are older than the policy. Set it to 1 or more."
+        remedy = "Responses that go on under new weights are older than the policy. Set it to null, or 1 or more."
         yield Violation("rollout.max_staleness", bound, remedy)
 
 
@@ -33,22 +33,22 @@ def _check_ahead(rollout: RolloutConfig) -> Iterator[Violation]:
     if schedule == "in_turn":
         return
     if rollout.backend == "embedded":
-        remedy = "The trainer's own model cannot generate while it trains. Set rollout.schedule=in_turn and "
-        yield Violation("rollout.schedule", schedule, f"{remedy}rollout.max_staleness=0, or rollout=sglang.")
+        remedy = "The trainer's own model cannot generate while it trains. Set rollout.schedule=in_turn, or "
+        yield Violation("rollout.schedule", schedule, f"{remedy}rollout=sglang.")
     if rollout.sglang is not None and rollout.sglang.shares_devices:
-        remedy = "Colocated servers stand still while the trainer works. Set rollout.schedule=in_turn and "
-        remedy += "rollout.max_staleness=0, or rollout=sglang_disaggregated."
+        remedy = "Colocated servers stand still while the trainer works. Set rollout.schedule=in_turn, or "
+        remedy += "rollout=sglang_disaggregated."
         yield Violation("rollout.schedule", schedule, remedy)
     if rollout.long_tail is not None:
         remedy = "A step has its groups from earlier generation and stops none early. Set rollout.long_tail=null, or "
-        yield Violation("rollout.schedule", schedule, f"{remedy}rollout.schedule=in_turn and rollout.max_staleness=0.")
+        yield Violation("rollout.schedule", schedule, f"{remedy}rollout.schedule=in_turn.")
     if rollout.generation is not None:
         remedy = "A function's responses of several turns are generated in turn. Set rollout.generation=null, or "
-        yield Violation("rollout.schedule", schedule, f"{remedy}rollout.schedule=in_turn and rollout.max_staleness=0.")
+        yield Violation("rollout.schedule", schedule, f"{remedy}rollout.schedule=in_turn.")
 
 
 @check("rollout", "run")
 def _check_mode(rollout: RolloutConfig, run: RunConfig) -> Iterator[Violation]:
     if rollout.schedule != "in_turn" and run.mode != "train":
-        remedy = f"run.mode={run.mode} does not train on rollouts of its own. Set rollout.schedule=in_turn and "
-        yield Violation("rollout.schedule", rollout.schedule, f"{remedy}rollout.max_staleness=0.")
+        remedy = f"run.mode={run.mode} does not train on rollouts of its own. Set rollout.schedule=in_turn."
+        yield Violation("rollout.schedule", rollout.schedule, remedy)

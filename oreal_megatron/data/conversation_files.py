@@ -131,14 +131,19 @@ class Conversations(Sequence[PackedSequence]):
 
     def num_common(self, others: Sequence[Conversations]) -> int:
         """Returns how many of the rows begin with the prompt of a row of others, whatever the case and punctuation."""
-        keys = pyarrow.chunked_array([batch["key"] for batch in self._batches], _SCHEMA.field("key").type)
+        mine = self._keys()
         common = {
             key
             for other in others
-            for batch in other._batches
-            for key in batch["key"].filter(pyarrow.compute.is_in(batch["key"], value_set=keys)).to_pylist()
+            for key in other._keys().filter(pyarrow.compute.is_in(other._keys(), value_set=mine)).to_pylist()
         }
-        return sum(key in common for key in keys.to_pylist())
+        return sum(key in common for key in mine.to_pylist())
+
+    def _keys(self) -> pyarrow.ChunkedArray:
+        """Returns the key of every conversation's prompt."""
+        return pyarrow.chunked_array([batch["key"] for batch in self._batches], _SCHEMA.field("key").type).take(
+            pyarrow.array(self._kept)
+        )
 
     def _lengths(self) -> np.ndarray:
         """Returns the number of tokens of every row."""
@@ -241,7 +246,12 @@ def _batch(records: Sequence[Rendered], renderer: PromptRenderer, digest: _Diges
 
 def _key(files: Sequence[Path], renderer: PromptRenderer, sft: SftConfig, limit: int | None) -> str:
     """Returns 16 hex digits that depend on the files' sizes and times, and on all that turns them into tokens."""
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    # A copy of another version may keep size and time of change, and then has another inode or time of its status.
+    stats = [
+        (str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+        for file in files
+        for stat in [file.stat()]
+    ]
     settings = json.dumps([_VERSION, stats, sft.turns, limit, renderer.fingerprint])
     return hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
 

@@ -86,8 +86,8 @@ class ConversationStream:
         if state["data"] != self.fingerprint:
             raise ValueError(
                 f"the checkpoint is of other records ({state['num_conversations']} conversations with fingerprint "
-                f"{state['data']}) than sft names now ({sum(self.sizes)}, {self.fingerprint}); resume with the records "
-                "of the run, or start in another run.dir"
+                f"{state['data']}) than sft names now ({sum(self.sizes)}, {self.fingerprint}), or of another version "
+                "of this package; resume with the records of the run, or start in another run.dir"
             )
 
 
@@ -167,11 +167,15 @@ def read_sft_data(
             reading.close()
             raise Stopped("stopped while records were encoded: nothing was trained; the same command starts again")
     sources, heldout = found or ([], [])
-    digest = hashlib.blake2b("".join(source.digest for source in sources).encode(), digest_size=8)
+    digests = [source.digest for source in sources]
+    # A single source's digest is that of earlier versions, whose checkpoints so go on.
+    fingerprint = (
+        digests[0] if len(digests) == 1 else hashlib.blake2b("".join(digests).encode(), digest_size=8).hexdigest()
+    )
     stream = ConversationStream(
         sizes=groups.from_main(tuple(map(len, sources))),
         weights=tuple(source.weight for source in (sft.sources or {}).values()) or (1.0,),
-        fingerprint=groups.from_main(digest.hexdigest()),
+        fingerprint=groups.from_main(fingerprint),
         batch_size=sft.batch_size,
         seed=seed,
     )

@@ -14,7 +14,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from oreal_megatron.config import PromptConfig
-from oreal_megatron.extensions import prompt_function
+from oreal_megatron.extensions import prompt_function, source_of
 from oreal_megatron.types import Prompt
 
 _CLOCK = re.compile(r"\bstrftime_now\s*\(\s*(?:(['\"])(.*?)\1\s*\))?")
@@ -70,7 +70,7 @@ class PromptRenderer:
             raise ValueError(
                 "model.tokenizer has no chat template, with which prompts are rendered; name a tokenizer that has one"
             )
-        self._check_rows([stop_token_id], f"prompt.stop_token = {config.stop_token!r}")
+        self.check_rows([stop_token_id], f"prompt.stop_token = {config.stop_token!r}")
         self.stop_token_id = stop_token_id
         self.may_exceed_model = max(tokenizer.get_vocab().values()) >= vocab_size
         """Whether the tokenizer has token ids for which the model has no row."""
@@ -83,13 +83,18 @@ class PromptRenderer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that depend on everything that turns a text into token ids: tokenizer, template and prompt."""
+        """16 hex digits that depend on everything that turns a text into token ids: tokenizer, template and prompt.
+
+        Of `prompt.function` it is the source of its module.
+        """
         tokenizer = self._tokenizer
         vocabulary = (
             tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
         )
         config = self._config.model_dump(include={"system", "user", "stop_token", "date", "function"})
         parts = [str(vocabulary), str(tokenizer.chat_template), str(tokenizer.special_tokens_map), str(config)]
+        if self._own_messages is not None:
+            parts.append(source_of(self._own_messages))
         return hashlib.blake2b("\0".join([*parts, str(self._vocab_size)]).encode(), digest_size=8).hexdigest()
 
     def token_ids(self, prompt: Prompt) -> tuple[int, ...]:
@@ -136,30 +141,38 @@ class PromptRenderer:
             messages.insert(0, {"role": "system", "content": self._config.system})
         return messages
 
-    def between_turns(self, role: str, content: str) -> tuple[int, ...]:
+    def between_turns(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
         """Returns the token ids after a turn of the assistant and its stop token, up to where its next turn begins.
 
-        role, content: the message between the two turns.
+        messages: role and content of the messages between the two turns.
 
         Raises:
-            ValueError: the chat template refuses the message or changes earlier turns, or the model has no row for a
-                token.
+            ValueError: the chat template refuses the messages, or shows what is before the assistant's turn in another
+                way because of them, or the model has no row for a token.
         """
+        asked = self._messages("question")
         turn = {"role": "assistant", "content": _PLACEHOLDER}
-        messages = [*self._messages("question"), turn, {"role": role, "content": content}]
+        added = [{"role": role, "content": content} for role, content in messages]
         try:
-            text = self.message_text(messages)
+            text = self.message_text([*asked, turn, *added])
+            alone = self.message_text(asked, opens_turn=False)
         except jinja2.TemplateError as error:
+            roles = " and ".join(sorted({repr(role) for role, _ in messages}))
             remedy = "Name another role, or append the text with its marks"
             raise ValueError(
-                f"the chat template of model.tokenizer refuses a message of the role {role!r} after the assistant's: "
+                f"the chat template of model.tokenizer refuses messages of the role {roles} after the assistant's: "
                 f"{error}. {remedy}"
             ) from error
-        _, found, between = text.partition(_PLACEHOLDER + self._config.stop_token)
+        before, found, between = text.partition(_PLACEHOLDER + self._config.stop_token)
         if not found:
             raise ValueError(
                 "the chat template of model.tokenizer does not end the assistant's turns with their content and "
                 f"prompt.stop_token = {self._config.stop_token!r}; append the text between turns with its marks"
+            )
+        if not before.startswith(alone):
+            raise ValueError(
+                "the chat template of model.tokenizer shows the question in another way where messages follow it, and "
+                "its tokens are in the prompt already; append the text between turns with its marks"
             )
         return self.text_ids(between)
 
@@ -171,14 +184,16 @@ class PromptRenderer:
         """
         return tuple(self.encode([text])[0])
 
-    def message_text(self, messages: Sequence[dict[str, str]]) -> str:
-        """Returns messages as text by the chat template, up to where the assistant's next turn begins.
+    def message_text(self, messages: Sequence[dict[str, str]], *, opens_turn: bool = True) -> str:
+        """Returns messages as text by the chat template.
+
+        opens_turn: the text goes up to where the assistant's next turn begins.
 
         Raises:
             jinja2.TemplateError: the chat template refuses the messages.
         """
         text = self._tokenizer.apply_chat_template(
-            list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=True
+            list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=opens_turn
         )
         return str(text)
 
@@ -198,7 +213,7 @@ class PromptRenderer:
         if self.may_exceed_model:
             for text, ids, place in zip(texts, encoded, places or itertools.repeat(""), strict=False):
                 shown = text if len(text) <= 200 else text[:197] + "..."
-                self._check_rows(ids, f"{place}: the text {shown!r}" if place else f"the text {shown!r}")
+                self.check_rows(ids, f"{place}: the text {shown!r}" if place else f"the text {shown!r}")
         return encoded
 
     def response_ids(self, text: str) -> tuple[int, ...]:
@@ -209,8 +224,10 @@ class PromptRenderer:
         """
         return (*self.encode([text])[0], self.stop_token_id)
 
-    def _check_rows(self, ids: Sequence[int], source: str) -> None:
+    def check_rows(self, ids: Sequence[int], source: str) -> None:
         """Raises ValueError where the model has no row for a token id. source: the ids' origin, for the message."""
+        if (lowest := min(ids, default=0)) < 0:
+            raise ValueError(f"{source} has the token id {lowest}; ids are 0 or more")
         if (highest := max(ids, default=0)) >= self._vocab_size:
             raise ValueError(
                 f"{source} has the token {self._tokenizer.convert_ids_to_tokens(highest)!r} with id {highest}, and the "

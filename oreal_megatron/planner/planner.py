@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ class Plan:
     figures: Figures | None = None
     """Measured figures that replaced those of the data sheet."""
 
-    @property
+    @functools.cached_property
     def step_seconds(self) -> float | None:
         """Seconds of a step under the configured `rollout.schedule`."""
         if self.seconds is None:
@@ -41,7 +42,7 @@ class Plan:
         rollout = self.sizes.config.rollout
         if rollout.schedule == "in_turn":
             return sum(self.seconds.values())
-        return simulate(self.setting(), rollout.schedule, rollout.max_staleness).step_seconds
+        return simulate(self.setting(), rollout.schedule, rollout.staleness_bound).step_seconds
 
     def setting(self) -> Setting:
         """Returns what the simulation of schedules needs, of servers on devices of their own."""
@@ -66,7 +67,7 @@ class Plan:
         servers = config.rollout.sglang if config.generates else None
         if self.seconds is None or servers is None or servers.shares_devices or config.rollout.long_tail is not None:
             return []
-        setting, bound = self.setting(), max(config.rollout.max_staleness, 2)
+        setting, bound = self.setting(), max(config.rollout.staleness_bound, 2)
         rows = [("in_turn", 0), ("one_ahead", 1), *(("continuous", staleness) for staleness in {1, bound})]
         return [simulate(setting, schedule, staleness) for schedule, staleness in rows]
 
@@ -163,7 +164,7 @@ def search(
     advance: called with the number of layouts planned so far and the number of all layouts.
     """
     candidates = list(_layouts(config, num_devices))
-    found = []
+    found: list[tuple[float, Plan]] = []
     for index, parallel in enumerate(candidates):
         advance(index, len(candidates))
         try:
@@ -171,9 +172,9 @@ def search(
         except (ConfigError, ValueError):
             continue
         if not plan.memory.problems:
-            found.append(plan)
+            found.append((plan.step_seconds or 0.0, plan))
     # Among equally fast plans, those with more free memory come first.
-    return sorted(found, key=lambda plan: (round(plan.step_seconds or 0.0), plan.memory.share))
+    return [plan for _, plan in sorted(found, key=lambda pair: (round(pair[0]), pair[1].memory.share))]
 
 
 def splits(
@@ -195,7 +196,7 @@ def splits(
     p = config.parallel
     replica = p.tensor * p.pipeline * p.context
     serving = [devices for devices in range(unit, budget, unit) if (budget - devices) % replica == 0]
-    found = []
+    found: list[tuple[float, Plan]] = []
     for index, devices in enumerate(serving):
         advance(index, len(serving))
         resources = config.resources.model_copy(update={"trainer_devices": budget - devices})
@@ -206,8 +207,8 @@ def splits(
         except (ConfigError, ValueError):
             continue
         if not plan.memory.problems:
-            found.append(plan)
-    return sorted(found, key=lambda plan: plan.step_seconds or 0.0)
+            found.append((plan.step_seconds or 0.0, plan))
+    return [plan for _, plan in sorted(found, key=lambda pair: pair[0])]
 
 
 def _layouts(config: TrainConfig, num_devices: int) -> Iterator[ParallelConfig]:

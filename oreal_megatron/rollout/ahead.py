@@ -1,58 +1,37 @@
 """Rollouts ahead of training: servers generate for later steps while the trainer works on an earlier step.
 
 The prompts of a step are a batch, drawn in the order of the steps and trained in that order, whichever responses come
-first; so a short response has no advantage over a long one. At step s the servers have batches s to s + max_staleness.
-Generation is ended before every publication and begins again with the next step, which gives two properties:
+first; so a short response has no advantage over a long one. At step s the servers have batches s to s + the bound of
+staleness. Generation is ended before every publication and begins again after it, which gives two properties:
 
-- A batch is drawn at most max_staleness steps before it trains, and a step makes one update at most, so no token is
-  older than the bound.
-- Every collective is called by the main thread, between two phases of a step. The leading process of a replica has an
-  event loop that talks to the servers, and a thread that grades and journals finished units; neither of them waits for
-  another process.
+- A batch is drawn at most as many steps before it trains as the bound says, and a step makes one update at most, so no
+  token is older than the bound.
+- Every collective is called by the main thread, between two phases of a step. What runs in the background of the
+  leading process of a replica (`BackgroundGeneration`) does not wait for another process.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
+import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 from oreal_megatron.checkpoint.store import step_name
-from oreal_megatron.config import SamplingConfig
 from oreal_megatron.config.rollout import RolloutConfig
 from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.rollout.background import BackgroundGeneration, Batch
 from oreal_megatron.rollout.sample_call import SampleCall, staleness
 from oreal_megatron.rollout.sampler import Sampler, SampleResult, rollout_seeds
-from oreal_megatron.rollout.sglang_engine import Outcome, SGLangEngine
-from oreal_megatron.stopping import Stopped, StopRequest
-from oreal_megatron.types import Completion, GenerationRequest, GradedRollout, Prompt
+from oreal_megatron.rollout.sglang_engine import SGLangEngine
+from oreal_megatron.stopping import LostPeer, Stopped, StopRequest
+from oreal_megatron.types import Completion, Prompt, Rollout
 
+logger = logging.getLogger(__name__)
 
-@dataclass(kw_only=True)
-class _Batch:
-    """The prompts of a step and what there is of their responses."""
-
-    step: int
-    prompts: Sequence[Prompt]
-    call: SampleCall
-    mine: Sequence[int]
-    """Units of this replica that the journal did not have."""
-    finished: dict[int, list[GradedRollout]]
-    """Graded units of this replica, on its leading process; on the main process the journal's units too."""
-    partial: dict[int, Completion] = field(default_factory=dict)
-    """Responses, finished or not, of units that are not; by the index of their request."""
-
-    @property
-    def unfinished(self) -> list[int]:
-        """Units of this replica that are to be generated."""
-        return [index for index in self.mine if index not in self.finished]
-
-    def unit(self, index: int) -> list[GenerationRequest]:
-        """Returns the requests of a unit, each with the beginning of its response."""
-        return [replace(self.call.requests[i], partial=self.partial.get(i)) for i in self.call.units[index]]
+_KEEP_SECONDS = 10.0
+"""Seconds in which servers have to return what they have of unfinished responses when the run ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +48,7 @@ class _State:
 
 
 class RolloutsAhead:
-    """Batches of rollouts for the present step and later steps. Every rank calls every method."""
+    """Batches of rollouts for the present step and later steps. Every rank calls every method but `close`."""
 
     def __init__(
         self,
@@ -90,81 +69,139 @@ class RolloutsAhead:
         self._config = config
         self._run_seed = run_seed
         self._num_steps = num_steps
-        self._batches: deque[_Batch] = deque()
+        self._batches: deque[Batch] = deque()
+        self._background = BackgroundGeneration(engine, sampler, config.sampling) if groups.leads_replica else None
         self._is_generating = False
-        self._generation: _Generation | None = None  # on the leading process of a replica
-        self._busy_seconds = 0.0
+        self._discarded_tokens = 0
+        self._last_take: float | None = None
+
+    @property
+    def batch_names(self) -> list[str]:
+        """Names of the batches that are drawn, in the journal."""
+        return [batch.call.batch_name for batch in self._batches]
 
     def waiting(self, step: int) -> list[Prompt]:
         """Returns the prompts that are drawn for `step` and later steps, in their order."""
         return [prompt for batch in self._batches if batch.step >= step for prompt in batch.prompts]
 
-    def take(self, step: int, draw: Callable[[], list[Prompt]]) -> SampleResult:
-        """Returns the graded groups of a step, and has the servers generate for later steps from then on.
+    def begin(self, step: int, draw: Callable[[], list[Prompt]]) -> None:
+        """Has the servers generate for `step`, which is the next to train, and for as many later steps as may be.
 
-        draw: returns the next step's prompts. The prompts of the step stay among those of `waiting` until the next
-        step. The policy has the weights of the last publication.
+        draw: returns the next step's prompts.
 
         Raises:
-            Stopped: a stop was asked for; finished units are in the journal.
-            NoServerError, ValueError: see RolloutEngine. OSError: the journal cannot be written.
+            ValueError: a prompt leaves no room for a response.
         """
-        assert not self._is_generating
-        self._busy_seconds = 0.0
+        if self._last_take is None:
+            self._last_take = time.perf_counter()
         while self._batches and self._batches[0].step < step:
             self._batches.popleft()
-        discarded = self._admit(step, draw)
+        new = self._admitted(step, draw)
+        self._batches += new
+        self._generate(new if self._is_generating else self._batches)
+
+    def take(self, step: int, draw: Callable[[], list[Prompt]]) -> SampleResult:
+        """Returns the graded groups of a step, while the servers go on generating for later steps.
+
+        The prompts of the step stay among those of `waiting` until the next step. The policy has the weights of the
+        last publication. draw: see `begin`.
+
+        Raises:
+            Stopped: a stop was asked for; finished units are in the journal, and `keep` keeps what there is of others.
+            NoServerError, ValueError: see RolloutEngine. OSError: the journal cannot be written.
+        """
+        self.begin(step, draw)
         batch = self._batches[0]
         assert batch.step == step
         while True:
-            if not self._is_generating:
-                self._begin()
-            states = self._wait(lambda: not batch.unfinished)
+            states = self._wait(lambda: batch.is_graded)
             if any(state.is_stopped for state in states):
-                self._end(is_cancelled=True)
                 raise Stopped(
                     f"stopped while {batch.call.batch_name} was generated: finished rollouts are in the journal, the "
                     "same command goes on with the others"
                 )
-            if all(state.is_done for state in states):
+            is_done = all(state.is_done for state in states)
+            if any(state.has_no_weights for state in states):
+                self._end()
+                self._engine.resend(wait=not is_done)
+                self._generate(self._batches)
+            if is_done:
                 break
-            self._end()
-            self._engine.resend()
-        groups = self._sampler.complete_groups(batch.call, batch.finished)
         metrics = {
-            **staleness(groups, self._engine.weight_version),
-            "rollout/discarded_tokens": float(discarded),
+            "rollout/discarded_tokens": float(self._discarded_tokens),
             "rollout/groups_ahead": float(sum(state.num_ready for state in states)),
+            "rollout/server_idle_share": self._idle_share(max(state.busy_seconds for state in states)),
         }
+        self._discarded_tokens = 0
+        groups = self._sampler.complete_groups(batch.call, batch.finished)
+        metrics |= staleness(groups, self._engine.weight_version)
         return SampleResult(groups=groups, unfinished=[], metrics=metrics)
 
-    def settle(self) -> float:
-        """Ends generation, so that weights can be published; of one_ahead, once the next step's rollouts are complete.
+    def settle(self) -> None:
+        """Ends generation, so that weights can be published; of one_ahead, once the next step's responses are there.
 
-        Returns the seconds since `take` in which this job had a request at a server. A request to stop, and servers of
-        which none has the current weights, end generation at once; what is unfinished goes on with the next `take`.
+        Grading goes on. A request to stop, and servers of which none has the current weights, end generation at once;
+        what is unfinished then goes on with the next `begin`.
 
         Raises:
             NoServerError, ValueError, OSError: see `take`.
         """
-        if self._is_generating:
-            is_stopped = self._groups.any_rank(self._stop.is_made)
-            if self._config.schedule == "one_ahead" and not is_stopped:
-                states = self._wait(lambda: not any(batch.unfinished for batch in self._batches))
-                is_stopped = any(state.is_stopped for state in states)
-            self._end(is_cancelled=is_stopped)
-        return self._busy_seconds
+        if not self._is_generating:
+            return
+        if self._config.schedule == "one_ahead" and not self._groups.any_rank(self._stop.is_made):
+            self._wait(lambda: all(batch.is_served for batch in self._batches))
+        self._end()
+
+    def pause(self) -> None:
+        """Ends generation as `settle` does and waits for the grades, so that something else is generated and graded.
+
+        A request to stop ends the wait at once.
+
+        Raises:
+            NoServerError, ValueError, OSError: see `take`.
+        """
+        self.settle()
+        self._wait(lambda: not any(batch.ungraded for batch in self._batches))
+
+    def prepare(self, weight_version: int) -> None:
+        """See SGLangEngine."""
+        self._engine.prepare(weight_version)
+
+    def keep(self) -> None:
+        """Ends generation, and keeps all responses without grades in the journal, finished or not.
+
+        The next start goes on from them, as far as the bound allows. An error of the generation is logged: the run ends
+        for another reason.
+
+        Raises:
+            OSError: the journal cannot be written.
+        """
+        background = self._background
+        if background is not None:
+            background.stop_grading()
+            background.cancel_after(_KEEP_SECONDS)
+        try:
+            self._end()
+        except LostPeer:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
+            logger.warning("the end of the rollouts ahead: %s", error)
+        for batch in self._batches:
+            mine = {} if background is None else background.ungraded_responses(batch)
+            responses = {at: response for part in self._groups.gather_to_main(mine) for at, response in part.items()}
+            with self._groups.together():
+                if responses:
+                    self._sampler.journal.keep_partial(batch.call.batch_name, responses)
 
     def close(self) -> None:
-        """Ends generation at once, also after an error; not a collective."""
-        if self._generation is not None:
-            self._generation.end(is_cancelled=True)
-            self._generation.join()
+        """Ends generation and grading, also after an error; not a collective."""
+        if self._background is not None:
+            self._background.close()
 
-    def _admit(self, step: int, draw: Callable[[], list[Prompt]]) -> int:
-        """Draws the batches that the bound allows at `step`; returns the journal's tokens that are too old for it."""
-        discarded = 0
-        for later in range(step + len(self._batches), min(step + self._config.max_staleness + 1, self._num_steps)):
+    def _admitted(self, step: int, draw: Callable[[], list[Prompt]]) -> list[Batch]:
+        """Draws the batches that the bound allows at `step` and that are not drawn yet."""
+        batches = []
+        for later in range(step + len(self._batches), min(step + self._config.staleness_bound + 1, self._num_steps)):
             prompts = draw()
             call = self._sampler.call(
                 prompts,
@@ -174,159 +211,103 @@ class RolloutsAhead:
                 seed_of=rollout_seeds(self._run_seed, "train", later),
                 weight_version=None,
             )
-            # Every step until then may make an update.
-            oldest = self._engine.weight_version + (later - step) - self._config.max_staleness
-            journalled = self._sampler.journalled(call)
-            finished = {index: unit for index, unit in journalled.items() if _oldest(unit) >= oldest}
-            tokens = sum(
-                graded.rollout.num_response_tokens
-                for index in journalled.keys() - finished.keys()
-                for graded in journalled[index]
-            )
-            known, tokens = self._groups.from_main((set(finished), tokens))
-            todo = [index for index in range(len(call.units)) if index not in known]
-            mine = todo[self._groups.data_rank :: self._groups.data_size]
-            self._batches.append(_Batch(step=later, prompts=prompts, call=call, mine=mine, finished=finished))
-            discarded += tokens
-        return discarded
+            batches.append(self._batch_of(later, prompts, call, num_updates=later - step))
+        return batches
 
-    def _begin(self) -> None:
-        """Has the servers generate what is unfinished, the oldest batch first."""
+    def _batch_of(self, step: int, prompts: Sequence[Prompt], call: SampleCall, *, num_updates: int) -> Batch:
+        """Returns a batch with what the journal has of it. num_updates: the most that follow until it trains."""
+        now = self._engine.weight_version
+        oldest = now + num_updates - self._config.staleness_bound
+
+        def is_usable(rollout: Rollout) -> bool:
+            """Whether all tokens are within the bound; later weights than those of the step are another past's."""
+            return all(oldest <= span.version <= now + num_updates for span in rollout.weight_spans)
+
+        journalled = self._sampler.journalled(call)
+        finished = {i: unit for i, unit in journalled.items() if all(is_usable(one.rollout) for one in unit)}
+        begun = self._begun(call, without=finished)
+        partial = {
+            i: response
+            for i, response in begun.items()
+            if all(oldest <= span.version <= now for span in response.weight_spans)
+        }
+        discarded = sum(one.rollout.num_response_tokens for i in journalled.keys() - finished for one in journalled[i])
+        discarded += sum(len(begun[i].token_ids) for i in begun.keys() - partial)
+        known, has_partial, discarded = self._groups.from_main((set(finished), bool(partial), discarded))
+        self._discarded_tokens += discarded
+        todo = [index for index in range(len(call.units)) if index not in known]
+        of_replica = [todo[replica :: self._groups.data_size] for replica in range(self._groups.data_size)]
+        if has_partial:
+            parts = [
+                {i: partial[i] for index in mine for i in call.units[index] if i in partial} for mine in of_replica
+            ]
+            partial = self._groups.scatter_from_main(parts)
+        mine = of_replica[self._groups.data_rank]
+        return Batch(step=step, prompts=prompts, call=call, mine=mine, finished=finished, partial=partial)
+
+    def _begun(self, call: SampleCall, *, without: Collection[int]) -> dict[int, Completion]:
+        """Returns the responses of a call that `keep` has kept, by the index of their request; on the main rank.
+
+        without: units that need no response.
+        """
+        kept = self._sampler.journal.partial(call.batch_name)
+        asked = [(i, call.asked[i]) for index, unit in enumerate(call.units) if index not in without for i in unit]
+        return {i: kept[prompt.id, sample] for i, (prompt, sample) in asked if (prompt.id, sample) in kept}
+
+    def _generate(self, batches: Sequence[Batch]) -> None:
+        """Has the servers generate what is unserved of batches, behind what they generate already."""
         self._is_generating = True
-        if self._groups.leads_replica:
-            jobs = [(batch, index) for batch in self._batches for index in batch.unfinished]
-            self._generation = _Generation(self._engine, self._sampler, jobs, self._config.sampling)
+        if self._background is not None:
+            self._background.add(batches)
 
-    def _end(self, *, is_cancelled: bool = False) -> None:
-        """Ends generation. is_cancelled: unfinished responses are not waited for, and their tokens are dropped."""
-        if self._generation is not None:
-            self._generation.end(is_cancelled=is_cancelled)
-        generation = self._generation
-        states = self._wait(lambda: generation is None or generation.has_ended, until_end=True)
-        self._busy_seconds += max(state.busy_seconds for state in states)
-        self._generation, self._is_generating = None, False
+    def _end(self) -> None:
+        """Ends generation; responses that are unfinished are kept in memory."""
+        background = self._background
+        if background is not None:
+            background.end()
+        self._wait(lambda: background is None or not background.is_running, until_end=True)
+        self._is_generating = False
+
+    def _idle_share(self, busy_seconds: float) -> float:
+        """Returns the share of the time since the last call, or the first `begin`, without a request at a server."""
+        assert self._last_take is not None
+        now = time.perf_counter()
+        seconds, self._last_take = now - self._last_take, now
+        if self._background is not None:
+            self._background.reset_busy_seconds()
+        return max(1.0 - busy_seconds / seconds, 0.0)
 
     def _wait(self, is_done: Callable[[], bool], *, until_end: bool = False) -> list[_State]:
-        """Returns the states of all processes once `is_done` is true on every leading process, or waiting is in vain.
+        """Returns the states of all processes once `is_done` is true on every leading process, or can wait no longer.
 
         That is where a stop is asked for, or servers wait for weights that no server has; until_end: wait in these
         cases too. Waiting processes repeat short collectives: none of them exceeds its timeout however long generation
         takes, and a signal is noticed, whose handler cannot run inside a collective.
 
         Raises:
-            NoServerError, ValueError, OSError: on every rank, the error of a generation.
+            NoServerError, ValueError, OSError, RuntimeError: on every rank, the first error in the background.
             LostPeer: another rank of the job has failed.
         """
         while True:
             state = _State(is_stopped=self._stop.is_made)
-            if self._generation is not None:
-                self._generation.wait(is_done, self._engine.heartbeat_seconds, until_end=until_end)
+            if (background := self._background) is not None:
                 state = _State(
-                    is_done=is_done(),
-                    has_no_weights=self._generation.has_no_weights,
+                    is_done=background.wait(
+                        lambda: is_done() or (background.has_no_weights and not until_end),
+                        self._engine.heartbeat_seconds,
+                    )
+                    and is_done(),
+                    has_no_weights=background.has_no_weights,
                     is_stopped=self._stop.is_made,
-                    error=self._generation.error,
-                    num_ready=sum(len(batch.mine) - len(batch.unfinished) for batch in list(self._batches)[1:]),
-                    busy_seconds=self._generation.busy_seconds(),
+                    error=background.error,
+                    num_ready=sum(batch.num_graded for batch in list(self._batches)[1:]),
+                    busy_seconds=background.busy_seconds(),
                 )
             states = [part[0] for part in self._groups.gather_over_world([state])]
             error = next((state.error for state in states if state.error is not None), None)
             if error is not None:
                 raise error
-            in_vain = any(state.is_stopped or state.has_no_weights for state in states)
-            if all(state.is_done for state in states) or (in_vain and not until_end):
+            must_end = any(state.is_stopped or state.has_no_weights for state in states)
+            if all(state.is_done for state in states) or (must_end and not until_end):
                 return states
             self._groups.check_others()
-
-
-class _Generation:
-    """Generation of units while the trainer works: a thread takes them from the engine, grades and journals them."""
-
-    def __init__(
-        self,
-        engine: SGLangEngine,
-        sampler: Sampler,
-        jobs: Sequence[tuple[_Batch, int]],
-        sampling: SamplingConfig,
-    ):
-        """Begins at once. jobs: units as batch and index; they are not touched by another thread until the end."""
-        self.error: Exception | None = None
-        self.has_no_weights = False
-        """Whether a server waits for weights that no server has."""
-        self.has_ended = False
-        self._sampler = sampler
-        self._jobs = jobs
-        self._changed = threading.Condition()
-        self._is_enough = threading.Event()
-        self._finished: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self._start = time.perf_counter()
-        self._seconds: float | None = None
-        units = [batch.unit(index) for batch, index in jobs]
-        self._future = engine.start(units, sampling, self._is_enough.is_set, self._finished)
-        self._future.add_done_callback(self._served)
-        self._thread = threading.Thread(target=self._run, name="rollouts-ahead", daemon=True)
-        self._thread.start()
-
-    def join(self) -> None:
-        """Waits for the thread, which ends after a cancellation or its last unit."""
-        self._thread.join()
-
-    def wait(self, is_done: Callable[[], bool], seconds: float, *, until_end: bool) -> None:
-        """Returns once `is_done` is true, generation has ended or (not `until_end`) is in vain, or after `seconds`."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: is_done() or self.has_ended or (self.has_no_weights and not until_end), seconds
-            )
-
-    def end(self, *, is_cancelled: bool) -> None:
-        """Has servers abort what is unfinished, which is kept. is_cancelled: it is neither waited for nor kept."""
-        self._is_enough.set()
-        if is_cancelled:
-            self._future.cancel()
-
-    def busy_seconds(self) -> float:
-        """Returns the seconds in which there was a request for the servers."""
-        return time.perf_counter() - self._start if self._seconds is None else self._seconds
-
-    def _served(self, future: object) -> None:
-        self._seconds = time.perf_counter() - self._start
-        self._finished.put(Outcome())  # a cancelled generation has put none
-
-    def _run(self) -> None:
-        try:
-            while True:
-                outcome = self._finished.get()
-                if outcome.error is not None:
-                    raise outcome.error
-                if outcome.no_current_weights:
-                    self.has_no_weights = True
-                elif outcome.value is None:
-                    break
-                else:
-                    position, completions = outcome.value
-                    batch, index = self._jobs[position]
-                    self._take(batch, index, completions)
-                with self._changed:
-                    self._changed.notify_all()
-        except Exception as error:
-            self.error = error
-            self._future.cancel()
-        finally:
-            with self._changed:
-                self.has_ended = True
-                self._changed.notify_all()
-
-    def _take(self, batch: _Batch, index: int, completions: Sequence[Completion]) -> None:
-        """Keeps the responses of a unit: graded and journalled, or, if it was broken off, to go on from."""
-        if any(completion.finish_reason is None for completion in completions):
-            answered = zip(batch.call.units[index], completions, strict=True)
-            batch.partial |= {i: completion for i, completion in answered if completion.token_ids}
-            return
-        unit = self._sampler.graded_unit(batch.call, index, completions)
-        self._sampler.journal.append(batch.call.batch_name, batch.call.keys[index], unit)
-        batch.finished[index] = unit
-
-
-def _oldest(unit: Sequence[GradedRollout]) -> float:
-    """Returns the oldest weight version of a unit's tokens; infinity without tokens."""
-    return min((span.version for graded in unit for span in graded.rollout.weight_spans), default=float("inf"))

@@ -7,6 +7,8 @@ was generated from. Tokens that the policy did not generate are inserted tokens:
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +20,11 @@ from oreal_megatron.rollout.engine import ResponseGenerator
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.stopping import StopRequest
 from oreal_megatron.types import Completion, FinishReason, GenerationRequest, WeightSpan
+
+logger = logging.getLogger(__name__)
+
+_HEARTBEAT_SECONDS = 2.0
+"""Seconds after which ranks that wait for busy loops look whether a stop was asked for."""
 
 Loop = Callable[..., Any]
 """The function of rollout.generation: awaited with `conversation`, `question` and `prompt_ids`."""
@@ -46,11 +53,11 @@ class Turn:
 class Conversation:
     """A response in the making, which a loop of the user's own writes with the policy."""
 
-    def __init__(self, request: GenerationRequest, renderer: PromptRenderer, changed: Callable[[], None]):
-        """Makes an empty response. changed: called whenever the loop begins or ends to wait for the policy."""
+    def __init__(self, request: GenerationRequest, renderer: PromptRenderer, waits: Callable[[], None]):
+        """Makes an empty response. waits: called whenever the loop begins to wait for the policy."""
         self._request = request
         self._renderer = renderer
-        self._changed = changed
+        self._waits = waits
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
         self._inserted: list[tuple[int, int]] = []
@@ -95,7 +102,7 @@ class Conversation:
             label=self._request.label,
         )
         self._answer = asyncio.get_running_loop().create_future()
-        self._changed()
+        self._waits()
         try:
             completion = await self._answer
         finally:
@@ -130,18 +137,36 @@ class Conversation:
     def append_message(self, role: str, content: str) -> None:
         """Ends the assistant's turn, adds a message of another role, and opens the assistant's next turn.
 
-        The tokens are those that the chat template has between two turns, as in supervised fine-tuning.
+        Raises:
+            RuntimeError, ValueError: see `append_messages`.
+        """
+        self.append_messages([(role, content)])
+
+    def append_messages(self, messages: Sequence[tuple[str, str]]) -> None:
+        """Ends the assistant's turn, adds messages of other roles, and opens the assistant's next turn.
+
+        The tokens are those that the chat template has between two turns, as in supervised fine-tuning. messages: role
+        and content of each.
 
         Raises:
-            ValueError: the chat template refuses the message, or changes earlier turns.
+            RuntimeError: the last token is not the policy's, so there is no turn to end.
+            ValueError: the chat template refuses the messages, or changes earlier turns.
         """
+        if not self._tokens or (self._inserted and self._inserted[-1][1] == len(self._tokens)):
+            raise RuntimeError(
+                "append_message() ends a turn of the policy, and its last token is not the policy's; await generate() "
+                "first, or pass several messages to append_messages()"
+            )
         ended = self._finish_reason is FinishReason.STOP
-        self.append_ids(
-            [*([] if ended else [self._renderer.stop_token_id]), *self._renderer.between_turns(role, content)]
-        )
+        self.append_ids([*([] if ended else [self._renderer.stop_token_id]), *self._renderer.between_turns(messages)])
 
     def append_ids(self, token_ids: Sequence[int]) -> None:
-        """Appends token ids that the policy did not generate, as far as there is room."""
+        """Appends token ids that the policy did not generate, as far as there is room.
+
+        Raises:
+            ValueError: the model has no row for one of them.
+        """
+        self._renderer.check_rows(token_ids, "append_ids()")
         start = len(self._tokens)
         self._tokens += list(token_ids)[: self.room]
         if len(self._tokens) > start:
@@ -231,10 +256,17 @@ class LoopGenerator:
             loops = _Loops(self._loop, units, self._renderer, name=self._name, seconds=self._seconds)
         try:
             while not self._groups.any_of_replica(self._stop.is_made):
-                outcome = self._groups.from_replica_leader(None if loops is None else loops.advance())
+                own = None if loops is None else loops.advance()
+                # Servers have the requests of the leading process alone.
+                light = None if own is None else own.without_tokens(requests_too=self._all_units_at_once)
+                outcome = self._groups.from_replica_leader(light)
+                if own is not None:
+                    outcome = own
                 if outcome.error is not None:
                     raise ValueError(outcome.error)
                 yield from outcome.finished
+                if outcome.is_busy:
+                    continue
                 if not outcome.asked:
                     return
                 indices = list(outcome.asked)
@@ -253,12 +285,32 @@ class LoopGenerator:
 
 @dataclass
 class _Outcome:
-    """State of the loops of a part, once none of them is busy."""
+    """State of the loops of a part."""
 
     finished: list[tuple[int, list[Completion]]] = field(default_factory=list)
     asked: dict[int, dict[int, GenerationRequest]] = field(default_factory=dict)
-    """Requests by unit and by place in the unit."""
+    """Requests by unit and by place in the unit, once no loop is busy."""
+    is_busy: bool = False
+    """Whether a loop is busy, so that nothing is generated yet."""
     error: str | None = None
+
+    def without_tokens(self, *, requests_too: bool) -> _Outcome:
+        """Returns the outcome for the ranks that only have to take the same path as the leading process."""
+        finished = [
+            (index, [replace(one, token_ids=(), logprobs=(), inserted_spans=()) for one in unit])
+            for index, unit in self.finished
+        ]
+        asked = self.asked
+        if requests_too:
+            asked = {
+                index: {place: replace(request, prompt_ids=()) for place, request in unit.items()}
+                for index, unit in self.asked.items()
+            }
+        return replace(self, finished=finished, asked=asked)
+
+
+_At = tuple[int, int]
+"""Unit of a response, and its place in the unit."""
 
 
 class _Loops:
@@ -276,70 +328,105 @@ class _Loops:
         self._runner = asyncio.Runner()
         self._name, self._seconds = name, seconds
         self._function = function
-        self._units = units
+        self._units = dict(units)
+        self._renderer = renderer
+        self._conversations: dict[_At, Conversation] = {}
+        self._tasks: dict[_At, asyncio.Task[None]] = {}
+        self._busy: set[_At] = set()
+        """Loops that neither wait for tokens nor have ended."""
         self._quiet = asyncio.Event()
-        self._conversations = {
-            (index, place): Conversation(request, renderer, self._look)
-            for index, unit in units.items()
-            for place, request in enumerate(unit)
-        }
-        self._tasks: dict[tuple[int, int], asyncio.Task[None]] = {}
-        self._unreported = set(units)
+        """Set where no loop is busy."""
+        self._busy_until: float | None = None
 
     def advance(self) -> _Outcome:
-        """Runs the loops until each waits for the policy's tokens or has ended."""
+        """Runs the loops until each waits for the policy's tokens or has ended, or for a heartbeat."""
         try:
             return self._runner.run(self._advance())
         except Exception as error:  # whatever the user's function raises
+            logger.error("%s failed", self._name, exc_info=error)
             return _Outcome(error=f"{self._name} {error}")
 
     async def _advance(self) -> _Outcome:
         if not self._tasks:
-            for at, conversation in self._conversations.items():
-                request = self._units[at[0]][at[1]]
-                self._tasks[at] = asyncio.create_task(self._run(conversation, request))
-                self._tasks[at].add_done_callback(lambda _: self._look())
-        self._look()
-        try:
-            async with asyncio.timeout(self._seconds):
-                await self._quiet.wait()
-        except TimeoutError:
-            at = next(at for at in self._tasks if self._is_busy(at))
-            raise ValueError(
-                f"was busy for rollout.generation.seconds = {self._seconds:g} without asking for tokens, at the "
-                f"question {self._units[at[0]][at[1]].question[:80]!r}; set limits of time to what it waits for"
-            ) from None
+            for index, unit in self._units.items():
+                for place, request in enumerate(unit):
+                    self._begin((index, place), request)
+        if not await self._wait():
+            return _Outcome(is_busy=True)
         for at, task in self._tasks.items():
-            if task.done() and (error := task.exception()) is not None:
-                question = self._units[at[0]][at[1]].question[:80]
-                raise ValueError(f"raised {type(error).__name__}: {error} (at the question {question!r})") from error
+            if task.done():
+                self._check(task, at)
+            elif self._conversations[at].asked is None:  # it went on after its wait was cancelled
+                self._busy.add(at)
+                self._quiet.clear()
+        if self._busy:
+            return _Outcome(is_busy=True)
         outcome = _Outcome()
         for (index, place), conversation in self._conversations.items():
             if conversation.asked is not None:
                 outcome.asked.setdefault(index, {})[place] = conversation.asked
-        for index in sorted(self._unreported - outcome.asked.keys()):
-            self._unreported.remove(index)
-            places = range(len(self._units[index]))
-            outcome.finished.append((index, [self._conversations[index, place].completion() for place in places]))
+        for index in sorted(self._units.keys() - outcome.asked.keys()):
+            places = [(index, place) for place in range(len(self._units.pop(index)))]
+            outcome.finished.append((index, [self._conversations.pop(at).completion() for at in places]))
+            for at in places:
+                del self._tasks[at]
         return outcome
+
+    def _begin(self, at: _At, request: GenerationRequest) -> None:
+        conversation = Conversation(request, self._renderer, lambda: self._rests(at))
+        self._conversations[at] = conversation
+        self._busy.add(at)
+        self._tasks[at] = asyncio.create_task(self._run(conversation, request))
+        self._tasks[at].add_done_callback(lambda _: self._rests(at))
+
+    async def _wait(self) -> bool:
+        """Returns whether no loop is busy, after a heartbeat at most.
+
+        Raises:
+            ValueError: loops have been busy for too long.
+        """
+        now = time.monotonic()
+        self._busy_until = self._busy_until or now + self._seconds
+        try:
+            async with asyncio.timeout(max(min(_HEARTBEAT_SECONDS, self._busy_until - now), 0.0)):
+                await self._quiet.wait()
+        except TimeoutError:
+            if self._busy and time.monotonic() >= self._busy_until:
+                raise ValueError(
+                    f"was busy for rollout.generation.seconds = {self._seconds:g} without asking for tokens, at the "
+                    f"question {self._question(min(self._busy))!r}; set limits of time to what it waits for"
+                ) from None
+            return not self._busy
+        self._busy_until = None
+        return True
+
+    def _check(self, task: asyncio.Task[None], at: _At) -> None:
+        """Raises ValueError where a loop that has ended failed."""
+        if task.cancelled():
+            raise ValueError(f"was cancelled (at the question {self._question(at)!r})")
+        if (error := task.exception()) is not None:
+            raise ValueError(
+                f"raised {type(error).__name__}: {error} (at the question {self._question(at)!r})"
+            ) from error
+
+    def _question(self, at: _At) -> str:
+        return self._units[at[0]][at[1]].question[:80]
 
     async def _run(self, conversation: Conversation, request: GenerationRequest) -> None:
         await self._function(conversation=conversation, question=request.question, prompt_ids=request.prompt_ids)
         conversation.completion()
 
-    def _is_busy(self, at: tuple[int, int]) -> bool:
-        return not self._tasks[at].done() and self._conversations[at].asked is None
-
-    def _look(self) -> None:
-        """Notes whether no loop is busy."""
-        if any(self._is_busy(at) for at in self._tasks):
-            self._quiet.clear()
-        else:
+    def _rests(self, at: _At) -> None:
+        """Notes that a loop waits for tokens or has ended."""
+        self._busy.discard(at)
+        if not self._busy:
             self._quiet.set()
 
     def answer(self, index: int, asked: Mapping[int, GenerationRequest], completions: Sequence[Completion]) -> None:
         """Gives the loops of a unit the tokens that they wait for."""
         for place, completion in zip(asked, completions, strict=True):
+            self._busy.add((index, place))
+            self._quiet.clear()
             self._conversations[index, place].answer(completion)
 
     def close(self) -> None:

@@ -41,7 +41,8 @@ class RolloutJournal:
     def read(self, batch_name: str) -> dict[str, list[GradedRollout]]:
         """Returns the units journalled for a batch (`step_000003`) by key; empty on all ranks but the main rank.
 
-        Damaged and half-written lines are left out.
+        Damaged and half-written lines are left out. Of a unit that was generated again because it was too old, the one
+        whose oldest token is newest is returned.
         """
         units: dict[str, list[GradedRollout]] = {}
         if not self._groups.is_main:
@@ -50,9 +51,12 @@ class RolloutJournal:
             for line in whole_lines(path):
                 try:
                     record = orjson.loads(line)
-                    units[record["unit"]] = [GradedRollout.from_json(item) for item in record["rollouts"]]
+                    unit = [GradedRollout.from_json(item) for item in record["rollouts"]]
+                    key = record["unit"]
                 except (KeyError, TypeError, ValueError):
                     continue
+                if key not in units or _oldest(unit) >= _oldest(units[key]):
+                    units[key] = unit
         return units
 
     def append(self, batch_name: str, unit: str, rollouts: Sequence[GradedRollout]) -> None:
@@ -129,6 +133,11 @@ class RolloutJournal:
             self._open = None
 
 
+def _oldest(unit: Sequence[GradedRollout]) -> float:
+    """Returns the oldest weight version of a unit's tokens; infinity without tokens."""
+    return min((span.version for graded in unit for span in graded.rollout.weight_spans), default=float("inf"))
+
+
 def unit_key(
     prompts: Sequence[Prompt],
     requests: Sequence[GenerationRequest],
@@ -138,8 +147,10 @@ def unit_key(
     """Returns a digest of everything that a unit's graded rollouts depend on.
 
     prompts: the prompt of each request. Weights are named by their version: a run's directory takes one configuration
-    and one data set only, so a version is one set of weights (up to rounding, where the layout changed).
-    weight_version: None where several versions may generate the unit; the spans of its responses then name them.
+    and one data set only, so a version is one set of weights (up to rounding, where the layout changed), as long as the
+    steps before it train the same rollouts. weight_version: None where several versions may generate the unit; the
+    spans of its responses then name them. Which weights these are depends on when the responses were generated, so a
+    unit of a later step stays exact only where the steps between, which the journal has, are repeated as they were.
     """
     content = [
         weight_version,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -80,6 +81,7 @@ class Sampler:
         self._engine = engine
         self._renderer = renderer
         self._grade = grade
+        self._grading = threading.Lock()
         self._groups = groups
         self._stop = stop
         self._max_sequence_length = max_sequence_length
@@ -184,7 +186,7 @@ class Sampler:
         return finished
 
     def graded_unit(self, call: SampleCall, index: int, completions: Sequence[Completion]) -> list[GradedRollout]:
-        """Grades the responses of a unit. Called by the leading process of a replica, on one thread at a time."""
+        """Grades the responses of a unit. Called by the leading process of a replica, on any thread."""
         return self._graded(
             [
                 self._rollout(*call.asked[i], call.requests[i], completion)
@@ -319,7 +321,7 @@ class Sampler:
         """Warns, or ends the run, where the share of UNDECIDED responses is above its limits. Every rank calls it.
 
         what: the responses, in words, for the message. undecided: those of them that are UNDECIDED. batch_names: the
-        calls of `sample` that gave the responses.
+        batches whose UNDECIDED responses are graded again then: those of the responses, and others of the same time.
 
         Raises:
             TooManyUndecided: the share is above rollout.undecided.stop.
@@ -359,20 +361,20 @@ class Sampler:
         return again
 
     def _graded(self, rollouts: Sequence[Rollout]) -> list[GradedRollout]:
-        grades = self._grade(
-            [
-                GradeRequest(
-                    question=rollout.prompt.question,
-                    gold_answer=rollout.prompt.gold_answer,
-                    # What a tool wrote is no answer of the policy's.
-                    response=rollout.text
-                    if not rollout.inserted_spans
-                    else self._renderer.response_text(rollout.last_turn_ids.tolist()),
-                    stopped=rollout.finish_reason is FinishReason.STOP,
-                )
-                for rollout in rollouts
-            ]
-        )
+        requests = [
+            GradeRequest(
+                question=rollout.prompt.question,
+                gold_answer=rollout.prompt.gold_answer,
+                # What a tool wrote is no answer of the policy's.
+                response=rollout.text
+                if not rollout.inserted_spans
+                else self._renderer.response_text(rollout.last_turn_ids.tolist()),
+                stopped=rollout.finish_reason is FinishReason.STOP,
+            )
+            for rollout in rollouts
+        ]
+        with self._grading:  # the verifier serves one thread at a time
+            grades = self._grade(requests)
         return [GradedRollout(rollout=rollout, grade=grade) for rollout, grade in zip(rollouts, grades, strict=True)]
 
 

@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from oreal_megatron.config import SamplingConfig
 from oreal_megatron.distributed.cpu_backend import free_cached_memory
 from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.rollout.engine import units_by_prompt
+from oreal_megatron.rollout.units import Generation, Outcome, Units
 from oreal_megatron.servers.pool import ServerPool
 from oreal_megatron.servers.request_queue import NoServerError
 from oreal_megatron.servers.server import SGLangServer
@@ -54,6 +54,7 @@ class SGLangEngine:
         take turns with the trainer on its devices.
         """
         self.weight_version = 0
+        self._prepared_version: int | None = None
         self._shares_devices = shares_devices
         self._is_offloaded = False
         self.pool = pool
@@ -83,7 +84,7 @@ class SGLangEngine:
         finished: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         generation = None
         if self._loop is not None:
-            generation = self.start(units, sampling, is_enough, finished)
+            generation = self._loop.run(self._generate(Units(units, finished.put), sampling, is_enough, None))
         try:
             while True:
                 outcome = self._together(finished if generation is not None else None, until_stop=True)
@@ -98,47 +99,50 @@ class SGLangEngine:
                 generation.cancel()
 
     def start(
-        self,
-        units: Sequence[Sequence[GenerationRequest]],
-        sampling: SamplingConfig,
-        is_enough: Callable[[], bool] | None,
-        finished: queue.SimpleQueue[Outcome],
-    ) -> concurrent.futures.Future[None]:
+        self, sampling: SamplingConfig, is_enough: Callable[[], bool], report: Callable[[Outcome], None]
+    ) -> Generation:
         """Has the servers generate while this thread does something else. Called by the leading process of a replica.
 
-        is_enough: see RolloutEngine. finished: gets an outcome for every unit, of its position and its completions;
-        then an outcome without a value, or the error. A generation that is cancelled through the returned future ends
-        without either.
+        Units are added to the generation that is returned. is_enough: see RolloutEngine; nothing else ends it, apart
+        from an error and a cancellation. report: called on the event loop, for every unit with its position and its
+        completions; at the end without a value, or with the error. It must not wait.
         """
         assert self._loop is not None
-        return self._loop.run(self._generate(units, sampling, is_enough, finished))
+        more: asyncio.Queue[Sequence[Sequence[GenerationRequest]]] = asyncio.Queue()
+        future = self._loop.run(self._generate(Units((), report), sampling, is_enough, more))
+        loop = self._loop
+        return Generation(future=future, add=lambda units: loop.call(lambda: more.put_nowait(units)))
 
     async def _generate(
         self,
-        units: Sequence[Sequence[GenerationRequest]],
+        units: Units,
         sampling: SamplingConfig,
         is_enough: Callable[[], bool] | None,
-        finished: queue.SimpleQueue[Outcome],
+        more: asyncio.Queue[Sequence[Sequence[GenerationRequest]]] | None,
     ) -> None:
-        """See `start`."""
-        unit_of = [(position, place) for position, unit in enumerate(units) for place in range(len(unit))]
-        parts: list[list[Completion | None]] = [[None] * len(unit) for unit in units]
+        """Generates units, and those that `more` brings until `is_enough` is true; reports outcomes, and its end."""
 
-        def completed(index: int, completion: Completion) -> None:
-            position, place = unit_of[index]
-            parts[position][place] = completion
-            if None not in parts[position]:
-                # The unit is not kept here: its tokens as Python numbers take eight times their bytes.
-                finished.put(Outcome(value=(position, parts[position])))
-                parts[position] = []
+        async def requests_of_more() -> list[GenerationRequest]:
+            assert more is not None
+            return units.add(await more.get())
 
-        self.pool.on_no_current_weights = lambda: finished.put(Outcome(no_current_weights=True))
+        self.pool.on_no_current_weights = lambda: units.report(Outcome(no_current_weights=True))
         try:
-            requests = [request for unit in units for request in unit]
-            await self.pool.generate(requests, sampling, completed, is_enough)
-            finished.put(Outcome())
+            await self.pool.generate(
+                units.requests, sampling, units.completed, is_enough, None if more is None else requests_of_more
+            )
+            units.report(Outcome())
         except Exception as error:
-            finished.put(Outcome(error=error))
+            units.report(Outcome(error=error))
+
+    def prepare(self, weight_version: int) -> None:
+        """Does the part of the next `publish` that is possible while servers generate. Every rank calls it.
+
+        Raises:
+            OSError: See Transport.
+        """
+        self.publisher.prepare(weight_version)
+        self._prepared_version = weight_version
 
     def publish(self, weight_version: int) -> dict[str, float]:
         """See RolloutEngine. A server that is being restarted gets the weights later: see `_resend_weights`.
@@ -148,7 +152,9 @@ class SGLangEngine:
             NoServerError: No server is left; at the first publication, a server does not answer, cannot start, serves
                 another model, or does not take the weights.
         """
-        self.publisher.prepare(weight_version)
+        if self._prepared_version != weight_version:
+            self.prepare(weight_version)
+        self._prepared_version = None
         return self._deliver(weight_version, wait=False)
 
     @contextlib.contextmanager
@@ -200,17 +206,17 @@ class SGLangEngine:
                 f"no rollout server has the current weights any more, and {reason} cannot send them in the middle of a "
                 "step; start the run again: finished rollouts are in the journal. With more servers this is less likely"
             )
-        self.resend()
+        self.resend(wait=True)
 
-    def resend(self) -> None:
-        """Publishes the current weights again and waits for servers that start. Every rank calls it.
+    def resend(self, *, wait: bool) -> None:
+        """Publishes the current weights again. Every rank calls it.
 
-        The policy still has these weights, and nothing is generated.
+        The policy still has these weights, and nothing is generated. wait: whether to wait for servers that start.
 
         Raises:
             Stopped, NoServerError: See `publish`.
         """
-        self._deliver(self.weight_version, wait=True)
+        self._deliver(self.weight_version, wait=wait)
 
     def _deliver(self, weight_version: int, *, wait: bool) -> dict[str, float]:
         """Updates all servers; a server that is alive and does not have the weights is sent to a second time.
@@ -332,16 +338,6 @@ class SGLangEngine:
         self.publisher.close()
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Message of work on the event loop to the thread that waits for it."""
-
-    value: Any = None
-    error: Exception | None = None
-    no_current_weights: bool = False
-    """Whether no server has the current weights."""
-
-
 async def _cancel_others() -> None:
     """Cancels all other tasks of this loop."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -360,6 +356,10 @@ class _LoopThread:
 
     def run(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Has the loop call a function, after those of earlier calls."""
+        self._loop.call_soon_threadsafe(function)
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

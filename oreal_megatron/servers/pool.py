@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from oreal_megatron.config import SamplingConfig
@@ -190,10 +190,12 @@ class ServerPool:
         sampling: SamplingConfig,
         completed: Callable[[int, Completion], None],
         is_enough: Callable[[], bool] | None = None,
+        more: Callable[[], Awaitable[Sequence[GenerationRequest]]] | None = None,
     ) -> None:
         """Generates one completion a request with the current weights; calls `completed` with index and completion.
 
-        is_enough: once it returns True, servers abort the remaining requests, and their completions are partial.
+        is_enough: once it returns True, servers abort the remaining requests, and their completions are partial. more:
+        awaits further requests, whose indices follow; generation then ends by `is_enough` only.
 
         Raises:
             NoServerError: No server is left, or a request keeps losing its servers.
@@ -201,7 +203,7 @@ class ServerPool:
         """
         assert self._label is not None
         router = Router(
-            RequestQueue(requests, sampling, completed),
+            RequestQueue(requests, sampling, completed, is_open=more is not None),
             self.servers,
             self._settings,
             version=self._version,
@@ -213,7 +215,7 @@ class ServerPool:
             no_current_weights=self._no_current_weights,
         )
         try:
-            await router.finish(is_enough)
+            await router.finish(is_enough, more)
         finally:
             self.num_retries += router.num_retries
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import bisect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,44 +36,60 @@ class RequestQueue:
         requests: Sequence[GenerationRequest],
         sampling: SamplingConfig,
         completed: Callable[[int, Completion], None],
+        *,
+        is_open: bool = False,
     ):
-        self.requests = requests
+        """is_open: whether `add` may follow; the queue then finishes after `end` only."""
+        self.requests: list[GenerationRequest] = []
         self.sampling = sampling
-        self.pending: dict[tuple[int, ...], deque[int]] = {}
-        """Requests that are at no server, by prompt; a prompt without pending requests has no entry."""
+        self.pending: dict[tuple[int, ...], list[int]] = {}
+        """Requests that are at no server, by prompt and in the order of their indices; a prompt without pending
+        requests has no entry."""
         self.at_servers: dict[str, ServerClient] = {}
         """Clients of the servers that work on a request, by request id."""
         self.finished = asyncio.Event()
         self.is_ending = False
         """Whether unfinished requests complete with the tokens that they have."""
+        self.is_open = is_open
         self._completed = completed
-        self._is_done = [False] * len(requests)
-        self._attempts = [0] * len(requests)
-        self._num_left = len(requests)
+        self._is_done: list[bool] = []
+        self._attempts: list[int] = []
+        self._num_left = 0
         self._num_answers = self._num_new_tokens = 0
-        for index, request in enumerate(requests):
-            if request.partial is not None and request.partial.finish_reason is not None:
-                self.complete(index, request.partial)
+        self.add(requests)
+
+    def add(self, requests: Sequence[GenerationRequest]) -> None:
+        """Adds requests behind those that there are."""
+        start = len(self.requests)
+        self.requests += requests
+        self._is_done += [False] * len(requests)
+        self._attempts += [0] * len(requests)
+        self._num_left += len(requests)
+        for index, request in enumerate(requests, start):
+            if self.is_ending or (request.partial is not None and request.partial.finish_reason is not None):
+                self._complete_partial(index)
             else:
-                self._append(index)
-        if not requests:
-            self.finished.set()
+                self._make_pending(index)
+        self._finish_if_done()
 
     def complete(self, index: int, completion: Completion) -> None:
         assert not self._is_done[index]
         self._is_done[index] = True
         self._completed(index, completion)
         self._num_left -= 1
-        if self._num_left == 0:
+        self._finish_if_done()
+
+    def _finish_if_done(self) -> None:
+        if self._num_left == 0 and (self.is_ending or not self.is_open):
             self.finished.set()
 
-    def _append(self, index: int) -> None:
-        self.pending.setdefault(self.requests[index].prompt_ids, deque()).append(index)
+    def _make_pending(self, index: int) -> None:
+        bisect.insort(self.pending.setdefault(self.requests[index].prompt_ids, []), index)
 
     def take(self, prompt_ids: tuple[int, ...]) -> int:
         """Removes and returns the next pending request of a prompt."""
         waiting = self.pending[prompt_ids]
-        index = waiting.popleft()
+        index = waiting.pop(0)
         if not waiting:
             del self.pending[prompt_ids]
         return index
@@ -83,7 +99,7 @@ class RequestQueue:
         if self.is_ending:
             self._complete_partial(index)
         else:
-            self._append(index)
+            self._make_pending(index)
 
     def put_back(self, index: int, error: Exception) -> None:
         """Makes a request pending again that was sent. Raises NoServerError if it keeps losing servers."""
@@ -96,7 +112,7 @@ class RequestQueue:
                 f"a prompt of {len(self.requests[index].prompt_ids)} tokens was lost {_MAX_ATTEMPTS} times "
                 f"(token ids {list(self.requests[index].prompt_ids[:20])}...), the last time by: {error}"
             ) from error
-        self._append(index)
+        self._make_pending(index)
 
     def end(self) -> None:
         """Completes pending requests with the tokens that they have; requests at servers complete once they answer."""
@@ -104,6 +120,7 @@ class RequestQueue:
         for index in [index for waiting in self.pending.values() for index in waiting]:
             self._complete_partial(index)
         self.pending.clear()
+        self._finish_if_done()
 
     def _complete_partial(self, index: int) -> None:
         self.complete(index, self.requests[index].partial or NOTHING)

@@ -2,21 +2,21 @@
 
 A request goes to the server with the fewest tokens under way. The samples of a prompt go to one server, whose prefix
 cache then holds the prompt, unless other servers would have less than their share. Requests of a server that is lost go
-to the other servers, or wait for it.
+to the other servers, or wait for it, before all that no server had: they were asked for earlier.
 """
 
 from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from math import ceil
 from typing import Any
 
 from oreal_megatron.servers.client import Generated, RequestRefused, ServerLost
 from oreal_megatron.servers.request_queue import NoServerError, RequestQueue
 from oreal_megatron.servers.server import ServerSettings, ServerState, SGLangServer
-from oreal_megatron.types import Completion
+from oreal_megatron.types import Completion, GenerationRequest
 
 # Seconds between two calls of `is_enough`, and between two rounds of aborts afterwards.
 _ENOUGH_SECONDS = 0.1
@@ -60,8 +60,7 @@ class Router:
         # This replica's share of the limit, and at least one.
         share = settings.config.max_concurrency + num_replicas - 1 - replica
         self._max_at_server = max(share // num_replicas, 1)
-        # Without a limit, the samples of a few prompts would leave servers without work.
-        self._max_of_prompt = ceil(num_replicas * len(queue.requests) / max(len(servers), 1))
+        self._num_replicas = num_replicas
         self._may_place = False
         self._inboxes: dict[SGLangServer, asyncio.Queue[int]] = {}
         """Requests on their way to the servers that take requests now."""
@@ -73,10 +72,16 @@ class Router:
         """Pending prompts by the server that has read them, each with the number of samples that it gets yet; by None
         those that no server has."""
         self._prompts_of = {None: dict.fromkeys(queue.pending, 0), **{server: {} for server in servers}}
+        self._returned: list[tuple[int, ...]] = []
+        """Pending prompts of requests that came back from a server, which are placed before those of `_prompts_of`."""
         self.num_retries = 0
         """Responses that were requested again."""
 
-    async def finish(self, is_enough: Callable[[], bool] | None) -> None:
+    async def finish(
+        self,
+        is_enough: Callable[[], bool] | None,
+        more: Callable[[], Awaitable[Sequence[GenerationRequest]]] | None = None,
+    ) -> None:
         """Returns once every request has its completion; see ServerPool.generate."""
         queue = self._queue
         if queue.finished.is_set():
@@ -84,6 +89,8 @@ class Router:
         serving: list[asyncio.Task[None]] = [asyncio.create_task(self._serve(server)) for server in self._servers]
         waiting: asyncio.Task[Any] = asyncio.create_task(queue.finished.wait())
         ending = [asyncio.create_task(self._end_early(is_enough))] if is_enough is not None else []
+        if more is not None:
+            ending.append(asyncio.create_task(self._add(more)))
         try:
             # The tasks of all servers that have the current weights take requests once they have run; the first of them
             # would get everything if requests were placed before. No other server is waited for.
@@ -103,6 +110,16 @@ class Router:
             for task in (waiting, *ending, *serving):
                 task.cancel()
             await asyncio.gather(waiting, *ending, *serving, return_exceptions=True)
+
+    async def _add(self, more: Callable[[], Awaitable[Sequence[GenerationRequest]]]) -> None:
+        """Adds the requests that come from `more`, until it is cancelled."""
+        queue = self._queue
+        while True:
+            requests = await more()
+            queue.add(requests)
+            for request in requests:
+                self._note_new(request.prompt_ids)
+            self._place()
 
     async def _end_early(self, is_enough: Callable[[], bool]) -> None:
         """Aborts the remaining requests once `is_enough` returns True, which may ask another process and wait."""
@@ -135,12 +152,16 @@ class Router:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._watch(server))
-                for _ in range(min(self._max_at_server, len(self._queue.requests))):
+                tasks.create_task(self._watch_label(server))
+                num_at_once = self._max_at_server
+                for _ in range(num_at_once if self._queue.is_open else min(num_at_once, len(self._queue.requests))):
                     tasks.create_task(self._send_requests(server, inbox))
         finally:
             del self._inboxes[server]
-            self._prompts_of[None] |= self._prompts_of[server]
+            prompts = list(self._prompts_of[server])
             self._prompts_of[server].clear()
+            for prompt_ids in prompts:
+                self._note_returned(prompt_ids)
             while not inbox.empty():
                 index = inbox.get_nowait()
                 self._remove(server, index)
@@ -153,13 +174,23 @@ class Router:
         queue = self._queue
         while self._may_place and queue.pending and (room := self._servers_with_room()):
             server = next((server for server in room if self._prompts_of[server]), None)
-            if server is None:
+            if server is None or self._returned:
                 server = min(room, key=self._tokens_under_way.__getitem__)
-                # A prompt that no server has, or else one whose server has no room.
-                prompts, prompt_ids = next((prompts, ids) for prompts in self._prompts_of.values() for ids in prompts)
-                del prompts[prompt_ids]
-                self._prompts_of[server][prompt_ids] = self._max_of_prompt
+                prompts = self._prompts_of[server]
+                self._prompts_of[server] = {self._next_prompt(): self._max_of_prompt(), **prompts}
             self._place_sample(server)
+
+    def _next_prompt(self) -> tuple[int, ...]:
+        """Removes and returns the next prompt: a returned prompt, one that no server has, or one of a full server."""
+        if self._returned:
+            return self._returned.pop(0)
+        prompts, prompt_ids = next((prompts, ids) for prompts in self._prompts_of.values() for ids in prompts)
+        del prompts[prompt_ids]
+        return prompt_ids
+
+    def _max_of_prompt(self) -> int:
+        """Returns the samples of a prompt that a server gets at a time: all would leave servers without work."""
+        return ceil(self._num_replicas * len(self._queue.requests) / len(self._servers))
 
     def _place_sample(self, server: SGLangServer) -> None:
         """Gives a server the next sample of the first prompt that it has."""
@@ -236,17 +267,31 @@ class Router:
     def _put_back(self, index: int, error: Exception) -> None:
         self.num_retries += 1
         self._queue.put_back(index, error)
-        self._note_pending(index)
+        self._note_returned(self._queue.requests[index].prompt_ids)
 
     def _untake(self, index: int) -> None:
         self._queue.untake(index)
-        self._note_pending(index)
+        self._note_returned(self._queue.requests[index].prompt_ids)
 
-    def _note_pending(self, index: int) -> None:
-        """Lets any server have the prompt of a request that may be pending again, unless a server has it."""
-        prompt_ids = self._queue.requests[index].prompt_ids
-        if prompt_ids in self._queue.pending and not any(prompt_ids in some for some in self._prompts_of.values()):
+    def _note_new(self, prompt_ids: tuple[int, ...]) -> None:
+        """Lets any server have a prompt whose requests are new, unless a server has it."""
+        if prompt_ids in self._queue.pending and not self._is_noted(prompt_ids):
             self._prompts_of[None][prompt_ids] = 0
+
+    def _note_returned(self, prompt_ids: tuple[int, ...]) -> None:
+        """Lets the next server with room have a prompt of which a request may be pending again, unless a server has it.
+
+        Such prompts are placed in the order in which they were asked for.
+        """
+        pending = self._queue.pending
+        if prompt_ids in pending:
+            self._prompts_of[None].pop(prompt_ids, None)
+            if not self._is_noted(prompt_ids):
+                self._returned.append(prompt_ids)
+                self._returned.sort(key=lambda prompt_ids: pending[prompt_ids][0])
+
+    def _is_noted(self, prompt_ids: tuple[int, ...]) -> bool:
+        return prompt_ids in self._returned or any(prompt_ids in prompts for prompts in self._prompts_of.values())
 
     def _completion(self, server: SGLangServer, index: int, generated: Generated) -> Completion:
         if generated.token_ids and generated.weight_labels != {self._label}:
@@ -273,9 +318,15 @@ class Router:
             elif clock() - last_answer >= silence:
                 raise ServerLost(f"{server.url} answered no health check in {silence:g} seconds")
 
+    async def _watch_label(self, server: SGLangServer) -> None:
+        """Raises _StaleAnswer once the server, which may have no request, was started again without the weights."""
+        while server.label == self._label:
+            await asyncio.sleep(self._settings.poll_seconds)
+        raise _StaleAnswer("was lost and does not have the current weights yet")
+
 
 class _StaleAnswer(Exception):
-    """A server answered with other weights than the current weights."""
+    """A server has, or answered with, other weights than the current weights."""
 
 
 def _described(generated: Generated) -> dict[str, Any]:

@@ -26,7 +26,8 @@ _ROW, _COLUMN = 0x9E3779B1, 0x85EBCA6B
 _ROW_BITS, _COLUMN_BITS = 32, 21
 _EXACT_WIDTH = 2**53 // 2**15 // 2**_COLUMN_BITS  # columns of 16 bits each whose weighted sum float64 holds exactly
 
-_CHUNK_ELEMENTS = 2**17  # their float64 values, 1 MiB, stay in a core's cache
+_CPU_CHUNK = 2**17  # elements, whose float64 values, 1 MiB, stay in a core's cache
+_GPU_CHUNK = 2**24  # elements, 128 MiB as float64; smaller ones would cost more to launch than to compute
 
 
 def checksum(part: Tensor, box: Box, dtype: torch.dtype | None = None) -> int:
@@ -42,7 +43,8 @@ def checksum(part: Tensor, box: Box, dtype: torch.dtype | None = None) -> int:
     columns = _weights((first * halves, last * halves), _COLUMN, _COLUMN_BITS, part.device).double()
     rows = _weights(box.rows, _ROW, _ROW_BITS, part.device)
     matrix = part.detach().reshape(len(part), last - first)
-    step = max(_CHUNK_ELEMENTS // max(matrix.size(1), 1), 1)
+    chunk_elements = _CPU_CHUNK if part.device.type == "cpu" else _GPU_CHUNK
+    step = max(chunk_elements // max(matrix.size(1), 1), 1)
     total = torch.zeros((), dtype=torch.int64, device=part.device)  # torch's integers wrap round
     for chunk, weights in zip(matrix.split(step), rows.split(step), strict=True):
         bits = chunk.to(dtype).contiguous().view(torch.uint8 if dtype.itemsize == 1 else torch.int16).double()

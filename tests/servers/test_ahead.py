@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import signal
 from collections import Counter
@@ -31,7 +30,6 @@ def options(schedule: str, *more: str) -> tuple[str, ...]:
     return (
         "rollout=sglang_cpu",
         f"rollout.schedule={schedule}",
-        f"rollout.max_staleness={SCHEDULES[schedule]}",
         "rollout.sglang.max_concurrency=8",
         "rollout.sglang.startup_seconds=900.0",
         "objective.importance_limit=2.0",
@@ -42,8 +40,11 @@ def options(schedule: str, *more: str) -> tuple[str, ...]:
     )
 
 
-def assert_exact(directory: Path, schedule: str) -> None:
-    """Every step has whole groups of its own prompts, each token with its weights and none older than the bound."""
+def assert_exact(directory: Path, schedule: str, *, is_uninterrupted: bool = True) -> None:
+    """Every step has whole groups of its own prompts, each token with its weights and none older than the bound.
+
+    is_uninterrupted: whether every response of one_ahead has the tokens of one policy.
+    """
     steps, metrics = trained_groups(directory), [r for r in metrics_of(directory) if r["kind"] == "step"]
     assert [record["step"] for record in metrics] == list(range(NUM_STEPS)) and len(steps) == NUM_STEPS
     # 48 prompts: no prompt comes twice in the first epoch.
@@ -57,7 +58,7 @@ def assert_exact(directory: Path, schedule: str) -> None:
             assert spans[0]["start"] == 0 and spans[-1]["end"] == len(response["response_ids"])
             assert all(a["end"] == b["start"] and a["version"] < b["version"] for a, b in itertools.pairwise(spans))
             assert version - SCHEDULES[schedule] <= spans[0]["version"] and spans[-1]["version"] <= version
-            if schedule == "one_ahead":
+            if schedule == "one_ahead" and is_uninterrupted:
                 assert len(spans) == 1
         assert record["metrics"]["rollout/oldest_updates"] <= SCHEDULES[schedule]
         assert 0 <= record["metrics"]["rollout/server_idle_share"] < 1
@@ -82,7 +83,7 @@ def test_one_ahead_trains_and_evaluates_at_one_server(warm):
 
 def has_trained(directory: Path, num_steps: int):
     path = directory / "metrics.jsonl"
-    return lambda: path.is_file() and sum(json.dumps(r["kind"]) == '"step"' for r in metrics_of(directory)) >= num_steps
+    return lambda: path.is_file() and sum(r["kind"] == "step" for r in metrics_of(directory)) >= num_steps
 
 
 @pytest.mark.slow
@@ -123,4 +124,4 @@ def test_stopped_run_saves_and_goes_on(warm, schedule):
     ranks[1].signal(signal.SIGTERM)
     assert [rank.wait(60) for rank in ranks] == [75, 75], ranks[0].said()
     together(directory, *options(schedule, "resources.trainer_devices=2"), num_processes=2)
-    assert_exact(directory, schedule)
+    assert_exact(directory, schedule, is_uninterrupted=False)

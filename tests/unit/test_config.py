@@ -16,7 +16,7 @@ from oreal_megatron.config.parsing import ADDED
 from tools.configuration_reference import nested
 
 WIDE = "model.geometry.hidden_size=128 model.geometry.ffn_hidden_size=256 +model.geometry.head_dim=64"
-AHEAD, SCHEDULE = "rollout=sglang_cpu rollout.schedule=continuous rollout.max_staleness=2", "rollout.schedule"
+AHEAD, SCHEDULE = "rollout=sglang_cpu rollout.schedule=continuous", "rollout.schedule"
 FP8_SERVERS = f"rollout=sglang rollout.sglang.dtype=fp8 {WIDE}"
 ARGUMENT = "rollout.sglang.arguments."
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -123,10 +123,10 @@ def test_violations_come_all_at_once(composed):
         ("objective=oreal objective.selection=correct", "objective.selection"),
         ("rollout.long_tail={oversample:1.5,until:useful,carry_updates:1}", "rollout.backend"),
         ("rollout=sglang_cpu rollout.max_staleness=1", "rollout.max_staleness"),
-        ("rollout=sglang_cpu rollout.schedule=one_ahead", "rollout.max_staleness"),
+        ("rollout=sglang_cpu rollout.schedule=one_ahead rollout.max_staleness=0", "rollout.max_staleness"),
         ("rollout=sglang_cpu rollout.schedule=one_ahead rollout.max_staleness=2", "rollout.max_staleness"),
-        ("rollout=sglang_cpu rollout.schedule=continuous", "rollout.max_staleness"),
-        ("rollout.schedule=one_ahead rollout.max_staleness=1", "rollout.schedule"),
+        ("rollout=sglang_cpu rollout.schedule=continuous rollout.max_staleness=0", "rollout.max_staleness"),
+        ("rollout.schedule=one_ahead", "rollout.schedule"),
         (
             f"{AHEAD} rollout.sglang.placement=colocated rollout.sglang.transport=ipc resources.trainer_devices=1",
             SCHEDULE,
@@ -249,6 +249,23 @@ def test_a_run_of_an_earlier_version_resumes_with_what_that_version_did(composed
         "objective.optimizer",
         "objective.token_weights.alignment",
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "bound"),
+    [
+        ("", 0),
+        ("rollout.schedule=one_ahead", 1),
+        ("rollout.schedule=continuous", 2),
+        ("rollout.schedule=continuous rollout.max_staleness=4", 4),
+    ],
+)
+def test_schedule_has_a_bound_of_its_own_and_may_change_when_a_run_resumes(composed, given, bound):
+    ahead = parse_config(composed("rollout=sglang_cpu", *given.split()))
+    assert ahead.rollout.staleness_bound == bound
+    for other in ("rollout.schedule=in_turn", "rollout.schedule=continuous rollout.max_staleness=1"):
+        saved = parse_config(composed("rollout=sglang_cpu", *other.split())).model_dump(mode="json")
+        check_resume(saved, ahead, "config.yaml")
 
 
 def test_length_of_fine_tuning_may_change_and_that_of_a_warm_start_may_not(composed):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 
 import pytest
 
@@ -35,11 +37,27 @@ def test_messages_of_ones_own_are_rendered_by_the_template(composed):
     renderer = render(composed, "messages")
     text = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nA+1<|im_end|>\n<|im_start|>assistant\n"
     assert renderer.question_ids("a+1") == renderer.text_ids(text)
-    assert renderer.between_turns("tool", "6") == renderer.text_ids(
+    assert renderer.between_turns([("tool", "6")]) == renderer.text_ids(
         "\n<|im_start|>tool\n6<|im_end|>\n<|im_start|>assistant\n"
     )
     with pytest.raises(ValueError, match=r"no_messages returned '1\+1' for the question '1\+1'; return a list"):
         render(composed, "no_messages").question_ids("1+1")
+
+
+def test_fingerprint_changes_with_the_source_of_the_function(composed, tmp_path, monkeypatch):
+    def fingerprint(text: str) -> str:
+        (tmp_path / "parts_of_a_test.py").write_text(
+            f"def messages(*, question):\n    return [{{'role': 'user', 'content': '{text}' + question}}]\n"
+        )
+        sys.modules.pop("parts_of_a_test", None)
+        importlib.invalidate_caches()
+        prompt = parse_config(composed("prompt.function=parts_of_a_test.messages")).prompt
+        return PromptRenderer(arithmetic_tokenizer(), prompt, vocab_size=105).fingerprint
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    assert fingerprint("a ") != fingerprint("of another length ")
+    monkeypatch.delitem(sys.modules, "parts_of_a_test")
 
 
 def most(*, greedy, sampled):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -372,6 +373,25 @@ def test_heldout_records_are_not_those_that_are_trained(single_process, tmp_path
     found = data({"path": str(path.parent), "split": "test"})
     assert len(found.heldout) == 10 and found.stream.sizes == (6,)
     assert "2 of 10 conversations begin with a prompt that is trained on" in caplog.text
+
+
+def test_another_version_of_a_file_with_its_size_and_time_is_encoded(tmp_path):
+    path = many(tmp_path)
+    first, stat = read(path), path.stat()
+    (tmp_path / "other").write_text(path.read_text().replace("1", "2"))
+    (tmp_path / "other").rename(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size and read(path).digest != first.digest
+
+
+def test_shared_prompts_are_those_of_conversations_that_are_kept(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{n}+1", "response": "9 " * n}) + "\n" for n in (1, 2, 60))
+    )
+    kept = read(tmp_path / "a.jsonl", sft(overlong="drop"), max_tokens=60)
+    every = read(tmp_path / "a.jsonl", max_tokens=4000)
+    assert len(kept) == 2 and len(every) == 3
+    assert every.num_common([kept]) == kept.num_common([every]) == 2
 
 
 def test_stop_while_records_are_encoded_leaves_no_part_of_a_file(single_process, tmp_path):

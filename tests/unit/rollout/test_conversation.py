@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import types
 
 import numpy as np
@@ -17,14 +18,23 @@ from oreal_megatron.extensions import generation_function
 from oreal_megatron.losses.policy_terms import TokenCounts
 from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.models.policy import build_policy
-from oreal_megatron.rollout.conversation import LoopGenerator
+from oreal_megatron.rollout.conversation import LoopGenerator, _Outcome
 from oreal_megatron.rollout.embedded import EmbeddedEngine
 from oreal_megatron.rollout.journal import RolloutJournal
 from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
 from oreal_megatron.step import logprobs_of, update_policy, with_reference, with_token_weights
 from oreal_megatron.stopping import StopRequest
 from oreal_megatron.train import packed
-from oreal_megatron.types import FinishReason, Grade, GradedRollout, Prompt, Trajectory, Verdict
+from oreal_megatron.types import (
+    Completion,
+    FinishReason,
+    GenerationRequest,
+    Grade,
+    GradedRollout,
+    Prompt,
+    Trajectory,
+    Verdict,
+)
 from tests.tiny_models import GEOMETRY, MODEL
 from tests.unit.test_step import CPU, trained
 
@@ -217,6 +227,23 @@ async def asks_twice(*, conversation, **_):
     await asyncio.gather(conversation.generate(2), conversation.generate(2))
 
 
+async def cancels_itself(*, conversation, **_):
+    await conversation.generate(2)
+    asyncio.current_task().cancel()
+    await asyncio.sleep(1)
+
+
+async def appends_unknown_ids(*, conversation, **_):
+    await conversation.generate(2)
+    conversation.append_ids([4, 1000])
+
+
+async def answers_twice(*, conversation, **_):
+    await conversation.generate(2)
+    conversation.append_message("tool", "1")
+    conversation.append_message("tool", "2")
+
+
 @pytest.mark.parametrize(
     ("loop", "message"),
     [
@@ -227,6 +254,9 @@ async def asks_twice(*, conversation, **_):
             r"was busy for rollout.generation.seconds = 0.5 .* at the question '0\+0'",
         ),
         (asks_twice, "raised RuntimeError: .* while an earlier call waits"),
+        (cancels_itself, r"was cancelled \(at the question '0\+0'\)"),
+        (appends_unknown_ids, r"raised ValueError: append_ids\(\) has the token .* with id 1000"),
+        (answers_twice, r"raised RuntimeError: .* its last token is not the policy's; await generate\(\) first"),
     ],
 )
 def test_a_loop_that_fails_ends_the_run_with_its_name(sample, loop, message):
@@ -255,4 +285,64 @@ def test_messages_between_turns_need_a_template_that_ends_turns_with_the_stop_to
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}{{ m['content'] }}{% endfor %}"
     renderer = PromptRenderer(tokenizer, parse_config(composed()).prompt, vocab_size=105)
     with pytest.raises(ValueError, match=r"does not end the assistant's turns .* append the text between turns"):
-        renderer.between_turns("tool", "6")
+        renderer.between_turns([("tool", "6")])
+
+
+def test_several_messages_follow_one_turn(sample, renderer):
+    async def loop(*, conversation, **_):
+        await conversation.generate(2)
+        conversation.append_messages([("tool", "1"), ("tool", "2")])
+        await conversation.generate(1)
+
+    rollout = sample(loop)[0][0].rollout
+    ((start, end),) = rollout.inserted_spans
+    inserted = rollout.response_ids[start:end].tolist()
+    if inserted[0] != renderer.stop_token_id:  # the policy ended its turn itself
+        inserted = [renderer.stop_token_id, *inserted]
+    text = "<|im_end|>\n<|im_start|>tool\n1<|im_end|>\n<|im_start|>tool\n2<|im_end|>\n<|im_start|>assistant\n"
+    assert tuple(inserted) == renderer.text_ids(text)
+
+
+def test_template_that_moves_the_question_between_turns_is_refused(composed):
+    tokenizer = arithmetic_tokenizer()
+    # The system prompt is part of the last message of the user.
+    tokenizer.chat_template = (
+        "{% set tools = messages | selectattr('role', 'equalto', 'tool') | list %}"
+        "{% for m in messages %}{{ m['role'] }}{% if m['role'] == 'user' and not tools %}0000{% endif %}"
+        "{{ m['content'] }}{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+    )
+    renderer = PromptRenderer(tokenizer, parse_config(composed()).prompt, vocab_size=105)
+    with pytest.raises(ValueError, match="shows the question in another way where messages follow it"):
+        renderer.between_turns([("tool", "6")])
+
+
+def test_a_stop_does_not_wait_for_a_busy_loop(renderer, policy, single_process):
+    engine = EmbeddedEngine(
+        lambda: CachedDecoder(policy, single_process, 105), stop_token_id=renderer.stop_token_id, batch_size=4
+    )
+    stop = StopRequest()
+
+    async def loop(*, conversation, **_):
+        await conversation.generate(2)
+        stop.signal = "SIGTERM"
+        await asyncio.sleep(600)
+
+    generator = LoopGenerator(
+        engine, loop, renderer, single_process, stop, name="loop", seconds=600.0, all_units_at_once=True
+    )
+    request = GenerationRequest(prompt_ids=(5, 6), seed=0, max_new_tokens=8, question="0+0")
+    begun = time.monotonic()
+    assert list(generator.generate([[request]], SAMPLING)) == []
+    assert time.monotonic() - begun < 30
+
+
+def test_other_ranks_get_no_tokens():
+    whole = Completion(
+        token_ids=(5, 6), logprobs=(-1.0, -1.0), finish_reason=FinishReason.STOP, weight_spans=(), inserted_spans=()
+    )
+    request = GenerationRequest(prompt_ids=(5,) * 1000, seed=0, max_new_tokens=8, question="0+0")
+    outcome = _Outcome(finished=[(3, [whole])], asked={4: {1: request}})
+    light = outcome.without_tokens(requests_too=True)
+    assert light.finished[0][0] == 3 and light.finished[0][1][0].token_ids == ()
+    assert light.asked[4][1].prompt_ids == () and outcome.asked[4][1].prompt_ids
+    assert outcome.without_tokens(requests_too=False).asked == outcome.asked

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from oreal_megatron import files
 from oreal_megatron.config import SamplingConfig, UndecidedConfig
 from oreal_megatron.files import json_line
 from oreal_megatron.rollout.journal import RolloutJournal
 from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
 from oreal_megatron.stopping import Stopped, StopRequest, TooManyUndecided
-from oreal_megatron.types import Completion, FinishReason, Grade, Prompt, Verdict, WeightSpan, undecided
+from oreal_megatron.types import (
+    Completion,
+    FinishReason,
+    Grade,
+    GradedRollout,
+    Prompt,
+    Rollout,
+    Verdict,
+    WeightSpan,
+    undecided,
+)
 
 SAMPLING = SamplingConfig(temperature=1.0, top_p=0.9, max_new_tokens=4)
 PROMPTS = [Prompt(id=str(i), question=f"{i}?", gold_answer=str(i)) for i in range(5)]
@@ -230,3 +242,48 @@ def test_some_undecided_responses_are_warned_of_and_keep_their_verdict(checked, 
     assert found.count(Verdict.UNDECIDED) == 2
     assert ("step 3: 2 of 10 responses are UNDECIDED, more than rollout.undecided.warn = 0.1" in caplog.text) == is_said
     assert checked(Engine(), grade, limits) == found
+
+
+def test_unit_that_was_generated_again_is_read_in_whatever_file_it_is(tmp_path, single_process):
+    def unit(version):
+        spans = (WeightSpan(version=version, start=0, end=1),)
+        rollout = Rollout(
+            prompt=PROMPTS[0], sample_index=0, prompt_ids=(1,), response_ids=np.array([2], np.int32),
+            logprobs=np.zeros(1, np.float32), text="2", finish_reason=FinishReason.STOP, weight_spans=spans,
+        )  # fmt: skip
+        return [GradedRollout(rollout=rollout, grade=grade([None])[0])]
+
+    for replica, version in ((1, 0), (0, 3)):  # the later file in the order of names is the older one
+        groups = SimpleNamespace(is_main=True, data_rank=replica)
+        journal = RolloutJournal(tmp_path, groups)
+        journal.append("step_000003", "key", unit(version))
+        journal.close()
+    (found,) = RolloutJournal(tmp_path, single_process).read("step_000003")["key"]
+    assert found.rollout.weight_spans[0].version == 3
+
+
+@pytest.mark.parametrize("end", [b"", b"half", b"half" * 40_000])
+def test_opened_log_ends_with_a_whole_line(tmp_path, end):
+    path = tmp_path / "log.jsonl"
+    whole = (b"x" * 99 + b"\n") * 5_000
+    path.write_bytes(whole + end)
+    opened = files.open_log(path)
+    opened.close()
+    assert path.read_bytes() == whole
+    path.write_bytes(end)
+    files.open_log(path).close()
+    assert path.read_bytes() == b""
+
+
+def test_batches_that_take_turns_do_not_read_their_files_again(tmp_path, single_process):
+    """The bytes read stay those of a block a change of the file, however large the files are."""
+    journal = RolloutJournal(tmp_path, single_process)
+    for batch in ("step_000001", "step_000002"):
+        (tmp_path / f"{batch}.replica_0.jsonl").write_bytes(b"x" * 40_000_000 + b"\n")
+    tracemalloc.start()
+    journal.append("step_000001", "a", [])
+    journal.append("step_000002", "b", [])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    journal.close()
+    assert peak < 1_000_000

@@ -134,7 +134,7 @@ def test_loops_of_several_turns_share_the_servers(open_engine):
         conversation.append_ids([7, 8])
         await conversation.generate(3)
 
-    renderer = SimpleNamespace(response_text=str)
+    renderer = SimpleNamespace(response_text=str, check_rows=lambda ids, source: None)
     settings = {"name": "loop", "seconds": 20.0, "all_units_at_once": True}
     loops = LoopGenerator(engine, loop, renderer, Groups(), StopRequest(), **settings)
     requests = requests_of(8)

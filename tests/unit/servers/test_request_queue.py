@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import replace
 
 import pytest
@@ -47,9 +46,33 @@ def test_queue_without_requests_is_finished():
 
 def test_finished_partial_is_the_completion_and_is_not_sent():
     queue, found = queue_of(request(DONE), request())
-    assert found == {0: DONE} and queue.pending == {(5, 6): deque([1])} and not queue.finished.is_set()
+    assert found == {0: DONE} and queue.pending == {(5, 6): [1]} and not queue.finished.is_set()
     queue.complete(1, DONE)
     assert queue.finished.is_set()
+
+
+def test_requests_that_come_back_are_pending_in_the_order_in_which_they_were_asked():
+    queue, _ = queue_of(*(request() for _ in range(4)))
+    taken = [queue.take((5, 6)) for _ in range(3)]
+    queue.put_back(taken[2], ServerLost("gone"))
+    queue.untake(taken[0])
+    queue.put_back(taken[1], ServerLost("gone"))
+    assert queue.pending == {(5, 6): [0, 1, 2, 3]}
+
+
+def test_open_queue_takes_requests_until_its_end():
+    found = {}
+    queue = RequestQueue((), SAMPLING, found.__setitem__, is_open=True)
+    assert not queue.finished.is_set()
+    queue.add([request(DONE), request(PARTIAL)])
+    assert found == {0: DONE} and queue.pending == {(5, 6): [1]}
+    queue.complete(queue.take((5, 6)), DONE)
+    queue.add([request(PARTIAL)])
+    assert not queue.finished.is_set()
+    queue.end()
+    assert found == {0: DONE, 1: DONE, 2: PARTIAL} and queue.finished.is_set()
+    queue.add([request(PARTIAL)])
+    assert found[3] == PARTIAL and not queue.pending
 
 
 def test_options_ask_for_the_rest_of_a_partial_response():

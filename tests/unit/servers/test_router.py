@@ -44,6 +44,26 @@ async def test_requests_are_answered_in_order_with_their_version(fakes):
 
 
 @on_loop
+async def test_requests_of_a_dead_server_come_before_those_asked_for_later(fakes):
+    pool, (lost, left) = await attached(fakes, 2, max_concurrency=2)
+    for server in (lost, left):
+        server.token_seconds = 0.02
+    prompts = [request.prompt_ids for request in requests_of(8)]
+    requests = [request for request in requests_of(8, 12) for _ in range(3)]
+    running = asyncio.create_task(generate(pool, requests))
+    await until(lambda: len(lost.prompts) == 2 and len(left.prompts) == 2)
+    fakes.kill(lost)
+    assert tokens(await running) == expected(requests)
+    under_way, placed = set(left.prompts[:2]), left.prompts[2:]
+    came_back = [ids for ids in prompts if ids in lost.prompts]
+    # A place at a time becomes free, and goes to the oldest prompt of the lost server until it has none left.
+    order = [prompts.index(ids) for ids in placed if ids not in under_way]
+    assert [prompts.index(ids) for ids in came_back] == sorted(set(order))[: len(came_back)]
+    assert order == sorted(order)
+    await pool.close()
+
+
+@on_loop
 async def test_requests_of_a_dead_server_go_to_the_others(fakes):
     pool, servers = await attached(fakes, 2)
     for server in servers:
