@@ -141,6 +141,7 @@ def test_requests_for_later_steps_overlap_the_phases_of_a_step(fakes, tmp_path, 
         1,
         [fakes.server(token_seconds=0.005).url],
         grade,
+        None,
         timeline=timeline,
     )
     for step in (0, 1):
