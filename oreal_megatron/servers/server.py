@@ -148,7 +148,8 @@ class SGLangServer(ABC):
         if state not in self.transitions[self._state]:
             raise AssertionError(f"rollout server {self.index} cannot go from {self._state} to {state}")
         self._state, self._label, self._reason = state, label, reason
-        self._settings.timeline.state(self.index, self.url, state.value, reason or f"weights {label}")
+        detail = reason or (f"weights {label}" if label is not None else "")
+        self._settings.timeline.state(self.index, self.url, state.value, detail)
         level = _LOG_LEVELS.get(state, logging.DEBUG if reason is None else logging.WARNING)
         logger.log(level, "rollout server %d %s: %s", self.index, state.value, reason or f"weights {label}")
 
