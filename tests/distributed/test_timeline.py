@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def _record(rank: int, directory: Path) -> None:
 
 
 def test_the_first_rank_of_each_replica_is_in_the_trace(tmp_path):
-    run_ranks(4, _record, tmp_path)
+    run_ranks(4, _record, tmp_path, processes=multiprocessing.get_context("spawn"))
     (path,) = tmp_path.iterdir()
     assert path.name == "steps_000003_000004.json"
     slices = [event for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
