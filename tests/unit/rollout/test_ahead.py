@@ -187,14 +187,17 @@ def test_publication_in_the_middle_of_a_group_keeps_its_tokens(fakes, start):
     trainer = start("continuous", 2)
     server = fakes.last(0)
     trainer.ahead.take(0, trainer.stream.draw)
-    server.token_seconds = 0.02
+    server.token_seconds = 0.05
     trainer.publish()
     trainer.step(1, lambda: time.sleep(0.1))
+    cut, updates = 0, []
     for step in (2, 3):
         sampled = trainer.step(step, lambda: time.sleep(0.1))
         assert_whole(sampled, step, 2)
-        assert any(len(graded.rollout.weight_spans) > 1 for group in sampled.groups for graded in group)
-        assert 0 < sampled.metrics["rollout/mean_updates"] <= 2
+        cut += sum(len(graded.rollout.weight_spans) > 1 for group in sampled.groups for graded in group)
+        updates.append(sampled.metrics["rollout/mean_updates"])
+    # On a busy machine one of the publications may come when all responses are complete.
+    assert cut and 0 < max(updates) <= 2
     wait_until(lambda: all_are_graded(trainer))
     assert server.num_tokens == NUM_STEPS * PROMPTS_PER_STEP * SAMPLES * LENGTH  # no token is generated twice
 
