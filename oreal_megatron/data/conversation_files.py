@@ -134,8 +134,8 @@ class Conversations(Sequence[PackedSequence]):
         mine = self._keys()
         common = {
             key
-            for other in others
-            for key in other._keys().filter(pyarrow.compute.is_in(other._keys(), value_set=mine)).to_pylist()
+            for keys in (other._keys() for other in others)
+            for key in keys.filter(pyarrow.compute.is_in(keys, value_set=mine)).to_pylist()
         }
         return sum(key in common for key in mine.to_pylist())
 
