@@ -70,6 +70,7 @@ setup(
         "matplotlib>=3.10",
         "tensorboard>=2.19",
         "wandb>=0.21",
+        "prometheus-client>=0.21,<1",  # tracking.prometheus_port
     ],
     extras_require={
         # GPU machines only; docs/gpu.md says what has run on one.

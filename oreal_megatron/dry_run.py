@@ -2,7 +2,7 @@
 
 Objective, schedules, kinds of parallelism, checkpoints and tracking stay as in the experiment. Every parallel dimension
 above 1 becomes 2, and data parallelism uses the rest of at most 8 processes. SGLang servers become at most 2, on CPU,
-with the experiment's placement.
+with the experiment's placement. wandb and the endpoint for Prometheus are off.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ _SMALL = {
     "parallel.micro_batch_tokens": 256,
     "parallel.fused_weight_gradients": False,
     "tracking.wandb": "disabled",
+    "tracking.prometheus_port": None,
 }
 _SMALL_SERVERS: dict[str, Any] = {
     "device": "cpu",

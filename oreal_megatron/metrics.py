@@ -1,4 +1,4 @@
-"""Tracking of a run: metrics go to metrics.jsonl, the console, tensorboard and wandb, trajectories to JSONL."""
+"""Tracking of a run: metrics go to metrics.jsonl, console, tensorboard, wandb and Prometheus, trajectories to JSONL."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import shutil
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from oreal_megatron.files import (
     write_parts_atomically,
 )
 from oreal_megatron.losses.advantages import Selection
+from oreal_megatron.prometheus import PrometheusEndpoint
 from oreal_megatron.trends import Trends
 from oreal_megatron.types import EvaluationReport, FinishReason, GradedRollout, StepReport, decided
 
@@ -60,7 +62,12 @@ class Tracker:
     """Writes reports to every place that the tracking section names; does nothing on ranks but the main rank."""
 
     def __init__(self, config: TrainConfig, directory: Path, *, is_main: bool):
-        """Opens the wandb run. Raises ConfigError where wandb refuses, for example without an API key."""
+        """Opens the endpoint for Prometheus and the wandb run.
+
+        Raises:
+            ConfigError: the endpoint's port is in use; wandb refuses, for example without an API key; the function of
+                `tracking.function` cannot be used.
+        """
         self._config = config
         self._directory = directory
         self._is_main = is_main
@@ -71,9 +78,15 @@ class Tracker:
         self._file: IO[bytes] | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
-        if is_main and config.tracking.wandb != "disabled":
-            self._wandb = self._open_wandb()
+        self._prometheus: PrometheusEndpoint | None = None
         self._own = tracker_function(config.tracking) if is_main else None
+        with contextlib.ExitStack() as opened:
+            if is_main and config.tracking.prometheus_port is not None:
+                self._prometheus = PrometheusEndpoint(config.tracking.prometheus_port, run=directory.resolve().name)
+                opened.callback(self._prometheus.close)
+            if is_main and config.tracking.wandb != "disabled":
+                self._wandb = self._open_wandb()
+            opened.pop_all()  # all of it is open until `close`
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="trajectories")
         self._being_written: Future[None] | None = None
         self._trends = Trends()
@@ -98,6 +111,9 @@ class Tracker:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(self._directory / "tensorboard"), purge_step=first_step)
+        if self._prometheus is not None:
+            port = self._config.tracking.prometheus_port
+            logger.info("metrics for Prometheus: http://%s:%d/metrics", socket.gethostname(), port)
 
     def _open_wandb(self) -> Any:
         try:
@@ -148,7 +164,10 @@ class Tracker:
         self._write(report.to_json())
         seconds = {f"seconds/{phase}": value for phase, value in report.seconds.items()}
         peaks = {f"peak_gib/{phase}": value for phase, value in report.peak_gib.items()}
-        self._log({**report.metrics, **seconds, **peaks}, report.step)
+        values = {**report.metrics, **seconds, **peaks}
+        self._log(values, report.step)
+        if self._prometheus is not None:
+            self._prometheus.step(values, report.step)
         self._trends.add(report.metrics)
         self._trends.warn()
         if report.skipped:
@@ -167,6 +186,8 @@ class Tracker:
         """Writes an evaluation's report, and logs its metrics."""
         self._write(report.to_json())
         self._log({f"evaluation/{name}": value for name, value in report.metrics.items()}, report.step)
+        if self._prometheus is not None:
+            self._prometheus.evaluation(report.metrics, report.step)
         when = f"after {report.step} steps" if report.step else "before the first step"
         for benchmark in dict.fromkeys(name.partition("/")[0] for name in report.metrics):
             own = {name: value for name, value in report.metrics.items() if name.startswith(f"{benchmark}/")}
@@ -205,6 +226,8 @@ class Tracker:
             self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._prometheus is not None:
+            self._prometheus.close()
         if self._wandb is not None:
             self._wandb.finish()
 

@@ -42,6 +42,7 @@ _FIXED: dict[str, Any] = {
     "rollout.max_staleness": None,
     "tracking.tensorboard": False,
     "tracking.wandb": "disabled",
+    "tracking.prometheus_port": None,
     "tracking.report": False,
 }
 """Keys of what trains, or reports on training, with the values that switch it off."""

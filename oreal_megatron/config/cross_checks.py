@@ -444,6 +444,16 @@ def _check_recorded_steps(tracking: TrackingConfig, resources: ResourcesConfig) 
         yield Violation("tracking.memory_snapshot", True, remedy)
 
 
+@check("rollout", "tracking")
+def _check_prometheus_port(rollout: RolloutConfig, tracking: TrackingConfig) -> Iterator[Violation]:
+    servers, port = rollout.sglang, tracking.prometheus_port
+    if servers is None or servers.urls or servers.port is None or port is None:
+        return
+    if servers.port <= port < servers.port + servers.num_servers:
+        remedy = "It is the port of a server (rollout.sglang.port). Set it to a port before or after theirs."
+        yield Violation("tracking.prometheus_port", port, remedy)
+
+
 @check("run", "tracking")
 def _check_rollout_mode(run: RunConfig, tracking: TrackingConfig) -> Iterator[Violation]:
     if run.mode == "rollout" and not tracking.trajectories:

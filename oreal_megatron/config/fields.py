@@ -12,6 +12,7 @@ LARGEST = 2**63 - 1
 """Largest integer that torch and the files of a run hold."""
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
+Port = Annotated[int, Field(gt=0, le=65535)]
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
 """Number that torch takes as a seed, also after Megatron-Core has added its offsets."""
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]

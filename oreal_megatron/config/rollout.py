@@ -11,6 +11,7 @@ from oreal_megatron.config.fields import (
     Function,
     NonNegative,
     NonNegativeFloat,
+    Port,
     Positive,
     PositiveFloat,
     Section,
@@ -80,7 +81,7 @@ class SGLangConfig(Section):
     """Python interpreter that runs launched servers, of an environment with SGLang. null: the trainer's."""
     host: Text
     """Address at which launched servers listen."""
-    port: Annotated[int, Field(gt=0, le=65535)] | None
+    port: Port | None
     """Port of the first launched server; the others get the ports after it. null: free ports."""
     max_concurrency: Positive
     """Largest number of requests in flight at one server, over all data-parallel replicas, each of which may send at

@@ -15,6 +15,7 @@ from oreal_megatron.config.fields import (
     FileName,
     Function,
     NonNegative,
+    Port,
     Positive,
     Section,
     Seed,
@@ -201,6 +202,9 @@ class TrackingConfig(Section):
     """Mode of Weights & Biases. offline: write to run.dir, for `wandb sync`."""
     wandb_project: Text
     """Project in Weights & Biases."""
+    prometheus_port: Port | None = None
+    """Port on which the main process serves the latest metrics to Prometheus, unencrypted and to everyone, while it
+    runs (docs/metrics.md). null: none."""
     trajectories: bool
     """Write every step's graded rollouts to trajectories/ below run.dir."""
     report: bool

@@ -137,6 +137,7 @@ def test_violations_come_all_at_once(composed):
         ("objective=grpo objective.importance_limit=2.0", "objective.importance_limit"),
         ("objective.importance_token_band=[1.1,2.0]", "objective.importance_token_band"),
         ("objective.importance_response_band=[2.0,0.5]", "objective.importance_response_band"),
+        ("rollout=sglang_cpu rollout.sglang.port=9200 tracking.prometheus_port=9200", "tracking.prometheus_port"),
         ("tracking.profile=[4,3]", "tracking.profile"),
         ("tracking.timeline=[4,3]", "tracking.timeline"),
         ("tracking.memory_snapshot=true", "tracking.memory_snapshot"),
@@ -166,6 +167,7 @@ def test_cross_checks_name_key_and_value(composed, override, key):
         ("verifier.judge.max_attempts='3'", "verifier.judge.max_attempts"),
         ("verifier.judge.mode=sometimes", "verifier.judge.mode"),
         ("rollout.batch_size='3'", "rollout.batch_size"),
+        ("tracking.prometheus_port=0", "tracking.prometheus_port"),
     ],
 )
 def test_sections_coerce_nothing(composed, override, key):
