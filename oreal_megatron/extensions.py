@@ -17,6 +17,7 @@ from oreal_megatron.config import (
     FunctionConfig,
     ObjectiveConfig,
     PromptConfig,
+    RolloutSamplingConfig,
     TrackingConfig,
     TrainConfig,
     Violation,
@@ -52,6 +53,9 @@ TRACKER_PARAMETERS = ("record", "directory")
 """Keyword arguments of `tracking.function`."""
 GENERATION_PARAMETERS = ("conversation", "question", "prompt_ids")
 """Keyword arguments of `rollout.generation.function`."""
+
+SAMPLING_PARAMETERS = ("prompt", "sample_index", "step", "sampling")
+"""Keyword arguments of `rollout.sampling.function`."""
 
 
 def objective_function(config: ObjectiveConfig, name: str) -> Callable[..., Any] | None:
@@ -91,6 +95,12 @@ def generation_function(config: TrainConfig) -> Callable[..., Any] | None:
     return found
 
 
+def sampling_function(config: RolloutSamplingConfig) -> Callable[..., Any] | None:
+    """Returns the function that `rollout.sampling.function` names. Raises ConfigError as `objective_function` does."""
+    function = config.function
+    return None if function is None else load_function("rollout.sampling.function", function, SAMPLING_PARAMETERS)
+
+
 def prompt_function(config: PromptConfig) -> Callable[..., Any] | None:
     """Returns the function that `prompt.function` names. Raises ConfigError as `objective_function` does."""
     return None if config.function is None else load_function("prompt.function", config.function, PROMPT_PARAMETERS)
@@ -126,6 +136,7 @@ def check_functions(config: TrainConfig) -> list[Violation]:
     loads: list[Callable[[], Any]] = [functools.partial(objective_function, config.objective, n) for n in PARAMETERS]
     loads += [functools.partial(load, config) for load in (reward_function, generation_function)]
     loads += [
+        functools.partial(sampling_function, config.rollout.sampling),
         functools.partial(prompt_function, config.prompt),
         functools.partial(metric_functions, config.evaluation),
         functools.partial(tracker_function, config.tracking),

@@ -11,6 +11,7 @@ from oreal_megatron.distributed.step_timer import StepTimer
 from oreal_megatron.losses.advantages import is_useful
 from oreal_megatron.rollout.ahead import RolloutsAhead
 from oreal_megatron.rollout.early_stop import EarlyStop
+from oreal_megatron.rollout.response_limits import limits_of_step
 from oreal_megatron.rollout.sampler import SampleResult, on_every_rank, rollout_seeds
 from oreal_megatron.run_state import Run
 from oreal_megatron.stopping import Stopped, TooManyUndecided
@@ -47,6 +48,7 @@ def generated_now(run: Run, clock: StepTimer) -> SampleResult:
         num_samples=config.rollout.samples_per_prompt,
         sampling=config.rollout.sampling,
         seed_of=rollout_seeds(config.run.seed, "train", step),
+        limits_of=limits_of_step(config.rollout.sampling, step),
         clock=clock,
         early_stop=early_stop_of(config, step),
     )

@@ -320,6 +320,8 @@ class GenerationRequest:
     """Seed of the response's randomness, which does not depend on its batch."""
     max_new_tokens: int
     """Limit of the whole response, with the tokens of `partial`."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the response, in addition to the policy's stop token."""
     question: str = ""
     """Question of the prompt, for a loop of several turns."""
     label: str = ""

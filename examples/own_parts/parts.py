@@ -1,6 +1,6 @@
-"""Smaller parts of one's own: the messages of a question, a metric of evaluations, and a tracker."""
+"""Smaller parts of one's own: messages of a question, lengths of responses, a metric of evaluations, and a tracker."""
 
-from pydantic import BaseModel
+from pydantic import BaseModel, PositiveInt
 
 
 class Shots(BaseModel):
@@ -14,6 +14,20 @@ def messages(*, question, settings: Shots):
     """Returns the messages of a prompt: the examples as earlier turns, then the question."""
     turns = [turn for example in settings.examples for turn in zip(("user", "assistant"), example, strict=True)]
     return [{"role": role, "content": content} for role, content in [*turns, ("user", question)]]
+
+
+class Growth(BaseModel):
+    """Length of responses over the steps."""
+
+    first: PositiveInt
+    """Longest response of the first step, in tokens."""
+    each_step: PositiveInt
+    """Tokens that each further step adds."""
+
+
+def growing(*, step, sampling, settings: Growth, **_):
+    """Returns the limit of a response: short at first, and rollout.sampling.max_new_tokens in the end."""
+    return {"max_new_tokens": min(settings.first + settings.each_step * step, sampling.max_new_tokens)}
 
 
 def lines(*, greedy, **_):

@@ -28,7 +28,7 @@ from oreal_megatron.config.parsing import (
     settings_of,
     unknown_key,
 )
-from oreal_megatron.config.rollout import SamplingConfig, SGLangConfig, UndecidedConfig
+from oreal_megatron.config.rollout import RolloutSamplingConfig, SamplingConfig, SGLangConfig, UndecidedConfig
 from oreal_megatron.config.sections import (
     EvaluationConfig,
     Fp8Config,
@@ -61,6 +61,7 @@ __all__ = [
     "ParallelConfig",
     "Positive",
     "PromptConfig",
+    "RolloutSamplingConfig",
     "RopeScalingConfig",
     "SGLangConfig",
     "SamplingConfig",

@@ -14,7 +14,7 @@ from oreal_megatron.config.divisibility import (
 from oreal_megatron.config.errors import Violation
 from oreal_megatron.config.fp8_recipes import CAPABILITIES, device_problem, recipes_for
 from oreal_megatron.config.optimizer import OptimizerConfig
-from oreal_megatron.config.rollout import OPTIONS_SET_BY_RUN, RolloutConfig
+from oreal_megatron.config.rollout import OPTIONS_SET_BY_RUN, RolloutConfig, SamplingConfig
 from oreal_megatron.config.sections import (
     EvaluationConfig,
     Fp8Config,
@@ -140,7 +140,7 @@ def _fp8_violations(
 def _check_lengths(
     run: RunConfig, model: ModelConfig, prompt: PromptConfig, rollout: RolloutConfig, evaluation: EvaluationConfig
 ) -> Iterator[Violation]:
-    sampled = {} if run.mode == "sft" else {"rollout": rollout.sampling}
+    sampled: dict[str, SamplingConfig] = {} if run.mode == "sft" else {"rollout": rollout.sampling}
     sampled |= {"evaluation": evaluation.sampling} if evaluation.benchmarks else {}
     room = model.max_sequence_length - prompt.max_prompt_tokens
     for section, sampling in sampled.items():

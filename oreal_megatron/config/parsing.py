@@ -131,6 +131,7 @@ ADDED: dict[str, Any] = {
     "rollout.max_staleness": None,
     "prompt.date": None,
     "rollout.generation": None,
+    "rollout.sampling.function": None,
     "prompt.function": None,
     "evaluation.functions": {},
 }

@@ -58,6 +58,14 @@ class SamplingConfig(Section):
     """Longest response, in tokens."""
 
 
+class RolloutSamplingConfig(SamplingConfig):
+    """Sampling of responses that train, which a function of one's own may limit response by response."""
+
+    function: Function | None = None
+    """Function of one's own that returns limits of one response, within those of this section; docs/extending.md has
+    its arguments. null: none."""
+
+
 class SGLangConfig(Section):
     """SGLang servers that generate rollouts. null: none; needed by `backend: sglang`."""
 
@@ -179,7 +187,7 @@ class RolloutConfig(Section):
     continuous."""
     samples_per_prompt: Positive
     """Number K of responses for each prompt."""
-    sampling: SamplingConfig
+    sampling: RolloutSamplingConfig
     """Sampling of responses."""
     batch_size: Positive
     """Number of sequences that the embedded backend generates at the same time. Pass rates are estimated in batches of

@@ -22,7 +22,8 @@ from oreal_megatron.checkpoint.store import step_name
 from oreal_megatron.config.rollout import RolloutConfig
 from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.rollout.background import BackgroundGeneration, Batch
-from oreal_megatron.rollout.sample_call import SampleCall, staleness
+from oreal_megatron.rollout.response_limits import limits_of_step
+from oreal_megatron.rollout.sample_call import SampleCall, can_go_on, staleness
 from oreal_megatron.rollout.sampler import Sampler, SampleResult, rollout_seeds
 from oreal_megatron.rollout.sglang_engine import SGLangEngine
 from oreal_megatron.stopping import LostPeer, Stopped, StopRequest
@@ -209,6 +210,7 @@ class RolloutsAhead:
                 num_samples=self._config.samples_per_prompt,
                 sampling=self._config.sampling,
                 seed_of=rollout_seeds(self._run_seed, "train", later),
+                limits_of=limits_of_step(self._config.sampling, later),
                 weight_version=None,
             )
             batches.append(self._batch_of(later, prompts, call, num_updates=later - step))
@@ -248,11 +250,13 @@ class RolloutsAhead:
     def _begun(self, call: SampleCall, *, without: Collection[int]) -> dict[int, Completion]:
         """Returns the responses of a call that `keep` has kept, by the index of their request; on the main rank.
 
-        without: units that need no response.
+        A response above its limit, which a function of the user's own lowered since, is not used. without: units that
+        need no response.
         """
         kept = self._sampler.journal.partial(call.batch_name)
         asked = [(i, call.asked[i]) for index, unit in enumerate(call.units) if index not in without for i in unit]
-        return {i: kept[prompt.id, sample] for i, (prompt, sample) in asked if (prompt.id, sample) in kept}
+        begun = {i: kept[prompt.id, sample] for i, (prompt, sample) in asked if (prompt.id, sample) in kept}
+        return {i: part for i, part in begun.items() if can_go_on(part, call.requests[i].max_new_tokens)}
 
     def _generate(self, batches: Sequence[Batch]) -> None:
         """Has the servers generate what is unserved of batches, behind what they generate already."""

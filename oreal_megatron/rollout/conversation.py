@@ -43,7 +43,7 @@ class Turn:
     weight_version: int | None
     """Version of the weights that generated the last token; None without tokens."""
     finish_reason: FinishReason
-    """STOP: the turn ends with the stop token; LENGTH: a limit ended it."""
+    """STOP: the turn ends with a stop token; LENGTH: a limit ended it."""
 
     @property
     def stopped(self) -> bool:
@@ -99,6 +99,7 @@ class Conversation:
             # The first turn has the response's own seed, so that a loop of one turn generates what no loop would.
             seed=derive_seed(seed, "turn", self._num_turns) if self._num_turns else seed,
             max_new_tokens=self.room if max_new_tokens is None else min(max_new_tokens, self.room),
+            stop_token_ids=self._request.stop_token_ids,
             label=self._request.label,
         )
         self._answer = asyncio.get_running_loop().create_future()
@@ -157,7 +158,7 @@ class Conversation:
                 "append_message() ends a turn of the policy, and its last token is not the policy's; await generate() "
                 "first, or pass several messages to append_messages()"
             )
-        ended = self._finish_reason is FinishReason.STOP
+        ended = self._tokens[-1] == self._renderer.stop_token_id  # a response may have other tokens that end a turn
         self.append_ids([*([] if ended else [self._renderer.stop_token_id]), *self._renderer.between_turns(messages)])
 
     def append_ids(self, token_ids: Sequence[int]) -> None:
@@ -182,7 +183,7 @@ class Conversation:
         self._answer.set_result(completion)
 
     def completion(self) -> Completion:
-        """Returns the whole response. It has stopped if its last token is the policy's stop token.
+        """Returns the whole response. It has stopped if its last token is a stop token that the policy generated.
 
         Raises:
             ValueError: the policy generated nothing.

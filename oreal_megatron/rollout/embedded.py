@@ -78,7 +78,11 @@ class EmbeddedEngine:
 
     def _generate_batch(self, requests: Sequence[GenerationRequest], sampling: SamplingConfig) -> list[Completion]:
         limit = max(request.max_new_tokens for request in requests)
-        running = _Running([_uniforms(request) for request in requests], [r.max_new_tokens for r in requests])
+        running = _Running(
+            [_uniforms(request) for request in requests],
+            [request.max_new_tokens for request in requests],
+            [{self._stop_token_id, *request.stop_token_ids} for request in requests],
+        )
         decoder = self._new_decoder()
         # The samples of a group share their prompt: it is read once, and its cache is copied for each.
         prompts = list(dict.fromkeys(request.prompt_ids for request in requests))
@@ -90,7 +94,7 @@ class EmbeddedEngine:
             logits = logits[rows]
         for index in range(limit):
             chosen, logprobs = sample(logits, running.uniforms(index, logits.device), sampling)
-            if (broken := running.append(chosen, logprobs, self._stop_token_id)) is not None:
+            if (broken := running.append(chosen, logprobs)) is not None:
                 raise FloatingPointError(
                     f"the policy's logits are not numbers at token {index} of the response to the prompt "
                     f"{self._text_of(requests[broken].prompt_ids)!r}: check the weights of model.path for NaN and "
@@ -108,10 +112,10 @@ class EmbeddedEngine:
             Completion(
                 token_ids=tuple(tokens),
                 logprobs=tuple(logprobs),
-                finish_reason=FinishReason.STOP if tokens[-1] == self._stop_token_id else FinishReason.LENGTH,
+                finish_reason=FinishReason.STOP if tokens[-1] in stops else FinishReason.LENGTH,
                 weight_spans=(WeightSpan(version=self.weight_version, start=0, end=len(tokens)),),
             )
-            for tokens, logprobs in zip(running.tokens, running.logprobs, strict=True)
+            for tokens, logprobs, stops in zip(running.tokens, running.logprobs, running.stops, strict=True)
         ]
 
 
@@ -121,6 +125,8 @@ class _Running:
 
     noise: list[np.ndarray]
     limits: list[int]
+    stops: list[set[int]]
+    """Token ids that end each sequence."""
     tokens: list[list[int]] = field(init=False)
     logprobs: list[list[float]] = field(init=False)
 
@@ -135,7 +141,7 @@ class _Running:
         values = [self.noise[row][min(index, self.limits[row] - 1)] for row in self.rows]
         return torch.tensor(values, dtype=torch.float32, device=device)
 
-    def append(self, chosen: Tensor, logprobs: Tensor, stop_token_id: int) -> int | None:
+    def append(self, chosen: Tensor, logprobs: Tensor) -> int | None:
         """Appends a token to every running sequence. Returns the first sequence whose log-probability is NaN."""
         for position, (row, token, logprob) in enumerate(
             zip(self.rows, chosen.tolist(), logprobs.tolist(), strict=True)
@@ -145,7 +151,7 @@ class _Running:
                     return int(row)
                 self.tokens[row].append(token)
                 self.logprobs[row].append(logprob)
-                self.alive[position] = token != stop_token_id and len(self.tokens[row]) < self.limits[row]
+                self.alive[position] = token not in self.stops[row] and len(self.tokens[row]) < self.limits[row]
         return None
 
     def compact(self) -> None:

@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import orjson
 
@@ -152,13 +152,16 @@ def unit_key(
     spans of its responses then name them. Which weights these are depends on when the responses were generated, so a
     unit of a later step stays exact only where the steps between, which the journal has, are repeated as they were.
     """
-    content = [
+    content: list[Any] = [
         weight_version,
-        sampling.model_dump(mode="json"),
+        # What a function of the user's own returned is in the requests.
+        sampling.model_dump(mode="json", exclude={"function"}),
         [
             (prompt.id, prompt.question, prompt.gold_answer, request.prompt_ids, request.seed, request.max_new_tokens)
             for prompt, request in zip(prompts, requests, strict=True)
         ],
         [request.partial.to_json() for request in requests if request.partial is not None],
     ]
+    if any(request.stop_token_ids for request in requests):
+        content.append([request.stop_token_ids for request in requests])
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from oreal_megatron.config import SamplingConfig
 from oreal_megatron.rollout.journal import unit_key
-from oreal_megatron.types import GenerationRequest, GradedRollout, Prompt
+from oreal_megatron.types import Completion, GenerationRequest, GradedRollout, Prompt
 
 
 class SampleCall:
@@ -44,6 +44,12 @@ class SampleCall:
         for i, (prompt, _) in enumerate(self.asked):
             places.setdefault(prompt.id, []).append(i)
         return {id: [at[i] for i in group] for id, group in places.items() if all(i in at for i in group)}
+
+
+def can_go_on(partial: Completion, max_new_tokens: int) -> bool:
+    """Returns whether a beginning of a response, or a finished one, is within a limit that may be new."""
+    is_finished = partial.finish_reason is not None
+    return len(partial.token_ids) <= max_new_tokens - (not is_finished)
 
 
 def staleness(groups: Sequence[Sequence[GradedRollout]], version: int) -> dict[str, float]:

@@ -19,7 +19,8 @@ from oreal_megatron.metrics import ProgressBar
 from oreal_megatron.rollout.early_stop import EarlyStop, Tally
 from oreal_megatron.rollout.engine import ResponseGenerator
 from oreal_megatron.rollout.journal import PartialResponses, RolloutJournal
-from oreal_megatron.rollout.sample_call import SampleCall, staleness
+from oreal_megatron.rollout.response_limits import LimitsOf, ResponseLimits, no_limits
+from oreal_megatron.rollout.sample_call import SampleCall, can_go_on, staleness
 from oreal_megatron.seeds import derive_seed
 from oreal_megatron.stopping import Stopped, StopRequest, TooManyUndecided
 from oreal_megatron.types import (
@@ -95,6 +96,7 @@ class Sampler:
         num_samples: int,
         sampling: SamplingConfig,
         seed_of: Callable[[Prompt, int], int],
+        limits_of: LimitsOf = no_limits,
         clock: StepTimer = lambda phase: contextlib.nullcontext(),
         early_stop: EarlyStop | None = None,
         progress: Progress | None = None,
@@ -102,14 +104,14 @@ class Sampler:
         """Returns a group of `num_samples` graded rollouts per prompt; tokens, on the main rank alone.
 
         batch_name: names the journal's files, for example `step_000003`. seed_of: (prompt, sample index) -> seed; see
-        `rollout_seeds`. clock: times the phases generate and verify. early_stop: ends sampling early; responses that
-        are unfinished then are kept for `early_stop.next_batch`. A call that ended early and is repeated after a kill
-        returns the same groups, with the same verdicts unless `check_undecided` ended the run. progress: shows the
-        responses of this rank's replica.
+        `rollout_seeds`. limits_of: limits of each response; see `limits_of_step`. clock: times the phases generate and
+        verify. early_stop: ends sampling early; responses that are unfinished then are kept for
+        `early_stop.next_batch`. A call that ended early and is repeated after a kill returns the same groups, with the
+        same verdicts unless `check_undecided` ended the run. progress: shows the responses of this rank's replica.
 
         Raises:
             Stopped: a stop was asked for; finished units are in the journal.
-            ValueError: a prompt leaves no room for a response.
+            ValueError: a prompt leaves no room for a response, or `limits_of` refuses what a function returned.
             OSError: the journal cannot be written.
         """
         partial, metrics = ({}, {}) if early_stop is None else self._partial(batch_name, early_stop.max_staleness)
@@ -119,6 +121,7 @@ class Sampler:
             num_samples=num_samples,
             sampling=sampling,
             seed_of=seed_of,
+            limits_of=limits_of,
             weight_version=self._engine.weight_version,
             partial=partial,
         )
@@ -151,6 +154,7 @@ class Sampler:
         num_samples: int,
         sampling: SamplingConfig,
         seed_of: Callable[[Prompt, int], int],
+        limits_of: LimitsOf = no_limits,
         weight_version: int | None,
         partial: PartialResponses = MappingProxyType({}),
     ) -> SampleCall:
@@ -160,12 +164,18 @@ class Sampler:
         responses.
 
         Raises:
-            ValueError: a prompt leaves no room for a response.
+            ValueError: a prompt leaves no room for a response, or `limits_of` refuses what a function returned.
         """
         asked = [(prompt, index) for prompt in prompts for index in range(num_samples)]
         requests = [
             replace(
-                self._request(prompt, seed_of(prompt, index), sampling, partial.get((prompt.id, index))),
+                self._request(
+                    prompt,
+                    seed_of(prompt, index),
+                    sampling,
+                    limits_of(prompt, index),
+                    partial.get((prompt.id, index)),
+                ),
                 label=f"{batch_name} {prompt.id}#{index}",
             )
             for prompt, index in asked
@@ -285,7 +295,7 @@ class Sampler:
         return broken_off
 
     def _request(
-        self, prompt: Prompt, seed: int, sampling: SamplingConfig, partial: Completion | None
+        self, prompt: Prompt, seed: int, sampling: SamplingConfig, limits: ResponseLimits, partial: Completion | None
     ) -> GenerationRequest:
         prompt_ids = self._renderer.token_ids(prompt)
         room = self._max_sequence_length - len(prompt_ids)
@@ -294,9 +304,17 @@ class Sampler:
                 f"prompt {prompt.id} has {len(prompt_ids)} tokens and leaves no room for a response in "
                 f"model.max_sequence_length = {self._max_sequence_length}; raise it, or lower prompt.max_prompt_tokens"
             )
-        limit = min(room, sampling.max_new_tokens)
+        limit = min(room, limits.max_new_tokens or sampling.max_new_tokens)
+        if limits.stop_token_ids:
+            self._renderer.check_rows(limits.stop_token_ids, f"stop_token_ids of {limits.source}")
         return GenerationRequest(
-            prompt_ids=prompt_ids, seed=seed, max_new_tokens=limit, question=prompt.question, partial=partial
+            prompt_ids=prompt_ids,
+            seed=seed,
+            max_new_tokens=limit,
+            stop_token_ids=limits.stop_token_ids,
+            question=prompt.question,
+            # The function of the user's own may give a later step's response a lower limit.
+            partial=partial if partial is not None and can_go_on(partial, limit) else None,
         )
 
     def _rollout(

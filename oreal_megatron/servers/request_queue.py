@@ -152,7 +152,7 @@ class RequestQueue:
             "min_p": 0.0,
             "repetition_penalty": 1.0,
             "max_new_tokens": self._max_new_tokens(index),
-            "stop_token_ids": [stop_token_id],
+            "stop_token_ids": [stop_token_id, *request.stop_token_ids],
             "sampling_seed": request.seed,
         }
 
@@ -163,7 +163,8 @@ class RequestQueue:
         self._num_new_tokens += len(generated.token_ids)
         partial = request.partial or NOTHING
         tokens = partial.token_ids + generated.token_ids
-        if tokens[-1:] == (stop_token_id,):  # an abort may come with the last token
+        ends = (stop_token_id, *request.stop_token_ids)
+        if tokens and tokens[-1] in ends:  # an abort may come with the last token
             reason: FinishReason | None = FinishReason.STOP
         elif len(tokens) >= request.max_new_tokens or generated.finish["type"] == "length":
             reason = FinishReason.LENGTH

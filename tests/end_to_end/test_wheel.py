@@ -172,16 +172,19 @@ def test_wheel_trains_with_a_tool(installed, tmp_path):
     assert len(differences) == 2 and max(differences) < 1e-4
 
 
-def test_wheel_has_prompts_metrics_and_a_tracker_of_ones_own(installed, tmp_path):
+def test_wheel_has_prompts_lengths_metrics_and_a_tracker_of_ones_own(installed, tmp_path):
     example = shutil.copytree(ROOT / "examples" / "own_parts", tmp_path / "example")
     shots = "{path: parts.messages, settings: {examples: [[Compute 1+1., '2']]}}"
     installed(
         "oreal-train", *TINY, f"prompt.function={shots}", "prompt.max_prompt_tokens=100",
         "model.max_sequence_length=160", "+evaluation.functions.lines=parts.lines",
         "tracking.function=parts.write_line",
-        f"run.dir={tmp_path}/run", "run.num_steps=2", python_path=example,
+        "rollout.sampling.function={path: parts.growing, settings: {first: 2, each_step: 1}}", "run.num_steps=2",
+        f"run.dir={tmp_path}/run", python_path=example,
     )  # fmt: skip
     written = (tmp_path / "run" / "progress.txt").read_text().splitlines()
     assert [line.split(" {")[0] for line in written] == ["evaluation 0", "step 0", "step 1", "evaluation 2"]
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(r["metrics"]["heldout/lines"] >= 1 for r in records if r["kind"] == "evaluation")
+    steps = [r["metrics"] for r in records if r["kind"] == "step"]
+    assert all(1 < metrics["rollout/response_tokens"] <= limit for metrics, limit in zip(steps, (2, 3), strict=True))

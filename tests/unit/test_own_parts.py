@@ -117,7 +117,13 @@ def test_tracker_of_ones_own_gets_every_record_and_ends_no_run(composed, tmp_pat
 
 def test_functions_that_do_not_exist_are_named_before_the_run(composed):
     overrides = ["prompt.function=no.where", "tracking.function=no.where", "+evaluation.functions.mine=no.where"]
+    overrides.append("rollout.sampling.function=no.where")
     found = {violation.key for violation in check_functions(parse_config(composed(*overrides)))}
-    assert found == {"prompt.function", "tracking.function", "evaluation.functions.mine"}
+    assert found == {
+        "prompt.function",
+        "tracking.function",
+        "evaluation.functions.mine",
+        "rollout.sampling.function",
+    }
     with pytest.raises(ConfigError):
         render(composed, "nothing")

@@ -26,6 +26,13 @@ def request(partial=None):
     return GenerationRequest(prompt_ids=(5, 6), seed=11, max_new_tokens=8, partial=partial)
 
 
+def test_token_of_the_request_ends_its_response():
+    queue, _ = queue_of(replace(request(), stop_token_ids=(9,)))
+    assert queue.options(0, STOP)["stop_token_ids"] == [STOP, 9]
+    completion = queue.completion(0, generated(3, 9, finish="stop"), version=4, stop_token_id=STOP)
+    assert completion.finish_reason is FinishReason.STOP and completion.token_ids == (3, 9)
+
+
 def queue_of(*requests):
     found = {}
     return RequestQueue(requests, SAMPLING, found.__setitem__), found

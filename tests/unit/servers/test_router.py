@@ -44,6 +44,19 @@ async def test_requests_are_answered_in_order_with_their_version(fakes):
 
 
 @on_loop
+async def test_requests_end_at_tokens_of_their_own(fakes):
+    pool, _ = await attached(fakes)
+    requests = requests_of(3)
+    (first, second, third) = expected(requests)
+    requests[1] = replace(requests[1], stop_token_ids=(second[4],))
+    found = await generate(pool, requests)
+    end = second.index(second[4]) + 1
+    assert tokens(found) == [first, second[:end], third]
+    assert [c.finish_reason is FinishReason.STOP for c in found] == [False, True, False]
+    await pool.close()
+
+
+@on_loop
 async def test_requests_of_a_dead_server_come_before_those_asked_for_later(fakes):
     pool, (lost, left) = await attached(fakes, 2, max_concurrency=2)
     for server in (lost, left):
