@@ -18,6 +18,7 @@ from oreal_megatron.config import (
     ObjectiveConfig,
     PromptConfig,
     RolloutSamplingConfig,
+    SGLangConfig,
     TrackingConfig,
     TrainConfig,
     Violation,
@@ -56,6 +57,11 @@ GENERATION_PARAMETERS = ("conversation", "question", "prompt_ids")
 
 SAMPLING_PARAMETERS = ("prompt", "sample_index", "step", "sampling")
 """Keyword arguments of `rollout.sampling.function`."""
+
+TRANSPORT_PARAMETERS = ("shards", "directory", "config_json")
+"""Keyword arguments of the class of `rollout.sglang.transport`."""
+TRANSPORT_METHODS: Mapping[str, tuple[Any, ...]] = {"prepare": (0,), "send": ((),), "close": ()}
+"""Methods of a transport, with arguments such as those with which they are called."""
 
 
 def objective_function(config: ObjectiveConfig, name: str) -> Callable[..., Any] | None:
@@ -101,6 +107,28 @@ def sampling_function(config: RolloutSamplingConfig) -> Callable[..., Any] | Non
     return None if function is None else load_function("rollout.sampling.function", function, SAMPLING_PARAMETERS)
 
 
+def transport_class(config: SGLangConfig | None) -> Callable[..., Any] | None:
+    """Returns the class that `rollout.sglang.transport` names, with its settings bound; None for the built-in ones.
+
+    Raises:
+        ConfigError: as `objective_function` does, and where it is no class, or one without the methods of a Transport.
+    """
+    if config is None or not isinstance(config.transport, FunctionConfig):
+        return None
+    key, path = "rollout.sglang.transport", config.transport.path
+    found = load_function(key, config.transport, TRANSPORT_PARAMETERS)
+    own = inspect.unwrap(found)
+    if not isinstance(own, type):
+        raise ConfigError([Violation(key, path, f"It is a {type(own).__name__}. Set it to module.name of a class.")])
+    for name, arguments in TRANSPORT_METHODS.items():
+        try:
+            inspect.signature(getattr(own, name)).bind(None, *arguments)
+        except (AttributeError, TypeError, ValueError) as error:
+            remedy = f"Its method `{name}` cannot be called: {error}. Give it the methods of Transport in "
+            raise ConfigError([Violation(key, path, f"{remedy}oreal_megatron/weight_sync/types.py.")]) from error
+    return found
+
+
 def prompt_function(config: PromptConfig) -> Callable[..., Any] | None:
     """Returns the function that `prompt.function` names. Raises ConfigError as `objective_function` does."""
     return None if config.function is None else load_function("prompt.function", config.function, PROMPT_PARAMETERS)
@@ -137,6 +165,7 @@ def check_functions(config: TrainConfig) -> list[Violation]:
     loads += [functools.partial(load, config) for load in (reward_function, generation_function)]
     loads += [
         functools.partial(sampling_function, config.rollout.sampling),
+        functools.partial(transport_class, config.rollout.sglang),
         functools.partial(prompt_function, config.prompt),
         functools.partial(metric_functions, config.evaluation),
         functools.partial(tracker_function, config.tracking),
@@ -203,7 +232,8 @@ def _settings(
     model = signature.parameters["settings"].annotation
     if isinstance(model, str):  # of a module with `from __future__ import annotations`
         with contextlib.suppress(Exception):
-            model = eval(model, getattr(inspect.unwrap(function), "__globals__", {}))
+            initial = function.__init__ if isinstance(function, type) else inspect.unwrap(function)
+            model = eval(model, getattr(initial, "__globals__", {}))
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
         remedy = "Its parameter `settings` is not annotated with a pydantic model. Annotate it with one."
         raise ConfigError([Violation(key, config.path, remedy)])

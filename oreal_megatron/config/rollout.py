@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from oreal_megatron.config.fields import (
+    AsPath,
     Function,
+    FunctionConfig,
     NonNegative,
     NonNegativeFloat,
     Port,
@@ -66,6 +68,19 @@ class RolloutSamplingConfig(SamplingConfig):
     its arguments. null: none."""
 
 
+def _kind_of_transport(value: Any) -> str:
+    """Returns the tag of a transport. Text without a dot is a name, so that a mistyped one is refused as such."""
+    return "NameConfig" if isinstance(value, str) and "." not in value else "FunctionConfig"
+
+
+# Tags that end with Config are left out of keys in messages, as classes are.
+TransportConfig = Annotated[
+    Annotated[Literal["direct", "broadcast", "ipc", "disk"], Tag("NameConfig")]
+    | Annotated[FunctionConfig, AsPath, Tag("FunctionConfig")],
+    Discriminator(_kind_of_transport),
+]
+
+
 class SGLangConfig(Section):
     """SGLang servers that generate rollouts. null: none; needed by `backend: sglang`."""
 
@@ -94,15 +109,17 @@ class SGLangConfig(Section):
     max_concurrency: Positive
     """Largest number of requests in flight at one server, over all data-parallel replicas, each of which may send at
     least one."""
-    transport: Literal["direct", "broadcast", "ipc", "disk"]
+    transport: TransportConfig
     """Way of new weights to the servers. direct: each server rank receives exactly its own bytes; broadcast: every
     server rank receives whole tensors, through SGLang's own endpoint; ipc: through memory of one machine; disk: through
-    a Hugging Face directory on a shared file system, which the servers load."""
+    a Hugging Face directory on a shared file system, which the servers load; `module.name`: a class of one's own, see
+    docs/extending.md."""
     bucket_mib: Positive
     """Size of the buckets in which weights move, in MiB. A process needs memory for two buckets, and for three where
     `ipc` or `broadcast` collect a bucket for other ranks."""
     weights_dir: Text | None
-    """Directory that `transport: disk` writes the latest weights to. null: weights/ in run.dir."""
+    """Directory that `transport: disk`, or one of one's own, writes the latest weights to. null: weights/ in run.dir.
+    """
     startup_seconds: PositiveFloat
     """Seconds that a server may take to answer after its start or after lost contact, before it counts as failed."""
     health_seconds: PositiveFloat

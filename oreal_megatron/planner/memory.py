@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from oreal_megatron.config import GeometryConfig, SGLangConfig, TrainConfig
+from oreal_megatron.config import FunctionConfig, GeometryConfig, SGLangConfig, TrainConfig
 from oreal_megatron.planner.footprints import DecodedBatch, RankFootprint
 from oreal_megatron.planner.hardware import FULL, SURE, Device, device_named
 from oreal_megatron.planner.sizes import Sizes, linear_parameters, num_parameters, rollouts_per_step
@@ -156,7 +156,9 @@ def _trainer_phases(sizes: Sizes, footprint: RankFootprint, device: Device) -> l
     phases.append(phase("train policy", policy, memory | offloaded))
     if (servers := config.rollout.sglang) is not None and config.generates:
         bucket = min(servers.bucket_mib * 2**20, footprint.policy_parameters * sizes.element)
-        buckets = {"buckets": _BUCKETS[servers.transport] * bucket}
+        # A transport of the user's own is planned without buckets.
+        number = 0 if isinstance(servers.transport, FunctionConfig) else _BUCKETS[servers.transport]
+        buckets = {"buckets": number * bucket}
         if _colocated(config):
             buckets |= {"served weights": served_weights(sizes, servers)} | _arriving(sizes, servers)
         phases.append(phase("reshard", policy_weights, buckets | offloaded))

@@ -45,7 +45,8 @@ class DiskTransport:
             stage: NewShard(f"model-{stage + 1:05d}-of-{len(by_stage):05d}.safetensors", tensors)
             for stage, tensors in by_stage.items()
         }
-        self._current: Path | None = None
+        self.current: Path | None = None
+        """Directory of the version that was prepared last."""
         self._write_seconds = 0.0
 
     def prepare(self, weight_version: int) -> None:
@@ -54,7 +55,7 @@ class DiskTransport:
         target = (self._directory / _NAME.format(weight_version)).absolute()
         if self._groups.is_main:
             for old in self._directory.glob("version_*"):
-                if old.absolute() != self._current or old.absolute() == target:
+                if old.absolute() != self.current or old.absolute() == target:
                     shutil.rmtree(old)
             target.mkdir(parents=True)
         self._groups.barrier()
@@ -74,7 +75,7 @@ class DiskTransport:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_atomically(target / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
             write_atomically(target / "config.json", json.dumps(self._config_json, indent=2) + "\n")
-        self._current = target
+        self.current = target
         self._write_seconds = time.perf_counter() - start
 
     def send(self, servers: Sequence[PausedServer]) -> TransferResult:
@@ -82,8 +83,8 @@ class DiskTransport:
         start = time.perf_counter()
         failures: dict[str, TransferFailure] = {}
         if self._groups.is_main:
-            assert self._current is not None, "prepare must be called before send"
-            loading = {server.name: server.update_weights_from_disk(self._current) for server in servers}
+            assert self.current is not None, "prepare must be called before send"
+            loading = {server.name: server.update_weights_from_disk(self.current) for server in servers}
             for name, answer in loading.items():
                 if (failure := failure_of_answer(answer)) is not None:
                     failures[name] = failure

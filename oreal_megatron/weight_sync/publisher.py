@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from oreal_megatron.config import SGLangConfig
 from oreal_megatron.distributed.cpu_backend import collective_backend
+from oreal_megatron.extensions import transport_class
 from oreal_megatron.weight_sync.audit import Auditor
 from oreal_megatron.weight_sync.broadcast import BroadcastTransport
 from oreal_megatron.weight_sync.commands import CommandChannel
@@ -48,6 +49,9 @@ class Publisher:
         """
         failures = self._channel.nccl_mismatches(servers) if self._uses_nccl else {}
         sent = self._transport.send([server for server in servers if server.name not in failures])
+        if not isinstance(sent, TransferResult):
+            name = f"{type(self._transport).__module__}.{type(self._transport).__qualname__}"
+            raise ValueError(f"rollout.sglang.transport = {name}: send returned {sent!r}; return a TransferResult")
         failures |= sent.failures
         found, seconds = self._auditor.audit([server for server in servers if server.name not in failures])
         return replace(sent, failures={**failures, **found}, seconds={**sent.seconds, "audit": seconds})
@@ -62,10 +66,10 @@ def build_publisher(
 ) -> Publisher:
     """Builds the configured transport with its audit. Every rank calls it.
 
-    directory, config_json: for the transport `disk`.
+    directory, config_json: for the transport `disk` and those of the user's own.
 
     Raises:
-        ValueError: the model does not split over a server's ranks.
+        ValueError: the model does not split over a server's ranks, or the user's own transport cannot be made.
     """
     layout = SGLangLayout(
         tensor=servers.tensor,
@@ -79,6 +83,7 @@ def build_publisher(
     channel = CommandChannel(shards, plan, timeout_seconds=servers.control_seconds / 2, peers=peers)
     bucket_bytes = servers.bucket_mib * 2**20
     transport: Transport
+    own = transport_class(servers)
     match servers.transport:
         case "direct":
             transport = DirectTransport(shards, plan, channel, bucket_bytes=bucket_bytes)
@@ -88,5 +93,8 @@ def build_publisher(
             transport = IpcTransport(shards, plan, channel, bucket_bytes=bucket_bytes)
         case "disk":
             transport = DiskTransport(shards, directory, config_json=config_json)
+        case _:
+            assert own is not None
+            transport = own(shards=shards, directory=directory, config_json=config_json)
     uses_nccl = servers.transport in ("direct", "broadcast") and collective_backend() == "nccl"
     return Publisher(transport, Auditor(shards, plan, channel), channel, uses_nccl=uses_nccl)

@@ -72,7 +72,12 @@ class TransferResult:
 
 
 class Transport(Protocol):
-    """A way for weights to reach servers. Every trainer rank calls every method, together with the others."""
+    """A way for weights to reach servers. Every trainer rank calls every method, together with the others.
+
+    A class of the user's own is made with the keywords `shards` (PolicyShards), `directory` (of
+    rollout.sglang.weights_dir) and `config_json` (of the served model), and `settings` where it has that parameter; see
+    docs/extending.md.
+    """
 
     def prepare(self, weight_version: int) -> None:
         """Does the part of the work that is possible while servers still generate.
@@ -82,9 +87,14 @@ class Transport(Protocol):
         """
 
     def send(self, servers: Sequence[PausedServer]) -> TransferResult:
-        """Sends the policy's present weights to all `servers` (read on the main rank only), without an audit."""
+        """Sends the policy's present weights to all `servers` (read on the main rank only), without an audit.
 
-    def close(self) -> None: ...
+        The result is the same on every rank. A server that cannot be sent to is one of its failures, not an exception.
+        A second call sends again to servers that failed and are not lost.
+        """
+
+    def close(self) -> None:
+        """Ends what connects trainer and servers; called once, also after an error."""
 
 
 def failure_of_answer(answer: Future[None]) -> TransferFailure | None:

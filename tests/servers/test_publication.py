@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from tests.tiny_servers import RUN, STOP, open_servers
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(3000)]
 
 TRANSPORTS = ("direct", "broadcast", "ipc", "disk")
+EXAMPLE = Path(__file__).parents[2] / "examples" / "own_parts"
 LAYOUTS = {
     "TP1": {"world": 1, "tensor": 1, "pipeline": 1},
     "TP2": {"world": 2, "tensor": 2, "pipeline": 1},
@@ -106,6 +108,24 @@ def test_every_transport_from_every_layout(num_servers, tensor, family, options,
         opened.engine.close()
     by_transport = {r["transport"]: r["report"]["publication/bytes"] for r in records}
     assert by_transport["direct"] == by_transport["ipc"] <= by_transport["broadcast"]
+
+
+def test_transport_of_ones_own_brings_the_weights(servers, single_process, tiny_qwen, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLE)
+    command = ["cp", "-rT", "{source}", "{target}"]
+    own = {"path": "copied.Copied", "settings": {"command": command, "target": f"{tmp_path}/copy"}}
+    url = servers.pool.servers[0].client.url
+    opened = open_servers(single_process, tiny_qwen, tmp_path, urls=[url], transport=own)
+    try:
+        for version in range(2):
+            opened.perturb()
+            report = opened.engine.publish(version)
+            assert report["publication/failures"] == 0 and report["publication/servers"] == 1
+            assert report["publication/bytes"] == sum(p.numel() * 4 for p in opened.policy.parameters())
+            assert_as_transformers(opened.generate(requests_of(PROMPTS), GREEDY), opened.written())
+    finally:
+        opened.engine.close()
+    assert (tmp_path / "copy" / "config.json").is_file()
 
 
 def test_a_bucket_that_arrives_corrupted_is_caught_and_sent_again(servers, monkeypatch):
