@@ -250,7 +250,7 @@ class FakeSGLang:
                 finish = {"type": "stop", "matched": self.stop_token}
                 break
             ids.append(next_token(ids))
-            if ids[-1] in body["sampling_params"]["stop_token_ids"]:
+            if ids[-1] in body["sampling_params"].get("stop_token_ids", ()):
                 finish = {"type": "stop", "matched": ids[-1]}
                 break
         output = ids[start:]
