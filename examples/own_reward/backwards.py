@@ -29,6 +29,7 @@ def reward(*, gold_answer, response, stopped, settings: Credit, **_):
 
 def main(directory: Path) -> None:
     """Writes the data. Two letters are exchanged in half of the demonstrations, so there is something to learn."""
+    directory.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
     words = sorted({"".join(rng.choices(string.ascii_lowercase[:8], k=rng.randint(4, 6))) for _ in range(6000)})
     rng.shuffle(words)

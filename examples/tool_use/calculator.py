@@ -36,6 +36,7 @@ def calculated(expression: str) -> str:
 
 def main(directory: Path) -> None:
     """Writes the data. Two digits are exchanged in half of the demonstrations, so there is something to learn."""
+    directory.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
     expressions = sorted({f"{rng.randint(12, 98)}{rng.choice('+-*')}{rng.randint(12, 98)}" for _ in range(6000)})
     rng.shuffle(expressions)

@@ -141,7 +141,6 @@ def test_wheel_trains_with_a_reward_of_ones_own(installed, tmp_path):
     example = shutil.copytree(ROOT / "examples" / "own_reward", tmp_path / "example")
     tested = installed("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", example, python_path=example)
     assert "2 passed" in tested
-    (tmp_path / "data").mkdir()
     installed("python", example / "backwards.py", tmp_path / "data")
     installed(
         "oreal-train", "--config-dir", example / "conf", "experiment=backwards", f"run.dir={tmp_path}/run",
@@ -156,7 +155,6 @@ def test_wheel_trains_with_a_reward_of_ones_own(installed, tmp_path):
 
 def test_wheel_trains_with_a_tool(installed, tmp_path):
     example = shutil.copytree(ROOT / "examples" / "tool_use", tmp_path / "example")
-    (tmp_path / "data").mkdir()
     installed("python", example / "calculator.py", tmp_path / "data")
     installed(
         "oreal-train", "--config-dir", example / "conf", "experiment=tool_use", f"run.dir={tmp_path}/run",
