@@ -152,9 +152,16 @@ class RequestQueue:
             "min_p": 0.0,
             "repetition_penalty": 1.0,
             "max_new_tokens": self._max_new_tokens(index),
-            "stop_token_ids": [stop_token_id, *request.stop_token_ids],
+            "stop_token_ids": self._stop_token_ids(index, stop_token_id),
             "sampling_seed": request.seed,
         }
+
+    def _stop_token_ids(self, index: int, stop_token_id: int) -> list[int]:
+        return [stop_token_id, *self.requests[index].stop_token_ids]
+
+    def is_stopped(self, index: int, token_ids: Sequence[int], stop_token_id: int) -> bool:
+        """Returns whether the last of a response's tokens is one that ends it. stop_token_id: the policy's."""
+        return bool(token_ids) and token_ids[-1] in self._stop_token_ids(index, stop_token_id)
 
     def completion(self, index: int, generated: Generated, *, version: int, stop_token_id: int) -> Completion:
         """Returns the partial response extended by `generated`. version: weights that generated `generated`."""
@@ -163,8 +170,7 @@ class RequestQueue:
         self._num_new_tokens += len(generated.token_ids)
         partial = request.partial or NOTHING
         tokens = partial.token_ids + generated.token_ids
-        ends = (stop_token_id, *request.stop_token_ids)
-        if tokens and tokens[-1] in ends:  # an abort may come with the last token
+        if self.is_stopped(index, tokens, stop_token_id):  # an abort may come with the last token
             reason: FinishReason | None = FinishReason.STOP
         elif len(tokens) >= request.max_new_tokens or generated.finish["type"] == "length":
             reason = FinishReason.LENGTH

@@ -299,8 +299,8 @@ class Router:
                 f"answered with weights {', '.join(sorted(generated.weight_labels))}, not {self._label}; "
                 "its answers are discarded, and it waits for the current weights"
             )
-        ends = (self._stop_token_id, *self._queue.requests[index].stop_token_ids)
-        if generated.finish["type"] == "stop" and not (generated.token_ids and generated.token_ids[-1] in ends):
+        is_stopped = self._queue.is_stopped(index, generated.token_ids, self._stop_token_id)
+        if generated.finish["type"] == "stop" and not is_stopped:
             raise RequestRefused(
                 f"{server.url} ended a response at {generated.finish.get('matched')!r}, which is not "
                 f"prompt.stop_token (id {self._stop_token_id}); start the server with --skip-tokenizer-init, from a "

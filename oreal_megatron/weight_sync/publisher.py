@@ -83,7 +83,6 @@ def build_publisher(
     channel = CommandChannel(shards, plan, timeout_seconds=servers.control_seconds / 2, peers=peers)
     bucket_bytes = servers.bucket_mib * 2**20
     transport: Transport
-    own = transport_class(servers)
     match servers.transport:
         case "direct":
             transport = DirectTransport(shards, plan, channel, bucket_bytes=bucket_bytes)
@@ -94,6 +93,7 @@ def build_publisher(
         case "disk":
             transport = DiskTransport(shards, directory, config_json=config_json)
         case _:
+            own = transport_class(servers)
             assert own is not None
             transport = own(shards=shards, directory=directory, config_json=config_json)
     uses_nccl = servers.transport in ("direct", "broadcast") and collective_backend() == "nccl"
