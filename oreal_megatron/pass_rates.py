@@ -155,7 +155,12 @@ def _estimate(
             ).groups
             for prompt, group in zip(part, sampled, strict=True):
                 if outcomes := [graded.is_correct for graded in decided(group)]:
-                    estimated[prompt.id] = replace(prompt, pass_rate=sum(outcomes) / len(outcomes))
+                    lengths = [graded.rollout.num_response_tokens for graded in group]
+                    estimated[prompt.id] = replace(
+                        prompt,
+                        pass_rate=sum(outcomes) / len(outcomes),
+                        response_tokens=sum(lengths) / len(lengths),
+                    )
             undecided_ones += [
                 replace(one, rollout=one.rollout.without_tokens()) for group in sampled for one in undecided(group)
             ]

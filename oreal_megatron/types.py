@@ -42,6 +42,8 @@ class Prompt:
     """Share of the initial policy's responses that are correct, in [0, 1]; None where it is not estimated."""
     source: str | None = None
     """Name of the prompt's source in data.train; None where data.train names none."""
+    response_tokens: float | None = None
+    """Mean tokens of the last group of responses that the run has seen to the prompt; None: none yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,6 +326,9 @@ class GenerationRequest:
     """Token ids that end the response, in addition to the policy's stop token."""
     question: str = ""
     """Question of the prompt, for a loop of several turns."""
+    expected_tokens: float | None = None
+    """Mean tokens of earlier responses to the prompt; None: not known. It decides when and where the response is
+    generated, and nothing else."""
     label: str = ""
     """Batch, prompt and sample of the response, such as `step_000003 12#0`, for timelines."""
     partial: Completion | None = None

@@ -188,18 +188,30 @@ def read_estimated(path: Path, *, source: Sequence[Prompt]) -> list[Prompt]:
                 f"{path}:{number}: was estimated from other data (fingerprint {record.get('source')}) than data.train "
                 f"holds now ({now}); restore the data of the run, or use another run.dir"
             )
-        known.append(replace(by_id[record["id"]], pass_rate=record["pass_rate"]))
+        known.append(
+            replace(
+                by_id[record["id"]],
+                pass_rate=record["pass_rate"],
+                # Files of version 0.1.0 have no lengths.
+                response_tokens=record.get("response_tokens"),
+            )
+        )
     return known
 
 
 def fingerprint(records: Iterable[Prompt]) -> str:
-    """Returns 16 hex digits that depend on every field of every record and on their order.
+    """Returns 16 hex digits that depend on every field of every record's data and on their order.
 
-    A source that is None is left out, so that checkpoints from before there were sources go on.
+    A source that is None is left out, so that checkpoints from before there were sources go on. Lengths of responses
+    are no data.
     """
     digest = hashlib.blake2b(digest_size=8)
     for record in records:
-        fields = {name: value for name, value in vars(record).items() if (name, value) != ("source", None)}
+        fields = {
+            name: value
+            for name, value in vars(record).items()
+            if (name, value) != ("source", None) and name != "response_tokens"
+        }
         digest.update(json.dumps(fields).encode() + b"\n")
     return digest.hexdigest()
 

@@ -68,6 +68,8 @@ class PromptStream:
         self._rollout_weight, self._balance = rollout_weight, balance
         self._pass_rates: dict[str, float] = {}
         """Re-estimated pass rates."""
+        self._response_tokens: dict[str, float] = {}
+        """Mean tokens of the responses of a prompt's last group, by id."""
         if len(self._by_id) < prompts_per_step:
             raise ValueError(
                 f"a step asks for {prompts_per_step} prompts (data.prompts_per_step, times "
@@ -109,7 +111,13 @@ class PromptStream:
         self._put_off = [*(prompt.id for prompt in prompts), *self._put_off]
 
     def observe(self, groups: Sequence[Sequence[GradedRollout]]) -> None:
-        """Re-estimates the pass rates of the groups' prompts by their decided responses; the next epoch takes them."""
+        """Notes how long the groups' responses are, and re-estimates the pass rates of their prompts.
+
+        Pass rates are those of decided responses; the next epoch takes them.
+        """
+        for group in groups:
+            lengths = [graded.rollout.num_response_tokens for graded in group]
+            self._response_tokens[group[0].rollout.prompt.id] = sum(lengths) / len(lengths)
         for group in groups if self._rollout_weight else ():
             outcomes = [graded.is_correct for graded in decided(group)]
             if outcomes:
@@ -120,7 +128,7 @@ class PromptStream:
                 self._pass_rates[id] = weight * rate + (1.0 - weight) * (earlier or 0.0)
 
     def state_dict(self, waiting: Sequence[Prompt] = ()) -> dict[str, Any]:
-        """Returns the position in the stream, the re-estimated pass rates, and the fingerprint of its prompts.
+        """Returns the position in the stream, what `observe` has noted, and the fingerprint of its prompts.
 
         waiting: prompts of the last draws that wait for their step, in the order of the draws; a stream with this state
         draws them again, the same for each step.
@@ -136,6 +144,7 @@ class PromptStream:
                 for pool in self._pools
             },
             "pass_rates": dict(self._pass_rates),
+            "response_tokens": dict(self._response_tokens),
             "put_off": [*(prompt.id for prompt in waiting), *self._put_off],
             "num_prompts": len(self._prompts),
             "data": self._data,
@@ -158,6 +167,7 @@ class PromptStream:
             pool.pass_rates = dict(position.get("pass_rates", {}))
             self._start_epoch(pool)
         self._pass_rates = dict(state.get("pass_rates", {}))
+        self._response_tokens = dict(state.get("response_tokens", {}))
         self._put_off = list(state["put_off"])
 
     def _pool(self, name: str, share: float) -> _Pool:
@@ -242,4 +252,8 @@ class PromptStream:
 
     def _rated(self, id: str, pass_rates: Mapping[str, float]) -> Prompt:
         prompt = self._by_id[id]
-        return replace(prompt, pass_rate=pass_rates[id]) if id in pass_rates else prompt
+        if id in pass_rates:
+            prompt = replace(prompt, pass_rate=pass_rates[id])
+        if id in self._response_tokens:
+            prompt = replace(prompt, response_tokens=self._response_tokens[id])
+        return prompt

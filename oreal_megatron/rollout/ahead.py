@@ -244,7 +244,7 @@ class RolloutsAhead:
                 {i: partial[i] for index in mine for i in call.units[index] if i in partial} for mine in of_replica
             ]
             partial = self._groups.scatter_from_main(parts)
-        mine = of_replica[self._groups.data_rank]
+        mine = call.longest_first(of_replica[self._groups.data_rank])
         return Batch(step=step, prompts=prompts, call=call, mine=mine, finished=finished, partial=partial)
 
     def _begun(self, call: SampleCall, *, without: Collection[int]) -> dict[int, Completion]:

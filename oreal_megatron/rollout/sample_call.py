@@ -37,6 +37,22 @@ class SampleCall:
     def unit(self, index: int) -> list[GenerationRequest]:
         return [self.requests[i] for i in self.units[index]]
 
+    def longest_first(self, units: Sequence[int]) -> list[int]:
+        """Returns units in the order in which they are to be generated: longest expected responses first.
+
+        A unit whose length is not known counts as the mean of the others; among equals the order stays.
+        """
+        expected = {index: self._expected_tokens(index) for index in units}
+        known = [tokens for tokens in expected.values() if tokens is not None]
+        mean = sum(known) / max(len(known), 1)
+        ranked = {index: mean if tokens is None else tokens for index, tokens in expected.items()}
+        return sorted(units, key=ranked.__getitem__, reverse=True)
+
+    def _expected_tokens(self, index: int) -> float | None:
+        """Returns the largest number of tokens that is expected of a response of a unit; None: not known."""
+        known = [self.requests[i].expected_tokens for i in self.units[index]]
+        return max((tokens for tokens in known if tokens is not None), default=None)
+
     def by_prompt(self, graded: Mapping[int, Sequence[GradedRollout]]) -> dict[str, list[GradedRollout]]:
         """Returns the complete groups of the graded units by prompt id, in the order of the prompts."""
         at = {i: rollout for index, unit in graded.items() for i, rollout in zip(self.units[index], unit, strict=True)}

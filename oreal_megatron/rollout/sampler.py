@@ -265,6 +265,8 @@ class Sampler:
         Returns the responses of the units that were broken off, by prompt id and sample index.
         """
         mine = todo[self._groups.data_rank :: self._groups.data_size]
+        if tally is None:  # where a step ends early, the prompts that it took over from the last come first
+            mine = call.longest_first(mine)
         broken_off: dict[tuple[str, int], Completion] = {}
         is_enough = None if tally is None else tally.is_enough
         work = self._engine.generate([call.unit(index) for index in mine], call.sampling, is_enough)
@@ -313,6 +315,7 @@ class Sampler:
             max_new_tokens=limit,
             stop_token_ids=limits.stop_token_ids,
             question=prompt.question,
+            expected_tokens=prompt.response_tokens,
             # The function of the user's own may give a later step's response a lower limit.
             partial=partial if partial is not None and can_go_on(partial, limit) else None,
         )

@@ -126,10 +126,15 @@ class RequestQueue:
         self.complete(index, self.requests[index].partial or NOTHING)
 
     def expected_tokens(self, index: int) -> float:
-        """Estimates the tokens of a request at a server: what it reads, and the mean response so far."""
+        """Estimates the tokens of a request at a server: what it reads, and the mean response.
+
+        The mean is that of the prompt where it is known, or else that of the answers so far.
+        """
         limit = self._max_new_tokens(index)
-        mean = self._num_new_tokens / self._num_answers if self._num_answers else limit / 2
         request = self.requests[index]
+        mean = request.expected_tokens
+        if mean is None:
+            mean = self._num_new_tokens / self._num_answers if self._num_answers else limit / 2
         return len(request.prompt_ids) + len((request.partial or NOTHING).token_ids) + min(limit, mean)
 
     def input_ids(self, index: int) -> tuple[int, ...]:

@@ -1,8 +1,10 @@
 """Routes requests to servers that have the current weights, until every request is answered once.
 
-A request goes to the server with the fewest tokens under way. The samples of a prompt go to one server, whose prefix
-cache then holds the prompt, unless other servers would have less than their share. Requests of a server that is lost go
-to the other servers, or wait for it, before all that no server had: they were asked for earlier.
+Requests are placed in the order of the queue, in which callers put responses that they expect to be long first. A
+request goes to the server with the fewest tokens under way. The samples of a prompt go to one server, whose prefix
+cache then holds the prompt, unless other servers would have less than their share, or responses that are expected to
+be longer wait. Requests of a server that is lost go to the other servers, or wait for it, before all that no server
+had: they were asked for earlier.
 """
 
 from __future__ import annotations
@@ -173,18 +175,36 @@ class Router:
         """Gives pending requests to servers that have room."""
         queue = self._queue
         while self._may_place and queue.pending and (room := self._servers_with_room()):
-            server = next((server for server in room if self._prompts_of[server]), None)
+            longest = None if self._returned else self._longest_known()
+            prompts_of = self._prompts_of
+            server = next((s for s in room if (longest in prompts_of[s] if longest else prompts_of[s])), None)
             if server is None or self._returned:
                 server = min(room, key=self._tokens_under_way.__getitem__)
-                prompts = self._prompts_of[server]
-                self._prompts_of[server] = {self._next_prompt(): self._max_of_prompt(), **prompts}
+                prompt_ids, num_samples = self._next_prompt(longest), self._max_of_prompt()
+            else:
+                prompt_ids = next(iter(self._prompts_of[server])) if longest is None else longest
+                num_samples = self._prompts_of[server].pop(prompt_ids)
+            self._prompts_of[server] = {prompt_ids: num_samples, **self._prompts_of[server]}
             self._place_sample(server)
 
-    def _next_prompt(self) -> tuple[int, ...]:
-        """Removes and returns the next prompt: a returned prompt, one that no server has, or one of a full server."""
+    def _longest_known(self) -> tuple[int, ...] | None:
+        """Returns the prompt of the first pending request if its length is known: the longest of its step that waits.
+
+        A response that begins late and is long makes a step longer by more than reading its prompt again takes, so it
+        comes before the rest of a shorter group.
+        """
+        pending = self._queue.pending
+        prompt_ids = min(pending, key=lambda prompt_ids: pending[prompt_ids][0])
+        is_known = self._queue.requests[pending[prompt_ids][0]].expected_tokens is not None
+        return prompt_ids if is_known else None
+
+    def _next_prompt(self, longest: tuple[int, ...] | None) -> tuple[int, ...]:
+        """Removes and returns the next prompt: a returned one, `longest`, one that no server has, or a server's."""
         if self._returned:
             return self._returned.pop(0)
-        prompts, prompt_ids = next((prompts, ids) for prompts in self._prompts_of.values() for ids in prompts)
+        prompts, prompt_ids = next(
+            (prompts, ids) for prompts in self._prompts_of.values() for ids in prompts if longest in (None, ids)
+        )
         del prompts[prompt_ids]
         return prompt_ids
 
@@ -201,7 +221,8 @@ class Router:
         if prompt_ids not in self._queue.pending:
             del prompts[prompt_ids]
         elif not prompts[prompt_ids]:
-            self._prompts_of[None][prompt_ids] = prompts.pop(prompt_ids)
+            # The rest of the prompt stays before the prompts that were asked for later.
+            self._prompts_of[None] = {prompt_ids: prompts.pop(prompt_ids), **self._prompts_of[None]}
         expected = self._queue.expected_tokens(index)
         self._at_server[server][index] = expected
         self._tokens_under_way[server] += expected

@@ -36,9 +36,10 @@ def test_batches_do_not_depend_on_the_number_of_replicas(composed, tmp_path, dat
         config=config, groups=groups, directory=tmp_path, tracker=Tracker(config, tmp_path, is_main=True),
         sampler=SimpleNamespace(sample=sample, journal=journal, check_undecided=lambda *_: None),
     )  # fmt: skip
-    answered = SimpleNamespace(verdict=Verdict.CORRECT, is_correct=True)
+    answered = SimpleNamespace(verdict=Verdict.CORRECT, is_correct=True, rollout=SimpleNamespace(num_response_tokens=5))
     prompts = [Prompt(id=f"{i}", question=f"{i}+1", gold_answer="1") for i in range(70)]
-    assert [prompt.pass_rate for prompt in _with_pass_rates(prompts, run)] == [1.0] * 70
+    rated = _with_pass_rates(prompts, run)
+    assert [(prompt.pass_rate, prompt.response_tokens) for prompt in rated] == [(1.0, 5.0)] * 70
     assert sampled == {
         f"pass_rates_{part:06d}": [f"{i}" for i in range(70)][32 * part : 32 * part + 32] for part in range(3)
     }

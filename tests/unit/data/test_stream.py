@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -103,6 +104,23 @@ def test_pass_rates_follow_the_responses_and_the_next_epoch_is_balanced_by_them(
     # No response of prompt 1 was decided: its pass rate stays. Others fall towards 0.
     last = {one.id: one.pass_rate for drawn in later for one in drawn}
     assert last["1"] == 0.25 and 0.0 < last["2"] < 0.001
+
+
+def test_lengths_of_the_last_group_are_kept_without_a_curriculum_and_are_no_data():
+    def stream_of(**known) -> PromptStream:
+        return PromptStream([replace(prompt("0"), **known)], prompts_per_step=1, seed=0)
+
+    stream = stream_of()
+    (first,) = stream.draw()
+    group = [graded(first, i, Verdict.CORRECT) for i in range(3)]
+    assert first.response_tokens is None
+    stream.observe([group])
+    tokens = sum(one.rollout.num_response_tokens for one in group) / 3
+    assert tokens > 0 and stream.draw()[0].response_tokens == tokens
+    resumed = stream_of(response_tokens=9.0)
+    assert resumed.draw()[0].response_tokens == 9.0
+    resumed.load_state_dict(stream.state_dict())
+    assert resumed.draw()[0].response_tokens == tokens
 
 
 def test_a_curriculum_resumes_to_the_exact_prompt_and_pass_rate():

@@ -7,6 +7,8 @@ import torch
 
 from oreal_megatron.config import SamplingConfig
 from oreal_megatron.rollout.embedded import sample
+from oreal_megatron.rollout.sample_call import SampleCall
+from oreal_megatron.types import GenerationRequest, Prompt
 
 # Most likely first: tokens 2, 0, 3, 1. The whole distribution is inverted in the order of the tokens.
 PROBABILITIES = torch.tensor([0.3, 0.05, 0.5, 0.15])
@@ -62,3 +64,19 @@ def test_a_large_vocabulary_samples_the_nucleus_of_a_full_sort(spread):
     expected = order.gather(-1, (ordered.cumsum(-1) <= target).sum(-1, keepdim=True)).squeeze(-1)
     assert chosen.tolist() == expected.tolist()
     assert torch.equal(logprobs, logits.log_softmax(-1).gather(-1, chosen[:, None]).squeeze(-1))
+
+
+def test_longest_expected_units_come_first_and_unknown_ones_count_as_the_mean():
+    def longest_first(*expected: float | None) -> list[int]:
+        requests = [
+            GenerationRequest(prompt_ids=(5, i), seed=i, max_new_tokens=8, expected_tokens=tokens)
+            for i, tokens in enumerate(expected)
+        ]
+        asked = [(Prompt(id=f"{i}", question="1+1", gold_answer="2"), 0) for i in range(len(expected))]
+        sampling = SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=8)
+        units = [[i] for i in range(len(expected))]
+        call = SampleCall("step_000000", asked, requests, sampling, units=units, weight_version=0)
+        return call.longest_first(range(len(units)))
+
+    assert longest_first(None, None, None) == [0, 1, 2]
+    assert longest_first(2.0, None, 8.0, 2.0) == [2, 1, 0, 3]

@@ -144,3 +144,9 @@ def test_expected_tokens_follow_the_answers_of_the_call():
     assert [queue.expected_tokens(index) for index in (0, 1)] == [2 + 4, 4 + 3]
     queue.completion(0, generated(3, STOP, finish="stop"), version=4, stop_token_id=STOP)
     assert [queue.expected_tokens(index) for index in (0, 1)] == [2 + 2, 4 + 2]
+
+
+def test_expected_tokens_are_those_of_the_prompt_where_they_are_known():
+    queue, _ = queue_of(replace(request(), expected_tokens=3.0), replace(request(PARTIAL), expected_tokens=100.0))
+    queue.completion(0, generated(3), version=4, stop_token_id=STOP)
+    assert [queue.expected_tokens(index) for index in (0, 1)] == [2 + 3, 4 + 6]

@@ -2,78 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-import math
 import random
-from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 
-from oreal_megatron.config import SamplingConfig
-from oreal_megatron.servers.client import Generated, ServerDescription, ServerLost
-from oreal_megatron.servers.pool import ServerPool
-from oreal_megatron.servers.server import ServerSettings
+from benchmarks.spread import SimulatedClient, generated_by
 from oreal_megatron.types import GenerationRequest
-from tests.fake_sglang import STOP, sglang_config
+from tests.fake_sglang import sglang_config
 
 SERVERS, SAMPLES, LIMIT = 16, 16, 14_000
 TOKEN_SECONDS = 0.008
-SAMPLING = SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=LIMIT)
-
-
-class VirtualClockLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock jumps to the next timer, so that hours of sleep take no time."""
-
-    _now = 0.0
-
-    def time(self) -> float:
-        return self._now
-
-    def _run_once(self) -> None:
-        if not self._ready and self._scheduled:  # type: ignore[attr-defined]
-            self._now = max(self._now, self._scheduled[0]._when)  # type: ignore[attr-defined]
-        super()._run_once()  # type: ignore[misc]
-
-
-class SleepingClient:
-    """A server's client whose responses have the length that `lengths` has for the request's seed."""
-
-    def __init__(self, number: int, lengths: list[int]):
-        self.url = f"http://server-{number}"
-        self._lengths = lengths
-        self.num_tokens = 0
-        self.prompts: Counter[tuple[int, ...]] = Counter()
-        self.at_once = self.most_at_once = 0
-        self.is_up = True
-        self.first_seconds = math.inf
-        """Time of the first request on the clock of the loop."""
-
-    async def describe(self) -> ServerDescription:
-        assert not self.is_up, "the other process has said that the server has the weights"
-        await asyncio.sleep(10.0)
-        raise ServerLost("no answer to a connection")
-
-    async def is_healthy(self, seconds: float) -> bool:
-        return True
-
-    async def generate(self, rid: str, prompt_ids: tuple[int, ...], sampling: dict[str, int]) -> Generated:
-        self.first_seconds = min(self.first_seconds, asyncio.get_running_loop().time())
-        self.prompts[prompt_ids] += 1
-        self.at_once += 1
-        self.most_at_once = max(self.most_at_once, self.at_once)
-        length = self._lengths[sampling["sampling_seed"]]
-        await asyncio.sleep(length * TOKEN_SECONDS)
-        self.at_once -= 1
-        self.num_tokens += length
-        tokens = (*[10] * (length - 1), STOP)
-        finish = {"type": "stop", "matched": STOP}
-        return Generated(token_ids=tokens, logprobs=(-1.0,) * length, finish=finish, weight_labels=frozenset({"0-run"}))
 
 
 def clients_after(
     *, num_replicas: int, num_prompts: int, max_concurrency: int, seed: int = 3, num_down: int = 0
-) -> list[SleepingClient]:
+) -> list[SimulatedClient]:
     """The servers' clients after `num_replicas` pools have generated their groups at the same time.
 
     num_down: number of the servers, counted from the first, that do not answer.
@@ -81,33 +24,26 @@ def clients_after(
     random_lengths = random.Random(seed)
     num_requests = num_replicas * num_prompts * SAMPLES
     lengths = [min(int(random_lengths.lognormvariate(7.5, 0.6)) + 1, LIMIT) for _ in range(num_requests)]
-    clients = [SleepingClient(number, lengths) for number in range(SERVERS)]
+    clients = [SimulatedClient(number, lengths, lambda at_once: TOKEN_SECONDS) for number in range(SERVERS)]
     for client in clients[:num_down]:
         client.is_up = False
     config = sglang_config(max_concurrency=max_concurrency, health_seconds=60.0, startup_seconds=600.0)
-    settings = ServerSettings(config=config, launcher=SimpleNamespace(), check=lambda url, found: None, run="run")  # type: ignore[arg-type]
-    done: Counter[int] = Counter()
-
-    async def replica(number: int) -> None:
-        pool = ServerPool(settings, stop_token_id=STOP, config_json={}, replica=number, num_replicas=num_replicas)
-        await pool.follow(0, "0-run", {client.url: client.is_up for client in clients})
-        for server, client in zip(pool.servers, clients, strict=True):
-            server.client = client  # type: ignore[assignment]
-        first = number * num_prompts
-        requests = [
-            GenerationRequest(prompt_ids=(5, prompt), seed=prompt * SAMPLES + sample, max_new_tokens=LIMIT)
-            for prompt in range(first, first + num_prompts)
-            for sample in range(SAMPLES)
-        ]
-        await pool.generate(requests, SAMPLING, lambda index, _: done.update([first * SAMPLES + index]))
-
-    async def all_replicas() -> None:
-        await asyncio.gather(*(replica(number) for number in range(num_replicas)))
-
-    with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
-        runner.run(all_replicas())
-    assert done == Counter(range(num_requests))
+    prompts = [range(replica * num_prompts, (replica + 1) * num_prompts) for replica in range(num_replicas)]
+    generated_by(clients, config, [[r for prompt in mine for r in requests_of(prompt)] for mine in prompts])
     return clients
+
+
+def requests_of(prompt: int, expected_tokens: float | None = None) -> list[GenerationRequest]:
+    """The requests for the samples of a prompt."""
+    return [
+        GenerationRequest(
+            prompt_ids=(5, prompt),
+            seed=prompt * SAMPLES + sample,
+            max_new_tokens=LIMIT,
+            expected_tokens=expected_tokens,
+        )
+        for sample in range(SAMPLES)
+    ]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -134,3 +70,14 @@ def test_a_server_that_is_down_costs_no_time(num_down):
     clients = clients_after(num_replicas=8, num_prompts=8, max_concurrency=16, num_down=num_down)
     assert {client.first_seconds for client in clients[num_down:]} == {0.0}
     assert not any(client.prompts for client in clients[:num_down])
+
+
+@pytest.mark.parametrize(("is_known", "seconds"), [(False, 50.0), (True, 40.0)])
+def test_long_responses_begin_before_the_rest_of_shorter_groups(is_known, seconds):
+    # Two servers with eight places each: 16 responses of 1,000 tokens (10 s), 16 of 2,000 tokens.
+    lengths = [1000] * SAMPLES + [2000] * SAMPLES
+    clients = [SimulatedClient(number, lengths, lambda at_once: 0.01) for number in range(2)]
+    prompts = [1, 0] if is_known else [0, 1]
+    requests = [r for p in prompts for r in requests_of(p, lengths[p * SAMPLES] if is_known else None)]
+    took = generated_by(clients, sglang_config(max_concurrency=6, health_seconds=1e6), [requests])
+    assert took == pytest.approx(seconds)
