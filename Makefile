@@ -15,7 +15,7 @@ GPU_PYTHON ?= python
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: help setup lock sglang-deps slurm-deps hosts-deps demo tutorial test test-fast test-slow lint docs test-gpu test-gpu-one gpu-wheels \
-	test-megatron-0.19 bench bench-host bench-rollout bench-async \
+	test-megatron-0.19 bench bench-host bench-rollout bench-async bench-trl \
 	bench-memory bench-reshard bench-verifier bench-conversion bench-objectives bench-token-weights bench-fp8 clean
 
 help: ## print this list
@@ -125,6 +125,15 @@ bench-host: setup ## measure a step's work on the host, seconds and memory, for 
 
 bench-async: sglang-deps ## compare schedules of generation and training with an SGLang server, a core each
 	$(BIN)/python -m benchmarks.async_schedules
+
+# TRL's newest version with the versions of cpu.lock, in an environment of its own.
+$(VENV)/trl/.ready: requirements/cpu.lock | setup
+	$(PYTHON) -m venv --clear $(VENV)/trl
+	$(VENV)/trl/bin/pip install --quiet --constraint requirements/cpu.lock trl torch
+	@touch $@
+
+bench-trl: $(VENV)/trl/.ready ## compare a step of GRPO with TRL's GRPOTrainer on one core, in response tokens a second
+	$(BIN)/python -m benchmarks.trl
 
 bench-reshard: sglang-deps ## publish a 0.5B model to a server by every transport; simulate 32B
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.resharding
