@@ -224,6 +224,10 @@ def show(reports: dict[str, list[dict[str, float]]], lower_bound: int, bucket_mi
         for report in direct
     )
     extra = max(report["extra_bytes"] for report in reports["direct"]) / 2**20
+    share = statistics.median(
+        report["publication/audit_seconds"] / report["publication/transfer_seconds"] for report in direct
+    )
+    print(f"direct: audit / transfer, median {share:.3f} (aim 0.25)")
     print(f"direct: all but transfer and audit {rest:.3f} s (limit 0.5)")
     print(f"direct: {direct[0]['publication/bytes']:.0f} bytes, lower bound {lower_bound}")
     print(f"direct: extra memory of the process that grew most {extra:.0f} MiB (limit {2 * bucket_mib})")

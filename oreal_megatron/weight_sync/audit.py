@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -34,11 +35,21 @@ class Auditor:
         assigned = ops_by_receiver(plan.assign(num_servers=1), shards.groups.rank)
         self._ops = [assigned.get(rank, ()) for rank in range(plan.tensor)]
         """Ops whose elements this trainer rank sums up, by the server's tensor-parallel rank."""
+        self._thread = ThreadPoolExecutor(1, "audit")
 
-    def audit(self, servers: Sequence[PausedServer]) -> tuple[dict[str, TransferFailure], float]:
+    def start_sums(self) -> Future[list[Checksums]]:
+        """Starts to sum up this trainer rank's weights in a thread; all ranks call this.
+
+        The thread works while the weights are sent, because sending does not change them.
+        """
+        return self._thread.submit(self._expected, self._scales())
+
+    def audit(
+        self, servers: Sequence[PausedServer], sums: Future[list[Checksums]]
+    ) -> tuple[dict[str, TransferFailure], float]:
         """Returns (failures by server name, seconds), the same on every rank; all ranks call this.
 
-        servers: read on the main rank only.
+        servers: read on the main rank only. sums: from `start_sums`, with the weights that were sent.
         """
         start = time.perf_counter()
         groups, channel = self._shards.groups, self._channel
@@ -48,7 +59,7 @@ class Auditor:
             answers = {
                 server.name: channel.send(server, [channel.encode("checksums", r) for r in ranks]) for server in servers
             }
-        expected = [added(parts) for parts in zip(*groups.gather_over_world(self._expected()), strict=True)]
+        expected = [added(parts) for parts in zip(*groups.gather_over_world(sums.result()), strict=True)]
         failures: dict[str, TransferFailure] = {}
         for name, answer in answers.items():
             try:
@@ -63,9 +74,9 @@ class Auditor:
                     break
         return groups.from_main(failures), time.perf_counter() - start
 
-    def _expected(self) -> list[Checksums]:
+    @torch.no_grad()
+    def _expected(self, scales: Sequence[Mapping[str, Tensor]]) -> list[Checksums]:
         """Computes this trainer rank's share of the checksums, by the server's tensor-parallel rank."""
-        scales = self._scales()
         sums = []
         for rank in range(self._channel.tensor):
             parts = ({op.target: self._sum(op, part, scales[rank])} for op, part in self._parts(rank))
@@ -99,6 +110,7 @@ class Auditor:
         return _split(scales_for(self._shards.groups.max_over_world(largest)), shapes)
 
     def close(self) -> None:
+        self._thread.shutdown()
         self._channel.close()
 
 

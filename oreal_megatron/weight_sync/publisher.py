@@ -48,12 +48,13 @@ class Publisher:
         end the processes of both sides, or wait. servers: read on the main rank only.
         """
         failures = self._channel.nccl_mismatches(servers) if self._uses_nccl else {}
+        sums = self._auditor.start_sums()
         sent = self._transport.send([server for server in servers if server.name not in failures])
         if not isinstance(sent, TransferResult):
             name = f"{type(self._transport).__module__}.{type(self._transport).__qualname__}"
             raise ValueError(f"rollout.sglang.transport = {name}: send returned {sent!r}; return a TransferResult")
         failures |= sent.failures
-        found, seconds = self._auditor.audit([server for server in servers if server.name not in failures])
+        found, seconds = self._auditor.audit([server for server in servers if server.name not in failures], sums)
         return replace(sent, failures={**failures, **found}, seconds={**sent.seconds, "audit": seconds})
 
     def close(self) -> None:

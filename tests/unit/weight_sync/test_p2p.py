@@ -172,10 +172,33 @@ def test_checksum_sees_swapped_rows_columns_and_elements():
         assert checksum(other, box) != total
 
 
+def mixed(value: int, multiplier: int, bits: int, shift: int) -> int:
+    value = value * multiplier % 2**bits
+    return value ^ value >> shift
+
+
+def reference(tensor: torch.Tensor, box: Box) -> int:
+    """The definition of a checksum in Python's integers: signed bytes, weighted by row and by place in the row."""
+    rows, columns = (box.rows, box.columns) if box.columns else ((0, 1), box.rows)
+    found = tensor.reshape(rows[1] - rows[0], -1).contiguous().view(torch.uint8).numpy().view(np.int8)
+    first = columns[0] * tensor.element_size()
+    places = [
+        mixed(mixed(first + c + 1, 0x5851F42D4C957F2D, 47, 23), 0x14057B7EF767814F, 47, 24) * 2 + 1
+        for c in range(found.shape[1])
+    ]
+    return (
+        sum(
+            (mixed(rows[0] + r + 1, 0x9E3779B1, 31, 15) * 2 + 1) * sum(map(operator.mul, row, places))
+            for r, row in enumerate(found.tolist())
+        )
+        % 2**64
+    )
+
+
 @pytest.mark.parametrize(
     ("dtype", "shape", "first"),
     [
-        (torch.bfloat16, (3, 131_073 + 5), (0, 0)),  # wider than one exact product in float64
+        (torch.bfloat16, (3, 131_073 + 5), (0, 0)),  # wider than one exact product
         (torch.bfloat16, (300, 1000), (5, 70_000)),
         (torch.float32, (3, 70_000), (2, 9)),
         (torch.float8_e4m3fn, (5, 33), (128, 7)),
@@ -183,24 +206,64 @@ def test_checksum_sees_swapped_rows_columns_and_elements():
     ],
 )
 def test_checksum_is_the_exact_weighted_sum_of_the_bits(dtype, shape, first):
-    """Against Python's integers, with every bit set in places: also where float64 would round a longer sum."""
-    bits = torch.randint(0, 256, (*shape[:-1], shape[-1] * dtype.itemsize), dtype=torch.uint8)
-    bits[..., : bits.size(-1) // 2] = 0x80
-    bits = bits.view(shape[0], -1)
-    tensor = bits.view(dtype).view(shape)
+    """Half of the bytes are -128, the largest in size: no sum may saturate or round."""
+    found = torch.randint(0, 256, (*shape[:-1], shape[-1] * dtype.itemsize), dtype=torch.uint8)
+    found[..., : found.size(-1) // 2] = 0x80
+    tensor = found.view(dtype).view(shape)
     box = Box(*((start, start + size) for start, size in zip(first, shape, strict=True)), *[None] * (2 - len(shape)))
-    words = bits if dtype.itemsize == 1 else bits.view(torch.int16)
-    start = 0 if len(first) == 1 else first[1] * max(dtype.itemsize // 2, 1)
+    assert checksum(tensor, box) == reference(tensor, box)
 
-    def weight(place: int, multiplier: int, size: int) -> int:
-        return (place + 1) * multiplier % 2 ** (size - 1) * 2 + 1
 
-    columns = [weight(start + c, 0x85EBCA6B, 21) for c in range(words.size(1))]
-    total = sum(
-        weight(first[0] + r, 0x9E3779B1, 32) * sum(map(operator.mul, row, columns))
-        for r, row in enumerate(words.tolist())
-    )
-    assert checksum(tensor, box) == total % 2**64
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
+def test_checksum_sees_every_single_bit_flip(dtype):
+    tensor = torch.randn(3, 5).to(dtype)
+    sums = {whole(tensor)}
+    bits = tensor.view(torch.uint8)
+    for place in range(bits.numel()):
+        for bit in range(8):
+            bits.view(-1)[place] ^= 1 << bit
+            sums.add(whole(tensor))
+            bits.view(-1)[place] ^= 1 << bit
+    assert len(sums) == 1 + 8 * bits.numel()  # no two flips have the same sum either
+
+
+def test_checksum_sees_two_signs_that_change_places():
+    """The highest bits of two elements: a sum whose weights lose their high bits there would not see the change."""
+    tensor = torch.ones(16, 24, dtype=torch.bfloat16)
+    tensor[0, 0] = -1
+    sums = {whole(tensor.roll((row, column), (0, 1))) for row in range(16) for column in range(24)}
+    assert len(sums) == 16 * 24
+
+
+def test_checksum_sees_a_shift_by_one_and_a_swap_at_random_places():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        rows, columns = (int(n) for n in torch.randint(2, 40, (2,), generator=generator))
+        tensor = torch.randn(rows, columns, generator=generator).bfloat16()
+        total = whole(tensor)
+        assert whole(tensor.roll(1, 0)) != total != whole(tensor.roll(1, 1))
+        assert whole(tensor.flatten().roll(1).view_as(tensor)) != total
+        one, other = (int(n) for n in torch.randperm(tensor.numel(), generator=generator)[:2])
+        swapped = tensor.clone().flatten()
+        swapped[[one, other]] = swapped[[other, one]]
+        assert (whole(swapped.view_as(tensor)) == total) == (tensor.flatten()[one] == tensor.flatten()[other])
+
+
+def test_checksums_of_random_parts_add_up_in_any_order():
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(50):
+        rows, columns = (int(n) for n in torch.randint(2, 40, (2,), generator=generator))
+        tensor = torch.randn(rows, columns, generator=generator).bfloat16()
+        row, column = (
+            int(torch.randint(rows, (1,), generator=generator)),
+            int(torch.randint(columns, (1,), generator=generator)),
+        )
+        parts = [
+            checksum(tensor[slice(*r), slice(*c)], Box(r, c))
+            for r in ((row, rows), (0, row))
+            for c in ((column, columns), (0, column))
+        ]
+        assert sum(parts) % 2**64 == sum(parts[::-1]) % 2**64 == whole(tensor)
 
 
 def test_checksum_of_weights_that_are_cast_is_that_of_the_cast_weights():
