@@ -90,7 +90,9 @@ class SimulatedClient:
     async def is_healthy(self, seconds: float) -> bool:
         return True
 
-    async def generate(self, rid: str, prompt_ids: tuple[int, ...], sampling: dict[str, Any]) -> Generated:
+    async def generate(
+        self, rid: str, prompt_ids: tuple[int, ...], sampling: dict[str, Any], *, cache_key: str | None = None
+    ) -> Generated:
         loop = asyncio.get_running_loop()
         self.first_seconds = min(self.first_seconds, loop.time())
         self.prompts[prompt_ids] += 1
@@ -103,7 +105,7 @@ class SimulatedClient:
         self.num_tokens += length
         tokens = (*[10] * (length - 1), STOP)
         finish = {"type": "stop", "matched": STOP}
-        return Generated(token_ids=tokens, logprobs=(-1.0,) * length, finish=finish, weight_labels=frozenset({"0-run"}))
+        return Generated(token_ids=tokens, logprobs=(-1.0,) * length, finish=finish, weight_labels=(("0-run", length),))
 
     @property
     def at_once(self) -> int:

@@ -172,6 +172,7 @@ def _engine(workspace: Workspace, policy: Policy | ModelChunks) -> RolloutEngine
             stop_token_id=workspace.renderer.stop_token_id,
             max_sequence_length=config.model.max_sequence_length,
             timeout_seconds=config.parallel.timeout_seconds,
+            keep_cache=config.rollout.in_flight == "keep_cache",
             model_path=config.model.path,
             kv_tokens=tokens_beside_trainer(config, servers, geometry) if servers.shares_gpus else None,
             first_device=first_server_device(servers),

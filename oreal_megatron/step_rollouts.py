@@ -106,7 +106,7 @@ def published(run: Run, clock: StepTimer) -> Mapping[str, float]:
     with clock("settle"):
         run.ahead.settle()
     with clock("publish"), run.policy.on_device():
-        return run.engine.publish(version)
+        return run.ahead.publish(version)
 
 
 def begin_ahead(run: Run, step: int) -> None:

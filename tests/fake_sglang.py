@@ -88,6 +88,12 @@ class FakeSGLang:
     """Control requests, without repetitions in a row."""
     prompts: list[tuple[int, ...]] = field(default_factory=list)
     """input_ids of every /generate."""
+    cache_keys: list[str | None] = field(default_factory=list)
+    """extra_key of every /generate."""
+    pauses: list[str] = field(default_factory=list)
+    """Modes of pauses."""
+    num_running: int = 0
+    """Responses under way."""
     num_tokens: int = 0
     """Tokens of all responses, also of those that nobody waits for any more."""
     exit_code: int | None = None
@@ -180,7 +186,11 @@ class FakeSGLang:
 
     async def _handle(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         if path == "/generate":
-            return 200, await self._generate(body)
+            self.num_running += 1
+            try:
+                return 200, await self._generate(body)
+            finally:
+                self.num_running -= 1
         if path == "/abort_request":
             self._aborted.add(body["rid"])
             return 200, {}
@@ -202,6 +212,7 @@ class FakeSGLang:
             self.calls.append(call)
         if path == "/pause_generation":
             self.is_paused = True
+            self.pauses.append(body["mode"])
         elif path == "/continue_generation":
             self.is_paused = False
         elif path in ("/begin_weight_update", "/end_weight_update"):
@@ -220,7 +231,10 @@ class FakeSGLang:
             if not tags or not tags <= self.released:
                 self.die()
             self.released -= tags
-        elif path not in ("/flush_cache", "/freeze_gc"):
+        elif path == "/flush_cache":
+            if self.num_running and self.pauses[-1:] != ["retract"]:
+                return 400, {"error": "there are requests"}
+        elif path != "/freeze_gc":
             return 404, {"error": path}
         return 200, {}
 
@@ -237,6 +251,7 @@ class FakeSGLang:
     async def _generate(self, body: dict[str, Any]) -> dict[str, Any]:
         ids, rid = list(body["input_ids"]), body["rid"]
         self.prompts.append(tuple(ids))
+        self.cache_keys.append(body.get("extra_key"))
         start, finish = len(ids), {"type": "length"}
         labels: list[str] = []
         self._aborted.discard("*")
@@ -255,13 +270,19 @@ class FakeSGLang:
                 break
         output = ids[start:]
         self.num_tokens += len(output)
+        # Their ends, by label: a label that changes back would merge spans, which no test does.
+        ends = {label: number for number, label in enumerate(labels, 1)}
+        spans = [
+            {"version": label, "start": start, "end": end}
+            for (label, end), start in zip(ends.items(), [0, *ends.values()], strict=False)
+        ]
         return {
             "output_ids": output,
             "meta_info": {
                 "output_token_logprobs": [[-token / 100, token, None] for token in output],
                 "finish_reason": finish,
                 "weight_version": self.label,
-                "weight_versions": [{"version": label} for label in dict.fromkeys(labels)],
+                "weight_versions": spans,
             },
         }
 
@@ -344,6 +365,7 @@ class FakeServers:
         check: Any = lambda url, found: None,
         run: str = "run",
         timeline: Timeline | None = None,
+        keep_cache: bool = False,
         **options: Any,
     ) -> ServerSettings:
         """Returns settings with short time limits. options: of rollout.sglang."""
@@ -354,8 +376,9 @@ class FakeServers:
         )  # fmt: skip
         timeline = Timeline() if timeline is None else timeline
         return ServerSettings(
-            config=config, launcher=launcher, check=check, run=run, poll_seconds=0.01, timeline=timeline
-        )
+            config=config, launcher=launcher, check=check, run=run, poll_seconds=0.01, keep_cache=keep_cache,
+            timeline=timeline,
+        )  # fmt: skip
 
     def pool(self, *urls: str, **options: Any) -> ServerPool:
         """Returns a pool; without URLs it launches servers. options: of `settings`."""

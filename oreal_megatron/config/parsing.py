@@ -96,6 +96,7 @@ _MAY_CHANGE = (
     "rollout.sglang.",
     "rollout.schedule",  # what was trained so far stays; rollouts that are too old are generated again
     "rollout.max_staleness",
+    "rollout.in_flight",
     "rollout.mismatch",  # limits, which may be null
     "rollout.undecided",
     "resources.",
@@ -129,6 +130,7 @@ ADDED: dict[str, Any] = {
     "rollout.reward": None,
     "rollout.schedule": "in_turn",
     "rollout.max_staleness": None,
+    "rollout.in_flight": "recompute",
     "prompt.date": None,
     "rollout.generation": None,
     "rollout.sampling.function": None,

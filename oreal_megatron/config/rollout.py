@@ -197,7 +197,11 @@ class RolloutConfig(Section):
     schedule: Literal["in_turn", "one_ahead", "continuous"] = "in_turn"
     """Order of generation and training. in_turn: a step generates, then trains; one_ahead: while a step trains, the
     servers generate the next step's rollouts, which complete before new weights are published; continuous: the servers
-    generate for the next max_staleness steps, and their responses go on under the new weights."""
+    generate for the next max_staleness steps, and their responses go on under the new weights (in_flight)."""
+    in_flight: Literal["recompute", "keep_cache"] = "recompute"
+    """KV cache of responses that are under way at a publication of `schedule: continuous`. recompute: it is computed
+    anew with the new weights; keep_cache: they go on with the cache of the weights that began them, by which their
+    age is counted."""
     max_staleness: NonNegative | None = None
     """Largest number of policy updates between the oldest token of a trained response and the policy that it trains: 0
     for in_turn, 1 for one_ahead, any number above 0 for continuous. null: 0 for in_turn, 1 for one_ahead, 2 for

@@ -28,6 +28,13 @@ def _check_staleness(rollout: RolloutConfig) -> Iterator[Violation]:
 
 
 @check("rollout")
+def _check_in_flight(rollout: RolloutConfig) -> Iterator[Violation]:
+    if rollout.in_flight == "keep_cache" and rollout.schedule != "continuous":
+        remedy = f"With rollout.schedule={rollout.schedule}, no response is under way at a publication. Set it to "
+        yield Violation("rollout.in_flight", "keep_cache", f"{remedy}recompute, or rollout.schedule=continuous.")
+
+
+@check("rollout")
 def _check_ahead(rollout: RolloutConfig) -> Iterator[Violation]:
     schedule = rollout.schedule
     if schedule == "in_turn":

@@ -2,7 +2,7 @@
 
 The prompts of a step are a batch, drawn in the order of the steps and trained in that order, whichever responses come
 first; so a short response has no advantage over a long one. At step s the servers have batches s to s + the bound of
-staleness. Generation is ended before every publication and begins again after it, which gives two properties:
+staleness, and responses stay at the servers over a publication. Two properties follow:
 
 - A batch is drawn at most as many steps before it trains as the bound says, and a step makes one update at most, so no
   token is older than the bound.
@@ -12,6 +12,7 @@ staleness. Generation is ended before every publication and begins again after i
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -139,29 +140,34 @@ class RolloutsAhead:
         return SampleResult(groups=groups, unfinished=[], metrics=metrics)
 
     def settle(self) -> None:
-        """Ends generation, so that weights can be published; of one_ahead, once the next step's responses are there.
+        """Waits until the next step's responses are there under one_ahead, so that new weights can be published.
 
-        Grading goes on. A request to stop, and servers of which none has the current weights, end generation at once;
-        what is unfinished then goes on with the next `begin`.
+        Other responses go on under the new weights, and so do those of one_ahead after a request to stop, or where no
+        server has the current weights, which end the wait. Grading goes on.
 
         Raises:
             NoServerError, ValueError, OSError: see `take`.
         """
-        if not self._is_generating:
-            return
-        if self._config.schedule == "one_ahead" and not self._groups.any_rank(self._stop.is_made):
+        is_stopped = self._groups.any_rank(self._stop.is_made)
+        if self._is_generating and self._config.schedule == "one_ahead" and not is_stopped:
             self._wait(lambda: all(batch.is_served for batch in self._batches))
-        self._end()
+
+    def publish(self, weight_version: int) -> dict[str, float]:
+        """Publishes as SGLangEngine does; its seconds count as time without a request at a server."""
+        with contextlib.nullcontext() if self._background is None else self._background.publication():
+            return self._engine.publish(weight_version)
 
     def pause(self) -> None:
-        """Ends generation as `settle` does and waits for the grades, so that something else is generated and graded.
+        """Ends generation after `settle` and waits for the grades, so that something else is generated and graded.
 
-        A request to stop ends the wait at once.
+        A request to stop ends the wait at once. What is unfinished goes on with the next `begin`.
 
         Raises:
             NoServerError, ValueError, OSError: see `take`.
         """
         self.settle()
+        if self._is_generating:
+            self._end()
         self._wait(lambda: not any(batch.ungraded for batch in self._batches))
 
     def prepare(self, weight_version: int) -> None:

@@ -12,7 +12,7 @@ import pickle
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
@@ -176,6 +176,16 @@ class BackgroundGeneration:
         """Begins to count the seconds in which servers have a request."""
         with self._changed:
             self._busy_seconds, self._busy_since = 0.0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def publication(self) -> Iterator[None]:
+        """Publishes weights within: time in which servers generate nothing, after which one of them has the weights."""
+        start = time.perf_counter()
+        yield
+        with self._changed:
+            if self._num_at_servers:
+                self._busy_seconds -= time.perf_counter() - max(start, self._busy_since)
+            self.has_no_weights = False
 
     def ungraded_responses(self, batch: Batch) -> dict[tuple[str, int], Completion]:
         """See Batch."""

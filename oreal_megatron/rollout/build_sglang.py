@@ -39,6 +39,7 @@ def build_sglang_engine(
     stop_token_id: int,
     max_sequence_length: int,
     timeout_seconds: float,
+    keep_cache: bool = False,
     model_path: str | None = None,
     kv_tokens: int | None = None,
     first_device: int = 0,
@@ -47,8 +48,9 @@ def build_sglang_engine(
 
     geometry: with vocab_size. directory: of the run, for its id, servers' logs and the weights of the transport `disk`.
     stop: ends waits for servers. timeline: recorder of this process. dtype: dtype that servers compute in.
-    timeout_seconds: limit of the groups' collectives. model_path: the policy's Hugging Face directory; None if only its
-    geometry is known. kv_tokens: see Launcher. first_device: index of the servers' first device on a machine.
+    timeout_seconds: limit of the groups' collectives. keep_cache: see ServerSettings. model_path: the policy's Hugging
+    Face directory; None if only its geometry is known. kv_tokens: see Launcher. first_device: index of the servers'
+    first device on a machine.
 
     Raises:
         ValueError: the model does not split over a server's ranks.
@@ -73,7 +75,7 @@ def build_sglang_engine(
     )
     return SGLangEngine(
         ServerPool(
-            replace(settings, timeline=timeline),
+            replace(settings, timeline=timeline, keep_cache=keep_cache),
             stop_token_id=stop_token_id,
             config_json=described,
             replica=groups.data_rank,

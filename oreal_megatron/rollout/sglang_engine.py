@@ -231,7 +231,11 @@ class SGLangEngine:
             self._leave_devices()
             self._is_offloaded = False
         self._on_main(lambda: self.pool.connect(weight_version, wait=wait), until_stop=True)
-        servers = self._on_main(self.pool.begin_update) or []
+        pool = self.pool
+        label = self._groups.from_main(pool.label(weight_version))
+        if self._loop is not None:
+            self._loop.run(pool.announce(weight_version, label)).result()
+        servers = self._on_main(pool.begin_update) or []
         report = {
             "publication/pause_seconds": time.perf_counter() - start,
             "publication/bytes": 0.0,
@@ -258,10 +262,11 @@ class SGLangEngine:
                 break
             servers = [server for server in servers if server.url in again]
         report["publication/continue_seconds"] = time.perf_counter() - start
-        pool = self.pool
-        label, has_weights = self._groups.from_main((pool.label(weight_version), pool.has_weights))
-        if self._loop is not None and not self._groups.is_main:
-            self._loop.run(pool.follow(weight_version, label, has_weights)).result()
+        has_weights = self._groups.from_main(pool.has_weights)
+        if self._loop is not None:
+            is_main = self._groups.is_main
+            resumed = pool.resume(label) if is_main else pool.follow(weight_version, label, has_weights)
+            self._loop.run(resumed).result()
         self.weight_version = weight_version
         return report | {"publication/servers": float(sum(has_weights.values()))}
 

@@ -84,8 +84,8 @@ class Generated:
     finish: Mapping[str, Any]
     """SGLang's finish_reason. `type`: stop, length or abort (the tokens are those generated before the abort);
     `matched`: the token at which the response stopped."""
-    weight_labels: frozenset[str]
-    """Labels of all weights that generated tokens of the response."""
+    weight_labels: tuple[tuple[str, int], ...]
+    """Spans of tokens by the weights that generated them, in order: the label, and the end of the span."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,14 +137,17 @@ class ServerClient:
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def generate(self, rid: str, prompt_ids: Sequence[int], sampling: Mapping[str, Any]) -> Generated:
-        """POST /generate: returns the response to one prompt, without a time limit."""
-        answer = await self._ask(
-            "POST",
-            "/generate",
-            {"rid": rid, "input_ids": list(prompt_ids), "sampling_params": dict(sampling), "return_logprob": True},
-            seconds=None,
-        )
+    async def generate(
+        self, rid: str, prompt_ids: Sequence[int], sampling: Mapping[str, Any], *, cache_key: str | None = None
+    ) -> Generated:
+        """POST /generate: returns the response to one prompt, without a time limit.
+
+        cache_key: the server's cache of prefixes is shared by requests with the same key only.
+        """
+        body = {"rid": rid, "input_ids": list(prompt_ids), "sampling_params": dict(sampling), "return_logprob": True}
+        if cache_key is not None:
+            body["extra_key"] = cache_key
+        answer = await self._ask("POST", "/generate", body, seconds=None)
         about = answer["meta_info"]
         pairs = about.get("output_token_logprobs") or []  # absent if the request was aborted before its first token
         ids = tuple(answer["output_ids"])
@@ -161,8 +164,8 @@ class ServerClient:
             token_ids=ids,
             logprobs=tuple(logprob for logprob, *_ in pairs),
             finish=about["finish_reason"],
-            weight_labels=frozenset(str(span["version"]) for span in spans)
-            or frozenset([str(about["weight_version"])]),
+            weight_labels=tuple((str(span["version"]), int(span["end"])) for span in spans)
+            or ((str(about["weight_version"]), len(ids)),),
         )
 
     async def abort_request(self, rid: str) -> None:
@@ -198,9 +201,12 @@ class ServerClient:
         """GET /model_info: returns the label of the server's weights (SGLang: weight_version)."""
         return str((await self._ask("GET", "/model_info"))["weight_version"])
 
-    async def pause_generation(self) -> None:
-        """POST /pause_generation: stops generation; running requests drop their KV cache and continue later."""
-        await self._ask("POST", "/pause_generation", {"mode": "retract"})
+    async def pause_generation(self, *, keep_cache: bool = False) -> None:
+        """POST /pause_generation: stops generation until `continue_generation`.
+
+        keep_cache: whether running requests then go on with the KV cache that they have; otherwise it is computed anew.
+        """
+        await self._ask("POST", "/pause_generation", {"mode": "in_place" if keep_cache else "retract"})
 
     async def begin_weight_update(self) -> None:
         """POST /begin_weight_update: allows weights to change until `end_weight_update`."""

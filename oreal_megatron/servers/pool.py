@@ -40,8 +40,6 @@ class ServerPool:
         process's model replica, and of all replicas, which send requests to the same servers.
         """
         self.servers: Sequence[SGLangServer] = ()
-        self.num_retries = 0
-        """Responses that were requested again, over the life of the pool."""
         self.on_no_current_weights: Callable[[], None] = lambda: None
         """Callback of the owner: a server waits for weights that no server has. Called once until the next update."""
         self._settings = settings
@@ -56,6 +54,9 @@ class ServerPool:
         self._is_first_update = True
         self._is_offloaded = False
         self._has_reported_no_weights = False
+        self._routers: set[Router] = set()
+        """Of generations under way."""
+        self._num_earlier_retries = 0
 
     def label(self, version: int) -> str:
         """Returns the servers' label of weight version `version`, which is unique to this start of the run."""
@@ -65,6 +66,11 @@ class ServerPool:
     def has_weights(self) -> dict[str, bool]:
         """Whether a server has the weights of the last update, by URL of every server."""
         return {server.url: server.label == self._label for server in self.servers}
+
+    @property
+    def num_retries(self) -> int:
+        """Responses that were requested again, over the life of the pool."""
+        return self._num_earlier_retries + sum(router.num_retries for router in tuple(self._routers))
 
     # ---- weights -------------------------------------------------------------------------------------------------
 
@@ -85,6 +91,16 @@ class ServerPool:
         if wait or self._is_first_update or self._config.shares_devices:
             await asyncio.gather(*(server.connect() for server in self.servers))
         self._check_usable()
+
+    async def announce(self, version: int, label: str) -> None:
+        """Lets requests stay at servers that pause, until `resume` or `follow`; called in every process."""
+        for router in self._routers:
+            router.begin_update(version, label)
+
+    async def resume(self, label: str) -> None:
+        """Lets generation under way go on at the servers that have weights `label`."""
+        for router in self._routers:
+            router.end_update(label)
 
     async def begin_update(self) -> list[SGLangServer]:
         """Returns the servers that take the weights, paused; the caller holds their locks until `finish_update`."""
@@ -123,6 +139,7 @@ class ServerPool:
         self._has_reported_no_weights = False
         for server in remote:
             server.follow_update(label if has_weights[server.url] else None)
+        await self.resume(label)
 
     def _create_servers(self) -> None:
         model = self._settings.launcher.model
@@ -214,10 +231,12 @@ class ServerPool:
             num_replicas=self._num_replicas,
             no_current_weights=self._no_current_weights,
         )
+        self._routers.add(router)
         try:
             await router.finish(is_enough, more)
         finally:
-            self.num_retries += router.num_retries
+            self._routers.discard(router)
+            self._num_earlier_retries += router.num_retries
 
     def _no_current_weights(self) -> None:
         if not self._has_reported_no_weights:

@@ -168,8 +168,13 @@ class RequestQueue:
         """Returns whether the last of a response's tokens is one that ends it. stop_token_id: the policy's."""
         return bool(token_ids) and token_ids[-1] in self._stop_token_ids(index, stop_token_id)
 
-    def completion(self, index: int, generated: Generated, *, version: int, stop_token_id: int) -> Completion:
-        """Returns the partial response extended by `generated`. version: weights that generated `generated`."""
+    def completion(
+        self, index: int, generated: Generated, *, versions: Sequence[tuple[int, int]], stop_token_id: int
+    ) -> Completion:
+        """Returns the partial response extended by `generated`.
+
+        versions: spans of the tokens of `generated` by the weights that count as theirs: the version, and the end.
+        """
         request = self.requests[index]
         self._num_answers += 1
         self._num_new_tokens += len(generated.token_ids)
@@ -181,11 +186,11 @@ class RequestQueue:
             reason = FinishReason.LENGTH
         else:
             reason = None
+        spans = partial.weight_spans
+        for version, end in versions:
+            spans = _extended(spans, version, len(partial.token_ids) + end)
         return Completion(
-            token_ids=tokens,
-            logprobs=partial.logprobs + generated.logprobs,
-            finish_reason=reason,
-            weight_spans=_extended(partial.weight_spans, version, len(tokens)),
+            token_ids=tokens, logprobs=partial.logprobs + generated.logprobs, finish_reason=reason, weight_spans=spans
         )
 
 

@@ -1,5 +1,8 @@
 """Routes requests to servers that have the current weights, until every request is answered once.
 
+Requests may be under way while the servers are updated: the servers pause, and go on with the new weights. A router is
+told when an update begins and ends (`begin_update`, `end_update`).
+
 Requests are placed in the order of the queue, in which callers put responses that they expect to be long first. A
 request goes to the server with the fewest tokens under way. The samples of a prompt go to one server, whose prefix
 cache then holds the prompt, unless other servers would have less than their share, or responses that are expected to
@@ -53,6 +56,10 @@ class Router:
         self._settings = settings
         self._version = version
         self._label = label
+        self._versions = {label: version}
+        """Versions of weights that may have generated a response, by label."""
+        self._is_updating = False
+        self._num_updates = 0
         self._token = token
         self._stop_token_id = stop_token_id
         self._no_current_weights = no_current_weights
@@ -112,6 +119,17 @@ class Router:
             for task in (waiting, *ending, *serving):
                 task.cancel()
             await asyncio.gather(waiting, *ending, *serving, return_exceptions=True)
+
+    def begin_update(self, version: int, label: str) -> None:
+        """Keeps requests at their servers while these pause for weights `version`."""
+        self._versions[label] = version
+        self._is_updating = True
+        self._num_updates += 1
+
+    def end_update(self, label: str) -> None:
+        """Lets servers that have weights `label` go on; others lose their requests."""
+        self._version, self._label = self._versions[label], label
+        self._is_updating = False
 
     async def _add(self, more: Callable[[], Awaitable[Sequence[GenerationRequest]]]) -> None:
         """Adds the requests that come from `more`, until it is cancelled."""
@@ -239,12 +257,12 @@ class Router:
         """Returns once the server has the current weights or has failed."""
 
         def waiting() -> None:
-            if all(other.label != self._label for other in self._servers):
+            if not self._is_updating and all(other.label != self._label for other in self._servers):
                 self._no_current_weights()
 
         while server.state is not ServerState.FAILED:
             await server.connect()
-            if await server.wait_for_weights(self._label, waiting):
+            if await server.wait_for_weights(lambda: self._label, waiting):
                 return
 
     async def _send_requests(self, server: SGLangServer, inbox: asyncio.Queue[int]) -> None:
@@ -260,12 +278,17 @@ class Router:
             queue.at_servers[rid] = server.client
             self._settings.timeline.request_begins(rid, queue.requests[index].label, server.index)
             answer: dict[str, Any] = {"finish": "refused"}
+            version = self._version
             try:
                 generated = await server.client.generate(
-                    rid, queue.input_ids(index), queue.options(index, self._stop_token_id)
+                    rid,
+                    queue.input_ids(index),
+                    queue.options(index, self._stop_token_id),
+                    # What older weights have cached stays in the server, under their label.
+                    cache_key=self._label if self._settings.keep_cache else None,
                 )
                 answer = _described(generated)
-                completion = self._completion(server, index, generated)
+                completion = self._completion(server, index, generated, oldest=version)
             except (ServerLost, _StaleAnswer, asyncio.CancelledError) as error:
                 answer["finish"] = "cancelled" if isinstance(error, asyncio.CancelledError) else str(error)
                 if not queue.finished.is_set():
@@ -314,12 +337,16 @@ class Router:
     def _is_noted(self, prompt_ids: tuple[int, ...]) -> bool:
         return prompt_ids in self._returned or any(prompt_ids in prompts for prompts in self._prompts_of.values())
 
-    def _completion(self, server: SGLangServer, index: int, generated: Generated) -> Completion:
-        if generated.token_ids and generated.weight_labels != {self._label}:
+    def _completion(self, server: SGLangServer, index: int, generated: Generated, *, oldest: int) -> Completion:
+        """Returns the completion of a request. oldest: version of the weights that the server had when it was sent."""
+        versions = [(self._versions.get(label, -1), end) for label, end in generated.weight_labels]
+        if generated.token_ids and min(version for version, _ in versions) < oldest:
             raise _StaleAnswer(
-                f"answered with weights {', '.join(sorted(generated.weight_labels))}, not {self._label}; "
+                f"answered with weights {', '.join(label for label, _ in generated.weight_labels)}, not {self._label}; "
                 "its answers are discarded, and it waits for the current weights"
             )
+        if self._settings.keep_cache:  # every token depends on the cache that the first weights computed
+            versions = [(versions[0][0], len(generated.token_ids))]
         is_stopped = self._queue.is_stopped(index, generated.token_ids, self._stop_token_id)
         if generated.finish["type"] == "stop" and not is_stopped:
             raise RequestRefused(
@@ -327,7 +354,7 @@ class Router:
                 f"prompt.stop_token (id {self._stop_token_id}); start the server with --skip-tokenizer-init, from a "
                 "config.json and generation_config.json without other end tokens"
             )
-        return self._queue.completion(index, generated, version=self._version, stop_token_id=self._stop_token_id)
+        return self._queue.completion(index, generated, versions=versions, stop_token_id=self._stop_token_id)
 
     async def _watch(self, server: SGLangServer) -> None:
         """Raises ServerLost if the server answers no health check for rollout.sglang.health_seconds."""
@@ -335,14 +362,18 @@ class Router:
         last_answer = clock()
         while True:
             await asyncio.sleep(silence / 4)
-            if await server.client.is_healthy(max(silence - (clock() - last_answer), self._settings.poll_seconds)):
+            num_updates = self._num_updates
+            is_healthy = await server.client.is_healthy(
+                max(silence - (clock() - last_answer), self._settings.poll_seconds)
+            )
+            if is_healthy or self._is_updating or self._num_updates > num_updates:  # a paused server may not answer
                 last_answer = clock()
             elif clock() - last_answer >= silence:
                 raise ServerLost(f"{server.url} answered no health check in {silence:g} seconds")
 
     async def _watch_label(self, server: SGLangServer) -> None:
         """Raises _StaleAnswer once the server, which may have no request, was started again without the weights."""
-        while server.label == self._label:
+        while self._is_updating or server.label == self._label:
             await asyncio.sleep(self._settings.poll_seconds)
         raise _StaleAnswer("was lost and does not have the current weights yet")
 
@@ -353,7 +384,7 @@ class _StaleAnswer(Exception):
 
 def _described(generated: Generated) -> dict[str, Any]:
     """Returns what a timeline shows of an answer."""
-    weights = ", ".join(sorted(generated.weight_labels))
+    weights = ", ".join(label for label, _ in generated.weight_labels)
     return {"finish": generated.finish["type"], "tokens": len(generated.token_ids), "weights": weights}
 
 

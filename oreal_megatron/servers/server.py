@@ -73,6 +73,8 @@ class ServerSettings:
     """Id of the run, which stays over its restarts; a part of the weights' labels."""
     poll_seconds: float = 0.5
     """Seconds between two attempts to reach a server."""
+    keep_cache: bool = False
+    """Whether responses under way keep their KV cache over an update."""
     timeline: Timeline = field(default_factory=Timeline)
     """Recorder of requests and states; that of the run, or one that records nothing."""
 
@@ -197,13 +199,13 @@ class SGLangServer(ABC):
         """Resets the count of losses after a successful request."""
         self._num_losses = 0
 
-    async def wait_for_weights(self, label: str, waiting: Callable[[], None]) -> bool:
-        """Returns True once the server has weights `label`, False once it is lost or failed.
+    async def wait_for_weights(self, label: Callable[[], str], waiting: Callable[[], None]) -> bool:
+        """Returns True once the server has the weights with the label that `label` returns, False once it is lost.
 
-        waiting: called at every poll until then.
+        label: may return another label after an update. waiting: called at every poll until then.
         """
         while self.is_up:
-            if self._label == label:
+            if self._label == label():
                 return True
             waiting()
             await asyncio.sleep(self._settings.poll_seconds / 5)
@@ -249,7 +251,7 @@ class SGLangServer(ABC):
                 await self.client.resume_memory_occupation([WEIGHTS])
                 self._released_tags -= {WEIGHTS}
             else:
-                await self.client.pause_generation()
+                await self.client.pause_generation(keep_cache=self._settings.keep_cache)
             await self.client.begin_weight_update()
             self._settings.timeline.pause(self.index, start)
             self._set_state(_UPDATING)
@@ -293,7 +295,8 @@ class SGLangServer(ABC):
         if self._released_tags:
             await self.client.resume_memory_occupation(sorted(self._released_tags))
             self._released_tags = frozenset()
-        await self.client.flush_cache()
+        if not self._settings.keep_cache:  # SGLang refuses it while responses hold a cache
+            await self.client.flush_cache()
         await self.client.update_weight_version(label)
         await self.client.continue_generation()
 

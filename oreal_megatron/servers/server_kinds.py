@@ -106,15 +106,15 @@ class RemoteServer(SGLangServer):
             self._num_losses = 1
             self._set_state(ServerState.LOST, reason=f"{self.url} has not been given the current weights")
 
-    async def wait_for_weights(self, label: str, waiting: Callable[[], None]) -> bool:
-        """Returns True once the server says that it has weights `label`, False if it is lost or failed.
+    async def wait_for_weights(self, label: Callable[[], str], waiting: Callable[[], None]) -> bool:
+        """Returns True once the server says that it has the weights that `label` names, False if it is lost or failed.
 
         The server fails if that takes longer than rollout.sglang.startup_seconds. `waiting` is not called.
         """
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._config.startup_seconds
         while self.is_up:
-            if self._label == label:
+            if self._label == label():
                 return True
             if clock() > deadline:
                 self._mark_failed(

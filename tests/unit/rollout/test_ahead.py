@@ -69,7 +69,7 @@ class Trainer:
 
     def publish(self):
         self.ahead.settle()
-        self.engine.publish(self.engine.weight_version + 1)
+        self.ahead.publish(self.engine.weight_version + 1)
 
     def resume(self, step, state):
         """Goes to a checkpoint of a run with an update a step."""
@@ -200,6 +200,70 @@ def test_publication_in_the_middle_of_a_group_keeps_its_tokens(fakes, start):
     assert cut and 0 < max(updates) <= 2
     wait_until(lambda: all_are_graded(trainer))
     assert server.num_tokens == NUM_STEPS * PROMPTS_PER_STEP * SAMPLES * LENGTH  # no token is generated twice
+    assert all(len(ids) == 2 for ids in server.prompts)  # every response is one request, which waits at the server
+    assert set(server.pauses) == {"retract"} and "/flush_cache" in server.calls
+    assert trainer.pool.num_retries == 0
+
+
+def test_response_that_keeps_its_cache_counts_as_of_the_weights_that_began_it(fakes, start):
+    trainer = start("continuous", 2, keep_cache=True)
+    server = fakes.last(0)
+    trainer.ahead.take(0, trainer.stream.draw)
+    server.token_seconds = 0.05
+    trainer.publish()
+    older = 0.0
+    for step in (1, 2, 3):
+        sampled = trainer.step(step, lambda: time.sleep(0.1))
+        assert_whole(sampled, step, 2)
+        assert all(len(graded.rollout.weight_spans) == 1 for group in sampled.groups for graded in group)
+        older = max(older, sampled.metrics["rollout/older_tokens"])
+    assert older > 0 and set(server.pauses) == {"in_place"} and "/flush_cache" not in server.calls
+    # Requests of other weights do not read each other's prefixes.
+    assert len(set(server.cache_keys)) >= 3 and set(server.cache_keys) <= {trainer.pool.label(v) for v in range(5)}
+    wait_until(lambda: all_are_graded(trainer))
+    assert all(len(ids) == 2 for ids in server.prompts) and trainer.pool.num_retries == 0
+
+
+@pytest.mark.parametrize("keep_cache", [False, True])
+def test_server_that_misses_an_update_loses_its_requests_to_the_other(fakes, start, keep_cache):
+    servers = [fakes.server(token_seconds=0.02) for _ in range(2)]
+    trainer = start("continuous", 2, *(server.url for server in servers), keep_cache=keep_cache)
+    trainer.ahead.take(0, trainer.stream.draw)
+    assert all(server.num_running for server in servers)
+    servers[0].break_("/end_weight_update", "status", 500)
+    trainer.publish()
+    servers[0].mend()
+    for step in (1, 2, 3):
+        assert_whole(trainer.step(step), step, 2)
+    assert trainer.pool.num_retries > 0
+
+
+def test_answer_of_weights_older_than_its_request_is_asked_for_again(fakes, start):
+    servers = [fakes.server(token_seconds=0.002) for _ in range(2)]
+    trainer = start("continuous", 1, *(server.url for server in servers))
+    trainer.step(0, lambda: wait_until(lambda: all_are_graded(trainer)))
+    servers[0].answer_label = trainer.pool.label(0)  # it says that it has the new weights, and generates with the old
+    trainer.step(1)
+    sampled = trainer.step(2)
+    assert_whole(sampled, 2, 1)
+    assert trainer.pool.num_retries > 0
+    spans = [span for group in sampled.groups for graded in group for span in graded.rollout.weight_spans]
+    assert min(span.version for span in spans) >= 1
+
+
+def test_long_update_does_not_make_a_paused_server_lost(fakes, start):
+    trainer = start("continuous", 2, health_seconds=0.5)
+    server = fakes.last(0)
+    server.token_seconds = 0.05
+    trainer.ahead.take(0, trainer.stream.draw)
+    server.break_("/end_weight_update", "delay", 1.5, times=1)
+    server.break_("/health", "hang")
+    mending = threading.Timer(1.4, server.mend)
+    mending.start()
+    trainer.publish()
+    mending.join()
+    assert_whole(trainer.step(1), 1, 2)
+    assert trainer.pool.num_retries == 0 and len(fakes.started) == 1
 
 
 def test_steps_without_an_update_interrupt_nothing_and_make_nothing_older(fakes, start):

@@ -27,7 +27,7 @@ async def test_generate_returns_tokens_logprobs_and_labels(fakes):
     generated = await client.generate("r", (5, 6), SAMPLING)
     assert generated.token_ids == response((5, 6), 6)
     assert generated.logprobs == tuple(-token / 100 for token in generated.token_ids)
-    assert generated.finish == {"type": "length"} and generated.weight_labels == {"3-a"}
+    assert generated.finish == {"type": "length"} and generated.weight_labels == (("3-a", 6),)
     await client.close()
 
 
@@ -57,7 +57,8 @@ async def test_generate_names_every_label_of_a_response(fakes):
     running = asyncio.create_task(client.generate("r", (5, 6), {"max_new_tokens": 30}))
     await asyncio.sleep(0.1)
     fake.label = "4-a"
-    assert (await running).weight_labels == {"3-a", "4-a"}
+    (old, end), new = (await running).weight_labels
+    assert old == "3-a" and 0 < end < 30 and new == ("4-a", 30)
     await client.close()
 
 

@@ -29,7 +29,7 @@ def request(partial=None):
 def test_token_of_the_request_ends_its_response():
     queue, _ = queue_of(replace(request(), stop_token_ids=(9,)))
     assert queue.options(0, STOP)["stop_token_ids"] == [STOP, 9]
-    completion = queue.completion(0, generated(3, 9, finish="stop"), version=4, stop_token_id=STOP)
+    completion = queue.completion(0, generated(3, 9, finish="stop"), versions=[(4, 2)], stop_token_id=STOP)
     assert completion.finish_reason is FinishReason.STOP and completion.token_ids == (3, 9)
 
 
@@ -43,7 +43,7 @@ def generated(*token_ids, finish="length"):
         token_ids=token_ids,
         logprobs=tuple(-0.1 * token for token in token_ids),
         finish={"type": finish},
-        weight_labels=frozenset({"4-a"}),
+        weight_labels=(("4-a", len(token_ids)),),
     )
 
 
@@ -103,7 +103,7 @@ def test_options_ask_for_the_rest_of_a_partial_response():
 )
 def test_completion_extends_a_partial_response(answer, reason):
     queue, _ = queue_of(request(PARTIAL))
-    completion = queue.completion(0, answer, version=4, stop_token_id=STOP)
+    completion = queue.completion(0, answer, versions=[(4, len(answer.token_ids))], stop_token_id=STOP)
     end = 2 + len(answer.token_ids)
     new = (WeightSpan(version=4, start=2, end=end),) if answer.token_ids else ()
     assert completion.token_ids == (1, 2, *answer.token_ids) and completion.finish_reason is reason
@@ -113,7 +113,7 @@ def test_completion_extends_a_partial_response(answer, reason):
 
 def test_completion_under_the_same_weights_has_one_span():
     queue, _ = queue_of(request(PARTIAL))
-    completion = queue.completion(0, generated(3, finish="abort"), version=3, stop_token_id=STOP)
+    completion = queue.completion(0, generated(3, finish="abort"), versions=[(3, 1)], stop_token_id=STOP)
     assert completion.weight_spans == (WeightSpan(version=3, start=0, end=3),)
 
 
@@ -142,11 +142,11 @@ def test_error_names_every_failed_server():
 def test_expected_tokens_follow_the_answers_of_the_call():
     queue, _ = queue_of(request(), request(PARTIAL))
     assert [queue.expected_tokens(index) for index in (0, 1)] == [2 + 4, 4 + 3]
-    queue.completion(0, generated(3, STOP, finish="stop"), version=4, stop_token_id=STOP)
+    queue.completion(0, generated(3, STOP, finish="stop"), versions=[(4, 2)], stop_token_id=STOP)
     assert [queue.expected_tokens(index) for index in (0, 1)] == [2 + 2, 4 + 2]
 
 
 def test_expected_tokens_are_those_of_the_prompt_where_they_are_known():
     queue, _ = queue_of(replace(request(), expected_tokens=3.0), replace(request(PARTIAL), expected_tokens=100.0))
-    queue.completion(0, generated(3), version=4, stop_token_id=STOP)
+    queue.completion(0, generated(3), versions=[(4, 1)], stop_token_id=STOP)
     assert [queue.expected_tokens(index) for index in (0, 1)] == [2 + 3, 4 + 6]

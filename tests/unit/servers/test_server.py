@@ -402,7 +402,7 @@ async def test_remote_server_asks_for_the_label(fakes):
     fake = fakes.server(label="0-a")
     server = RemoteServer(0, fake.url, fakes.settings())
     await server.connect()
-    waiting = asyncio.create_task(server.wait_for_weights("1-a", lambda: None))
+    waiting = asyncio.create_task(server.wait_for_weights(lambda: "1-a", lambda: None))
     await asyncio.sleep(0.05)
     assert not waiting.done()
     fake.label = "1-a"
@@ -418,13 +418,13 @@ async def test_remote_server_that_failed_gets_another_chance(fakes):
     fake = fakes.server(label="0-a")
     server = RemoteServer(0, fake.url, fakes.settings(startup_seconds=1.0))
     await server.connect()
-    assert not await server.wait_for_weights("1-a", lambda: None)
+    assert not await server.wait_for_weights(lambda: "1-a", lambda: None)
     assert server.state is ServerState.FAILED and "rollout.sglang.startup_seconds" in server.failure
     fake.label = "1-a"
     server.follow_update(None)
     assert server.state is ServerState.LOST and server.failure is None
     await server.connect()
-    assert await server.wait_for_weights("1-a", lambda: None)
+    assert await server.wait_for_weights(lambda: "1-a", lambda: None)
     await server.close()
 
 
@@ -433,7 +433,7 @@ async def test_waiting_for_weights_ends_with_the_server(fakes):
     server = attached(fakes, fakes.server())
     await server.connect()
     polls = []
-    waiting = asyncio.create_task(server.wait_for_weights("1-a", lambda: polls.append(1)))
+    waiting = asyncio.create_task(server.wait_for_weights(lambda: "1-a", lambda: polls.append(1)))
     await until(lambda: polls)
     await server.report_lost(ServerLost("gone"))
     assert not await asyncio.wait_for(waiting, 2)
