@@ -8,14 +8,15 @@ first step of which has nothing that was generated ahead, and the last steps not
 tokens a second, their ratio to `in_turn`, the share of the time in which the server had no request, and the mean and
 largest age of the trained tokens in updates. A short run before the others warms the server up.
 
-The last column is what the planner's simulation makes of the times of the two runs in turn: tokens a second of the same
-run under the schedule, over those measured.
+The last column is what the planner's simulation makes of the times of the two runs in turn, and of the time in which
+the server reads a token: tokens a second of the same run under the schedule, over those measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import signal
 import statistics
 import subprocess
@@ -28,16 +29,35 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from oreal_megatron.metrics import read_metrics
 from oreal_megatron.planner.schedules import Setting, simulate
+
+Arm = tuple[str, int, str]
 
 TRAINER_CORE, SERVER_CORE = 0, 1
 FIRST = "warm_up"
 TAIL_OF, TAIL_TIMES = 32, 10
-ARMS = {
-    "even": [("in_turn", 0), ("one_ahead", 1), ("continuous", 1), ("continuous", 2)],
-    "tail": [("in_turn", 0), ("one_ahead", 1), ("continuous", 2), ("continuous", 4)],
+ARMS: dict[str, list[Arm]] = {
+    "even": [
+        ("in_turn", 0, "recompute"),
+        ("one_ahead", 1, "recompute"),
+        ("continuous", 1, "recompute"),
+        ("continuous", 1, "keep_cache"),
+        ("continuous", 2, "keep_cache"),
+    ],
+    "tail": [
+        ("in_turn", 0, "recompute"),
+        ("one_ahead", 1, "recompute"),
+        ("continuous", 2, "recompute"),
+        ("continuous", 2, "keep_cache"),
+        ("continuous", 4, "keep_cache"),
+    ],
 }
+"""Lengths of responses -> rollout.schedule, rollout.max_staleness and rollout.in_flight of runs."""
+IN_TURN = ("in_turn", 0, "recompute")
+READ_PROMPTS, READ_TOKENS = 32, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,26 +225,41 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         directory = arguments.directory or Path(temporary)
         directory.mkdir(parents=True, exist_ok=True)
-        found: dict[tuple[str, str, int], list[Measures]] = {}
+        found: dict[tuple[str, Arm], list[Measures]] = {}
         with server(arguments, directory) as url:
-            run(arguments, directory / FIRST, url, "even", "in_turn", 0, num_steps=1)
+            run(arguments, directory / FIRST, url, "even", IN_TURN, num_steps=1)
+            read_seconds = token_read_seconds(url)
             for turn in range(arguments.rounds):
-                for lengths, schedule, ahead in [(key, *arm) for key, arms in ARMS.items() for arm in arms]:
-                    own = directory / f"{lengths}_{schedule}_{ahead}_{turn}"
-                    run(arguments, own, url, lengths, schedule, ahead, num_steps=arguments.steps)
-                    found.setdefault((lengths, schedule, ahead), []).append(measured(own))
-    print_table(found, arguments)
+                for lengths, arm in [(key, arm) for key, arms in ARMS.items() for arm in arms]:
+                    own = directory / "_".join(map(str, (lengths, *arm, turn)))
+                    run(arguments, own, url, lengths, arm, num_steps=arguments.steps)
+                    found.setdefault((lengths, arm), []).append(measured(own))
+    print_table(found, read_seconds, arguments)
 
 
-def run(
-    arguments: argparse.Namespace, directory: Path, url: str, lengths: str, schedule: str, ahead: int, *, num_steps: int
-) -> None:
+def token_read_seconds(url: str) -> float:
+    """Measures the seconds in which the server reads a token of a prompt: the median of three batches of prompts."""
+
+    def read(rng: random.Random) -> float:
+        start = time.perf_counter()
+        prompts = [[rng.randrange(10, 20) for _ in range(READ_TOKENS)] for _ in range(READ_PROMPTS)]
+        body = {"input_ids": prompts, "sampling_params": {"max_new_tokens": 1}}
+        httpx.post(f"{url}/generate", json=body, timeout=60.0).raise_for_status()
+        return (time.perf_counter() - start) / (READ_PROMPTS * READ_TOKENS)
+
+    rng = random.Random(0)
+    return statistics.median([read(rng) for _ in range(3)])
+
+
+def run(arguments: argparse.Namespace, directory: Path, url: str, lengths: str, arm: Arm, *, num_steps: int) -> None:
+    schedule, ahead, in_flight = arm
     options = [
         *settings(arguments, directory),
         f"run.num_steps={num_steps}",
         f"rollout.sglang.urls=[{url}]",
         f"rollout.schedule={schedule}",
         f"rollout.max_staleness={ahead}",
+        f"rollout.in_flight={in_flight}",
     ]
     command = ["benchmarks.async_schedules", f"--lengths={lengths}", f"--tokens={arguments.tokens}", "--", *options]
     log = directory.with_name(f"{directory.name}.log")
@@ -233,13 +268,15 @@ def run(
 
 
 def simulated_rate(
-    lengths: str, schedule: str, ahead: int, even: Measures, tail: Measures, arguments: argparse.Namespace
+    lengths: str, arm: Arm, even: Measures, tail: Measures, read_seconds: float, arguments: argparse.Namespace
 ) -> float:
     """Returns the tokens a second of a run by simulation. even, tail: runs in turn with such lengths.
 
-    In them, all responses of a step have `--tokens` tokens at the same time, and the long ones the rest by themselves:
-    two times of a token, between and beyond which it is linear in the number of responses.
+    read_seconds: see `token_read_seconds`. Times of tokens include that of reading prompts. In the runs in turn, all
+    responses of a step have `--tokens` tokens at the same time, and the long ones the rest by themselves: two times of
+    a token, between and beyond which it is linear in the number of responses.
     """
+    schedule, ahead, in_flight = arm
     count = arguments.prompts * arguments.samples
     few = count // TAIL_OF
     many_seconds = even.generate_seconds / arguments.tokens
@@ -250,34 +287,40 @@ def simulated_rate(
         num_servers=1,
         places=256,
         token_seconds=lambda sequences: few_seconds + slope * (sequences - few),
-        prefill_token_seconds=0.0,
+        prefill_token_seconds=read_seconds,
         prompt_tokens=0.0,
         samples_per_prompt=arguments.samples,
         responses=count,
         lengths=[arguments.tokens * (TAIL_TIMES if lengths == "tail" and index < few else 1) for index in range(count)],
         train_seconds=base.other_seconds,
         publish_seconds=base.publish_seconds,
+        keep_cache=in_flight == "keep_cache",
     )
     step_seconds = simulate(setting, schedule, ahead, num_steps=base.num_steps).step_seconds
     return base.tokens / base.num_steps / step_seconds
 
 
-def print_table(found: Mapping[tuple[str, str, int], Sequence[Measures]], arguments: argparse.Namespace) -> None:
+def print_table(
+    found: Mapping[tuple[str, Arm], Sequence[Measures]], read_seconds: float, arguments: argparse.Namespace
+) -> None:
     print(
-        "| lengths | schedule | max_staleness | tokens/s | ratio | server idle | mean age | largest age | simulated |"
+        "| lengths | schedule | max_staleness | in_flight | tokens/s | ratio | server idle | mean age | largest age "
+        "| simulated |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
-    for (lengths, schedule, ahead), runs in found.items():
-        in_turn = {key: found[key, "in_turn", 0] for key in ARMS}
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for (lengths, arm), runs in found.items():
+        schedule, ahead, in_flight = arm
+        in_turn = {key: found[key, IN_TURN] for key in ARMS}
         ratio = statistics.median(mine.rate / base.rate for mine, base in zip(runs, in_turn[lengths], strict=True))
         idle = sum(run.idle_seconds for run in runs) / sum(run.seconds for run in runs)
         age = statistics.mean(age for run in runs for age in run.ages)
         simulated = statistics.median(
-            simulated_rate(lengths, schedule, ahead, even, tail, arguments) / mine.rate
+            simulated_rate(lengths, arm, even, tail, read_seconds, arguments) / mine.rate
             for mine, even, tail in zip(runs, in_turn["even"], in_turn["tail"], strict=True)
         )
         print(
-            f"| {lengths} | `{schedule}` | {ahead} | {statistics.median(run.rate for run in runs):.0f} | {ratio:.2f} "
+            f"| {lengths} | `{schedule}` | {ahead} | `{in_flight}` "
+            f"| {statistics.median(run.rate for run in runs):.0f} | {ratio:.2f} "
             f"| {idle:.0%} | {age:.2f} | {max(run.oldest for run in runs):.0f} | {simulated:.2f} |"
         )
 

@@ -59,6 +59,7 @@ class Plan:
             decoding.setting(),
             train_seconds=sum(value for name, value in seconds.items() if name not in ("generate", "reshard")),
             publish_seconds=seconds["reshard"],
+            keep_cache=self.sizes.config.rollout.in_flight == "keep_cache",
         )
 
     def schedules(self) -> list[Simulated]:

@@ -40,6 +40,8 @@ class Setting:
     train_seconds: float = 0.0
     """Seconds between a step's last response and the publication."""
     publish_seconds: float = 0.0
+    keep_cache: bool = False
+    """Whether responses go on after a publication without being read again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +93,8 @@ def simulate(
     num_steps: steps of a whole run, at whose end no batch is left to generate; None: steps in the middle of a long run.
 
     At step s the servers have the batches of steps s to s + max_staleness, the oldest first. A step trains once its
-    batch is complete. Generation stands still during a publication, and what is unfinished is read again after it;
-    under one_ahead the next step's batch is complete before.
+    batch is complete. Generation stands still during a publication, and what is unfinished is read again after it
+    unless its KV cache is kept; under one_ahead the next step's batch is complete before.
     """
     servers = _Servers(setting)
     rng = np.random.default_rng(seed)
@@ -219,5 +221,5 @@ class _Servers:
             tokens = setting.prompt_tokens / setting.samples_per_prompt
             begun = self.length[index] - self.left[index]
             if begun:
-                tokens = setting.prompt_tokens + begun
+                tokens = 0.0 if setting.keep_cache else setting.prompt_tokens + begun
             self.reading[server] += tokens * setting.prefill_token_seconds

@@ -73,6 +73,16 @@ def test_two_replicas_train_ahead_of_one_server(warm):
     assert_exact(directory, "continuous")
 
 
+def test_responses_keep_their_cache_over_publications(warm):
+    directory = warm()
+    # An evaluation ends generation; what it interrupted goes on under the weights that follow.
+    run = RunProcess(directory, *options("continuous", "rollout.in_flight=keep_cache", "evaluation.every=0"))
+    assert run.wait() == 0, run.said()
+    assert_exact(directory, "continuous")
+    responses = [r for groups in trained_groups(directory) for group in groups.values() for r in group]
+    assert all(len(response["weight_spans"]) == 1 for response in responses)
+
+
 def test_one_ahead_trains_and_evaluates_at_one_server(warm):
     directory = warm()
     run = RunProcess(directory, *options("one_ahead"))

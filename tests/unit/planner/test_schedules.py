@@ -67,6 +67,8 @@ def test_work_that_was_begun_is_read_again_after_a_publication():
     cheap = simulate(setting, "continuous", 1).step_seconds
     dear = simulate(replace(setting, prefill_token_seconds=1e-4), "continuous", 1).step_seconds
     assert dear == pytest.approx(cheap + 32 * 300 * 1e-4 / 2)
+    kept = simulate(replace(setting, prefill_token_seconds=1e-4, keep_cache=True), "continuous", 1).step_seconds
+    assert kept == pytest.approx(cheap)
 
 
 def test_other_steps_fill_the_wait_for_long_responses():
