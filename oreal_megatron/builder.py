@@ -20,7 +20,7 @@ from oreal_megatron.models.reward_model import TokenRewardModel, build_reward_mo
 from oreal_megatron.models.trained_model import TrainedModel
 from oreal_megatron.models.virtual_stages import ModelChunks
 from oreal_megatron.planner.memory import tokens_beside_trainer
-from oreal_megatron.preflight import first_server_device
+from oreal_megatron.preflight import first_server_device, warn_of_uncorrected_tokens
 from oreal_megatron.rollout.ahead import RolloutsAhead
 from oreal_megatron.rollout.build_sglang import build_sglang_engine
 from oreal_megatron.rollout.conversation import LoopGenerator
@@ -45,6 +45,7 @@ def build_run(workspace: Workspace) -> Run:
         ValueError: a checkpoint is damaged or does not fit the model; a server does not fit the policy.
     """
     config = workspace.config
+    warn_of_uncorrected_tokens(config)
     policy = _initial_policy(workspace, config.fp8.policy)
     engine = _engine(workspace, policy)
     sampler = _sampler(workspace, engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,6 +13,8 @@ from oreal_megatron.distributed.addresses import is_this_machine
 from oreal_megatron.extensions import check_functions
 from oreal_megatron.servers.server_process import installation_problem, interpreter_problem
 from oreal_megatron.weight_sync.ipc import collector
+
+logger = logging.getLogger(__name__)
 
 
 def check_startable(config: TrainConfig, num_processes: int) -> None:
@@ -43,6 +46,30 @@ def check_startable(config: TrainConfig, num_processes: int) -> None:
     violations += check_functions(config)
     if violations:
         raise ConfigError(violations)
+
+
+def warn_of_uncorrected_tokens(config: TrainConfig) -> None:
+    """Warns where tokens of older weights train, and nothing in the objective corrects for them.
+
+    A loss function of the user's gets the rollout's log-probabilities, so it is taken to correct for them itself.
+    """
+    rollout, objective = config.rollout, config.objective
+    causes = []
+    if rollout.schedule != "in_turn":
+        causes.append(f"rollout.schedule = {rollout.schedule}")
+    if rollout.long_tail is not None and rollout.long_tail.carry_updates:
+        causes.append(f"rollout.long_tail.carry_updates = {rollout.long_tail.carry_updates}")
+    corrections = (objective.importance_limit, objective.importance_token_band, objective.importance_response_band)
+    by_ratio = objective.ratio_reference == "rollout" and objective.positive_term == objective.negative_term == "ratio"
+    is_corrected = by_ratio or objective.functions.policy_loss is not None or any(corrections)
+    if config.run.mode == "train" and causes and not is_corrected:
+        logger.warning(
+            "%s: tokens of older weights than the policy's train, and objective %s does not correct for them; set "
+            "objective.importance_limit (for example 2.0), objective.importance_token_band or "
+            "objective.importance_response_band",
+            " and ".join(causes),
+            objective.preset,
+        )
 
 
 def _servers_elsewhere(config: TrainConfig, num_processes: int) -> list[Violation]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from oreal_megatron.cli.errors import run_command
 from oreal_megatron.compose import composed, validated
 from oreal_megatron.config import ConfigError, Violation
-from oreal_megatron.preflight import check_startable
+from oreal_megatron.preflight import check_startable, warn_of_uncorrected_tokens
 from oreal_megatron.workspace import check_host
 
 
@@ -76,3 +76,28 @@ def test_problem_of_a_machine_names_it_on_every_rank(capsys, monkeypatch):
 def test_error_keeps_its_machine_between_processes():
     error = pickle.loads(pickle.dumps(ConfigError([Violation("run.dir", "a", "It is full.")], host="node7")))
     assert error.host == "node7" and "in the configuration on node7:" in str(error)
+
+
+AHEAD = ("rollout=sglang_cpu", "rollout.schedule=continuous")
+CARRYING = ("rollout=sglang_cpu", "rollout.long_tail={oversample:1.5,until:useful,carry_updates:1}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (AHEAD, "rollout.schedule = continuous"),
+        (CARRYING, "rollout.long_tail.carry_updates = 1"),
+        ((*AHEAD, "objective.positive_term=logprob", "objective.ratio_reference=rollout"), "continuous"),
+        (("rollout=sglang_cpu",), None),
+        ((*AHEAD, "objective.importance_limit=2.0"), None),
+        ((*AHEAD, "objective.importance_token_band=[0.5,2.0]"), None),
+        ((*CARRYING, "objective.importance_response_band=[0.5,2.0]"), None),
+        ((*AHEAD, "objective=cispo"), None),  # a loss function gets the rollout's log-probabilities
+        ((*AHEAD, "objective.positive_term=ratio", "objective.ratio_reference=rollout"), None),
+    ],
+)
+def test_older_tokens_without_a_correction_are_warned_of(caplog, overrides, named):
+    warn_of_uncorrected_tokens(validated(composed(["experiment=arithmetic", *overrides])))
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == (named is not None)
+    assert all(named in message and "objective.importance_limit" in message for message in messages)
