@@ -200,7 +200,7 @@ class RolloutConfig(Section):
     generate for the next max_staleness steps, and their responses go on under the new weights (in_flight)."""
     in_flight: Literal["recompute", "keep_cache"] = "recompute"
     """KV cache of responses that are under way at a publication of `schedule: continuous`. recompute: it is computed
-    anew with the new weights; keep_cache: they go on with the cache of the weights that began them, by which their
+    again, with the new weights; keep_cache: they go on with the cache of the weights that began them, by which their
     age is counted."""
     max_staleness: NonNegative | None = None
     """Largest number of policy updates between the oldest token of a trained response and the policy that it trains: 0

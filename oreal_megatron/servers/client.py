@@ -204,7 +204,7 @@ class ServerClient:
     async def pause_generation(self, *, keep_cache: bool = False) -> None:
         """POST /pause_generation: stops generation until `continue_generation`.
 
-        keep_cache: whether running requests then go on with the KV cache that they have; otherwise it is computed anew.
+        keep_cache: whether running requests then go on with the KV cache that they have; otherwise it is computed again.
         """
         await self._ask("POST", "/pause_generation", {"mode": "in_place" if keep_cache else "retract"})
 

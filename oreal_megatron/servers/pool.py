@@ -55,7 +55,7 @@ class ServerPool:
         self._is_offloaded = False
         self._has_reported_no_weights = False
         self._routers: set[Router] = set()
-        """Of generations under way."""
+        """Routers of generations that are under way."""
         self._num_earlier_retries = 0
 
     def label(self, version: int) -> str:

@@ -229,7 +229,9 @@ def test_server_that_misses_an_update_loses_its_requests_to_the_other(fakes, sta
     servers = [fakes.server(token_seconds=0.02) for _ in range(2)]
     trainer = start("continuous", 2, *(server.url for server in servers), keep_cache=keep_cache)
     trainer.ahead.take(0, trainer.stream.draw)
-    assert all(server.num_running for server in servers)
+    for server in servers:
+        server.token_seconds = 0.1
+    wait_until(lambda: all(server.num_running for server in servers))
     servers[0].break_("/end_weight_update", "status", 500)
     trainer.publish()
     servers[0].mend()
