@@ -86,6 +86,8 @@ class FakeSGLang:
     """Entries of /server_info and /model_info that differ."""
     calls: list[str] = field(default_factory=list)
     """Control requests, without repetitions in a row."""
+    selectors: dict[str, str] = field(default_factory=dict)
+    """Models, as target, draft or all, that requests of a weight update named."""
     prompts: list[tuple[int, ...]] = field(default_factory=list)
     """input_ids of every /generate."""
     cache_keys: list[str | None] = field(default_factory=list)
@@ -210,6 +212,8 @@ class FakeSGLang:
         call = " ".join([path, *sorted(tags), *(["asleep"] if body.get("new_version") == "asleep" else [])])
         if self.calls[-1:] != [call]:
             self.calls.append(call)
+        if "selector" in body:
+            self.selectors[path] = body["selector"]
         if path == "/pause_generation":
             self.is_paused = True
             self.pauses.append(body["mode"])

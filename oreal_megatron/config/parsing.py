@@ -12,8 +12,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from oreal_megatron.config.errors import ConfigError, Violation
 from oreal_megatron.config.objective import FunctionsConfig
-from oreal_megatron.config.schedule_checks import CHECKS
 from oreal_megatron.config.sections import TrainConfig
+from oreal_megatron.config.speculation_checks import CHECKS
 
 S = TypeVar("S", bound=BaseModel)
 

@@ -48,6 +48,16 @@ OPTIONS_SET_BY_RUN = {
 }
 """Options of sglang.launch_server that a run sets itself -> from what. rollout.sglang.arguments may not name them."""
 
+VERIFICATION_OPTIONS: Mapping[str, str | float | bool | None] = {
+    "speculative-algorithm": None,
+    "speculative-use-rejection-sampling": False,
+    "speculative-accept-threshold-single": 1.0,
+    "speculative-accept-threshold-acc": 1.0,
+    "speculative-use-block-verification": False,
+    "enable-multi-layer-eagle": False,
+}
+"""Options of sglang.launch_server that say how drafts are made and verified -> their value where they are not given."""
+
 
 class SamplingConfig(Section):
     """Sampling of responses."""
@@ -132,6 +142,11 @@ class SGLangConfig(Section):
     """Number of restarts in a row of a launched server, after which it counts as failed."""
     arguments: Mapping[str, str | int | float | bool]
     """Further options of `sglang.launch_server`, by name without leading dashes. true: a flag without value."""
+
+    @property
+    def options(self) -> dict[str, str | int | float | bool]:
+        """`arguments` by the names of SGLang's command line."""
+        return {name.replace("_", "-"): value for name, value in self.arguments.items()}
 
     @property
     def shares_devices(self) -> bool:

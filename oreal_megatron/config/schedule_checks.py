@@ -9,7 +9,7 @@ from oreal_megatron.config.rollout import RolloutConfig
 from oreal_megatron.config.sections import RunConfig
 from oreal_megatron.config.sft_checks import CHECKS, check
 
-__all__ = ["CHECKS"]
+__all__ = ["CHECKS", "check"]
 
 
 @check("rollout")

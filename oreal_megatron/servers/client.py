@@ -18,6 +18,8 @@ from typing import Any
 
 import httpx
 
+from oreal_megatron.config.rollout import VERIFICATION_OPTIONS
+
 # httpx logs a line for every request.
 logging.getLogger("httpx").setLevel(logging.WARNING)
 
@@ -88,6 +90,10 @@ class Generated:
     """Spans of tokens by the weights that generated them, in order: the label, and the end of the span."""
 
 
+_TARGET = {"selector": "target"}
+"""Restricts a request to the target model; SGLang would call the weight loader for a draft model too."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerDescription:
     """A server's answers to /model_info and /server_info."""
@@ -104,6 +110,8 @@ class ServerDescription:
     """Functions that the server was started with as --custom-weight-loader."""
     saves_memory: bool
     """Whether the server was started with --enable-memory-saver."""
+    verification: Mapping[str, Any]
+    """Values of VERIFICATION_OPTIONS that the server was started with."""
 
 
 class ServerClient:
@@ -195,6 +203,9 @@ class ServerClient:
             tensor=int(server["tp_size"]),
             weight_loaders=tuple(server.get("custom_weight_loader") or ()),
             saves_memory=bool(server.get("enable_memory_saver")),
+            verification={
+                name: server.get(name.replace("-", "_"), default) for name, default in VERIFICATION_OPTIONS.items()
+            },
         )
 
     async def weight_label(self) -> str:
@@ -204,13 +215,13 @@ class ServerClient:
     async def pause_generation(self, *, keep_cache: bool = False) -> None:
         """POST /pause_generation: stops generation until `continue_generation`.
 
-        keep_cache: whether running requests then go on with the KV cache that they have; otherwise it is computed again.
+        keep_cache: whether running requests then go on with their KV cache; otherwise it is computed again.
         """
         await self._ask("POST", "/pause_generation", {"mode": "in_place" if keep_cache else "retract"})
 
     async def begin_weight_update(self) -> None:
-        """POST /begin_weight_update: allows weights to change until `end_weight_update`."""
-        await self._ask("POST", "/begin_weight_update", {})
+        """POST /begin_weight_update: allows the target model's weights to change until `end_weight_update`."""
+        await self._ask("POST", "/begin_weight_update", _TARGET)
 
     async def end_weight_update(self) -> None:
         """POST /end_weight_update."""
@@ -224,7 +235,7 @@ class ServerClient:
     async def update_weights_from_tensor(self, payloads: Sequence[bytes], load_format: str) -> None:
         """POST /update_weights_from_tensor. payloads: one pickled list of (name, tensor) per tensor-parallel rank."""
         encoded = [base64.b64encode(payload).decode() for payload in payloads]
-        body = {"serialized_named_tensors": encoded, "load_format": load_format, "flush_cache": False}
+        body = {"serialized_named_tensors": encoded, "load_format": load_format, "flush_cache": False, **_TARGET}
         await self._ask("POST", "/update_weights_from_tensor", body)
 
     async def init_weights_update_group(self, group: Mapping[str, Any]) -> None:
@@ -233,7 +244,7 @@ class ServerClient:
 
     async def update_weights_from_distributed(self, tensors: Mapping[str, Any]) -> None:
         """POST /update_weights_from_distributed."""
-        await self._ask("POST", "/update_weights_from_distributed", {**tensors, "flush_cache": False})
+        await self._ask("POST", "/update_weights_from_distributed", {**tensors, "flush_cache": False, **_TARGET})
 
     async def destroy_weights_update_group(self, name: str) -> None:
         """POST /destroy_weights_update_group."""

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from oreal_megatron.config import GeometryConfig, SGLangConfig
+from oreal_megatron.config.rollout import VERIFICATION_OPTIONS
 from oreal_megatron.conversion.huggingface import geometry_of, read_model
 from oreal_megatron.servers.client import ServerDescription
 from oreal_megatron.servers.server_process import NO_WEIGHTS, OFFLOADED, check_version, run_of_label
+
+_REPORTED_AS: Mapping[Any, str] = {"NEXTN": "EAGLE"}
+"""Names of --speculative-algorithm -> what /server_info says of them."""
 
 
 def fingerprint(geometry: GeometryConfig, dtype: str, config_json: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,6 +68,13 @@ def check_options(url: str, found: ServerDescription, config: SGLangConfig, weig
             raise ValueError(
                 f"{url} has {key} {has}, rollout.sglang.{key} is {wanted}; set rollout.sglang.{key}={has}, or start "
                 "another server"
+            )
+    for name, default in VERIFICATION_OPTIONS.items():
+        served, option = found.verification[name], config.options.get(name, default)
+        if served != _REPORTED_AS.get(option, option):
+            raise ValueError(
+                f"{url} was started with {name} {served}, rollout.sglang.arguments.{name} is {option}; start the "
+                "server with the run's options of speculative decoding, or give the run those of the server"
             )
     if config.shares_gpus and not found.saves_memory:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Routes requests to servers that have the current weights, until every request is answered once.
 
-Requests may be under way while the servers are updated: the servers pause, and go on with the new weights. `begin_update`
-and `end_update` tell a router of it.
+Requests may be under way while the servers are updated: the servers pause, and go on with the new weights.
+`begin_update` and `end_update` tell a router of it.
 
 Requests are placed in the order of the queue, in which callers put responses that they expect to be long first. A
 request goes to the server with the fewest tokens under way. The samples of a prompt go to one server, whose prefix

@@ -147,7 +147,7 @@ def _command(launcher: Launcher, port: int, *, device: int) -> list[str]:
         }
     if launcher.kv_tokens is not None:
         options["max-total-tokens"] = launcher.kv_tokens
-    options |= {name.replace("_", "-"): value for name, value in config.arguments.items()}
+    options |= config.options
     command = [config.python or sys.executable, "-m", "sglang.launch_server"]
     for name, value in options.items():
         if value is not False:

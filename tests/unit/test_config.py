@@ -19,6 +19,12 @@ WIDE = "model.geometry.hidden_size=128 model.geometry.ffn_hidden_size=256 +model
 AHEAD, SCHEDULE = "rollout=sglang_cpu rollout.schedule=continuous", "rollout.schedule"
 FP8_SERVERS = f"rollout=sglang rollout.sglang.dtype=fp8 {WIDE}"
 ARGUMENT = "rollout.sglang.arguments."
+SPECULATIVE = f"++{ARGUMENT}speculative-"
+SPECULATING = (
+    "rollout=sglang_disaggregated rollout.sglang.num_servers=1 rollout.sglang.tensor=1 "
+    f"{SPECULATIVE}algorithm=EAGLE {SPECULATIVE}use-rejection-sampling=true "
+    f"{SPECULATIVE}draft-load-format=auto {SPECULATIVE}draft-model-path=/site/draft"
+)
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
@@ -51,6 +57,12 @@ def test_experiment_composes(composed, experiment):
     everywhere = ["cluster.models=/site", "cluster.data=/site"]
     config = parse_config(composed(f"experiment={experiment}", *everywhere, *site.get(experiment, [])))
     assert (config.run.num_steps > 0) != config.is_sft
+
+
+def test_speculative_decoding_with_rejection_sampling_is_taken(composed):
+    short = ("rollout.sampling.max_new_tokens=32", "evaluation.sampling.max_new_tokens=32")
+    servers = parse_config(composed(*SPECULATING.split(), *short)).rollout.sglang
+    assert servers is not None and servers.options["speculative-algorithm"] == "EAGLE"
 
 
 def test_violations_come_all_at_once(composed):
@@ -119,6 +131,22 @@ def test_violations_come_all_at_once(composed):
         (f"{FP8_SERVERS} rollout.sglang.tensor=4", "rollout.sglang.dtype"),
         ("rollout=sglang +rollout.sglang.arguments.quantization=fp8", ARGUMENT + "quantization"),
         ("rollout=sglang +rollout.sglang.arguments.dtype=half", ARGUMENT + "dtype"),
+        (f"{SPECULATING} {SPECULATIVE}algorithm=NGRAM", ARGUMENT + "speculative-algorithm"),
+        (f"{SPECULATING} rollout.sglang.device=cpu", ARGUMENT + "speculative-algorithm"),
+        (f"{SPECULATING} rollout.sglang.placement=colocated", ARGUMENT + "speculative-algorithm"),
+        (f"{SPECULATING} rollout.sglang.transport=disk", "rollout.sglang.transport"),
+        (
+            f"{SPECULATING} {SPECULATIVE}use-rejection-sampling=false",
+            ARGUMENT + "speculative-use-rejection-sampling",
+        ),
+        (f"{SPECULATING} {SPECULATIVE}accept-threshold-acc=0.9", ARGUMENT + "speculative-accept-threshold-acc"),
+        (f"{SPECULATING} {SPECULATIVE}accept-threshold-single=0.9", ARGUMENT + "speculative-accept-threshold-single"),
+        (f"{SPECULATING} {SPECULATIVE}use-block-verification=true", ARGUMENT + "speculative-use-block-verification"),
+        (
+            f"{SPECULATING} ++rollout.sglang.arguments.enable-multi-layer-eagle=true",
+            ARGUMENT + "enable-multi-layer-eagle",
+        ),
+        (f"{SPECULATING} {SPECULATIVE}draft-load-format=dummy", ARGUMENT + "speculative-draft-load-format"),
         ("objective.selection=pair objective.keep_groups=all", "objective.selection"),
         ("objective=oreal objective.selection=correct", "objective.selection"),
         ("rollout.long_tail={oversample:1.5,until:useful,carry_updates:1}", "rollout.backend"),
