@@ -148,8 +148,8 @@ class RolloutsAhead:
         Raises:
             NoServerError, ValueError, OSError: see `take`.
         """
-        is_stopped = self._groups.any_rank(self._stop.is_made)
-        if self._is_generating and self._config.schedule == "one_ahead" and not is_stopped:
+        is_waiting = self._is_generating and self._config.schedule == "one_ahead"
+        if is_waiting and not self._groups.any_rank(self._stop.is_made):
             self._wait(lambda: all(batch.is_served for batch in self._batches))
 
     def publish(self, weight_version: int) -> dict[str, float]:

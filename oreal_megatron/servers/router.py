@@ -54,7 +54,6 @@ class Router:
         self._queue = queue
         self._servers = servers
         self._settings = settings
-        self._version = version
         self._label = label
         self._versions = {label: version}
         """Versions of weights that may have generated a response, by label."""
@@ -128,7 +127,7 @@ class Router:
 
     def end_update(self, label: str) -> None:
         """Lets servers that have weights `label` go on; others lose their requests."""
-        self._version, self._label = self._versions[label], label
+        self._label = label
         self._is_updating = False
 
     async def _add(self, more: Callable[[], Awaitable[Sequence[GenerationRequest]]]) -> None:
@@ -278,7 +277,7 @@ class Router:
             queue.at_servers[rid] = server.client
             self._settings.timeline.request_begins(rid, queue.requests[index].label, server.index)
             answer: dict[str, Any] = {"finish": "refused"}
-            version = self._version
+            oldest = self._versions[self._label]
             try:
                 generated = await server.client.generate(
                     rid,
@@ -288,7 +287,7 @@ class Router:
                     cache_key=self._label if self._settings.keep_cache else None,
                 )
                 answer = _described(generated)
-                completion = self._completion(server, index, generated, oldest=version)
+                completion = self._completion(server, index, generated, oldest=oldest)
             except (ServerLost, _StaleAnswer, asyncio.CancelledError) as error:
                 answer["finish"] = "cancelled" if isinstance(error, asyncio.CancelledError) else str(error)
                 if not queue.finished.is_set():
