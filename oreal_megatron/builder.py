@@ -10,7 +10,7 @@ from typing import Any
 from oreal_megatron.checkpoint.export import Exporter, write_assets
 from oreal_megatron.checkpoint.state import load_weights_only, weights_only
 from oreal_megatron.checkpoint.store import INITIAL, damages_of, load_checkpoint
-from oreal_megatron.config import AdamWConfig, Fp8ModelConfig
+from oreal_megatron.config import AdamWConfig, Fp8ModelConfig, TrainConfig
 from oreal_megatron.extensions import generation_function
 from oreal_megatron.initial_policy import loaded_policy, new_policy, sft_steps
 from oreal_megatron.models.kv_decoder import CachedDecoder
@@ -22,10 +22,12 @@ from oreal_megatron.models.virtual_stages import ModelChunks
 from oreal_megatron.planner.memory import tokens_beside_trainer
 from oreal_megatron.preflight import first_server_device, warn_of_uncorrected_tokens
 from oreal_megatron.rollout.ahead import RolloutsAhead
+from oreal_megatron.rollout.background_sampling import BackgroundSampling
 from oreal_megatron.rollout.build_sglang import build_sglang_engine
 from oreal_megatron.rollout.conversation import LoopGenerator
 from oreal_megatron.rollout.embedded import EmbeddedEngine
 from oreal_megatron.rollout.engine import ResponseGenerator, RolloutEngine
+from oreal_megatron.rollout.journal import RolloutJournal
 from oreal_megatron.rollout.sampler import Sampler
 from oreal_megatron.rollout.sglang_engine import SGLangEngine
 from oreal_megatron.run_state import Run
@@ -47,7 +49,8 @@ def build_run(workspace: Workspace) -> Run:
     config = workspace.config
     warn_of_uncorrected_tokens(config)
     policy = _initial_policy(workspace, config.fp8.policy)
-    engine = _engine(workspace, policy)
+    training, evaluating = _members(config)
+    engine = _engine(workspace, policy, training)
     sampler = _sampler(workspace, engine)
     sft, num_steps = None, config.run.num_steps
     if config.is_sft:
@@ -66,6 +69,7 @@ def build_run(workspace: Workspace) -> Run:
         sampler=sampler,
         engine=engine,
         ahead=_rollouts_ahead(workspace, sampler, engine),
+        evaluation=_background_evaluation(workspace, sampler, policy, evaluating) if evaluating else None,
         policy=_trained_policy(workspace, policy, num_steps),
         reference=None if config.is_sft else _reference(workspace),
         reward_model=_reward_model(workspace) if config.trains_reward_model else None,
@@ -130,6 +134,27 @@ def _rollouts_ahead(workspace: Workspace, sampler: Sampler, engine: RolloutEngin
     return ahead
 
 
+def _background_evaluation(
+    workspace: Workspace, sampler: Sampler, policy: Policy | ModelChunks, members: range
+) -> BackgroundSampling:
+    """Builds what samples evaluations at the servers `members`, which get the initial policy's weights."""
+    engine = _engine(workspace, policy, members, weights="evaluation")
+    assert isinstance(engine, SGLangEngine)
+    journal = RolloutJournal(workspace.journal.directory, workspace.groups)  # the other journal is another thread's
+    workspace.close_later(journal.close)
+    sampling = BackgroundSampling(sampler.with_engine(engine, journal), engine, workspace.groups, workspace.stop)
+    workspace.close_later(sampling.close)
+    return sampling
+
+
+def _members(config: TrainConfig) -> tuple[range | None, range]:
+    """Returns the positions of the servers that train, None for all that there are, and of those that evaluate."""
+    if config.rollout.sglang is None or not config.evaluation.servers:
+        return None, range(0)
+    total = config.rollout.sglang.total_servers
+    return range(total - config.evaluation.servers), range(total - config.evaluation.servers, total)
+
+
 def _response_generator(workspace: Workspace, engine: RolloutEngine) -> ResponseGenerator:
     """Returns the engine, or what writes responses with it by the function of rollout.generation."""
     config = workspace.config.rollout
@@ -148,8 +173,13 @@ def _response_generator(workspace: Workspace, engine: RolloutEngine) -> Response
     )
 
 
-def _engine(workspace: Workspace, policy: Policy | ModelChunks) -> RolloutEngine:
-    """Builds the engine that generates, and publishes the initial policy's weights to it."""
+def _engine(
+    workspace: Workspace, policy: Policy | ModelChunks, members: range | None = None, *, weights: str = ""
+) -> RolloutEngine:
+    """Builds an engine that generates, and publishes the initial policy's weights to it.
+
+    members, weights: see `build_sglang_engine`.
+    """
     config = workspace.config
     engine: RolloutEngine
     if not config.generates or config.rollout.sglang is None:
@@ -177,6 +207,8 @@ def _engine(workspace: Workspace, policy: Policy | ModelChunks) -> RolloutEngine
             model_path=config.model.path,
             kv_tokens=tokens_beside_trainer(config, servers, geometry) if servers.shares_gpus else None,
             first_device=first_server_device(servers),
+            members=members,
+            weights=weights,
         )
     workspace.close_later(engine.close)
     engine.publish(0)

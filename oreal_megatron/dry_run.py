@@ -127,6 +127,8 @@ def layout_mapping(config: DictConfig) -> dict[str, tuple[Any, Any]]:
         for name, most in (("num_servers", MAX_SERVERS), ("tensor", 2)):
             if servers[name] > most:
                 mapping[f"rollout.sglang.{name}"] = (servers[name], most)
+    if (evaluating := OmegaConf.select(config, "evaluation.servers", default=0)) > MAX_SERVERS - 1:
+        mapping["evaluation.servers"] = (evaluating, MAX_SERVERS - 1)
     return mapping
 
 

@@ -6,11 +6,12 @@ import functools
 import math
 import numbers
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
 
+from oreal_megatron.checkpoint.store import Best, is_better
 from oreal_megatron.config import EvaluationConfig, SamplingConfig
 from oreal_megatron.data.packing import PackedSequence
 from oreal_megatron.distributed.groups import ParallelGroups
@@ -27,22 +28,48 @@ from oreal_megatron.types import Benchmark, EvaluationReport, GradedRollout, Pro
 Generate = Callable[[Sequence[Prompt], int, SamplingConfig], list[list[GradedRollout]]]
 """(prompts, samples per prompt, sampling) -> a group of graded rollouts per prompt."""
 
+Results = tuple[list[GradedRollout], list[list[GradedRollout]]]
+"""A benchmark's greedy response per prompt, and its samples per prompt; no samples where it asks for none."""
 
-def evaluate_run(run: Run) -> EvaluationReport:
-    """Evaluates the policy on every benchmark, and the reward model on the policy's samples; logs and returns both.
 
-    In supervised fine-tuning, also measures the loss of held-out records.
+def evaluate_run(run: Run, step: int) -> EvaluationReport:
+    """Evaluates the policy on every benchmark, and the reward model on its samples; logs and returns the report.
+
+    In supervised fine-tuning, also measures the loss of held-out records. step: number of steps that the policy's
+    weights have been trained for.
     """
     start = time.perf_counter()
-    step = run.progress.step
-    metrics: dict[str, float] = {}
-    batch_name = f"evaluation_{step:06d}"
-    generate = generator(run.sampler, batch_name, run.config.run.seed)
+    generate = generator(run.sampler, evaluation_name(step), run.config.run.seed)
     with run.engine.generation_context(run.policy.on_device):
         results = [evaluate_benchmark(each, generate, run.config.evaluation.sampling) for each in run.benchmarks]
+    metrics = benchmarks_metrics(run, step, results)
+    # Servers on the same devices are offloaded by now.
+    if run.config.sft is not None and run.config.sft.heldout is not None:
+        assert run.sft is not None
+        with run.policy.on_device():
+            metrics |= heldout_metrics(run.policy.module, run.sft.heldout, run.packer, run.groups)
+    report = EvaluationReport(step=step, metrics=metrics, seconds=time.perf_counter() - start)
+    run.tracker.evaluation(report)
+    return report
+
+
+def evaluation_name(step: int) -> str:
+    """Returns the name of an evaluation's batch in the journal."""
+    return f"evaluation_{step:06d}"
+
+
+def benchmarks_metrics(run: Run, step: int, results: Sequence[Results]) -> dict[str, float]:
+    """Returns the metrics of every benchmark, `benchmark/name` -> value, and writes the responses to evaluations/.
+
+    The reward model scores them as it is now. results: of every benchmark.
+
+    Raises:
+        TooManyUndecided: see Sampler.check_undecided.
+    """
+    metrics: dict[str, float] = {}
     for benchmark, (greedy, sampled) in zip(run.benchmarks, results, strict=True):
         responses = all_responses(greedy, sampled)
-        names = [batch_name, *(run.ahead.batch_names if run.ahead is not None else ())]
+        names = [evaluation_name(step), *(run.ahead.batch_names if run.ahead is not None else ())]
         run.sampler.check_undecided(f"evaluation on {benchmark.name}", undecided(responses), len(responses), names)
         by_problem = scores_on_every_rank(
             greedy, sampled, run.verifier.are_equal, ks=[benchmark.samples], groups=run.groups
@@ -61,24 +88,34 @@ def evaluate_run(run: Run) -> EvaluationReport:
             )
             metrics |= {f"{benchmark.name}/reward_model_{name}": value for name, value in areas.items()}
         run.tracker.trajectories(f"evaluations/{benchmark.name}_{step:06d}", to_records(groups, scores=scores))
-    # Servers on the same devices are offloaded by now.
-    if run.config.sft is not None and run.config.sft.heldout is not None:
-        assert run.sft is not None
-        with run.policy.on_device():
-            metrics |= heldout_metrics(run.policy.module, run.sft.heldout, run.packer, run.groups)
-    report = EvaluationReport(step=step, metrics=metrics, seconds=time.perf_counter() - start)
-    run.tracker.evaluation(report)
-    return report
+    return metrics
 
 
-def evaluate_benchmark(
-    benchmark: Benchmark, generate: Generate, sampling: SamplingConfig
-) -> tuple[list[GradedRollout], list[list[GradedRollout]]]:
+def note_score(run: Run, report: EvaluationReport) -> None:
+    """Makes an evaluation the best of the run if its score is higher than those before it."""
+    score = score_of(report.metrics, run.benchmarks)
+    if is_better(score, run.progress.best):
+        run.progress.best = Best(step=report.step, score=score)
+
+
+def score_of(metrics: Mapping[str, float], benchmarks: Sequence[Benchmark]) -> float:
+    """Returns the score by which the best checkpoint is chosen: the higher, the better.
+
+    It is the greedy pass@1 of the first benchmark; without benchmarks, minus the loss of the held-out records.
+    """
+    return metrics[f"{benchmarks[0].name}/greedy_pass@1"] if benchmarks else -metrics["sft/heldout_loss"]
+
+
+def evaluate_benchmark(benchmark: Benchmark, generate: Generate, sampling: SamplingConfig) -> Results:
     """Returns a greedy response per prompt, and `benchmark.samples` by `sampling`; both share its token limit."""
-    greedy_sampling = sampling.model_copy(update={"temperature": 0.0, "top_p": 1.0})
-    greedy = generate(benchmark.prompts, 1, greedy_sampling)
-    sampled = generate(benchmark.prompts, benchmark.samples, sampling) if benchmark.samples else []
-    return [group[0] for group in greedy], sampled
+    greedy, *sampled = [generate(benchmark.prompts, *asked) for asked in asked_of(benchmark, sampling)]
+    return [group[0] for group in greedy], sampled[0] if sampled else []
+
+
+def asked_of(benchmark: Benchmark, sampling: SamplingConfig) -> list[tuple[int, SamplingConfig]]:
+    """Returns the samples per prompt, and their sampling, that a benchmark asks for: a greedy one, then its samples."""
+    greedy = sampling.model_copy(update={"temperature": 0.0, "top_p": 1.0})
+    return [(1, greedy), *([(benchmark.samples, sampling)] if benchmark.samples else [])]
 
 
 def scores_on_every_rank(

@@ -91,18 +91,19 @@ class Tracker:
         self._being_written: Future[None] | None = None
         self._trends = Trends()
 
-    def start(self, first_step: int, *, is_evaluated: bool) -> None:
+    def start(self, first_step: int, *, is_evaluated: bool, pending_evaluation: int | None = None) -> None:
         """Opens the files to go on from `first_step`; records of later steps are removed.
 
         Where earlier records are missing or cannot be read, a warning says which, and the file is kept as
         metrics.jsonl.damaged.
 
         is_evaluated: whether the evaluation after `first_step` steps was made, so that its record is kept.
+        pending_evaluation: step of the evaluation that is under way, and whose record will be written again.
         """
         if not self._is_main:
             return
         path = self._directory / METRICS_FILE
-        kept = _drop_from(path, first_step, is_evaluated)
+        kept = _drop_from(path, first_step, is_evaluated, pending_evaluation)
         for record in kept:
             if record["kind"] == "step":
                 self._trends.add(record["metrics"])
@@ -124,7 +125,7 @@ class Tracker:
         run = self._config.run
         mode = self._config.tracking.wandb
         try:
-            return wandb.init(
+            opened = wandb.init(
                 project=self._config.tracking.wandb_project,
                 name=run.name,
                 id=kept_id(self._directory / "wandb_id"),
@@ -134,6 +135,8 @@ class Tracker:
                 config=self._config.model_dump(mode="json"),
                 settings=wandb.Settings(silent=True),
             )
+            opened.define_metric("evaluation/*", step_metric="evaluation/step")
+            return opened
         except wandb.Error as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             remedy = f"wandb says: {reason}. Run `wandb login` or set WANDB_API_KEY, or set tracking.wandb=offline."
@@ -185,9 +188,11 @@ class Tracker:
     def evaluation(self, report: EvaluationReport) -> None:
         """Writes an evaluation's report, and logs its metrics."""
         self._write(report.to_json())
-        self._log({f"evaluation/{name}": value for name, value in report.metrics.items()}, report.step)
+        waited = {} if report.waited_seconds is None else {"waited_seconds": report.waited_seconds}
+        values = {f"evaluation/{name}": value for name, value in {**report.metrics, **waited}.items()}
+        self._log(values, report.step, is_evaluation=True, is_late=report.ended_after not in (None, report.step))
         if self._prometheus is not None:
-            self._prometheus.evaluation(report.metrics, report.step)
+            self._prometheus.evaluation({**report.metrics, **waited}, report.step)
         when = f"after {report.step} steps" if report.step else "before the first step"
         for benchmark in dict.fromkeys(name.partition("/")[0] for name in report.metrics):
             own = {name: value for name, value in report.metrics.items() if name.startswith(f"{benchmark}/")}
@@ -240,12 +245,25 @@ class Tracker:
             except ValueError as error:  # a service that does not answer ends no run
                 logger.error("%s", error)
 
-    def _log(self, values: Mapping[str, float], step: int) -> None:
+    def _log(
+        self, values: Mapping[str, float], step: int, *, is_evaluation: bool = False, is_late: bool = False
+    ) -> None:
+        """Gives values of a step, or of the evaluation after `step` steps, to tensorboard and wandb.
+
+        is_late: whether values of later steps were given before.
+        """
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         if self._tensorboard is not None:
             for name, value in finite.items():
                 self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
+        if self._wandb is None:
+            return
+        if is_evaluation:
+            finite["evaluation/step"] = step
+        if is_late:
+            # wandb takes nothing for an earlier step: the values join its newest row, under their own evaluation/step.
+            self._wandb.log(finite, commit=False)
+        else:
             # wandb takes each step once: the first record of a step that is repeated after a kill stays.
             self._wandb.log({**finite, "step": step}, step=step)
 
@@ -310,10 +328,10 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return records, damaged
 
 
-def _drop_from(path: Path, first_step: int, is_evaluated: bool) -> list[dict[str, Any]]:
-    """Removes the records of what runs again, from `first_step` on, and returns the others.
+def _drop_from(path: Path, first_step: int, is_evaluated: bool, pending_evaluation: int | None) -> list[dict[str, Any]]:
+    """Removes the records of what runs again, from `first_step` on, and returns the others in the order of their steps.
 
-    Warns of earlier steps that have no record.
+    Warns of earlier steps that have no record. For the arguments see `Tracker.start`.
     """
     records, damaged = _read(path)
     missing = sorted(set(range(first_step)) - {r["step"] for r in records if r["kind"] == "step"})
@@ -326,7 +344,12 @@ def _drop_from(path: Path, first_step: int, is_evaluated: bool) -> list[dict[str
             f"step {missing[0]}" if len(missing) == 1 else f"{len(missing)} steps from {missing[0]} to {missing[-1]}"
         )
         logger.warning("%s has no record of %s of %d that were trained; the run goes on", path, which, first_step)
-    kept = [r for r in records if r["step"] < first_step + (is_evaluated and r["kind"] == "evaluation")]
+    kept = [
+        r
+        for r in records
+        if r["step"] < first_step + (is_evaluated and r["kind"] == "evaluation")
+        and (r["kind"] == "step" or r["step"] != pending_evaluation)
+    ]
     kept.sort(key=lambda r: (r["step"], r["kind"] == "step"))
     write_parts_atomically(path, map(json_line, kept))
     return kept

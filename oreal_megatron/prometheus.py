@@ -53,7 +53,7 @@ class PrometheusEndpoint(Collector):
         """Serves an evaluation in place of the one before it. values: `benchmark/name` -> value."""
         served: dict[tuple[str, str], float] = {("evaluation/step", ""): step}
         for name, value in values.items():
-            benchmark, _, kind = name.partition("/")
+            benchmark, _, kind = name.rpartition("/")
             served[f"evaluation/{kind}", benchmark] = value
         self._of_evaluation = served
 

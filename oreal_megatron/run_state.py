@@ -12,7 +12,7 @@ from typing import Any
 
 from oreal_megatron.checkpoint.export import Exporter
 from oreal_megatron.checkpoint.state import load_trained, trained_state
-from oreal_megatron.checkpoint.store import Best, CheckpointStore, step_name
+from oreal_megatron.checkpoint.store import INITIAL, Best, CheckpointStore, step_name
 from oreal_megatron.config import TrainConfig, settings_of
 from oreal_megatron.data.conversation_stream import ConversationStream, SftData
 from oreal_megatron.data.packing import Packer
@@ -23,6 +23,7 @@ from oreal_megatron.metrics import Tracker
 from oreal_megatron.models.offload import FrozenModel
 from oreal_megatron.models.trained_model import TrainedModel
 from oreal_megatron.rollout.ahead import RolloutsAhead
+from oreal_megatron.rollout.background_sampling import BackgroundSampling
 from oreal_megatron.rollout.engine import RolloutEngine
 from oreal_megatron.rollout.sampler import Sampler
 from oreal_megatron.seeds import derive_seed
@@ -32,6 +33,19 @@ from oreal_megatron.types import Benchmark, Prompt
 from oreal_megatron.verifier import StagedVerifier
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PendingEvaluation:
+    """An evaluation that is under way while the run trains."""
+
+    step: int
+    weight_version: int
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of the checkpoint with its weights."""
+        return step_name(self.step) if self.step else INITIAL
 
 
 @dataclass
@@ -45,7 +59,9 @@ class RunProgress:
     weight_version: int = 0
     """Publications of an updated policy so far: one a step that updates it, whatever objective.updates is."""
     evaluated_step: int | None = None
-    """The step of the last evaluation."""
+    """The step of the last evaluation, which may be under way."""
+    pending_evaluation: PendingEvaluation | None = None
+    """The evaluation that is under way, with evaluation.servers."""
     best: Best | None = None
     """The best evaluation so far."""
 
@@ -66,6 +82,8 @@ class Run:
     engine: RolloutEngine
     ahead: RolloutsAhead | None
     """Rollouts of the present step and later steps; None where a step generates its own (rollout.schedule)."""
+    evaluation: BackgroundSampling | None
+    """Sampling of evaluations while the run trains; None where training waits for them (evaluation.servers)."""
     policy: TrainedModel
     reference: FrozenModel | None
     """Frozen initial policy; None in supervised fine-tuning."""
@@ -138,6 +156,7 @@ def save(run: Run, *, wait: bool) -> None:
             name,
             state,
             best=progress.best,
+            pending_evaluation=progress.pending_evaluation.step if progress.pending_evaluation else None,
             wait=wait or not run.config.run.async_checkpoints,
             made_from=settings_of(run.config),
         )
@@ -166,8 +185,10 @@ def restore(run: Run) -> bool:
             if trained is not None:
                 key = "sft.optimizer" if run.config.is_sft else f"optimizer.{name}"
                 _warn_of_schedule(key, state[f"{name}.schedule"]["lr_decay_steps"], trained)
-        best = state["progress"].pop("best")
-        run.progress = RunProgress(**state["progress"], best=Best(**best) if best else None)
+        saved = state["progress"]
+        for name, kind in (("best", Best), ("pending_evaluation", PendingEvaluation)):
+            saved[name] = kind(**saved[name]) if saved.get(name) else None  # older checkpoints lack the second
+        run.progress = RunProgress(**saved)
         stream_of(run).load_state_dict(state["stream"])
         run.global_rng.setstate(state["global_rng"])
         logger.info("resumed from checkpoint %s", step_name(step))

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from oreal_megatron.checkpoint.store import Best, is_better, step_name
+from oreal_megatron.background_evaluation import begin_evaluation, end_evaluation, pending_step, resume_evaluation
+from oreal_megatron.checkpoint.store import step_name
 from oreal_megatron.config import TrainConfig
 from oreal_megatron.data.packing import PackedSequence, TokenBatch
 from oreal_megatron.distributed.profiling import gather_timeline, profiled
 from oreal_megatron.distributed.step_timer import StepTimer
-from oreal_megatron.evaluation import areas_under_curve, evaluate_run
+from oreal_megatron.evaluation import areas_under_curve, evaluate_run, note_score
 from oreal_megatron.losses.advantages import (
     Selection,
     select_trajectories,
@@ -47,7 +48,7 @@ from oreal_megatron.step_rollouts import begin_ahead, keep_ahead, pause_ahead, p
 from oreal_megatron.stopping import Stopped, TooManyUndecided
 from oreal_megatron.supervised import update_supervised
 from oreal_megatron.trajectories import to_records
-from oreal_megatron.types import Benchmark, GradedRollout, StepReport, Trajectory
+from oreal_megatron.types import GradedRollout, StepReport, Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +68,10 @@ def train(run: Run) -> None:
     if is_resumed:
         with run.policy.on_device():
             run.engine.publish(progress.weight_version)
-    run.tracker.start(progress.step, is_evaluated=progress.evaluated_step == progress.step)
+    is_evaluated = progress.evaluated_step == progress.step
+    run.tracker.start(progress.step, is_evaluated=is_evaluated, pending_evaluation=pending_step(run))
     try:
+        resume_evaluation(run)
         evaluate_and_save(run)
         with run.tracker.progress("steps", run.num_steps, completed=progress.step) as bar:
             while progress.step < run.num_steps:
@@ -153,7 +156,7 @@ def train_step(run: Run) -> StepReport:
     if not frozen:
         run.progress.weight_version += 1
         metrics |= published(run, clock)
-        if not is_evaluated_after(run, step + 1):
+        if run.evaluation is not None or not is_evaluated_after(run, step + 1):
             begin_ahead(run, step + 1)
         warn_of_mismatch(run, metrics)
     run.progress.num_usable_steps += 1
@@ -234,28 +237,43 @@ def packed(run: Run, trajectories: Sequence[Trajectory]) -> Minibatch:
 
 
 def evaluate_and_save(run: Run) -> None:
-    """Evaluates and saves where due: before the first step, at the configured intervals, and after the last step."""
+    """Evaluates and saves where due: before the first step, at the configured intervals, and after the last step.
+
+    With evaluation.servers, an evaluation begins here and the run trains while it is under way.
+    """
     config, progress = run.config, run.progress
     if config.run.mode == "rollout":
         return
     step = progress.step
     last = step == run.num_steps
+    end_evaluation(run, wait=False)
     if is_evaluated_after(run, step) and progress.evaluated_step != step:
-        pause_ahead(run)
-        if config.is_sft and run.benchmarks and step:
-            with run.policy.on_device():
-                run.engine.publish(progress.weight_version)
-        with run.timeline.recorded("evaluation"):
-            metrics = evaluate_run(run).metrics
-        progress.evaluated_step = step
-        score = score_of(metrics, run.benchmarks)
-        if is_better(score, progress.best):
-            progress.best = Best(step=step, score=score)
-        begin_ahead(run, step)
-    if last or is_multiple(step, config.run.checkpoint_every) or (progress.best and progress.best.step == step):
+        if run.evaluation is None:
+            evaluate_now(run)
+        else:
+            end_evaluation(run, wait=True)
+            begin_evaluation(run)
+    is_needed = step in (progress.best and progress.best.step, pending_step(run))
+    if last or is_multiple(step, config.run.checkpoint_every) or is_needed:
         with run.timeline.recorded("save"):
             save(run, wait=last)
+    if last:
+        end_evaluation(run, wait=True)
     run.exporter.update()
+
+
+def evaluate_now(run: Run) -> None:
+    """Evaluates the policy while training waits."""
+    progress, step = run.progress, run.progress.step
+    pause_ahead(run)
+    if run.config.is_sft and run.benchmarks and step:
+        with run.policy.on_device():
+            run.engine.publish(progress.weight_version)
+    with run.timeline.recorded("evaluation"):
+        report = evaluate_run(run, step)
+    progress.evaluated_step = step
+    note_score(run, report)
+    begin_ahead(run, step)
 
 
 def is_evaluated_after(run: Run, num_steps: int) -> bool:
@@ -264,14 +282,6 @@ def is_evaluated_after(run: Run, num_steps: int) -> bool:
     measures = bool(run.benchmarks) or (config.is_sft and config.sft is not None and config.sft.heldout is not None)
     is_due = num_steps in (0, run.num_steps) or is_multiple(num_steps, config.evaluation.every)
     return measures and is_due and config.run.mode != "rollout"
-
-
-def score_of(metrics: Mapping[str, float], benchmarks: Sequence[Benchmark]) -> float:
-    """Returns the score by which the best checkpoint is chosen: the higher, the better.
-
-    It is the greedy pass@1 of the first benchmark; without benchmarks, minus the loss of the held-out records.
-    """
-    return metrics[f"{benchmarks[0].name}/greedy_pass@1"] if benchmarks else -metrics["sft/heldout_loss"]
 
 
 def max_mismatch(config: TrainConfig) -> float | None:

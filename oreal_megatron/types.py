@@ -274,9 +274,15 @@ class EvaluationReport:
     metrics: Mapping[str, float]
     """`benchmark/name` -> value: greedy_pass@1, avg@k, pass@k and undecided_share in [0, 1], response_tokens, ..."""
     seconds: float
+    """Wall seconds from its begin to its end."""
+    ended_after: int | None = None
+    """Finished steps at its end, where the run trained meanwhile (evaluation.servers); None where training waited."""
+    waited_seconds: float | None = None
+    """Seconds of these for which training waited; None where it waited for all of them."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "evaluation", **asdict(self)}
+        """Returns the record of metrics.jsonl."""
+        return {"kind": "evaluation", **{name: value for name, value in asdict(self).items() if value is not None}}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -53,6 +54,23 @@ def load_weights_only(prefix: str, module: torch.nn.Module, state: dict[str, Any
         if (made_of := getattr(parameter, "get_high_precision_init_val", None)) is not None and name in weights:
             made_of().copy_(weights[name])
     return [name for name in found.missing_keys if not name.endswith(_FP8_STATE)]
+
+
+@contextlib.contextmanager
+def weights_of_checkpoint(prefix: str, module: torch.nn.Module, load: Callable[[Any], Any]) -> Iterator[None]:
+    """Gives a module the weights of a checkpoint in the block, and its own, from host memory, to the bit afterwards.
+
+    load: fills `weights_only` from the checkpoint.
+    """
+    own = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in (*module.parameters(), *module.buffers())]
+    try:
+        missing = load_weights_only(prefix, module, load(weights_only(prefix, module)))
+        assert not missing, missing
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, before in own:
+                tensor.copy_(before)
 
 
 def without_prefix(prefix: str, state: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,9 @@ class CheckpointStore:
     ):
         """Opens the store, and removes what a killed process left half-written.
 
-        keep: number of newest steps that are kept, with the best step as of each of them; the initial policy is always
-        kept. on_saved: called once a step's checkpoint is whole, with the oldest of the newest `keep` steps.
+        keep: number of newest steps that are kept, with the best step as of each of them, and the step whose evaluation
+        was under way; the initial policy is always kept. on_saved: called once a step's checkpoint is whole, with the
+        oldest of the newest `keep` steps and of the steps whose evaluations were under way.
         """
         self.directory = directory
         self._groups = groups
@@ -83,13 +84,15 @@ class CheckpointStore:
         sharded_state: dict[str, Any],
         *,
         best: Best | None = None,
+        pending_evaluation: int | None = None,
         wait: bool = True,
         made_from: Mapping[str, Any] | None = None,
     ) -> None:
         """Saves a checkpoint under a name that is not there yet.
 
-        best: the best evaluation as of this step; best.json names it once this checkpoint is whole. wait: False returns
-        once the state has been copied; the checkpoint becomes whole in a later `finish`. made_from: settings that the
+        best: the best evaluation as of this step; best.json names it once this checkpoint is whole. pending_evaluation:
+        the step whose evaluation is under way; its checkpoint is kept as long as this one. wait: False returns once the
+        state has been copied; the checkpoint becomes whole in a later `finish`. made_from: settings that the
         checkpoint depends on, kept in its manifest.
 
         Raises:
@@ -104,8 +107,14 @@ class CheckpointStore:
                 partial.mkdir(parents=True)
             self._groups.barrier()
             notes = {} if made_from is None else {"made_from": made_from}
-            self._writer.start(partial, sharded_state, best=asdict(best) if best else None, **notes)
+            named = {"best": asdict(best) if best else None, "pending_evaluation": pending_evaluation}
+            self._writer.start(partial, sharded_state, **named, **notes)
         self.finish(wait=wait)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._writer.is_busy
 
     def finish(self, *, wait: bool) -> None:
         """Completes a save that was not waited for, if it is written; with `wait`, waits until it is written.
@@ -129,7 +138,9 @@ class CheckpointStore:
             manifest = read_manifest(self.directory / name) if self._groups.is_main else None
             best = self._groups.from_main(manifest["best"] if manifest else None)
             self.remember_best(Best(**best) if best else None)
-            self._on_saved(self.steps[-self._keep :][0])
+            kept = self.steps[-self._keep :]
+            pending = self._pending_evaluations(kept) if self._groups.is_main else set()
+            self._on_saved(min({kept[0], *(self._groups.from_main(pending) or ())}))
 
     def load(self, name: str, sharded_state: dict[str, Any]) -> dict[str, Any]:
         """Loads the tensors that `sharded_state` describes, the parts of this rank, from a checkpoint of any layout.
@@ -193,6 +204,11 @@ class CheckpointStore:
             self._retain(best)
         self._groups.barrier()
 
+    def _pending_evaluations(self, steps: Iterable[int]) -> set[int]:
+        """Returns the steps whose evaluations were under way when the checkpoints of `steps` were saved."""
+        manifests = [read_manifest(self.directory / step_name(step)) or {} for step in steps]
+        return {step for manifest in manifests if (step := manifest.get("pending_evaluation")) is not None}
+
     def _retain(self, best: Best | None) -> None:
         steps = sorted(int(match[1]) for path in self.directory.iterdir() if (match := _STEP.fullmatch(path.name)))
         kept = set(steps[-self._keep :])
@@ -201,7 +217,7 @@ class CheckpointStore:
             manifest = read_manifest(self.directory / step_name(step))
             if manifest and manifest["best"]:
                 bests.append(Best(**manifest["best"]))
-        for step in set(steps) - kept - {item.step for item in bests}:
+        for step in set(steps) - kept - {item.step for item in bests} - self._pending_evaluations(kept):
             # Renamed first: the rest of a removal that is killed is not taken for a checkpoint.
             removed = self.directory / f"{step_name(step)}.removed"
             os.replace(self.directory / step_name(step), removed)

@@ -99,6 +99,7 @@ _MAY_CHANGE = (
     "rollout.in_flight",
     "rollout.mismatch",  # limits, which may be null
     "rollout.undecided",
+    "evaluation.servers",  # an evaluation that is under way is ended with any number of them
     "resources.",
 )
 
@@ -136,6 +137,7 @@ ADDED: dict[str, Any] = {
     "rollout.sampling.function": None,
     "prompt.function": None,
     "evaluation.functions": {},
+    "evaluation.servers": 0,
 }
 
 # Further keys that may change when fine-tuning resumes; of a warm start they made the initial policy.

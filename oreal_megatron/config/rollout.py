@@ -149,6 +149,11 @@ class SGLangConfig(Section):
         return {name.replace("_", "-"): value for name, value in self.arguments.items()}
 
     @property
+    def total_servers(self) -> int:
+        """Number of servers, launched or attached."""
+        return len(self.urls) or self.num_servers
+
+    @property
     def shares_devices(self) -> bool:
         return self.placement == "colocated"
 

@@ -1,4 +1,4 @@
-"""Checks of the order of generation and training across sections."""
+"""Checks of the order of generation, training and evaluation across sections."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from oreal_megatron.config.errors import Violation
 from oreal_megatron.config.rollout import RolloutConfig
-from oreal_megatron.config.sections import RunConfig
+from oreal_megatron.config.sections import EvaluationConfig, RunConfig
 from oreal_megatron.config.sft_checks import CHECKS, check
 
 __all__ = ["CHECKS", "check"]
@@ -52,6 +52,36 @@ def _check_ahead(rollout: RolloutConfig) -> Iterator[Violation]:
     if rollout.generation is not None:
         remedy = "A function's responses of several turns are generated in turn. Set rollout.generation=null, or "
         yield Violation("rollout.schedule", schedule, f"{remedy}rollout.schedule=in_turn.")
+
+
+@check("evaluation", "rollout", "run")
+def _check_evaluation_servers(
+    evaluation: EvaluationConfig, rollout: RolloutConfig, run: RunConfig
+) -> Iterator[Violation]:
+    number, servers = evaluation.servers, rollout.sglang
+    if not number:
+        return
+    if run.mode != "train":
+        remedy = f"run.mode={run.mode} does not generate beside its evaluations. Set it to 0."
+        yield Violation("evaluation.servers", number, remedy)
+    if rollout.backend == "embedded" or servers is None:
+        remedy = "The trainer's own model cannot generate while it trains. Set it to 0, or rollout=sglang."
+        yield Violation("evaluation.servers", number, remedy)
+        return
+    if servers.shares_devices:
+        remedy = "Colocated servers stand still while the trainer works. Set it to 0, or rollout=sglang_disaggregated."
+        yield Violation("evaluation.servers", number, remedy)
+    if number >= servers.total_servers:
+        key = "urls" if servers.urls else "num_servers"
+        remedy = f"rollout.sglang.{key} has {servers.total_servers}, and training needs at least one of them. "
+        remedy += f"Set it to at most {servers.total_servers - 1}, or rollout.sglang.{key} to more servers."
+        yield Violation("evaluation.servers", number, remedy)
+    if not evaluation.benchmarks:
+        remedy = "There is no benchmark, so these servers would do nothing. Set it to 0, or name benchmarks."
+        yield Violation("evaluation.servers", number, remedy)
+    if rollout.generation is not None:
+        remedy = "A function's responses of several turns are generated in turn with training. Set it to 0, or "
+        yield Violation("evaluation.servers", number, f"{remedy}rollout.generation=null.")
 
 
 @check("rollout", "run")

@@ -185,6 +185,9 @@ class EvaluationConfig(Section):
     then."""
     sampling: SamplingConfig
     """Sampling for avg@k and pass@k. Greedy answers have the same token limit."""
+    servers: NonNegative = 0
+    """Number of the servers, the last ones of rollout.sglang, that evaluate while the run trains and generate nothing
+    else. They keep the weights of an evaluation until it has ended. 0: training waits for its evaluations."""
     functions: Mapping[FileName, Function] = {}
     """Metrics of one's own by name, each a function of a benchmark's responses; docs/extending.md has its arguments."""
 

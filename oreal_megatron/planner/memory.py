@@ -293,7 +293,7 @@ def _kv_cache(
     parts = {"served weights": weights, "KV cache": tokens * per_token, "workspace": device.server_workspace}
     kv_cache = KvCache(
         where="server",
-        num_holders=servers.num_servers,
+        num_holders=servers.total_servers - config.evaluation.servers,
         tokens=tokens,
         sequences_at_limit=tokens // limit,
         bytes_per_token=per_token,

@@ -196,7 +196,10 @@ def splits(
     unit = math.lcm(per_node, servers.tensor) if budget > per_node else servers.tensor
     p = config.parallel
     replica = p.tensor * p.pipeline * p.context
-    serving = [devices for devices in range(unit, budget, unit) if (budget - devices) % replica == 0]
+    fewest = (config.evaluation.servers + 1) * servers.tensor
+    serving = [
+        devices for devices in range(unit, budget, unit) if (budget - devices) % replica == 0 and devices >= fewest
+    ]
     found: list[tuple[float, Plan]] = []
     for index, devices in enumerate(serving):
         advance(index, len(serving))

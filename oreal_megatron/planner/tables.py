@@ -73,7 +73,8 @@ def _print_layout(console: Console, plan: Plan) -> None:
     )
     console.print(f"  layout    {layout_text(plan)}")
     if servers is not None:
-        console.print(f"  servers   {servers.num_servers} x TP{servers.tensor}, {servers.placement}")
+        of_evaluation = f", {number} for evaluation alone" if (number := config.evaluation.servers) else ""
+        console.print(f"  servers   {servers.total_servers} x TP{servers.tensor}, {servers.placement}{of_evaluation}")
     counts = ", ".join(
         f"stage {f.stage}: {f.num_layers} layers, {f.policy_parameters / 1e6:,.1f}M" for f in plan.footprints
     )

@@ -17,12 +17,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 
 from oreal_megatron.checkpoint.store import step_name
 from oreal_megatron.config.rollout import RolloutConfig
 from oreal_megatron.distributed.groups import ParallelGroups
-from oreal_megatron.rollout.background import BackgroundGeneration, Batch
+from oreal_megatron.rollout.background import BackgroundGeneration, Batch, ProcessState
 from oreal_megatron.rollout.response_limits import limits_of_step
 from oreal_megatron.rollout.sample_call import SampleCall, can_go_on, staleness
 from oreal_megatron.rollout.sampler import Sampler, SampleResult, rollout_seeds
@@ -34,19 +33,6 @@ logger = logging.getLogger(__name__)
 
 _KEEP_SECONDS = 10.0
 """Seconds in which servers have to return what they have of unfinished responses when the run ends."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _State:
-    """State of a process that waits, for the others."""
-
-    is_done: bool = True
-    has_no_weights: bool = False
-    is_stopped: bool = False
-    error: Exception | None = None
-    num_ready: int = 0
-    """Finished groups of later steps."""
-    busy_seconds: float = 0.0
 
 
 class RolloutsAhead:
@@ -287,7 +273,7 @@ class RolloutsAhead:
             self._background.reset_busy_seconds()
         return max(1.0 - busy_seconds / seconds, 0.0)
 
-    def _wait(self, is_done: Callable[[], bool], *, until_end: bool = False) -> list[_State]:
+    def _wait(self, is_done: Callable[[], bool], *, until_end: bool = False) -> list[ProcessState]:
         """Returns the states of all processes once `is_done` is true on every leading process, or can wait no longer.
 
         That is where a stop is asked for, or servers wait for weights that no server has; until_end: wait in these
@@ -299,9 +285,9 @@ class RolloutsAhead:
             LostPeer: another rank of the job has failed.
         """
         while True:
-            state = _State(is_stopped=self._stop.is_made)
+            state = ProcessState(is_stopped=self._stop.is_made)
             if (background := self._background) is not None:
-                state = _State(
+                state = ProcessState(
                     is_done=background.wait(
                         lambda: is_done() or (background.has_no_weights and not until_end),
                         self._engine.heartbeat_seconds,

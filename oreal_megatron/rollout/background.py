@@ -90,6 +90,22 @@ class Batch:
         return {(self.call.asked[i][0].id, self.call.asked[i][1]): response for i, response in responses.items()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProcessState:
+    """State of a process that waits for responses in the background, for the other processes."""
+
+    is_done: bool = True
+    has_no_weights: bool = False
+    """Whether a server waits for weights that no server has."""
+    is_stopped: bool = False
+    """Whether this process was asked to stop."""
+    error: Exception | None = None
+    num_ready: int = 0
+    """Finished groups of later steps."""
+    busy_seconds: float = 0.0
+    """Seconds in which servers had a request of this process."""
+
+
 class BackgroundGeneration:
     """Generation of batches by the leading process of a replica, while its main thread does something else.
 

@@ -43,6 +43,8 @@ def build_sglang_engine(
     model_path: str | None = None,
     kv_tokens: int | None = None,
     first_device: int = 0,
+    members: range | None = None,
+    weights: str = "",
 ) -> SGLangEngine:
     """Builds an engine whose servers start, or are attached to, at its first publication. Every rank calls it.
 
@@ -50,7 +52,8 @@ def build_sglang_engine(
     stop: ends waits for servers. timeline: recorder of this process. dtype: dtype that servers compute in.
     timeout_seconds: limit of the groups' collectives. keep_cache: see ServerSettings. model_path: the policy's Hugging
     Face directory; None if only its geometry is known. kv_tokens: see Launcher. first_device: index of the servers'
-    first device on a machine.
+    first device on a machine. members: see ServerPool. weights: directory below that of the transport `disk`, different
+    for each engine of a run.
 
     Raises:
         ValueError: the model does not split over a server's ranks.
@@ -70,7 +73,7 @@ def build_sglang_engine(
     publisher = build_publisher(
         servers,
         PolicyShards(chunks_of(policy), geometry, groups, getattr(torch, dtype)),
-        directory=Path(servers.weights_dir) if servers.weights_dir is not None else directory / "weights",
+        directory=(Path(servers.weights_dir) if servers.weights_dir is not None else directory / "weights") / weights,
         config_json=described,
     )
     return SGLangEngine(
@@ -80,6 +83,7 @@ def build_sglang_engine(
             config_json=described,
             replica=groups.data_rank,
             num_replicas=groups.data_size,
+            members=members,
         ),
         publisher,
         groups,

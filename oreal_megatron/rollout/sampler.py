@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -87,6 +88,12 @@ class Sampler:
         self._stop = stop
         self._max_sequence_length = max_sequence_length
         self._undecided = undecided
+
+    def with_engine(self, engine: ResponseGenerator, journal: RolloutJournal) -> Sampler:
+        """Returns a sampler of another engine with a journal of its own, for another thread; the verifier is shared."""
+        other = copy.copy(self)
+        other._engine, other.journal = engine, journal
+        return other
 
     def sample(
         self,

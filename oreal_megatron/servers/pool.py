@@ -23,7 +23,7 @@ from oreal_megatron.types import Completion, GenerationRequest
 
 
 class ServerPool:
-    """The servers of a run, which share one version of the policy's weights."""
+    """Servers of a run that share one version of the policy's weights."""
 
     def __init__(
         self,
@@ -33,11 +33,13 @@ class ServerPool:
         config_json: Mapping[str, Any],
         replica: int = 0,
         num_replicas: int = 1,
+        members: range | None = None,
     ):
         """Makes a pool without servers, which the first update creates.
 
         config_json: the model's config.json, which launched servers start from. replica, num_replicas: number of this
-        process's model replica, and of all replicas, which send requests to the same servers.
+        process's model replica, and of all replicas, which send requests to the same servers. members: positions of the
+        pool's servers among those of rollout.sglang; None: all of them.
         """
         self.servers: Sequence[SGLangServer] = ()
         self.on_no_current_weights: Callable[[], None] = lambda: None
@@ -47,6 +49,7 @@ class ServerPool:
         self._stop_token_id = stop_token_id
         self.config_json = config_json
         self._replica, self._num_replicas = replica, num_replicas
+        self._members = range(settings.config.total_servers) if members is None else members
         self._token = uuid.uuid4().hex[:8]
         self._version = 0
         self._label: str | None = None
@@ -133,7 +136,7 @@ class ServerPool:
         """
         self._version, self._label = version, label
         remote = [server for server in self.servers if isinstance(server, RemoteServer)] or [
-            RemoteServer(index, url, self._settings) for index, url in enumerate(has_weights)
+            RemoteServer(index, url, self._settings) for index, url in zip(self._members, has_weights, strict=True)
         ]
         self.servers = remote
         self._has_reported_no_weights = False
@@ -146,11 +149,11 @@ class ServerPool:
         model.mkdir(parents=True, exist_ok=True)
         write_atomically(model / "config.json", json.dumps(self.config_json, indent=2) + "\n")
         if self._config.urls:
-            self.servers = [AttachedServer(i, url, self._settings) for i, url in enumerate(self._config.urls)]
+            self.servers = [AttachedServer(i, self._config.urls[i], self._settings) for i in self._members]
         else:
-            ports = [choose_port(self._config, number) for number in range(self._config.num_servers)]
-            urls = [server_url(self._config.host, port) for port in ports]
-            self.servers = [LaunchedServer(i, url, self._settings) for i, url in enumerate(urls)]
+            ports = {i: choose_port(self._config, i) for i in self._members}
+            urls = {i: server_url(self._config.host, port) for i, port in ports.items()}
+            self.servers = [LaunchedServer(i, url, self._settings) for i, url in urls.items()]
         self._reconnecting = [asyncio.create_task(self._keep_connected(server)) for server in self.servers]
 
     async def _keep_connected(self, server: SGLangServer) -> None:

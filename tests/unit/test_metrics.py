@@ -28,9 +28,9 @@ QUIET = ("tracking.console=quiet", "tracking.wandb=disabled", "tracking.tensorbo
 def tracker(composed, tmp_path):
     config = parse_config(composed(*QUIET))
 
-    def start(first_step, *, is_evaluated=False):
+    def start(first_step, *, is_evaluated=False, pending_evaluation=None):
         made = Tracker(config, tmp_path, is_main=True)
-        made.start(first_step, is_evaluated=is_evaluated)
+        made.start(first_step, is_evaluated=is_evaluated, pending_evaluation=pending_evaluation)
         return made
 
     return start
@@ -123,6 +123,66 @@ def test_a_directory_goes_on_in_its_wandb_run(composed, tmp_path):
         tracker.close()
     names = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert names and {name.rpartition("-")[2] for name in names} == {(tmp_path / "wandb_id").read_text()}
+
+
+def late(tracker, number, ended_after):
+    metrics = {"heldout/greedy_pass@1": 0.5}
+    tracker.evaluation(
+        EvaluationReport(step=number, metrics=metrics, seconds=9.0, ended_after=ended_after, waited_seconds=0.5)
+    )
+
+
+def test_late_evaluation_has_its_own_step_and_is_written_again_while_it_is_pending(tracker, tmp_path):
+    killed = tracker(0)
+    for number in range(3):
+        step(killed, number)
+    late(killed, 1, ended_after=3)
+    killed.close()
+    assert written(tmp_path)[-1] == ("evaluation", 1)
+    (record,) = read_metrics(tmp_path)[1]
+    assert (record["ended_after"], record["waited_seconds"]) == (3, 0.5)
+    tracker(2).close()
+    assert written(tmp_path) == [("step", 0), ("evaluation", 1), ("step", 1)]  # it ended before this checkpoint
+    tracker(2, pending_evaluation=1).close()
+    assert written(tmp_path) == [("step", 0), ("step", 1)]
+
+
+def wandb_records(data):
+    """The records of an offline run's file: LevelDB's log format (blocks of 32 KiB) behind seven bytes."""
+    position, record = 7, b""
+    while position < len(data):
+        if (left := 32768 - position % 32768) < 7:
+            position += left
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield record
+            record = b""
+
+
+def test_wandb_gets_a_late_evaluation_under_its_own_step(composed, tmp_path):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    from wandb.proto import wandb_internal_pb2
+
+    tracker = Tracker(parse_config(composed(*QUIET, "tracking.wandb=offline")), tmp_path, is_main=True)
+    tracker.start(0, is_evaluated=False)
+    for number in range(3):
+        step(tracker, number)
+    late(tracker, 1, ended_after=3)
+    step(tracker, 3)
+    tracker.close()
+    rows = []
+    for data in wandb_records(next((tmp_path / "wandb").glob("offline-run-*/*.wandb")).read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.HasField("history"):
+            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            rows.append(
+                (items.get("step"), items.get("evaluation/heldout/greedy_pass@1"), items.get("evaluation/step"))
+            )
+    assert rows == [(0, None, None), (1, None, None), (2, 0.5, 1), (3, None, None)]
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ import torch
 from oreal_megatron.checkpoint.store import Best, is_better
 from oreal_megatron.config import parse_config
 from oreal_megatron.data.packing import PackedSequence, Packer
+from oreal_megatron.evaluation import score_of
 from oreal_megatron.losses.advantages import select_trajectories
 from oreal_megatron.models.reward_model import build_reward_model
-from oreal_megatron.train import score_of, train_reward_model
+from oreal_megatron.train import train_reward_model
 from oreal_megatron.types import Benchmark, FinishReason, Grade, GradedRollout, Prompt, Rollout, Verdict, WeightSpan
 from tests.tiny_models import GEOMETRY
 from tests.unit.test_step import trained

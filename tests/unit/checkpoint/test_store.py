@@ -218,3 +218,14 @@ def test_on_saved_gets_the_oldest_of_the_newest_steps(tmp_path, single_process):
     for step in (2, 4, 6):
         store.save(step_name(step), state(), best=Best(step=2, score=1.0))
     assert oldest_steps == [2, 2, 4]
+
+
+def test_checkpoint_whose_evaluation_is_under_way_stays_as_long_as_one_that_says_so(tmp_path, single_process):
+    oldest_steps: list[int] = []
+    store = new_store(tmp_path, single_process, on_saved=oldest_steps.append)
+    for step in range(1, 7):
+        store.save(step_name(step), state(), pending_evaluation=2 if 2 <= step <= 4 else None)
+        if 2 <= step <= 5:
+            assert step_name(2) in names(store)
+    assert names(store) == {step_name(5), step_name(6)}
+    assert oldest_steps == [1, 1, 2, 2, 2, 5]  # the journal of the evaluation is kept as long
