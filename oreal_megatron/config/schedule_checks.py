@@ -62,7 +62,7 @@ def _check_evaluation_servers(
     if not number:
         return
     if run.mode != "train":
-        remedy = f"run.mode={run.mode} does not generate beside its evaluations. Set it to 0."
+        remedy = f"run.mode={run.mode} does not train on rollouts of its own. Set it to 0."
         yield Violation("evaluation.servers", number, remedy)
     if rollout.backend == "embedded" or servers is None:
         remedy = "The trainer's own model cannot generate while it trains. Set it to 0, or rollout=sglang."

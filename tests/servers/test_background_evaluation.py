@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from tests.run_processes import RunProcess
+from tests.run_processes import RunProcess, together
 from tests.servers.conftest import require_sglang
 from tests.servers.test_ahead import has_trained
 from tests.servers.test_replicas import servers_of
@@ -83,6 +83,18 @@ def greedy_score(directory, tmp_path, step):
     assert process.exitcode == 0, (tmp_path / "alone.log").read_text()
     results = json.loads((tmp_path / "alone" / "evaluation.json").read_text())
     return results["benchmarks"]["heldout"]["metrics"]["greedy_pass@1"]
+
+
+@pytest.mark.slow
+def test_two_replicas_evaluate_at_one_server(warm):
+    directory = warm()
+    together(directory, *OPTIONS, "resources.trainer_devices=2", num_processes=2)
+    evaluations = evaluations_of(directory)
+    assert list(evaluations) == [0, 4, 6] and evaluations[0]["ended_after"] > 0
+    lines = (directory / "evaluations" / "heldout_000004.jsonl").read_text().splitlines()
+    assert len(lines) == 16 * 16 and {
+        span["version"] for line in lines for span in json.loads(line)["weight_spans"]
+    } == {4}
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ class Store:
     def __init__(self):
         self.is_busy = False
         self.names = {"initial"}
+        self.loaded = []
         self.best = None
 
     def has(self, name):
@@ -46,6 +47,9 @@ class Store:
 
     def damages(self, name):
         return []
+
+    def load(self, name, wanted):
+        self.loaded.append(name)
 
     def finish(self, *, wait):
         self.is_busy = False
@@ -107,22 +111,16 @@ def fakes(tmp_path):
         yield opened
 
 
+@contextlib.contextmanager
+def weights_of_checkpoint(prefix, module, load):
+    """Reads a checkpoint, for a policy that has no weights."""
+    load({})
+    yield
+
+
 @pytest.fixture
-def loaded(monkeypatch):
-    """Names of the checkpoints whose weights the policy was given."""
-    names = []
-
-    @contextlib.contextmanager
-    def weights_of_checkpoint(prefix, module, load):
-        names.append(load.__closure__[0].cell_contents.checkpoint)
-        yield
-
+def start(fakes, tmp_path, single_process, monkeypatch):
     monkeypatch.setattr(background_evaluation, "weights_of_checkpoint", weights_of_checkpoint)
-    return names
-
-
-@pytest.fixture
-def start(fakes, tmp_path, single_process, loaded):
     runs = []
 
     def start_(*urls, progress=None):
@@ -193,7 +191,7 @@ def test_evaluation_is_not_named_best_before_a_checkpoint_that_is_written_is_who
     wait_until(lambda: (end_evaluation(run, wait=False), run.reports)[1])
 
 
-def test_lost_server_gets_the_weights_of_the_evaluation_again(start, fakes, loaded):
+def test_lost_server_gets_the_weights_of_the_evaluation_again(start, fakes):
     run = start()
     run.step()
     begin_evaluation(run)
@@ -204,10 +202,10 @@ def test_lost_server_gets_the_weights_of_the_evaluation_again(start, fakes, load
     fakes.kill(server)
     end_evaluation(run, wait=True)
     assert_report(run, 1, 1)
-    assert loaded == ["step_000001"] and fakes.last(1) is not server
+    assert run.store.loaded == ["step_000001"] and fakes.last(1) is not server
 
 
-def test_stopped_run_ends_the_evaluation_at_its_next_start(start, fakes, loaded, tmp_path):
+def test_stopped_run_ends_the_evaluation_at_its_next_start(start, fakes, tmp_path):
     urls = [fakes.server().url, (server := fakes.server(token_seconds=0.02)).url]
     run = start(*urls)
     run.step()
@@ -224,7 +222,7 @@ def test_stopped_run_ends_the_evaluation_at_its_next_start(start, fakes, loaded,
     resume_evaluation(again)
     end_evaluation(again, wait=True)
     assert_report(again, 1, 1)
-    assert loaded == ["step_000001"]
+    assert again.store.loaded == ["step_000001"]
     assert len(server.prompts) - num_asked < len(BENCHMARK.prompts) * (1 + BENCHMARK.samples)  # the journal has others
     # A start that finds all responses in the journal needs no weights.
     again.close()
@@ -233,7 +231,7 @@ def test_stopped_run_ends_the_evaluation_at_its_next_start(start, fakes, loaded,
     resume_evaluation(last)
     end_evaluation(last, wait=False)
     assert_report(last, 1, 1)
-    assert loaded == ["step_000001"]
+    assert not last.store.loaded
 
 
 def test_evaluation_without_its_checkpoint_is_named_as_lost(start, fakes, caplog):
@@ -245,7 +243,7 @@ def test_evaluation_without_its_checkpoint_is_named_as_lost(start, fakes, caplog
     assert run.progress.pending_evaluation is None and not run.reports
 
 
-def test_run_that_goes_on_without_evaluation_servers_waits_for_the_evaluation(start, fakes, loaded):
+def test_run_that_goes_on_without_evaluation_servers_waits_for_the_evaluation(start, fakes):
     progress = RunProgress(step=3, weight_version=3, evaluated_step=1)
     progress.pending_evaluation = background_evaluation.PendingEvaluation(step=1, weight_version=1)
     run = start(fakes.server().url, fakes.server().url, progress=progress)
@@ -254,7 +252,7 @@ def test_run_that_goes_on_without_evaluation_servers_waits_for_the_evaluation(st
     resume_evaluation(run)
     run.evaluation = evaluation
     assert_report(run, 1, 1)
-    assert loaded == ["step_000001"] and run.engine.weight_version == 3
+    assert run.store.loaded == ["step_000001"] and run.engine.weight_version == 3
 
 
 @pytest.mark.parametrize(
