@@ -64,7 +64,10 @@ def weights_of_checkpoint(prefix: str, module: torch.nn.Module, load: Callable[[
     """
     own = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in (*module.parameters(), *module.buffers())]
     try:
-        missing = load_weights_only(prefix, module, load(weights_only(prefix, module)))
+        wanted = weights_only(prefix, module)
+        names = list(wanted)  # loading adds the checkpoint's plain values, which are not wanted
+        state = load(wanted)
+        missing = load_weights_only(prefix, module, {name: state[name] for name in names})
         assert not missing, missing
         yield
     finally:
