@@ -136,7 +136,7 @@ class ServerPool:
         """
         self._version, self._label = version, label
         remote = [server for server in self.servers if isinstance(server, RemoteServer)] or [
-            RemoteServer(index, url, self._settings) for index, url in zip(self._members, has_weights, strict=True)
+            RemoteServer(index, url, self._settings) for index, url in enumerate(has_weights, self._members.start)
         ]
         self.servers = remote
         self._has_reported_no_weights = False
