@@ -19,6 +19,7 @@ from oreal_megatron.losses.advantages import select_trajectories
 from oreal_megatron.metrics import Tracker, read_metrics, rollout_metrics, shown_value
 from oreal_megatron.types import EvaluationReport, Prompt, StepReport, Verdict
 from tests.graded import graded
+from tests.run_processes import wait_until
 
 PARTS = {"reward/pass_rate": 0.5, "loss/reward_model": 0.69, "reward_model/auc": math.nan}
 QUIET = ("tracking.console=quiet", "tracking.wandb=disabled", "tracking.tensorboard=false")
@@ -162,19 +163,12 @@ def wandb_records(data):
             record = b""
 
 
-def test_wandb_gets_a_late_evaluation_under_its_own_step(composed, tmp_path):
-    pytest.importorskip("wandb", reason="wandb is not installed")
+def rows_of(directory):
+    """Step, score and evaluation/step of the rows of an offline run."""
     from wandb.proto import wandb_internal_pb2
 
-    tracker = Tracker(parse_config(composed(*QUIET, "tracking.wandb=offline")), tmp_path, is_main=True)
-    tracker.start(0, is_evaluated=False)
-    for number in range(3):
-        step(tracker, number)
-    late(tracker, 1, ended_after=3)
-    step(tracker, 3)
-    tracker.close()
     rows = []
-    for data in wandb_records(next((tmp_path / "wandb").glob("offline-run-*/*.wandb")).read_bytes()):
+    for data in wandb_records(next((directory / "wandb").glob("offline-run-*/*.wandb")).read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         if record.HasField("history"):
@@ -182,6 +176,20 @@ def test_wandb_gets_a_late_evaluation_under_its_own_step(composed, tmp_path):
             rows.append(
                 (items.get("step"), items.get("evaluation/heldout/greedy_pass@1"), items.get("evaluation/step"))
             )
+    return rows
+
+
+def test_wandb_gets_a_late_evaluation_under_its_own_step(composed, tmp_path):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    tracker = Tracker(parse_config(composed(*QUIET, "tracking.wandb=offline")), tmp_path, is_main=True)
+    tracker.start(0, is_evaluated=False)
+    for number in range(3):
+        step(tracker, number)
+    late(tracker, 1, ended_after=3)
+    step(tracker, 3)
+    tracker.close()
+    wait_until(lambda: rows_of(tmp_path))  # wandb's own process writes them
+    rows = rows_of(tmp_path)
     assert rows == [(0, None, None), (1, None, None), (2, 0.5, 1), (3, None, None)]
 
 
