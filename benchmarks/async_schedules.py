@@ -31,6 +31,7 @@ from typing import Any
 
 import httpx
 
+from benchmarks.plain_run import PLAIN_RUN
 from oreal_megatron.metrics import read_metrics
 from oreal_megatron.planner.schedules import Setting, simulate
 
@@ -89,12 +90,9 @@ def settings(arguments: argparse.Namespace, directory: Path) -> list[str]:
     return [
         "experiment=arithmetic_sglang",
         "objective=reinforce",
-        "evaluation=none",
-        "evaluation.every=0",
+        *PLAIN_RUN,
         "sft.steps=1",
         "optimizer.policy={lr: 1.0e-9, min_lr: 1.0e-9}",
-        "data.pass_rate=null",
-        "data.difficulty_balance=[]",
         f"data.prompts_per_step={arguments.prompts}",
         f"rollout.samples_per_prompt={arguments.samples}",
         f"rollout.sampling={{temperature: 1.0, top_p: 1.0, max_new_tokens: {longest}}}",
@@ -106,13 +104,7 @@ def settings(arguments: argparse.Namespace, directory: Path) -> list[str]:
         f"model.max_sequence_length={longest + 128}",
         f"model.geometry.hidden_size={arguments.hidden}",
         f"model.geometry.ffn_hidden_size={2 * arguments.hidden}",
-        "run.checkpoint_every=0",
         "run.export=none",
-        "tracking.trajectories=false",
-        "tracking.report=false",
-        "tracking.wandb=disabled",
-        "tracking.tensorboard=false",
-        "tracking.console=plain",
         f"run.dir={directory}",
     ]
 

@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plain_run import PLAIN_RUN
+
 PROMPTS, SAMPLES, NEW_TOKENS, BETA = 48, 8, 64, 0.01
 TRL_PYTHON = Path(".venv/trl/bin/python")
 LEARNING_RATE = 1e-9
@@ -109,23 +111,9 @@ class Turns:
 def exported_model(directory: Path) -> Path:
     """Trains the warm start of `experiment=arithmetic`, and returns the exported policy after one step of GRPO."""
     run = directory / "warm_start"
-    settings = ["experiment=arithmetic", "objective=grpo", "run.num_steps=1", *_PLAIN, f"run.dir={run}"]
+    settings = ["experiment=arithmetic", "objective=grpo", "run.num_steps=1", *PLAIN_RUN, f"run.dir={run}"]
     subprocess.run([sys.executable, "-m", "oreal_megatron.cli.train", *settings, "run.export=best"], check=True)
     return run / "huggingface" / "step_000001" / "policy"
-
-
-_PLAIN = [
-    "data.pass_rate=null",
-    "data.difficulty_balance=[]",
-    "evaluation=none",
-    "evaluation.every=0",
-    "run.checkpoint_every=0",
-    "tracking.trajectories=false",
-    "tracking.report=false",
-    "tracking.wandb=disabled",
-    "tracking.tensorboard=false",
-    "tracking.console=plain",
-]
 
 
 def ours(model: Path, directory: Path) -> list[str]:
@@ -145,7 +133,7 @@ def ours(model: Path, directory: Path) -> list[str]:
         f"optimizer.policy={{lr: {LEARNING_RATE}, min_lr: {LEARNING_RATE}}}",
         "run.num_steps=1000000",
         "run.export=none",
-        *_PLAIN,
+        *PLAIN_RUN,
         f"run.dir={directory / 'ours'}",
     ]
 
