@@ -1,15 +1,17 @@
 """Schedules of generation and training compared: one trainer and one SGLang server, a core each, run after run.
 
-    python -m benchmarks.async_schedules [--steps 10] [--rounds 1]
+    python -m benchmarks.async_schedules [--steps 20] [--rounds 1]
 
 Responses have a fixed length: nothing stops them. With the planted tail, one of 32 is ten times as long. The objective
-trains on every response, with a learning rate that changes next to nothing. Prints a Markdown table of whole runs, the
-first step of which has nothing that was generated ahead, and the last steps nothing to generate: trained response
-tokens a second, their ratio to `in_turn`, the share of the time in which the server had no request, and the mean and
-largest age of the trained tokens in updates. A short run before the others warms the server up.
+trains on every response, with a learning rate that changes next to nothing. Prints a Markdown table of the steps in the
+middle of a run, without the first steps, for which nothing was generated ahead, and the last ones, beside which nothing
+is left to generate: trained response tokens a second, their ratio to `in_turn`, the share of the time in which the
+server had no request, and the mean and largest age of the trained tokens in updates. A short run before the others
+warms the server up.
 
-The last column is what the planner's simulation makes of the times of the two runs in turn, and of the time in which
-the server reads a token: tokens a second of the same run under the schedule, over those measured.
+The last column is what the planner's simulation makes of the times of the two runs in turn, of the time in which the
+server reads a token, and of how much longer a token takes with the server full than with the responses of one step:
+tokens a second by simulation, over those measured.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 
 from benchmarks.plain_run import PLAIN_RUN
 from oreal_megatron.metrics import read_metrics
@@ -59,16 +62,17 @@ ARMS: dict[str, list[Arm]] = {
 """Lengths of responses -> rollout.schedule, rollout.max_staleness and rollout.in_flight of runs."""
 IN_TURN = ("in_turn", 0, "recompute")
 READ_PROMPTS, READ_TOKENS = 32, 256
+PLACES = 256
+"""Responses that the server generates at once at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """Measures of a run."""
+    """Measures of the steps in the middle of a run."""
 
     tokens: float
     """Trained response tokens."""
     seconds: float
-    """Of all its steps."""
     num_steps: int
     generate_seconds: float
     """Median of a step, as those that follow."""
@@ -99,7 +103,7 @@ def settings(arguments: argparse.Namespace, directory: Path) -> list[str]:
         "rollout.mismatch=null",
         "rollout.undecided=null",
         "rollout.sglang.startup_seconds=900.0",
-        "rollout.sglang.max_concurrency=256",
+        f"rollout.sglang.max_concurrency={PLACES}",
         "rollout.sglang.arguments.max-total-tokens=65536",
         f"model.max_sequence_length={longest + 128}",
         f"model.geometry.hidden_size={arguments.hidden}",
@@ -178,9 +182,9 @@ def length_of(index: int, arguments: argparse.Namespace) -> int:
     return arguments.tokens * (TAIL_TIMES if is_long else 1)
 
 
-def measured(directory: Path) -> Measures:
-    """Returns the measures of a run."""
-    steps, _ = read_metrics(directory)
+def measured(directory: Path, max_staleness: int) -> Measures:
+    """Returns the measures of a run. The first and last `max_staleness` + 1 steps are left out."""
+    steps = read_metrics(directory)[0][max_staleness + 1 : -max_staleness - 1]
     metrics, seconds = [record["metrics"] for record in steps], [record["seconds"] for record in steps]
     idle = [
         m.get("rollout/server_idle_share", 1 - s["generate"] / s["total"]) * s["total"]
@@ -201,7 +205,7 @@ def measured(directory: Path) -> Measures:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=1, help="runs of every schedule, in turns")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--samples", type=int, default=16)
@@ -220,27 +224,46 @@ def main() -> None:
         found: dict[tuple[str, Arm], list[Measures]] = {}
         with server(arguments, directory) as url:
             run(arguments, directory / FIRST, url, "even", IN_TURN, num_steps=1)
-            read_seconds = token_read_seconds(url)
+            times = server_times(url, arguments)
             for turn in range(arguments.rounds):
                 for lengths, arm in [(key, arm) for key, arms in ARMS.items() for arm in arms]:
                     own = directory / "_".join(map(str, (lengths, *arm, turn)))
                     run(arguments, own, url, lengths, arm, num_steps=arguments.steps)
-                    found.setdefault((lengths, arm), []).append(measured(own))
-    print_table(found, read_seconds, arguments)
+                    found.setdefault((lengths, arm), []).append(measured(own, arm[1]))
+    print_table(found, times, arguments)
 
 
-def token_read_seconds(url: str) -> float:
-    """Measures the seconds in which the server reads a token of a prompt: the median of three batches of prompts."""
+@dataclass(frozen=True, kw_only=True)
+class ServerTimes:
+    """Times of the server."""
 
-    def read(rng: random.Random) -> float:
-        start = time.perf_counter()
-        prompts = [[rng.randrange(10, 20) for _ in range(READ_TOKENS)] for _ in range(READ_PROMPTS)]
-        body = {"input_ids": prompts, "sampling_params": {"max_new_tokens": 1}}
-        httpx.post(f"{url}/generate", json=body, timeout=60.0).raise_for_status()
-        return (time.perf_counter() - start) / (READ_PROMPTS * READ_TOKENS)
+    read_seconds: float
+    """Of a token of a prompt."""
+    full_ratio: float
+    """Time of a token with `PLACES` responses at once, over that with the responses of a step."""
 
+
+def server_times(url: str, arguments: argparse.Namespace) -> ServerTimes:
+    """Measures the times of the server: medians of three."""
     rng = random.Random(0)
-    return statistics.median([read(rng) for _ in range(3)])
+
+    def seconds(prompts: int, prompt_tokens: int, new_tokens: int) -> float:
+        ids = [[rng.randrange(10, 20) for _ in range(prompt_tokens)] for _ in range(prompts)]
+        # As the run asks for its responses.
+        sampling = {"max_new_tokens": new_tokens, "ignore_eos": True, "temperature": 1.0, "top_k": -1}
+        parameters = [{**sampling, "sampling_seed": seed} for seed in range(prompts)]
+        body = {"input_ids": ids, "sampling_params": parameters, "return_logprob": True}
+        start = time.perf_counter()
+        httpx.post(f"{url}/generate", json=body, timeout=600.0).raise_for_status()
+        return time.perf_counter() - start
+
+    def decode_seconds(prompts: int) -> float:
+        return seconds(prompts, 16, arguments.tokens) - seconds(prompts, 16, 1)
+
+    count = arguments.prompts * arguments.samples
+    reads = [seconds(READ_PROMPTS, READ_TOKENS, 1) / (READ_PROMPTS * READ_TOKENS) for _ in range(3)]
+    ratios = [decode_seconds(PLACES) / decode_seconds(count) for _ in range(3)]
+    return ServerTimes(read_seconds=statistics.median(reads), full_ratio=statistics.median(ratios))
 
 
 def run(arguments: argparse.Namespace, directory: Path, url: str, lengths: str, arm: Arm, *, num_steps: int) -> None:
@@ -260,26 +283,26 @@ def run(arguments: argparse.Namespace, directory: Path, url: str, lengths: str, 
 
 
 def simulated_rate(
-    lengths: str, arm: Arm, even: Measures, tail: Measures, read_seconds: float, arguments: argparse.Namespace
+    lengths: str, arm: Arm, even: Measures, tail: Measures, times: ServerTimes, arguments: argparse.Namespace
 ) -> float:
-    """Returns the tokens a second of a run by simulation. even, tail: runs in turn with such lengths.
+    """Returns tokens a second by simulation. even, tail: runs in turn with such lengths.
 
-    read_seconds: see `token_read_seconds`. Times of tokens include that of reading prompts. In the runs in turn, all
-    responses of a step have `--tokens` tokens at the same time, and the long ones the rest by themselves: two times of
-    a token, between and beyond which it is linear in the number of responses.
+    Times of tokens include that of reading prompts. In the runs in turn, all responses of a step have `--tokens` tokens
+    at the same time, and the long ones the rest by themselves. With the full server these are three times of a token,
+    between which it is linear in the number of responses.
     """
-    schedule, ahead, in_flight = arm
+    schedule, max_staleness, in_flight = arm
     count = arguments.prompts * arguments.samples
     few = count // TAIL_OF
     many_seconds = even.generate_seconds / arguments.tokens
     few_seconds = (tail.generate_seconds - even.generate_seconds) / ((TAIL_TIMES - 1) * arguments.tokens)
-    slope = (many_seconds - few_seconds) / (count - few)
+    counts, seconds = (few, count, PLACES), (few_seconds, many_seconds, many_seconds * times.full_ratio)
     base = even if lengths == "even" else tail
     setting = Setting(
         num_servers=1,
-        places=256,
-        token_seconds=lambda sequences: few_seconds + slope * (sequences - few),
-        prefill_token_seconds=read_seconds,
+        places=PLACES,
+        token_seconds=lambda sequences: float(np.interp(sequences, counts, seconds)),
+        prefill_token_seconds=times.read_seconds,
         prompt_tokens=0.0,
         samples_per_prompt=arguments.samples,
         responses=count,
@@ -288,12 +311,11 @@ def simulated_rate(
         publish_seconds=base.publish_seconds,
         keep_cache=in_flight == "keep_cache",
     )
-    step_seconds = simulate(setting, schedule, ahead, num_steps=base.num_steps).step_seconds
-    return base.tokens / base.num_steps / step_seconds
+    return base.tokens / base.num_steps / simulate(setting, schedule, max_staleness).step_seconds
 
 
 def print_table(
-    found: Mapping[tuple[str, Arm], Sequence[Measures]], read_seconds: float, arguments: argparse.Namespace
+    found: Mapping[tuple[str, Arm], Sequence[Measures]], times: ServerTimes, arguments: argparse.Namespace
 ) -> None:
     print(
         "| lengths | schedule | max_staleness | in_flight | tokens/s | ratio | server idle | mean age | largest age "
@@ -307,7 +329,7 @@ def print_table(
         idle = sum(run.idle_seconds for run in runs) / sum(run.seconds for run in runs)
         age = statistics.mean(age for run in runs for age in run.ages)
         simulated = statistics.median(
-            simulated_rate(lengths, arm, even, tail, read_seconds, arguments) / mine.rate
+            simulated_rate(lengths, arm, even, tail, times, arguments) / mine.rate
             for mine, even, tail in zip(runs, in_turn["even"], in_turn["tail"], strict=True)
         )
         print(

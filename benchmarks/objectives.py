@@ -13,6 +13,7 @@ import multiprocessing
 import shutil
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from oreal_megatron.metrics import read_metrics
@@ -57,7 +58,24 @@ def main() -> None:
     print(table(scores, arguments.steps))
 
 
-def run(objective: str, seed: int, directory: Path, overrides: list[str], *, experiment: str = "arithmetic") -> None:
+def train(arguments: list[str]) -> None:
+    """`oreal-train`, in a forked process."""
+    from oreal_megatron.cli import train as cli
+
+    sys.argv = ["oreal-train", *arguments]
+    cli.main()
+
+
+def run(
+    objective: str,
+    seed: int,
+    directory: Path,
+    overrides: list[str],
+    *,
+    experiment: str = "arithmetic",
+    train: Callable[[list[str]], None] = train,
+) -> None:
+    """Trains in a forked process, unless the run is finished. train: calls `oreal-train` with the arguments."""
     arguments = [f"experiment={experiment}", f"objective={objective}", f"run.seed={seed}", f"run.dir={directory}"]
     if not (directory / "checkpoints" / "best.json").is_file() or not done(directory, overrides):
         process = FORKS.Process(target=train, args=([*arguments, "run.name=objectives", *COMMON, *overrides],))
@@ -65,14 +83,6 @@ def run(objective: str, seed: int, directory: Path, overrides: list[str], *, exp
         process.join()
         if process.exitcode:
             sys.exit(f"{objective}, seed {seed}: exit status {process.exitcode}")
-
-
-def train(arguments: list[str]) -> None:
-    """`oreal-train`, in a forked process."""
-    from oreal_megatron.cli import train as cli
-
-    sys.argv = ["oreal-train", *arguments]
-    cli.main()
 
 
 def done(directory: Path, overrides: list[str]) -> bool:

@@ -63,14 +63,21 @@ class Plan:
         )
 
     def schedules(self) -> list[Simulated]:
-        """Simulates every `rollout.schedule`; empty where servers cannot generate while the trainer works."""
+        """Simulates every `rollout.schedule`, and `continuous` with both values of `rollout.in_flight`.
+
+        Returns an empty list where servers cannot generate while the trainer works.
+        """
         config = self.sizes.config
         servers = config.rollout.sglang if config.generates else None
         if self.seconds is None or servers is None or servers.shares_devices or config.rollout.long_tail is not None:
             return []
         setting, bound = self.setting(), max(config.rollout.staleness_bound, 2)
-        rows = [("in_turn", 0), ("one_ahead", 1), *(("continuous", staleness) for staleness in {1, bound})]
-        return [simulate(setting, schedule, staleness) for schedule, staleness in rows]
+        again, kept = (replace(setting, keep_cache=keep_cache) for keep_cache in (False, True))
+        return [
+            simulate(again, "in_turn", 0),
+            simulate(again, "one_ahead", 1),
+            *(simulate(way, "continuous", staleness) for staleness in sorted({1, bound}) for way in (again, kept)),
+        ]
 
 
 def make_plan(

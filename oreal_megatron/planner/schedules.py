@@ -41,7 +41,8 @@ class Setting:
     """Seconds between a step's last response and the publication."""
     publish_seconds: float = 0.0
     keep_cache: bool = False
-    """Whether responses go on after a publication without being read again."""
+    """Whether responses go on after a publication without being read again; they count as of the weights that began
+    them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,7 @@ class Simulated:
 
     schedule: str
     max_staleness: int
+    keep_cache: bool
     step_seconds: float
     """Mean: steps whose batches were generated at the same time end soon after each other, and the next waits."""
     idle_share: float
@@ -119,6 +121,7 @@ def simulate(
     return Simulated(
         schedule=schedule,
         max_staleness=max_staleness,
+        keep_cache=setting.keep_cache,
         step_seconds=(servers.now - time_from) / (last - first),
         idle_share=(servers.idle_seconds - idle_from) / spent,
         mean_staleness=float(np.mean(staleness[first:])),
@@ -139,6 +142,8 @@ class _Servers:
     """Tokens that are still to be generated."""
     age: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     """Sum over tokens of (step of the response - version that generated the token)."""
+    began: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Version that began the response; -1 before its first token."""
     server: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """Server of the response; -1 while it waits for a place, and after its end."""
     reading: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
@@ -156,6 +161,7 @@ class _Servers:
         self.length = np.append(self.length, lengths.astype(float))
         self.left = np.append(self.left, lengths.astype(float))
         self.age = np.append(self.age, np.zeros(count))
+        self.began = np.append(self.began, np.full(count, -1))
         self.server = np.append(self.server, np.full(count, -1))
 
     def begin(self, *, version: int) -> None:
@@ -169,7 +175,7 @@ class _Servers:
         self.now += seconds
         self.idle_seconds += seconds * self.setting.num_servers
         kept = (self.left > 0) | (self.step > self.version)
-        for name in ("step", "length", "left", "age", "server"):
+        for name in ("step", "length", "left", "age", "began", "server"):
             setattr(self, name, getattr(self, name)[kept])
         self.server[:] = -1
 
@@ -199,7 +205,8 @@ class _Servers:
             ends = ahead <= passed * (1 + 1e-12)
             generated[ends] = self.left[active[ends]]
             self.left[active] -= generated
-            self.age[active] += generated * (self.step[active] - self.version)
+            version = self.began[active] if self.setting.keep_cache else self.version
+            self.age[active] += generated * (self.step[active] - version)
             self._pass(passed, counts)
             self.reading = np.maximum(self.reading - passed, 0.0)
             self.server[active[ends]] = -1
@@ -220,6 +227,8 @@ class _Servers:
             counts[server] += 1
             tokens = setting.prompt_tokens / setting.samples_per_prompt
             begun = self.length[index] - self.left[index]
-            if begun:
+            if not begun:
+                self.began[index] = self.version
+            else:
                 tokens = 0.0 if setting.keep_cache else setting.prompt_tokens + begun
             self.reading[server] += tokens * setting.prefill_token_seconds

@@ -156,11 +156,14 @@ def _print_schedules(console: Console, plan: Plan) -> None:
         "measured lengths" if plan.work.response_lengths else f"log-normal lengths, sigma {LENGTH_SIGMA} (assumed)"
     )
     table = Table(title=f"a step by rollout.schedule, simulated with {lengths}", title_justify="left")
-    for column in ("schedule", "max_staleness", "s", "speed-up", "servers idle", "mean staleness"):
-        table.add_column(column, justify="left" if column == "schedule" else "right")
+    for column in ("schedule", "in_flight"):
+        table.add_column(column)
+    for column in ("max_staleness", "s", "speed-up", "servers idle", "mean staleness"):
+        table.add_column(column, justify="right")
     for row in schedules:
         table.add_row(
             row.schedule,
+            ("keep_cache" if row.keep_cache else "recompute") if row.schedule == "continuous" else "",
             str(row.max_staleness),
             f"{row.step_seconds:,.0f}",
             f"{schedules[0].step_seconds / row.step_seconds:.2f}",

@@ -73,11 +73,11 @@ def test_two_replicas_train_ahead_of_one_server(warm):
     assert_exact(directory, "continuous")
 
 
-def test_responses_keep_their_cache_over_publications(warm):
+def test_responses_of_two_replicas_keep_their_cache_over_publications(warm):
     directory = warm()
     # An evaluation ends generation; what it interrupted goes on under the weights that follow.
-    run = RunProcess(directory, *options("continuous", "rollout.in_flight=keep_cache", "evaluation.every=0"))
-    assert run.wait() == 0, run.said()
+    overrides = options("continuous", "rollout.in_flight=keep_cache", "evaluation.every=0")
+    together(directory, *overrides, "resources.trainer_devices=2", num_processes=2)
     assert_exact(directory, "continuous")
     responses = [r for groups in trained_groups(directory) for group in groups.values() for r in group]
     assert all(len(response["weight_spans"]) == 1 for response in responses)

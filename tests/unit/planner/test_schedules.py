@@ -67,8 +67,15 @@ def test_work_that_was_begun_is_read_again_after_a_publication():
     cheap = simulate(setting, "continuous", 1).step_seconds
     dear = simulate(replace(setting, prefill_token_seconds=1e-4), "continuous", 1).step_seconds
     assert dear == pytest.approx(cheap + 32 * 300 * 1e-4 / 2)
-    kept = simulate(replace(setting, prefill_token_seconds=1e-4, keep_cache=True), "continuous", 1).step_seconds
-    assert kept == pytest.approx(cheap)
+    kept = simulate(replace(setting, prefill_token_seconds=1e-4, keep_cache=True), "continuous", 1)
+    assert kept.step_seconds == pytest.approx(cheap)
+
+
+def test_a_kept_response_is_as_old_as_the_weights_that_began_it():
+    # A response of 500 tokens, of which 200 come after the publication in every second step.
+    again, kept = (simulate(replace(EVEN, keep_cache=keep), "continuous", 1) for keep in (False, True))
+    assert kept.step_seconds == pytest.approx(again.step_seconds)
+    assert kept.mean_staleness == 1.0 and again.mean_staleness == pytest.approx((1.0 + 300 / 500) / 2)
 
 
 def test_other_steps_fill_the_wait_for_long_responses():
