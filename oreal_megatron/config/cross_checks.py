@@ -313,6 +313,14 @@ def _check_servers(rollout: RolloutConfig) -> Iterator[Violation]:
     if servers.shares_devices and servers.device == "cuda" and servers.transport in ("direct", "broadcast"):
         remedy = "NCCL has no groups with two processes on one device. Set rollout.sglang.transport=ipc or disk."
         yield Violation("rollout.sglang.transport", servers.transport, remedy)
+    if servers.full_every > 1 and (servers.transport != "direct" or servers.dtype == "fp8"):
+        remedy = (
+            "Servers in FP8 hold rounded weights, to which changes cannot be added."
+            if servers.transport == "direct"
+            else f"With rollout.sglang.transport={servers.transport} all weights are sent."
+        )
+        remedy = f"{remedy} Set it to 1, or rollout.sglang.transport=direct and rollout.sglang.dtype=null."
+        yield Violation("rollout.sglang.full_every", servers.full_every, remedy)
     for name in servers.arguments:
         if (setter := OPTIONS_SET_BY_RUN.get(name.replace("_", "-"))) is not None:
             remedy = f"The run sets this option {setter}. Remove it here."

@@ -127,6 +127,9 @@ class SGLangConfig(Section):
     bucket_mib: Positive
     """Size of the buckets in which weights move, in MiB. A process needs memory for two buckets, and for three where
     `ipc` or `broadcast` collect a bucket for other ranks."""
+    full_every: Positive = 1
+    """Publications of which one sends all weights with `transport: direct`; the others send those whose bits have
+    changed since the last one, and each trainer rank keeps a copy of its weights to compare with. 1: always all."""
     weights_dir: Text | None
     """Directory that `transport: disk`, or one of one's own, writes the latest weights to. null: weights/ in run.dir.
     """

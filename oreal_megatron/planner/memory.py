@@ -134,9 +134,13 @@ def _trainer_phases(sizes: Sizes, footprint: RankFootprint, device: Device) -> l
     everything = policy | reward_model | reference
     offloaded = {"offloaded servers": device.server_offloaded} if _colocated(config) else {}
 
+    servers = config.rollout.sglang if config.generates else None
+    # The copy to which the next publication is compared; it stays on the device.
+    sent = footprint.policy_parameters * sizes.element if servers is not None and servers.full_every > 1 else 0
+
     def phase(name: str, used: Mapping[str, int], more: Mapping[str, int]) -> PhaseMemory:
         resident = used if config.parallel.offload else everything
-        overhead = {"framework": device.overhead} if device.overhead else {}
+        overhead = {"framework": device.overhead, "sent weights": sent}
         return PhaseMemory(where, name, {k: v for k, v in {**resident, **more, **overhead}.items() if v})
 
     # Colocated servers fill the rest of the device: whether they fit is checked by the room for their KV cache.
@@ -154,7 +158,7 @@ def _trainer_phases(sizes: Sizes, footprint: RankFootprint, device: Device) -> l
         phases.append(phase("train reward model", reward_model, memory | offloaded))
     memory = _activations(sizes, footprint, with_head=True) | _update(sizes, footprint, device)
     phases.append(phase("train policy", policy, memory | offloaded))
-    if (servers := config.rollout.sglang) is not None and config.generates:
+    if servers is not None:
         bucket = min(servers.bucket_mib * 2**20, footprint.policy_parameters * sizes.element)
         # A transport of the user's own is planned without buckets.
         number = 0 if isinstance(servers.transport, FunctionConfig) else _BUCKETS[servers.transport]

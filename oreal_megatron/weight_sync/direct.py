@@ -2,6 +2,10 @@
 
 All trainer ranks and all workers of the servers are one process group, which is set up again when the set of servers
 changes. The main rank sends every worker its command over HTTP, then all trainer ranks send at once.
+
+With `full_every` above 1 most publications send what has changed since the last one alone. All elements are sent to a
+new group, at every `full_every`th publication, and where servers are sent to again: after a failed audit they do not
+have what was sent last.
 """
 
 from __future__ import annotations
@@ -25,19 +29,33 @@ _POLL_SECONDS = 0.02
 class DirectTransport:
     """See Transport."""
 
-    def __init__(self, shards: PolicyShards, plan: ReshardingPlan, channel: CommandChannel, *, bucket_bytes: int):
+    def __init__(
+        self,
+        shards: PolicyShards,
+        plan: ReshardingPlan,
+        channel: CommandChannel,
+        *,
+        bucket_bytes: int,
+        full_every: int = 1,
+    ):
+        """full_every: publications of which one sends all elements; above 1 each rank keeps a copy of its shards."""
         self._shards = shards
         self._groups = shards.groups
         self._plan = plan
         self._channel = channel
         self._bucket_bytes = bucket_bytes
+        self._full_every = full_every
+        self._num_sent = 0
+        """Publications since all elements were sent, that one included."""
+        self._is_first_attempt = False
         self._assignment: Assignment = {}
         self._sender: Sender | None = None
         self._rendezvous: Rendezvous | None = None
         self._server_names: tuple[str, ...] = ()
 
     def prepare(self, weight_version: int) -> None:
-        """Does nothing: weights are sent from where they are."""
+        """Has the next sending be the first of its publication. Weights are sent from where they are."""
+        self._is_first_attempt = True
 
     def send(self, servers: Sequence[PausedServer]) -> TransferResult:
         """See Transport. A process that ends during the transfer breaks the group: then no server has the weights."""
@@ -53,11 +71,14 @@ class DirectTransport:
             self._leave()
             self._server_names = server_names
             self._rendezvous = self._groups.from_main(self._new_rendezvous())
-        answers = self._send_commands(servers, with_ops=is_new)
+        only_changes = self._is_first_attempt and not is_new and self._num_sent < self._full_every
+        self._is_first_attempt = False
+        self._num_sent = self._num_sent + 1 if only_changes else 1
+        answers = self._send_commands(servers, with_ops=is_new, only_changes=only_changes)
         error = self._join(list(answers.values())) if is_new else None
-        error = error or self._send_shards()
-        outcomes = self._groups.gather_over_world([(error, time.perf_counter() - planned)])
-        errors = [error for part in outcomes for error, _ in part if error is not None]
+        num_bytes, error = (0, error) if error else self._send_shards(only_changes=only_changes)
+        outcomes = self._groups.gather_over_world([(error, time.perf_counter() - planned, num_bytes)])
+        errors = [error for part in outcomes for error, _, _ in part if error is not None]
         if errors:
             self._leave()  # closes the connections, so that workers that wait for this rank fail at once
         failures, load_seconds = self._groups.from_main(self._failures(answers, errors))
@@ -65,10 +86,10 @@ class DirectTransport:
             self._leave()
         return TransferResult(
             failures=failures,
-            num_bytes=len(server_names) * self._plan.num_elements * self._shards.dtype.itemsize,
+            num_bytes=sum(num_bytes for part in outcomes for _, _, num_bytes in part),
             seconds={
                 "plan": planned - start,
-                "transfer": max(seconds for part in outcomes for _, seconds in part),
+                "transfer": max(seconds for part in outcomes for _, seconds, _ in part),
                 "load": load_seconds,
             },
         )
@@ -85,7 +106,9 @@ class DirectTransport:
             timeout_seconds=self._channel.timeout_seconds,
         )
 
-    def _send_commands(self, servers: Sequence[PausedServer], *, with_ops: bool) -> dict[str, Future[None]]:
+    def _send_commands(
+        self, servers: Sequence[PausedServer], *, with_ops: bool, only_changes: bool
+    ) -> dict[str, Future[None]]:
         """Has all workers receive. Returns the answers by server name; none on other ranks than the main rank."""
         if not self._groups.is_main:
             return {}
@@ -101,6 +124,7 @@ class DirectTransport:
                     bucket_bytes=self._bucket_bytes,
                     backend=collective_backend(),
                     ops=ops_by_sender(self._assignment, number) if with_ops else None,
+                    only_changes=only_changes,
                 )
                 commands.append(self._channel.encode(task, rank))
             answers[server.name] = self._channel.send(server, commands)
@@ -119,6 +143,7 @@ class DirectTransport:
                 ops_by_receiver(self._assignment, self._groups.rank),
                 dtype=self._shards.dtype,
                 bucket_bytes=self._bucket_bytes,
+                keeps_sent=self._full_every > 1,
             )
         except RuntimeError as error:
             return f"trainer rank {self._groups.rank} could not join: {error}"
@@ -140,14 +165,13 @@ class DirectTransport:
         answer_arrivals(self._channel.store, rendezvous, joining=not missing)
         return not missing
 
-    def _send_shards(self) -> str | None:
-        """Sends this rank's part; returns the error if that fails."""
+    def _send_shards(self, *, only_changes: bool) -> tuple[int, str | None]:
+        """Sends this rank's part; returns its bytes, and the error if that fails."""
         assert self._sender is not None
         try:
-            self._sender.send(self._shards.tensors())
+            return self._sender.send(self._shards.tensors(), only_changes=only_changes), None
         except RuntimeError as error:
-            return f"trainer rank {self._groups.rank}: {error}"
-        return None
+            return 0, f"trainer rank {self._groups.rank}: {error}"
 
     def _failures(
         self, answers: dict[str, Future[None]], errors: Sequence[str]

@@ -3,6 +3,9 @@
 Senders and receivers are one process group of their own (senders first). Each pair moves its ops in halves of a bucket.
 Pairs take turns so that in every round each process has one partner, and no process waits for a third. Memory beyond
 the weights is one bucket a process: one half is transferred while the other is packed or unpacked.
+
+A sender that keeps what it has sent can send changes alone (changes.py): each half is then preceded by the number of
+its bytes, which is that of all elements where changes would be no smaller.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oreal_megatron.conversion.rules import Box
+from oreal_megatron.weight_sync.changes import apply_changes, decode_changes, encode_changes
 from oreal_megatron.weight_sync.planner import TransferOp, buckets, num_elements
 
 _NUM_HALVES = 2
@@ -108,8 +112,12 @@ class Sender:
         *,
         dtype: torch.dtype,
         bucket_bytes: int,
+        keeps_sent: bool = False,
     ):
-        """group: from `join`. ops: by receiver. dtype: dtype of the transfer; weights are cast while being packed."""
+        """group: from `join`. ops: by receiver. dtype: dtype of the transfer; weights are cast while being packed.
+
+        keeps_sent: whether to keep a copy of what was sent last, so that changes alone can be sent after it.
+        """
         self._group = group
         self._offset = rendezvous.num_senders
         self._dtype = dtype
@@ -117,23 +125,46 @@ class Sender:
         half = _half_elements(bucket_bytes, dtype)
         self._buckets = [(receiver, run) for _, receiver in pairs for run in buckets(ops[receiver], half)]
         self._halves: Iterator[Tensor] | None = None
+        self._sent: dict[str, Tensor] | None = {} if keeps_sent else None
+        """Copies of the tensors that were sent last, in the dtype of the transfer, by Megatron's name."""
 
-    def send(self, shards: Mapping[str, Tensor]) -> None:
-        """Sends everything that is assigned to this rank.
+    def send(self, shards: Mapping[str, Tensor], *, only_changes: bool = False) -> int:
+        """Sends everything that is assigned to this rank; returns the number of bytes.
 
         shards: this rank's tensors by Megatron's name, of any float dtype.
+        only_changes: send what differs from the last sending, to receivers that have it; the sender keeps what it
+        sends.
         """
-        in_flight: list[Any] = []
+        num_bytes = 0
+        in_flight: list[list[Any]] = []
         for receiver, run in self._buckets:
             if self._halves is None:
                 self._halves = _halves(self._buckets, self._dtype, shards[run[0].source].device)
             if len(in_flight) == _NUM_HALVES:
-                in_flight.pop(0).wait()
+                _wait_for(in_flight.pop(0))
             flat = next(self._halves)[: num_elements(run)]
             pack(run, shards, flat)
-            in_flight.append(self._group.send([flat], self._offset + receiver, 0))
-        for work in in_flight:
-            work.wait()
+            messages = self._changes(run, flat) if only_changes else [flat]
+            num_bytes += sum(message.nbytes for message in messages)
+            in_flight.append([self._group.send([message], self._offset + receiver, 0) for message in messages])
+        for works in in_flight:
+            _wait_for(works)
+        if self._sent is not None:
+            for source in {op.source for _, run in self._buckets for op in run}:
+                if source in self._sent:
+                    self._sent[source].copy_(shards[source])
+                else:
+                    self._sent[source] = shards[source].to(self._dtype, copy=True)
+        return num_bytes
+
+    def _changes(self, run: Sequence[TransferOp], flat: Tensor) -> list[Tensor]:
+        """Returns the messages for a half: the number of bytes that follow, int64 [1], and the half or its changes."""
+        assert self._sent is not None
+        before = torch.empty_like(flat)
+        pack(run, self._sent, before)
+        changes = encode_changes(before, flat)
+        message = changes if changes.nbytes < flat.nbytes else flat
+        return [torch.tensor([message.nbytes], device=flat.device), message]
 
     def close(self) -> None:
         """Closes the connections, so that a receiver that waits for this rank fails at once."""
@@ -168,13 +199,21 @@ class Receiver:
         """All transfer ops of this receiver."""
         return (op for _, run in self._buckets for op in run)
 
-    def receive(self, parameters: Mapping[str, Tensor]) -> None:
-        """Receives everything that is sent to this receiver into `parameters`, which are keyed by SGLang's name."""
+    def receive(self, parameters: Mapping[str, Tensor], *, only_changes: bool = False) -> None:
+        """Receives everything that is sent to this receiver into `parameters`, which are keyed by SGLang's name.
+
+        only_changes: whether the sender sends changes alone.
+        """
         in_flight: list[tuple[Any, Sequence[TransferOp], Tensor]] = []
         for sender, run in self._buckets:
             if self._halves is None:
                 self._halves = _halves(self._buckets, self._dtype, parameters[run[0].target].device)
             flat = next(self._halves)[: num_elements(run)]
+            if only_changes:
+                count = torch.empty(1, dtype=torch.int64, device=flat.device)
+                self._group.recv([count], sender, 0).wait()
+                if (num_bytes := int(count)) < flat.nbytes:  # changes are sent where they are smaller
+                    flat = torch.empty(num_bytes, dtype=torch.uint8, device=flat.device)
             in_flight.append((self._group.recv([flat], sender, 0), run, flat))
             if len(in_flight) == _NUM_HALVES:
                 self._unpack(*in_flight.pop(0), parameters)
@@ -188,7 +227,15 @@ class Receiver:
 
     def _unpack(self, work: Any, run: Sequence[TransferOp], flat: Tensor, parameters: Mapping[str, Tensor]) -> None:
         work.wait()
-        unpack(run, flat, parameters)
+        if flat.dtype == torch.uint8:
+            apply_changes(run, *decode_changes(flat, self._dtype), parameters)
+        else:
+            unpack(run, flat, parameters)
+
+
+def _wait_for(works: Iterable[Any]) -> None:
+    for work in works:
+        work.wait()
 
 
 def _half_elements(bucket_bytes: int, dtype: torch.dtype) -> int:

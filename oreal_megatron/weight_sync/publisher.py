@@ -86,7 +86,7 @@ def build_publisher(
     transport: Transport
     match servers.transport:
         case "direct":
-            transport = DirectTransport(shards, plan, channel, bucket_bytes=bucket_bytes)
+            transport = DirectTransport(shards, plan, channel, bucket_bytes=bucket_bytes, full_every=servers.full_every)
         case "broadcast":
             transport = BroadcastTransport(shards, channel, bucket_bytes=bucket_bytes)
         case "ipc":

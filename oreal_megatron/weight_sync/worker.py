@@ -47,6 +47,8 @@ class Receive:
     backend: str
     ops: Mapping[int, Sequence[TransferOp]] | None
     """Transfer ops by sender; None if the worker has joined this rendezvous already and the ops are the same."""
+    only_changes: bool = False
+    """Whether the trainer sends what differs from its last publication alone, which the worker received."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ class Worker:
     def _receive(self, task: Receive, parameters: Mapping[str, Tensor], dtype: torch.dtype, store: dist.Store) -> None:
         try:
             receiver = self._joined(task, parameters, dtype, store)
-            receiver.receive(self._destinations(receiver.ops, parameters, dtype))
+            destinations = self._destinations(receiver.ops, parameters, dtype)
+            receiver.receive(destinations, only_changes=task.only_changes)
         except Exception:
             self._leave()
             raise

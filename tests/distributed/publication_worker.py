@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ class Setting:
     transports: Sequence[str] = ("direct", "ipc", "direct")
     device: str = "cpu"
     bucket_bytes: int = 4096
+    full_every: int = 1
+    """Above 1: changes alone are sent too, by the direct transport."""
 
     @property
     def server(self) -> SGLangLayout:
@@ -167,7 +170,7 @@ def execute(setting: Setting, shards: PolicyShards, servers: list[Any], source: 
     plan = plan_resharding(shards.table, shards.geometry, shards.layout, setting.server)
     channel = CommandChannel(shards, plan, timeout_seconds=60)
     auditor = Auditor(shards, plan, channel)
-    kinds = {"direct": DirectTransport, "ipc": IpcTransport}
+    kinds = {"direct": partial(DirectTransport, full_every=setting.full_every), "ipc": IpcTransport}
     uses_nccl = collective_backend() == "nccl"
     publishers = {
         name: Publisher(
@@ -183,12 +186,27 @@ def execute(setting: Setting, shards: PolicyShards, servers: list[Any], source: 
         result = publishers[transport].deliver(servers)
         assert not result.failures, result.failures
         compare(setting, servers, source, shards.geometry, factor=2**number)
+    if setting.full_every > 1:
+        send_changes(setting, shards, servers, publishers["direct"], source)
     if setting.served == "fp8":
         find_another_scale(shards, servers, auditor)
     if setting.num_servers > 1:
         lose_one(setting, shards, servers, publishers["direct"], source)
     for publisher in publishers.values():
         publisher.close()
+
+
+def send_changes(setting: Setting, shards: PolicyShards, servers: list[Any], direct: Publisher, source: Path) -> None:
+    """Doubles a layer's weights, and halves them again: the other weights do not travel."""
+    whole = len(servers) * sum(tensor.num_elements for tensors in direct._auditor._targets for tensor in tensors)
+    factor = 2 ** len(setting.transports)
+    for number, by in enumerate((2.0, 0.5)):
+        double(shards, by=by, part=".layers.1.")
+        direct.prepare(number)
+        result = direct.deliver(servers)
+        assert not result.failures, result.failures
+        assert not shards.groups.is_main or 0 < result.num_bytes < whole * setting.dtype.itemsize / 2
+        compare(setting, servers, source, shards.geometry, factor=factor, of_layer_1=factor * (2 if by > 1 else 1))
 
 
 def find_another_scale(shards: PolicyShards, servers: list[Any], auditor: Auditor) -> None:
@@ -213,16 +231,28 @@ def lose_one(setting: Setting, shards: PolicyShards, servers: list[Any], direct:
 
 
 @torch.no_grad()
-def double(shards: PolicyShards) -> None:
-    """An update, exact in every dtype."""
-    for tensor in shards.tensors().values():
-        tensor.mul_(2)
+def double(shards: PolicyShards, *, by: float = 2.0, part: str = "") -> None:
+    """An update, exact in every dtype. part: of the names of the tensors."""
+    for name, tensor in shards.tensors().items():
+        if part in name:
+            tensor.mul_(by)
 
 
-def compare(setting: Setting, servers: list[Any], source: Path, geometry: GeometryConfig, *, factor: int) -> None:
+def compare(
+    setting: Setting,
+    servers: list[Any],
+    source: Path,
+    geometry: GeometryConfig,
+    *,
+    factor: int,
+    of_layer_1: int | None = None,
+) -> None:
     """Checks that every worker holds its part of the source's weights times `factor`, and zeros in the padding."""
     saved = load_file(source / "model.safetensors")
-    weights = {name: factor * tensor.to(setting.dtype).float().numpy() for name, tensor in saved.items()}
+    weights = {
+        name: (of_layer_1 or factor if ".layers.1." in name else factor) * tensor.to(setting.dtype).float().numpy()
+        for name, tensor in saved.items()
+    }
     for server in servers:
         for rank, tensors in enumerate(server.ask([b"show"] * setting.server_ranks)):
             for name, plain in served(weights, geometry, setting.server, rank).items():

@@ -41,6 +41,14 @@ def test_key_value_heads_are_copied_to_several_server_ranks(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("layout", "served"), [("TP2xPP2", "bfloat16"), pytest.param("PP2xDP2", "float32", marks=pytest.mark.slow)]
+)
+def test_changes_alone_fill_every_server_rank(layout, served, tmp_path):
+    source = save_tiny(tmp_path / "model", "qwen2", tied=True, vocabulary=121)
+    assert_published(source, {"layout": LAYOUTS[layout], "served": served, "full_every": 3})
+
+
+@pytest.mark.parametrize(
     ("layout", "served"),
     [
         ("TP4", "fp8"),

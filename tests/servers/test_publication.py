@@ -145,6 +145,40 @@ def test_a_bucket_that_arrives_corrupted_is_caught_and_sent_again(servers, monke
     assert_as_transformers(servers.generate(requests_of(PROMPTS), GREEDY), servers.written())
 
 
+def test_changes_alone_reach_a_server_and_all_weights_after_a_miss(
+    servers, single_process, tiny_qwen, tmp_path, monkeypatch
+):
+    url = servers.pool.servers[0].client.url
+    opened = open_servers(single_process, tiny_qwen, tmp_path, urls=[url], full_every=4)
+    sent = []
+
+    def publish_changed() -> dict[str, float]:
+        with torch.no_grad():
+            for parameter in opened.policy.parameters():
+                parameter.view(-1)[::50] += 0.1
+        report = opened.engine.publish(len(sent))
+        assert report["publication/servers"] == 1
+        assert_as_transformers(opened.generate(requests_of(PROMPTS), GREEDY), opened.written())
+        sent.append(report["publication/bytes"])
+        return report
+
+    try:
+        opened.perturb()
+        for _ in range(6):
+            assert publish_changed()["publication/failures"] == 0
+        whole = sum(p.numel() * 4 for p in opened.policy.parameters())
+        assert [num_bytes == whole for num_bytes in sent] == [True, False, False, False, True, False]
+        assert max(sent[1:4] + sent[5:]) < whole / 10
+        with monkeypatch.context() as once:
+            encode = moving.encode_changes
+            once.setattr(moving, "encode_changes", lambda before, after: encode(before, before))
+            assert publish_changed()["publication/failures"] == 1
+        assert whole < sent[-1] < 1.1 * whole
+        assert publish_changed()["publication/failures"] == 0 and sent[-1] < whole / 10
+    finally:
+        opened.engine.close()
+
+
 def test_a_server_that_kept_its_old_weights_is_caught_by_the_audit(servers, monkeypatch):
     """A transport reports that it has sent, and has not; only the audit can notice."""
     from oreal_megatron.weight_sync.types import TransferResult

@@ -86,14 +86,15 @@ def test_receivers_get_their_shards(dtype, bucket_bytes):
     assert threading.active_count() <= before + 1
 
 
-def joined_pair(sender_to, receiver_from):
+def joined_pair(sender_to, receiver_from, *, keeps_sent=False):
     """A sender and a receiver that have joined a group of two."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     rendezvous = Rendezvous("127.0.0.1", store.port, "test", 1, 1, timeout_seconds=600)
     options = {"dtype": torch.float32, "bucket_bytes": 512}
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda rank: join(rendezvous, rank, "gloo"), range(2))
-    return Sender(first, rendezvous, 0, sender_to, **options), Receiver(second, rendezvous, 0, receiver_from, **options)
+    sender = Sender(first, rendezvous, 0, sender_to, keeps_sent=keeps_sent, **options)
+    return sender, Receiver(second, rendezvous, 0, receiver_from, **options)
 
 
 @pytest.mark.parametrize("closed", ["sender", "receiver"])
