@@ -161,8 +161,10 @@ def _trainer_phases(sizes: Sizes, footprint: RankFootprint, device: Device) -> l
     if servers is not None:
         bucket = min(servers.bucket_mib * 2**20, footprint.policy_parameters * sizes.element)
         # A transport of the user's own is planned without buckets.
-        number = 0 if isinstance(servers.transport, FunctionConfig) else _BUCKETS[servers.transport]
-        buckets = {"buckets": number * bucket}
+        number: float = 0 if isinstance(servers.transport, FunctionConfig) else _BUCKETS[servers.transport]
+        # Half a bucket of earlier weights, and the places of changes, 8 bytes each, for less than half of its elements.
+        number += 2.5 if servers.full_every > 1 else 0
+        buckets = {"buckets": int(number * bucket)}
         if _colocated(config):
             buckets |= {"served weights": served_weights(sizes, servers)} | _arriving(sizes, servers)
         phases.append(phase("reshard", policy_weights, buckets | offloaded))

@@ -25,14 +25,16 @@ def encoded_bytes(count: int, dtype: torch.dtype) -> int:
     return count * (dtype.itemsize + _GAP_BYTES)
 
 
-def encode_changes(before: Tensor, after: Tensor) -> Tensor:
+def encode_changes(before: Tensor, after: Tensor) -> Tensor | None:
     """Returns the changed elements of a flat tensor as bytes, uint8 [n]: values, then gaps between their places.
 
-    before, after: floats of 16 or 32 bits, [elements].
+    Returns None where they would be no smaller than all elements. before, after: floats of 16 or 32 bits, [elements].
     """
     bits = _BITS[after.dtype.itemsize]
     is_changed = before.view(bits) != after.view(bits)
     is_changed[::MAX_GAP] = True
+    if encoded_bytes(int(is_changed.count_nonzero()), after.dtype) >= after.nbytes:
+        return None
     places = is_changed.nonzero().squeeze(1)
     gaps = places.diff(prepend=places[:1]).to(torch.uint16)
     return torch.cat([after[places].view(torch.uint8), gaps.view(torch.uint8)])

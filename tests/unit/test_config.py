@@ -129,6 +129,8 @@ def test_violations_come_all_at_once(composed):
         (f"{FP8_SERVERS} rollout.sglang.transport=broadcast", "rollout.sglang.transport"),
         (f"{FP8_SERVERS} rollout.sglang.transport=disk", "rollout.sglang.transport"),
         (f"{FP8_SERVERS} rollout.sglang.tensor=4", "rollout.sglang.dtype"),
+        (f"{FP8_SERVERS} rollout.sglang.full_every=2", "rollout.sglang.full_every"),
+        ("rollout=sglang rollout.sglang.transport=ipc rollout.sglang.full_every=2", "rollout.sglang.full_every"),
         ("rollout=sglang +rollout.sglang.arguments.quantization=fp8", ARGUMENT + "quantization"),
         ("rollout=sglang +rollout.sglang.arguments.dtype=half", ARGUMENT + "dtype"),
         (f"{SPECULATING} {SPECULATIVE}algorithm=NGRAM", ARGUMENT + "speculative-algorithm"),

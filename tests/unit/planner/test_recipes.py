@@ -280,3 +280,16 @@ def test_a_server_larger_than_a_node_is_refused_with_the_alternatives():
 def test_file_system_of_a_machine_is_not_shared_storage():
     assert file_system(Path("/dev/shm/somewhere")) == "tmpfs"
     assert file_system(Path("/proc/1")) not in LOCAL_FILE_SYSTEMS
+
+
+def test_changes_alone_need_a_copy_of_the_weights_in_every_phase():
+    config = recipe("oreal_32b_disaggregated")
+    assert config.rollout.sglang is not None
+    servers = config.rollout.sglang.model_copy(update={"full_every": 20})
+    changed = config.model_copy(update={"rollout": config.rollout.model_copy(update={"sglang": servers})})
+    before, after = (planner_of(one)(one).memory.phases for one in (config, changed))
+    weights = next(phase.parts["policy weights"] for phase in before if phase.phase == "reshard")
+    for one, other in zip(before, after, strict=True):
+        more = {name: size - one.parts.get(name, 0) for name, size in other.parts.items()}
+        of_copy = {"sent weights": weights} if one.where != "server" else {}
+        assert {name: size for name, size in more.items() if size and name != "buckets"} == of_copy
