@@ -282,14 +282,26 @@ def test_file_system_of_a_machine_is_not_shared_storage():
     assert file_system(Path("/proc/1")) not in LOCAL_FILE_SYSTEMS
 
 
-def test_changes_alone_need_a_copy_of_the_weights_in_every_phase():
-    config = recipe("oreal_32b_disaggregated")
+def memory_of_changes(name: str) -> list[tuple[str, int, dict[str, int]]]:
+    """Returns (where, bytes of the policy's weights, what changes alone add), by phase."""
+    config = recipe(name)
     assert config.rollout.sglang is not None
     servers = config.rollout.sglang.model_copy(update={"full_every": 20})
     changed = config.model_copy(update={"rollout": config.rollout.model_copy(update={"sglang": servers})})
     before, after = (planner_of(one)(one).memory.phases for one in (config, changed))
-    weights = next(phase.parts["policy weights"] for phase in before if phase.phase == "reshard")
-    for one, other in zip(before, after, strict=True):
-        more = {name: size - one.parts.get(name, 0) for name, size in other.parts.items()}
-        of_copy = {"sent weights": weights} if one.where != "server" else {}
-        assert {name: size for name, size in more.items() if size and name != "buckets"} == of_copy
+    return [
+        (
+            one.where,
+            one.parts.get("policy weights", 0),
+            {key: size - one.parts.get(key, 0) for key, size in other.parts.items() if size != one.parts.get(key, 0)},
+        )
+        for one, other in zip(before, after, strict=True)
+    ]
+
+
+def test_changes_alone_need_a_copy_of_the_weights_in_every_phase(apart):
+    for where, weights, more in apart(memory_of_changes, "oreal_32b_disaggregated"):
+        assert where == "server" or weights
+        assert {key: size for key, size in more.items() if key != "buckets"} == (
+            {} if where == "server" else {"sent weights": weights}
+        )
