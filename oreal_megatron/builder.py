@@ -191,6 +191,8 @@ def _engine(
         )
     else:
         servers, geometry = config.rollout.sglang, workspace.geometry
+        if weights:  # the weights of the last evaluation are many updates old: no copy is kept to find what has changed
+            servers = servers.model_copy(update={"full_every": 1})
         engine = build_sglang_engine(
             servers,
             policy,
