@@ -178,7 +178,7 @@ def receive(rendezvous: Rendezvous, plan: ReshardingPlan, options: dict[str, Any
     torch.set_num_threads(1)
     group = join(rendezvous, rendezvous.num_senders, "gloo")
     parameters = {t.name: torch.zeros(t.shape, dtype=options["dtype"]) for t in plan.targets[0]}
-    Receiver(group, rendezvous, 0, ops_by_sender(plan.assign(1), 0), **options).receive(parameters)
+    Receiver(group, rendezvous, 0, ops_by_sender(plan.assign(1), 0), **options).receive(parameters, lambda run: None)
 
 
 if __name__ == "__main__":

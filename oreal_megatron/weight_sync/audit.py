@@ -45,11 +45,15 @@ class Auditor:
         return self._thread.submit(self._expected, self._scales())
 
     def audit(
-        self, servers: Sequence[PausedServer], sums: Future[list[Checksums]]
+        self,
+        servers: Sequence[PausedServer],
+        sums: Future[list[Checksums]],
+        known: Mapping[str, Sequence[Mapping[str, int]]],
     ) -> tuple[dict[str, TransferFailure], float]:
         """Returns (failures by server name, seconds), the same on every rank; all ranks call this.
 
-        servers: read on the main rank only. sums: from `start_sums`, with the weights that were sent.
+        servers: read on the main rank only. sums: from `start_sums`, with the weights that were sent. known: checksums
+        of `TransferResult`; the other servers are asked.
         """
         start = time.perf_counter()
         groups, channel = self._shards.groups, self._channel
@@ -57,20 +61,23 @@ class Auditor:
         if groups.is_main:
             ranks = range(channel.tensor)
             answers = {
-                server.name: channel.send(server, [channel.encode("checksums", r) for r in ranks]) for server in servers
+                server.name: channel.send(server, [channel.encode("checksums", r) for r in ranks])
+                for server in servers
+                if server.name not in known
             }
         expected = [added(parts) for parts in zip(*groups.gather_over_world(sums.result()), strict=True)]
         failures: dict[str, TransferFailure] = {}
+        found = {server.name: known[server.name] for server in servers if server.name in known}
         for name, answer in answers.items():
-            try:
-                reports = channel.reports(answer)
-            except (ConnectionError, ValueError) as error:
-                failures[name] = TransferFailure(f"could not be audited: {error}", isinstance(error, ConnectionError))
-                continue
-            for rank, report in enumerate(reports):
-                found = report.error or _difference(expected[rank], report.checksums or {})
-                if found:
-                    failures[name] = TransferFailure(f"tensor-parallel rank {rank}: {found}")
+            reports, failure = channel.answered(answer)
+            if failure is not None:
+                failures[name] = TransferFailure(f"could not be audited: {failure.reason}", failure.is_lost)
+            else:
+                found[name] = [report.checksums or {} for report in reports]
+        for name, by_rank in found.items():
+            for rank, checksums in enumerate(by_rank):
+                if difference := _difference(expected[rank], checksums):
+                    failures[name] = TransferFailure(f"tensor-parallel rank {rank}: {difference}")
                     break
         return groups.from_main(failures), time.perf_counter() - start
 

@@ -12,14 +12,16 @@ without VNNI add two products of bytes in 16 bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
+from itertools import combinations
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from oreal_megatron.conversion.rules import Box
+from oreal_megatron.conversion.rules import Box, overlap
 
 Checksums = dict[str, int]
 """Checksums in [0, 2^64), by the server's name of a tensor."""
@@ -38,21 +40,26 @@ def checksum(part: Tensor, box: Box, dtype: torch.dtype | None = None) -> int:
     highest bit has 56 bits or more in the sum. A vector is one row.
     dtype: type of the elements that are compared; default: that of `part`.
     """
+    return int(weighted_sum(part, box, dtype)) % 2**64
+
+
+def weighted_sum(part: Tensor, box: Box, dtype: torch.dtype | None = None) -> Tensor:
+    """Computes `checksum` on the device of `part`, without waiting for it: int64 [], modulo 2^64."""
     dtype = dtype or part.dtype
     rows, (first, last) = (box.rows, box.columns) if box.columns else ((0, 1), box.rows)
+    total = torch.zeros((), dtype=torch.int64, device=part.device)  # torch's integers wrap round
     if part.numel() == 0:
-        return 0
+        return total
     matrix = part.detach().reshape(rows[1] - rows[0], last - first)
     digits = _column_digits(_table_size(last * dtype.itemsize), part.device)[first * dtype.itemsize :]
     weights = _row_weights(_table_size(rows[1]), part.device)[slice(*rows)]
     step = max(_CHUNK_BYTES[part.device.type] // (matrix.size(1) * dtype.itemsize), 1)
-    total = torch.zeros((), dtype=torch.int64, device=part.device)  # torch's integers wrap round
     for chunk, of_chunk in zip(matrix.split(step), weights.split(step), strict=True):
         found = chunk.to(dtype).contiguous().view(torch.int8)
         for start in range(0, found.size(1), _EXACT_WIDTH):
             piece = found[:, start : start + _EXACT_WIDTH]
             total += (_weighted(piece, digits[start : start + piece.size(1)]) * of_chunk).sum()
-    return int(total) % 2**64
+    return total
 
 
 def _weighted(found: Tensor, digits: Tensor) -> Tensor:
@@ -96,8 +103,12 @@ def _table_size(num_places: int) -> int:
 
 def whole(tensor: Tensor) -> int:
     """Computes the checksum of a whole tensor."""
+    return checksum(tensor, _whole_box(tensor))
+
+
+def _whole_box(tensor: Tensor) -> Box:
     rows, *columns = tensor.shape
-    return checksum(tensor, Box((0, rows), (0, columns[0]) if columns else None))
+    return Box((0, rows), (0, columns[0]) if columns else None)
 
 
 def added(parts: Iterable[Checksums]) -> Checksums:
@@ -107,3 +118,70 @@ def added(parts: Iterable[Checksums]) -> Checksums:
         for name, value in part.items():
             total[name] = (total.get(name, 0) + value) % 2**64
     return total
+
+
+class ArrivingChecksums:
+    """Checksums of a model's parameters, summed up while their elements arrive.
+
+    A part is summed up where it lies in its parameter, after it was written and while later parts travel. The result is
+    that of a pass over all parameters at the end, because each parameter for which this is not certain is summed up
+    whole at the end: if its parts do not cover it exactly once (padding, overlaps), if it shares memory with another
+    parameter, or if torch has counted a write to it that was not announced.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], covered: Collection[str]):
+        """covered: names of the parameters that the parts cover exactly once, see `exactly_covered`."""
+        self._parameters = parameters
+        owners = Counter(parameter.untyped_storage().data_ptr() for parameter in parameters.values())
+        self._versions = {
+            name: parameters[name]._version
+            for name in covered
+            if owners[parameters[name].untyped_storage().data_ptr()] == 1 and not parameters[name].is_inference()
+        }
+        """Torch's count of writes up to the last one that is known here, for parameters that are summed up by parts."""
+        self._sums: dict[str, Tensor] = {}
+
+    def add_part(self, name: str, box: Box) -> None:
+        """Sums up a rectangle of a parameter that was written by one operation since the last call for it."""
+        if name not in self._versions:
+            return
+        self._versions[name] += 1
+        rows = self._parameters[name].detach()[slice(*box.rows)]
+        found = weighted_sum(rows if box.columns is None else rows[:, slice(*box.columns)], box)
+        self._sums[name] = self._sums[name] + found if name in self._sums else found
+
+    def add_whole(self, name: str) -> None:
+        """Sums up a whole parameter that is complete now, however it was written."""
+        parameter = self._parameters[name]
+        if parameter.is_inference():
+            return
+        self._versions[name] = parameter._version
+        self._sums[name] = weighted_sum(parameter, _whole_box(parameter))
+
+    def result(self) -> Checksums:
+        """Returns the checksums of all parameters, as they are now."""
+        for name, parameter in self._parameters.items():
+            if name not in self._sums or parameter._version != self._versions[name]:
+                self._sums[name] = weighted_sum(parameter, _whole_box(parameter))
+        names = list(self._parameters)
+        sums = torch.stack([self._sums[name] for name in names]).tolist()  # waits for the device once
+        return {name: value % 2**64 for name, value in zip(names, sums, strict=True)}
+
+
+def exactly_covered(parts: Iterable[tuple[str, Box]], parameters: Mapping[str, Tensor]) -> frozenset[str]:
+    """Returns the names of the parameters whose elements lie in exactly one of the rectangles each."""
+    boxes: dict[str, list[Box]] = defaultdict(list)
+    for name, box in parts:
+        boxes[name].append(box)
+    return frozenset(
+        name
+        for name, found in boxes.items()
+        if sum(box.num_elements for box in found) == parameters[name].numel()
+        and not any(_share_elements(one, other) for one, other in combinations(found, 2))
+    )
+
+
+def _share_elements(one: Box, other: Box) -> bool:
+    if overlap(one.rows, other.rows) is None:
+        return False
+    return one.columns is None or other.columns is None or overlap(one.columns, other.columns) is not None

@@ -101,9 +101,9 @@ class CommandChannel:
 
     def failure(self, answer: Future[None]) -> TransferFailure | None:
         """Waits for a server's answer and returns the reason why a command failed, or None."""
-        return self._answered(answer)[1]
+        return self.answered(answer)[1]
 
-    def _answered(self, answer: Future[None]) -> tuple[list[WorkerReport], TransferFailure | None]:
+    def answered(self, answer: Future[None]) -> tuple[list[WorkerReport], TransferFailure | None]:
         """Waits for a server's answer; returns every worker's report, and the reason why a command failed, or None."""
         try:
             reports = self.reports(answer)
@@ -125,7 +125,7 @@ class CommandChannel:
                 server.name: self.send(server, [self.encode("nccl", rank) for rank in ranks]) for server in servers
             }
             for name, answer in answers.items():
-                reports, failure = self._answered(answer)
+                reports, failure = self.answered(answer)
                 if failure is not None:
                     failures[name] = failure
                 elif others := {report.nccl for report in reports} - {ours}:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 
 from oreal_megatron.distributed.cpu_backend import collective_backend
+from oreal_megatron.weight_sync.checksums import Checksums
 from oreal_megatron.weight_sync.commands import CommandChannel
 from oreal_megatron.weight_sync.p2p import Rendezvous, Sender, join
 from oreal_megatron.weight_sync.planner import Assignment, ReshardingPlan, ops_by_receiver, ops_by_sender
@@ -81,11 +82,12 @@ class DirectTransport:
         errors = [error for part in outcomes for error, _, _ in part if error is not None]
         if errors:
             self._leave()  # closes the connections, so that workers that wait for this rank fail at once
-        failures, load_seconds = self._groups.from_main(self._failures(answers, errors))
+        failures, checksums, load_seconds = self._outcome(answers, errors)
         if failures:
             self._leave()
         return TransferResult(
             failures=failures,
+            checksums=checksums,
             num_bytes=sum(num_bytes for part in outcomes for _, _, num_bytes in part),
             seconds={
                 "plan": planned - start,
@@ -173,21 +175,22 @@ class DirectTransport:
         except RuntimeError as error:
             return 0, f"trainer rank {self._groups.rank}: {error}"
 
-    def _failures(
-        self, answers: dict[str, Future[None]], errors: Sequence[str]
-    ) -> tuple[dict[str, TransferFailure], float] | None:
-        """Returns (failures by server name, seconds until the last answer), on the main rank."""
-        if not self._groups.is_main:
-            return None
+    def _outcome(
+        self, answers: Mapping[str, Future[None]], errors: Sequence[str]
+    ) -> tuple[dict[str, TransferFailure], dict[str, list[Checksums]], float]:
+        """Waits for the servers; returns failures, checksums (main rank only) and the seconds until the last answer."""
         start = time.perf_counter()
-        failures = {}
+        failures, checksums = {}, {}
         for name, answer in answers.items():
-            failure = self._channel.failure(answer)
+            reports, failure = self._channel.answered(answer)
             if failure is None and errors:
                 failure = TransferFailure(errors[0])
             if failure is not None:
                 failures[name] = failure
-        return failures, time.perf_counter() - start
+            else:
+                checksums[name] = [dict(report.checksums or {}) for report in reports]
+        failures, seconds = self._groups.from_main((failures, time.perf_counter() - start))
+        return failures, checksums, seconds
 
     def _leave(self) -> None:
         if self._sender is not None:

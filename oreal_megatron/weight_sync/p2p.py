@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -199,12 +199,20 @@ class Receiver:
         """All transfer ops of this receiver."""
         return (op for _, run in self._buckets for op in run)
 
-    def receive(self, parameters: Mapping[str, Tensor], *, only_changes: bool = False) -> None:
+    def receive(
+        self,
+        parameters: Mapping[str, Tensor],
+        arrived: Callable[[Sequence[TransferOp]], None],
+        *,
+        only_changes: bool = False,
+    ) -> None:
         """Receives everything that is sent to this receiver into `parameters`, which are keyed by SGLang's name.
 
+        arrived: called with the ops of every bucket after they were written, while the next bucket travels.
         only_changes: whether the sender sends changes alone.
         """
         in_flight: list[tuple[Any, Sequence[TransferOp], Tensor]] = []
+        written: Sequence[TransferOp] = ()
         for sender, run in self._buckets:
             if self._halves is None:
                 self._halves = _halves(self._buckets, self._dtype, parameters[run[0].target].device)
@@ -215,22 +223,28 @@ class Receiver:
                 if (num_bytes := int(count)) < flat.nbytes:  # changes are sent where they are smaller
                     flat = torch.empty(num_bytes, dtype=torch.uint8, device=flat.device)
             in_flight.append((self._group.recv([flat], sender, 0), run, flat))
+            arrived(written)
+            written = ()
             if len(in_flight) == _NUM_HALVES:
-                self._unpack(*in_flight.pop(0), parameters)
+                written = self._unpack(*in_flight.pop(0), parameters)
+        arrived(written)
         for item in in_flight:
-            self._unpack(*item, parameters)
+            arrived(self._unpack(*item, parameters))
 
     def close(self) -> None:
         """Closes the connections, so that a sender that waits for this receiver fails at once."""
         self._group.abort()  # NCCL closes here,
         self._group = None  # gloo with the last reference
 
-    def _unpack(self, work: Any, run: Sequence[TransferOp], flat: Tensor, parameters: Mapping[str, Tensor]) -> None:
+    def _unpack(
+        self, work: Any, run: Sequence[TransferOp], flat: Tensor, parameters: Mapping[str, Tensor]
+    ) -> Sequence[TransferOp]:
         work.wait()
         if flat.dtype == torch.uint8:
             apply_changes(run, *decode_changes(flat, self._dtype), parameters)
         else:
             unpack(run, flat, parameters)
+        return run
 
 
 def _wait_for(works: Iterable[Any]) -> None:

@@ -54,7 +54,8 @@ class Publisher:
             name = f"{type(self._transport).__module__}.{type(self._transport).__qualname__}"
             raise ValueError(f"rollout.sglang.transport = {name}: send returned {sent!r}; return a TransferResult")
         failures |= sent.failures
-        found, seconds = self._auditor.audit([server for server in servers if server.name not in failures], sums)
+        received = [server for server in servers if server.name not in failures]
+        found, seconds = self._auditor.audit(received, sums, sent.checksums)
         return replace(sent, failures={**failures, **found}, seconds={**sent.seconds, "audit": seconds})
 
     def close(self) -> None:

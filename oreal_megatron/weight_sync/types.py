@@ -64,6 +64,9 @@ class TransferResult:
 
     failures: Mapping[str, TransferFailure] = field(default_factory=dict)
     """Failures by server name; all other servers have the weights."""
+    checksums: Mapping[str, Sequence[Mapping[str, int]]] = field(default_factory=dict)
+    """Checksums that workers computed of all their parameters after their last write, by server name and by
+    tensor-parallel rank, on the main rank only. The audit asks servers without them."""
     num_bytes: int = 0
     """Bytes that left the trainer."""
     seconds: Mapping[str, float] = field(default_factory=dict)

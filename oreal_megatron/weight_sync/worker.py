@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from oreal_megatron.weight_sync.checksums import whole
+from oreal_megatron.weight_sync.checksums import ArrivingChecksums, Checksums, exactly_covered, whole
 from oreal_megatron.weight_sync.fp8_blocks import E4M3, quantise_into
 from oreal_megatron.weight_sync.p2p import Receiver, Rendezvous, join, nccl_version, unpack
 from oreal_megatron.weight_sync.planner import TransferOp, num_elements
@@ -108,6 +108,7 @@ class WorkerReport:
 
     error: str | None = None
     checksums: Mapping[str, int] | None = None
+    """Checksums of all parameters, after weights were received or if they were asked for."""
     seconds: float = 0.0
     nccl: str | None = None
     """Version of NCCL in the worker's environment; None if its torch is built without NCCL."""
@@ -134,33 +135,48 @@ class Worker:
         """Number of elements that have arrived of each incomplete weight."""
         self._receiver: Receiver | None = None
         """Receiver of the rendezvous that the worker joined last."""
+        self._covered: frozenset[str] = frozenset()
+        """Parameters whose elements the receiver writes exactly once each."""
 
     def execute(
         self, command: Command, parameters: Mapping[str, Tensor], buffers: Sequence[Tensor], store: dist.Store
     ) -> Mapping[str, int] | None:
-        """Executes a command on a model's parameters; returns checksums by parameter if it is an audit.
+        """Executes a command on a model's parameters; returns checksums of all of them if it receives or audits.
 
         buffers: tensors that came with the command.
         """
         dtype = getattr(torch, command.dtype)
         match command.task:
             case Receive() as task:
-                self._receive(task, parameters, dtype, store)
+                return self._receive(task, parameters, dtype, store)
             case Unpack() as task:
                 self._unpack(task, parameters, dtype, buffers)
             case "checksums":
                 return {name: whole(parameter) for name, parameter in parameters.items()}
         return None
 
-    def _receive(self, task: Receive, parameters: Mapping[str, Tensor], dtype: torch.dtype, store: dist.Store) -> None:
+    def _receive(
+        self, task: Receive, parameters: Mapping[str, Tensor], dtype: torch.dtype, store: dist.Store
+    ) -> Checksums:
+        """Receives all weights; returns the checksums of the parameters as they are after the last write."""
         try:
             receiver = self._joined(task, parameters, dtype, store)
+            sums = ArrivingChecksums(parameters, self._covered)
+
+            def arrived(ops: Sequence[TransferOp]) -> None:
+                for op in ops:
+                    if op.target not in self._incomplete:
+                        sums.add_part(op.target, op.target_box)
+                for name in self._quantise_complete(ops, parameters):
+                    sums.add_whole(name)
+                    sums.add_whole(scales_of(name))
+
             destinations = self._destinations(receiver.ops, parameters, dtype)
-            receiver.receive(destinations, only_changes=task.only_changes)
+            receiver.receive(destinations, arrived, only_changes=task.only_changes)
         except Exception:
             self._leave()
             raise
-        self._quantise_complete(receiver.ops, parameters)
+        return sums.result()
 
     def _joined(
         self, task: Receive, parameters: Mapping[str, Tensor], dtype: torch.dtype, store: dist.Store
@@ -183,6 +199,8 @@ class Worker:
             dtype=dtype,
             bucket_bytes=task.bucket_bytes,
         )
+        of_parameters = ((op.target, op.target_box) for op in self._receiver.ops)
+        self._covered = exactly_covered(of_parameters, parameters)
         self._clear(parameters)
         return self._receiver
 
@@ -218,14 +236,19 @@ class Worker:
                 destinations[name] = self._incomplete[name]
         return destinations
 
-    def _quantise_complete(self, ops: Iterable[TransferOp], parameters: Mapping[str, Tensor]) -> None:
-        """Counts the elements of ops that were written, and quantises the FP8 weights that are complete."""
+    def _quantise_complete(self, ops: Iterable[TransferOp], parameters: Mapping[str, Tensor]) -> list[str]:
+        """Counts the elements of ops that were written, and quantises the FP8 weights that are complete.
+
+        Returns the names of the quantised weights.
+        """
         for op in ops:
             if op.target in self._incomplete:
                 self._num_arrived[op.target] += op.num_elements
-        for name in [name for name, copy in self._incomplete.items() if self._num_arrived[name] == copy.numel()]:
+        complete = [name for name, copy in self._incomplete.items() if self._num_arrived[name] == copy.numel()]
+        for name in complete:
             quantise_into(parameters[name], parameters[scales_of(name)], self._incomplete.pop(name))
             del self._num_arrived[name]
+        return complete
 
     def _clear(self, parameters: Mapping[str, Tensor]) -> None:
         """Sets parameters to zero: a server that starts without weights has random numbers, in the padding too."""

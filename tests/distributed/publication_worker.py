@@ -215,7 +215,7 @@ def find_another_scale(shards: PolicyShards, servers: list[Any], auditor: Audito
     if shards.groups.is_main:
         servers[0].pipes[-1].send_bytes(f"tamper {name}".encode())
         servers[0].pipes[-1].recv()
-    failures, _ = auditor.audit(servers, auditor.start_sums())
+    failures, _ = auditor.audit(servers, auditor.start_sums(), {})
     assert list(failures) == ["server 0"] and name in failures["server 0"].reason, failures
 
 

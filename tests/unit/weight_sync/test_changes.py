@@ -84,7 +84,7 @@ def test_receiver_has_the_weights_after_changes_alone(num_changed):
     sent = []
     with ThreadPoolExecutor(1) as pool:
         for only_changes in (False, True, True):
-            arriving = pool.submit(receiver.receive, received, only_changes=only_changes)
+            arriving = pool.submit(receiver.receive, received, lambda ops: None, only_changes=only_changes)
             sent.append(sender.send(shards, only_changes=only_changes))
             arriving.result(60)
             for op in ops_by_receiver(assignment, 0)[0]:

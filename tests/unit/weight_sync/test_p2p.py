@@ -16,7 +16,8 @@ from oreal_megatron.config import GeometryConfig
 from oreal_megatron.conversion.families import family_of
 from oreal_megatron.conversion.layout import Layout
 from oreal_megatron.conversion.rules import Box
-from oreal_megatron.weight_sync.checksums import added, checksum, whole
+from oreal_megatron.weight_sync import checksums
+from oreal_megatron.weight_sync.checksums import ArrivingChecksums, added, checksum, exactly_covered, whole
 from oreal_megatron.weight_sync.p2p import Receiver, Rendezvous, Sender, join, rounds, view
 from oreal_megatron.weight_sync.planner import ops_by_receiver, ops_by_sender, plan_resharding
 from oreal_megatron.weight_sync.sglang_layout import SGLangLayout
@@ -62,7 +63,7 @@ def publish(dtype=torch.float32, bucket_bytes=512):
         group = join(rendezvous, TRAINER.num_ranks + number, "gloo")
         parameters = {t.name: torch.zeros(t.shape, dtype=dtype) for t in plan.targets[number % SERVER.tensor]}
         receiver = Receiver(group, rendezvous, number, ops_by_sender(assignment, number), **options)
-        receiver.receive(parameters)
+        receiver.receive(parameters, lambda run: None)
         return parameters
 
     with ThreadPoolExecutor(TRAINER.num_ranks + num_receivers) as pool:
@@ -106,7 +107,11 @@ def test_process_that_waits_fails_once_the_other_closes(closed):
     weights = huggingface_weights(TABLE)
     shards = {n: torch.from_numpy(s).float() for n, s in trainer_shards(TABLE, GEOMETRY, trainer, weights)[0].items()}
     parameters = {target.name: torch.zeros(target.shape) for target in plan.targets[0]}
-    waits = (lambda: receiver.receive(parameters)) if closed == "sender" else (lambda: sender.send(shards))
+    waits = (
+        (lambda: receiver.receive(parameters, lambda run: None))
+        if closed == "sender"
+        else (lambda: sender.send(shards))
+    )
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(waits)
         with pytest.raises(TimeoutError):
@@ -280,3 +285,76 @@ def test_rounds_give_every_process_one_partner():
     for k in range(5):
         group = [(s, r) for s, r in pairs if (r - s) % 5 == k]
         assert len({s for s, _ in group}) == len({r for _, r in group}) == len(group)
+
+
+HALVES = (Box((0, 2), (0, 6)), Box((2, 4), (0, 6)))
+
+
+def arriving(parameters, parts, after=lambda: None):
+    """Checksums of parameters that are written part by part; `after` runs between the last part and the end."""
+    sums = ArrivingChecksums(parameters, exactly_covered(parts, parameters))
+    for number, (name, box) in enumerate(parts):
+        view(parameters[name], box).copy_(torch.full(box.shape, 1.0 + number))
+        sums.add_part(name, box)
+    after()
+    return sums.result()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_arriving_checksums_are_those_of_the_whole_tensors_at_the_end(mode, monkeypatch):
+    """Padding, an overlap, memory of two names, and writes that were not announced, before and after the last part."""
+    parameters = {name: torch.nn.Parameter(torch.zeros(4, 6)) for name in ("covered", "padded", "overlaps", "late")}
+    parameters["tied"] = torch.nn.Parameter(parameters["covered"].data)  # with a count of writes of its own
+    parameters["alone"] = torch.nn.Parameter(torch.zeros(4, 6))
+    parameters["vector"] = torch.nn.Parameter(torch.zeros(5))
+    parameters["empty of parts"] = torch.nn.Parameter(torch.ones(2, 2))
+    parts = [
+        *((name, box) for name in ("covered", "tied", "alone", "late") for box in HALVES),
+        ("padded", HALVES[0]),
+        ("overlaps", HALVES[0]),
+        ("overlaps", Box((1, 3), (0, 6))),
+        ("vector", Box((0, 3), None)),
+        ("vector", Box((3, 5), None)),
+    ]
+    summed = []
+    real = checksums.weighted_sum
+    monkeypatch.setattr(
+        checksums, "weighted_sum", lambda part, *rest: summed.append(part.data_ptr()) or real(part, *rest)
+    )
+    with mode():
+        found = arriving(parameters, parts, after=lambda: parameters["late"].detach()[3, 5].fill_(7.0))
+        at_the_end = summed[len(summed) - 6 :]
+    assert found == {name: whole(tensor) for name, tensor in parameters.items()}
+    ends = ("covered", "padded", "overlaps", "late", "tied", "empty of parts")
+    assert at_the_end == [parameters[name].data_ptr() for name in ends]  # alone and vector were summed up by parts
+
+
+def test_arriving_checksums_of_tensors_without_a_count_of_writes_are_summed_up_at_the_end():
+    with torch.inference_mode():
+        tensors = {"weight": torch.zeros(4, 6)}
+        parts = [("weight", box) for box in HALVES]
+        found = arriving(tensors, parts, after=lambda: tensors["weight"][0, 0].fill_(5.0))
+        assert found == {"weight": whole(tensors["weight"])}
+
+
+def test_receiver_reports_a_bucket_once_it_is_written_and_while_the_next_one_travels():
+    plan = plan_resharding(TABLE, GEOMETRY, Layout(), SGLangLayout())
+    assignment = plan.assign(1)
+    sender, receiver = joined_pair(ops_by_receiver(assignment, 0), ops_by_sender(assignment, 0))
+    weights = huggingface_weights(TABLE)
+    shards = {n: torch.from_numpy(s).float() for n, s in trainer_shards(TABLE, GEOMETRY, Layout(), weights)[0].items()}
+    wanted = {n: torch.from_numpy(v).float() for n, v in served(weights, GEOMETRY, SGLangLayout(), 0).items()}
+    parameters = {target.name: torch.full(target.shape, -1.0) for target in plan.targets[0]}
+    reported = []
+
+    def arrived(run):
+        for op in run:
+            assert torch.equal(view(parameters[op.target], op.target_box), view(wanted[op.target], op.target_box))
+        reported.extend(run)
+
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(sender.send, shards)
+        receiver.receive(parameters, arrived)
+        sending.result(60)
+    assert reported == list(receiver.ops)
+    receiver.close(), sender.close()

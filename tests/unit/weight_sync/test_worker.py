@@ -104,7 +104,7 @@ class BrokenReceiver:
     def __init__(self, rendezvous: Rendezvous):
         self.rendezvous, self.ops, self.is_closed = rendezvous, (), False
 
-    def receive(self, parameters, *, only_changes) -> None:
+    def receive(self, parameters, arrived, *, only_changes) -> None:
         raise RuntimeError("connection reset")
 
     def close(self) -> None:
