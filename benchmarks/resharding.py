@@ -2,9 +2,13 @@
 
     python -m benchmarks.resharding
 
-The transports take turns; medians over pairs. Then a simulation of the 32B setting on given link speeds, which moves
-nothing. Limits: direct's transfer at most half of broadcast's, its bytes the lower bound, everything but transfer and
-audit under 0.5 s, extra memory of a process under two buckets.
+The transports take turns; medians over pairs. Then changes alone (rollout.sglang.full_every) after updates of several
+learning rates: fp32 weights that bf16 rounds to the model's are drawn evenly, and each moves by the learning rate, up
+or down. That is AdamW's first step; later steps are smaller on the average. Then a simulation of the 32B setting on
+given link speeds, which moves nothing.
+
+Limits: direct's transfer at most half of broadcast's, its bytes the lower bound, everything but transfer and audit
+under 0.5 s, extra memory of a process under two buckets.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ from oreal_megatron.weight_sync.sglang_layout import SGLangLayout
 from oreal_megatron.weight_sync.source import PolicyShards
 
 WORLD, SERVER_RANKS = 4, 2
+LEARNING_RATES = (1e-7, 5e-7, 1e-6, 5e-6, 1e-5)
 PARTS = ("pause", "plan", "transfer", "load", "audit", "continue")
 VOCABULARY = 151936
 QWEN_05B = GeometryConfig(
@@ -148,12 +153,20 @@ def measure(
     }
     try:
         reports = taken(engine, publishers, groups, arguments.pairs)
+        engine.publisher = build_publisher(
+            servers.model_copy(update={"full_every": 10**6}),
+            shards,
+            directory=directory,
+            config_json=engine.pool.config_json,
+        )
+        changes = {rate: taken_by_changes(engine, shards, rate, arguments.pairs) for rate in LEARNING_RATES}
     finally:
         engine.close()
     if groups.is_main:
         plan = plan_resharding(shards.table, shards.geometry, shards.layout, SGLangLayout(tensor=SERVER_RANKS))
         lower_bound = sum(tensor.num_elements for tensors in plan.targets for tensor in tensors) * 2
         show(reports, lower_bound, arguments.bucket_mib)
+        show_changes(changes, lower_bound)
 
 
 def taken(
@@ -177,6 +190,31 @@ def taken(
             report["extra_bytes"] = float(max(most for part in groups.gather_over_world(mine) for most in part))
             reports[name].append(report)
     return reports
+
+
+def taken_by_changes(engine: SGLangEngine, shards: PolicyShards, rate: float, pairs: int) -> list[dict[str, float]]:
+    """Pairs of publications, one after the other: of all weights after an update, and of the changes of the next."""
+    reports: list[dict[str, float]] = []
+    for _ in range(2 * pairs):
+        update(shards, rate)
+        if len(reports) % 2 == 0:
+            engine.publisher._transport._num_sent = 10**6  # type: ignore[attr-defined]  # all weights are due
+        reports.append(dict(engine.publish(engine.weight_version + 1)))
+        if not reports[-1]["publication/servers"] or reports[-1]["publication/failures"]:
+            raise SystemExit(f"changes by a learning rate of {rate} did not reach the server")
+    return reports
+
+
+@torch.no_grad()
+def update(shards: PolicyShards, rate: float) -> None:
+    """Moves every weight by `rate`, up or down, from a place within the interval that bf16 rounds to it."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in shards.tensors().values():
+        exact = weight.float()
+        spacing = torch.ldexp(torch.ones(()), torch.frexp(exact).exponent - 8)
+        exact += spacing * (torch.rand(exact.shape, generator=generator) - 0.5)
+        exact += rate * (torch.randint(0, 2, exact.shape, generator=generator) * 2 - 1)
+        weight.copy_(exact)
 
 
 def server_processes(pool: ServerPool) -> list[psutil.Process]:
@@ -231,6 +269,23 @@ def show(reports: dict[str, list[dict[str, float]]], lower_bound: int, bucket_mi
     print(f"direct: all but transfer and audit {rest:.3f} s (limit 0.5)")
     print(f"direct: {direct[0]['publication/bytes']:.0f} bytes, lower bound {lower_bound}")
     print(f"direct: extra memory of the process that grew most {extra:.0f} MiB (limit {2 * bucket_mib})")
+
+
+def show_changes(changes: dict[float, list[dict[str, float]]], lower_bound: int) -> None:
+    print(f"\n{'changes alone':<18}{'MB':>10}{'of all':>10}{'transfer s':>12}{'of all':>10}{'audit s':>10}")
+    for rate, reports in changes.items():
+        whole, changed = reports[::2], reports[1::2]
+        sent = statistics.median(report["publication/bytes"] for report in changed)
+        seconds = [
+            [sum(report[f"publication/{part}_seconds"] for part in ("transfer", "load")) for report in side]
+            for side in (changed, whole)
+        ]
+        ratio = statistics.median(few / all_ for few, all_ in zip(*seconds, strict=True))
+        audit = statistics.median(report["publication/audit_seconds"] for report in changed)
+        print(
+            f"{f'  rate {rate:g}':<18}{sent / 1e6:>10.1f}{sent / lower_bound:>10.1%}"
+            f"{statistics.median(seconds[0]):>12.3f}{ratio:>10.2f}{audit:>10.3f}"
+        )
 
 
 def simulate() -> None:

@@ -14,7 +14,7 @@ from oreal_megatron.config.divisibility import (
 from oreal_megatron.config.errors import Violation
 from oreal_megatron.config.fp8_recipes import CAPABILITIES, device_problem, recipes_for
 from oreal_megatron.config.optimizer import OptimizerConfig
-from oreal_megatron.config.rollout import OPTIONS_SET_BY_RUN, RolloutConfig, SamplingConfig
+from oreal_megatron.config.rollout import OPTIONS_SET_BY_RUN, RolloutConfig, SamplingConfig, SGLangConfig
 from oreal_megatron.config.sections import (
     EvaluationConfig,
     Fp8Config,
@@ -313,18 +313,23 @@ def _check_servers(rollout: RolloutConfig) -> Iterator[Violation]:
     if servers.shares_devices and servers.device == "cuda" and servers.transport in ("direct", "broadcast"):
         remedy = "NCCL has no groups with two processes on one device. Set rollout.sglang.transport=ipc or disk."
         yield Violation("rollout.sglang.transport", servers.transport, remedy)
-    if servers.full_every > 1 and (servers.transport != "direct" or servers.dtype == "fp8"):
-        remedy = (
-            "Servers in FP8 hold rounded weights, to which changes cannot be added."
-            if servers.transport == "direct"
-            else f"With rollout.sglang.transport={servers.transport} all weights are sent."
-        )
-        remedy = f"{remedy} Set it to 1, or rollout.sglang.transport=direct and rollout.sglang.dtype=null."
-        yield Violation("rollout.sglang.full_every", servers.full_every, remedy)
+    if servers.full_every > 1 and (reason := _needs_all_weights(servers)) is not None:
+        yield Violation("rollout.sglang.full_every", servers.full_every, f"{reason} Set it to 1.")
     for name in servers.arguments:
         if (setter := OPTIONS_SET_BY_RUN.get(name.replace("_", "-"))) is not None:
             remedy = f"The run sets this option {setter}. Remove it here."
             yield Violation(f"rollout.sglang.arguments.{name}", servers.arguments[name], remedy)
+
+
+def _needs_all_weights(servers: SGLangConfig) -> str | None:
+    """Returns the reason why changes alone cannot be sent to servers, or None."""
+    if servers.transport != "direct":
+        return f"With rollout.sglang.transport={servers.transport} all weights are sent."
+    if servers.dtype == "fp8":
+        return "Servers in FP8 hold rounded weights, to which changes cannot be added."
+    if servers.shares_devices:
+        return "Colocated servers release their weights while the trainer works."
+    return None
 
 
 @check("rollout", "parallel")

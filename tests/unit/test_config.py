@@ -131,6 +131,11 @@ def test_violations_come_all_at_once(composed):
         (f"{FP8_SERVERS} rollout.sglang.tensor=4", "rollout.sglang.dtype"),
         (f"{FP8_SERVERS} rollout.sglang.full_every=2", "rollout.sglang.full_every"),
         ("rollout=sglang rollout.sglang.transport=ipc rollout.sglang.full_every=2", "rollout.sglang.full_every"),
+        (
+            "rollout=sglang_cpu rollout.sglang.placement=colocated rollout.sglang.full_every=2 "
+            "resources.trainer_devices=1",
+            "rollout.sglang.full_every",
+        ),
         ("rollout=sglang +rollout.sglang.arguments.quantization=fp8", ARGUMENT + "quantization"),
         ("rollout=sglang +rollout.sglang.arguments.dtype=half", ARGUMENT + "dtype"),
         (f"{SPECULATING} {SPECULATIVE}algorithm=NGRAM", ARGUMENT + "speculative-algorithm"),
