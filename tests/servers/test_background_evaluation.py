@@ -100,7 +100,7 @@ def test_two_replicas_evaluate_at_one_server(warm):
 @pytest.mark.slow
 def test_killed_run_ends_the_evaluation_with_the_weights_of_its_step(warm):
     directory = warm()
-    options = (*OPTIONS, "run.checkpoint_every=1", "evaluation.benchmarks.heldout.samples=256")
+    options = (*OPTIONS, "run.checkpoint_every=1", "evaluation.benchmarks.heldout.samples=64")
     run = RunProcess(directory, *options)
     assert run.wait_until(has_trained(directory, 6)), run.said()
     run.kill()
@@ -115,7 +115,7 @@ def test_killed_run_ends_the_evaluation_with_the_weights_of_its_step(warm):
 @pytest.mark.slow
 def test_lost_server_gets_the_weights_of_the_evaluation_again(warm):
     directory = warm()
-    run = RunProcess(directory, *OPTIONS, "evaluation.benchmarks.heldout.samples=256")
+    run = RunProcess(directory, *OPTIONS, "evaluation.benchmarks.heldout.samples=64")
     assert run.wait_until(has_trained(directory, 5)), run.said()
     for pid in servers_of(directory):
         os.kill(pid, signal.SIGKILL)
