@@ -136,18 +136,19 @@ class Sender:
         sends.
         """
         num_bytes = 0
-        in_flight: list[list[Any]] = []
+        in_flight: list[tuple[list[Any], list[Tensor]]] = []  # transfers, and what they read
         for receiver, run in self._buckets:
             if self._halves is None:
                 self._halves = _halves(self._buckets, self._dtype, shards[run[0].source].device)
             if len(in_flight) == _NUM_HALVES:
-                _wait_for(in_flight.pop(0))
+                _wait_for(in_flight.pop(0)[0])
             flat = next(self._halves)[: num_elements(run)]
             pack(run, shards, flat)
             messages = self._changes(run, flat) if only_changes else [flat]
             num_bytes += sum(message.nbytes for message in messages)
-            in_flight.append([self._group.send([message], self._offset + receiver, 0) for message in messages])
-        for works in in_flight:
+            works = [self._group.send([message], self._offset + receiver, 0) for message in messages]
+            in_flight.append((works, messages))
+        for works, _ in in_flight:
             _wait_for(works)
         if self._sent is not None:
             for source in {op.source for _, run in self._buckets for op in run}:
