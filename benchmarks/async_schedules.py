@@ -215,6 +215,9 @@ def main() -> None:
     parser.add_argument("--lengths", choices=sorted(ARMS), help=argparse.SUPPRESS)  # of a trainer's process
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    least = 2 * max(max_staleness for arms in ARMS.values() for _, max_staleness, _ in arms) + 3
+    if arguments.steps < least:
+        parser.error(f"--steps = {arguments.steps} leaves no step in the middle of a run; set it to at least {least}")
     if arguments.lengths is not None:
         train(arguments)
         return

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 
 from oreal_megatron.checkpoint.state import weights_of_checkpoint
 from oreal_megatron.evaluation import (
@@ -24,10 +25,10 @@ from oreal_megatron.evaluation import (
 )
 from oreal_megatron.rollout.background_sampling import BackgroundSampling
 from oreal_megatron.rollout.sample_call import SampleCall
-from oreal_megatron.rollout.sampler import rollout_seeds
+from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
 from oreal_megatron.run_state import PendingEvaluation, Run
 from oreal_megatron.stopping import Stopped
-from oreal_megatron.types import EvaluationReport
+from oreal_megatron.types import EvaluationReport, GradedRollout
 
 logger = logging.getLogger(__name__)
 
@@ -69,15 +70,13 @@ def resume_evaluation(run: Run) -> None:
     if run.evaluation is not None:
         _begin(run, pending)
         return
-    if not _has_weights(run, pending):
-        return
-    with _weights_of(run, pending):
-        run.engine.publish(pending.weight_version)
-        report = evaluate_run(run, pending.step)
-        run.progress.pending_evaluation = None
-        note_score(run, report)
-    with run.policy.on_device():
-        run.engine.publish(run.progress.weight_version)
+    report = _journalled(run, pending)
+    if report is None:
+        if not _has_weights(run, pending):
+            return
+        report = _evaluated_again(run, pending)
+    run.progress.pending_evaluation = None
+    note_score(run, report)
     run.store.remember_best(run.progress.best)
 
 
@@ -94,13 +93,11 @@ def end_evaluation(run: Run, *, wait: bool) -> None:
     pending, sampling = run.progress.pending_evaluation, run.evaluation
     if pending is None or sampling is None:
         return
-    if not wait and run.store.is_busy:  # the best checkpoint is named once it is whole
-        return
     before = sampling.waited_seconds
     with sampling.standstill():
         is_complete = _is_complete(run, pending, sampling, wait=wait)
     waited = sampling.waited_seconds - before
-    if not is_complete:
+    if not is_complete or (not wait and run.store.is_busy):  # the best checkpoint is named once it is whole
         return
     if wait and waited > _LONG_SECONDS and run.progress.step < run.num_steps:
         logger.warning(
@@ -110,7 +107,7 @@ def end_evaluation(run: Run, *, wait: bool) -> None:
             waited,
         )
     with sampling.standstill(), run.timeline.recorded("evaluation"):
-        metrics = benchmarks_metrics(run, pending.step, _results(run, sampling))
+        metrics = benchmarks_metrics(run, pending.step, _results(run, sampling.results()))
     report = EvaluationReport(
         step=pending.step,
         metrics=metrics,
@@ -126,11 +123,41 @@ def end_evaluation(run: Run, *, wait: bool) -> None:
     run.store.remember_best(run.progress.best)
 
 
+def _journalled(run: Run, pending: PendingEvaluation) -> EvaluationReport | None:
+    """Returns the evaluation, if the journal has all of its responses; logs it."""
+    start = time.perf_counter()
+    sampler, calls = run.sampler, _calls(run, pending, run.sampler)
+    finished = [sampler.journalled(call) for call in calls]
+    is_complete = all(len(units) == len(call.units) for call, units in zip(calls, finished, strict=True))
+    if not run.groups.from_main(is_complete):
+        return None
+    groups = [sampler.complete_groups(call, units) for call, units in zip(calls, finished, strict=True)]
+    metrics = benchmarks_metrics(run, pending.step, _results(run, groups))
+    report = EvaluationReport(step=pending.step, metrics=metrics, seconds=time.perf_counter() - start)
+    run.tracker.evaluation(report)
+    return report
+
+
+def _evaluated_again(run: Run, pending: PendingEvaluation) -> EvaluationReport:
+    """Returns the evaluation of a step's weights, while training waits; the servers have the run's weights after it."""
+    servers = run.config.rollout.sglang
+    report = None
+    with _weights_of(run, pending):
+        run.engine.publish(pending.weight_version)
+        if servers is None or not servers.shares_devices:
+            report = evaluate_run(run, pending.step)
+    if report is None:  # colocated servers hold the weights, and take the memory of the policy
+        report = evaluate_run(run, pending.step)
+    with run.policy.on_device():
+        run.engine.publish(run.progress.weight_version)
+    return report
+
+
 def _begin(run: Run, pending: PendingEvaluation) -> None:
     """Sends the servers the weights of an evaluation, unless the journal has all responses, and has them generate."""
     sampling = run.evaluation
     assert sampling is not None
-    if not sampling.begin(_calls(run, pending)) or not _has_weights(run, pending):
+    if not sampling.begin(_calls(run, pending, sampling.sampler)) or not _has_weights(run, pending):
         return
     with sampling.standstill(), run.timeline.recorded("evaluation"):
         if sampling.engine.weight_version != pending.weight_version:
@@ -160,12 +187,11 @@ def _is_complete(run: Run, pending: PendingEvaluation, sampling: BackgroundSampl
         run.groups.check_others()
 
 
-def _calls(run: Run, pending: PendingEvaluation) -> list[SampleCall]:
+def _calls(run: Run, pending: PendingEvaluation, sampler: Sampler) -> list[SampleCall]:
     """Returns the calls of every benchmark, in their order."""
-    assert run.evaluation is not None
     config = run.config
     return [
-        run.evaluation.sampler.call(
+        sampler.call(
             benchmark.prompts,
             batch_name=evaluation_name(pending.step),
             num_samples=num_samples,
@@ -178,9 +204,9 @@ def _calls(run: Run, pending: PendingEvaluation) -> list[SampleCall]:
     ]
 
 
-def _results(run: Run, sampling: BackgroundSampling) -> list[Results]:
-    """Returns the responses of every benchmark, from those of every call."""
-    groups = iter(sampling.results())
+def _results(run: Run, of_calls: Sequence[list[list[GradedRollout]]]) -> list[Results]:
+    """Returns the responses of every benchmark, from the groups of every call."""
+    groups = iter(of_calls)
     return [
         ([group[0] for group in next(groups)], next(groups) if benchmark.samples else [])
         for benchmark in run.benchmarks

@@ -140,7 +140,7 @@ def _background_evaluation(
     """Builds what samples evaluations at the servers `members`, which get the initial policy's weights."""
     engine = _engine(workspace, policy, members, weights="evaluation")
     assert isinstance(engine, SGLangEngine)
-    journal = RolloutJournal(workspace.journal.directory, workspace.groups)  # the other journal is another thread's
+    journal = RolloutJournal(workspace.journal.directory, workspace.groups)  # keeps a file of its own open
     workspace.close_later(journal.close)
     sampling = BackgroundSampling(sampler.with_engine(engine, journal), engine, workspace.groups, workspace.stop)
     workspace.close_later(sampling.close)
@@ -209,6 +209,7 @@ def _engine(
             model_path=config.model.path,
             kv_tokens=tokens_beside_trainer(config, servers, geometry) if servers.shares_gpus else None,
             first_device=first_server_device(servers),
+            num_generations=2 if weights else 1,  # an evaluation's greedy responses, and its samples
             members=members,
             weights=weights,
         )

@@ -90,6 +90,8 @@ class Tracker:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="trajectories")
         self._being_written: Future[None] | None = None
         self._trends = Trends()
+        self._newest_step = -1
+        """Number of the last step whose metrics were logged."""
 
     def start(self, first_step: int, *, is_evaluated: bool, pending_evaluation: int | None = None) -> None:
         """Opens the files to go on from `first_step`; records of later steps are removed.
@@ -102,6 +104,7 @@ class Tracker:
         """
         if not self._is_main:
             return
+        self._newest_step = first_step - 1
         path = self._directory / METRICS_FILE
         kept = _drop_from(path, first_step, is_evaluated, pending_evaluation)
         for record in kept:
@@ -165,6 +168,7 @@ class Tracker:
     def step(self, report: StepReport) -> None:
         """Writes a step's report, and logs its main metrics as a line."""
         self._write(report.to_json())
+        self._newest_step = report.step
         seconds = {f"seconds/{phase}": value for phase, value in report.seconds.items()}
         peaks = {f"peak_gib/{phase}": value for phase, value in report.peak_gib.items()}
         values = {**report.metrics, **seconds, **peaks}
@@ -190,7 +194,7 @@ class Tracker:
         self._write(report.to_json())
         waited = {} if report.waited_seconds is None else {"waited_seconds": report.waited_seconds}
         values = {f"evaluation/{name}": value for name, value in {**report.metrics, **waited}.items()}
-        self._log(values, report.step, is_evaluation=True, is_late=report.ended_after not in (None, report.step))
+        self._log(values, report.step, is_evaluation=True, is_late=report.step <= self._newest_step)
         if self._prometheus is not None:
             self._prometheus.evaluation({**report.metrics, **waited}, report.step)
         when = f"after {report.step} steps" if report.step else "before the first step"

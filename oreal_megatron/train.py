@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +36,7 @@ from oreal_megatron.policy_updates import (
 )
 from oreal_megatron.run_state import Run, restore, save
 from oreal_megatron.seeds import derive_seed
+from oreal_megatron.servers.request_queue import NoServerError
 from oreal_megatron.step import (
     ScoredSequences,
     UpdateRefused,
@@ -246,13 +248,15 @@ def evaluate_and_save(run: Run) -> None:
         return
     step = progress.step
     last = step == run.num_steps
-    end_evaluation(run, wait=False)
+    with saved_if_lost(run):
+        end_evaluation(run, wait=False)
     if is_evaluated_after(run, step) and progress.evaluated_step != step:
         if run.evaluation is None:
             evaluate_now(run)
         else:
-            end_evaluation(run, wait=True)
-            begin_evaluation(run)
+            with saved_if_lost(run):
+                end_evaluation(run, wait=True)
+                begin_evaluation(run)
     is_needed = step in (progress.best and progress.best.step, pending_step(run))
     if last or is_multiple(step, config.run.checkpoint_every) or is_needed:
         with run.timeline.recorded("save"):
@@ -260,6 +264,17 @@ def evaluate_and_save(run: Run) -> None:
     if last:
         end_evaluation(run, wait=True)
     run.exporter.update()
+
+
+@contextlib.contextmanager
+def saved_if_lost(run: Run) -> Iterator[None]:
+    """Saves the run between two steps if the block finds that no server of evaluation is left."""
+    try:
+        yield
+    except NoServerError:
+        keep_ahead(run)
+        save(run, wait=True)
+        raise
 
 
 def evaluate_now(run: Run) -> None:

@@ -96,6 +96,8 @@ class FakeSGLang:
     """Modes of pauses."""
     num_running: int = 0
     """Responses under way."""
+    most_running: int = 0
+    """Largest number of responses under way at the same time."""
     num_tokens: int = 0
     """Tokens of all responses, also of those that nobody waits for any more."""
     exit_code: int | None = None
@@ -189,6 +191,7 @@ class FakeSGLang:
     async def _handle(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         if path == "/generate":
             self.num_running += 1
+            self.most_running = max(self.most_running, self.num_running)
             try:
                 return 200, await self._generate(body)
             finally:

@@ -51,8 +51,10 @@ def load_weights_only(prefix: str, module: torch.nn.Module, state: dict[str, Any
     assert not found.unexpected_keys, found.unexpected_keys
     for name, parameter in module.named_parameters():
         # Transformer Engine keeps the values that FP8 weights were rounded from, for the optimizer's master weights.
-        if (made_of := getattr(parameter, "get_high_precision_init_val", None)) is not None and name in weights:
-            made_of().copy_(weights[name])
+        # They are gone once the optimizer has taken them.
+        made_of = getattr(parameter, "get_high_precision_init_val", None)
+        if made_of is not None and name in weights and (value := made_of()) is not None:
+            value.copy_(weights[name])
     return [name for name in found.missing_keys if not name.endswith(_FP8_STATE)]
 
 

@@ -126,7 +126,7 @@ class SGLangConfig(Section):
     docs/extending.md."""
     bucket_mib: Positive
     """Size of the buckets in which weights move, in MiB. A process needs memory for two buckets, and for three where
-    `ipc` or `broadcast` collect a bucket for other ranks."""
+    `ipc` or `broadcast` collect a bucket for other ranks, or where changes are found (full_every)."""
     full_every: Positive = 1
     """Publications of which one sends all weights with `transport: direct`; the others send those whose bits have
     changed since the last one, and each trainer rank keeps a copy of its weights to compare with. 1: always all."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from oreal_megatron.config.errors import Violation
 from oreal_megatron.config.rollout import RolloutConfig
-from oreal_megatron.config.sections import EvaluationConfig, RunConfig
+from oreal_megatron.config.sections import EvaluationConfig, Fp8Config, RunConfig
 from oreal_megatron.config.sft_checks import CHECKS, check
 
 __all__ = ["CHECKS", "check"]
@@ -52,6 +52,16 @@ def _check_ahead(rollout: RolloutConfig) -> Iterator[Violation]:
     if rollout.generation is not None:
         remedy = "A function's responses of several turns are generated in turn. Set rollout.generation=null, or "
         yield Violation("rollout.schedule", schedule, f"{remedy}rollout.schedule=in_turn.")
+
+
+@check("evaluation", "fp8")
+def _check_evaluated_weights(evaluation: EvaluationConfig, fp8: Fp8Config) -> Iterator[Violation]:
+    if evaluation.servers and fp8.policy is not None and fp8.policy.parameters:
+        remedy = (
+            "Weights of a step's checkpoint take the policy's place, which cannot get its FP8 weights back to the bit. "
+            "Set it to 0, or fp8.policy.parameters=false."
+        )
+        yield Violation("evaluation.servers", evaluation.servers, remedy)
 
 
 @check("evaluation", "rollout", "run")

@@ -162,8 +162,8 @@ def _trainer_phases(sizes: Sizes, footprint: RankFootprint, device: Device) -> l
         bucket = min(servers.bucket_mib * 2**20, footprint.policy_parameters * sizes.element)
         # A transport of the user's own is planned without buckets.
         number: float = 0 if isinstance(servers.transport, FunctionConfig) else _BUCKETS[servers.transport]
-        # Half a bucket of earlier weights, and the places of changes, 8 bytes each, for less than half of its elements.
-        number += 2.5 if servers.full_every > 1 else 0
+        # Halves: earlier weights, places of changes and their gaps, the mask of changes, and two messages of a quarter.
+        number += 1.5 if servers.full_every > 1 else 0
         buckets = {"buckets": int(number * bucket)}
         if _colocated(config):
             buckets |= {"served weights": served_weights(sizes, servers)} | _arriving(sizes, servers)

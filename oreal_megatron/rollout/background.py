@@ -195,13 +195,17 @@ class BackgroundGeneration:
 
     @contextlib.contextmanager
     def publication(self) -> Iterator[None]:
-        """Publishes weights within: time in which servers generate nothing, after which one of them has the weights."""
+        """Publishes weights within: time in which servers generate nothing.
+
+        A server that has no weights after it reports that again.
+        """
         start = time.perf_counter()
+        with self._changed:
+            self.has_no_weights = False
         yield
         with self._changed:
             if self._num_at_servers:
                 self._busy_seconds -= time.perf_counter() - max(start, self._busy_since)
-            self.has_no_weights = False
 
     def ungraded_responses(self, batch: Batch) -> dict[tuple[str, int], Completion]:
         """See Batch."""

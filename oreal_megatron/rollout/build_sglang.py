@@ -43,6 +43,7 @@ def build_sglang_engine(
     model_path: str | None = None,
     kv_tokens: int | None = None,
     first_device: int = 0,
+    num_generations: int = 1,
     members: range | None = None,
     weights: str = "",
 ) -> SGLangEngine:
@@ -52,8 +53,8 @@ def build_sglang_engine(
     stop: ends waits for servers. timeline: recorder of this process. dtype: dtype that servers compute in.
     timeout_seconds: limit of the groups' collectives. keep_cache: see ServerSettings. model_path: the policy's Hugging
     Face directory; None if only its geometry is known. kv_tokens: see Launcher. first_device: index of the servers'
-    first device on a machine. members: see ServerPool. weights: directory below that of the transport `disk`, different
-    for each engine of a run.
+    first device on a machine. num_generations, members: see ServerPool. weights: directory below that of the transport
+    `disk`, different for each engine of a run.
 
     Raises:
         ValueError: the model does not split over a server's ranks.
@@ -83,6 +84,7 @@ def build_sglang_engine(
             config_json=described,
             replica=groups.data_rank,
             num_replicas=groups.data_size,
+            num_generations=num_generations,
             members=members,
         ),
         publisher,

@@ -13,6 +13,7 @@ import glob
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -31,12 +32,14 @@ PartialResponses = Mapping[tuple[str, int], Completion]
 
 
 class RolloutJournal:
-    """The journal/ directory of a run."""
+    """The journal/ directory of a run. Several threads may append."""
 
     def __init__(self, directory: Path, groups: ParallelGroups):
         self.directory = directory
         self._groups = groups
         self._open: tuple[str, IO[bytes]] | None = None
+        self._lock = threading.RLock()
+        """Held while `_open` is used."""
 
     def read(self, batch_name: str) -> dict[str, list[GradedRollout]]:
         """Returns the units journalled for a batch (`step_000003`) by key; empty on all ranks but the main rank.
@@ -65,12 +68,13 @@ class RolloutJournal:
         Raises:
             OSError: the disk refused; the unit is not journalled.
         """
-        if self._open is None or self._open[0] != batch_name:
-            self.close()
-            path = self.directory / f"{batch_name}.replica_{self._groups.data_rank}.jsonl"
-            self._open = batch_name, open_log(path)
         record = {"unit": unit, "rollouts": [graded.to_json() for graded in rollouts]}
-        append_line(self._open[1], json_line(record))
+        with self._lock:
+            if self._open is None or self._open[0] != batch_name:
+                self.close()
+                path = self.directory / f"{batch_name}.replica_{self._groups.data_rank}.jsonl"
+                self._open = batch_name, open_log(path)
+            append_line(self._open[1], json_line(record))
 
     def keep_partial(self, batch_name: str, partial: PartialResponses) -> None:
         """Keeps responses for a batch to go on with, replacing earlier ones. Called by the main process.
@@ -128,9 +132,10 @@ class RolloutJournal:
 
     def close(self) -> None:
         """Closes the file that is open for appending."""
-        if self._open is not None:
-            self._open[1].close()
-            self._open = None
+        with self._lock:
+            if self._open is not None:
+                self._open[1].close()
+                self._open = None
 
 
 def _oldest(unit: Sequence[GradedRollout]) -> float:

@@ -33,13 +33,15 @@ class ServerPool:
         config_json: Mapping[str, Any],
         replica: int = 0,
         num_replicas: int = 1,
+        num_generations: int = 1,
         members: range | None = None,
     ):
         """Makes a pool without servers, which the first update creates.
 
         config_json: the model's config.json, which launched servers start from. replica, num_replicas: number of this
-        process's model replica, and of all replicas, which send requests to the same servers. members: positions of the
-        pool's servers among those of rollout.sglang; None: all of them.
+        process's model replica, and of all replicas, which send requests to the same servers. num_generations: most
+        calls of `generate` at the same time, which share max_concurrency. members: positions of the pool's servers
+        among those of rollout.sglang; None: all of them.
         """
         self.servers: Sequence[SGLangServer] = ()
         self.on_no_current_weights: Callable[[], None] = lambda: None
@@ -48,7 +50,7 @@ class ServerPool:
         self._config = settings.config
         self._stop_token_id = stop_token_id
         self.config_json = config_json
-        self._replica, self._num_replicas = replica, num_replicas
+        self._replica, self._num_routers = replica, num_replicas * num_generations
         self._members = range(settings.config.total_servers) if members is None else members
         self._token = uuid.uuid4().hex[:8]
         self._version = 0
@@ -231,7 +233,7 @@ class ServerPool:
             token=self._token,
             stop_token_id=self._stop_token_id,
             replica=self._replica,
-            num_replicas=self._num_replicas,
+            num_replicas=self._num_routers,
             no_current_weights=self._no_current_weights,
         )
         self._routers.add(router)

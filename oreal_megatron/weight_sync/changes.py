@@ -15,6 +15,9 @@ from oreal_megatron.weight_sync.planner import TransferOp
 
 MAX_GAP = 2**16 - 1
 """Elements at every multiple of it count as changed, so that each gap fits into 16 bits."""
+_LARGEST_SHARE = 1 / 4
+"""Share of the bytes of all elements from which on all are sent. The places of fewer changes, 8 bytes each while they
+are found and written, take at most half as much memory as all elements."""
 _GAP_BYTES = torch.uint16.itemsize
 _BITS = {2: torch.int16, 4: torch.int32}
 """Integers that compare floats bit by bit, by bytes of an element: NaN equals itself, and 0.0 is not -0.0."""
@@ -28,12 +31,13 @@ def encoded_bytes(count: int, dtype: torch.dtype) -> int:
 def encode_changes(before: Tensor, after: Tensor) -> Tensor | None:
     """Returns the changed elements of a flat tensor as bytes, uint8 [n]: values, then gaps between their places.
 
-    Returns None where they would be no smaller than all elements. before, after: floats of 16 or 32 bits, [elements].
+    Returns None where they would be a quarter of the bytes of all elements or more. before, after: floats of 16 or 32
+    bits, [elements].
     """
     bits = _BITS[after.dtype.itemsize]
     is_changed = before.view(bits) != after.view(bits)
     is_changed[::MAX_GAP] = True
-    if encoded_bytes(int(is_changed.count_nonzero()), after.dtype) >= after.nbytes:
+    if encoded_bytes(int(is_changed.count_nonzero()), after.dtype) >= _LARGEST_SHARE * after.nbytes:
         return None
     places = is_changed.nonzero().squeeze(1)
     gaps = places.diff(prepend=places[:1]).to(torch.uint16)

@@ -5,7 +5,8 @@ Pairs take turns so that in every round each process has one partner, and no pro
 the weights is one bucket a process: one half is transferred while the other is packed or unpacked.
 
 A sender that keeps what it has sent can send changes alone (changes.py): each half is then preceded by the number of
-its bytes, which is that of all elements where changes would be no smaller.
+its bytes, which is that of all elements where the changes are many. Memory beyond the weights and what was sent is two
+and a half buckets then.
 """
 
 from __future__ import annotations

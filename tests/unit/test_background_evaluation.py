@@ -72,7 +72,7 @@ class Run:
         self.reports = []
         self.tracker = SimpleNamespace(evaluation=self.reports.append, trajectories=lambda name, records: list(records))
         self.journals = [RolloutJournal(directory / "journal", groups) for _ in range(2)]
-        self.engine, engine = (self._engine(fakes, urls, members) for members in (range(1), range(1, 2)))
+        self.engine, engine = self._engine(fakes, urls, range(1)), self._engine(fakes, urls, range(1, 2), 2)
         self.sampler = Sampler(
             self.engine, Renderer(), grade, self.journals[0], groups, self.stop, max_sequence_length=64, undecided=None
         )
@@ -80,8 +80,14 @@ class Run:
             self.sampler.with_engine(engine, self.journals[1]), engine, groups, self.stop
         )
 
-    def _engine(self, fakes, urls, members):
-        pool = ServerPool(fakes.settings(urls=urls, num_servers=2), stop_token_id=STOP, config_json={}, members=members)
+    def _engine(self, fakes, urls, members, num_generations=1):
+        pool = ServerPool(
+            fakes.settings(urls=urls, num_servers=2, max_concurrency=4),
+            stop_token_id=STOP,
+            config_json={},
+            num_generations=num_generations,
+            members=members,
+        )
         engine = SGLangEngine(pool, Publisher(), self.groups, stop=self.stop, timeout_seconds=1.0)
         engine.publish(0)
         return engine
@@ -158,6 +164,8 @@ def test_steps_train_while_the_evaluation_keeps_its_weights_and_its_server(start
     assert run.progress.best.step == run.store.best.step == 0
     questions = [{prompt[1] for prompt in server.prompts} for server in servers]
     assert questions == [{10, 11, 12, 13}, {0, 1, 2, 3}]  # neither server has the other's requests
+    # Greedy responses and samples, which are asked for at the same time, share max_concurrency.
+    assert servers[1].most_running == 4
 
 
 def test_next_evaluation_waits_for_the_last_and_says_for_how_long(start, fakes, caplog):
@@ -255,6 +263,22 @@ def test_run_that_goes_on_without_evaluation_servers_waits_for_the_evaluation(st
     assert run.store.loaded == ["step_000001"] and run.engine.weight_version == 3
 
 
+def test_journalled_evaluation_needs_neither_servers_of_its_own_nor_its_checkpoint(start, fakes):
+    run = start(fakes.server().url, fakes.server().url)
+    run.step()
+    begin_evaluation(run)
+    end_evaluation(run, wait=True)
+    run.close()
+    pending = background_evaluation.PendingEvaluation(step=1, weight_version=1)
+    progress = RunProgress(step=3, weight_version=3, evaluated_step=1, pending_evaluation=pending)
+    again = start(fakes.server().url, fakes.server().url, progress=progress)
+    evaluation, again.evaluation = again.evaluation, None
+    resume_evaluation(again)
+    again.evaluation = evaluation
+    assert_report(again, 1, 1)
+    assert not again.store.loaded
+
+
 @pytest.mark.parametrize(
     ("overrides", "remedy"),
     [
@@ -264,6 +288,8 @@ def test_run_that_goes_on_without_evaluation_servers_waits_for_the_evaluation(st
          "There is no benchmark"),
         (["experiment=arithmetic_sglang", "rollout.sglang.placement=colocated", "rollout.sglang.num_servers=2"],
          "Colocated servers stand still"),
+        (["experiment=arithmetic_sglang", "rollout.sglang.num_servers=2", "fp8=delayed", "fp8.policy.parameters=true"],
+         "cannot get its FP8 weights back"),
     ],
 )  # fmt: skip
 def test_servers_of_evaluation_are_refused_where_they_cannot_be(overrides, remedy):

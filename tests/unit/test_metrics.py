@@ -179,13 +179,14 @@ def rows_of(directory):
     return rows
 
 
-def test_wandb_gets_a_late_evaluation_under_its_own_step(composed, tmp_path):
+@pytest.mark.parametrize("ended_after", [3, None])  # None: training waited for the end of it, after a resume
+def test_wandb_gets_a_late_evaluation_under_its_own_step(ended_after, composed, tmp_path):
     pytest.importorskip("wandb", reason="wandb is not installed")
     tracker = Tracker(parse_config(composed(*QUIET, "tracking.wandb=offline")), tmp_path, is_main=True)
     tracker.start(0, is_evaluated=False)
     for number in range(3):
         step(tracker, number)
-    late(tracker, 1, ended_after=3)
+    late(tracker, 1, ended_after=ended_after)
     step(tracker, 3)
     tracker.close()
     wait_until(lambda: rows_of(tmp_path))  # wandb's own process writes them

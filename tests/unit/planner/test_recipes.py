@@ -302,6 +302,6 @@ def memory_of_changes(name: str) -> list[tuple[str, int, dict[str, int]]]:
 def test_changes_alone_need_a_copy_of_the_weights_in_every_phase(apart):
     for where, weights, more in apart(memory_of_changes, "oreal_32b_disaggregated"):
         assert where == "server" or weights
-        assert {key: size for key, size in more.items() if key != "buckets"} == (
-            {} if where == "server" else {"sent weights": weights}
-        )
+        bucket = more.pop("buckets", None)
+        assert bucket in (None, 1.5 * 256 * 2**20)
+        assert more == ({} if where == "server" else {"sent weights": weights})

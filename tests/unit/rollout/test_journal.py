@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -287,3 +288,12 @@ def test_batches_that_take_turns_do_not_read_their_files_again(tmp_path, single_
     tracemalloc.stop()
     journal.close()
     assert peak < 1_000_000
+
+
+def test_units_of_several_threads_are_all_journalled(tmp_path, single_process):
+    journal = RolloutJournal(tmp_path, single_process)
+    with ThreadPoolExecutor(4) as pool:
+        for appended in [pool.submit(journal.append, f"step_{n % 2:06d}", f"{n}", []) for n in range(200)]:
+            appended.result()
+    journal.close()
+    assert [len(journal.read(f"step_{step:06d}")) for step in range(2)] == [100, 100]

@@ -24,7 +24,7 @@ def bits(tensor):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.45])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1])
 def test_changes_turn_what_was_before_into_what_is_after(dtype, share):
     generator = torch.Generator().manual_seed(0)
     before = torch.randn(3 * MAX_GAP + 5, generator=generator).to(dtype)
@@ -40,18 +40,18 @@ def test_changes_turn_what_was_before_into_what_is_after(dtype, share):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_changes_that_are_no_smaller_than_all_elements_are_none(dtype):
+def test_changes_of_a_quarter_of_all_bytes_are_none(dtype):
     before = torch.zeros(1000, dtype=dtype)
     assert encode_changes(before, torch.ones_like(before)) is None
-    limit = 1000 * dtype.itemsize // encoded_bytes(1, dtype)  # the first element counts as changed in any case
+    limit = 1000 * dtype.itemsize // (4 * encoded_bytes(1, dtype))  # the first element counts as changed in any case
     for count, is_smaller in ((limit - 1, True), (limit + 1, False)):
         encoded = encode_changes(before, before.index_fill(0, torch.arange(count), 1.0))
         assert (encoded is not None) == is_smaller
 
 
 def test_bits_are_compared_not_numbers():
-    before = torch.tensor([0.0, 1.0, NAN, 0.0, 2.0, 3.0, 4.0, 5.0], dtype=torch.bfloat16)
-    after = torch.tensor([0.0, 1.0, NAN, -0.0, NAN, 3.0, 4.0, 5.0], dtype=torch.bfloat16)
+    before = torch.tensor([0.0, 1.0, NAN, 0.0, 2.0, *range(3, 43)], dtype=torch.bfloat16)
+    after = torch.tensor([0.0, 1.0, NAN, -0.0, NAN, *range(3, 43)], dtype=torch.bfloat16)
     places, values = decode_changes(encode_changes(before, after), torch.bfloat16)
     assert places.tolist() == [0, 3, 4] and torch.equal(bits(values), bits(after[places]))
 
@@ -71,7 +71,7 @@ def test_changes_reach_rectangles_and_vectors():
     assert torch.equal(matrix, expected) and vector.tolist() == [0, 0, 0, 0, 0, 3, 4]
 
 
-@pytest.mark.parametrize("num_changed", [0, 7, None])
+@pytest.mark.parametrize("num_changed", [0, 1, None])
 def test_receiver_has_the_weights_after_changes_alone(num_changed):
     """num_changed: of each tensor; None: all, which are sent as they are."""
     trainer = Layout()
