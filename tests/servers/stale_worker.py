@@ -101,7 +101,7 @@ def plant(engine: SGLangEngine) -> None:
     """From now on nothing is sent, and nothing compared: the server gets new labels alone."""
     publisher: Any = engine.publisher
     publisher._transport.send = lambda servers: TransferResult()
-    publisher._auditor.audit = lambda servers, sums: ({}, 0.0)
+    publisher._auditor.audit = lambda servers, sums, known: ({}, 0.0)
 
 
 def stepped(run: Run) -> float:
