@@ -166,10 +166,11 @@ def test_bound_ends_admission(fakes, start):
     def train():
         wait_until(lambda: all_are_graded(trainer))
         time.sleep(0.05)
+        # Before the publication, after which the requests of another step may come at any moment.
+        assert len(server.prompts) == (step + 3) * per_step
 
     for step in range(3):
         trainer.step(step, train)
-        assert len(server.prompts) == (step + 3) * per_step
     wait_until(lambda: all_are_graded(trainer))
     sampled = trainer.ahead.take(3, trainer.stream.draw)
     assert sampled.metrics["rollout/groups_ahead"] == 2 * PROMPTS_PER_STEP
