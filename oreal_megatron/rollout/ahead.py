@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Sequence
 from oreal_megatron.checkpoint.store import step_name
 from oreal_megatron.config.rollout import RolloutConfig
 from oreal_megatron.distributed.groups import ParallelGroups
-from oreal_megatron.rollout.background import BackgroundGeneration, Batch, ProcessState
+from oreal_megatron.rollout.background import BackgroundGeneration, Batch, ProcessState, states_of_all
 from oreal_megatron.rollout.response_limits import limits_of_step
 from oreal_megatron.rollout.sample_call import SampleCall, can_go_on, staleness
 from oreal_megatron.rollout.sampler import Sampler, SampleResult, rollout_seeds
@@ -299,10 +299,7 @@ class RolloutsAhead:
                     num_ready=sum(batch.num_graded for batch in list(self._batches)[1:]),
                     busy_seconds=background.busy_seconds(),
                 )
-            states = [part[0] for part in self._groups.gather_over_world([state])]
-            error = next((state.error for state in states if state.error is not None), None)
-            if error is not None:
-                raise error
+            states = states_of_all(self._groups, state)
             must_end = any(state.is_stopped or state.has_no_weights for state in states)
             if all(state.is_done for state in states) or (must_end and not until_end):
                 return states

@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from oreal_megatron.config import SamplingConfig
+from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.rollout.sample_call import SampleCall
 from oreal_megatron.rollout.sampler import Sampler
 from oreal_megatron.rollout.sglang_engine import SGLangEngine
@@ -104,6 +105,19 @@ class ProcessState:
     """Finished groups of later steps."""
     busy_seconds: float = 0.0
     """Seconds in which servers had a request of this process."""
+
+
+def states_of_all(groups: ParallelGroups, state: ProcessState) -> list[ProcessState]:
+    """Returns the states of all processes. Every rank calls it.
+
+    Raises:
+        NoServerError, ValueError, OSError, RuntimeError: on every rank, the first error in the background.
+    """
+    states = [part[0] for part in groups.gather_over_world([state])]
+    error = next((state.error for state in states if state.error is not None), None)
+    if error is not None:
+        raise error
+    return states
 
 
 class BackgroundGeneration:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from oreal_megatron.config import SamplingConfig
 from oreal_megatron.distributed.groups import ParallelGroups
-from oreal_megatron.rollout.background import BackgroundGeneration, Batch, ProcessState
+from oreal_megatron.rollout.background import BackgroundGeneration, Batch, ProcessState, states_of_all
 from oreal_megatron.rollout.sample_call import SampleCall
 from oreal_megatron.rollout.sampler import Sampler
 from oreal_megatron.rollout.sglang_engine import SGLangEngine
@@ -90,11 +90,7 @@ class BackgroundSampling:
             is_stopped=self._stop.is_made,
             error=next((each.error for each in generations if each.error is not None), None),
         )
-        states = [part[0] for part in self._groups.gather_over_world([state])]
-        error = next((state.error for state in states if state.error is not None), None)
-        if error is not None:
-            raise error
-        return states
+        return states_of_all(self._groups, state)
 
     def results(self) -> list[list[list[GradedRollout]]]:
         """Returns the groups of every call, once the calls are complete; tokens, on the main rank alone."""
