@@ -39,7 +39,7 @@ from oreal_megatron.data.prompting import PromptRenderer
 from oreal_megatron.data.tokenizer import load_tokenizer
 from oreal_megatron.distributed.cpu_backend import cpu_backend, device
 from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
-from oreal_megatron.models.pipeline_schedule import packed_params
+from oreal_megatron.models.packed_row import packed_row
 from oreal_megatron.models.policy import Policy, build_policy
 from oreal_megatron.step import rollout_mismatch
 
@@ -110,7 +110,11 @@ class Study:
         batch = self.batch
         module.zero_grad()
         output = module(
-            batch.tokens, batch.positions, None, labels=batch.labels, packed_seq_params=packed_params(batch)
+            batch.tokens,
+            batch.positions,
+            None,
+            labels=batch.labels,
+            packed_seq_params=packed_row(batch, batch.positions[0]),
         )
         logprobs_R = output[batch.predicting, 0]
         logprobs_R.mean().backward()

@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from oreal_megatron.data.packing import IGNORE, PackedSequence, Packer, TokenBat
 from oreal_megatron.distributed.cpu_backend import cpu_backend, device
 from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
 from oreal_megatron.losses.policy_terms import TokenCounts
+from oreal_megatron.models.packed_row import packed_row
 from oreal_megatron.step import update_policy, update_reward_model, with_reference, with_token_weights
 
 
@@ -76,8 +76,7 @@ def bare_step(batches: list[TokenBatch], chosen: list[PackedSequence], groups: P
     def run(model: Any, loss: Callable[[Tensor, Tensor], Tensor], *, forward_only: bool) -> None:
         def forward_step(rows: Iterator[TokenBatch], model: Any) -> Any:
             batch = next(rows)
-            bounds, longest = batch.cu_seqlens, batch.max_seqlen
-            packed = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+            packed = packed_row(batch, batch.positions[0])
             output = model(batch.tokens, batch.positions, None, labels=batch.labels, packed_seq_params=packed)
             one = torch.ones((), dtype=torch.int, device=device())
             return output, lambda output: (loss(output, masks[id(batch)]) / num_tokens, one, None)

@@ -3,12 +3,15 @@
 A packed row holds whole sequences (prompt, then response) end to end. The values of a token are stored at the position
 that PREDICTS it: position j carries label, advantage and outcome of token j + 1. Where a layout needs lengths of some
 multiple, a sequence ends with padding, which no real token attends to under a causal mask and which carries no label.
-Shapes: T tokens of a micro-batch, R of them predicting a response token, N sequences.
+
+Where the models can attend to a prefix, the responses to a prompt share it: the row holds the prompt but for its last
+token once, as a segment of its own, and then a segment for each response, which begins with the prompt's last token,
+since that token predicts each response's first one.
+Shapes: T tokens of a micro-batch, R of them predicting a response token, N sequences, S segments.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +29,10 @@ from oreal_megatron.types import Rollout, Trajectory
 
 IGNORE = -1
 """Label of positions that do not predict a response token."""
+
+MIN_SHARED = 0.1
+"""Share of a prompt group's tokens that one prompt for all has to save. Prompts of long responses stay whole: attention
+to a prefix needs a mask of a response's length squared."""
 
 S = TypeVar("S")
 
@@ -95,8 +102,13 @@ class TokenBatch:
     labels: Tensor
     """Next token where it is a response token, IGNORE elsewhere; int64 [1, T]."""
     cu_seqlens: Tensor
-    """Bounds of the sequences, int32 [N + 1]."""
+    """Bounds of the segments, int32 [S + 1]: of the N sequences, and of prompts that several share."""
+    prefixes: tuple[tuple[int, int], ...]
+    """Start and end in the row of the tokens that each of the S segments continues; equal where there are none."""
+    starts: tuple[int, ...]
+    """Start in the row of each of the N sequences, without a shared prompt."""
     max_seqlen: int
+    """Length of the longest sequence, with its prefix."""
     response_lengths: tuple[int, ...]
     """Trained response tokens of each of the N sequences; they sum to R."""
     correct: Tensor
@@ -126,11 +138,12 @@ class TokenBatch:
 
         The prompt ends where the first trained token begins.
         """
-        start, length = int(self.cu_seqlens[sequence]), self.response_lengths[sequence]
+        start, length = self.starts[sequence], self.response_lengths[sequence]
         first = sum(self.response_lengths[:sequence])
         predicting = self.predicting[first : first + length]
-        prompt_length = int(predicting[0]) + 1 - start
-        return self.tokens[0, start : start + prompt_length], self.labels[0, predicting]
+        prefix = slice(*self.prefixes[self.cu_seqlens.tolist().index(start)])
+        prompt = torch.cat([self.tokens[0, prefix], self.tokens[0, start : int(predicting[0]) + 1]])
+        return prompt, self.labels[0, predicting]
 
     def split_by_sequence(self, per_token: Tensor) -> list[Tensor]:
         """Splits [R] into N parts, the response tokens of each sequence."""
@@ -210,12 +223,24 @@ class Packer:
     padding: Padding
     cost: SequenceCost
     device: torch.device
+    shares_prompts: bool = False
+    """Whether a prompt is in a row once for all its responses."""
 
     @classmethod
     def of_layout(
-        cls, groups: ParallelGroups, geometry: GeometryConfig, vocab_size: int, *, fp8: Fp8Config | None = None
+        cls,
+        groups: ParallelGroups,
+        geometry: GeometryConfig,
+        vocab_size: int,
+        *,
+        fp8: Fp8Config | None = None,
+        can_share_prompts: bool = False,
     ) -> Packer:
-        """Makes the packer of a layout. fp8: the models share the micro-batches, so rows suit the recipes of all."""
+        """Makes the packer of a layout.
+
+        fp8: the models share the micro-batches, so rows suit the recipes of all. can_share_prompts: whether the models'
+        attention reads prefixes, which it does not under context parallelism.
+        """
         rank_tokens = math.lcm(*(RECIPES[model.recipe].tokens for model in fp8.models.values())) if fp8 else 1
         return cls(
             num_ranks=groups.data_size,
@@ -225,6 +250,7 @@ class Packer:
             padding=Padding(groups.sequence_multiple, groups.row_multiple(rank_tokens)),
             cost=SequenceCost.of_model(geometry, vocab_size),
             device=device(),
+            shares_prompts=can_share_prompts and groups.context_size == 1,
         )
 
     def batches(self, sequences: Sequence[PackedSequence]) -> list[TokenBatch]:
@@ -232,7 +258,7 @@ class Packer:
 
         The content of a step's responses is on the main rank only: see `batches_from_main`.
         """
-        return self._filled(assign(sequences, self.num_ranks, self.cost)[self.rank])
+        return self._filled(self._assigned(sequences)[self.rank])
 
     def batches_from_main(
         self, sequences: Sequence[PackedSequence], groups: ParallelGroups, *, as_released: bool = False
@@ -250,43 +276,132 @@ class Packer:
             if groups.is_main and as_released:
                 parts = assign_as_released(sequences, self.num_ranks)
             elif groups.is_main:
-                parts = assign(sequences, self.num_ranks, self.cost)
+                parts = self._assigned(sequences)
         return self._filled(groups.scatter_from_main(parts))
 
+    def _assigned(self, sequences: Sequence[PackedSequence]) -> list[list[PackedSequence]]:
+        return assign(sequences, self.num_ranks, self.cost, shares_prompts=self.shares_prompts)
+
     def _filled(self, mine: Sequence[PackedSequence]) -> list[TokenBatch]:
-        filled = micro_batches(mine, self.token_budget, self.device, self.padding)
+        filled = micro_batches(mine, self.token_budget, self.device, self.padding, shares_prompts=self.shares_prompts)
         missing = -len(filled) % self.count_multiple
         return filled + [pack([], self.device, self.padding) for _ in range(missing)]
 
 
-def pack(sequences: Sequence[PackedSequence], device: torch.device, padding: Padding = NO_PADDING) -> TokenBatch:
-    """Lays whole sequences end to end; without any, makes a row of padding that trains nothing."""
-    rows = sequences or [PackedSequence(id="", prompt_ids=(0,), response_ids=())]
-    lengths = [padding.of(sequence.num_tokens) for sequence in rows]
-    lengths[-1] += -sum(lengths) % padding.row
-    bounds = [0, *itertools.accumulate(lengths)]
+@dataclass(frozen=True)
+class _Unit:
+    """Sequences that a row holds next to each other; several have one prompt."""
+
+    sequences: tuple[PackedSequence, ...]
+
+    @property
+    def prefix_length(self) -> int:
+        """Number of tokens that the sequences share: those of the prompt but for the last."""
+        return len(self.sequences[0].prompt_ids) - 1 if len(self.sequences) > 1 else 0
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of tokens of each sequence after the shared ones."""
+        return [sequence.num_tokens - self.prefix_length for sequence in self.sequences]
+
+    def num_tokens(self, padding: Padding) -> int:
+        """Returns the tokens of a row that the unit takes."""
+        return self.prefix_length + sum(padding.of(length) for length in self.lengths)
+
+    def of_at_most(self, num_tokens: int, padding: Padding) -> list[_Unit]:
+        """Splits the unit into units of at most `num_tokens`, where a sequence does not alone have more."""
+        parts: list[_Unit] = []
+        for sequence in self.sequences:
+            longer = _Unit((*parts[-1].sequences, sequence)) if parts else None
+            if longer is not None and longer.num_tokens(padding) <= num_tokens:
+                parts[-1] = longer
+            else:
+                parts.append(_Unit((sequence,)))
+        return parts
+
+
+def _units(sequences: Sequence[PackedSequence], *, shares_prompts: bool) -> list[_Unit]:
+    """Returns the sequences of each prompt as a unit where a shared prompt saves enough, otherwise each by itself."""
+    if not shares_prompts:
+        return [_Unit((sequence,)) for sequence in sequences]
+    by_prompt: dict[bytes, list[PackedSequence]] = {}
+    for sequence in sequences:
+        by_prompt.setdefault(np.asarray(sequence.prompt_ids, np.int64).tobytes(), []).append(sequence)
+    units = []
+    for group in by_prompt.values():
+        unit = _Unit(tuple(group))
+        saved = unit.prefix_length * (len(group) - 1)
+        if saved >= MIN_SHARED * sum(sequence.num_tokens for sequence in group):
+            units.append(unit)
+        else:
+            units += [_Unit((sequence,)) for sequence in group]
+    return units
+
+
+def pack(
+    sequences: Sequence[PackedSequence],
+    device: torch.device,
+    padding: Padding = NO_PADDING,
+    *,
+    shares_prompts: bool = False,
+) -> TokenBatch:
+    """Lays whole sequences end to end; without any, makes a row of padding that trains nothing.
+
+    shares_prompts: lays the sequences of a prompt next to each other after one copy of it, where that saves enough.
+    """
+    return _row(_units(sequences, shares_prompts=shares_prompts), device, padding)
+
+
+def _row(units: Sequence[_Unit], device: torch.device, padding: Padding) -> TokenBatch:
+    bounds = [0]
+    prefixes: list[tuple[int, int]] = []
+    starts: list[int] = []
+    for unit in units or [_Unit((PackedSequence(id="", prompt_ids=(0,), response_ids=()),))]:
+        prefix = (bounds[-1], bounds[-1] + unit.prefix_length)
+        if unit.prefix_length:
+            prefixes.append((prefix[0], prefix[0]))
+            bounds.append(prefix[1])
+        for length in unit.lengths:
+            prefixes.append(prefix)
+            starts.append(bounds[-1])
+            bounds.append(bounds[-1] + padding.of(length))
+    bounds[-1] += -bounds[-1] % padding.row
+    lengths = np.diff(bounds)
+    prefix_lengths = np.array([end - start for start, end in prefixes])
+    # A segment's positions go on where its prefix ends.
+    positions_T = np.arange(bounds[-1]) + np.repeat(prefix_lengths - bounds[:-1], lengths)
     tokens_T = np.zeros(bounds[-1], np.int64)
     labels_T = np.full(bounds[-1], IGNORE, np.int64)
-    for sequence, start in zip(rows, bounds, strict=False):
-        response, end = start + len(sequence.prompt_ids), start + sequence.num_tokens
-        tokens_T[start:response] = sequence.prompt_ids
+    sequences = [sequence for unit in units for sequence in unit.sequences]
+    left_out = [unit.prefix_length for unit in units for _ in unit.sequences]
+    for sequence, start, shared in zip(sequences, starts, left_out, strict=False):
+        response, end = start + len(sequence.prompt_ids) - shared, start + sequence.num_tokens - shared
+        tokens_T[start:response] = sequence.prompt_ids[shared:]
         tokens_T[response:end] = labels_T[response - 1 : end - 1] = sequence.response_ids
         if sequence.loss_mask is not None:
             labels_T[response - 1 : end - 1][~sequence.loss_mask] = IGNORE
-    logprobs = [np.asarray(sequence.rollout_logprobs, np.float32) for sequence in rows]
-    is_older = [np.arange(sequence.num_trained_tokens) < sequence.num_older_tokens for sequence in rows]
+    first = 0
+    for unit in units:
+        tokens_T[starts[first] - unit.prefix_length : starts[first]] = unit.sequences[0].prompt_ids[
+            : unit.prefix_length
+        ]
+        first += len(unit.sequences)
+    logprobs = [np.asarray(sequence.rollout_logprobs, np.float32) for sequence in sequences]
+    is_older = [np.arange(sequence.num_trained_tokens) < sequence.num_older_tokens for sequence in sequences]
     return TokenBatch(
         ids=tuple(sequence.id for sequence in sequences),
         tokens=torch.from_numpy(tokens_T[None]).to(device),
-        positions=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])[None]).to(device),
+        positions=torch.from_numpy(positions_T[None]).to(device),
         labels=torch.from_numpy(labels_T[None]).to(device),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=device),
-        max_seqlen=max(lengths),
+        prefixes=tuple(prefixes),
+        starts=tuple(starts),
+        max_seqlen=int((prefix_lengths + lengths).max()),
         response_lengths=tuple(sequence.num_trained_tokens for sequence in sequences),
         correct=torch.tensor([sequence.correct for sequence in sequences], dtype=torch.bool, device=device),
         advantages=torch.tensor([sequence.advantage for sequence in sequences], dtype=torch.float32, device=device),
-        rollout_logprobs=torch.from_numpy(np.concatenate(logprobs)).to(device),
-        is_older=torch.from_numpy(np.concatenate(is_older)).to(device),
+        rollout_logprobs=torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *logprobs])).to(device),
+        is_older=torch.from_numpy(np.concatenate([np.zeros(0, bool), *is_older])).to(device),
     )
 
 
@@ -295,35 +410,54 @@ def micro_batches(
     token_budget: int,
     device: torch.device,
     padding: Padding = NO_PADDING,
+    *,
+    shares_prompts: bool = False,
 ) -> list[TokenBatch]:
     """Fills micro-batches of at most `token_budget` tokens; a longer sequence gets a micro-batch of its own.
 
-    Sequences are placed longest first, each into the first micro-batch with room. The budget counts padded sequences,
-    without the padding of the whole row. There is at least one micro-batch, so that a rank without sequences still
-    takes part in the collectives of an update.
+    Sequences, or with shares_prompts those of a prompt together, are placed longest first, each into the first
+    micro-batch with room. The budget counts padded sequences, without the padding of the whole row. There is at least
+    one micro-batch, so that a rank without sequences still takes part in the collectives of an update.
     """
-    bins: list[list[PackedSequence]] = []
+    units = [
+        part
+        for unit in _units(sequences, shares_prompts=shares_prompts)
+        for part in unit.of_at_most(token_budget, padding)
+    ]
+    bins: list[list[_Unit]] = []
     room: list[int] = []
-    for sequence in sorted(sequences, key=lambda s: -s.num_tokens):
-        length = padding.of(sequence.num_tokens)
+    for unit in sorted(units, key=lambda unit: -unit.num_tokens(NO_PADDING)):
+        length = unit.num_tokens(padding)
         index = next((i for i, left in enumerate(room) if left >= length), None)
         if index is None:
             bins.append([])
             room.append(token_budget)
             index = len(bins) - 1
-        bins[index].append(sequence)
+        bins[index].append(unit)
         room[index] -= length
-    return [pack(bin, device, padding) for bin in bins or [[]]]
+    return [_row(bin, device, padding) for bin in bins or [[]]]
 
 
-def assign(sequences: Sequence[PackedSequence], num_ranks: int, cost: SequenceCost) -> list[list[PackedSequence]]:
-    """Assigns every sequence to exactly one rank: costliest first, each to the rank with the least work so far."""
+def assign(
+    sequences: Sequence[PackedSequence], num_ranks: int, cost: SequenceCost, *, shares_prompts: bool = False
+) -> list[list[PackedSequence]]:
+    """Assigns every sequence to exactly one rank: costliest first, each to the rank with the least work so far.
+
+    shares_prompts: keeps sequences that would share a prompt together, up to a quarter of what a rank gets.
+    """
+    most = max(1, len(sequences) // (4 * num_ranks))
+    units = [
+        unit.sequences[start : start + most]
+        for unit in _units(sequences, shares_prompts=shares_prompts)
+        for start in range(0, len(unit.sequences), most)
+    ]
+    work = [sum(map(cost.of, unit)) for unit in units]
     ranks: list[list[PackedSequence]] = [[] for _ in range(num_ranks)]
     load = [0.0] * num_ranks
-    for sequence in sorted(sequences, key=lambda s: -cost.of(s)):
+    for index in sorted(range(len(units)), key=lambda index: -work[index]):
         rank = load.index(min(load))
-        ranks[rank].append(sequence)
-        load[rank] += cost.of(sequence)
+        ranks[rank] += units[index]
+        load[rank] += work[index]
     return ranks
 
 

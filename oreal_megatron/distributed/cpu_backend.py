@@ -66,12 +66,18 @@ def _names_cuda(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+_TAKE_DEVICE_OR_TYPE = frozenset((torch.Tensor.cuda, torch.Tensor.type, torch.Tensor.to))
+"""Functions that take a device in a positional argument, or return the name of a type with the device in it."""
+
+
 class _CudaMeansCpu(TorchFunctionMode):
     """Rewrites CUDA device literals in torch calls to the CPU."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if not kwargs and func not in _TAKE_DEVICE_OR_TYPE:
+            return func(*args)
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]

@@ -29,6 +29,7 @@ from oreal_megatron.config import Fp8ModelConfig, GeometryConfig, ModelConfig
 from oreal_megatron.distributed.cpu_backend import device
 from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.models.initialization import draw_weights
+from oreal_megatron.models.local_attention import LocalSelfAttention
 from oreal_megatron.models.sdpa_attention import SdpaCoreAttention
 from oreal_megatron.models.virtual_stages import ModelChunks
 
@@ -178,6 +179,7 @@ def layer_spec(
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = LocalRMSNorm
     layer.submodules.pre_mlp_layernorm = LocalRMSNorm
+    layer.submodules.self_attention.module = LocalSelfAttention
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = SdpaCoreAttention
     attention.q_layernorm = attention.k_layernorm = LocalRMSNorm if config.qk_layernorm else IdentityOp

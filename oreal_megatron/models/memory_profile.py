@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -30,6 +29,7 @@ from oreal_megatron.distributed.fake_groups import fake_groups
 from oreal_megatron.distributed.groups import ParallelGroups
 from oreal_megatron.models.gpt import DTYPES
 from oreal_megatron.models.kv_decoder import CachedDecoder
+from oreal_megatron.models.packed_row import PackedRow
 from oreal_megatron.models.policy import Policy, build_policy
 from oreal_megatron.models.reward_model import build_reward_model
 from oreal_megatron.models.virtual_stages import ModelChunks, chunks_of
@@ -196,8 +196,14 @@ def _through_layers(module: GPTModel, layout: ParallelConfig, row_tokens: int) -
     config = module.config
     rows = row_tokens // (layout.tensor if layout.sequence else 1)
     bounds = np.array([0, row_tokens])  # Only .tolist() reads them; fake tensors have no values.
-    packed = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=row_tokens, max_seqlen_kv=row_tokens
+    packed = PackedRow(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=row_tokens,
+        max_seqlen_kv=row_tokens,
+        positions=torch.arange(row_tokens),
+        prefixes=[(0, 0)],
     )
     rotary = module.rotary_pos_emb(row_tokens, packed_seq=True)
     hidden = torch.empty(rows, 1, config.hidden_size, dtype=config.params_dtype)

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from oreal_megatron.data.packing import TokenBatch
 from oreal_megatron.distributed.context_parallel import gathered_row, part_of_row
 from oreal_megatron.distributed.groups import ParallelGroups
+from oreal_megatron.models.packed_row import packed_row
 from oreal_megatron.models.virtual_stages import chunks_of
 
 LossFunction = Callable[[Tensor, TokenBatch], tuple[Tensor, Any]]
@@ -81,7 +81,7 @@ def _forward_step(
     tokens, positions, labels = (
         part_of_row(row, bounds, groups, dim=1) for row in (batch.tokens, batch.positions, batch.labels)
     )
-    output = model(tokens, positions, None, labels=labels, packed_seq_params=packed_params(batch))
+    output = model(tokens, positions, None, labels=labels, packed_seq_params=packed_row(batch, positions[0]))
 
     def megatron_loss(output: Tensor) -> tuple[Tensor, Tensor, Any]:
         # The loss reads whole sequences. They are a few numbers a token, so every context rank gathers them.
@@ -90,17 +90,6 @@ def _forward_step(
         return value, torch.ones((), dtype=torch.int, device=value.device), result
 
     return output, megatron_loss
-
-
-def packed_params(batch: TokenBatch) -> PackedSeqParams:
-    """Returns the bounds of the packed sequences for attention."""
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
-    )
 
 
 def sum_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:

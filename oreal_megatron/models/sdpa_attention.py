@@ -3,7 +3,7 @@
 Megatron-Core's own DotProductAttention materializes the score matrix and refuses packed sequences. The class here
 accepts the three kinds of input of this package:
 
-    packed    q [T, heads, dim], k/v [T, groups, dim], segments in PackedSeqParams   training and scoring
+    packed    q [T, heads, dim], k/v [T, groups, dim], segments in PackedRow         training and scoring
     prefill   q [S, B, heads, dim], k/v [S, B, groups, dim], left padding in the mask  generation, prompts
     decode    q [1, B, heads, dim], k/v [S, B, groups, dim]                            generation, next tokens
 
@@ -15,20 +15,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from oreal_megatron.distributed.context_parallel import tokens_of_rank, whole_row
-
-# Segments whose lengths are within this factor share one padded call: a trade of fewer calls for unused scores.
-_LENGTH_SPREAD = 1.25
+from oreal_megatron.models.packed_row import AttentionCall, PackedRow
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -59,17 +57,16 @@ class SdpaCoreAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedRow | None = None,
     ) -> Tensor:
         """Returns [T, heads * dim] for packed input, otherwise [S_query, B, heads * dim].
 
         attention_mask: None, or bool [B, 1, S_query, S], True where attention is allowed.
         """
         if packed_seq_params is not None:
-            bounds = packed_seq_params.cu_seqlens_q.tolist()
             if self.context_group.size() > 1:
-                return self._packed_over_context(query, key, value, bounds)
-            return self._packed(query, key, value, bounds)
+                return self._packed_over_context(query, key, value, packed_seq_params.cu_seqlens_q.tolist())
+            return self._packed(query, key, value, packed_seq_params.calls)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if query.size(0) == 1:
             # The queries of a group use the same cache: as rows of one query they read it once.
@@ -84,27 +81,19 @@ class SdpaCoreAttention(MegatronModule):
             q, k, v, scale=self.softmax_scale, enable_gqa=q.size(1) != k.size(1), **options
         )
 
-    def _packed(self, query: Tensor, key: Tensor, value: Tensor, bounds: list[int]) -> Tensor:
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, calls: Sequence[AttentionCall | slice]) -> Tensor:
         out = query.new_zeros(query.shape)
-        for segments in _similar_lengths(bounds):
-            longest = max(end - start for start, end in segments)
-            if len(segments) == 1:
-                (start, end), index = segments[0], None
-                q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-                out[start:end] = self._sdpa(q, k, v, is_causal=True)[0].transpose(0, 1)
+        for call in calls:
+            if isinstance(call, slice):
+                q, k, v = (x[call].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+                out[call] = self._sdpa(q, k, v, is_causal=True)[0].transpose(0, 1)
                 continue
-            # Padding is on the right, so the causal mask alone keeps real positions from attending to it.
-            starts = torch.tensor([start for start, _ in segments], device=query.device)
-            lengths = torch.tensor([end - start for start, end in segments], device=query.device)
-            offsets = torch.arange(longest, device=query.device)
-            index = (starts[:, None] + offsets.minimum((lengths - 1)[:, None])).flatten()
             q, k, v = (
-                x.index_select(0, index).view(len(segments), longest, *x.shape[1:]).transpose(1, 2)
-                for x in (query, key, value)
+                x.index_select(0, tokens).view(call.num_segments, -1, *x.shape[1:]).transpose(1, 2)
+                for x, tokens in ((query, call.queries), (key, call.keys), (value, call.keys))
             )
-            real = (offsets < lengths[:, None]).flatten()
-            result = self._sdpa(q, k, v, is_causal=True).transpose(1, 2).flatten(0, 1)
-            out = out.index_put((index[real],), result[real])
+            result = self._sdpa(q, k, v, attn_mask=call.mask, is_causal=call.mask is None)
+            out = out.index_put((call.tokens,), result.transpose(1, 2).flatten(0, 1)[call.real])
         return out.reshape(query.size(0), -1)
 
     def _packed_over_context(self, query: Tensor, key: Tensor, value: Tensor, bounds: list[int]) -> Tensor:
@@ -131,19 +120,3 @@ class SdpaCoreAttention(MegatronModule):
                 out.append(self._sdpa(q, k, v, attn_mask=mine[piece, None] >= keys)[0].transpose(0, 1))
                 first += length
         return torch.cat(out).reshape(query.size(0), -1)
-
-
-def _similar_lengths(bounds: list[int]) -> list[list[tuple[int, int]]]:
-    """Returns the non-empty segments (start, end) of a packed row, grouped by similar length, shortest first."""
-    segments = sorted(
-        ((start, end) for start, end in itertools.pairwise(bounds) if end > start),
-        key=lambda segment: (segment[1] - segment[0], segment[0]),
-    )
-    batches: list[list[tuple[int, int]]] = []
-    for start, end in segments:
-        shortest = batches[-1][0][1] - batches[-1][0][0] if batches else 0
-        if batches and end - start <= _LENGTH_SPREAD * shortest:
-            batches[-1].append((start, end))
-        else:
-            batches.append([(start, end)])
-    return batches

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from oreal_megatron.distributed.cpu_backend import cpu_backend, device
 from oreal_megatron.distributed.environment import devices_hidden
 from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
 from oreal_megatron.models.gpt import DTYPES, transformer_config
+from oreal_megatron.models.packed_row import PackedRow
 from oreal_megatron.models.sdpa_attention import SdpaCoreAttention
 from oreal_megatron.planner.hardware import FULL, device_named
 from tests.distributed import publication_worker
@@ -70,11 +70,16 @@ def machine(small: bool) -> Figures:
 
 
 def attention(small: bool) -> Figures:
-    """Packed attention against one masked softmax a sequence: values, gradients, and the memory of a long row."""
+    """Packed attention against one masked softmax a segment: values, gradients, and the memory of a long row.
+
+    The last three segments share a prefix, as the responses to a prompt do.
+    """
     geometry = GeometryConfig(
         num_layers=1, hidden_size=1280, ffn_hidden_size=64, num_attention_heads=10, num_query_groups=2
     )
-    lengths = [1, 2, 17, 18, 19, 300, *([] if small else [1024, 1100, 4096, 6000])]
+    lengths = [1, 2, 17, 18, 19, 300, *([] if small else [1024, 1100, 4096, 6000]), 40, 9, 25, 27]
+    prefix = (sum(lengths[:-4]), sum(lengths[:-3]))
+    prefixes = [(0, 0)] * (len(lengths) - 3) + [prefix] * 3
     figures: Figures = {}
     with cpu_backend(), parallel_groups(LAYOUT, seed=0) as groups:
         for dtype, tolerance in (("float32", 2e-4), ("bfloat16", 3e-2)):
@@ -82,11 +87,11 @@ def attention(small: bool) -> Figures:
             core = SdpaCoreAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups.collection)
             q, k, v = inputs = _attention_inputs(sum(lengths), dtype)
             weight = torch.randn(sum(lengths), 1280, device=device())
-            (core(q, k, v, None, packed_seq_params=_bounds(lengths)).float() * weight).sum().backward()
+            (core(q, k, v, None, packed_seq_params=_row(lengths, prefixes)).float() * weight).sum().backward()
             exact = [x.detach().double().requires_grad_() for x in inputs]
-            expected = _masked_softmax(*exact, lengths)
+            expected = _masked_softmax(*exact, lengths, prefixes)
             (expected * weight).sum().backward()
-            found = core(q, k, v, None, packed_seq_params=_bounds(lengths)).detach()
+            found = core(q, k, v, None, packed_seq_params=_row(lengths, prefixes)).detach()
             pairs = [(found, expected.detach()), *((x.grad, y.grad) for x, y in zip(inputs, exact, strict=True))]
             error = max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
             assert error < tolerance, f"{dtype}: off by {error:.1e} of the largest value, at most {tolerance:.0e}"
@@ -103,17 +108,28 @@ def _attention_inputs(tokens: int, dtype: str) -> list[Tensor]:
     return [torch.randn(shape, device=device()).to(DTYPES[dtype]).requires_grad_() for shape in shapes]
 
 
-def _bounds(lengths: list[int]) -> PackedSeqParams:
+def _row(lengths: list[int], prefixes: list[tuple[int, int]]) -> PackedRow:
     bounds = torch.tensor([0, *lengths], dtype=torch.int32, device=device()).cumsum(0, dtype=torch.int32)
-    return PackedSeqParams("thd", bounds, bounds, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths))
+    positions = torch.cat([torch.arange(n) + end - start for n, (start, end) in zip(lengths, prefixes, strict=True)])
+    return PackedRow(
+        "thd",
+        bounds,
+        bounds,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+        positions=positions.to(device()),
+        prefixes=prefixes,
+    )
 
 
-def _masked_softmax(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    parts = []
-    for part in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
-        a, b, c = (x.transpose(0, 1) for x in part)
+def _masked_softmax(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], prefixes: list[tuple[int, int]]) -> Tensor:
+    parts, end = [], 0
+    for length, prefix in zip(lengths, prefixes, strict=True):
+        start, end = end, end + length
+        seen = torch.cat([torch.arange(*prefix), torch.arange(start, end)]).to(q.device)
+        a, b, c = (x.transpose(0, 1) for x in (q[start:end], k[seen], v[seen]))
         b, c = (x.repeat_interleave(a.size(0) // x.size(0), 0) for x in (b, c))
-        future = torch.ones(a.size(1), a.size(1), dtype=torch.bool, device=a.device).triu(1)
+        future = torch.ones(length, len(seen), dtype=torch.bool, device=a.device).triu(1 + len(seen) - length)
         scores = (a @ b.transpose(1, 2)) * a.size(2) ** -0.5
         parts.append((scores.masked_fill(future, -torch.inf).softmax(-1) @ c).transpose(0, 1))
     return torch.cat(parts).flatten(1)
@@ -124,7 +140,7 @@ def _memory_of_row(core: SdpaCoreAttention, tokens: int) -> int:
     q, k, v = _attention_inputs(tokens, "bfloat16")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    core(q, k, v, None, packed_seq_params=_bounds([tokens])).sum().backward()
+    core(q, k, v, None, packed_seq_params=_row([tokens], [(0, 0)])).sum().backward()
     mib = round((torch.cuda.max_memory_allocated() - before) / 2**20)
     assert mib < 600, f"a row of {tokens} tokens takes {mib} MiB: scores are kept"
     return mib

@@ -124,7 +124,7 @@ def test_a_packed_row_by_hand():
     assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 6]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1]]
     assert batch.labels.tolist() == [[IGNORE, 3, 4, IGNORE, 6, IGNORE]]
-    assert batch.cu_seqlens.tolist() == [0, 4, 6]
+    assert batch.cu_seqlens.tolist() == [0, 4, 6] and batch.prefixes == ((0, 0), (4, 4)) and batch.starts == (0, 4)
     assert batch.max_seqlen == 4
     assert batch.predicting.tolist() == [1, 2, 4]
     assert batch.per_token(batch.advantages).tolist() == [1.5, 1.5, 0.0]
@@ -144,3 +144,65 @@ def test_a_rank_without_sequences_gets_a_batch_that_trains_nothing():
     (batch,) = micro_batches([], token_budget=20, device=CPU)
     assert batch.ids == () and batch.predicting.numel() == 0 and batch.tokens.shape == (1, 1)
     assert batch.per_token(batch.advantages).shape == (0,)
+
+
+def responses(prompt, *lengths, name="s"):
+    return [
+        PackedSequence(
+            id=f"{name}{i}",
+            prompt_ids=prompt,
+            response_ids=tuple(range(20, 20 + n)),
+            advantage=float(n),
+            rollout_logprobs=(-float(n),) * n,
+        )
+        for i, n in enumerate(lengths)
+    ]
+
+
+def test_a_row_with_a_shared_prompt_by_hand():
+    others = responses((9, 8), 2, name="alone")
+    batch = pack([*responses((5, 6, 7), 2, 1), *others], CPU, shares_prompts=True)
+    assert batch.ids == ("s0", "s1", "alone0")
+    # The last token of the prompt predicts the first of each response, and is there for each.
+    assert batch.tokens.tolist() == [[5, 6, 7, 20, 21, 7, 20, 9, 8, 20, 21]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1, 2, 3]]
+    assert batch.labels[0].tolist() == [-1, -1, 20, 21, -1, 20, -1, -1, 20, 21, -1]
+    assert batch.cu_seqlens.tolist() == [0, 2, 5, 7, 11]
+    assert batch.prefixes == ((0, 0), (0, 2), (0, 2), (7, 7)) and batch.starts == (2, 5, 7)
+    assert batch.max_seqlen == 5
+    assert [[part.tolist() for part in batch.ids_of(n)] for n in range(3)] == [
+        [[5, 6, 7], [20, 21]],
+        [[5, 6, 7], [20]],
+        [[9, 8], [20, 21]],
+    ]
+    assert batch.per_token(batch.advantages).tolist() == [2.0, 2.0, 1.0, 2.0, 2.0]
+    assert batch.rollout_logprobs.tolist() == [-2.0, -2.0, -1.0, -2.0, -2.0]
+
+
+@pytest.mark.parametrize("budget", [1, 30, 64, 10_000])
+def test_prompts_are_shared_within_the_budget_and_nothing_is_lost(budget):
+    chosen = [s for n in range(6) for s in responses(tuple(range(n, n + 12)), *range(1, 9), name=f"{n}-")]
+    batches = micro_batches(chosen, token_budget=budget, device=CPU, shares_prompts=True)
+    found = {id: batch.ids_of(n) for batch in batches for n, id in enumerate(batch.ids)}
+    assert sum(len(batch.ids) for batch in batches) == len(found) == len(chosen)
+    for sequence in chosen:
+        prompt, response = found[sequence.id]
+        assert tuple(prompt.tolist()) == sequence.prompt_ids and tuple(response.tolist()) == sequence.response_ids
+    assert all(len(batch.ids) == 1 or batch.tokens.size(1) <= budget for batch in batches)
+    tokens = sum(batch.tokens.size(1) for batch in batches)
+    # Six prompts of 11 tokens, once each, where all fits; nothing is shared where a micro-batch holds one sequence.
+    whole = sum(sequence.num_tokens for sequence in chosen)
+    assert tokens == {1: whole, 10_000: whole - 6 * 7 * 11}.get(budget, tokens) and tokens <= whole
+
+
+def test_prompts_of_long_responses_stay_whole():
+    batch = pack(responses(tuple(range(20)), 400, 500), CPU, shares_prompts=True)
+    assert batch.tokens.size(1) == 940 and batch.max_seqlen == 520
+
+
+def test_ranks_get_whole_prompts_where_there_are_many_and_equal_work_where_there_are_few():
+    many = [s for n in range(32) for s in responses((n, 1, 2, 3), 4, 4, 4, 4, name=f"{n}-")]
+    for rank in assign(many, 4, LINEAR, shares_prompts=True):
+        assert set(Counter(sequence.prompt_ids for sequence in rank).values()) == {4}
+    few = responses((1, 2, 3), *[4] * 16)
+    assert [len(rank) for rank in assign(few, 4, LINEAR, shares_prompts=True)] == [4] * 4
