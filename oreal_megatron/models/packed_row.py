@@ -1,4 +1,4 @@
-"""What attention has to know of a packed row: the bounds of its segments, their prefixes, and positions.
+"""Description of a packed row for attention: the bounds of its segments, their prefixes, and positions.
 
 Shapes: T tokens of a row. A segment of n tokens continues a prefix of p tokens, which may have none (p = 0).
 """
