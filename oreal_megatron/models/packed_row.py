@@ -16,9 +16,8 @@ from torch import Tensor
 
 from oreal_megatron.data.packing import TokenBatch
 
-# Segments whose lengths are within this factor, or this number of tokens, share one padded call: a trade of fewer
-# calls for unused scores.
-_LENGTH_SPREAD, _LENGTH_SLACK = 1.25, 16
+# Segments whose lengths are within this factor share one padded call: a trade of fewer calls for unused scores.
+_LENGTH_SPREAD = 1.25
 
 
 @dataclass
@@ -137,11 +136,6 @@ def _is_similar(segment: _Segment, group: Sequence[_Segment]) -> bool:
     lengths = [segment.length, *(other.length for other in group)]
     return (
         (segment.prefix_length > 0) == (group[0].prefix_length > 0)
-        and segment.num_keys <= _longest(group[0].num_keys)
-        and max(lengths) <= _longest(min(lengths))
+        and segment.num_keys <= _LENGTH_SPREAD * group[0].num_keys
+        and max(lengths) <= _LENGTH_SPREAD * min(lengths)
     )
-
-
-def _longest(length: int) -> float:
-    """Returns the length up to which a segment may share a call with one of `length` tokens."""
-    return max(_LENGTH_SPREAD * length, length + _LENGTH_SLACK)
