@@ -116,7 +116,7 @@ def run_steps(
     chosen = sequences(num_sequences)
     outcome = Outcome()
     for step in steps:
-        packer = Packer.of_layout(groups, GEOMETRY, VOCABULARY)
+        packer = Packer.of_layout(groups, GEOMETRY, VOCABULARY, can_share_prompts=True)
         with policy.on_device():
             fine_tuned = update_supervised(policy, conversations(chosen), packer)
         minibatches = [
@@ -203,19 +203,23 @@ def continuations(policy: Any, groups: ParallelGroups) -> Tensor:
 
 
 def sequences(count: int) -> list[PackedSequence]:
-    """Lengths from 4 to 31; the rollout's log-probabilities are not the policy's. Every third has inserted tokens."""
+    """Lengths from 4 to 37, two of a prompt; the rollout's log-probabilities are not the policy's.
+
+    Every third has inserted tokens. Rows share prompts except under context parallelism.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def ids(length: int) -> tuple[int, ...]:
         return tuple(torch.randint(0, VOCABULARY, (length,), generator=generator).tolist())
 
+    prompts = [ids(1 + 3 * i) for i in range(1 + count // 2)]
     made = []
     for i in range(count):
         mask = None if i % 3 != 1 else ~np.isin(np.arange(3 + 4 * i), (1, 7, 8, 9))
         made.append(
             PackedSequence(
                 id=str(i),
-                prompt_ids=ids(1 + i % 3),
+                prompt_ids=prompts[i // 2],
                 response_ids=ids(3 + 4 * i),
                 correct=i % 2 == 0,
                 advantage=1.0 if i % 2 == 0 else -0.5,
