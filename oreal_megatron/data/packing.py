@@ -310,14 +310,16 @@ class _Unit:
 
     def of_at_most(self, num_tokens: int, padding: Padding) -> list[_Unit]:
         """Splits the unit into units of at most `num_tokens`, where a sequence does not alone have more."""
-        parts: list[_Unit] = []
-        for sequence in self.sequences:
-            longer = _Unit((*parts[-1].sequences, sequence)) if parts else None
-            if longer is not None and longer.num_tokens(padding) <= num_tokens:
-                parts[-1] = longer
+        parts: list[list[PackedSequence]] = []
+        size = 0
+        for sequence, length in zip(self.sequences, self.lengths, strict=True):
+            if parts and size + padding.of(length) <= num_tokens:
+                parts[-1].append(sequence)
+                size += padding.of(length)
             else:
-                parts.append(_Unit((sequence,)))
-        return parts
+                parts.append([sequence])
+                size = self.prefix_length + padding.of(length)
+        return [_Unit(tuple(part)) for part in parts]
 
 
 def _units(sequences: Sequence[PackedSequence], *, shares_prompts: bool) -> list[_Unit]:

@@ -124,18 +124,18 @@ class AttentionCall:
 def _similar_lengths(segments: Sequence[_Segment]) -> list[list[_Segment]]:
     """Groups segments with similar numbers of queries and of keys, those without a prefix first, shortest first."""
     groups: list[list[_Segment]] = []
+    shortest = longest = 0
     for segment in sorted(segments, key=lambda s: (s.prefix_length > 0, s.num_keys, s.length, s.start)):
-        if groups and _is_similar(segment, groups[-1]):
+        lower, upper = min(shortest, segment.length), max(longest, segment.length)
+        if (
+            groups
+            and (segment.prefix_length > 0) == (groups[-1][0].prefix_length > 0)
+            and segment.num_keys <= _LENGTH_SPREAD * groups[-1][0].num_keys
+            and upper <= _LENGTH_SPREAD * lower
+        ):
             groups[-1].append(segment)
+            shortest, longest = lower, upper
         else:
             groups.append([segment])
+            shortest = longest = segment.length
     return groups
-
-
-def _is_similar(segment: _Segment, group: Sequence[_Segment]) -> bool:
-    lengths = [segment.length, *(other.length for other in group)]
-    return (
-        (segment.prefix_length > 0) == (group[0].prefix_length > 0)
-        and segment.num_keys <= _LENGTH_SPREAD * group[0].num_keys
-        and max(lengths) <= _LENGTH_SPREAD * min(lengths)
-    )
