@@ -98,7 +98,7 @@ class TokenBatch:
     tokens: Tensor
     """Token ids, int64 [1, T]."""
     positions: Tensor
-    """Positions, int64 [1, T], from 0 in each sequence."""
+    """Positions of tokens in their sequences, int64 [1, T]; those after a shared prompt go on where it ends."""
     labels: Tensor
     """Next token where it is a response token, IGNORE elsewhere; int64 [1, T]."""
     cu_seqlens: Tensor
@@ -309,7 +309,10 @@ class _Unit:
         return self.prefix_length + sum(padding.of(length) for length in self.lengths)
 
     def of_at_most(self, num_tokens: int, padding: Padding) -> list[_Unit]:
-        """Splits the unit into units of at most `num_tokens`, where a sequence does not alone have more."""
+        """Splits the unit into units of at most `num_tokens`, where a sequence does not alone have more.
+
+        A part whose shared prompt would save too little has sequences by themselves.
+        """
         parts: list[list[PackedSequence]] = []
         size = 0
         for sequence, length in zip(self.sequences, self.lengths, strict=True):
@@ -319,7 +322,19 @@ class _Unit:
             else:
                 parts.append([sequence])
                 size = self.prefix_length + padding.of(length)
-        return [_Unit(tuple(part)) for part in parts]
+        return [one for part in parts for one in _Unit(tuple(part)).if_worth_it()]
+
+    def if_worth_it(self) -> list[_Unit]:
+        """Returns the unit if its shared prompt saves enough, otherwise each sequence by itself."""
+        whole = sum(sequence.num_tokens for sequence in self.sequences)
+        if self.prefix_length * (len(self.sequences) - 1) >= MIN_SHARED * whole:
+            return [self]
+        return [_Unit((sequence,)) for sequence in self.sequences]
+
+    def work(self, cost: SequenceCost) -> float:
+        """Returns the work of the sequences, with that of the shared prompt once."""
+        shared = cost.per_token * self.prefix_length + cost.per_pair * self.prefix_length * (self.prefix_length + 1) / 2
+        return sum(map(cost.of, self.sequences)) - (len(self.sequences) - 1) * shared
 
 
 def _units(sequences: Sequence[PackedSequence], *, shares_prompts: bool) -> list[_Unit]:
@@ -329,15 +344,7 @@ def _units(sequences: Sequence[PackedSequence], *, shares_prompts: bool) -> list
     by_prompt: dict[bytes, list[PackedSequence]] = {}
     for sequence in sequences:
         by_prompt.setdefault(np.asarray(sequence.prompt_ids, np.int64).tobytes(), []).append(sequence)
-    units = []
-    for group in by_prompt.values():
-        unit = _Unit(tuple(group))
-        saved = unit.prefix_length * (len(group) - 1)
-        if saved >= MIN_SHARED * sum(sequence.num_tokens for sequence in group):
-            units.append(unit)
-        else:
-            units += [_Unit((sequence,)) for sequence in group]
-    return units
+    return [unit for group in by_prompt.values() for unit in _Unit(tuple(group)).if_worth_it()]
 
 
 def pack(
@@ -445,20 +452,20 @@ def assign(
 ) -> list[list[PackedSequence]]:
     """Assigns every sequence to exactly one rank: costliest first, each to the rank with the least work so far.
 
-    shares_prompts: keeps sequences that would share a prompt together, up to a quarter of what a rank gets.
+    shares_prompts: keeps sequences that would share a prompt together, up to a quarter of the mean number of a rank.
     """
     most = max(1, len(sequences) // (4 * num_ranks))
     units = [
-        unit.sequences[start : start + most]
+        _Unit(unit.sequences[start : start + most])
         for unit in _units(sequences, shares_prompts=shares_prompts)
         for start in range(0, len(unit.sequences), most)
     ]
-    work = [sum(map(cost.of, unit)) for unit in units]
+    work = [unit.work(cost) for unit in units]
     ranks: list[list[PackedSequence]] = [[] for _ in range(num_ranks)]
     load = [0.0] * num_ranks
     for index in sorted(range(len(units)), key=lambda index: -work[index]):
         rank = load.index(min(load))
-        ranks[rank] += units[index]
+        ranks[rank] += units[index].sequences
         load[rank] += work[index]
     return ranks
 
