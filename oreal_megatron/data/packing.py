@@ -105,8 +105,8 @@ class TokenBatch:
     """Bounds of the segments, int32 [S + 1]: of the N sequences, and of prompts that several share."""
     prefixes: tuple[tuple[int, int], ...]
     """Start and end in the row of the tokens that each of the S segments continues; equal where there are none."""
-    starts: tuple[int, ...]
-    """Start in the row of each of the N sequences, without a shared prompt."""
+    segments: tuple[int, ...]
+    """Segment of each of the N sequences."""
     max_seqlen: int
     """Length of the longest sequence, with its prefix."""
     response_lengths: tuple[int, ...]
@@ -138,11 +138,11 @@ class TokenBatch:
 
         The prompt ends where the first trained token begins.
         """
-        start, length = self.starts[sequence], self.response_lengths[sequence]
+        segment, length = self.segments[sequence], self.response_lengths[sequence]
         first = sum(self.response_lengths[:sequence])
         predicting = self.predicting[first : first + length]
-        prefix = slice(*self.prefixes[self.cu_seqlens.tolist().index(start)])
-        prompt = torch.cat([self.tokens[0, prefix], self.tokens[0, start : int(predicting[0]) + 1]])
+        prefix, own = slice(*self.prefixes[segment]), slice(int(self.cu_seqlens[segment]), int(predicting[0]) + 1)
+        prompt = torch.cat([self.tokens[0, prefix], self.tokens[0, own]])
         return prompt, self.labels[0, predicting]
 
     def split_by_sequence(self, per_token: Tensor) -> list[Tensor]:
@@ -203,9 +203,12 @@ class SequenceCost:
 
     def of(self, sequence: PackedSequence) -> float:
         """Returns the work of a sequence."""
-        length = sequence.num_tokens
-        pairs = length * (length + 1) / 2
-        return length * self.per_token + pairs * self.per_pair + sequence.num_trained_tokens * self.per_response_token
+        return self.of_tokens(sequence.num_tokens) + sequence.num_trained_tokens * self.per_response_token
+
+    def of_tokens(self, count: int) -> float:
+        """Returns the work of the layers for the first `count` tokens of a sequence."""
+        pairs = count * (count + 1) / 2
+        return count * self.per_token + pairs * self.per_pair
 
 
 @dataclass(frozen=True)
@@ -333,8 +336,8 @@ class _Unit:
 
     def work(self, cost: SequenceCost) -> float:
         """Returns the work of the sequences, with that of the shared prompt once."""
-        shared = cost.per_token * self.prefix_length + cost.per_pair * self.prefix_length * (self.prefix_length + 1) / 2
-        return sum(map(cost.of, self.sequences)) - (len(self.sequences) - 1) * shared
+        copies = len(self.sequences) - 1
+        return sum(map(cost.of, self.sequences)) - copies * cost.of_tokens(self.prefix_length)
 
 
 def _units(sequences: Sequence[PackedSequence], *, shares_prompts: bool) -> list[_Unit]:
@@ -364,16 +367,19 @@ def pack(
 def _row(units: Sequence[_Unit], device: torch.device, padding: Padding) -> TokenBatch:
     bounds = [0]
     prefixes: list[tuple[int, int]] = []
-    starts: list[int] = []
-    for unit in units or [_Unit((PackedSequence(id="", prompt_ids=(0,), response_ids=()),))]:
+    segments: list[int] = []
+    for unit in units:
         prefix = (bounds[-1], bounds[-1] + unit.prefix_length)
         if unit.prefix_length:
             prefixes.append((prefix[0], prefix[0]))
             bounds.append(prefix[1])
         for length in unit.lengths:
+            segments.append(len(prefixes))
             prefixes.append(prefix)
-            starts.append(bounds[-1])
             bounds.append(bounds[-1] + padding.of(length))
+    if not units:
+        prefixes.append((0, 0))
+        bounds.append(padding.of(1))
     bounds[-1] += -bounds[-1] % padding.row
     lengths = np.diff(bounds)
     prefix_lengths = np.array([end - start for start, end in prefixes])
@@ -382,19 +388,14 @@ def _row(units: Sequence[_Unit], device: torch.device, padding: Padding) -> Toke
     tokens_T = np.zeros(bounds[-1], np.int64)
     labels_T = np.full(bounds[-1], IGNORE, np.int64)
     sequences = [sequence for unit in units for sequence in unit.sequences]
-    left_out = [unit.prefix_length for unit in units for _ in unit.sequences]
-    for sequence, start, shared in zip(sequences, starts, left_out, strict=False):
+    for sequence, segment in zip(sequences, segments, strict=True):
+        start, shared = bounds[segment], prefix_lengths[segment]
         response, end = start + len(sequence.prompt_ids) - shared, start + sequence.num_tokens - shared
+        tokens_T[slice(*prefixes[segment])] = sequence.prompt_ids[:shared]
         tokens_T[start:response] = sequence.prompt_ids[shared:]
         tokens_T[response:end] = labels_T[response - 1 : end - 1] = sequence.response_ids
         if sequence.loss_mask is not None:
             labels_T[response - 1 : end - 1][~sequence.loss_mask] = IGNORE
-    first = 0
-    for unit in units:
-        tokens_T[starts[first] - unit.prefix_length : starts[first]] = unit.sequences[0].prompt_ids[
-            : unit.prefix_length
-        ]
-        first += len(unit.sequences)
     logprobs = [np.asarray(sequence.rollout_logprobs, np.float32) for sequence in sequences]
     is_older = [np.arange(sequence.num_trained_tokens) < sequence.num_older_tokens for sequence in sequences]
     return TokenBatch(
@@ -404,7 +405,7 @@ def _row(units: Sequence[_Unit], device: torch.device, padding: Padding) -> Toke
         labels=torch.from_numpy(labels_T[None]).to(device),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=device),
         prefixes=tuple(prefixes),
-        starts=tuple(starts),
+        segments=tuple(segments),
         max_seqlen=int((prefix_lengths + lengths).max()),
         response_lengths=tuple(sequence.num_trained_tokens for sequence in sequences),
         correct=torch.tensor([sequence.correct for sequence in sequences], dtype=torch.bool, device=device),

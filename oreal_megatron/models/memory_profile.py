@@ -196,15 +196,7 @@ def _through_layers(module: GPTModel, layout: ParallelConfig, row_tokens: int) -
     config = module.config
     rows = row_tokens // (layout.tensor if layout.sequence else 1)
     bounds = np.array([0, row_tokens])  # Only .tolist() reads them; fake tensors have no values.
-    packed = PackedRow(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=row_tokens,
-        max_seqlen_kv=row_tokens,
-        positions=torch.arange(row_tokens),
-        prefixes=[(0, 0)],
-    )
+    packed = PackedRow.of(bounds, row_tokens, torch.arange(row_tokens), prefixes=[(0, 0)])
     rotary = module.rotary_pos_emb(row_tokens, packed_seq=True)
     hidden = torch.empty(rows, 1, config.hidden_size, dtype=config.params_dtype)
     options: dict[str, Any] = {"attention_mask": None, "rotary_pos_emb": rotary, "packed_seq_params": packed}

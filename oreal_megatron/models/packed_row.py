@@ -9,6 +9,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -28,6 +29,19 @@ class PackedRow(PackedSeqParams):
     """Positions of this rank's tokens in their sequences, int64 [T / context ranks]."""
     prefixes: Sequence[tuple[int, int]] = ()
     """Start and end of each segment's prefix in the row; equal where a segment has none."""
+
+    @classmethod
+    def of(cls, bounds: Any, max_seqlen: int, positions: Tensor, prefixes: Sequence[tuple[int, int]]) -> PackedRow:
+        """Makes a row. bounds: int32 [S + 1], a tensor, or an array where tensors have no values."""
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_kv=max_seqlen,
+            positions=positions,
+            prefixes=prefixes,
+        )
 
     @functools.cached_property
     def calls(self) -> list[AttentionCall | slice]:
@@ -50,15 +64,7 @@ class PackedRow(PackedSeqParams):
 
 def packed_row(batch: TokenBatch, positions: Tensor) -> PackedRow:
     """Returns the description of a micro-batch. positions: of this rank's tokens, int64 [T / context ranks]."""
-    return PackedRow(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
-        positions=positions,
-        prefixes=batch.prefixes,
-    )
+    return PackedRow.of(batch.cu_seqlens, batch.max_seqlen, positions, batch.prefixes)
 
 
 @dataclass(frozen=True)

@@ -111,15 +111,7 @@ def _attention_inputs(tokens: int, dtype: str) -> list[Tensor]:
 def _row(lengths: list[int], prefixes: list[tuple[int, int]]) -> PackedRow:
     bounds = torch.tensor([0, *lengths], dtype=torch.int32, device=device()).cumsum(0, dtype=torch.int32)
     positions = torch.cat([torch.arange(n) + end - start for n, (start, end) in zip(lengths, prefixes, strict=True)])
-    return PackedRow(
-        "thd",
-        bounds,
-        bounds,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
-        positions=positions.to(device()),
-        prefixes=prefixes,
-    )
+    return PackedRow.of(bounds, max(lengths), positions.to(device()), prefixes)
 
 
 def _masked_softmax(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], prefixes: list[tuple[int, int]]) -> Tensor:

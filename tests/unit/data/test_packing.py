@@ -124,7 +124,7 @@ def test_a_packed_row_by_hand():
     assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 6]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1]]
     assert batch.labels.tolist() == [[IGNORE, 3, 4, IGNORE, 6, IGNORE]]
-    assert batch.cu_seqlens.tolist() == [0, 4, 6] and batch.prefixes == ((0, 0), (4, 4)) and batch.starts == (0, 4)
+    assert batch.cu_seqlens.tolist() == [0, 4, 6] and batch.prefixes == ((0, 0), (4, 4)) and batch.segments == (0, 1)
     assert batch.max_seqlen == 4
     assert batch.predicting.tolist() == [1, 2, 4]
     assert batch.per_token(batch.advantages).tolist() == [1.5, 1.5, 0.0]
@@ -168,7 +168,7 @@ def test_a_row_with_a_shared_prompt_by_hand():
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1, 2, 3]]
     assert batch.labels[0].tolist() == [-1, -1, 20, 21, -1, 20, -1, -1, 20, 21, -1]
     assert batch.cu_seqlens.tolist() == [0, 2, 5, 7, 11]
-    assert batch.prefixes == ((0, 0), (0, 2), (0, 2), (7, 7)) and batch.starts == (2, 5, 7)
+    assert batch.prefixes == ((0, 0), (0, 2), (0, 2), (7, 7)) and batch.segments == (1, 2, 3)
     assert batch.max_seqlen == 5
     assert [[part.tolist() for part in batch.ids_of(n)] for n in range(3)] == [
         [[5, 6, 7], [20, 21]],
