@@ -203,27 +203,28 @@ def continuations(policy: Any, groups: ParallelGroups) -> Tensor:
 
 
 def sequences(count: int) -> list[PackedSequence]:
-    """Lengths from 4 to 37, two of a prompt; the rollout's log-probabilities are not the policy's.
+    """Lengths from 4 to 28; the rollout's log-probabilities are not the policy's. Every third has inserted tokens.
 
-    Every third has inserted tokens. Rows share prompts except under context parallelism.
+    The first has a prompt of one token, the next four a prompt of 11 and the others one of 7: rows of every layout
+    share prompts except under context parallelism.
     """
     generator = torch.Generator().manual_seed(0)
 
     def ids(length: int) -> tuple[int, ...]:
         return tuple(torch.randint(0, VOCABULARY, (length,), generator=generator).tolist())
 
-    prompts = [ids(1 + 3 * i) for i in range(1 + count // 2)]
+    prompts = [ids(1), *[ids(11)] * 4, *[ids(7)] * count]
     made = []
     for i in range(count):
-        mask = None if i % 3 != 1 else ~np.isin(np.arange(3 + 4 * i), (1, 7, 8, 9))
+        mask = None if i % 3 != 1 else ~np.isin(np.arange(3 + 3 * i), (1, 7, 8, 9))
         made.append(
             PackedSequence(
                 id=str(i),
-                prompt_ids=prompts[i // 2],
-                response_ids=ids(3 + 4 * i),
+                prompt_ids=prompts[i],
+                response_ids=ids(3 + 3 * i),
                 correct=i % 2 == 0,
                 advantage=1.0 if i % 2 == 0 else -0.5,
-                rollout_logprobs=(-1.0,) * (3 + 4 * i if mask is None else int(mask.sum())),
+                rollout_logprobs=(-1.0,) * (3 + 3 * i if mask is None else int(mask.sum())),
                 loss_mask=mask,
             )
         )

@@ -16,9 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from oreal_megatron.config import parse_config
-from tests.parity.layouts import EVERY_MOVE, LAYOUTS, SOME_MOVES, Case, covering_cases, every_case, moves, with_options
+from oreal_megatron.data.packing import Packer, Padding, SequenceCost
+from tests.parity.layouts import (
+    EVERY_MOVE,
+    LAYOUTS,
+    PACKED,
+    SOME_MOVES,
+    Case,
+    covering_cases,
+    every_case,
+    moves,
+    with_options,
+)
+from tests.parity.oreal_step import GEOMETRY, VOCABULARY, sequences
 
 pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +63,26 @@ def beyond_tolerance(results: dict[str, Any]) -> list[str]:
         for kind, (difference, where) in found.items()
         if not difference <= TOLERANCES[kind]
     ]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_rows_of_the_layouts_share_prompts(num_ranks: int) -> None:
+    """Otherwise the other tests would say nothing of shared prompts."""
+    rows = [
+        row
+        for rank in range(num_ranks)
+        for row in Packer(
+            num_ranks=num_ranks,
+            rank=rank,
+            token_budget=PACKED,
+            count_multiple=1,
+            padding=Padding(),
+            cost=SequenceCost.of_model(GEOMETRY, VOCABULARY),
+            device=torch.device("cpu"),
+            shares_prompts=True,
+        ).batches(sequences(7))
+    ]
+    assert any(end > start for row in rows for start, end in row.prefixes)
 
 
 @pytest.mark.parametrize("world", [2, 4])
