@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=48, help="of a response that is not in the tail")
-    parser.add_argument("--hidden", type=int, default=192, help="size of the model, which sets what training takes")
+    parser.add_argument("--hidden", type=int, default=256, help="size of the model, which sets what training takes")
     parser.add_argument("--directory", type=Path, help="for the runs, which are kept; none: a temporary one")
     parser.add_argument("--lengths", choices=sorted(ARMS), help=argparse.SUPPRESS)  # of a trainer's process
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
