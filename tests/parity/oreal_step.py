@@ -205,8 +205,8 @@ def continuations(policy: Any, groups: ParallelGroups) -> Tensor:
 def sequences(count: int) -> list[PackedSequence]:
     """Lengths from 4 to 28; the rollout's log-probabilities are not the policy's. Every third has inserted tokens.
 
-    The first has a prompt of one token, the next four a prompt of 11 and the others one of 7: rows of every layout
-    share prompts except under context parallelism.
+    The first has a prompt of one token, the next four a prompt of 11 and the others one of 7: with the token budget
+    of `PACKED`, some row of every layout shares a prompt, except under context parallelism.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -216,15 +216,16 @@ def sequences(count: int) -> list[PackedSequence]:
     prompts = [ids(1), *[ids(11)] * 4, *[ids(7)] * count]
     made = []
     for i in range(count):
-        mask = None if i % 3 != 1 else ~np.isin(np.arange(3 + 3 * i), (1, 7, 8, 9))
+        length = 3 + 3 * i
+        mask = None if i % 3 != 1 else ~np.isin(np.arange(length), (1, 7, 8, 9))
         made.append(
             PackedSequence(
                 id=str(i),
                 prompt_ids=prompts[i],
-                response_ids=ids(3 + 3 * i),
+                response_ids=ids(length),
                 correct=i % 2 == 0,
                 advantage=1.0 if i % 2 == 0 else -0.5,
-                rollout_logprobs=(-1.0,) * (3 + 3 * i if mask is None else int(mask.sum())),
+                rollout_logprobs=(-1.0,) * (length if mask is None else int(mask.sum())),
                 loss_mask=mask,
             )
         )
