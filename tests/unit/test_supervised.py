@@ -59,7 +59,8 @@ def test_packed_equals_unpacked(single_process):
     losses, weights = found[1]
     for packed_losses, packed_weights in (found[48], found[10_000]):
         assert packed_losses == pytest.approx(losses, rel=1e-6)
-        torch.testing.assert_close(packed_weights, weights, rtol=0, atol=1e-6)
+        # Adam multiplies the gradients' rounding by up to lr / eps = 100 in each of the three steps of 1e-2.
+        torch.testing.assert_close(packed_weights, weights, rtol=0, atol=1e-5)
     assert losses[2] < losses[0] - 0.01
 
 

@@ -175,7 +175,7 @@ def test_right_functions_pass_together():
     [
         ("advantages", "by_place", "depend on the order of the responses"),
         ("advantages", "drawn", "differ at a second call"),
-        ("choose", "unseeded", "the choice of responses differs at a second call"),
+        ("choose", "unseeded", "the choice of responses differs between calls"),
         ("token_weights", "noise", "token weights of a response of 1 tokens differ at a second call"),
     ],
 )
