@@ -242,7 +242,8 @@ class Packer:
         """Makes the packer of a layout.
 
         fp8: the models share the micro-batches, so rows suit the recipes of all. can_share_prompts: whether the models'
-        attention reads prefixes, which it does not under context parallelism.
+        attention reads prefixes. Rows share no prompts under context parallelism, which cuts them, nor on a GPU, where
+        the mask of a prefix rules out the flash kernel and adding up a prefix's gradient has no fixed order.
         """
         rank_tokens = math.lcm(*(RECIPES[model.recipe].tokens for model in fp8.models.values())) if fp8 else 1
         return cls(
@@ -253,7 +254,7 @@ class Packer:
             padding=Padding(groups.sequence_multiple, groups.row_multiple(rank_tokens)),
             cost=SequenceCost.of_model(geometry, vocab_size),
             device=device(),
-            shares_prompts=can_share_prompts and groups.context_size == 1,
+            shares_prompts=can_share_prompts and groups.context_size == 1 and device().type == "cpu",
         )
 
     def batches(self, sequences: Sequence[PackedSequence]) -> list[TokenBatch]:
