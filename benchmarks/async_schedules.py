@@ -1,22 +1,25 @@
 """Schedules of generation and training compared: one trainer and one SGLang server, a core each, run after run.
 
-    python -m benchmarks.async_schedules [--steps 20] [--rounds 1]
+    python -m benchmarks.async_schedules [--steps 15] [--rounds 1]
 
-Responses have a fixed length: nothing stops them. With the planted tail, one of 32 is ten times as long. The objective
-trains on every response, with a learning rate that changes next to nothing. Prints a Markdown table of the steps in the
-middle of a run, without the first steps, for which nothing was generated ahead, and the last ones, beside which nothing
-is left to generate: trained response tokens a second, their ratio to `in_turn`, the share of the time in which the
-server had no request, and the mean and largest age of the trained tokens in updates. A short run before the others
-warms the server up.
+Responses have a fixed length: nothing stops them. A step has 128. With the planted tail it has 32, of which one is ten
+times as long: on a CPU a token takes the longer the more responses there are at once, and with few of them this matters
+less, as on a GPU. The objective trains on every response, with a learning rate that changes next to nothing.
 
-The last column is what the planner's simulation makes of the times of the two runs in turn, of the time in which the
-server reads a token, and of how much longer a token takes with the server full than with the responses of one step:
-tokens a second by simulation, over those measured.
+Prints a Markdown table of `--steps` steps in the middle of a run, which has `max_staleness` + 1 more at either end: the
+first, for which nothing was generated ahead, and the last, beside which nothing is left to generate. Its columns are
+trained response tokens a second, their ratio to `in_turn`, the share of the time in which the server had no request,
+and the mean and largest age of the trained tokens in updates. A short run before the others warms the server up.
+
+The last column is what the planner's simulation makes of the times of the two runs in turn, and of how the time of a
+token depends on the number of responses at once and on their lengths, and what a request takes besides, which are
+measured after the runs: tokens a second by simulation, over those measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import signal
@@ -26,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +40,7 @@ import numpy as np
 
 from benchmarks.plain_run import PLAIN_RUN
 from oreal_megatron.metrics import read_metrics
-from oreal_megatron.planner.schedules import Setting, simulate
+from oreal_megatron.planner.schedules import Setting, generation_seconds, simulate
 
 Arm = tuple[str, int, str]
 
@@ -57,13 +61,19 @@ ARMS: dict[str, list[Arm]] = {
         ("continuous", 2, "recompute"),
         ("continuous", 2, "keep_cache"),
         ("continuous", 4, "keep_cache"),
+        ("continuous", 8, "keep_cache"),
+        ("continuous", 16, "keep_cache"),
     ],
 }
 """Lengths of responses -> rollout.schedule, rollout.max_staleness and rollout.in_flight of runs."""
 IN_TURN = ("in_turn", 0, "recompute")
 READ_PROMPTS, READ_TOKENS = 32, 256
-PLACES = 256
-"""Responses that the server generates at once at most."""
+PROMPT_TOKENS = 16
+"""Tokens of a prompt where the server is timed and simulated: about those of the task."""
+EVEN_TIMES = 4
+"""Responses of a step with even lengths, over those with the tail."""
+PLACES = 2
+"""Steps whose responses the server generates at once at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +98,20 @@ class Measures:
         return self.tokens / self.seconds
 
 
-def settings(arguments: argparse.Namespace, directory: Path) -> list[str]:
-    """Overrides that all runs share, and their server."""
+def num_prompts(arguments: argparse.Namespace, lengths: str) -> int:
+    """Returns the prompts of a step."""
+    count: int = arguments.prompts * (EVEN_TIMES if lengths == "even" else 1)
+    return count
+
+
+def num_responses(arguments: argparse.Namespace, lengths: str) -> int:
+    """Returns the responses of a step."""
+    count: int = num_prompts(arguments, lengths) * arguments.samples
+    return count
+
+
+def settings(arguments: argparse.Namespace, directory: Path, lengths: str) -> list[str]:
+    """Overrides of runs, and with even lengths, which have more responses, of their server."""
     longest = TAIL_TIMES * arguments.tokens
     return [
         "experiment=arithmetic_sglang",
@@ -97,13 +119,13 @@ def settings(arguments: argparse.Namespace, directory: Path) -> list[str]:
         *PLAIN_RUN,
         "sft.steps=1",
         "optimizer.policy={lr: 1.0e-9, min_lr: 1.0e-9}",
-        f"data.prompts_per_step={arguments.prompts}",
+        f"data.prompts_per_step={num_prompts(arguments, lengths)}",
         f"rollout.samples_per_prompt={arguments.samples}",
         f"rollout.sampling={{temperature: 1.0, top_p: 1.0, max_new_tokens: {longest}}}",
         "rollout.mismatch=null",
         "rollout.undecided=null",
         "rollout.sglang.startup_seconds=900.0",
-        f"rollout.sglang.max_concurrency={PLACES}",
+        f"rollout.sglang.max_concurrency={PLACES * num_responses(arguments, lengths)}",
         "rollout.sglang.arguments.max-total-tokens=65536",
         f"model.max_sequence_length={longest + 128}",
         f"model.geometry.hidden_size={arguments.hidden}",
@@ -138,7 +160,7 @@ def started(command: Sequence[str], core: int, log: Path) -> subprocess.Popen[by
 def server(arguments: argparse.Namespace, directory: Path) -> Iterator[str]:
     """Runs a server; yields its URL. It takes its config.json from the first run that attaches to it."""
     announced = directory / "urls"
-    options = settings(arguments, directory / FIRST)
+    options = settings(arguments, directory / FIRST, "even")
     process = started(
         ["oreal_megatron.cli.serve", "--announce", str(announced), *options], SERVER_CORE, directory / "server.log"
     )
@@ -182,9 +204,14 @@ def length_of(index: int, arguments: argparse.Namespace) -> int:
     return arguments.tokens * (TAIL_TIMES if is_long else 1)
 
 
+def edge(max_staleness: int) -> int:
+    """Returns the steps at either end of a run that are not measured."""
+    return max_staleness + 1
+
+
 def measured(directory: Path, max_staleness: int) -> Measures:
-    """Returns the measures of a run. The first and last `max_staleness` + 1 steps are left out."""
-    steps = read_metrics(directory)[0][max_staleness + 1 : -max_staleness - 1]
+    """Returns the measures of a run, without its first and last `edge(max_staleness)` steps."""
+    steps = read_metrics(directory)[0][edge(max_staleness) : -edge(max_staleness)]
     metrics, seconds = [record["metrics"] for record in steps], [record["seconds"] for record in steps]
     idle = [
         m.get("rollout/server_idle_share", 1 - s["generate"] / s["total"]) * s["total"]
@@ -205,19 +232,20 @@ def measured(directory: Path, max_staleness: int) -> Measures:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=15, help="that are measured in each run")
     parser.add_argument("--rounds", type=int, default=1, help="runs of every schedule, in turns")
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument(
+        "--prompts", type=int, default=4, help=f"of a step with the tail; {EVEN_TIMES} times as many with even lengths"
+    )
+    parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=48, help="of a response that is not in the tail")
-    parser.add_argument("--hidden", type=int, default=256, help="size of the model, which sets what training takes")
+    parser.add_argument("--hidden", type=int, default=320, help="size of the model, which sets what training takes")
     parser.add_argument("--directory", type=Path, help="for the runs, which are kept; none: a temporary one")
     parser.add_argument("--lengths", choices=sorted(ARMS), help=argparse.SUPPRESS)  # of a trainer's process
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    least = 2 * max(max_staleness for arms in ARMS.values() for _, max_staleness, _ in arms) + 3
-    if arguments.steps < least:
-        parser.error(f"--steps = {arguments.steps} leaves no step in the middle of a run; set it to at least {least}")
+    if arguments.steps < 1:
+        parser.error(f"--steps = {arguments.steps} measures nothing; set it to at least 1")
     if arguments.lengths is not None:
         train(arguments)
         return
@@ -227,12 +255,12 @@ def main() -> None:
         found: dict[tuple[str, Arm], list[Measures]] = {}
         with server(arguments, directory) as url:
             run(arguments, directory / FIRST, url, "even", IN_TURN, num_steps=1)
-            times = server_times(url, arguments)
             for turn in range(arguments.rounds):
                 for lengths, arm in [(key, arm) for key, arms in ARMS.items() for arm in arms]:
                     own = directory / "_".join(map(str, (lengths, *arm, turn)))
-                    run(arguments, own, url, lengths, arm, num_steps=arguments.steps)
+                    run(arguments, own, url, lengths, arm, num_steps=arguments.steps + 2 * edge(arm[1]))
                     found.setdefault((lengths, arm), []).append(measured(own, arm[1]))
+            times = server_times(url, arguments)  # with places of the KV cache as scattered as in the runs
     print_table(found, times, arguments)
 
 
@@ -242,37 +270,70 @@ class ServerTimes:
 
     read_seconds: float
     """Of a token of a prompt."""
-    full_ratio: float
-    """Time of a token with `PLACES` responses at once, over that with the responses of a step."""
+    request_seconds: float
+    """Of a request besides its tokens."""
+    counts: Sequence[int]
+    """Numbers of responses at once."""
+    lengths: tuple[float, float]
+    """Mean tokens of two kinds of responses, short and long ones, while their tokens were timed."""
+    seconds: Sequence[tuple[float, float]]
+    """Of a token, for each of `counts` and of `lengths`."""
+
+    def token_seconds(self, sequences: float, length: float) -> float:
+        """Returns the seconds of a token, which are linear between `counts`, and in the mean tokens so far."""
+        short, long = (float(np.interp(sequences, self.counts, kind)) for kind in zip(*self.seconds, strict=True))
+        first, second = self.lengths
+        return short + (length - first) / (second - first) * (long - short)
 
 
 def server_times(url: str, arguments: argparse.Namespace) -> ServerTimes:
     """Measures the times of the server: medians of three."""
     rng = random.Random(0)
 
-    def seconds(prompts: int, prompt_tokens: int, new_tokens: int) -> float:
-        ids = [[rng.randrange(10, 20) for _ in range(prompt_tokens)] for _ in range(prompts)]
+    def ask(prompt: Sequence[int], new_tokens: int, seed: int) -> None:
         # As the run asks for its responses.
         sampling = {"max_new_tokens": new_tokens, "ignore_eos": True, "temperature": 1.0, "top_k": -1}
-        parameters = [{**sampling, "sampling_seed": seed} for seed in range(prompts)]
-        body = {"input_ids": ids, "sampling_params": parameters, "return_logprob": True}
+        body = {
+            "input_ids": prompt,
+            "sampling_params": {**sampling, "sampling_seed": seed},
+            "return_logprob": True,
+        }
+        client.post(f"{url}/generate", json=body).raise_for_status()
+
+    def seconds(requests: int, prompt_tokens: int, new_tokens: int, samples: int = arguments.samples) -> float:
+        prompts = [[rng.randrange(10, 20) for _ in range(prompt_tokens)] for _ in range(math.ceil(requests / samples))]
         start = time.perf_counter()
-        httpx.post(f"{url}/generate", json=body, timeout=600.0).raise_for_status()
+        list(pool.map(lambda index: ask(prompts[index // samples], new_tokens, index), range(requests)))
         return time.perf_counter() - start
 
-    def decode_seconds(prompts: int) -> float:
-        return seconds(prompts, 16, arguments.tokens) - seconds(prompts, 16, 1)
+    ends = (1, arguments.tokens, 3 * arguments.tokens)
 
-    count = arguments.prompts * arguments.samples
-    reads = [seconds(READ_PROMPTS, READ_TOKENS, 1) / (READ_PROMPTS * READ_TOKENS) for _ in range(3)]
-    ratios = [decode_seconds(PLACES) / decode_seconds(count) for _ in range(3)]
-    return ServerTimes(read_seconds=statistics.median(reads), full_ratio=statistics.median(ratios))
+    def median_seconds(*what: int) -> float:
+        return statistics.median(seconds(*what) for _ in range(3))
+
+    def token_seconds(requests: int) -> tuple[float, float]:
+        first, short, long = (median_seconds(requests, PROMPT_TOKENS, tokens) for tokens in ends)
+        return (short - first) / (ends[1] - ends[0]), (long - short) / (ends[2] - ends[1])
+
+    many, count = (num_responses(arguments, lengths) for lengths in ("even", "tail"))
+    counts = (count // TAIL_OF, count, PLACES * count, many, PLACES * many)
+    limits = httpx.Limits(max_connections=counts[-1])
+    with httpx.Client(timeout=600.0, limits=limits) as client, ThreadPoolExecutor(counts[-1]) as pool:
+        read_seconds = median_seconds(READ_PROMPTS, READ_TOKENS, 1, 1) / (READ_PROMPTS * READ_TOKENS)
+        whole = median_seconds(count, PROMPT_TOKENS, 1) / count
+        return ServerTimes(
+            read_seconds=read_seconds,
+            request_seconds=max(whole - read_seconds * PROMPT_TOKENS / arguments.samples, 0.0),
+            counts=counts,
+            lengths=(PROMPT_TOKENS + (ends[0] + ends[1]) / 2, PROMPT_TOKENS + (ends[1] + ends[2]) / 2),
+            seconds=[token_seconds(number) for number in counts],
+        )
 
 
 def run(arguments: argparse.Namespace, directory: Path, url: str, lengths: str, arm: Arm, *, num_steps: int) -> None:
     schedule, ahead, in_flight = arm
     options = [
-        *settings(arguments, directory),
+        *settings(arguments, directory, lengths),
         f"run.num_steps={num_steps}",
         f"rollout.sglang.urls=[{url}]",
         f"rollout.schedule={schedule}",
@@ -286,40 +347,44 @@ def run(arguments: argparse.Namespace, directory: Path, url: str, lengths: str, 
 
 
 def simulated_rate(
-    lengths: str, arm: Arm, even: Measures, tail: Measures, times: ServerTimes, arguments: argparse.Namespace
+    lengths: str, arm: Arm, in_turn: Measures, times: ServerTimes, arguments: argparse.Namespace
 ) -> float:
-    """Returns tokens a second by simulation. even, tail: runs in turn with such lengths.
+    """Returns tokens a second by simulation. in_turn: the run in turn with such lengths.
 
-    Times of tokens include that of reading prompts. In the runs in turn, all responses of a step have `--tokens` tokens
-    at the same time, and the long ones the rest by themselves. With the full server these are three times of a token,
-    between which it is linear in the number of responses.
+    All times of the server are multiplied by one factor, with which generation in turn takes as long as it did.
     """
     schedule, max_staleness, in_flight = arm
-    count = arguments.prompts * arguments.samples
-    few = count // TAIL_OF
-    many_seconds = even.generate_seconds / arguments.tokens
-    few_seconds = (tail.generate_seconds - even.generate_seconds) / ((TAIL_TIMES - 1) * arguments.tokens)
-    counts, seconds = (few, count, PLACES), (few_seconds, many_seconds, many_seconds * times.full_ratio)
-    base = even if lengths == "even" else tail
+    count = num_responses(arguments, lengths)
+    few = count // TAIL_OF if lengths == "tail" else 0
     setting = Setting(
         num_servers=1,
-        places=PLACES,
-        token_seconds=lambda sequences: float(np.interp(sequences, counts, seconds)),
+        places=PLACES * count,
+        token_seconds=times.token_seconds,
         prefill_token_seconds=times.read_seconds,
-        prompt_tokens=0.0,
+        request_seconds=times.request_seconds,
+        prompt_tokens=PROMPT_TOKENS,
         samples_per_prompt=arguments.samples,
         responses=count,
-        lengths=[arguments.tokens * (TAIL_TIMES if lengths == "tail" and index < few else 1) for index in range(count)],
-        train_seconds=base.other_seconds,
-        publish_seconds=base.publish_seconds,
+        lengths=[arguments.tokens * (TAIL_TIMES if index < few else 1) for index in range(count)],
+        as_listed=True,
+        train_seconds=in_turn.other_seconds,
+        publish_seconds=in_turn.publish_seconds,
         keep_cache=in_flight == "keep_cache",
     )
-    return base.tokens / base.num_steps / simulate(setting, schedule, max_staleness).step_seconds
+    factor = in_turn.generate_seconds / generation_seconds(setting)
+    setting = replace(
+        setting,
+        token_seconds=lambda sequences, length: factor * times.token_seconds(sequences, length),
+        prefill_token_seconds=factor * times.read_seconds,
+        request_seconds=factor * times.request_seconds,
+    )
+    return in_turn.tokens / in_turn.num_steps / simulate(setting, schedule, max_staleness).step_seconds
 
 
 def print_table(
     found: Mapping[tuple[str, Arm], Sequence[Measures]], times: ServerTimes, arguments: argparse.Namespace
 ) -> None:
+    print("seconds of a token:", times)
     print(
         "| lengths | schedule | max_staleness | in_flight | tokens/s | ratio | server idle | mean age | largest age "
         "| simulated |"
@@ -327,13 +392,13 @@ def print_table(
     print("|---|---|---|---|---|---|---|---|---|---|")
     for (lengths, arm), runs in found.items():
         schedule, ahead, in_flight = arm
-        in_turn = {key: found[key, IN_TURN] for key in ARMS}
-        ratio = statistics.median(mine.rate / base.rate for mine, base in zip(runs, in_turn[lengths], strict=True))
+        bases = found[lengths, IN_TURN]
+        ratio = statistics.median(mine.rate / base.rate for mine, base in zip(runs, bases, strict=True))
         idle = sum(run.idle_seconds for run in runs) / sum(run.seconds for run in runs)
         age = statistics.mean(age for run in runs for age in run.ages)
         simulated = statistics.median(
-            simulated_rate(lengths, arm, even, tail, times, arguments) / mine.rate
-            for mine, even, tail in zip(runs, in_turn["even"], in_turn["tail"], strict=True)
+            simulated_rate(lengths, arm, base, times, arguments) / mine.rate
+            for mine, base in zip(runs, bases, strict=True)
         )
         print(
             f"| {lengths} | `{schedule}` | {ahead} | `{in_flight}` "

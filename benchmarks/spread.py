@@ -191,10 +191,16 @@ def drawn(seed: int) -> tuple[list[int], list[float]]:
     return lengths, known
 
 
+def typical_token_seconds(setting: Setting) -> Callable[[int], float]:
+    """Returns the seconds of a token by the number of responses at once, each of which has half of the mean length."""
+    length = setting.prompt_tokens + mean(setting.lengths) / 2
+    return lambda at_once: setting.token_seconds(at_once, length)
+
+
 def step_seconds(setting: Setting, config: SGLangConfig, seed: int, *, longest_first: bool, stealing: str) -> float:
     """Returns the seconds of generation of a draw of lengths. stealing: no, dry or even."""
     lengths, known = drawn(seed)
-    clients = [SimulatedClient(number, lengths, setting.token_seconds) for number in range(SERVERS)]
+    clients = [SimulatedClient(number, lengths, typical_token_seconds(setting)) for number in range(SERVERS)]
     left = len(lengths)
 
     def finished() -> None:
@@ -256,7 +262,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=8, help="draws of the lengths")
     draws = range(parser.parse_args().draws)
     setting, servers = _planned()
-    one, many = (setting.token_seconds(at_once) * 1e3 for at_once in (1, 64))
+    one, many = (typical_token_seconds(setting)(at_once) * 1e3 for at_once in (1, 64))
     print(f"{one:.1f} ms a token of one response, {many:.1f} of 64\n")
     print("| `max_concurrency` | order | stealing | seconds, median | worst draw | over today's, median |")
     print("|---|---|---|---|---|---|")

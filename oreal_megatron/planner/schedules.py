@@ -1,7 +1,8 @@
 """Seconds of a step under each `rollout.schedule`, by simulation: servers that share their time among responses.
 
 A closed formula lacks what decides between the schedules: how long a server waits for the longest responses, and how
-much of that wait other steps' responses fill.
+much of that wait other steps' responses fill. A token takes longer the more responses a server has, and the longer
+these are by then, so long responses count for more than in a mean.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from math import log
 import numpy as np
 from numpy.typing import NDArray
 
-STEPS = 32
-_WARM_UP = 8
-"""Steps before those that are measured: servers begin with empty hands."""
+STEPS = 24
+"""Steps that are measured, after those in which servers that begin with empty hands get the work of later steps."""
+_LENGTH_STEPS = 8
+"""Lengths of responses, between which a token's time is linear."""
 LENGTH_SIGMA = 0.6
 """Standard deviation of the logarithm of response lengths, where none were measured. Assumed."""
 
@@ -27,16 +29,21 @@ class Setting:
     num_servers: int
     places: int
     """Responses that a server generates at once at most."""
-    token_seconds: Callable[[float], float]
-    """Seconds of a token of each response, by the number of responses at once on a server."""
+    token_seconds: Callable[[float, float], float]
+    """Seconds of a token of each response, by the number of responses at once on a server and the mean tokens of these
+    so far, prompts included."""
     prefill_token_seconds: float
     """Seconds in which a server reads a token of a prompt, or of a response that it goes on with."""
+    request_seconds: float = 0.0
+    """Seconds that a request takes a server besides its tokens."""
     prompt_tokens: float
     samples_per_prompt: int
     responses: int
     """Responses of a step."""
     lengths: Sequence[int]
     """Tokens of responses, from which every response draws its own."""
+    as_listed: bool = False
+    """Whether every step has exactly `lengths`, one of each of its `responses`."""
     train_seconds: float = 0.0
     """Seconds between a step's last response and the publication."""
     publish_seconds: float = 0.0
@@ -84,15 +91,11 @@ def generation_seconds(setting: Setting) -> float:
 
 
 def _drawn(setting: Setting, rng: np.random.Generator) -> NDArray[np.int64]:
-    return rng.choice(setting.lengths, setting.responses)
+    return np.array(setting.lengths) if setting.as_listed else rng.choice(setting.lengths, setting.responses)
 
 
-def simulate(
-    setting: Setting, schedule: str, max_staleness: int, *, num_steps: int | None = None, seed: int = 0
-) -> Simulated:
-    """Simulates steps of a schedule as `rollout/ahead.py` has them.
-
-    num_steps: steps of a whole run, at whose end no batch is left to generate; None: steps in the middle of a long run.
+def simulate(setting: Setting, schedule: str, max_staleness: int, *, seed: int = 0) -> Simulated:
+    """Simulates steps of a schedule as `rollout/ahead.py` has them, in the middle of a long run.
 
     At step s the servers have the batches of steps s to s + max_staleness, the oldest first. A step trains once its
     batch is complete. Generation stands still during a publication, and what is unfinished is read again after it
@@ -102,12 +105,11 @@ def simulate(
     rng = np.random.default_rng(seed)
     staleness: list[float] = []
     idle_from = time_from = 0.0
-    admitted, first = 0, _WARM_UP if num_steps is None else 0
-    last = STEPS if num_steps is None else num_steps
-    for step in range(last):
+    admitted, first = 0, 8 + 2 * max_staleness
+    for step in range(first + STEPS):
         if step == first:
             idle_from, time_from = servers.idle_seconds, servers.now
-        while admitted <= step + max_staleness and (num_steps is None or admitted < num_steps):
+        while admitted <= step + max_staleness:
             servers.admit(admitted, _drawn(setting, rng))
             admitted += 1
         servers.begin(version=step)
@@ -122,7 +124,7 @@ def simulate(
         schedule=schedule,
         max_staleness=max_staleness,
         keep_cache=setting.keep_cache,
-        step_seconds=(servers.now - time_from) / (last - first),
+        step_seconds=(servers.now - time_from) / STEPS,
         idle_share=(servers.idle_seconds - idle_from) / spent,
         mean_staleness=float(np.mean(staleness[first:])),
     )
@@ -151,8 +153,14 @@ class _Servers:
     version: int = 0
 
     def __post_init__(self) -> None:
-        places = range(1, self.setting.places + 1)
-        self.token_seconds = np.array([np.inf, *(self.setting.token_seconds(float(n)) for n in places)])
+        setting = self.setting
+        self.length_step = max(setting.lengths) / _LENGTH_STEPS
+        lengths = setting.prompt_tokens + self.length_step * np.arange(_LENGTH_STEPS + 1)
+        # By the number of responses at once, and their mean length; a server without a response has no such time.
+        self.token_seconds = np.array(
+            [np.zeros(len(lengths))]
+            + [[setting.token_seconds(float(n), length) for length in lengths] for n in range(1, setting.places + 1)]
+        )
 
     def admit(self, step: int, lengths: NDArray[np.int64]) -> None:
         """Adds the batch of a step."""
@@ -198,8 +206,14 @@ class _Servers:
             if not len(active):
                 self._pass(end - self.now, counts)
                 return
-            token = self.token_seconds[counts]
-            ahead = self.reading[of] + self.left[active] * token[of]
+            left = self.left[active]
+            so_far = np.bincount(of, self.length[active] - left, minlength=len(counts)) / np.maximum(counts, 1)
+            token = self._seconds_of_token(counts, so_far)
+            passed = min(float((self.reading[of] + left * token[of]).min()), end - self.now)
+            # Responses grow on the way: a token takes the time that it takes halfway.
+            halfway = np.maximum(passed - self.reading, 0.0) / np.where(counts, token, np.inf) / 2
+            token = self._seconds_of_token(counts, so_far + halfway)
+            ahead = self.reading[of] + left * token[of]
             passed = min(float(ahead.min()), end - self.now)
             generated = np.maximum(passed - self.reading[of], 0.0) / token[of]
             ends = ahead <= passed * (1 + 1e-12)
@@ -211,6 +225,14 @@ class _Servers:
             self.reading = np.maximum(self.reading - passed, 0.0)
             self.server[active[ends]] = -1
             self._fill(np.bincount(self.server[active[~ends]], minlength=self.setting.num_servers))
+
+    def _seconds_of_token(self, counts: NDArray[np.int64], so_far: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Returns the seconds of a token at each server. so_far: mean tokens of its responses, without prompts."""
+        place = so_far / self.length_step
+        lower = np.minimum(place.astype(int), _LENGTH_STEPS - 1)
+        below, above = self.token_seconds[counts, lower], self.token_seconds[counts, lower + 1]
+        seconds: NDArray[np.float64] = below + (place - lower) * (above - below)
+        return seconds
 
     def _pass(self, seconds: float, counts: NDArray[np.int64]) -> None:
         self.now += seconds
@@ -229,6 +251,8 @@ class _Servers:
             begun = self.length[index] - self.left[index]
             if not begun:
                 self.began[index] = self.version
+            elif setting.keep_cache:
+                continue
             else:
-                tokens = 0.0 if setting.keep_cache else setting.prompt_tokens + begun
-            self.reading[server] += tokens * setting.prefill_token_seconds
+                tokens = setting.prompt_tokens + begun
+            self.reading[server] += setting.request_seconds + tokens * setting.prefill_token_seconds

@@ -238,15 +238,13 @@ class Decoding:
         """Seconds in which a token of a prompt is read."""
         return self._product_seconds(self.work.mean_prompt_tokens, hardware.SCORING_SHARE)
 
-    def token_seconds(self, sequences: float, length: float | None = None) -> float:
+    def token_seconds(self, sequences: float, length: float) -> float:
         """Returns the seconds of a token of `sequences` responses at once.
 
-        length: mean tokens of the sequences so far; None: those of half a response of the mean length.
+        length: mean tokens of the sequences so far, prompts included.
         """
         assert self.device.bandwidth is not None
         bandwidth = hardware.DECODING_SHARE * self.device.bandwidth
-        if length is None:
-            length = self.work.mean_prompt_tokens + self.work.mean_response_tokens / 2
         if self.measured is not None and self._servers is not None:
             longer = max(length - self.measured.context_tokens, 0.0)
             return self.measured.seconds_at(sequences) + sequences * longer * self.kv_cache.bytes_per_token / bandwidth

@@ -12,7 +12,7 @@ from oreal_megatron.planner.schedules import Setting, generation_seconds, lognor
 EVEN = Setting(
     num_servers=4,
     places=64,
-    token_seconds=lambda sequences: 0.01,
+    token_seconds=lambda sequences, length: 0.01,
     prefill_token_seconds=0.0,
     prompt_tokens=100.0,
     samples_per_prompt=8,
@@ -43,7 +43,7 @@ def test_a_step_takes_what_is_not_overlapped(schedule, staleness, train_seconds,
 def test_generation_of_one_server_is_that_of_shrinking_batches():
     lengths = (100, 250, 250, 900)
     setting = replace(
-        EVEN, num_servers=1, lengths=lengths, responses=4, token_seconds=lambda n: 0.01 + 0.002 * n
+        EVEN, num_servers=1, lengths=lengths, responses=4, token_seconds=lambda n, length: 0.01 + 0.002 * n
     )  # fmt: skip
     drawn = sorted(np.random.default_rng(0).choice(lengths, 4))
     expected = sum(
@@ -79,7 +79,7 @@ def test_a_kept_response_is_as_old_as_the_weights_that_began_it():
 
 
 def test_other_steps_fill_the_wait_for_long_responses():
-    tail = replace(EVEN, lengths=(*[200] * 31, 2000), token_seconds=lambda n: 0.002 + 0.0005 * n, places=256)
+    tail = replace(EVEN, lengths=(*[200] * 31, 2000), token_seconds=lambda n, length: 0.002 + 0.0005 * n, places=256)
     in_turn, one_ahead = simulate(tail, "in_turn", 0), simulate(tail, "one_ahead", 1)
     ahead = [simulate(tail, "continuous", bound) for bound in (1, 2, 4)]
     steps = [found.step_seconds for found in (in_turn, one_ahead, *ahead)]
@@ -89,12 +89,16 @@ def test_other_steps_fill_the_wait_for_long_responses():
     assert all(0 < found.mean_staleness <= found.max_staleness for found in ahead)
 
 
-def test_a_whole_run_begins_with_nothing_ahead_and_ends_with_nothing_to_generate():
-    # Three steps: 5 s of generation before the first alone, as training of 9 s takes longer than generation.
-    found = simulate(replace(EVEN, train_seconds=9.0), "one_ahead", 1, num_steps=3)
-    assert found.step_seconds * 3 == pytest.approx(5.0 + 3 * (9.0 + 0.5))
-    # The first two batches are generated at the same time, which takes no longer here.
-    assert found.idle_share * found.step_seconds * 3 == pytest.approx(5.0 + 3 * 9.5 - 2 * 5.0)
+def test_a_token_takes_longer_as_responses_grow():
+    """With a server's sum of tokens times 1e-5 s: the integral over the growth of the responses that are left."""
+    setting = replace(
+        EVEN, num_servers=1, lengths=(100, 300), responses=2, as_listed=True, train_seconds=0.0, publish_seconds=0.0,
+        token_seconds=lambda n, length: 0.001 + 1e-5 * n * length,
+    )  # fmt: skip
+    # The prompts have 100 tokens each: two responses grow to 200, then one to 400.
+    expected = 100 * (0.001 + 1e-5 * 2 * 150) + 200 * (0.001 + 1e-5 * 300)
+    assert generation_seconds(setting) == pytest.approx(expected, rel=1e-3)
+    assert simulate(setting, "in_turn", 0).step_seconds == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize(("mean", "limit"), [(7000, 14_000), (300, 14_000), (13_000, 14_000)])
