@@ -1,6 +1,6 @@
 """Schedules of generation and training compared: one trainer and one SGLang server, a core each, run after run.
 
-    python -m benchmarks.async_schedules [--steps 15] [--rounds 1]
+    python -m benchmarks.async_schedules [--steps 15] [--rounds 1] [--lengths even tail]
 
 Responses have a fixed length: nothing stops them. A step has 128. With the planted tail it has 32, of which one is ten
 times as long: on a CPU a token takes the longer the more responses there are at once, and with few of them this matters
@@ -70,8 +70,17 @@ IN_TURN = ("in_turn", 0, "recompute")
 READ_PROMPTS, READ_TOKENS = 32, 256
 PROMPT_TOKENS = 16
 """Tokens of a prompt where the server is timed and simulated: about those of the task."""
-EVEN_TIMES = 4
-"""Responses of a step with even lengths, over those with the tail."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Size of a step and its model, with which generation and training take alike."""
+
+    prompts: int
+    hidden: int
+
+
+SIZES = {"even": Size(prompts=16, hidden=320), "tail": Size(prompts=4, hidden=448)}
 PLACES = 2
 """Steps whose responses the server generates at once at most."""
 
@@ -98,20 +107,14 @@ class Measures:
         return self.tokens / self.seconds
 
 
-def num_prompts(arguments: argparse.Namespace, lengths: str) -> int:
-    """Returns the prompts of a step."""
-    count: int = arguments.prompts * (EVEN_TIMES if lengths == "even" else 1)
-    return count
-
-
 def num_responses(arguments: argparse.Namespace, lengths: str) -> int:
     """Returns the responses of a step."""
-    count: int = num_prompts(arguments, lengths) * arguments.samples
+    count: int = SIZES[lengths].prompts * arguments.samples
     return count
 
 
 def settings(arguments: argparse.Namespace, directory: Path, lengths: str) -> list[str]:
-    """Overrides of runs, and with even lengths, which have more responses, of their server."""
+    """Overrides that all runs of such lengths share, and their server."""
     longest = TAIL_TIMES * arguments.tokens
     return [
         "experiment=arithmetic_sglang",
@@ -119,7 +122,7 @@ def settings(arguments: argparse.Namespace, directory: Path, lengths: str) -> li
         *PLAIN_RUN,
         "sft.steps=1",
         "optimizer.policy={lr: 1.0e-9, min_lr: 1.0e-9}",
-        f"data.prompts_per_step={num_prompts(arguments, lengths)}",
+        f"data.prompts_per_step={SIZES[lengths].prompts}",
         f"rollout.samples_per_prompt={arguments.samples}",
         f"rollout.sampling={{temperature: 1.0, top_p: 1.0, max_new_tokens: {longest}}}",
         "rollout.mismatch=null",
@@ -128,8 +131,8 @@ def settings(arguments: argparse.Namespace, directory: Path, lengths: str) -> li
         f"rollout.sglang.max_concurrency={PLACES * num_responses(arguments, lengths)}",
         "rollout.sglang.arguments.max-total-tokens=65536",
         f"model.max_sequence_length={longest + 128}",
-        f"model.geometry.hidden_size={arguments.hidden}",
-        f"model.geometry.ffn_hidden_size={2 * arguments.hidden}",
+        f"model.geometry.hidden_size={SIZES[lengths].hidden}",
+        f"model.geometry.ffn_hidden_size={2 * SIZES[lengths].hidden}",
         "run.export=none",
         f"run.dir={directory}",
     ]
@@ -157,10 +160,10 @@ def started(command: Sequence[str], core: int, log: Path) -> subprocess.Popen[by
 
 
 @contextmanager
-def server(arguments: argparse.Namespace, directory: Path) -> Iterator[str]:
+def server(arguments: argparse.Namespace, directory: Path, lengths: str) -> Iterator[str]:
     """Runs a server; yields its URL. It takes its config.json from the first run that attaches to it."""
     announced = directory / "urls"
-    options = settings(arguments, directory / FIRST, "even")
+    options = settings(arguments, directory / FIRST, lengths)
     process = started(
         ["oreal_megatron.cli.serve", "--announce", str(announced), *options], SERVER_CORE, directory / "server.log"
     )
@@ -200,7 +203,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 def length_of(index: int, arguments: argparse.Namespace) -> int:
     """Returns the tokens of a step's response."""
-    is_long = arguments.lengths == "tail" and index % TAIL_OF == TAIL_OF - 1
+    is_long = "tail" in arguments.lengths and index % TAIL_OF == TAIL_OF - 1
     return arguments.tokens * (TAIL_TIMES if is_long else 1)
 
 
@@ -234,33 +237,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=15, help="that are measured in each run")
     parser.add_argument("--rounds", type=int, default=1, help="runs of every schedule, in turns")
-    parser.add_argument(
-        "--prompts", type=int, default=4, help=f"of a step with the tail; {EVEN_TIMES} times as many with even lengths"
-    )
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=48, help="of a response that is not in the tail")
-    parser.add_argument("--hidden", type=int, default=320, help="size of the model, which sets what training takes")
     parser.add_argument("--directory", type=Path, help="for the runs, which are kept; none: a temporary one")
-    parser.add_argument("--lengths", choices=sorted(ARMS), help=argparse.SUPPRESS)  # of a trainer's process
+    parser.add_argument("--lengths", choices=sorted(ARMS), nargs="+", help="default: all")
+    parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)  # a trainer's process
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.steps < 1:
         parser.error(f"--steps = {arguments.steps} measures nothing; set it to at least 1")
-    if arguments.lengths is not None:
+    if arguments.train:
         train(arguments)
         return
     with tempfile.TemporaryDirectory() as temporary:
         directory = arguments.directory or Path(temporary)
         directory.mkdir(parents=True, exist_ok=True)
         found: dict[tuple[str, Arm], list[Measures]] = {}
-        with server(arguments, directory) as url:
-            run(arguments, directory / FIRST, url, "even", IN_TURN, num_steps=1)
-            for turn in range(arguments.rounds):
-                for lengths, arm in [(key, arm) for key, arms in ARMS.items() for arm in arms]:
-                    own = directory / "_".join(map(str, (lengths, *arm, turn)))
-                    run(arguments, own, url, lengths, arm, num_steps=arguments.steps + 2 * edge(arm[1]))
-                    found.setdefault((lengths, arm), []).append(measured(own, arm[1]))
-            times = server_times(url, arguments)  # with places of the KV cache as scattered as in the runs
+        times = {}
+        for lengths in arguments.lengths or ARMS:
+            own = directory / lengths
+            own.mkdir(exist_ok=True)
+            with server(arguments, own, lengths) as url:
+                run(arguments, own / FIRST, url, lengths, IN_TURN, num_steps=1)
+                for turn in range(arguments.rounds):
+                    for arm in ARMS[lengths]:
+                        name = "_".join(map(str, (*arm, turn)))
+                        run(arguments, own / name, url, lengths, arm, num_steps=arguments.steps + 2 * edge(arm[1]))
+                        found.setdefault((lengths, arm), []).append(measured(own / name, arm[1]))
+                # With places of the KV cache as scattered as in the runs.
+                times[lengths] = server_times(url, arguments, lengths)
     print_table(found, times, arguments)
 
 
@@ -286,7 +291,7 @@ class ServerTimes:
         return short + (length - first) / (second - first) * (long - short)
 
 
-def server_times(url: str, arguments: argparse.Namespace) -> ServerTimes:
+def server_times(url: str, arguments: argparse.Namespace, lengths: str) -> ServerTimes:
     """Measures the times of the server: medians of three."""
     rng = random.Random(0)
 
@@ -315,8 +320,8 @@ def server_times(url: str, arguments: argparse.Namespace) -> ServerTimes:
         first, short, long = (median_seconds(requests, PROMPT_TOKENS, tokens) for tokens in ends)
         return (short - first) / (ends[1] - ends[0]), (long - short) / (ends[2] - ends[1])
 
-    many, count = (num_responses(arguments, lengths) for lengths in ("even", "tail"))
-    counts = (count // TAIL_OF, count, PLACES * count, many, PLACES * many)
+    count = num_responses(arguments, lengths)
+    counts = (count // TAIL_OF, count, PLACES * count)
     limits = httpx.Limits(max_connections=counts[-1])
     with httpx.Client(timeout=600.0, limits=limits) as client, ThreadPoolExecutor(counts[-1]) as pool:
         read_seconds = median_seconds(READ_PROMPTS, READ_TOKENS, 1, 1) / (READ_PROMPTS * READ_TOKENS)
@@ -340,7 +345,14 @@ def run(arguments: argparse.Namespace, directory: Path, url: str, lengths: str, 
         f"rollout.max_staleness={ahead}",
         f"rollout.in_flight={in_flight}",
     ]
-    command = ["benchmarks.async_schedules", f"--lengths={lengths}", f"--tokens={arguments.tokens}", "--", *options]
+    command = [
+        "benchmarks.async_schedules",
+        "--train",
+        f"--lengths={lengths}",
+        f"--tokens={arguments.tokens}",
+        "--",
+        *options,
+    ]
     log = directory.with_name(f"{directory.name}.log")
     if started(command, TRAINER_CORE, log).wait() != 0:
         raise RuntimeError(f"a run failed: see {log}")
@@ -382,9 +394,8 @@ def simulated_rate(
 
 
 def print_table(
-    found: Mapping[tuple[str, Arm], Sequence[Measures]], times: ServerTimes, arguments: argparse.Namespace
+    found: Mapping[tuple[str, Arm], Sequence[Measures]], times: Mapping[str, ServerTimes], arguments: argparse.Namespace
 ) -> None:
-    print("seconds of a token:", times)
     print(
         "| lengths | schedule | max_staleness | in_flight | tokens/s | ratio | server idle | mean age | largest age "
         "| simulated |"
@@ -397,7 +408,7 @@ def print_table(
         idle = sum(run.idle_seconds for run in runs) / sum(run.seconds for run in runs)
         age = statistics.mean(age for run in runs for age in run.ages)
         simulated = statistics.median(
-            simulated_rate(lengths, arm, base, times, arguments) / mine.rate
+            simulated_rate(lengths, arm, base, times[lengths], arguments) / mine.rate
             for mine, base in zip(runs, bases, strict=True)
         )
         print(
