@@ -247,12 +247,10 @@ class _Servers:
             server = int(counts.argmin())
             self.server[index] = server
             counts[server] += 1
-            tokens = setting.prompt_tokens / setting.samples_per_prompt
             begun = self.length[index] - self.left[index]
             if not begun:
                 self.began[index] = self.version
-            elif setting.keep_cache:
-                continue
-            else:
-                tokens = setting.prompt_tokens + begun
-            self.reading[server] += setting.request_seconds + tokens * setting.prefill_token_seconds
+                tokens = setting.prompt_tokens / setting.samples_per_prompt
+                self.reading[server] += setting.request_seconds + tokens * setting.prefill_token_seconds
+            elif not setting.keep_cache:  # of the same request, which stayed at its server
+                self.reading[server] += (setting.prompt_tokens + begun) * setting.prefill_token_seconds

@@ -71,6 +71,16 @@ def test_work_that_was_begun_is_read_again_after_a_publication():
     assert kept.step_seconds == pytest.approx(cheap)
 
 
+def test_a_request_takes_a_server_time_once():
+    again = replace(EVEN, prompt_tokens=0.0, request_seconds=0.01)
+    assert generation_seconds(again) == pytest.approx(5.0 + 32 * 0.01)
+    # 32 requests of each of four servers: what a publication interrupts is still the same request.
+    steps = {ahead: simulate(again, "continuous", ahead).step_seconds for ahead in (0, 1)}
+    without = {ahead: simulate(EVEN, "continuous", ahead).step_seconds for ahead in (0, 1)}
+    assert steps[0] == pytest.approx(without[0] + 32 * 0.01)
+    assert steps[1] <= without[1] + 32 * 0.01 + 1e-9
+
+
 def test_a_kept_response_is_as_old_as_the_weights_that_began_it():
     # A response of 500 tokens, of which 200 come after the publication in every second step.
     again, kept = (simulate(replace(EVEN, keep_cache=keep), "continuous", 1) for keep in (False, True))
