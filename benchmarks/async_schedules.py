@@ -3,13 +3,14 @@
     python -m benchmarks.async_schedules [--steps 15] [--rounds 1] [--lengths even tail]
 
 Responses have a fixed length: nothing stops them. A step has 128. With the planted tail it has 32, of which one is ten
-times as long: on a CPU a token takes the longer the more responses there are at once, and with few of them this matters
-less, as on a GPU. The objective trains on every response, with a learning rate that changes next to nothing.
+times as long: with 32 the time of a token depends less on their number, which is closer to a GPU. The objective trains
+on every response, with a learning rate that changes next to nothing.
 
-Prints a Markdown table of `--steps` steps in the middle of a run, which has `max_staleness` + 1 more at either end: the
-first, for which nothing was generated ahead, and the last, beside which nothing is left to generate. Its columns are
-trained response tokens a second, their ratio to `in_turn`, the share of the time in which the server had no request,
-and the mean and largest age of the trained tokens in updates. A short run before the others warms the server up.
+Prints a Markdown table of steps in the middle of a run, which has `max_staleness` + 1 more at either end: the first,
+for which nothing was generated ahead, and the last, beside which nothing is left to generate. Work may repeat every
+`max_staleness` + 1 steps, so the measured ones are the next multiple of that from `--steps` on. Its columns are trained
+response tokens a second, their ratio to `in_turn`, the share of the time in which the server had no request, and the
+mean and largest age of the trained tokens in updates. A short run before the others warms the server up.
 
 The last column is what the planner's simulation makes of the times of the two runs in turn, and of how the time of a
 token depends on the number of responses at once and on their lengths, and what a request takes besides, which are
@@ -74,7 +75,7 @@ PROMPT_TOKENS = 16
 
 @dataclass(frozen=True)
 class Size:
-    """Size of a step and its model, with which generation and training take alike."""
+    """Size of a step and its model, with which generation and training take about as long."""
 
     prompts: int
     hidden: int
@@ -188,8 +189,9 @@ def train(arguments: argparse.Namespace) -> None:
 
     def planted(self: Any, *args: Any, **kwargs: Any) -> Any:
         made = call(self, *args, **kwargs)
+        lengths = lengths_of(len(made.requests), arguments.tokens, with_tail=arguments.lengths == ["tail"])
         made.requests = [
-            replace(request, max_new_tokens=length_of(index, arguments)) for index, request in enumerate(made.requests)
+            replace(request, max_new_tokens=length) for request, length in zip(made.requests, lengths, strict=True)
         ]
         return made
 
@@ -201,20 +203,22 @@ def train(arguments: argparse.Namespace) -> None:
     train_main()
 
 
-def length_of(index: int, arguments: argparse.Namespace) -> int:
-    """Returns the tokens of a step's response."""
-    is_long = "tail" in arguments.lengths and index % TAIL_OF == TAIL_OF - 1
-    return arguments.tokens * (TAIL_TIMES if is_long else 1)
+def lengths_of(num_responses: int, tokens: int, *, with_tail: bool) -> list[int]:
+    """Returns the tokens of a step's responses."""
+    return [
+        tokens * (TAIL_TIMES if with_tail and index % TAIL_OF == TAIL_OF - 1 else 1) for index in range(num_responses)
+    ]
 
 
-def edge(max_staleness: int) -> int:
-    """Returns the steps at either end of a run that are not measured."""
-    return max_staleness + 1
+def num_steps(max_staleness: int, arguments: argparse.Namespace) -> int:
+    """Returns the steps of a run: those that are measured, and `max_staleness` + 1 at either end."""
+    period = max_staleness + 1
+    return period * (math.ceil(arguments.steps / period) + 2)
 
 
 def measured(directory: Path, max_staleness: int) -> Measures:
-    """Returns the measures of a run, without its first and last `edge(max_staleness)` steps."""
-    steps = read_metrics(directory)[0][edge(max_staleness) : -edge(max_staleness)]
+    """Returns the measures of a run, without its first and last `max_staleness` + 1 steps."""
+    steps = read_metrics(directory)[0][max_staleness + 1 : -max_staleness - 1]
     metrics, seconds = [record["metrics"] for record in steps], [record["seconds"] for record in steps]
     idle = [
         m.get("rollout/server_idle_share", 1 - s["generate"] / s["total"]) * s["total"]
@@ -235,7 +239,7 @@ def measured(directory: Path, max_staleness: int) -> Measures:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=15, help="that are measured in each run")
+    parser.add_argument("--steps", type=int, default=15, help="that are measured in each run at least")
     parser.add_argument("--rounds", type=int, default=1, help="runs of every schedule, in turns")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=48, help="of a response that is not in the tail")
@@ -244,8 +248,14 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)  # a trainer's process
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.steps < 1:
-        parser.error(f"--steps = {arguments.steps} measures nothing; set it to at least 1")
+    for name, least in (("steps", 1), ("rounds", 1), ("samples", 1), ("tokens", 2)):
+        if (value := getattr(arguments, name)) < least:
+            parser.error(f"--{name} = {value}; set it to at least {least}")
+    if num_responses(arguments, "tail") % TAIL_OF:
+        needed = TAIL_OF // SIZES["tail"].prompts
+        parser.error(
+            f"--samples = {arguments.samples}: one of {TAIL_OF} responses is long, so make it a multiple of {needed}"
+        )
     if arguments.train:
         train(arguments)
         return
@@ -262,7 +272,7 @@ def main() -> None:
                 for turn in range(arguments.rounds):
                     for arm in ARMS[lengths]:
                         name = "_".join(map(str, (*arm, turn)))
-                        run(arguments, own / name, url, lengths, arm, num_steps=arguments.steps + 2 * edge(arm[1]))
+                        run(arguments, own / name, url, lengths, arm, num_steps=num_steps(arm[1], arguments))
                         found.setdefault((lengths, arm), []).append(measured(own / name, arm[1]))
                 # With places of the KV cache as scattered as in the runs.
                 times[lengths] = server_times(url, arguments, lengths)
@@ -318,7 +328,8 @@ def server_times(url: str, arguments: argparse.Namespace, lengths: str) -> Serve
 
     def token_seconds(requests: int) -> tuple[float, float]:
         first, short, long = (median_seconds(requests, PROMPT_TOKENS, tokens) for tokens in ends)
-        return (short - first) / (ends[1] - ends[0]), (long - short) / (ends[2] - ends[1])
+        of_short, of_long = (short - first) / (ends[1] - ends[0]), (long - short) / (ends[2] - ends[1])
+        return of_short, max(of_long, of_short)  # growing responses take no less, whatever the noise
 
     count = num_responses(arguments, lengths)
     counts = (count // TAIL_OF, count, PLACES * count)
@@ -367,7 +378,6 @@ def simulated_rate(
     """
     schedule, max_staleness, in_flight = arm
     count = num_responses(arguments, lengths)
-    few = count // TAIL_OF if lengths == "tail" else 0
     setting = Setting(
         num_servers=1,
         places=PLACES * count,
@@ -377,7 +387,7 @@ def simulated_rate(
         prompt_tokens=PROMPT_TOKENS,
         samples_per_prompt=arguments.samples,
         responses=count,
-        lengths=[arguments.tokens * (TAIL_TIMES if index < few else 1) for index in range(count)],
+        lengths=lengths_of(count, arguments.tokens, with_tail=lengths == "tail"),
         as_listed=True,
         train_seconds=in_turn.other_seconds,
         publish_seconds=in_turn.publish_seconds,

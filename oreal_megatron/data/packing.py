@@ -4,9 +4,9 @@ A packed row holds whole sequences (prompt, then response) end to end. The value
 that PREDICTS it: position j carries label, advantage and outcome of token j + 1. Where a layout needs lengths of some
 multiple, a sequence ends with padding, which no real token attends to under a causal mask and which carries no label.
 
-Where the models can attend to a prefix, the responses to a prompt share it: the row holds the prompt but for its last
-token once, as a segment of its own, and then a segment for each response, which begins with the prompt's last token,
-since that token predicts each response's first one.
+With `shares_prompts`, which local layers on a CPU have, the responses to a prompt share it: the row holds the prompt
+but for its last token once, as a segment of its own, and then a segment for each response, which begins with the
+prompt's last token, since that token predicts each response's first one.
 Shapes: T tokens of a micro-batch, R of them predicting a response token, N sequences, S segments.
 """
 

@@ -8,14 +8,16 @@ these are by then, so long responses count for more than in a mean.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from math import log
+from dataclasses import dataclass, field, replace
+from math import ceil, log
 
 import numpy as np
 from numpy.typing import NDArray
 
-STEPS = 24
-"""Steps that are measured, after those in which servers that begin with empty hands get the work of later steps."""
+_MEASURED_STEPS = 24
+"""Steps that are measured at least."""
+_FIRST_STEPS = 8
+"""Steps before those that are measured, and twice the bound more: they fill the servers, which begin empty."""
 _LENGTH_STEPS = 8
 """Lengths of responses, between which a token's time is linear."""
 LENGTH_SIGMA = 0.6
@@ -43,7 +45,7 @@ class Setting:
     lengths: Sequence[int]
     """Tokens of responses, from which every response draws its own."""
     as_listed: bool = False
-    """Whether every step has exactly `lengths`, one of each of its `responses`."""
+    """Whether the responses of every step have exactly `lengths`, in this order."""
     train_seconds: float = 0.0
     """Seconds between a step's last response and the publication."""
     publish_seconds: float = 0.0
@@ -83,11 +85,16 @@ def lognormal_lengths(mean: float, limit: int, count: int) -> list[int]:
 
 def generation_seconds(setting: Setting) -> float:
     """Returns the seconds in which servers that have nothing else to do generate the responses of a step."""
-    servers = _Servers(setting)
+    servers = _Servers(_with_used_places(setting, batches=1))
     servers.admit(0, _drawn(setting, np.random.default_rng(0)))
     servers.begin(version=0)
     servers.run(until=lambda: servers.is_complete(0))
     return servers.now
+
+
+def _with_used_places(setting: Setting, *, batches: int) -> Setting:
+    """Returns the setting without places that the responses of some batches never fill."""
+    return replace(setting, places=min(setting.places, batches * setting.responses))
 
 
 def _drawn(setting: Setting, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -101,12 +108,14 @@ def simulate(setting: Setting, schedule: str, max_staleness: int, *, seed: int =
     batch is complete. Generation stands still during a publication, and what is unfinished is read again after it
     unless its KV cache is kept; under one_ahead the next step's batch is complete before.
     """
-    servers = _Servers(setting)
+    servers = _Servers(_with_used_places(setting, batches=max_staleness + 1))
     rng = np.random.default_rng(seed)
     staleness: list[float] = []
     idle_from = time_from = 0.0
-    admitted, first = 0, 8 + 2 * max_staleness
-    for step in range(first + STEPS):
+    period = max_staleness + 1  # of steps that end soon after each other, and others that wait
+    measured = period * ceil(_MEASURED_STEPS / period)
+    admitted, first = 0, _FIRST_STEPS + 2 * max_staleness
+    for step in range(first + measured):
         if step == first:
             idle_from, time_from = servers.idle_seconds, servers.now
         while admitted <= step + max_staleness:
@@ -124,7 +133,7 @@ def simulate(setting: Setting, schedule: str, max_staleness: int, *, seed: int =
         schedule=schedule,
         max_staleness=max_staleness,
         keep_cache=setting.keep_cache,
-        step_seconds=(servers.now - time_from) / STEPS,
+        step_seconds=(servers.now - time_from) / measured,
         idle_share=(servers.idle_seconds - idle_from) / spent,
         mean_staleness=float(np.mean(staleness[first:])),
     )
@@ -156,11 +165,15 @@ class _Servers:
         setting = self.setting
         self.length_step = max(setting.lengths) / _LENGTH_STEPS
         lengths = setting.prompt_tokens + self.length_step * np.arange(_LENGTH_STEPS + 1)
-        # By the number of responses at once, and their mean length; a server without a response has no such time.
+        # By the number of responses at once, and their mean length. Nothing takes the time of no response.
         self.token_seconds = np.array(
             [np.zeros(len(lengths))]
             + [[setting.token_seconds(float(n), length) for length in lengths] for n in range(1, setting.places + 1)]
         )
+        if setting.as_listed and len(setting.lengths) != setting.responses:
+            raise ValueError(f"{len(setting.lengths)} lengths are listed for {setting.responses} responses")
+        if not (self.token_seconds[1:] > 0).all():
+            raise ValueError("token_seconds is not positive for every number and length of responses")
 
     def admit(self, step: int, lengths: NDArray[np.int64]) -> None:
         """Adds the batch of a step."""

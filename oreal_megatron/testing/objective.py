@@ -52,7 +52,7 @@ def check_objective(
     - A sequence's losses do not depend on the order of sequences or on tokens of others. With `reads="token"`, which an
       objective of ratios of whole sequences does not fulfil, a token's loss depends on that token's values alone.
     - Responses of one token, and micro-batches without responses, give finite losses.
-    - Advantages, groups that train and token weights are the same at a second call, and follow the order of responses.
+    - Advantages, groups that train and token weights are the same at every call, and follow the order of responses.
 
     reads: values that a token's loss may depend on: its own, or those of its sequence.
 

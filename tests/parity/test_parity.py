@@ -54,14 +54,15 @@ def compare(composed, tmp_path: Path) -> Compare:
     return run
 
 
-def beyond_tolerance(results: dict[str, Any]) -> list[str]:
+def beyond_tolerance(results: dict[str, Any], factor: float = 1.0) -> list[str]:
+    """Returns what went wrong, and differences of more than `factor` times the tolerances."""
     failures = [f"{case}: {found}" for case, found in results.items() if isinstance(found, str)]
     return failures + [
-        f"{case}: {kind} differ by {difference:.1e} (at most {TOLERANCES[kind]:.0e}): {where}"
+        f"{case}: {kind} differ by {difference:.1e} (at most {factor * TOLERANCES[kind]:.0e}): {where}"
         for case, found in results.items()
         if not isinstance(found, str)
         for kind, (difference, where) in found.items()
-        if not difference <= TOLERANCES[kind]
+        if not difference <= factor * TOLERANCES[kind]
     ]
 
 
@@ -98,7 +99,8 @@ def test_layouts_split_into_the_same_minibatches(compare: Compare) -> None:
     cases = [Case(name, 2, layout) for name, layout in LAYOUTS[2].items()]
     cases.append(with_options(Case("DP2", 2, LAYOUTS[2]["DP2"], num_sequences=5), "distopt", "overlap"))
     results = compare(cases, "fork", updates, *(f"objective.{term}" for term in terms))
-    assert len(results) == len(LAYOUTS[2]) + 1 and not beyond_tolerance(results)
+    # Each of six updates of a step carries the rounding of those before it on; the tolerances are those of one.
+    assert len(results) == len(LAYOUTS[2]) + 1 and not beyond_tolerance(results, factor=6.0)
 
 
 def test_a_checkpoint_goes_on_in_another_layout_as_one_rank_does(compare: Compare) -> None:

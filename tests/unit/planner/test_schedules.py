@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from oreal_megatron.planner import schedules
 from oreal_megatron.planner.schedules import Setting, generation_seconds, lognormal_lengths, simulate
 
 EVEN = Setting(
@@ -69,6 +70,25 @@ def test_work_that_was_begun_is_read_again_after_a_publication():
     assert dear == pytest.approx(cheap + 32 * 300 * 1e-4 / 2)
     kept = simulate(replace(setting, prefill_token_seconds=1e-4, keep_cache=True), "continuous", 1)
     assert kept.step_seconds == pytest.approx(cheap)
+
+
+def test_measured_steps_are_whole_periods(monkeypatch):
+    """With a tail and a bound of 4 steps repeat every five: the mean of 24 of them is 5% less than that of 95."""
+    tail = replace(
+        EVEN, num_servers=1, samples_per_prompt=1, responses=32, lengths=(*[48] * 31, 480), as_listed=True,
+        prompt_tokens=0.0, train_seconds=0.75, publish_seconds=0.07, keep_cache=True,
+        token_seconds=lambda n, length: float(np.interp(n, (1, 32, 64), (0.004, 0.014, 0.023))),
+    )  # fmt: skip
+    few = simulate(tail, "continuous", 4).step_seconds
+    monkeypatch.setattr(schedules, "_MEASURED_STEPS", 95)
+    assert few == pytest.approx(simulate(tail, "continuous", 4).step_seconds, rel=0.01)
+
+
+def test_listed_lengths_are_of_all_responses_and_times_are_positive():
+    with pytest.raises(ValueError, match="1 lengths are listed for 128 responses"):
+        generation_seconds(replace(EVEN, as_listed=True))
+    with pytest.raises(ValueError, match="token_seconds is not positive"):
+        simulate(replace(EVEN, token_seconds=lambda n, length: 0.1 - 0.001 * length), "in_turn", 0)
 
 
 def test_a_request_takes_a_server_time_once():
