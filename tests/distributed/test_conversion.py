@@ -18,7 +18,7 @@ from oreal_megatron.conversion.convert import to_huggingface, to_megatron
 from oreal_megatron.conversion.huggingface import read_model
 from oreal_megatron.conversion.layout import Layout
 from tests.conftest import ROOT
-from tests.tiny_models import FAMILIES, save_tiny
+from tests.tiny_models import FAMILIES, LOGPROB_ROUNDING, save_tiny
 from tests.unit.conversion.test_round_trip import assert_same_bits
 
 pytestmark = pytest.mark.distributed
@@ -60,7 +60,7 @@ def check(directory: Path, cases: Any, tensor: int, pipeline: int, virtual: int)
     assert len(results) == len(cases)
     for name, result in results.items():
         print(name, tensor, pipeline, virtual, result)
-        assert result["logits"] < 1e-5, (name, result)
+        assert result["logits"] < LOGPROB_ROUNDING, (name, result)
         assert result["parameters"] > 10 and result["differing_parameters"] == 0, (name, result)
         # What Megatron-Core wrote from this layout becomes the directory that it was loaded from.
         head = read_model(directory / name / "hf").head

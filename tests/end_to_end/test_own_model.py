@@ -11,7 +11,7 @@ import yaml
 
 from oreal_megatron.data.tokenizer import arithmetic_tokenizer
 from tests.tiny import TINY, command_line
-from tests.tiny_models import save_tiny
+from tests.tiny_models import LOGPROB_ROUNDING, save_tiny
 
 pytestmark = pytest.mark.end_to_end
 
@@ -44,7 +44,7 @@ def test_a_vocabulary_that_is_not_the_tokenizers_keeps_transformers_logprobs(tmp
         with torch.no_grad():
             logits = reference(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(record["logprobs"]), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.tensor(record["logprobs"]), expected, atol=LOGPROB_ROUNDING, rtol=0)
     assert len(lines) == 8
     assert ("token ids beyond the 104 rows" in outcome.stdout) == (rows < TOKENS)
 

@@ -17,7 +17,7 @@ from oreal_megatron.models.pipeline_schedule import score
 from oreal_megatron.models.policy import Policy, build_policy
 from tests.ranks import run_ranks
 from tests.tiny import FORKS
-from tests.tiny_models import GEOMETRY, MODEL
+from tests.tiny_models import GEOMETRY, LOGPROB_ROUNDING, MODEL
 
 WIDE = GEOMETRY.model_copy(update={"init_std": 0.5, "num_query_groups": 4})
 
@@ -47,7 +47,7 @@ def test_padding_rows_are_in_no_softmax(single_process, tmp_path, tensor, vocabu
     """Of 5 tokens on 4 ranks the last rank has nothing but padding."""
     run_ranks(tensor, rank, tensor, vocabulary, tmp_path / "found.pt", processes=FORKS)
     for mine, one in zip(torch.load(tmp_path / "found.pt"), values_of(single_process, vocabulary), strict=True):
-        torch.testing.assert_close(mine, one, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(mine, one, atol=LOGPROB_ROUNDING, rtol=0)
 
 
 def test_policy_without_number_of_tokens_is_no_model(single_process):

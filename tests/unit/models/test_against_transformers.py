@@ -12,7 +12,7 @@ from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.models.pipeline_schedule import score
 from oreal_megatron.rollout.embedded import EmbeddedEngine
 from oreal_megatron.types import FinishReason, GenerationRequest
-from tests.tiny_models import as_policy, save_tiny
+from tests.tiny_models import LOGPROB_ROUNDING, as_policy, save_tiny
 
 CPU = torch.device("cpu")
 STOP = 7
@@ -44,7 +44,7 @@ def test_packed_logprobs_and_entropies_are_those_of_transformers(pair, single_pr
         logprobs = logits_of(reference, prompt + response).log_softmax(-1)[len(prompt) - 1 : -1]
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         expected.append(torch.stack([logprobs.gather(1, torch.tensor(response)[:, None])[:, 0], entropy], -1))
-    torch.testing.assert_close(values, torch.cat(expected), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(values, torch.cat(expected), atol=LOGPROB_ROUNDING, rtol=0)
 
 
 def generated(engine, requests, sampling):
@@ -74,7 +74,7 @@ def test_greedy_generation_is_that_of_transformers(pair, single_process, batch_s
             if tokens[-1] == STOP:
                 break
         assert list(completion.token_ids) == tokens
-        assert completion.logprobs == pytest.approx(logprobs, abs=2e-5)
+        assert completion.logprobs == pytest.approx(logprobs, abs=LOGPROB_ROUNDING)
         assert completion.finish_reason is (FinishReason.STOP if tokens[-1] == STOP else FinishReason.LENGTH)
 
 
@@ -94,11 +94,11 @@ def test_sampled_logprobs_are_the_policys_in_any_batch(pair, single_process):
     for completion, *others in zip(*results, strict=True):
         for other in others:
             assert other.token_ids == completion.token_ids
-            assert other.logprobs == pytest.approx(completion.logprobs, abs=2e-5)
+            assert other.logprobs == pytest.approx(completion.logprobs, abs=LOGPROB_ROUNDING)
     for prompt, completion in zip(prompts[:4], results[0][:4], strict=True):
         rows = (logits_of(reference, prompt + completion.token_ids)[len(prompt) - 1 : -1] / 0.7).log_softmax(-1)
         expected = rows.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-        assert completion.logprobs == pytest.approx(expected.tolist(), abs=5e-5)
+        assert completion.logprobs == pytest.approx(expected.tolist(), abs=LOGPROB_ROUNDING)
     assert len({completion.token_ids for completion in results[0]}) > 4  # seeds differ, so samples do
 
 

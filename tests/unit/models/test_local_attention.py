@@ -11,7 +11,7 @@ from oreal_megatron.models.packed_row import packed_row
 from oreal_megatron.models.pipeline_schedule import score
 from oreal_megatron.models.policy import build_policy
 from oreal_megatron.models.reward_model import build_reward_model
-from tests.tiny_models import GEOMETRY, MODEL
+from tests.tiny_models import GEOMETRY, LOGPROB_ROUNDING, MODEL
 
 CPU = torch.device("cpu")
 PROMPTS = {"a": tuple(range(30, 45)), "b": (7, 8, 9), "c": (11,)}
@@ -62,7 +62,7 @@ def test_a_shared_prompt_changes_no_value_and_no_gradient(single_process, paddin
     (many, whole, gradients), (few, shared, shared_gradients) = found(False), found(True)
     assert few < many
     for id, logprobs in whole.items():
-        torch.testing.assert_close(shared[id], logprobs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(shared[id], logprobs, atol=LOGPROB_ROUNDING, rtol=0)
     for a, b in zip(shared_gradients, gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4 * b.abs().max().item(), rtol=1e-4)
 

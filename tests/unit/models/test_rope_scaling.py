@@ -16,7 +16,7 @@ from oreal_megatron.models.kv_decoder import CachedDecoder
 from oreal_megatron.models.pipeline_schedule import score
 from oreal_megatron.rollout.embedded import EmbeddedEngine
 from oreal_megatron.types import GenerationRequest
-from tests.tiny_models import as_policy, save_tiny
+from tests.tiny_models import LOGPROB_ROUNDING, as_policy, save_tiny
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "factor": 3.0, "original_max_position_embeddings": 64, "low_freq_factor": 1.0}
@@ -53,7 +53,9 @@ def test_scaled_rope_has_the_logprobs_of_transformers(tmp_path, single_process, 
     sequence = PackedSequence(id="0", prompt_ids=tuple(tokens[:1]), response_ids=tuple(tokens[1:]))
     batch = pack([sequence, sequence], torch.device("cpu"))
     (values,) = score(policy, [batch], lambda output, b: output[b.predicting, 0].clone(), single_process)
-    torch.testing.assert_close(values, transformers_logprobs(directory, tokens).repeat(2), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        values, transformers_logprobs(directory, tokens).repeat(2), atol=LOGPROB_ROUNDING, rtol=0
+    )
     engine = EmbeddedEngine(lambda: CachedDecoder(policy, single_process, 120), stop_token_id=121, batch_size=2)
     # Prompts of two lengths: the shorter one is padded, so its cache slots are not its positions.
     requests = [GenerationRequest(prompt_ids=tuple(tokens[:n]), seed=n, max_new_tokens=60) for n in (90, 150)]
@@ -62,7 +64,7 @@ def test_scaled_rope_has_the_logprobs_of_transformers(tmp_path, single_process, 
     for request, completion in zip(requests, completions, strict=True):
         whole = [*request.prompt_ids, *completion.token_ids]
         expected = transformers_logprobs(directory, whole)[len(request.prompt_ids) - 1 :]
-        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=LOGPROB_ROUNDING, rtol=0)
 
 
 @pytest.mark.parametrize("case", ["qwen2-yarn", "mistral"])

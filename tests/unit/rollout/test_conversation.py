@@ -35,7 +35,7 @@ from oreal_megatron.types import (
     Trajectory,
     Verdict,
 )
-from tests.tiny_models import GEOMETRY, MODEL
+from tests.tiny_models import GEOMETRY, LOGPROB_ROUNDING, MODEL
 from tests.unit.test_step import CPU, trained
 
 SAMPLING = SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=40)
@@ -139,7 +139,7 @@ def test_both_turns_have_the_policys_own_logprobs_and_nothing_else_trains(sample
     sequences = [PackedSequence.from_rollout(rollout, correct=True, advantage=1.0) for rollout in rollouts]
     batches = micro_batches(sequences, 100, CPU)
     for batch, logprobs_R in zip(batches, logprobs_of(policy, batches, single_process), strict=True):
-        torch.testing.assert_close(logprobs_R, batch.rollout_logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(logprobs_R, batch.rollout_logprobs, atol=LOGPROB_ROUNDING, rtol=0)
     # By hand: the loss is the mean of -log pi over the tokens of the policy, and so are the KL and the denominators.
     config = parse_config(composed("objective=reinforce")).objective
     run = types.SimpleNamespace(

@@ -21,7 +21,7 @@ from oreal_megatron.rollout.sample_call import can_go_on
 from oreal_megatron.rollout.sampler import Sampler, rollout_seeds
 from oreal_megatron.stopping import StopRequest
 from oreal_megatron.types import Completion, FinishReason, GenerationRequest, Grade, Prompt, Verdict, WeightSpan
-from tests.tiny_models import GEOMETRY, MODEL
+from tests.tiny_models import GEOMETRY, LOGPROB_ROUNDING, MODEL
 
 OWN = f"{__name__}."
 PROMPTS = [Prompt(id=str(n), question=f"{n}+{n}", gold_answer=str(2 * n)) for n in range(3)]
@@ -94,7 +94,8 @@ def test_each_response_has_its_own_limits_and_is_otherwise_the_same(sample, rend
         stops = [renderer.stop_token_id, *(STOPS if rollout.prompt.id == "2" else [])]
         tokens, is_stopped = cut(free[rollout.id], 4 if rollout.sample_index else 20, stops)
         assert rollout.response_ids.tolist() == tokens
-        assert rollout.logprobs.tolist() == pytest.approx(free[rollout.id].logprobs[: len(tokens)].tolist(), abs=1e-5)
+        logprobs = free[rollout.id].logprobs[: len(tokens)].tolist()
+        assert rollout.logprobs.tolist() == pytest.approx(logprobs, abs=LOGPROB_ROUNDING)
         assert rollout.finish_reason is (FinishReason.STOP if is_stopped else FinishReason.LENGTH)
         reasons.append(rollout.response_ids[-1] in STOPS and rollout.prompt.id == "2")
     assert any(reasons) and any(len(rollout.response_ids) == 20 for rollout in limited)

@@ -27,6 +27,7 @@ from oreal_megatron.distributed.groups import ParallelGroups, parallel_groups
 from oreal_megatron.models.gpt import check_layers
 from oreal_megatron.models.pipeline_schedule import score
 from oreal_megatron.models.trained_model import TrainedModel
+from tests.tiny_models import LOGPROB_ROUNDING
 from tests.unit.transformer_engine.tiny_policy import CPU, SEQUENCES, tiny_policy
 
 TENSORWISE = Fp8ModelConfig(
@@ -52,7 +53,7 @@ def run(directory: Path, groups: ParallelGroups) -> dict[str, Any]:
     # A checkpoint of the local layers, under the names of these, and what it computes.
     assert not load_weights_only("policy", policy, store.load("local", weights_only("policy", policy)))
     (found,) = score(policy, [pack(SEQUENCES, CPU)], lambda out, batch: out[batch.predicting], groups)
-    torch.testing.assert_close(found, torch.load(directory / "logprobs.pt"), atol=2e-5, rtol=0)
+    torch.testing.assert_close(found, torch.load(directory / "logprobs.pt"), atol=LOGPROB_ROUNDING, rtol=0)
     store.save("transformer_engine", weights_only("policy", policy))
 
     # The same from the Hugging Face directory; every parameter is known to the conversion's table.
