@@ -75,9 +75,7 @@ def resume_evaluation(run: Run) -> None:
         if not _has_weights(run, pending):
             return
         report = _evaluated_again(run, pending)
-    run.progress.pending_evaluation = None
-    note_score(run, report)
-    run.store.remember_best(run.progress.best)
+    _note(run, report)
 
 
 def end_evaluation(run: Run, *, wait: bool) -> None:
@@ -117,8 +115,13 @@ def end_evaluation(run: Run, *, wait: bool) -> None:
     )
     run.tracker.evaluation(report)
     sampling.close()
-    run.progress.pending_evaluation = None
     run.store.finish(wait=True)
+    _note(run, report)
+
+
+def _note(run: Run, report: EvaluationReport) -> None:
+    """Ends the evaluation that was under way, and names its checkpoint the best if its score is."""
+    run.progress.pending_evaluation = None
     note_score(run, report)
     run.store.remember_best(run.progress.best)
 
